@@ -1,0 +1,46 @@
+"""The errors a user can meet. Every message says what was wrong, where, and what would be right."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class BranchTreeError(Exception):
+    """Base of all errors raised on purpose; the command line prints its message and exits with 2."""
+
+
+class RecipeError(BranchTreeError):
+    """A recipe, or an override of one, is wrong."""
+
+
+class PluginError(BranchTreeError):
+    """A plug-in is unknown, broken, misspelt, or clashes with another."""
+
+
+class DataError(BranchTreeError):
+    """A prompt file or one of its entries is missing or unusable."""
+
+
+class ModelError(BranchTreeError):
+    """A model folder or hub id cannot be loaded."""
+
+
+class RewardError(BranchTreeError):
+    """A reward failed, or gave nothing that can be trained on."""
+
+
+class CheckpointError(BranchTreeError):
+    """A checkpoint is missing, damaged, or belongs to another run."""
+
+
+class OutputError(BranchTreeError):
+    """The run directory cannot be written."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The hint that closes a message about an unknown name: the nearest known one, then all of them."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    guess = f"; did you mean '{close[0]}'?" if close else "."
+    return f"{guess} Known: {', '.join(names) or 'none'}."

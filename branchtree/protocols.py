@@ -1,0 +1,191 @@
+"""What the core asks of a model and of a reward, and the small values that cross that boundary.
+
+Axis letters: P prompts, B rows of a batch, C channels, H height, W width, F frames. ``*latent`` is the
+shape of one sample's latents; the core stores such states and never looks inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Conditioning = Mapping[str, Tensor]
+"""Encoded conditions of P prompts: named tensors whose first axis is P."""
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What one sample is asked to show."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    image: Path | None = None
+    video: Path | None = None
+    metadata: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Media:
+    """Decoded samples: either images or videos, float32 in [0, 1]."""
+
+    images: Tensor | None = None  # (B, C, H, W)
+    videos: Tensor | None = None  # (B, F, C, H, W)
+    fps: float | None = None
+
+    def __post_init__(self) -> None:
+        if (self.images is None) == (self.videos is None):
+            raise ValueError("Media holds either images or videos, and not both")
+
+    @property
+    def modality(self) -> str:
+        """``"image"`` or ``"video"``."""
+        return "video" if self.images is None else "image"
+
+    @property
+    def pixels(self) -> Tensor:
+        """The images (B, C, H, W) or the videos (B, F, C, H, W)."""
+        pixels = self.videos if self.images is None else self.images
+        assert pixels is not None
+        return pixels
+
+    def __len__(self) -> int:
+        return self.pixels.shape[0]
+
+    def __getitem__(self, rows: slice) -> Media:
+        if self.images is None:
+            return Media(videos=self.pixels[rows], fps=self.fps)
+        return Media(images=self.pixels[rows])
+
+
+@dataclass(frozen=True)
+class Scores:
+    """One reward's verdict on B samples. An invalid one is masked, never read as 0."""
+
+    values: Tensor  # (B,) float32
+    valid: Tensor  # (B,) bool
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Sizes of a model, known without loading its weights; the plan's memory estimate is made of them."""
+
+    denoiser_parameters: int
+    frozen_parameters: int  # encoders and VAE
+    latent_shape: tuple[int, ...]
+    activation_numbers_per_row: int  # kept for the backward pass of one row
+    checkpointed_numbers_per_row: int  # the same under gradient checkpointing
+    rows_per_prediction: int  # 2 under classifier-free guidance
+    lora_parameters_per_rank: int
+    source: str  # where these figures come from
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adaptation: rank, scale, and the module names it is put on (the adapter's own by default)."""
+
+    rank: int
+    alpha: float
+    targets: tuple[str, ...] | None = None
+
+
+class ModelAdapter(Protocol):
+    """A model family. Built from its own configuration; nothing is loaded before ``load``."""
+
+    @property
+    def modality(self) -> str:
+        """``"image"`` or ``"video"``: what ``decode`` returns."""
+
+    @property
+    def prediction(self) -> str:
+        """``"velocity"`` for flow matching; ``"noise"`` or ``"v"`` for variance-preserving models."""
+
+    @property
+    def rows_per_prediction(self) -> int:
+        """Rows sent through the denoiser for each row predicted: 2 under classifier-free guidance."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The module that is trained."""
+
+    def footprint(self) -> Footprint:
+        """The model's sizes, from its configuration files alone. Raises ModelError if a named folder is missing."""
+
+    def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
+        """Load all parts: the denoiser to ``device`` in ``denoiser_dtype``, frozen parts in ``dtype``.
+
+        Raises ModelError if the folder or hub id cannot be read.
+        """
+
+    def add_lora(self, settings: LoraSettings, seed: int) -> None:
+        """Freeze the denoiser and put fresh float32 low-rank weights on it, initialised from ``seed``."""
+
+    def without_lora(self, denoiser: nn.Module) -> AbstractContextManager[None]:
+        """A context in which ``denoiser`` acts as the model did before LoRA."""
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade computation for memory in the gradient pass."""
+
+    def encode(self, conditions: Sequence[Condition]) -> Conditioning:
+        """Encode P conditions, float tensors on the CPU with P as first axis, each row independent of the others."""
+
+    def release_encoders(self) -> None:
+        """Move the encoders off the device, until ``encode`` needs them again."""
+
+    def initial_noise(self, generator: torch.Generator) -> Tensor:
+        """One sample's starting latents (*latent), float32 on the CPU, standard normal."""
+
+    def sigmas(self, steps: int) -> Tensor:
+        """The pipeline's own time grid, (steps + 1,) float32 from 1 (or near) to 0."""
+
+    def predict(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """The model's prediction for latents (B, *latent) at sigma (B,), float32 (B, *latent).
+
+        ``conditioning`` has B rows. ``denoiser`` is the module to send them through: the adapter's own by
+        default, or the same one wrapped for distributed training, or a frozen copy.
+        """
+
+    def decode(self, latents: Tensor) -> Media:
+        """Decode clean latents (B, *latent) to media in [0, 1], on the CPU or the device."""
+
+    def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the trained part in the layout its own library reads; ``denoiser_state`` replaces trained weights."""
+
+    def restore(self, directory: Path) -> None:
+        """Read back, to the bit, the trained weights that ``save`` wrote."""
+
+
+class RewardAdapter(Protocol):
+    """A scorer of media. Built from its own configuration; nothing is loaded before ``load``."""
+
+    @property
+    def modalities(self) -> frozenset[str]:
+        """The modalities it can score."""
+
+    def load(self, device: torch.device) -> None:
+        """Load what scoring needs."""
+
+    def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+        """Score sample i against condition i. A sample that cannot be scored is marked invalid."""
+
+
+class Callback(Protocol):
+    """Follows a run. Every method may do nothing; exceptions end the run."""
+
+    def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """After an iteration and its optimiser steps, on the main process."""
+
+    def on_end(self, output: Path) -> None:
+        """After the last iteration, when ``final/`` has been written."""
+
+
+VelocityFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(latents (B, *latent), sigma (B,), prompt index (B,) int64) -> prediction (B, *latent), float32."""
+

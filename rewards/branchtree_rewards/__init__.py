@@ -1,0 +1,1 @@
+"""Reward adapters shipped with branchtree, one module per reward."""
