@@ -36,5 +36,3 @@ def register_recipes(register: Callable[[Path], None]) -> None:
 @hookspec
 def register_callbacks(register: Register) -> None:
     """``register(name, build=factory, config=ConfigModel, summary="one line")`` for each callback."""
-
-

@@ -188,4 +188,3 @@ class Callback(Protocol):
 
 VelocityFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(latents (B, *latent), sigma (B,), prompt index (B,) int64) -> prediction (B, *latent), float32."""
-

@@ -1,0 +1,91 @@
+"""From node values to the advantage of the edge into each node.
+
+Three estimators share one signature: per depth (N_d,) float64, 0 for roots, for nodes without a value, and
+wherever there is nothing to compare with. An edge takes the advantage of the node it leads to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from branchtree.fusion import NodeValues
+from branchtree.segments import segment_count, segment_mean, segment_std, segment_sum
+from branchtree.tree import Topology
+
+Advantages = tuple[Tensor, ...]
+Estimator = Callable[[Topology, NodeValues, float], Advantages]
+
+
+def depth_advantages(topology: Topology, values: NodeValues, eps: float) -> Advantages:
+    """A(n) = (V(n) - mean_d) / (std_d + eps) over one prompt's valid nodes at depth d (arXiv 2509.06040, eq. 4).
+
+    std is the sample deviation. A depth with one node, or with no spread, gives 0.
+    """
+    advantages = []
+    for depth in topology.depths:
+        valid, prompt = values.valid[depth], topology.root[depth]
+        value, group = values.value[depth][valid], prompt[valid]
+        std = segment_std(value, group, topology.prompts)[group]
+        centred = value - segment_mean(value, group, topology.prompts)[group]
+        advantages.append(_spread(valid, _divide(centred, std, eps)))
+    return tuple(advantages)
+
+
+def leaf_advantages(topology: Topology, values: NodeValues, eps: float) -> Advantages:
+    """A(n) = (V(n) - mean reward of the prompt's valid leaves not below n) / (std of the prompt's leaves + eps).
+
+    The leave-one-out baseline, for a node with several leaves as for a leaf. A node that all valid leaves
+    descend from gets 0.
+    """
+    reward, valid_leaf = values.value[-1], values.valid[-1]
+    leaf_root = topology.leaf_root[valid_leaf]
+    reward = reward[valid_leaf]
+    total = segment_sum(reward, leaf_root, topology.prompts)
+    count = segment_count(leaf_root, topology.prompts)
+    std = segment_std(reward, leaf_root, topology.prompts)
+    advantages = []
+    for depth in topology.depths:
+        nodes, prompt = topology.ancestor[depth][valid_leaf], topology.root[depth]
+        below = segment_count(nodes, topology.width(depth))
+        others = count[prompt] - below
+        baseline = (total[prompt] - segment_sum(reward, nodes, topology.width(depth))) / others.clamp_min(1)
+        compared = values.valid[depth] & (others > 0)
+        advantage = _divide((values.value[depth] - baseline)[compared], std[prompt][compared], eps)
+        advantages.append(_spread(compared, advantage))
+    return tuple(advantages)
+
+
+def sibling_advantages(topology: Topology, values: NodeValues, eps: float) -> Advantages:
+    """A(n) = (V(n) - mean over n and its valid siblings) / (std_d + eps), std_d as in ``depth_advantages``.
+
+    The sibling baseline (arXiv 2509.06040, appendix B.3). An only child gets 0.
+    """
+    advantages = [torch.zeros(topology.prompts, dtype=torch.float64)]
+    for depth in topology.depths[1:]:
+        valid = values.valid[depth]
+        value, prompt = values.value[depth][valid], topology.root[depth][valid]
+        family, families = topology.parent[depth][valid], topology.width(depth - 1)
+        std = segment_std(value, prompt, topology.prompts)[prompt]
+        centred = value - segment_mean(value, family, families)[family]
+        only = segment_count(family, families)[family] < 2
+        advantages.append(_spread(valid, _divide(centred.masked_fill(only, 0), std, eps)))
+    return tuple(advantages)
+
+
+ESTIMATORS: dict[str, Estimator] = {
+    "depth": depth_advantages,
+    "leaf": leaf_advantages,
+    "sibling": sibling_advantages,
+}
+
+
+def _divide(centred: Tensor, std: Tensor, eps: float) -> Tensor:
+    return torch.where(std > 0, centred / (std + eps), torch.zeros_like(centred))
+
+
+def _spread(where: Tensor, chosen: Tensor) -> Tensor:
+    """Put the chosen nodes' numbers back among all nodes of the depth, 0 elsewhere."""
+    return torch.zeros(where.numel(), dtype=chosen.dtype).masked_scatter_(where, chosen)

@@ -1,0 +1,130 @@
+"""From leaf rewards to advantages and to the edges that are trained, in the method's order.
+
+Fuse, normalise, then prune. Several rewards are each fused and normalised by themselves and their advantages added
+with weights; or their raw values are added first and treated as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from branchtree.advantages import ESTIMATORS, Advantages
+from branchtree.fusion import NodeValues, PathScale, fuse
+from branchtree.protocols import Scores
+from branchtree.pruning import EdgeMask, all_of, depth_window, extreme_leaves, parent_top1, trainable
+from branchtree.segments import segment_mean, segment_std
+from branchtree.tree import Topology
+
+
+@dataclass(frozen=True)
+class CreditRule:
+    """How leaf rewards become advantages."""
+
+    beta: float = 1.0
+    scale: PathScale = "mean"
+    estimator: Literal["depth", "leaf", "sibling"] = "depth"
+    combine: Literal["advantages", "rewards"] = "advantages"
+    eps: float = 1e-8
+    clip: float = 5.0
+
+
+@dataclass(frozen=True)
+class PruningRule:
+    """Which edges are left out of the gradient pass."""
+
+    kind: Literal["none", "parent_top1", "extreme", "depth"] = "none"
+    count: int = 4  # extreme: leaves kept at each end
+    size: int = 4  # depth: steps in the window
+    every: int = 30  # depth: iterations per move
+    stop: int = 15  # depth: where the window's first step stops
+
+
+@dataclass(frozen=True)
+class Credit:
+    """A scored tree."""
+
+    rewards: Mapping[str, Tensor]  # (L,) float64 by name; 0 where not valid
+    valid: Tensor  # (L,) bool: no reward failed
+    values: Mapping[str, NodeValues]  # by name; one entry where raw rewards are added
+    advantages: Advantages  # all rewards together
+    keep: EdgeMask
+
+
+def assign_credit(
+    topology: Topology,
+    log_prob: Sequence[Tensor],
+    scores: Mapping[str, Scores],
+    weights: Mapping[str, float],
+    rule: CreditRule,
+    pruning: PruningRule,
+    iteration: int,
+    dimensions: int,
+) -> Credit:
+    """Score a tree. ``log_prob`` are the edges' densities averaged over ``dimensions`` latent dimensions.
+
+    A leaf that any reward marks invalid, or gives a value that is not finite, is masked: it takes no part in fusion
+    or normalisation.
+    """
+    valid = torch.stack([score.valid.cpu() & score.values.cpu().isfinite() for score in scores.values()]).all(
+        dim=0
+    )
+    nothing = torch.zeros((), dtype=torch.float64)
+    rewards = {
+        name: torch.where(valid, score.values.cpu().double(), nothing) for name, score in scores.items()
+    }
+    if rule.combine == "rewards":
+        total = torch.stack([weights[name] * reward for name, reward in rewards.items()]).sum(dim=0)
+        rewards, weights = {"+".join(rewards): total}, {"+".join(rewards): 1.0}
+
+    def fused(reward: Tensor) -> NodeValues:
+        return fuse(topology, log_prob, reward, valid, rule.beta, rule.scale, dimensions)
+
+    values = {name: fused(reward) for name, reward in rewards.items()}
+    advantages = _added(
+        [
+            tuple(
+                weights[name] * level.clamp(-rule.clip, rule.clip)
+                for level in _estimate(topology, value, rule)
+            )
+            for name, value in values.items()
+        ]
+    )
+    ranking = sum(
+        (weights[name] * standardised(topology, reward, valid) for name, reward in rewards.items()),
+        start=nothing,
+    )
+    keep = all_of(trainable(topology), prune(topology, fused(ranking), pruning, iteration))
+    return Credit(rewards, valid, values, advantages, keep)
+
+
+def prune(topology: Topology, values: NodeValues, rule: PruningRule, iteration: int) -> EdgeMask:
+    """The edges that a pruning rule keeps; ``values`` rank nodes and, at the last depth, leaves."""
+    if rule.kind == "parent_top1":
+        return parent_top1(topology, values)
+    if rule.kind == "extreme":
+        return extreme_leaves(topology, values.value[-1], values.valid[-1], rule.count)
+    if rule.kind == "depth":
+        return depth_window(topology, rule.size, rule.every, rule.stop, iteration)
+    return tuple(torch.ones(topology.width(depth), dtype=torch.bool) for depth in topology.depths)
+
+
+def standardised(topology: Topology, rewards: Tensor, valid: Tensor) -> Tensor:
+    """Rewards (L,) with zero mean and unit sample deviation over each prompt's valid leaves; 0 where not valid."""
+    group, worth = topology.leaf_root[valid], rewards[valid]
+    std = segment_std(worth, group, topology.prompts)[group]
+    centred = worth - segment_mean(worth, group, topology.prompts)[group]
+    score = torch.where(std > 0, centred / torch.where(std > 0, std, 1.0), torch.zeros_like(centred))
+    return torch.zeros_like(rewards).masked_scatter_(valid, score)
+
+
+def _estimate(topology: Topology, values: NodeValues, rule: CreditRule) -> Advantages:
+    return ESTIMATORS[rule.estimator](topology, values, rule.eps)
+
+
+def _added(advantages: Sequence[Advantages]) -> Advantages:
+    return tuple(torch.stack(levels).sum(dim=0) for levels in zip(*advantages, strict=True))

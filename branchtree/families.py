@@ -1,0 +1,116 @@
+"""The edges that are trained, grouped by parent: one forward of a parent's state scores all its edges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from branchtree.advantages import Advantages
+from branchtree.pruning import EdgeMask
+from branchtree.tree import BranchTree, Topology
+
+
+@dataclass(frozen=True)
+class Families:
+    """F parents with at least one trained edge, ordered by depth, and their E edges, ordered by family."""
+
+    depth: Tensor  # (F,) int64, of the parent
+    parent: Tensor  # (F,) int64, place of the parent among the nodes of its depth
+    prompt: Tensor  # (F,) int64
+    family: Tensor  # (E,) int64, which of the F families the edge belongs to
+    child: Tensor  # (E,) int64, place of the child among the nodes of the depth after
+    advantage: Tensor  # (E,) float32
+
+    def __len__(self) -> int:
+        return self.depth.numel()
+
+    @property
+    def edges(self) -> int:
+        """E."""
+        return self.family.numel()
+
+    @property
+    def edge_depth(self) -> Tensor:
+        """Depth of each edge's child, (E,)."""
+        return self.depth[self.family] + 1
+
+    def select(self, index: Tensor) -> Families:
+        """Some of the families, ``index`` (F',) ascending."""
+        place = torch.full((len(self),), -1).scatter_(0, index, torch.arange(index.numel()))
+        edges = place[self.family] >= 0
+        return Families(
+            depth=self.depth[index],
+            parent=self.parent[index],
+            prompt=self.prompt[index],
+            family=place[self.family][edges],
+            child=self.child[edges],
+            advantage=self.advantage[edges],
+        )
+
+
+def trained_edges(topology: Topology, advantages: Advantages, keep: EdgeMask) -> EdgeMask:
+    """Kept edges with an advantage: an edge of advantage 0 has no gradient and costs no compute."""
+    return tuple(mask & (advantage != 0) for mask, advantage in zip(keep, advantages, strict=True))
+
+
+def collect(topology: Topology, advantages: Advantages, keep: EdgeMask) -> Families:
+    """Gather the trained edges of a tree into families."""
+    depth, parent, prompt, family, child, advantage = ([] for _ in range(6))  # type: tuple[list[Tensor], ...]
+    families = 0
+    for below, edges in enumerate(trained_edges(topology, advantages, keep)):
+        children = torch.nonzero(edges)[:, 0]
+        if children.numel() == 0:
+            continue
+        parents, place = torch.unique(topology.parent[below][children], return_inverse=True)
+        depth.append(torch.full_like(parents, below - 1))
+        parent.append(parents)
+        prompt.append(topology.root[below - 1][parents])
+        family.append(place + families)
+        child.append(children)
+        advantage.append(advantages[below][children].float())
+        families += parents.numel()
+    return Families(
+        *(_joined(parts) for parts in (depth, parent, prompt, family, child)), _joined(advantage).float()
+    )
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts)) if parts else torch.zeros(0, dtype=torch.int64)
+
+
+@dataclass(frozen=True)
+class FamilyBatch:
+    """What one forward of F parents needs, on the device."""
+
+    families: Families
+    latents: Tensor  # (F, *latent)
+    sigma: Tensor  # (F,)
+    following: Tensor  # (E, *latent)
+    log_prob: Tensor  # (E,) of the rollout
+    family: Tensor  # (E,)
+    advantage: Tensor  # (E,)
+
+
+def gather(tree: BranchTree, families: Families, device: torch.device) -> FamilyBatch:
+    """Fetch the states that some families need from the tree."""
+    return FamilyBatch(
+        families=families,
+        latents=_states(tree.states, families.depth, families.parent).to(device),
+        sigma=tree.sigmas[families.depth].to(device),
+        following=_states(tree.states, families.edge_depth, families.child).to(device),
+        log_prob=_states(tree.log_prob, families.edge_depth, families.child).to(device),
+        family=families.family.to(device),
+        advantage=families.advantage.to(device),
+    )
+
+
+def _states(levels: Sequence[Tensor], depth: Tensor, place: Tensor) -> Tensor:
+    """Rows of a per-depth list of tensors, ``depth`` ascending."""
+    depths, counts = torch.unique_consecutive(depth, return_counts=True)
+    parts = place.split(counts.tolist())
+    return torch.cat(
+        [levels[int(d)][rows.to(levels[int(d)].device)] for d, rows in zip(depths, parts, strict=True)]
+    )

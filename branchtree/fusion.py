@@ -1,0 +1,84 @@
+"""Reward fusion: what a node is worth, from the rewards of the leaves below it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from branchtree.segments import segment_count, segment_max, segment_mean, segment_std, segment_sum
+from branchtree.tree import Topology
+
+PathScale = Literal["mean", "sum", "standardised"]
+
+
+@dataclass(frozen=True)
+class NodeValues:
+    """Per depth, each node's fused value; a node is valid if a valid leaf lies below it."""
+
+    value: tuple[Tensor, ...]  # per depth (N_d,) float64; 0 where not valid
+    valid: tuple[Tensor, ...]  # per depth (N_d,) bool
+
+
+def path_log_prob(topology: Topology, log_prob: Sequence[Tensor]) -> list[Tensor]:
+    """Per depth (L,) float64: log-density of the path from each leaf's ancestor at that depth down to the leaf."""
+    total = torch.zeros(topology.width(topology.steps), dtype=torch.float64)
+    paths = [total]
+    for depth in range(topology.steps, 0, -1):
+        total = total + log_prob[depth].double()[topology.ancestor[depth]]
+        paths.append(total)
+    return paths[::-1]
+
+
+def fuse(
+    topology: Topology,
+    log_prob: Sequence[Tensor],
+    rewards: Tensor,
+    valid: Tensor,
+    beta: float = 1.0,
+    scale: PathScale = "mean",
+    dimensions: int = 1,
+) -> NodeValues:
+    """V(n) = sum over valid leaves l below n of w_l * r_l, w = softmax of beta * log p(path from n to l).
+
+    arXiv 2509.06040, eq. 3. beta = 0 is the uniform mean. ``log_prob`` are the edges' densities averaged over
+    ``dimensions`` latent dimensions; ``scale`` says which path density weighs:
+
+    - ``mean``: the averages as they are, the paper's form; nearly uniform when dimensions are many;
+    - ``sum``: the true densities; nearly one-hot when dimensions are many;
+    - ``standardised``: zero mean and unit sample deviation over the valid leaves below each node.
+
+    ``rewards`` (L,) and ``valid`` (L,); an invalid leaf's reward is never read.
+    """
+    if rewards.shape != valid.shape or rewards.numel() != topology.width(topology.steps):
+        raise ValueError(
+            f"{topology.width(topology.steps)} leaves need as many rewards, not {tuple(rewards.shape)}"
+        )
+    worth = rewards.double()[valid]
+    paths = path_log_prob(topology, log_prob)
+    values, alive = [], []
+    for depth in topology.depths:
+        nodes, width = topology.ancestor[depth][valid], topology.width(depth)
+        path = _scaled(paths[depth][valid], nodes, width, scale, dimensions)
+        weight = _softmax(beta * path, nodes, width)
+        values.append(segment_sum(weight * worth, nodes, width))
+        alive.append(segment_count(nodes, width) > 0)
+    return NodeValues(value=tuple(values), valid=tuple(alive))
+
+
+def _scaled(path: Tensor, nodes: Tensor, width: int, scale: PathScale, dimensions: int) -> Tensor:
+    if scale == "mean":
+        return path
+    if scale == "sum":
+        return path * dimensions
+    std = segment_std(path, nodes, width)[nodes]
+    centred = path - segment_mean(path, nodes, width)[nodes]
+    return torch.where(std > 0, centred / std.clamp_min(torch.finfo(std.dtype).tiny), torch.zeros_like(path))
+
+
+def _softmax(logits: Tensor, group: Tensor, groups: int) -> Tensor:
+    weight = (logits - segment_max(logits, group, groups)[group]).exp()
+    return weight / segment_sum(weight, group, groups)[group]

@@ -1,0 +1,183 @@
+"""Which steps split, which are stochastic, which are trained: one static plan per prompt and iteration.
+
+A plan fixes a tree's whole shape before anything is sampled. T is the number of transitions; transition i
+goes from depth i to depth i + 1.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Protocol
+
+
+@dataclass(frozen=True)
+class TreePlan:
+    """The shape of one prompt's tree.
+
+    factors[i] is the number of children that each node of depth i gets; stochastic[i] says whether
+    transition i is an SDE step; trained[i] whether its edges may be trained. The last transition is always
+    deterministic: its result is the clean estimate, which is what gets decoded and scored (BranchGRPO,
+    arXiv 2509.06040, "ignore last step").
+    """
+
+    factors: tuple[int, ...]  # (T,)
+    stochastic: tuple[bool, ...]  # (T,)
+    trained: tuple[bool, ...]  # (T,)
+
+    def __post_init__(self) -> None:
+        if not len(self.factors) == len(self.stochastic) == len(self.trained) > 0:
+            raise ValueError("factors, stochastic and trained must have one entry per step, and at least one")
+        if self.stochastic[-1]:
+            raise ValueError("the last step is deterministic")
+        for step, factor in enumerate(self.factors):
+            if factor < 1:
+                raise ValueError(f"step {step} gives each node {factor} children; at least 1 is needed")
+            if factor > 1 and not self.stochastic[step]:
+                raise ValueError(f"step {step} splits, so it must be stochastic")
+            if self.trained[step] and not self.stochastic[step]:
+                raise ValueError(f"step {step} is deterministic, so it cannot be trained")
+
+    @property
+    def steps(self) -> int:
+        """T, the number of transitions."""
+        return len(self.factors)
+
+    @cached_property
+    def splits(self) -> tuple[int, ...]:
+        """The steps at which nodes get more than one child."""
+        return tuple(step for step, factor in enumerate(self.factors) if factor > 1)
+
+    @cached_property
+    def widths(self) -> tuple[int, ...]:
+        """Nodes at each depth, (T + 1,)."""
+        return tuple(math.prod(self.factors[:depth]) for depth in range(self.steps + 1))
+
+    @property
+    def leaves(self) -> int:
+        """Nodes at depth T."""
+        return self.widths[-1]
+
+    @property
+    def last_split(self) -> int:
+        """The last step that splits, or -1 in a tree that never does."""
+        return self.splits[-1] if self.splits else -1
+
+
+@dataclass(frozen=True)
+class SlidingWindow:
+    """A window of ``size`` steps whose first step starts at ``start`` and moves one deeper every ``every`` iterations.
+
+    It stops moving when its first step reaches ``stop``.
+    """
+
+    size: int
+    start: int
+    every: int
+    stop: int
+
+    def __post_init__(self) -> None:
+        if self.size < 1 or self.every < 1 or self.start < 0 or self.stop < self.start:
+            raise ValueError(
+                f"not a window: size {self.size}, start {self.start}, every {self.every}, stop {self.stop}"
+            )
+
+    def steps(self, iteration: int) -> range:
+        """The steps inside the window at this training iteration."""
+        first = min(self.start + iteration // self.every, self.stop)
+        return range(first, first + self.size)
+
+
+class Splits(Protocol):
+    """Chooses where one prompt's tree splits."""
+
+    def factors(self, iteration: int, prompt: int) -> dict[int, int]:
+        """The split steps of this prompt at this iteration, each with its branch factor."""
+
+
+@dataclass(frozen=True)
+class FixedSplits:
+    """The same split steps for every prompt and iteration."""
+
+    steps: tuple[int, ...]
+    branches: tuple[int, ...]  # one factor per split step
+
+    def __post_init__(self) -> None:
+        if len(self.steps) != len(self.branches):
+            raise ValueError(
+                f"{len(self.steps)} split steps need as many branch factors, not {len(self.branches)}"
+            )
+
+    def factors(self, iteration: int, prompt: int) -> dict[int, int]:
+        """See Splits."""
+        return dict(zip(self.steps, self.branches, strict=True))
+
+
+@dataclass(frozen=True)
+class DrawnSplits:
+    """One split step per prompt and iteration, drawn evenly from ``first`` to ``last`` inclusive.
+
+    With every other step deterministic the reward difference between siblings is the credit of exactly the
+    drawn step. The draw depends on (seed, iteration, prompt) alone.
+    """
+
+    first: int
+    last: int
+    branches: int
+    seed: int
+
+    def factors(self, iteration: int, prompt: int) -> dict[int, int]:
+        """See Splits."""
+        draw = random.Random(
+            f"split {self.seed} {iteration} {prompt}"
+        )  # string seeds do not depend on the process
+        return {draw.randint(self.first, self.last): self.branches}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Makes the plan of each prompt's tree at each iteration.
+
+    ``sde`` says which steps are stochastic beside the split steps: ``"all"`` of them, ``"splits"`` (no
+    others), or those inside a SlidingWindow (BranchGRPO's hybrid ODE-SDE, "Mix").
+    """
+
+    steps: int
+    splits: Splits
+    sde: str | SlidingWindow = "all"
+
+    def plan(self, iteration: int, prompt: int) -> TreePlan:
+        """The plan for one prompt. Raises ValueError if a split step lies outside the grid."""
+        factors = self.splits.factors(iteration, prompt)
+        for step, factor in factors.items():
+            if not 0 <= step < self.steps - 1:
+                raise ValueError(
+                    f"split step {step} lies outside the grid: with {self.steps} steps the steps 0 to "
+                    f"{self.steps - 2} can split (the last one is deterministic)"
+                )
+            if factor < 2:
+                raise ValueError(f"split step {step} has branch factor {factor}; a split needs at least 2")
+        inside = self._sde_steps(iteration)
+        stochastic = tuple(
+            step < self.steps - 1 and (step in factors or step in inside) for step in range(self.steps)
+        )
+        return TreePlan(
+            factors=tuple(factors.get(step, 1) for step in range(self.steps)),
+            stochastic=stochastic,
+            trained=stochastic,
+        )
+
+    def _sde_steps(self, iteration: int) -> range:
+        if isinstance(self.sde, SlidingWindow):
+            return self.sde.steps(iteration)
+        return range(self.steps) if self.sde == "all" else range(0)
+
+
+PRESET_SPLITS: dict[str, tuple[int, ...]] = {
+    "dense": (0, 3, 6, 9),
+    "mixed": (0, 4, 8, 12),
+    "sparse": (0, 5, 10, 15),
+}
+"""Split steps of the paper's three presets, for T = 20 and K = 2."""

@@ -1,0 +1,39 @@
+"""Sums, means and extremes over the members of groups, each member naming its group by index."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def segment_sum(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sum of ``values`` (N,) in each of ``groups`` groups, ``group`` (N,) int64: (groups,)."""
+    return torch.zeros(groups, dtype=values.dtype).index_add_(0, group, values)
+
+
+def segment_count(group: Tensor, groups: int) -> Tensor:
+    """Members in each group, (groups,) int64."""
+    return torch.bincount(group, minlength=groups)
+
+
+def segment_max(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Largest of ``values`` (N,) in each group; -inf in an empty one: (groups,)."""
+    lowest = torch.full((groups,), -torch.inf, dtype=values.dtype)
+    return lowest.scatter_reduce_(0, group, values, "amax")
+
+
+def segment_mean(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Mean of ``values`` (N,) in each group; 0 in an empty one: (groups,)."""
+    return segment_sum(values, group, groups) / segment_count(group, groups).clamp_min(1)
+
+
+def segment_std(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Sample standard deviation in each group: (groups,).
+
+    0 in a group of fewer than two members, and in one whose spread is no more than rounding.
+    """
+    mean = segment_mean(values, group, groups)
+    squares = segment_sum((values - mean[group]).square(), group, groups)
+    std = (squares / (segment_count(group, groups) - 1).clamp_min(1)).sqrt()
+    largest = segment_max(values.abs(), group, groups).clamp_min(0)
+    return torch.where(std > 1e-12 * largest, std, torch.zeros_like(std))

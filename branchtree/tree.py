@@ -1,0 +1,109 @@
+"""The branching tree of one batch of prompts, as flat arrays.
+
+Axis letters: P prompts, L leaves, N_d nodes at depth d (all prompts together). Nodes of a depth are ordered by
+prompt, then by parent, then by place among siblings, so a prompt's nodes and a parent's children are contiguous.
+Prompts may branch at different steps: the arrays are ragged in d and never padded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from branchtree.schedule import TreePlan
+
+NO_PARENT = -1
+"""Parent index of a root."""
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Who descends from whom. All index arrays live on the CPU."""
+
+    plans: tuple[TreePlan, ...]  # P
+    parent: tuple[Tensor, ...]  # per depth (N_d,) int64, into the depth before
+    root: tuple[Tensor, ...]  # per depth (N_d,) int64, which prompt
+
+    @property
+    def steps(self) -> int:
+        """T, the number of transitions; leaves are at this depth."""
+        return len(self.parent) - 1
+
+    @property
+    def prompts(self) -> int:
+        """P."""
+        return len(self.plans)
+
+    @property
+    def depths(self) -> range:
+        """0 to T."""
+        return range(self.steps + 1)
+
+    def width(self, depth: int) -> int:
+        """N_d."""
+        return self.parent[depth].numel()
+
+    @property
+    def leaf_root(self) -> Tensor:
+        """Each leaf's prompt, (L,)."""
+        return self.root[-1]
+
+    @cached_property
+    def ancestor(self) -> tuple[Tensor, ...]:
+        """Per depth (L,) int64: each leaf's ancestor among that depth's nodes."""
+        chain = [torch.arange(self.width(self.steps))]
+        for depth in range(self.steps, 0, -1):
+            chain.append(self.parent[depth][chain[-1]])
+        return tuple(reversed(chain))
+
+    def per_edge(self, step: int, flags: Sequence[bool] | Sequence[int]) -> Tensor:
+        """Spread one value per prompt over the edges of a step: (N_{step+1},)."""
+        return torch.tensor(flags)[self.root[step + 1]]
+
+    def stochastic(self, step: int) -> Tensor:
+        """Which nodes of depth ``step`` take a stochastic step, (N_step,) bool."""
+        return torch.tensor([plan.stochastic[step] for plan in self.plans])[self.root[step]]
+
+    def span(self, prompt: int, depth: int) -> range:
+        """Where a prompt's nodes lie among those of a depth."""
+        start = sum(plan.widths[depth] for plan in self.plans[:prompt])
+        return range(start, start + self.plans[prompt].widths[depth])
+
+
+def grow(plans: Sequence[TreePlan]) -> Topology:
+    """The topology that the plans fix. Raises ValueError unless all have the same number of steps."""
+    if not plans:
+        raise ValueError("a tree needs at least one prompt")
+    if len({plan.steps for plan in plans}) != 1:
+        raise ValueError("all prompts of a tree must have the same number of steps")
+    root = torch.arange(len(plans))
+    parents, roots = [torch.full((len(plans),), NO_PARENT)], [root]
+    for step in range(plans[0].steps):
+        children = torch.tensor([plan.factors[step] for plan in plans])[root]
+        parents.append(torch.repeat_interleave(torch.arange(root.numel()), children))
+        root = root[parents[-1]]
+        roots.append(root)
+    return Topology(plans=tuple(plans), parent=tuple(parents), root=tuple(roots))
+
+
+@dataclass(frozen=True)
+class BranchTree:
+    """A sampled tree: its topology, its states, and the log-density of the edge into each node.
+
+    States are float32 whatever the model computes in, and opaque: the core indexes and stores them and never
+    looks inside. The log-density of a deterministic edge, and of a root, is 0.
+    """
+
+    topology: Topology
+    sigmas: Tensor  # (T + 1,) float32, CPU
+    states: tuple[Tensor, ...]  # per depth (N_d, *latent) float32
+    log_prob: tuple[Tensor, ...]  # per depth (N_d,) float32, CPU
+
+    @property
+    def leaves(self) -> Tensor:
+        """The clean latents, (L, *latent)."""
+        return self.states[-1]
