@@ -70,13 +70,9 @@ def assign_credit(
     A leaf that any reward marks invalid, or gives a value that is not finite, is masked: it takes no part in fusion
     or normalisation.
     """
-    valid = torch.stack([score.valid.cpu() & score.values.cpu().isfinite() for score in scores.values()]).all(
-        dim=0
-    )
+    valid = torch.stack([score.valid.cpu() & score.values.cpu().isfinite() for score in scores.values()]).all(dim=0)
     nothing = torch.zeros((), dtype=torch.float64)
-    rewards = {
-        name: torch.where(valid, score.values.cpu().double(), nothing) for name, score in scores.items()
-    }
+    rewards = {name: torch.where(valid, score.values.cpu().double(), nothing) for name, score in scores.items()}
     if rule.combine == "rewards":
         total = torch.stack([weights[name] * reward for name, reward in rewards.items()]).sum(dim=0)
         rewards, weights = {"+".join(rewards): total}, {"+".join(rewards): 1.0}
@@ -87,10 +83,7 @@ def assign_credit(
     values = {name: fused(reward) for name, reward in rewards.items()}
     advantages = _added(
         [
-            tuple(
-                weights[name] * level.clamp(-rule.clip, rule.clip)
-                for level in _estimate(topology, value, rule)
-            )
+            tuple(weights[name] * level.clamp(-rule.clip, rule.clip) for level in _estimate(topology, value, rule))
             for name, value in values.items()
         ]
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -58,27 +58,24 @@ def trained_edges(topology: Topology, advantages: Advantages, keep: EdgeMask) ->
 
 def collect(topology: Topology, advantages: Advantages, keep: EdgeMask) -> Families:
     """Gather the trained edges of a tree into families."""
-    depth, parent, prompt, family, child, advantage = ([] for _ in range(6))  # type: tuple[list[Tensor], ...]
+    none = torch.zeros(0, dtype=torch.int64)
+    levels = [Families(none, none, none, none, none, none.float())]
     families = 0
     for below, edges in enumerate(trained_edges(topology, advantages, keep)):
         children = torch.nonzero(edges)[:, 0]
-        if children.numel() == 0:
-            continue
         parents, place = torch.unique(topology.parent[below][children], return_inverse=True)
-        depth.append(torch.full_like(parents, below - 1))
-        parent.append(parents)
-        prompt.append(topology.root[below - 1][parents])
-        family.append(place + families)
-        child.append(children)
-        advantage.append(advantages[below][children].float())
-        families += parents.numel()
-    return Families(
-        *(_joined(parts) for parts in (depth, parent, prompt, family, child)), _joined(advantage).float()
-    )
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    return torch.cat(list(parts)) if parts else torch.zeros(0, dtype=torch.int64)
+        if parents.numel() > 0:  # roots have no edge, so from here on there is a depth above
+            level = Families(
+                depth=torch.full_like(parents, below - 1),
+                parent=parents,
+                prompt=topology.root[below - 1][parents],
+                family=place + families,
+                child=children,
+                advantage=advantages[below][children].float(),
+            )
+            levels.append(level)
+            families += parents.numel()
+    return Families(*(torch.cat([getattr(level, field.name) for level in levels]) for field in fields(Families)))
 
 
 @dataclass(frozen=True)
@@ -111,6 +108,4 @@ def _states(levels: Sequence[Tensor], depth: Tensor, place: Tensor) -> Tensor:
     """Rows of a per-depth list of tensors, ``depth`` ascending."""
     depths, counts = torch.unique_consecutive(depth, return_counts=True)
     parts = place.split(counts.tolist())
-    return torch.cat(
-        [levels[int(d)][rows.to(levels[int(d)].device)] for d, rows in zip(depths, parts, strict=True)]
-    )
+    return torch.cat([levels[int(d)][rows.to(levels[int(d)].device)] for d, rows in zip(depths, parts, strict=True)])

@@ -54,9 +54,7 @@ def fuse(
     ``rewards`` (L,) and ``valid`` (L,); an invalid leaf's reward is never read.
     """
     if rewards.shape != valid.shape or rewards.numel() != topology.width(topology.steps):
-        raise ValueError(
-            f"{topology.width(topology.steps)} leaves need as many rewards, not {tuple(rewards.shape)}"
-        )
+        raise ValueError(f"{topology.width(topology.steps)} leaves need as many rewards, not {tuple(rewards.shape)}")
     worth = rewards.double()[valid]
     paths = path_log_prob(topology, log_prob)
     values, alive = [], []

@@ -31,6 +31,4 @@ def check_grid(sigmas: Tensor) -> None:
     if not bool((sigmas[1:] < sigmas[:-1]).all()):
         raise ValueError("noise levels must fall strictly")
     if float(sigmas[0]) > 1 or float(sigmas[-1]) != 0:
-        raise ValueError(
-            f"noise levels run from at most 1 to 0, not {float(sigmas[0])} to {float(sigmas[-1])}"
-        )
+        raise ValueError(f"noise levels run from at most 1 to 0, not {float(sigmas[0])} to {float(sigmas[-1])}")

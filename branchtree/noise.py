@@ -28,9 +28,7 @@ class Purpose(IntEnum):
     PERMUTATION = 3
 
 
-def generator(
-    seed: int, iteration: int, prompt: int, depth: int, node: int, purpose: Purpose
-) -> torch.Generator:
+def generator(seed: int, iteration: int, prompt: int, depth: int, node: int, purpose: Purpose) -> torch.Generator:
     """A CPU generator whose whole stream belongs to one address."""
     address = struct.pack("<qqqqqq", seed, iteration, prompt, depth, node, purpose)
     digest = hashlib.blake2b(address, digest_size=8).digest()
@@ -44,9 +42,7 @@ class NoiseSource:
     seed: int
     iteration: int
 
-    def normal(
-        self, purpose: Purpose, prompt: int, depth: int, nodes: Sequence[int], shape: Sequence[int]
-    ) -> Tensor:
+    def normal(self, purpose: Purpose, prompt: int, depth: int, nodes: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Standard normal noise for some nodes of one prompt and depth: (len(nodes), *shape) float32, CPU."""
         noise = torch.empty(len(nodes), *shape)
         for row, node in enumerate(nodes):
@@ -62,7 +58,7 @@ class Siblings(Protocol):
         """Whether ``combine`` wants a noise shared by the siblings."""
 
     def combine(self, own: Tensor, shared: Tensor | None) -> Tensor:
-        """From independent noises (F, K, *latent) and shared ones (F, 1, *latent) make the siblings' (F, K, *latent)."""
+        """The siblings' noises (F, K, *latent), from independent ones of that shape and shared ones (F, 1, *latent)."""
 
 
 @dataclass(frozen=True)

@@ -156,7 +156,13 @@ class ModelAdapter(Protocol):
         """Decode clean latents (B, *latent) to media in [0, 1], on the CPU or the device."""
 
     def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the trained part in the layout its own library reads; ``denoiser_state`` replaces trained weights."""
+        """Write the trained part in the layout its own library reads.
+
+        ``denoiser_state`` holds weights, by parameter name, to write in place of the trained ones.
+        """
+
+    def export(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
+        """Write what a user loads: the complete pipeline, or under LoRA the low-rank weights alone."""
 
     def restore(self, directory: Path) -> None:
         """Read back, to the bit, the trained weights that ``save`` wrote."""

@@ -24,9 +24,7 @@ class Sampler:
     sigmas: Tensor  # (T + 1,) float32, CPU
     reduction: Reduction = "mean"
 
-    def transition(
-        self, latents: Tensor, prediction: Tensor, depth: Tensor, active: Tensor
-    ) -> GaussianTransition:
+    def transition(self, latents: Tensor, prediction: Tensor, depth: Tensor, active: Tensor) -> GaussianTransition:
         """The transitions of rows at their own depths (B,), each to the depth after."""
         sigma, sigma_next = (self.sigmas[d].to(latents.device) for d in (depth, depth + 1))
         return self.kernel(latents, prediction, sigma, sigma_next, active.to(latents.device))
@@ -52,9 +50,7 @@ def rollout(
     """
     check_grid(sampler.sigmas)
     if sampler.sigmas.numel() != topology.steps + 1:
-        raise ValueError(
-            f"{topology.steps} steps need {topology.steps + 1} noise levels, not {sampler.sigmas.numel()}"
-        )
+        raise ValueError(f"{topology.steps} steps need {topology.steps + 1} noise levels, not {sampler.sigmas.numel()}")
     if not initial.shape[0] == len(prompt_ids) == topology.prompts:
         raise ValueError(f"{topology.prompts} prompts need as many initial noises and prompt ids")
     device, store = initial.device, store or initial.device

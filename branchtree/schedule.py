@@ -106,9 +106,7 @@ class FixedSplits:
 
     def __post_init__(self) -> None:
         if len(self.steps) != len(self.branches):
-            raise ValueError(
-                f"{len(self.steps)} split steps need as many branch factors, not {len(self.branches)}"
-            )
+            raise ValueError(f"{len(self.steps)} split steps need as many branch factors, not {len(self.branches)}")
 
     def factors(self, iteration: int, prompt: int) -> dict[int, int]:
         """See Splits."""
@@ -130,9 +128,7 @@ class DrawnSplits:
 
     def factors(self, iteration: int, prompt: int) -> dict[int, int]:
         """See Splits."""
-        draw = random.Random(
-            f"split {self.seed} {iteration} {prompt}"
-        )  # string seeds do not depend on the process
+        draw = random.Random(f"split {self.seed} {iteration} {prompt}")  # string seeds do not depend on the process
         return {draw.randint(self.first, self.last): self.branches}
 
 
@@ -160,9 +156,7 @@ class Schedule:
             if factor < 2:
                 raise ValueError(f"split step {step} has branch factor {factor}; a split needs at least 2")
         inside = self._sde_steps(iteration)
-        stochastic = tuple(
-            step < self.steps - 1 and (step in factors or step in inside) for step in range(self.steps)
-        )
+        stochastic = tuple(step < self.steps - 1 and (step in factors or step in inside) for step in range(self.steps))
         return TreePlan(
             factors=tuple(factors.get(step, 1) for step in range(self.steps)),
             stochastic=stochastic,

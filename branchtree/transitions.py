@@ -85,9 +85,7 @@ def like(rows: Tensor, latents: Tensor) -> Tensor:
     return rows.to(device=latents.device, dtype=torch.float32).view(-1, *[1] * (latents.ndim - 1))
 
 
-def flow_sde(
-    latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, level: Tensor
-) -> GaussianTransition:
+def flow_sde(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, level: Tensor) -> GaussianTransition:
     """The Euler-Maruyama step of the flow's reverse SDE at noise level g = ``level``; everything (B, ...).
 
     mean = x + (v - g^2 / 2 * score) * D, std = g * sqrt(-D). Sign: D < 0, and the SDE that shares the flow's
@@ -162,9 +160,7 @@ class CpsSde:
         here, there = like(sigma, latents), like(sigma_next, latents)
         clean = latents - here * prediction
         noise = latents + (1 - here) * prediction
-        return GaussianTransition(
-            mean=(1 - there) * clean + there * angle.cos() * noise, std=there * angle.sin()
-        )
+        return GaussianTransition(mean=(1 - there) * clean + there * angle.cos() * noise, std=there * angle.sin())
 
 
 @dataclass(frozen=True)

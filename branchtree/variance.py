@@ -64,7 +64,8 @@ def split_variance(topology: Topology, rewards: Tensor, valid: Tensor) -> SplitV
 
 def _relabel(labels: Tensor) -> Tensor:
     """Number the distinct labels from 0."""
-    return torch.unique(labels, return_inverse=True)[1]
+    numbers: Tensor = torch.unique(labels, return_inverse=True)[1]
+    return numbers
 
 
 def _nested(rewards: Tensor, labels: list[Tensor]) -> _Levels:

@@ -1,0 +1,127 @@
+"""From a validated recipe to the objects that do the work."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from branchtree.credit import CreditRule, PruningRule
+from branchtree.errors import RecipeError
+from branchtree.grid import time_grid
+from branchtree.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
+from branchtree.plugins import registry
+from branchtree.protocols import Callback, ModelAdapter, RewardAdapter
+from branchtree.recipe.load import validate_options
+from branchtree.recipe.schema import CallbackSection, Recipe, RewardSection, SamplerSection, TreeSection
+from branchtree.rollout import Sampler
+from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, Splits
+from branchtree.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel
+
+
+@dataclass(frozen=True)
+class NamedReward:
+    """A reward as a recipe uses it."""
+
+    label: str
+    weight: float
+    adapter: RewardAdapter
+
+
+def make_schedule(recipe: Recipe) -> Schedule:
+    """The schedule of the ``tree`` section."""
+    tree = recipe.tree
+    deepest = tree.steps - 2  # the last step is deterministic
+    sde: str | SlidingWindow = tree.sde
+    if tree.sde == "window":
+        stop = max(deepest + 1 - tree.window.size, 0) if tree.window.stop is None else tree.window.stop
+        sde = SlidingWindow(tree.window.size, tree.window.start, tree.window.every, max(stop, tree.window.start))
+    return Schedule(tree.steps, _splits(tree, recipe.seed, deepest), sde)
+
+
+def _splits(tree: TreeSection, seed: int, deepest: int) -> Splits:
+    if tree.splits == "drawn":
+        branches = tree.branches if isinstance(tree.branches, int) else tree.branches[0]
+        first = min(math.ceil(tree.draw.first * tree.steps), deepest)
+        last = min(math.floor(tree.draw.last * tree.steps), deepest)
+        return DrawnSplits(first, max(first, last), branches, seed)
+    steps = tree.split_steps
+    branches_each = (tree.branches,) * len(steps) if isinstance(tree.branches, int) else tree.branches
+    return FixedSplits(steps, branches_each)
+
+
+def make_kernel(sampler: SamplerSection, prediction: str) -> Kernel:
+    """The transition kernel. Raises RecipeError if it does not suit what the model predicts."""
+    if (sampler.kind == "ddim") != (prediction in {"noise", "v"}):
+        suits = "ddim" if prediction in {"noise", "v"} else "dance, flow or cps"
+        raise RecipeError(
+            f"sampler.kind: '{sampler.kind}' does not suit a model that predicts {prediction}; use {suits}"
+        )
+    if sampler.kind == "ddim":
+        return Ddim(sampler.eta, "v" if prediction == "v" else "noise")
+    return {"dance": DanceSde, "flow": FlowSde, "cps": CpsSde}[sampler.kind](sampler.eta)
+
+
+def make_siblings(tree: TreeSection) -> Siblings:
+    """How siblings' noises relate."""
+    if tree.siblings == "correlated":
+        return CorrelatedSiblings(tree.strength)
+    return SimplexSiblings() if tree.siblings == "simplex" else IndependentSiblings()
+
+
+def make_sampler(recipe: Recipe, model: ModelAdapter) -> Sampler:
+    """Kernel, siblings and time grid for a model that is loaded."""
+    steps, section = recipe.tree.steps, recipe.sampler
+    sigmas = model.sigmas(steps) if section.grid == "pipeline" else time_grid(steps, section.shift)
+    return Sampler(
+        kernel=make_kernel(section, model.prediction),
+        siblings=make_siblings(recipe.tree),
+        sigmas=sigmas.to(torch.float32).cpu(),
+        reduction=section.log_prob,
+    )
+
+
+def make_credit_rule(recipe: Recipe) -> CreditRule:
+    """The ``credit`` section."""
+    credit = recipe.credit
+    return CreditRule(credit.beta, credit.path_scale, credit.advantage, credit.combine, credit.eps, credit.clip)
+
+
+def make_pruning_rule(recipe: Recipe) -> PruningRule:
+    """The ``pruning`` section."""
+    return PruningRule(**recipe.pruning.model_dump())
+
+
+def make_model(recipe: Recipe) -> ModelAdapter:
+    """The model adapter, not yet loaded. Raises PluginError or RecipeError."""
+    entry = registry().model(recipe.model.adapter)
+    adapter: ModelAdapter = entry.build(validate_options(entry.config, recipe.model.options, "model"))
+    return adapter
+
+
+def make_rewards(sections: tuple[RewardSection, ...], place: str, modality: str) -> list[NamedReward]:
+    """Reward adapters, not yet loaded. Raises PluginError or RecipeError; ``place`` names the section."""
+    rewards: list[NamedReward] = []
+    for index, section in enumerate(sections):
+        entry = registry().reward(section.reward)
+        adapter: RewardAdapter = entry.build(validate_options(entry.config, section.options, f"{place}.{index}"))
+        label = section.label or section.reward
+        if modality not in adapter.modalities:
+            raise RecipeError(
+                f"{place}.{index}: reward '{section.reward}' scores {', '.join(sorted(adapter.modalities))}, "
+                f"but the model makes {modality}s"
+            )
+        if label in {reward.label for reward in rewards}:
+            raise RecipeError(f"{place}.{index}: two rewards are labelled '{label}'; give one a 'label' of its own")
+        rewards.append(NamedReward(label, section.weight, adapter))
+    return rewards
+
+
+def make_callbacks(sections: tuple[CallbackSection, ...]) -> list[Callback]:
+    """The recipe's callbacks."""
+    callbacks: list[Callback] = []
+    for index, section in enumerate(sections):
+        entry = registry().callback(section.callback)
+        callbacks.append(entry.build(validate_options(entry.config, section.options, f"callbacks.{index}")))
+    return callbacks

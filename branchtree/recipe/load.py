@@ -1,0 +1,178 @@
+"""Finding a recipe, following ``extends``, applying overrides, and validating with messages that name the place."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
+
+from branchtree.errors import RecipeError, nearest
+from branchtree.recipe.schema import Recipe
+from branchtree.recipe.source import KeyPath, Origin, Source, override, read_yaml
+
+SUFFIXES = (".yaml", ".yml")
+FILE_KEYS: tuple[KeyPath, ...] = (("data", "prompts"), ("evaluation", "prompts"))
+PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
+
+
+def load_recipe(
+    recipe: str | Path,
+    overrides: Mapping[str, Any] | None = None,
+    smoke: bool = False,
+    folders: Sequence[Path] | None = None,
+) -> Recipe:
+    """Load a recipe by name or YAML path.
+
+    ``overrides`` maps dotted keys to values; ``smoke`` applies the recipe's own ``smoke:`` section, which swaps in
+    small models and rewards. ``folders`` are where names are looked up: by default those of the installed plug-ins
+    and the library's own. Raises RecipeError with the file and line of what is wrong.
+    """
+    source = _extended(find_recipe(recipe, folders), folders, ())
+    swaps = source.data.pop("smoke", None)
+    if smoke:
+        source.update(_smoke(swaps, source, recipe))
+    source.origins = {path: origin for path, origin in source.origins.items() if path[0] != "smoke"}
+    override(source, overrides or {})
+    return validate(source)
+
+
+def recipe_folders() -> list[Path]:
+    """The library's recipes, then those of plug-ins."""
+    from branchtree.plugins import registry
+
+    return [builtin_folder(), *registry().recipe_folders]
+
+
+def builtin_folder() -> Path:
+    """Inside the installed package, or, in an editable install, beside it."""
+    inside = Path(__file__).parents[1] / "recipes"
+    return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
+
+
+def recipe_names(folders: Sequence[Path] | None = None) -> dict[str, Path]:
+    """Every recipe that can be named, and its file."""
+    names: dict[str, Path] = {}
+    for folder in recipe_folders() if folders is None else folders:
+        for path in sorted(folder.glob("*.yaml")):
+            if path.stem in names:
+                raise RecipeError(f"two recipes are named '{path.stem}': {names[path.stem]} and {path}")
+            names[path.stem] = path
+    return names
+
+
+def find_recipe(recipe: str | Path, folders: Sequence[Path] | None = None) -> Path:
+    """The file of a recipe given by name or path."""
+    path = Path(recipe).expanduser()
+    if path.suffix in SUFFIXES:
+        if not path.is_file():
+            raise RecipeError(f"no recipe file {path}")
+        return path
+    names = recipe_names(folders)
+    if str(recipe) not in names:
+        raise RecipeError(f"no recipe '{recipe}'{nearest(str(recipe), names)} A path must end in .yaml.")
+    return names[str(recipe)]
+
+
+def _extended(path: Path, folders: Sequence[Path] | None, below: tuple[Path, ...]) -> Source:
+    """A file merged over what it extends."""
+    if path.resolve() in below:
+        raise RecipeError(f"{path}: extends itself through {' -> '.join(str(step) for step in below)}")
+    source = read_yaml(path)
+    _absolute_files(source, path.parent)
+    bases = source.data.pop("extends", [])
+    merged = Source()
+    for base in [bases] if isinstance(bases, str) else bases:
+        beside = path.parent / base
+        file = beside if beside.suffix in SUFFIXES else find_recipe(base, folders)
+        merged.update(_extended(file, folders, (*below, path.resolve())))
+    merged.update(source)
+    # A recipe's name and description are its own; a base's would be wrong for it.
+    merged.data["name"] = source.data.get("name", path.stem)
+    merged.data["description"] = source.data.get("description", "")
+    return merged
+
+
+def _absolute_files(source: Source, folder: Path) -> None:
+    """Read relative prompt files as relative to the recipe that names them, also inside ``smoke``."""
+    for path in (*FILE_KEYS, *(("smoke", *keys) for keys in FILE_KEYS)):
+        *sections, last = path
+        place: Any = source.data
+        for section in sections:
+            place = place.get(section) if isinstance(place, dict) else None
+        if isinstance(place, dict) and isinstance(place.get(last), str) and place[last].endswith(PROMPT_SUFFIXES):
+            place[last] = str((folder / Path(place[last]).expanduser()).absolute())
+
+
+def _smoke(swaps: Any, source: Source, recipe: str | Path) -> Source:
+    if not isinstance(swaps, dict):
+        raise RecipeError(f"recipe '{recipe}' has no 'smoke' section: it has no small version")
+    inside = {path[1:]: origin for path, origin in source.origins.items() if path[0] == "smoke" and len(path) > 1}
+    # A model or reward that is swapped takes none of the options of the one it replaces.
+    for section in ("model", "evaluation"):
+        if section in swaps:
+            source.data.pop(section, None)
+            source.forget((section,))
+    return Source(swaps, inside)
+
+
+def validate(source: Source) -> Recipe:
+    """Check a recipe's keys and values. Raises RecipeError naming each wrong one and its place."""
+    try:
+        return Recipe.model_validate(source.data)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(detail, source, Recipe) for detail in _first_per_key(error))) from None
+
+
+def validate_options(config: type[BaseModel], options: Mapping[str, Any], place: str) -> BaseModel:
+    """Check a plug-in's own keys. Raises RecipeError; ``place`` says which section they stand in."""
+    try:
+        return config.model_validate(dict(options))
+    except ValidationError as error:
+        source = Source(dict(options), {(): Origin(place)})
+        details = [_explain(detail, source, config) for detail in _first_per_key(error)]
+        raise RecipeError("\n".join(f"{place}.{detail}" for detail in details)) from None
+
+
+def _first_per_key(error: ValidationError) -> list[ErrorDetails]:
+    """A union reports each of its members; one message per key is enough."""
+    first: dict[KeyPath, ErrorDetails] = {}
+    for detail in error.errors(include_url=False):
+        first.setdefault(tuple(part for part in detail["loc"] if not _is_union_tag(part)), detail)
+    return list(first.values())
+
+
+def _is_union_tag(part: str | int) -> bool:
+    return isinstance(part, str) and (part in {"int", "float", "str", "bool"} or "[" in part)
+
+
+def _explain(detail: ErrorDetails, source: Source, root: type[BaseModel]) -> str:
+    path: KeyPath = tuple(part for part in detail["loc"] if not _is_union_tag(part))
+    key = ".".join(str(part) for part in path) or "recipe"
+    origin = source.origin(path)
+    where = f"{origin}: " if origin else ""
+    if detail["type"] == "extra_forbidden":
+        return f"{where}{key}: unknown key '{path[-1]}'{nearest(str(path[-1]), _fields(root, path[:-1]))}"
+    if detail["type"] == "missing":
+        return f"{where}{key}: is missing"
+    message = detail["msg"].removeprefix("Value error, ")
+    value = detail["input"]
+    shown = f" (it is {value!r})" if isinstance(value, str | int | float | bool | list | tuple | None) else ""
+    return f"{where}{key}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _fields(model: type[BaseModel], path: KeyPath) -> list[str]:
+    """The keys that the section at ``path`` knows."""
+    for part in path:
+        if isinstance(part, str):
+            model = _section(model.model_fields[part].annotation)
+    return list(model.model_fields)
+
+
+def _section(annotation: Any) -> type[BaseModel]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    sections = [_section(part) for part in get_args(annotation) if part not in (type(None), Ellipsis)]
+    return sections[0]

@@ -1,0 +1,245 @@
+"""The keys of a recipe, their types, defaults and meaning. Every key can be overridden; unknown ones are errors."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from branchtree.schedule import PRESET_SPLITS
+
+
+class Section(BaseModel):
+    """A group of keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class PluginSection(BaseModel):
+    """A choice of plug-in; keys that are not ours are the plug-in's own, and it validates them."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The plug-in's own keys."""
+        return dict(self.model_extra or {})
+
+
+class ModelSection(PluginSection):
+    """``model``: which model family; its other keys (path, size, guidance) belong to the adapter."""
+
+    adapter: str
+
+
+class RewardSection(PluginSection):
+    """An entry of ``rewards``: a reward by name and its weight; other keys belong to the reward."""
+
+    reward: str
+    weight: float = 1.0
+    label: str | None = None  # its name in metrics; the reward's by default
+
+
+class CallbackSection(PluginSection):
+    """An entry of ``callbacks``: a callback by name; other keys belong to it."""
+
+    callback: str
+
+
+class LoraSection(Section):
+    """``lora``: train low-rank weights; leave the section out, or null, to train the whole denoiser."""
+
+    rank: int = Field(ge=1)
+    alpha: float | None = Field(default=None, gt=0)  # twice the rank by default
+    targets: tuple[str, ...] | None = None  # module names; the adapter's own by default
+
+
+class DrawSection(Section):
+    """``tree.draw``: where a drawn split may fall, as parts of the steps."""
+
+    first: float = Field(default=0.3, ge=0, lt=1)
+    last: float = Field(default=0.75, gt=0, lt=1)
+
+
+class WindowSection(Section):
+    """``tree.window``: the sliding window of SDE steps under ``tree.sde: window``."""
+
+    size: int = Field(default=4, ge=1)
+    start: int = Field(default=0, ge=0)
+    every: int = Field(default=30, ge=1)  # iterations per move
+    stop: int | None = Field(default=None, ge=0)  # the first step's last place; as deep as the grid allows by default
+
+
+class TreeSection(Section):
+    """``tree``: the shape of the tree."""
+
+    steps: int = Field(default=20, ge=2)
+    splits: str | tuple[int, ...] = "dense"  # dense, mixed, sparse, drawn, or a list of steps
+    branches: int | tuple[int, ...] = 2  # children at a split: for all, or one number per split
+    draw: DrawSection = DrawSection()
+    siblings: Literal["correlated", "independent", "simplex"] = "correlated"
+    strength: float = Field(default=4.0, gt=0)  # s of correlated siblings
+    sde: Literal["all", "splits", "window"] = "all"  # stochastic steps beside the splits
+    window: WindowSection = WindowSection()
+    noise_seed: int = 1223627  # of the initial noise
+
+    @field_validator("splits")
+    @classmethod
+    def _known_preset(cls, splits: str | tuple[int, ...]) -> str | tuple[int, ...]:
+        names = [*PRESET_SPLITS, "drawn"]
+        if isinstance(splits, str) and splits not in names:
+            raise ValueError(f"'{splits}' is no preset; write {', '.join(names)}, or a list of steps")
+        if not isinstance(splits, str) and list(splits) != sorted(set(splits)):
+            raise ValueError("split steps must rise")
+        return splits
+
+    @field_validator("branches")
+    @classmethod
+    def _at_least_two(cls, branches: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        factors = (branches,) if isinstance(branches, int) else branches
+        if any(factor < 2 for factor in factors):
+            raise ValueError("a split needs at least 2 children")
+        return branches
+
+    @model_validator(mode="after")
+    def _inside_grid(self) -> TreeSection:
+        splits = self.split_steps
+        outside = [step for step in splits if not 0 <= step <= self.steps - 2]
+        if outside:
+            raise ValueError(
+                f"split step {outside[0]} lies outside the grid: with {self.steps} steps, steps 0 to {self.steps - 2} "
+                "can split (the last one is deterministic)"
+            )
+        if not isinstance(self.branches, int) and len(self.branches) != max(len(splits), 1):
+            raise ValueError(f"{len(splits)} splits need as many branch factors, not {len(self.branches)}")
+        return self
+
+    @property
+    def split_steps(self) -> tuple[int, ...]:
+        """The fixed split steps; none where they are drawn."""
+        if isinstance(self.splits, str):
+            return PRESET_SPLITS.get(self.splits, ())
+        return self.splits
+
+
+class SamplerSection(Section):
+    """``sampler``: the stochastic step and the time grid."""
+
+    kind: Literal["dance", "flow", "cps", "ddim"] = "dance"
+    eta: float = Field(default=0.3, gt=0)
+    grid: Literal["linear", "pipeline"] = "linear"  # pipeline: the model's own schedule, shift included
+    shift: float = Field(default=3.0, gt=0)  # of the linear grid
+    log_prob: Literal["mean", "sum"] = "mean"  # over latent dimensions
+
+
+class CreditSection(Section):
+    """``credit``: from leaf rewards to advantages."""
+
+    beta: float = Field(default=1.0, ge=0)
+    path_scale: Literal["mean", "sum", "standardised"] = "mean"
+    advantage: Literal["depth", "leaf", "sibling"] = "depth"
+    combine: Literal["advantages", "rewards"] = "advantages"
+    eps: float = Field(default=1e-8, gt=0)
+    clip: float = Field(default=5.0, gt=0)
+
+
+class PruningSection(Section):
+    """``pruning``: edges left out of the gradient pass."""
+
+    kind: Literal["none", "parent_top1", "extreme", "depth"] = "none"
+    count: int = Field(default=4, ge=1)  # extreme: leaves kept at each end
+    size: int = Field(default=4, ge=1)  # depth: steps in the window
+    every: int = Field(default=30, ge=1)  # depth: iterations per move
+    stop: int = Field(default=15, ge=0)  # depth: where the window's first step stops
+
+
+class LossSection(Section):
+    """``loss``: the clipped objective."""
+
+    clip_range: float = Field(default=1e-4, gt=0)
+    kl: float = Field(default=0.0, ge=0)  # weight of the KL to the start policy
+
+
+class OptimSection(Section):
+    """``optim``: AdamW and what surrounds it."""
+
+    lr: float = Field(default=1e-5, gt=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0)
+    max_grad_norm: float = Field(default=1.0, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup: int = Field(default=0, ge=0)  # optimiser steps
+    steps_per_iteration: int = Field(default=1, ge=1)
+    ema: float | None = Field(default=None, gt=0, lt=1)
+
+
+class BatchSection(Section):
+    """``batch``: how much at a time. Only ``prompts`` changes results."""
+
+    prompts: int = Field(default=2, ge=1)  # per iteration, over all processes
+    rollout_rows: int | None = Field(default=None, ge=1)  # predictions per forward; all of a depth by default
+    update_rows: int | None = Field(default=None, ge=1)  # families per forward and backward; all by default
+    decode_rows: int | None = Field(default=None, ge=1)  # leaves decoded and scored at a time
+    states: Literal["device", "host"] = "device"  # where the tree's states are kept
+
+
+class DataSection(Section):
+    """``data``: the prompts."""
+
+    prompts: str | tuple[str, ...]  # a .txt, .jsonl or .parquet file, hub:org/name, or the prompts themselves
+    column: str = "prompt"
+    split: str = "train"
+    shuffle: bool = True
+
+
+class EvaluationSection(Section):
+    """``evaluation``: held-out figures, from deterministic samples of fixed noises, before and after training."""
+
+    prompts: str | tuple[str, ...]
+    column: str = "prompt"
+    split: str = "test"
+    rewards: tuple[RewardSection, ...] = Field(min_length=1)
+    limit: int | None = Field(default=None, ge=1)  # use only the first prompts
+    noises: int = Field(default=1, ge=1)  # samples per prompt
+    every: int | None = Field(default=None, ge=1)  # iterations; only before and after by default
+    rows: int = Field(default=64, ge=1)  # samples at a time
+    seed: int = 7
+
+
+class RunSection(Section):
+    """``run``: length, precision, and what is written when."""
+
+    iterations: int = Field(default=300, ge=1)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    tf32: bool = True
+    gradient_checkpointing: bool = False
+    checkpoint_every: int = Field(default=40, ge=1)
+    keep_checkpoints: int = Field(default=3, ge=1)
+    sample_every: int = Field(default=20, ge=1)
+    sample_prompts: int = Field(default=8, ge=1)
+    tree_every: int = Field(default=20, ge=1)  # iterations between recorded trees
+    trackers: tuple[str, ...] = ()  # accelerate's: tensorboard, wandb, ...
+    threads: int | None = Field(default=None, ge=1)
+
+
+class Recipe(Section):
+    """A whole recipe."""
+
+    name: str
+    description: str = ""
+    seed: int = 42
+    model: ModelSection
+    lora: LoraSection | None = None
+    tree: TreeSection = TreeSection()
+    sampler: SamplerSection = SamplerSection()
+    rewards: tuple[RewardSection, ...] = Field(min_length=1)
+    credit: CreditSection = CreditSection()
+    pruning: PruningSection = PruningSection()
+    loss: LossSection = LossSection()
+    optim: OptimSection = OptimSection()
+    batch: BatchSection = BatchSection()
+    data: DataSection
+    evaluation: EvaluationSection | None = None
+    run: RunSection = RunSection()
+    callbacks: tuple[CallbackSection, ...] = ()
