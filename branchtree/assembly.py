@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -60,7 +61,8 @@ def make_kernel(sampler: SamplerSection, prediction: str) -> Kernel:
         )
     if sampler.kind == "ddim":
         return Ddim(sampler.eta, "v" if prediction == "v" else "noise")
-    return {"dance": DanceSde, "flow": FlowSde, "cps": CpsSde}[sampler.kind](sampler.eta)
+    kernels: dict[str, Callable[[float], Kernel]] = {"dance": DanceSde, "flow": FlowSde, "cps": CpsSde}
+    return kernels[sampler.kind](sampler.eta)
 
 
 def make_siblings(tree: TreeSection) -> Siblings:

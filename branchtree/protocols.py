@@ -80,6 +80,7 @@ class Footprint:
     latent_shape: tuple[int, ...]
     activation_numbers_per_row: int  # kept for the backward pass of one row
     checkpointed_numbers_per_row: int  # the same under gradient checkpointing
+    forward_flops_per_row: float
     rows_per_prediction: int  # 2 under classifier-free guidance
     lora_parameters_per_rank: int
     source: str  # where these figures come from
@@ -134,8 +135,8 @@ class ModelAdapter(Protocol):
     def encode(self, conditions: Sequence[Condition]) -> Conditioning:
         """Encode P conditions, float tensors on the CPU with P as first axis, each row independent of the others."""
 
-    def release_encoders(self) -> None:
-        """Move the encoders off the device, until ``encode`` needs them again."""
+    def release_frozen(self) -> None:
+        """Move encoders and decoder off the device, until ``encode`` or ``decode`` needs them again."""
 
     def initial_noise(self, generator: torch.Generator) -> Tensor:
         """One sample's starting latents (*latent), float32 on the CPU, standard normal."""
@@ -158,14 +159,18 @@ class ModelAdapter(Protocol):
     def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
         """Write the trained part in the layout its own library reads.
 
-        ``denoiser_state`` holds weights, by parameter name, to write in place of the trained ones.
+        ``denoiser_state`` holds weights to write in place of the trained ones: every trainable parameter, by its
+        name in ``denoiser``. Raises CheckpointError if they do not fit.
         """
 
     def export(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
         """Write what a user loads: the complete pipeline, or under LoRA the low-rank weights alone."""
 
     def restore(self, directory: Path) -> None:
-        """Read back, to the bit, the trained weights that ``save`` wrote."""
+        """Read back, to the bit and before any sharding, the trained weights that ``save`` wrote.
+
+        Raises CheckpointError if they do not fit.
+        """
 
 
 class RewardAdapter(Protocol):
@@ -182,11 +187,17 @@ class RewardAdapter(Protocol):
         """Score sample i against condition i. A sample that cannot be scored is marked invalid."""
 
 
-class Callback(Protocol):
-    """Follows a run. Every method may do nothing; exceptions end the run."""
+class Callback:
+    """Follows a run, on the main process. Override what is of interest; an exception ends the run."""
+
+    def on_start(self, output: Path, iteration: int, iterations: int) -> None:
+        """Before the first iteration of this process: how many are done, and how many there are in all."""
 
     def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """After an iteration and its optimiser steps, on the main process."""
+        """After an iteration and its optimiser steps."""
+
+    def on_evaluation(self, iteration: int, figures: Mapping[str, float]) -> None:
+        """After an evaluation, when ``iteration`` iterations were done."""
 
     def on_end(self, output: Path) -> None:
         """After the last iteration, when ``final/`` has been written."""

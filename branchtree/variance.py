@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from branchtree.segments import segment_count, segment_sum
+from branchtree.fusion import NodeValues
+from branchtree.segments import segment_count, segment_std, segment_sum
 from branchtree.tree import Topology
 
 
@@ -88,3 +89,28 @@ def _nested(rewards: Tensor, labels: list[Tensor]) -> _Levels:
             size = sizes[k + 1]
             coefficient[j, k] = (size / sizes[j + 1] - size / sizes[j]).sum()
     return _Levels(squares, freedom, coefficient)
+
+
+@dataclass(frozen=True)
+class SplitSpread:
+    """One entry per split, in order, over the parents that split there and have at least two valid children."""
+
+    spread: Tensor  # (S,) mean sample deviation of siblings' values
+    ties: Tensor  # (S,) part of the parents whose children's values are all equal
+
+
+def split_spread(topology: Topology, values: NodeValues) -> SplitSpread:
+    """How far siblings' values lie apart at each split; an entry is NaN where no parent can be compared."""
+    splits = max(len(plan.splits) for plan in topology.plans)
+    spread: list[list[Tensor]] = [[] for _ in range(splits)]
+    for prompt, plan in enumerate(topology.plans):
+        for place, step in enumerate(plan.splits):
+            mine = values.valid[step + 1] & (topology.root[step + 1] == prompt)
+            family, parents = topology.parent[step + 1][mine], topology.width(step)
+            compared = segment_count(family, parents) > 1
+            spread[place].append(segment_std(values.value[step + 1][mine], family, parents)[compared])
+    levels = [torch.cat(level) for level in spread]
+    return SplitSpread(
+        spread=torch.stack([level.mean() for level in levels]) if levels else torch.zeros(0),
+        ties=torch.stack([(level == 0).double().mean() for level in levels]) if levels else torch.zeros(0),
+    )

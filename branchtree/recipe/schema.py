@@ -158,6 +158,9 @@ class LossSection(Section):
 
     clip_range: float = Field(default=1e-4, gt=0)
     kl: float = Field(default=0.0, ge=0)  # weight of the KL to the start policy
+    # Behaviour densities after an iteration's first optimiser step: those of the rollout, or computed again, at the
+    # price of a forward, in the batches that are trained, which leaves no numerical mismatch.
+    old_log_prob: Literal["rollout", "recomputed"] = "rollout"
 
 
 class OptimSection(Section):

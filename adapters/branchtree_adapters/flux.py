@@ -1,0 +1,300 @@
+"""The FLUX.1 family of text-to-image models, on the parts of diffusers' FluxPipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from branchtree.errors import DataError, ModelError
+from branchtree.hookspecs import Register, hookimpl
+from branchtree.protocols import Condition, Conditioning, Footprint, LoraSettings, Media
+from branchtree_adapters import _diffusers as shared
+
+_PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
+LORA_TARGETS = tuple(f"attn.{name}" for name in _PROJECTIONS)
+
+DECODE_ROWS = 8  # images sent through the VAE at once
+FLUX_DEV: shared.Configs = {
+    "transformer/config.json": {"guidance_embeds": True},
+    "vae/config.json": {
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "layers_per_block": 2,
+        "latent_channels": 16,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+    "text_encoder/config.json": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
+    "text_encoder_2/config.json": {
+        "d_model": 4096,
+        "d_ff": 10240,
+        "num_heads": 64,
+        "num_layers": 24,
+        "feed_forward_proj": "gated-gelu",
+    },
+    "tokenizer_2/tokenizer_config.json": {"model_max_length": 512},
+}
+"""The files that tell a model's sizes, and what sets FLUX.1-dev's apart from the defaults of their classes."""
+
+
+class FluxConfig(pydantic.BaseModel, extra="forbid", frozen=True):
+    """Which FLUX model, and the images it is to make. ``height`` and ``width`` are in pixels.
+
+    ``path`` is a hub id, a local pipeline folder, or ``bundled:digits_flux``. ``guidance`` is the distilled
+    guidance scale, for models that embed one. ``max_sequence_length`` is in T5 tokens.
+    """
+
+    path: str
+    height: int = pydantic.Field(default=720, gt=0)
+    width: int = pydantic.Field(default=720, gt=0)
+    guidance: float = pydantic.Field(default=3.5, ge=0)
+    max_sequence_length: int = pydantic.Field(default=512, gt=0, le=512)
+    revision: str | None = None
+
+
+class Flux:
+    """A FLUX model. Latents are packed (tokens, channels): 2x2 patches of the VAE's grid, row by row."""
+
+    modality = "image"
+    prediction = "velocity"
+    rows_per_prediction = 1
+
+    def __init__(self, config: FluxConfig) -> None:
+        self.config = config
+        self._loaded: Any = None
+        self._device, self._dtype = torch.device("cpu"), torch.float32
+        self._ids: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
+
+    @property
+    def _pipeline(self) -> Any:
+        if self._loaded is None:
+            raise ModelError("the model is not loaded; call load first.")
+        return self._loaded
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The FluxTransformer2DModel. Raises ModelError before ``load``."""
+        transformer: nn.Module = self._pipeline.transformer
+        return transformer
+
+    def footprint(self) -> Footprint:
+        """The model's sizes, from config.json files; for a hub id not in the local cache, those of FLUX.1-dev.
+
+        With S image and text tokens, D the transformer's width, and N double-stream and M single-stream blocks,
+        the backward pass keeps S D (28 N + 25 M + 6) numbers for each row, and under gradient checkpointing
+        S D (N + M + 28 + 6): the input of each block, and one block computed again. 28 and 25 were measured
+        with torch's saved_tensors_hooks for full fine-tuning under bfloat16 autocast; float32 keeps 24 and 21.
+        A forward takes S (N + M) (24 D^2 + 4 S D) operations: twelve D x D products and attention for each token.
+        Raises ModelError for a missing folder or an image size the model cannot make.
+        """
+        source = shared.locate(self.config.path, self.config.revision)
+        configs, origin = shared.read_configs(source, FLUX_DEV, "FLUX.1-dev")
+        transformer, *frozen = shared.on_meta(lambda: _build(configs))
+        rows, columns = self._grid(2 ** (len(configs["vae/config.json"]["block_out_channels"]) - 1))
+        text_limit = configs["tokenizer_2/tokenizer_config.json"]["model_max_length"]
+        sizes = transformer.config
+        tokens = rows * columns + min(self.config.max_sequence_length, text_limit)
+        unit = tokens * sizes.num_attention_heads * sizes.attention_head_dim
+        double, single = sizes.num_layers, sizes.num_single_layers
+        return Footprint(
+            denoiser_parameters=shared.count_parameters(transformer),
+            frozen_parameters=sum(shared.count_parameters(part) for part in frozen),
+            latent_shape=(rows * columns, sizes.in_channels),
+            activation_numbers_per_row=unit * (28 * double + 25 * single + 6),
+            checkpointed_numbers_per_row=unit * (double + single + 28 + 6),
+            forward_flops_per_row=(double + single) * unit * (24 * unit // tokens + 4 * tokens),
+            rows_per_prediction=self.rows_per_prediction,
+            lora_parameters_per_rank=shared.lora_parameters_per_rank(transformer, LORA_TARGETS),
+            source=origin,
+        )
+
+    def _grid(self, vae_scale: int) -> tuple[int, int]:
+        """Rows and columns of latent tokens. Raises ModelError for a size that is no multiple of the patch."""
+        patch = 2 * vae_scale
+        for name, size in (("height", self.config.height), ("width", self.config.width)):
+            if size % patch:
+                near = " or ".join(str(n * patch) for n in (size // patch, size // patch + 1) if n)
+                raise ModelError(f"{name} {size} is not a multiple of {patch}; the nearest sizes are {near}.")
+        return self.config.height // patch, self.config.width // patch
+
+    def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
+        """Load the pipeline: the transformer to ``device``, encoders and VAE to the CPU until they are needed.
+
+        Raises ModelError if the source cannot be read or the image size does not fit the model.
+        """
+        from diffusers import FluxPipeline
+
+        source = shared.locate(self.config.path, self.config.revision)
+        loaded = shared.load_pipeline(FluxPipeline, source, dtype, "transformer", denoiser_dtype)
+        self._grid(loaded.vae_scale_factor)
+        shared.own_storage(loaded.transformer, device)
+        for part in (loaded.vae, loaded.text_encoder, loaded.text_encoder_2):
+            shared.own_storage(part, torch.device("cpu"))
+            part.requires_grad_(False)
+        self._loaded, self._device, self._dtype = loaded, device, denoiser_dtype
+
+    def add_lora(self, settings: LoraSettings, seed: int) -> None:
+        """Freeze the transformer and put float32 LoRA weights on it, on ``LORA_TARGETS`` unless told otherwise.
+
+        Raises ModelError for a target that names no linear layer.
+        """
+        shared.add_lora(self.denoiser, settings, settings.targets or LORA_TARGETS, seed)
+
+    def without_lora(self, denoiser: nn.Module) -> AbstractContextManager[None]:
+        """A context in which ``denoiser`` acts without its LoRA. Raises ModelError on entry if it has none."""
+        return shared.lora_disabled(denoiser)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        self._pipeline.transformer.enable_gradient_checkpointing()
+
+    @torch.no_grad()
+    def encode(self, conditions: Sequence[Condition]) -> Conditioning:
+        """Encode P prompts, one at a time so that no row depends on another.
+
+        Returns, on the CPU in the encoders' dtype, ``prompt_embeds`` (P, tokens, dim) of T5 and
+        ``pooled_prompt_embeds`` (P, dim) of CLIP. Raises DataError for a negative prompt, which is not used here.
+        """
+        pipeline = self._pipeline
+        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
+            encoder.to(self._device)
+        tokens = min(self.config.max_sequence_length, pipeline.tokenizer_2.model_max_length)
+        rows: list[tuple[Tensor, Tensor]] = []
+        for condition in conditions:
+            if condition.negative_prompt:
+                raise DataError(f"'{condition.prompt}' has a negative prompt, which flux does not take; remove it.")
+            text, pooled, _ = pipeline.encode_prompt(condition.prompt, device=self._device, max_sequence_length=tokens)
+            rows.append((text.cpu(), pooled.cpu()))
+        prompt_embeds, pooled_prompt_embeds = (torch.cat(column) for column in zip(*rows, strict=True))
+        return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+    def release_frozen(self) -> None:
+        """Move text encoders and VAE to the CPU, and give their memory on the device back."""
+        for part in (self._pipeline.text_encoder, self._pipeline.text_encoder_2, self._pipeline.vae):
+            part.to("cpu")
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def initial_noise(self, generator: torch.Generator) -> Tensor:
+        """Starting latents (tokens, channels), float32 on the CPU: what FluxPipeline draws from ``generator``."""
+        from diffusers.utils.torch_utils import randn_tensor
+
+        rows, columns = self._grid(self._pipeline.vae_scale_factor)
+        shape = (1, self._pipeline.transformer.config.in_channels // 4, 2 * rows, 2 * columns)
+        noise = randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=torch.float32)
+        packed: Tensor = self._pipeline._pack_latents(noise, *shape)
+        return packed[0]
+
+    def sigmas(self, steps: int) -> Tensor:
+        """FluxPipeline's schedule for the configured image size, shift included: (steps + 1,) float32, to 0."""
+        import numpy as np
+        from diffusers import FlowMatchEulerDiscreteScheduler
+        from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
+
+        rows, columns = self._grid(self._pipeline.vae_scale_factor)
+        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._pipeline.scheduler.config)
+        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+        shift = calculate_shift(rows * columns, *(scheduler.config[name] for name in names))
+        retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift)
+        sigmas: Tensor = scheduler.sigmas
+        return sigmas
+
+    def predict(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """The velocity (B, tokens, channels), float32, of latents (B, tokens, channels) at sigma (B,) in [0, 1].
+
+        ``conditioning`` holds B rows of what ``encode`` returned. The transformer gets its inputs in the dtype it
+        was loaded in, and the timestep with the roundings of FluxPipeline.
+        """
+        device = latents.device
+        text = conditioning["prompt_embeds"].to(device, self._dtype)
+        text_ids, image_ids = self._positions(device, text.shape[1])
+        guided = self._pipeline.transformer.config.guidance_embeds
+        guidance = torch.full((len(latents),), self.config.guidance, device=device) if guided else None
+        velocity: Tensor = (self.denoiser if denoiser is None else denoiser)(
+            hidden_states=latents.to(self._dtype),
+            timestep=(sigma.to(device) * 1000).to(self._dtype) / 1000,
+            guidance=guidance,
+            pooled_projections=conditioning["pooled_prompt_embeds"].to(device, self._dtype),
+            encoder_hidden_states=text,
+            txt_ids=text_ids,
+            img_ids=image_ids,
+            return_dict=False,
+        )[0]
+        return velocity.float()
+
+    def _positions(self, device: torch.device, text_tokens: int) -> tuple[Tensor, Tensor]:
+        """Position ids of text (text tokens, 3) and image (tokens, 3), made once for each device and length."""
+        key = (device, text_tokens)
+        if key not in self._ids:
+            grid = self._grid(self._pipeline.vae_scale_factor)
+            image = self._pipeline._prepare_latent_image_ids(1, *grid, device, torch.float32)
+            self._ids[key] = (torch.zeros(text_tokens, 3, device=device), image)
+        return self._ids[key]
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Media:
+        """Decode latents (B, tokens, channels) to images (B, 3, H, W), float32 in [0, 1], on the device."""
+        pipeline = self._pipeline
+        vae = pipeline.vae.to(self._device)
+        size = (self.config.height, self.config.width, pipeline.vae_scale_factor)
+        images = []
+        for first in range(0, len(latents), DECODE_ROWS):
+            packed = latents[first : first + DECODE_ROWS].to(self._device)
+            grid = pipeline._unpack_latents(packed, *size) / vae.config.scaling_factor + vae.config.shift_factor
+            pixels = vae.decode(grid.to(vae.dtype), return_dict=False)[0]
+            images.append((pixels.float() / 2 + 0.5).clamp(0, 1))
+        return Media(images=torch.cat(images))
+
+    def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the trained part: ``pytorch_lora_weights.safetensors``, or the whole ``transformer/`` without LoRA.
+
+        ``denoiser_state`` (by trainable-parameter name, all of them) is written in place of the trained weights,
+        which stay as they are. Raises CheckpointError if its names or shapes are not the transformer's.
+        """
+        if shared.has_lora(self.denoiser):
+            shared.save_lora(self._pipeline, self.denoiser, directory, denoiser_state)
+        else:
+            shared.with_weights(self.denoiser, denoiser_state).save_pretrained(directory / "transformer")
+
+    def export(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
+        """Write what a user loads: the LoRA file, or without LoRA a complete FluxPipeline folder. See ``save``."""
+        if shared.has_lora(self.denoiser):
+            self.save(directory, denoiser_state)
+        else:
+            parts = {**self._pipeline.components, "transformer": shared.with_weights(self.denoiser, denoiser_state)}
+            type(self._pipeline)(**parts).save_pretrained(directory)
+
+    def restore(self, directory: Path) -> None:
+        """Read back what ``save`` wrote, to the bit, before sharding. Raises CheckpointError if it does not fit."""
+        if shared.has_lora(self.denoiser):
+            shared.restore_lora(self.denoiser, directory)
+        else:
+            shared.restore_denoiser(self.denoiser, directory / "transformer")
+
+
+def _build(configs: shared.Configs) -> tuple[Any, nn.Module, nn.Module, nn.Module]:
+    """Transformer, VAE, CLIP and T5 with fresh weights, from the contents of their config.json files."""
+    from diffusers import AutoencoderKL, FluxTransformer2DModel
+    from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+
+    return (
+        FluxTransformer2DModel.from_config(dict(configs["transformer/config.json"])),
+        AutoencoderKL.from_config(dict(configs["vae/config.json"])),
+        CLIPTextModel(CLIPTextConfig.from_dict(dict(configs["text_encoder/config.json"]))),
+        T5EncoderModel(T5Config.from_dict(dict(configs["text_encoder_2/config.json"]))),
+    )
+
+
+@hookimpl
+def register_models(register: Register) -> None:
+    """Register the model family ``flux``."""
+    register("flux", build=Flux, config=FluxConfig, summary="FLUX.1 text-to-image models (diffusers FluxPipeline)")

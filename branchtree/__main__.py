@@ -1,0 +1,5 @@
+"""``python -m branchtree``, and ``accelerate launch -m branchtree``."""
+
+from branchtree.cli import main
+
+main()

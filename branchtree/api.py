@@ -1,0 +1,51 @@
+"""The functions behind ``import branchtree``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from branchtree.recipe import Recipe, load_recipe
+
+if TYPE_CHECKING:
+    from branchtree.planning import RunPlan
+    from branchtree.protocols import Callback
+    from branchtree.training.trainer import TrainResult
+
+
+def train(
+    recipe: str | Path | Recipe,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    output: str | Path | None = None,
+    smoke: bool = False,
+    resume: bool = False,
+    callbacks: Sequence[Callback] = (),
+) -> TrainResult:
+    """Train a model by a recipe.
+
+    ``recipe`` is a name, a YAML path, or a loaded Recipe; ``overrides`` maps dotted keys to values, as in
+    ``{"optim.lr": 2e-5}``. The run is written to ``output``, by default ``runs/<recipe name>``; ``resume`` continues
+    the one that is there. ``smoke`` swaps in the recipe's small models and rewards. Raises a BranchTreeError, with
+    what is wrong and where, before work is done that it would cost.
+    """
+    from branchtree.training.trainer import train_recipe
+
+    resolved = _resolve(recipe, overrides, smoke)
+    return train_recipe(resolved, Path(output or Path("runs") / resolved.name).expanduser(), resume, callbacks)
+
+
+def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None, *, smoke: bool = False) -> RunPlan:
+    """Work out a recipe's tree, rows and memory without loading a model; see ``train`` for the arguments."""
+    from branchtree.planning import plan_recipe
+
+    return plan_recipe(_resolve(recipe, overrides, smoke))
+
+
+def _resolve(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None, smoke: bool) -> Recipe:
+    if isinstance(recipe, Recipe):
+        if overrides or smoke:
+            raise TypeError("a loaded recipe takes neither overrides nor smoke: give them to load_recipe")
+        return recipe
+    return load_recipe(recipe, overrides, smoke=smoke)

@@ -1,0 +1,133 @@
+"""The commands. Heavy libraries are imported inside them, so that ``branchtree --help`` answers at once."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.table import Table
+
+from branchtree.errors import BranchTreeError, RecipeError
+
+app = typer.Typer(
+    name="branchtree",
+    help="Train diffusion and flow-matching models with tree-structured reinforcement learning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console(highlight=False)
+
+RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name, or the path of a YAML file.")]
+OverridesArgument = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys, as in optim.lr=2e-5.")
+]
+SmokeOption = Annotated[bool, typer.Option("--smoke", help="Use the recipe's bundled small model and rewards.")]
+
+
+def main() -> None:
+    """Run a command; an expected error is one message on standard error and exit code 2."""
+    try:
+        app()
+    except BranchTreeError as error:
+        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+        sys.exit(2)
+
+
+@app.callback()
+def _options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False) -> None:
+    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    log = logging.getLogger("branchtree")
+    log.handlers, log.propagate = [handler], False
+    log.setLevel(logging.INFO if verbose else logging.WARNING)
+
+
+@app.command()
+def train(
+    recipe: RecipeArgument,
+    overrides: OverridesArgument = None,
+    smoke: SmokeOption = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output directory.")] = False,
+    output: Annotated[Path | None, typer.Option(help="The run's directory; runs/<recipe name> by default.")] = None,
+    report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
+) -> None:
+    """Train a model by a recipe."""
+    from branchtree.api import train as run
+    from branchtree.cli.display import ProgressDisplay, figures_table
+
+    changes = parse_overrides(overrides or [])
+    with ProgressDisplay(console) as display:
+        result = run(recipe, changes, output=output, smoke=smoke, resume=resume, callbacks=[display])
+    if result.before and result.after:
+        console.print(figures_table(result.before, result.after))
+    if not result.finished:
+        console.print(f"Stopped after {result.iterations} iterations; continue with --resume --output {result.output}")
+        return
+    console.print(f"Trained model: {result.output / 'final'}")
+    if report:
+        from branchtree.report import write_report
+
+        console.print(f"Report: {write_report(result.output)}")
+
+
+@app.command()
+def plan(recipe: RecipeArgument, overrides: OverridesArgument = None, smoke: SmokeOption = False) -> None:
+    """Show a recipe's tree, rows and memory, without loading a model."""
+    from branchtree.api import plan as make_plan
+    from branchtree.cli.display import print_plan
+
+    print_plan(console, make_plan(recipe, parse_overrides(overrides or []), smoke=smoke))
+
+
+@app.command()
+def recipes() -> None:
+    """List the recipes that can be named."""
+    from branchtree.recipe import recipe_names
+    from branchtree.recipe.source import read_yaml
+
+    table = Table("Recipe", "What it does", box=None, header_style="bold", padding=(0, 2))
+    for name, path in recipe_names().items():
+        table.add_row(name, str(read_yaml(path).data.get("description", "")))
+    console.print(table)
+
+
+@app.command()
+def plugins() -> None:
+    """List the installed models, rewards and callbacks, and plug-ins that cannot be loaded."""
+    from branchtree.plugins import registry
+
+    found = registry()
+    table = Table("Kind", "Name", "What it is", "From", box=None, header_style="bold", padding=(0, 2))
+    for kind, entries in (("model", found.models), ("reward", found.rewards), ("callback", found.callbacks)):
+        for entry in entries.values():
+            table.add_row(kind, entry.name, entry.summary, entry.distribution)
+    console.print(table)
+    for broken in found.broken:
+        console.print(str(broken), style="red", markup=False)
+
+
+@app.command()
+def report(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
+    """Write a run's report.html."""
+    from branchtree.report import write_report
+
+    console.print(f"Report: {write_report(run)}")
+
+
+def parse_overrides(overrides: list[str]) -> dict[str, Any]:
+    """``key=value`` words as a mapping. Raises RecipeError for a word without '='."""
+    from branchtree.recipe.source import parse_value
+
+    changes: dict[str, Any] = {}
+    for word in overrides:
+        key, separator, value = word.partition("=")
+        if not separator or not key:
+            raise RecipeError(f"override '{word}': write it as key=value, for example optim.lr=2e-5")
+        changes[key] = parse_value(value)
+    return changes

@@ -1,0 +1,220 @@
+"""How training went: rewards, signals of the update, and where along the depths credit and loss lie."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+from branchtree.report.markup import escape, number
+from branchtree.report.plot import SERIES, SMALL, WIDE, lines, plot, whole_ticks
+from branchtree.report.read import Evaluation, Row, Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SMOOTHED_FROM = 40  # iterations; fewer are shown as they are
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A small chart: its title, the metrics it shows, and how to read it."""
+
+    title: str
+    keys: tuple[str, ...]
+    meaning: str
+
+
+SIGNALS = (
+    Signal(
+        "Loss", ("loss",), "The clipped objective. Advantages are centred, so it stays near 0 however training goes."
+    ),
+    Signal("Gradient norm", ("grad_norm",), "Before clipping to the recipe's largest norm."),
+    Signal(
+        "Clipped edges",
+        ("ratio/clipped_fraction",),
+        "Part of the trained edges whose likelihood ratio lies outside the clip range.",
+    ),
+    Signal("Ratio deviation", ("ratio/max_deviation",), "Largest distance of a likelihood ratio from 1."),
+    Signal(
+        "Log-density mismatch",
+        ("log_prob/mismatch_mean", "log_prob/mismatch_max"),
+        "Between rollout and gradient pass before the first update: mean and largest; 0 where both compute the same.",
+    ),
+    Signal("Learning rate", ("lr",), "As the schedule set it."),
+    Signal("Valid rewards", ("reward/valid_fraction",), "Part of the leaves on which no reward failed."),
+    Signal(
+        "Rows per iteration",
+        ("rows/rollout", "rows/gradient"),
+        "Rows sent through the denoiser: in the rollout, and in the gradient pass.",
+    ),
+)
+
+
+def reward_charts(run: Run) -> str:
+    """The training rewards against iterations and, where they are recorded, against rows."""
+    labels = [match[1] for key in keys(run.metrics) if (match := re.fullmatch(r"reward/(.+)/mean", key))]
+    by_rows = sum(row.get("rows/total") is not None for row in run.metrics) > 1
+    charts = []
+    for place, label in enumerate(labels):
+        views = [_reward(run, label, place, "iteration", "iteration")]
+        if by_rows:
+            views.append(_reward(run, label, place, "rows/total", "row equivalents (rollout + 3 x gradient)"))
+        charts.append(f"<figure><figcaption><b>{escape(label)}</b></figcaption>{''.join(views)}</figure>")
+    if not charts:
+        return ""
+    switch = _SWITCH if by_rows else ""
+    smoothed = len(run.metrics) >= SMOOTHED_FROM
+    keys_ = [(0, "line", f"running mean over {_window(len(run.metrics))} iterations" if smoothed else "mean")]
+    keys_ += [(0, "faint", "mean of an iteration's leaves")] if smoothed else []
+    keys_ += [(0, "band", "mean \N{PLUS-MINUS SIGN} standard deviation of the leaves")]
+    return f'<div class="switched">{switch}{_legend(keys_)}<div class="charts wide">{"".join(charts)}</div></div>'
+
+
+_SWITCH = (
+    '<div class="switch" role="radiogroup" aria-label="Horizontal axis of the reward curves">'
+    '<label><input type="radio" name="axis" class="pick-iteration" checked>against iterations</label>'
+    '<label><input type="radio" name="axis" class="pick-rows">against rows</label></div>'
+)
+
+
+def _reward(run: Run, label: str, place: int, against: str, xlabel: str) -> str:
+    x = values(run.metrics, against)
+    mean, std = values(run.metrics, f"reward/{label}/mean"), values(run.metrics, f"reward/{label}/std")
+
+    def draw(axes: Axes) -> None:
+        low = [m - s for m, s in zip(mean, std, strict=True)]
+        high = [m + s for m, s in zip(mean, std, strict=True)]
+        axes.fill_between(x, low, high, color=SERIES[0], alpha=0.16, linewidth=0)
+        smoothed = len(mean) >= SMOOTHED_FROM
+        lines(axes, x, mean, 0, faint=smoothed)
+        if smoothed:
+            lines(axes, x, running_mean(mean, _window(len(mean))), 0)
+        if against == "iteration":
+            whole_ticks(axes)
+
+    kind = "iteration" if against == "iteration" else "rows"
+    alt = f"Training reward {label} against {kind}: {_told(mean)}."
+    return f'<div class="by-{kind}">{plot(f"reward-{place}-{kind}", alt, WIDE, xlabel, draw)}</div>'
+
+
+def signal_charts(run: Run) -> str:
+    """Small charts of what tells whether updates are healthy; those without data are left out."""
+    charts = []
+    for place, signal in enumerate(SIGNALS):
+        shown = [key for key in signal.keys if any(row.get(key) is not None for row in run.metrics)]
+        if not shown:
+            continue
+        series = [values(run.metrics, key) for key in shown]
+        draw = partial(_draw_series, x=values(run.metrics, "iteration"), series=series)
+        alt = f"{signal.title} against iterations: " + "; ".join(_told(line) for line in series) + "."
+        svg = plot(f"signal-{place}", alt, SMALL, "iteration", draw)
+        names = [(i, "line", key.rpartition("/")[2].replace("_", " ")) for i, key in enumerate(shown)]
+        legend = _legend(names) if len(names) > 1 else ""
+        charts.append(_small(signal.title, signal.meaning, legend + svg))
+    return _small_charts(charts)
+
+
+def evaluation_charts(evaluations: Sequence[Evaluation]) -> str:
+    """The held-out figures against iterations, where there are enough of them to make a curve."""
+    charts = []
+    for place, label in enumerate(evaluation_labels(evaluations)):
+        points = [(e.iteration, e.figures[label].mean) for e in evaluations if label in e.figures]
+        known = [(float(iteration), mean) for iteration, mean in points if mean is not None]
+        if len(known) < 3:
+            continue
+        x, y = [point[0] for point in known], [point[1] for point in known]
+        alt = f"Held-out {label} against iterations: {_told(y)}."
+        svg = plot(f"heldout-{place}", alt, SMALL, "iteration", partial(_draw_series, x=x, series=[y]))
+        charts.append(_small(label, "", svg))
+    return _small_charts(charts)
+
+
+def depth_charts(run: Run) -> str:
+    """Per depth: the mean size of an advantage, and the share of the loss, averaged over the iterations."""
+    charts = []
+    for prefix, title, meaning in (
+        ("advantage/abs_mean/depth_", "Mean size of an advantage", "Mean |advantage| of the edges into a depth."),
+        ("loss_share/depth_", "Share of the loss", "What the trained edges into a depth contribute to the loss."),
+    ):
+        means = {int(key.removeprefix(prefix)): mean(run.metrics, key) for key in keys(run.metrics, prefix, r"\d+")}
+        heights = {depth: height for depth, height in sorted(means.items()) if height is not None}
+        if heights:
+            largest = max(heights, key=lambda depth: heights[depth])
+            alt = f"{title} by depth; largest at depth {largest} with {number(heights[largest])}."
+            svg = plot(f"depth-{prefix[:4]}", alt, SMALL, "depth of the edge's end", partial(_bars, heights=heights))
+            charts.append(_small(title, f"{meaning} Mean over {len(run.metrics)} iterations.", svg))
+    return _small_charts(charts)
+
+
+def evaluation_labels(evaluations: Sequence[Evaluation]) -> list[str]:
+    """Every label that was evaluated, in the order of first appearance."""
+    return list(dict.fromkeys(label for evaluation in evaluations for label in evaluation.figures))
+
+
+def keys(rows: Sequence[Row], prefix: str = "", rest: str = ".*") -> list[str]:
+    """The names of figures that occur with a value, in the order of first appearance."""
+    pattern = re.compile(re.escape(prefix) + rest, re.DOTALL)
+    found = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
+    return [key for key in found if pattern.fullmatch(key)]
+
+
+def values(rows: Sequence[Row], key: str) -> list[float]:
+    """A figure over the iterations; not-a-number where it is missing, so that lines have gaps there."""
+    return [math.nan if (value := row.get(key)) is None else value for row in rows]
+
+
+def mean(rows: Sequence[Row], key: str) -> float | None:
+    """The mean of a figure over the iterations that have it."""
+    present = [value for row in rows if (value := row.get(key)) is not None]
+    return sum(present) / len(present) if present else None
+
+
+def running_mean(series: Sequence[float], window: int) -> list[float]:
+    """The mean over a window centred on each place, of what of it exists."""
+    half = window // 2
+    means = []
+    for place in range(len(series)):
+        near = [value for value in series[max(place - half, 0) : place + half + 1] if not math.isnan(value)]
+        means.append(sum(near) / len(near) if near else math.nan)
+    return means
+
+
+def _window(count: int) -> int:
+    return 2 * max(count // 40, 1) + 1
+
+
+def _draw_series(axes: Axes, x: Sequence[float], series: Sequence[Sequence[float]]) -> None:
+    for colour, line in enumerate(series):
+        lines(axes, x, line, colour)
+    whole_ticks(axes)
+
+
+def _bars(axes: Axes, heights: dict[int, float]) -> None:
+    axes.bar(list(heights), list(heights.values()), color=SERIES[0], width=0.72)
+    whole_ticks(axes)
+
+
+def _told(series: Sequence[float]) -> str:
+    """What a curve does, in words."""
+    known = [value for value in series if not math.isnan(value)]
+    if not known:
+        return "no values"
+    return f"from {number(known[0])} to {number(known[-1])}, between {number(min(known))} and {number(max(known))}"
+
+
+def _small(title: str, meaning: str, content: str) -> str:
+    return f"<figure><figcaption><b>{escape(title)}</b> <span>{escape(meaning)}</span></figcaption>{content}</figure>"
+
+
+def _small_charts(charts: Sequence[str]) -> str:
+    return f'<div class="charts small">{"".join(charts)}</div>' if charts else ""
+
+
+def _legend(names: Sequence[tuple[int, str, str]]) -> str:
+    """What the colours mean: (series, kind of mark, text)."""
+    entries = (f'<span><i class="mark {kind} c{colour}"></i>{escape(text)}</span>' for colour, kind, text in names)
+    return f'<p class="legend">{"".join(entries)}</p>'

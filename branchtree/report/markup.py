@@ -1,0 +1,86 @@
+"""Text and numbers as HTML. Everything that comes from a run passes through ``escape``: prompts are not trusted."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Sequence
+
+MISSING = "\N{EN DASH}"
+MINUS = "\N{MINUS SIGN}"
+ARROW = "\N{RIGHTWARDS ARROW}"
+_CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
+
+
+def escape(text: object) -> str:
+    """Any text, safe between tags and inside quoted attributes; what UTF-8 or HTML cannot hold is replaced."""
+    plain = str(text).encode("utf-8", "replace").decode("utf-8")
+    return html.escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", plain), quote=True)
+
+
+def number(value: float | None, digits: int = 4) -> str:
+    """A number to so many significant digits; whole numbers in full, with thousands apart."""
+    if value is None:
+        return MISSING
+    if value == int(value) and abs(value) < 1e15:
+        shown = f"{int(value):,}".replace(",", "\N{NARROW NO-BREAK SPACE}")
+    elif 1 <= abs(value) < 1e6:
+        shown = f"{value:.{max(digits - len(str(int(abs(value)))), 0)}f}"
+    elif 1e-4 <= abs(value) < 1:
+        shown = f"{value:#.{digits}g}"
+    else:
+        shown = f"{value:.{digits - 1}e}"
+    return shown.replace("-", MINUS)
+
+
+def signed(value: float | None, digits: int = 4) -> str:
+    """A change: a number that always has its sign."""
+    shown = number(value, digits)
+    return shown if value is None or value <= 0 else f"+{shown}"
+
+
+def percent(part: float | None) -> str:
+    """A share of 1 as a percentage."""
+    return MISSING if part is None else f"{100 * part:.1f}\N{NARROW NO-BREAK SPACE}%".replace("-", MINUS)
+
+
+def duration(seconds: float | None) -> str:
+    """Seconds as the two largest units that say them."""
+    if seconds is None or seconds < 0:
+        return MISSING
+    if seconds < 60:
+        return f"{number(seconds, 3)} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], classes: str = "") -> str:
+    """A table whose first column names its rows; cells and heads are HTML already, the caption is text."""
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
+    body = "".join(
+        f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
+    )
+    name = escape(caption)
+    return (
+        f'<div class="scroll" role="region" aria-label="{name}" tabindex="0"><table class="{classes}">'
+        f"<caption>{name}</caption><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
+
+
+def bar(part: float | None, colour: int = 0) -> str:
+    """A share of 1 as a percentage with a bar beside it."""
+    width = 0.0 if part is None else 100 * min(max(part, 0.0), 1.0)
+    fill = f'<span class="bar" aria-hidden="true"><span class="c{colour}" style="width:{width:.2f}%"></span></span>'
+    return f'<span class="share">{fill}<span>{percent(part)}</span></span>'
+
+
+def section(name: str, title: str, body: str, lead: str = "") -> str:
+    """A titled part of the page, or nothing if it has no body; ``lead`` is HTML."""
+    if not body:
+        return ""
+    intro = f'<p class="lead">{lead}</p>' if lead else ""
+    return (
+        f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>{intro}{body}</section>'
+    )

@@ -1,0 +1,101 @@
+"""The page itself: its order, its frame, and how it is written."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from importlib.resources import files
+from pathlib import Path
+from string import Template
+
+from branchtree.errors import OutputError
+from branchtree.report import sections
+from branchtree.report.curves import depth_charts, reward_charts, signal_charts
+from branchtree.report.markup import escape, section
+from branchtree.report.read import Run, read_run
+from branchtree.report.tree_figure import tree_figures
+
+NAME = "report.html"
+
+
+def write_report(run: Path) -> Path:
+    """Write ``report.html`` into a run directory and return its path.
+
+    The page needs nothing beside itself: pictures, plots and styles are inside it. A run that is in progress or was
+    killed gives a page of what it has written so far. Raises OutputError if the directory is no run or cannot be
+    written to.
+    """
+    run = Path(run)
+    page = render(read_run(run))
+    target = run / NAME
+    try:
+        _replace(target, page)
+    except OSError as error:
+        raise OutputError(
+            f"{target}: cannot be written: {error.strerror}; make the directory writable and free some space"
+        ) from None
+    return target
+
+
+def render(run: Run) -> str:
+    """The page as text."""
+    parts = _parts(run)
+    shown = [(name, title, body, lead) for name, title, body, lead in parts if body]
+    contents = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _, _ in shown)
+    resources = files("branchtree.report")
+    title = escape(run.setting("name") or "Unnamed run")
+    description = run.setting("description")
+    return Template(resources.joinpath("template.html").read_text(encoding="utf-8")).substitute(
+        style=resources.joinpath("style.css").read_text(encoding="utf-8"),
+        title=title,
+        description=f'<p class="description">{escape(description)}</p>' if description else "",
+        status=sections.status(run),
+        facts=sections.facts(run),
+        notes=sections.notes(run),
+        contents=contents,
+        key_numbers=sections.key_numbers(run),
+        body="".join(section(*part) for part in shown),
+    )
+
+
+def _parts(run: Run) -> list[tuple[str, str, str, str]]:
+    """(anchor, title, body, lead) of every section; one without a body is left out."""
+    nothing = "" if run.metrics else '<p class="missing">No iteration has finished yet.</p>'
+    return [
+        ("held-out", "Held-out figures", sections.evaluation(run), _HELD_OUT),
+        ("rewards", "Training rewards", nothing or reward_charts(run), _REWARDS),
+        ("samples", "Samples before and after", sections.samples(run), _SAMPLES),
+        ("trees", "Recorded trees", tree_figures(run), _TREES),
+        ("credit", "Credit by split", sections.credit(run), _CREDIT),
+        ("depths", "Credit by depth", depth_charts(run), ""),
+        ("signals", "Update signals", signal_charts(run), ""),
+        ("time", "Time", sections.timing(run), ""),
+        ("details", "Details", sections.metrics(run) + sections.recipe(run), ""),
+    ]
+
+
+_HELD_OUT = "Means over samples of prompts that are not trained on, from the same noises each time."
+_REWARDS = "Rewards of the leaves of each iteration's trees; prompts differ from one iteration to the next."
+_SAMPLES = "Both grids start from the same noises, in the same order."
+_TREES = (
+    "Noise is on the left and the finished samples are on the right. A node's colour is its advantage, the number "
+    "before a node is the fused value of the leaves below it."
+)
+_CREDIT = (
+    "How much of the variance of the rewards within a prompt arises between the children of each split, beside the "
+    "share that the split would have if all leaves were independent. A ratio above 1 marks a split that decides "
+    "more than its number of branches explains."
+)
+
+
+def _replace(target: Path, text: str) -> None:
+    """Put a finished file in place: a reader sees the old page or the new one, never a part."""
+    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
+            file.write(text)
+        Path(name).chmod(0o644)
+        os.replace(name, target)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

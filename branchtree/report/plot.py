@@ -1,0 +1,101 @@
+"""Plots as inline SVG that takes its colours from the page, so that it follows light and dark mode.
+
+Matplotlib draws with stand-in colours, which are then replaced by the page's CSS variables. Only numbers are drawn;
+names that come from a run stand in the page's own text, never in a plot.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from branchtree.report.markup import escape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+INK, MUTED, GRID = "#0000f1", "#0000f2", "#0000f3"
+SERIES = tuple(f"#0000a{place}" for place in range(4))
+SMALL, WIDE = (4.8, 2.75), (6.7, 3.5)  # inches of 72 units
+
+_VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {c: f"--c{i}" for i, c in enumerate(SERIES)}
+_STYLE: Any = {
+    "svg.fonttype": "none",
+    "font.family": "sans-serif",
+    "font.size": 10,
+    "axes.edgecolor": MUTED,
+    "axes.labelcolor": MUTED,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "axes.formatter.limits": (-3, 4),
+    "axes.formatter.use_mathtext": False,
+    "axes.xmargin": 0.02,
+    "axes.ymargin": 0.08,
+    "grid.color": GRID,
+    "grid.linewidth": 0.8,
+    "lines.linewidth": 1.6,
+    "xtick.color": MUTED,
+    "ytick.color": MUTED,
+    "ytick.major.size": 0,
+    "text.color": INK,
+}
+
+
+def plot(name: str, alt: str, size: tuple[float, float], xlabel: str, draw: Callable[[Axes], None]) -> str:
+    """One set of axes as an ``svg`` element; ``name`` keeps its ids apart from those of the page's other plots."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    written = io.BytesIO()
+    style: Any = {**_STYLE, "svg.hashsalt": name}
+    with mpl.rc_context(style):
+        figure = Figure(figsize=size)
+        left, bottom = 0.62 / size[0], 0.52 / size[1]
+        axes = figure.add_axes((left, bottom, 0.97 - left, 0.91 - bottom))
+        axes.set_xlabel(xlabel)
+        draw(axes)
+        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    return _inline(written.getvalue().decode("utf-8"), name, alt)
+
+
+def whole_ticks(axes: Axes) -> None:
+    """Count along x in whole numbers."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def lines(axes: Axes, x: Sequence[float], y: Sequence[float], colour: int, faint: bool = False) -> None:
+    """A line with gaps where y is not a number; few points are marked, so that a single one can be seen."""
+    axes.plot(
+        x,
+        y,
+        color=SERIES[colour],
+        alpha=0.35 if faint else 1.0,
+        linewidth=0.9 if faint else 1.6,
+        marker="o" if len(x) <= 30 and not faint else "",
+        markersize=3,
+    )
+
+
+def _inline(svg: str, name: str, alt: str) -> str:
+    """What stands inside the document: no prolog, no metadata, no styles that would leak, ids of its own."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"<style\b.*?</style>", "", svg, flags=re.DOTALL)
+    view = re.search(r'viewBox="([^"]+)"', svg)
+    box = view.group(1) if view else "0 0 100 100"
+    svg = f'<svg class="plot" viewBox="{box}" role="img" aria-label="{escape(alt)}">' + svg[svg.index(">") + 1 :]
+    svg = svg.replace("xlink:href=", "href=")
+    svg = re.sub(r'\bid="', f'id="{name}-', svg)
+    svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
+    for stand_in, variable in _VARIABLES.items():
+        svg = svg.replace(stand_in, f"var({variable})")
+    return re.sub(r"\n\s*", "\n", svg).strip()

@@ -1,0 +1,256 @@
+"""A run directory as data. Whatever a run in progress, or one that was killed, has not written is simply absent."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from branchtree.errors import OutputError
+
+RECIPE, METRICS, TIMING = "recipe.yaml", "metrics.jsonl", "timing.jsonl"
+EVALUATION, SUMMARY, SAMPLES, TREES = "evaluation.jsonl", "summary.json", "samples", "trees"
+
+Row = Mapping[str, float | None]
+"""One iteration's figures by name; None where a figure is missing or not finite."""
+
+Number = Annotated[float | None, AfterValidator(lambda value: None if value is None else finite(value))]
+
+
+class Part(BaseModel):
+    """A part of a run's files; unknown keys are left alone."""
+
+    model_config = ConfigDict(frozen=True)
+
+
+class Figure(Part):
+    """A held-out figure: the mean over the valid samples."""
+
+    mean: Number = None
+    valid: int | None = None
+    samples: int | None = None
+
+
+class Evaluation(Part):
+    """The held-out figures by label after so many iterations; 0 is before training."""
+
+    iteration: int
+    figures: dict[str, Figure] = {}
+
+
+class SampleGrid(Part):
+    """A picture of samples, one per prompt, in rows of ``columns``."""
+
+    iteration: int
+    prompts: tuple[str, ...] = ()
+    columns: int = 8
+    image: Path = Path()
+
+
+class Node(Part):
+    """A node of a recorded tree; ``trained`` and ``stochastic`` speak of the edge into it."""
+
+    id: int
+    depth: int = Field(ge=0)
+    parent: int | None = None
+    value: Number = None
+    advantage: Number = None
+    trained: bool = True
+    stochastic: bool = True
+
+
+class Leaf(Part):
+    """What a recorded tree's leaf was worth, and its picture relative to the folder of trees."""
+
+    node: int
+    rewards: dict[str, Number] = {}
+    valid: bool = True
+    thumbnail: str | None = None
+
+
+class Tree(Part):
+    """A recorded tree of one prompt."""
+
+    iteration: int
+    prompt: str = ""
+    splits: tuple[int, ...] = ()
+    nodes: tuple[Node, ...] = Field(min_length=1)
+    leaves: tuple[Leaf, ...] = ()
+
+    @model_validator(mode="after")
+    def _connected(self) -> Tree:
+        depth = {node.id: node.depth for node in self.nodes}
+        if len(depth) != len(self.nodes):
+            raise ValueError("two nodes have the same id")
+        for node in self.nodes:
+            above = -1 if node.parent is None else depth.get(node.parent)
+            if above is None or node.depth != above + 1:
+                raise ValueError(f"node {node.id} does not lie one step below its parent")
+        if any(leaf.node not in depth for leaf in self.leaves):
+            raise ValueError("a leaf names a node that is not there")
+        return self
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run as it lies on disk."""
+
+    path: Path
+    recipe: Mapping[str, Any]
+    recipe_text: str
+    metrics: Sequence[Row]
+    timing: Sequence[Row]
+    evaluations: Sequence[Evaluation]
+    samples: Sequence[SampleGrid]
+    trees: Sequence[Tree]
+    summary: Mapping[str, Any] | None
+    notes: list[str] = field(default_factory=list)  # what could not be read, for the reader of the page
+
+    @property
+    def done(self) -> int:
+        """Iterations that finished."""
+        last = self.metrics[-1]["iteration"] if self.metrics else None
+        return 0 if last is None else int(last) + 1
+
+    @property
+    def planned(self) -> int | None:
+        """Iterations that the recipe asks for."""
+        iterations = self.setting("run", "iterations")
+        return iterations if isinstance(iterations, int) else None
+
+    def setting(self, *keys: str) -> Any:
+        """A value of the recipe, or None."""
+        place: Any = self.recipe
+        for key in keys:
+            place = place.get(key) if isinstance(place, Mapping) else None
+        return place
+
+
+def finite(value: Any) -> float | None:
+    """A number that can be drawn, or None."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def read_run(path: Path) -> Run:
+    """Read a run directory. Raises OutputError if it is none."""
+    for name in (RECIPE, METRICS):
+        if not (path / name).is_file():
+            raise OutputError(
+                f"{path}: is not a run directory, it holds no {name}; give the directory that 'branchtree train' "
+                "writes to, once its first iteration is done"
+            )
+    notes: list[str] = []
+    text, recipe = _recipe(path / RECIPE)
+    return Run(
+        path=path,
+        recipe=recipe,
+        recipe_text=text,
+        metrics=_rows(path / METRICS, notes),
+        timing=_rows(path / TIMING, notes),
+        evaluations=_evaluations(path / EVALUATION, notes),
+        samples=_samples(path / SAMPLES, notes),
+        trees=_trees(path / TREES, notes),
+        summary=_summary(path / SUMMARY, notes),
+        notes=notes,
+    )
+
+
+def _recipe(path: Path) -> tuple[str, Mapping[str, Any]]:
+    try:
+        text = path.read_text(encoding="utf-8")
+        recipe = yaml.safe_load(text)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OutputError(f"{path}: cannot be read: {error}; restore the recipe that the run wrote") from None
+    if not isinstance(recipe, dict):
+        raise OutputError(f"{path}: is not a recipe, it holds no keys; restore the recipe that the run wrote")
+    return text, recipe
+
+
+def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file by iteration; the last one counts where an iteration was run again."""
+    if not path.is_file():
+        return []
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    except OSError as error:
+        notes.append(f"{path.name} cannot be read: {error.strerror}.")
+        return []
+    found: dict[int, dict[str, Any]] = {}
+    skipped: list[int] = []
+    for number, line in enumerate(lines, 1):
+        row = _json(line)
+        if isinstance(row, dict) and type(row.get("iteration")) is int:
+            found[row["iteration"]] = row
+        else:
+            skipped.append(number)
+    if skipped == [len(lines)]:
+        notes.append(f"The last line of {path.name} is incomplete and was left out.")
+    elif skipped:
+        notes.append(f"{len(skipped)} unreadable lines of {path.name} were left out.")
+    return [found[iteration] for iteration in sorted(found)]
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _rows(path: Path, notes: list[str]) -> list[Row]:
+    return [{key: finite(value) for key, value in row.items()} for row in _lines(path, notes)]
+
+
+def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:
+    evaluations = []
+    for row in _lines(path, notes):
+        try:
+            evaluations.append(Evaluation.model_validate(row))
+        except ValidationError:
+            notes.append(f"The figures of iteration {row['iteration']} in {path.name} were left out: not as expected.")
+    return evaluations
+
+
+def _samples(folder: Path, notes: list[str]) -> list[SampleGrid]:
+    grids = []
+    for path in sorted(folder.glob("iteration_*.json")):
+        try:
+            grid = SampleGrid.model_validate(_json(path.read_text(encoding="utf-8", errors="replace")))
+        except (OSError, ValidationError):
+            notes.append(f"{SAMPLES}/{path.name} cannot be read and was left out.")
+            continue
+        image = path.with_suffix(".png")
+        if image.is_file():  # written after the .json, or not yet
+            grids.append(grid.model_copy(update={"image": image}))
+    return sorted(grids, key=lambda grid: grid.iteration)
+
+
+def _trees(folder: Path, notes: list[str]) -> list[Tree]:
+    trees = []
+    for path in sorted(folder.glob("iteration_*.json")):
+        try:
+            trees.append(Tree.model_validate(_json(path.read_text(encoding="utf-8", errors="replace"))))
+        except (OSError, ValidationError):
+            notes.append(f"{TREES}/{path.name} cannot be read and was left out.")
+    return sorted(trees, key=lambda tree: tree.iteration)
+
+
+def _summary(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
+    if not path.is_file():
+        return None
+    summary = _json(path.read_text(encoding="utf-8", errors="replace"))
+    if isinstance(summary, dict):
+        return summary
+    notes.append(f"{path.name} cannot be read and was left out.")
+    return None

@@ -1,0 +1,212 @@
+"""The parts of the page that are text, tables and pictures."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from branchtree.report.curves import evaluation_charts, evaluation_labels, keys, mean
+from branchtree.report.images import embed
+from branchtree.report.markup import ARROW, MISSING, bar, duration, escape, number, percent, signed, table
+from branchtree.report.read import Evaluation, Figure, Row, Run, SampleGrid, finite
+
+LONGEST_GRID = 1600  # pixels
+SHARPEST_TILE = 96  # pixels of a sample below which its pixels are shown as squares
+
+
+def status(run: Run) -> str:
+    """Whether the run finished, and how far it got."""
+    of = f"{run.done} of {run.planned}" if run.planned is not None else str(run.done)
+    if run.summary is None:
+        return f'<span class="status open">not finished: {escape(of)} iterations</span>'
+    iterations = finite(run.summary.get("iterations"))
+    count = number(run.done if iterations is None else iterations)
+    return f'<span class="status done">finished: {count} iterations</span>'
+
+
+def facts(run: Run) -> str:
+    """What was trained, on what, for how long."""
+    summary = run.summary or {}
+    seconds = finite(summary.get("seconds"))
+    if seconds is None:
+        seconds = sum(row.get("total") or 0.0 for row in run.timing) or None
+    rows = [row["rows/total"] for row in run.metrics if row.get("rows/total") is not None]
+    pairs = [
+        ("Model", run.setting("model", "adapter")),
+        ("Time", duration(seconds) if seconds else None),
+        ("Device", summary.get("device")),
+        ("Row equivalents", number(rows[-1]) if rows else None),
+        ("Tree", _tree_shape(run)),
+        ("Seed", run.setting("seed")),
+    ]
+    shown = (f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in pairs if value is not None)
+    return f'<dl class="facts">{"".join(shown)}</dl>'
+
+
+def _tree_shape(run: Run) -> str | None:
+    steps, splits = run.setting("tree", "steps"), run.setting("tree", "splits")
+    if steps is None:
+        return None
+    at = ", ".join(str(step) for step in splits) if isinstance(splits, list) else splits
+    return f"{steps} steps, splits {MISSING if at is None else at}"
+
+
+def key_numbers(run: Run) -> str:
+    """Held-out figures before and after; training rewards where nothing was held out."""
+    if run.evaluations:
+        first, last = run.evaluations[0], run.evaluations[-1]
+        cards = [_card(label, first, last) for label in evaluation_labels([first, last])]
+    else:
+        cards = [_training_card(run.metrics, key) for key in keys(run.metrics, "reward/", ".+/mean")]
+    return f'<div class="cards">{"".join(cards)}</div>' if cards else ""
+
+
+def _card(label: str, first: Evaluation, last: Evaluation) -> str:
+    before, after = (evaluation.figures.get(label, Figure()) for evaluation in (first, last))
+    if first is last:
+        return _key_number(label, number(before.mean), "", f"held out, after {first.iteration} iterations")
+    change = None if before.mean is None or after.mean is None else after.mean - before.mean
+    said = f"held out, iteration {first.iteration} {ARROW} {last.iteration}"
+    return _key_number(label, f"{number(before.mean)} {ARROW} <b>{number(after.mean)}</b>", signed(change), said)
+
+
+def _training_card(metrics: Sequence[Row], key: str) -> str:
+    part = max(len(metrics) // 10, 1)
+    before, after = mean(metrics[:part], key), mean(metrics[-part:], key)
+    change = None if before is None or after is None else after - before
+    label = key.removeprefix("reward/").removesuffix("/mean")
+    said = f"training reward, mean of the first and last {part} iterations"
+    return _key_number(label, f"{number(before)} {ARROW} <b>{number(after)}</b>", signed(change), said)
+
+
+def _key_number(label: str, figures: str, change: str, said: str) -> str:
+    delta = f'<p class="change"><span class="hidden">change </span>{change}</p>' if change else ""
+    return (
+        f'<div class="card"><h3>{escape(label)}</h3><p class="big">{figures}</p>{delta}<p class="said">{said}</p></div>'
+    )
+
+
+def evaluation(run: Run) -> str:
+    """The held-out figures over time, as a table and, where there are enough, as curves."""
+    labels = evaluation_labels(run.evaluations)
+    if not labels:
+        return ""
+    rows = []
+    for entry in run.evaluations:
+        cells = [_figure(entry.figures.get(label, Figure())) for label in labels]
+        rows.append([number(entry.iteration), *cells])
+    if len(rows) > 1:
+        first, last = run.evaluations[0].figures, run.evaluations[-1].figures
+        ends = [(first.get(label, Figure()).mean, last.get(label, Figure()).mean) for label in labels]
+        rows.append(["Change", *(signed(b - a) if a is not None and b is not None else MISSING for a, b in ends)])
+    heads = ["Iterations done", *(escape(label) for label in labels)]
+    return table("Held-out figures", heads, rows, "total" if len(rows) > 1 else "") + evaluation_charts(run.evaluations)
+
+
+def _figure(figure: Figure) -> str:
+    known = figure.valid is not None and figure.samples is not None
+    count = f" <small>{figure.valid} of {figure.samples} valid</small>" if known else ""
+    return number(figure.mean) + count
+
+
+def samples(run: Run) -> str:
+    """The first and the last sample grid side by side, and the prompts they were sampled for."""
+    if not run.samples:
+        return ""
+    ends = run.samples if len(run.samples) < 2 else (run.samples[0], run.samples[-1])
+    figures = "".join(_grid(run, grid) for grid in ends)
+    prompts = ends[-1].prompts
+    if not prompts:
+        return f'<div class="pair">{figures}</div>'
+    listed = "".join(f'<li class="prompt">{escape(prompt)}</li>' for prompt in prompts)
+    row = f"Prompts, row by row with {ends[-1].columns} a row"
+    return f'<div class="pair">{figures}</div><h3>{row}</h3><ol class="prompts">{listed}</ol>'
+
+
+def _grid(run: Run, grid: SampleGrid) -> str:
+    picture = embed(grid.image, run.path, LONGEST_GRID)
+    when = "Before training" if grid.iteration == 0 else f"After {grid.iteration} iterations"
+    caption = f"<figcaption><b>{when}</b></figcaption>"
+    if picture is None:
+        return f'<figure>{caption}<p class="missing">The picture cannot be read.</p></figure>'
+    kind = "pixels" if picture.width / max(grid.columns, 1) < SHARPEST_TILE else "photo"
+    alt = f"Grid of {len(grid.prompts)} samples after {grid.iteration} iterations, one per prompt listed below"
+    size = f'width="{picture.width}" height="{picture.height}"'
+    return f'<figure>{caption}<img class="{kind}" {size} alt="{alt}" src="{picture.uri}"></figure>'
+
+
+def timing(run: Run) -> str:
+    """Where the time went: a bar of all phases, and a table."""
+    phases = [key for key in keys(run.timing) if key not in ("iteration", "total")]
+    sums = {phase: sum(row.get(phase) or 0.0 for row in run.timing) for phase in phases}
+    whole = sum(sums.values())
+    if whole <= 0:
+        return ""
+    parts = [(place % 6, phase, sums[phase] / whole) for place, phase in enumerate(phases)]
+    stack = "".join(f'<span class="c{c}" style="width:{100 * part:.2f}%"></span>' for c, _, part in parts)
+    rows = [
+        [escape(phase), bar(part, c), duration(sums[phase]), duration(sums[phase] / len(run.timing))]
+        for c, phase, part in parts
+    ]
+    rows.append(["All", percent(1.0), duration(whole), duration(whole / len(run.timing))])
+    heads = ["Phase", "Share", "Total", "Per iteration"]
+    name = f"Time per phase over {len(run.timing)} iterations"
+    return f'<div class="stack" aria-hidden="true">{stack}</div>{table(name, heads, rows, "total")}'
+
+
+def credit(run: Run) -> str:
+    """Per split: the share of the rewards' variance that arises there, beside what independent leaves would show."""
+    found = [re.fullmatch(r"variance/share/split_(\d+)", key) for key in keys(run.metrics)]
+    splits = sorted((match[1] for match in found if match), key=int)
+    if not splits:
+        return ""
+    steps = _steps_of(run, splits)
+    rows = []
+    for place, split in enumerate(splits):
+        share, independent, component, spread = (
+            mean(run.metrics, f"{kind}/split_{split}")
+            for kind in ("variance/share", "variance/independent_share", "variance/component", "spread")
+        )
+        ratio = share / independent if share is not None and independent else None
+        name = f"{split}{steps[place]}"
+        rows.append([name, bar(share), bar(independent, 1), number(ratio, 3), percent(component), number(spread, 3)])
+    heads = ["Split", "Variance share", "If independent", "Ratio", "Component", "Spread"]
+    empty = [place for place in (4, 5) if all(row[place] == MISSING for row in rows)]
+    kept = [[cell for place, cell in enumerate(row) if place not in empty] for row in (heads, *rows)]
+    return table(f"Credit by split, mean over {len(run.metrics)} iterations", kept[0], kept[1:])
+
+
+def _steps_of(run: Run, splits: Sequence[str]) -> list[str]:
+    """Where the numbered splits lie, if all recorded trees agree."""
+    recorded = {tree.splits for tree in run.trees}
+    if len(recorded) == 1 and [int(split) for split in splits] == list(range(len(steps := next(iter(recorded))))):
+        return [f" <small>step {step}</small>" for step in steps]
+    return ["" for _ in splits]
+
+
+def metrics(run: Run) -> str:
+    """Every metric in a table, folded away."""
+    rows = []
+    for key in keys(run.metrics):
+        series = [value for row in run.metrics if (value := row.get(key)) is not None]
+        if key != "iteration":
+            ends = (series[0], series[-1], min(series), max(series))
+            rows.append([f"<code>{escape(key)}</code>", *(number(value) for value in ends)])
+    if not rows:
+        return ""
+    heads = ["Metric", "First", "Last", "Least", "Largest"]
+    return f"<details><summary>All {len(rows)} metrics</summary>{table('All metrics', heads, rows)}</details>"
+
+
+def recipe(run: Run) -> str:
+    """The resolved recipe, folded away."""
+    text = f'<pre tabindex="0"><code>{escape(run.recipe_text)}</code></pre>'
+    return f"<details><summary>Resolved recipe</summary>{text}</details>"
+
+
+def notes(run: Run) -> str:
+    """What could not be read."""
+    if not run.notes:
+        return ""
+    listed = "".join(f"<li>{escape(note)}</li>" for note in run.notes)
+    return f'<aside class="notes" aria-label="Notes on the files of this run"><ul>{listed}</ul></aside>'

@@ -1,0 +1,75 @@
+"""Where the nodes of a recorded tree are drawn: depth to the right, one row per leaf."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from branchtree.report.read import Node, Tree
+
+SPLIT_WIDTH, CHAIN_WIDTH = 92, 23
+LEFT, TOP = 52, 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Places in the drawing's units."""
+
+    tree: Tree
+    columns: tuple[float, ...]  # x of each depth
+    rows: Mapping[int, float]  # y of each node by id
+    row_height: float
+    children: Mapping[int, Sequence[Node]]
+
+    @property
+    def right(self) -> float:
+        """x of the deepest nodes."""
+        return self.columns[-1]
+
+    @property
+    def bottom(self) -> float:
+        """Below the last row."""
+        return TOP + self.row_height * sum(not self.children[node.id] for node in self.tree.nodes)
+
+    def place(self, node: Node) -> tuple[float, float]:
+        """(x, y) of a node."""
+        return self.columns[node.depth], self.rows[node.id]
+
+    def splits_at(self, step: int) -> int:
+        """The largest number of children at this step; 1 in a chain."""
+        return max((len(self.children[node.id]) for node in self.tree.nodes if node.depth == step), default=1)
+
+
+def lay_out(tree: Tree) -> Layout:
+    """Leaves evenly spaced in the order of their parents, every other node halfway between its outermost children."""
+    children: dict[int, list[Node]] = {node.id: [] for node in tree.nodes}
+    for node in tree.nodes:
+        if node.parent is not None:
+            children[node.parent].append(node)
+    ends = sum(not below for below in children.values())
+    height = 46.0 if ends <= 32 else 30.0
+    rows: dict[int, float] = {}
+    placed = 0
+    for node in _bottom_up(tree, children):
+        below = children[node.id]
+        if below:
+            rows[node.id] = (rows[below[0].id] + rows[below[-1].id]) / 2
+        else:
+            rows[node.id] = TOP + height * (0.5 + placed)
+            placed += 1
+    layout = Layout(tree, (), rows, height, children)
+    columns = [float(LEFT)]
+    for step in range(max(node.depth for node in tree.nodes)):
+        columns.append(columns[-1] + (SPLIT_WIDTH if layout.splits_at(step) > 1 else CHAIN_WIDTH))
+    return Layout(tree, tuple(columns), rows, height, children)
+
+
+def _bottom_up(tree: Tree, children: Mapping[int, Sequence[Node]]) -> list[Node]:
+    """Every node after its children, siblings in order; without recursion, as trees may be thousands of steps deep."""
+    waiting = [node for node in tree.nodes if node.parent is None]
+    order: list[Node] = []
+    while waiting:
+        node = waiting.pop()
+        order.append(node)
+        waiting.extend(children[node.id])
+    return order[::-1]

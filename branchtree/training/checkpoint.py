@@ -1,0 +1,103 @@
+"""Checkpoints: written whole or not at all, found again by themselves.
+
+A checkpoint is a folder ``checkpoints/iteration_000040``: ``model/`` in the layout of the model's own library,
+``optimizer.pt``, ``average.safetensors`` if there is an average, and ``state.json``. All randomness is addressed, so
+no generator state is kept.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from branchtree.errors import CheckpointError
+from branchtree.protocols import ModelAdapter
+from branchtree.recipe.schema import Recipe
+from branchtree.training.ema import WeightAverage
+from branchtree.training.rundir import write_folder
+
+FREE_KEYS = ("name", "description", "run", "evaluation", "callbacks")
+"""Sections of a recipe that may change when a run is continued: they do not touch what is learnt."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The parts of a run that training changes."""
+
+    model: ModelAdapter
+    optimizer: Any
+    scheduler: Any
+    average: WeightAverage | None
+
+
+def save_checkpoint(folder: Path, iteration: int, trained: Trained, recipe: Recipe, keep: int) -> None:
+    """Write the checkpoint of ``iteration`` done iterations, then delete all but the last ``keep``."""
+
+    def fill(path: Path) -> None:
+        trained.model.save(path / "model")
+        torch.save(trained.optimizer.state_dict(), path / "optimizer.pt")
+        if trained.average is not None:
+            from safetensors.torch import save_file
+
+            save_file(trained.average.state(), path / "average.safetensors")
+        state = {
+            "iteration": iteration,
+            "scheduler": trained.scheduler.state_dict(),
+            "recipe": recipe.model_dump(mode="json"),
+        }
+        (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
+
+    write_folder(folder / f"iteration_{iteration:06d}", fill)
+    for old in list_checkpoints(folder)[:-keep]:
+        shutil.rmtree(old)
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path for path in folder.glob("iteration_*") if (path / "state.json").is_file())
+
+
+def load_checkpoint(path: Path, trained: Trained, recipe: Recipe) -> int:
+    """Restore a checkpoint in place and return how many iterations were done.
+
+    Raises CheckpointError if it is damaged, or was written under a recipe that would learn something else.
+    """
+    try:
+        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
+        optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file
+        raise CheckpointError(f"{path}: cannot be read: {error}; delete it to use the one before") from error
+    _require_same(state["recipe"], recipe.model_dump(mode="json"), path)
+    trained.model.restore(path / "model")
+    trained.optimizer.load_state_dict(optimizer)
+    trained.scheduler.load_state_dict(state["scheduler"])
+    if trained.average is not None:
+        from safetensors.torch import load_file
+
+        trained.average.load(load_file(path / "average.safetensors"))
+    return int(state["iteration"])
+
+
+def _require_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
+    changed = [
+        f"{section}.{key}" if isinstance(now[section], dict) else section
+        for section in now
+        if section not in FREE_KEYS and before.get(section) != now[section]
+        for key in _changed_keys(before.get(section), now[section])
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{path} was written under another recipe: {', '.join(dict.fromkeys(changed))} changed; "
+            "use the same recipe, or another --output"
+        )
+
+
+def _changed_keys(before: Any, now: Any) -> list[str]:
+    if not isinstance(before, dict) or not isinstance(now, dict):
+        return [""]
+    return [key for key in {**before, **now} if before.get(key) != now.get(key)]

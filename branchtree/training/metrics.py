@@ -1,0 +1,150 @@
+"""The figures of an iteration, exact over all processes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from branchtree.credit import Credit
+from branchtree.protocols import Scores
+from branchtree.schedule import TreePlan
+from branchtree.segments import segment_std, segment_sum
+from branchtree.training.scoring import joined
+from branchtree.training.update import UpdateRecord
+from branchtree.tree import Topology
+from branchtree.variance import split_spread, split_variance
+
+GRADIENT_COST = 3
+"""A row with its backward pass costs about three forward rows."""
+
+
+@dataclass(frozen=True)
+class ShareRecord:
+    """What one process knows of an iteration: everything but the states."""
+
+    plans: tuple[TreePlan, ...]
+    log_prob: tuple[Tensor, ...]  # per depth (N_d,), dimension means
+    dimensions: int  # of one sample's latents
+    scores: Mapping[str, Scores]
+    update: UpdateRecord
+
+
+def merged(shares: Sequence[ShareRecord]) -> ShareRecord:
+    """The whole iteration, from the shares of all processes in the order of their prompts."""
+    if len(shares) == 1:
+        return shares[0]
+    update = UpdateRecord(
+        steps=shares[0].update.steps,
+        skipped_steps=shares[0].update.skipped_steps,
+        grad_norms=shares[0].update.grad_norms,
+    )
+    for share in shares:
+        update.rows += share.update.rows
+        update.rescored_rows += share.update.rescored_rows
+        update.reference_rows += share.update.reference_rows
+        for name in ("loss", "kl", "deviation", "first_deviation", "clipped", "mismatch", "depth"):
+            getattr(update, name).extend(getattr(share.update, name))
+    return ShareRecord(
+        plans=tuple(plan for share in shares for plan in share.plans),
+        log_prob=tuple(torch.cat(levels) for levels in zip(*(share.log_prob for share in shares), strict=True)),
+        dimensions=shares[0].dimensions,
+        scores={label: joined([share.scores[label] for share in shares]) for label in shares[0].scores},
+        update=update,
+    )
+
+
+def iteration_metrics(
+    topology: Topology, scores: Mapping[str, Scores], credit: Credit, update: UpdateRecord, rows_per_prediction: int
+) -> dict[str, float]:
+    """All figures of one iteration by name; those that have no value are left out."""
+    metrics = {
+        **_reward_metrics(topology, scores, credit),
+        **_cost_metrics(topology, update, rows_per_prediction),
+        **_update_metrics(update),
+        **_depth_metrics(credit, update),
+        **_split_metrics(topology, credit),
+    }
+    return {name: value for name, value in metrics.items() if math.isfinite(value)}
+
+
+def _reward_metrics(topology: Topology, scores: Mapping[str, Scores], credit: Credit) -> dict[str, float]:
+    metrics: dict[str, float] = {}
+    for label, score in scores.items():
+        values, prompts = score.values[score.valid].double(), topology.leaf_root[score.valid]
+        metrics[f"reward/{label}/mean"] = float(values.mean())
+        metrics[f"reward/{label}/std"] = float(segment_std(values, prompts, topology.prompts).mean())
+    valid_leaves = segment_sum(credit.valid.double(), topology.leaf_root, topology.prompts)
+    metrics["reward/valid_fraction"] = float(credit.valid.double().mean())
+    metrics["reward/skipped_prompts"] = float((valid_leaves == 0).sum())
+    return metrics
+
+
+def _cost_metrics(topology: Topology, update: UpdateRecord, factor: int) -> dict[str, float]:
+    rollout = factor * sum(topology.width(depth) for depth in topology.depths[:-1])
+    gradient = factor * update.rows
+    return {
+        "rows/rollout": float(rollout),
+        "rows/gradient": float(gradient),
+        "rows/reference": float(factor * update.reference_rows),
+        "rows/rescored": float(factor * update.rescored_rows),
+        "rows/equivalent": float(rollout + GRADIENT_COST * gradient),
+        "leaves/scored": float(topology.width(topology.steps)),
+        "edges/trained": float(sum(part.numel() for part in update.loss)),
+        "steps/taken": float(update.steps),
+        "steps/skipped": float(update.skipped_steps),
+    }
+
+
+def _update_metrics(update: UpdateRecord) -> dict[str, float]:
+    metrics = {
+        "loss": _mean(update.loss),
+        "ratio/max_deviation": _max(update.deviation),
+        "ratio/first_step_max_deviation": _max(update.first_deviation),
+        "ratio/clipped_fraction": _mean(update.clipped),
+        "log_prob/mismatch_mean": _mean(update.mismatch),
+        "log_prob/mismatch_max": _max(update.mismatch),
+        "grad_norm": sum(update.grad_norms) / max(len(update.grad_norms), 1),
+    }
+    return {**metrics, "kl": _mean(update.kl)} if update.kl else metrics
+
+
+def _mean(parts: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(parts)).double().mean()) if parts else math.nan
+
+
+def _max(parts: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(parts)).max()) if parts else math.nan
+
+
+def _depth_metrics(credit: Credit, update: UpdateRecord) -> dict[str, float]:
+    """Mean |advantage| of kept edges, and their part of the whole loss's magnitude, per depth of the child."""
+    metrics: dict[str, float] = {}
+    loss = torch.cat(update.loss).abs().double() if update.loss else torch.zeros(0, dtype=torch.float64)
+    depth = torch.cat(update.depth) if update.depth else torch.zeros(0, dtype=torch.int64)
+    total = float(loss.sum())
+    for level, (advantage, keep) in enumerate(zip(credit.advantages, credit.keep, strict=True)):
+        if bool(keep.any()):
+            metrics[f"advantage/abs_mean/depth_{level:02d}"] = float(advantage[keep].abs().mean())
+            metrics[f"loss_share/depth_{level:02d}"] = float(loss[depth == level].sum()) / total if total else math.nan
+    return metrics
+
+
+def _split_metrics(topology: Topology, credit: Credit) -> dict[str, float]:
+    """Where the variance of the first reward arises, and how far siblings lie apart."""
+    label = next(iter(credit.rewards))
+    spread = split_spread(topology, credit.values[label])
+    figures = {"spread": spread.spread, "ties": spread.ties}
+    variance = split_variance(topology, credit.rewards[label], credit.valid)
+    if variance is not None:
+        figures |= {
+            "variance/share": variance.share,
+            "variance/independent_share": variance.independent_share,
+            "variance/component": variance.component,
+        }
+    return {
+        f"{name}/split_{place}": float(value) for name, values in figures.items() for place, value in enumerate(values)
+    }

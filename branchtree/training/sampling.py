@@ -1,0 +1,44 @@
+"""Deterministic samples of the current policy from fixed noises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+
+import torch
+from torch import Tensor
+
+from branchtree.noise import NoiseSource, Purpose, generator
+from branchtree.protocols import Condition, ModelAdapter
+from branchtree.rollout import Sampler, rollout
+from branchtree.schedule import TreePlan
+from branchtree.training.policy import ConditioningCache, velocity_function
+from branchtree.tree import grow
+
+
+def sample_latents(
+    model: ModelAdapter,
+    cache: ConditioningCache,
+    sampler: Sampler,
+    autocast: Callable[[], AbstractContextManager[None]],
+    conditions: Sequence[Condition],
+    noise_seeds: Sequence[tuple[int, int]],
+    seed: int,
+    device: torch.device,
+) -> Tensor:
+    """Clean latents (B, *latent) of B conditions along the ODE; each starts from noise addressed by its own pair."""
+    steps = sampler.sigmas.numel() - 1
+    plan = TreePlan((1,) * steps, (False,) * steps, (False,) * steps)
+    initial = torch.stack(
+        [model.initial_noise(generator(seed, 0, prompt, 0, draw, Purpose.INITIAL)) for prompt, draw in noise_seeds]
+    )
+    conditioning = cache.get(conditions, device)
+    tree = rollout(
+        velocity_function(model, conditioning, autocast),
+        sampler,
+        grow([plan] * len(conditions)),
+        initial.to(device),
+        NoiseSource(seed, 0),
+        range(len(conditions)),
+    )
+    return tree.leaves

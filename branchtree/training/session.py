@@ -1,0 +1,256 @@
+"""Everything a run needs, built in the order in which mistakes are cheapest to find."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from branchtree.assembly import (
+    NamedReward,
+    make_callbacks,
+    make_credit_rule,
+    make_model,
+    make_pruning_rule,
+    make_rewards,
+    make_sampler,
+    make_schedule,
+)
+from branchtree.credit import CreditRule, PruningRule
+from branchtree.data import PromptOrder, load_conditions
+from branchtree.errors import RecipeError, RewardError
+from branchtree.protocols import Callback, Condition, LoraSettings, ModelAdapter, VelocityFunction
+from branchtree.recipe.schema import OptimSection, Recipe
+from branchtree.rollout import Sampler
+from branchtree.schedule import Schedule
+from branchtree.training.checkpoint import Trained
+from branchtree.training.ema import WeightAverage
+from branchtree.training.evaluation import Evaluator
+from branchtree.training.policy import ConditioningCache, velocity_function
+from branchtree.training.rundir import RunDirectory
+from branchtree.training.update import Updater
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a recipe names, checked and read, before any model is loaded."""
+
+    recipe: Recipe
+    model: ModelAdapter
+    rewards: list[NamedReward]
+    held_out: list[NamedReward]
+    conditions: list[Condition]
+    held_out_conditions: list[Condition]
+    schedule: Schedule
+    callbacks: list[Callback]
+
+
+def read_inputs(recipe: Recipe) -> Inputs:
+    """Look up plug-ins and read prompts. Raises a BranchTreeError that names what is wrong."""
+    model = make_model(recipe)
+    section = recipe.evaluation
+    rewards = make_rewards(recipe.rewards, "rewards", model.modality)
+    held_out = make_rewards(section.rewards, "evaluation.rewards", model.modality) if section else []
+    held_out_conditions = load_conditions(section.prompts, section.column, section.split) if section else []
+    return Inputs(
+        recipe=recipe,
+        model=model,
+        rewards=rewards,
+        held_out=held_out,
+        conditions=load_conditions(recipe.data.prompts, recipe.data.column, recipe.data.split),
+        held_out_conditions=held_out_conditions[: section.limit] if section else [],
+        schedule=make_schedule(recipe),
+        callbacks=make_callbacks(recipe.callbacks),
+    )
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run, ready to go."""
+
+    inputs: Inputs
+    output: RunDirectory
+    accelerator: Any
+    cache: ConditioningCache
+    sampler: Sampler
+    updater: Updater
+    trained: Trained
+    evaluator: Evaluator | None
+    order: PromptOrder
+    credit_rule: CreditRule
+    pruning_rule: PruningRule
+    reference: nn.Module | None  # a frozen copy of the start policy, where KL needs one
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self.inputs.recipe
+
+    @property
+    def device(self) -> torch.device:
+        """Where the denoiser runs."""
+        device: torch.device = self.accelerator.device
+        return device
+
+    @property
+    def share(self) -> slice:
+        """This process's run of an iteration's prompts."""
+        prompts, processes, rank = (
+            self.recipe.batch.prompts,
+            self.accelerator.num_processes,
+            self.accelerator.process_index,
+        )
+        return slice(prompts * rank // processes, prompts * (rank + 1) // processes)
+
+    def reference_velocity(self, conditioning: dict[str, Tensor]) -> VelocityFunction | None:
+        """The start policy, under the recipe's KL term: the model without its LoRA, or a frozen copy."""
+        if self.recipe.loss.kl == 0:
+            return None
+        model = self.inputs.model
+        frozen = velocity_function(model, conditioning, self.accelerator.autocast, self.reference)
+        if self.reference is not None:
+            return frozen
+
+        def without_lora(latents: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+            with model.without_lora(model.denoiser):
+                return frozen(latents, sigma, prompt)
+
+        return without_lora
+
+
+def open_session(inputs: Inputs, output: RunDirectory) -> Session:
+    """Load the model and the rewards, and prepare the optimiser."""
+    recipe, model = inputs.recipe, inputs.model
+    accelerator = make_accelerator(recipe, output)
+    if recipe.batch.prompts < accelerator.num_processes:
+        raise RecipeError(
+            f"batch.prompts: {recipe.batch.prompts} prompts cannot be shared by {accelerator.num_processes} processes"
+        )
+    _load_model(recipe, model, accelerator.device)
+    _load_rewards([*inputs.rewards, *inputs.held_out], accelerator.device)
+    reference = copy.deepcopy(model.denoiser).requires_grad_(False) if recipe.loss.kl and not recipe.lora else None
+    parameters = {name: value for name, value in model.denoiser.named_parameters() if value.requires_grad}
+    optimizer, scheduler = _make_optimizer(recipe.optim, list(parameters.values()), recipe.run.iterations)
+    module, optimizer = accelerator.prepare(model.denoiser, optimizer)
+    sampler = make_sampler(recipe, model)
+    cache = ConditioningCache(model)
+    average = WeightAverage(parameters, recipe.optim.ema) if recipe.optim.ema else None
+    return Session(
+        inputs=inputs,
+        output=output,
+        accelerator=accelerator,
+        cache=cache,
+        sampler=sampler,
+        updater=Updater(
+            accelerator=accelerator,
+            module=module,
+            optimizer=optimizer,
+            scheduler=scheduler,
+            sampler=sampler,
+            loss=recipe.loss,
+            max_grad_norm=recipe.optim.max_grad_norm,
+            rows=recipe.batch.update_rows,
+            parameters=list(parameters.values()),
+            average=average,
+        ),
+        trained=Trained(model, optimizer, scheduler, average),
+        evaluator=_make_evaluator(inputs, cache, sampler, accelerator.autocast, accelerator.device),
+        order=PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle),
+        credit_rule=make_credit_rule(recipe),
+        pruning_rule=make_pruning_rule(recipe),
+        reference=reference,
+    )
+
+
+def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
+    """accelerate's engine for the recipe. Raises RecipeError for a tracker that is not installed."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.tracking import get_available_trackers
+
+    available = {str(tracker) for tracker in get_available_trackers()}
+    for tracker in recipe.run.trackers:
+        if tracker not in available:
+            raise RecipeError(f"run.trackers: '{tracker}' is not installed; installed: {', '.join(sorted(available))}")
+    if recipe.run.threads:
+        torch.set_num_threads(recipe.run.threads)
+    torch.backends.cuda.matmul.allow_tf32 = recipe.run.tf32
+    torch.backends.cudnn.allow_tf32 = recipe.run.tf32
+    # accelerate keeps its precision in a process-wide state; a second run in one process may want another.
+    AcceleratorState._reset_state()
+    return Accelerator(
+        mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.run.precision],
+        log_with=list(recipe.run.trackers) or None,
+        project_dir=str(output.root / "trackers"),
+    )
+
+
+def _load_model(recipe: Recipe, model: ModelAdapter, device: torch.device) -> None:
+    reduced = torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
+    # Weights that are trained stay in float32; those that LoRA freezes need not.
+    model.load(device, dtype=reduced, denoiser_dtype=reduced if recipe.lora else torch.float32)
+    model.denoiser.eval()
+    if recipe.lora:
+        alpha = 2.0 * recipe.lora.rank if recipe.lora.alpha is None else recipe.lora.alpha
+        model.add_lora(LoraSettings(recipe.lora.rank, alpha, recipe.lora.targets), recipe.seed)
+    else:
+        model.denoiser.requires_grad_(True)
+    if recipe.run.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+
+
+def _load_rewards(rewards: Sequence[NamedReward], device: torch.device) -> None:
+    for reward in rewards:
+        try:
+            reward.adapter.load(device)
+        except Exception as error:  # a plug-in can raise anything; name it
+            raise RewardError(f"reward '{reward.label}' cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _make_optimizer(
+    section: OptimSection, parameters: Sequence[nn.Parameter], iterations: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    optimizer = torch.optim.AdamW(
+        parameters,
+        lr=section.lr,
+        betas=section.betas,
+        eps=section.eps,
+        weight_decay=section.weight_decay,
+        foreach=True,
+    )
+    total = iterations * section.steps_per_iteration
+    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(section, total))
+
+
+def learning_rate_factor(section: OptimSection, total: int) -> Callable[[int], float]:
+    """The learning rate's factor at each optimiser step: a linear warm-up, then the schedule down to 0 at ``total``."""
+
+    def factor(step: int) -> float:
+        if step < section.warmup:
+            return (step + 1) / section.warmup
+        progress = min((step - section.warmup) / max(total - section.warmup, 1), 1.0)
+        if section.schedule == "linear":
+            return 1 - progress
+        return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress)))) if section.schedule == "cosine" else 1.0
+
+    return factor
+
+
+def _make_evaluator(
+    inputs: Inputs,
+    cache: ConditioningCache,
+    sampler: Sampler,
+    autocast: Callable[[], AbstractContextManager[None]],
+    device: torch.device,
+) -> Evaluator | None:
+    section = inputs.recipe.evaluation
+    if section is None:
+        return None
+    return Evaluator(
+        section, inputs.held_out_conditions, inputs.held_out, inputs.model, cache, sampler, autocast, device
+    )

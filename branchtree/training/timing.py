@@ -1,0 +1,35 @@
+"""Wall-clock seconds by phase."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class Stopwatch:
+    """Adds up the seconds spent in named phases, waiting for the device at the end of each."""
+
+    device: torch.device
+    seconds: dict[str, float] = field(default_factory=dict)
+    started: float = field(default_factory=time.perf_counter)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Count the time of a block under a name. Phases do not nest."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def report(self) -> dict[str, float]:
+        """Seconds by phase, what no phase counted as ``other``, and ``total``."""
+        total = time.perf_counter() - self.started
+        return {**self.seconds, "other": max(total - sum(self.seconds.values()), 0.0), "total": total}

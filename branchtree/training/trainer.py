@@ -1,0 +1,324 @@
+"""The training loop: rollout, score, credit, update; one readable page and its helpers."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from branchtree.credit import Credit, assign_credit
+from branchtree.errors import CheckpointError
+from branchtree.families import collect
+from branchtree.noise import NoiseSource, Purpose, generator
+from branchtree.protocols import Callback, Condition, Media, Scores
+from branchtree.recipe.schema import Recipe
+from branchtree.rollout import rollout
+from branchtree.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from branchtree.training.evaluation import Figure
+from branchtree.training.interrupt import StopRequest
+from branchtree.training.metrics import ShareRecord, iteration_metrics, merged
+from branchtree.training.policy import velocity_function
+from branchtree.training.rundir import EVALUATION, METRICS, TIMING, RunDirectory, write_atomically, write_folder
+from branchtree.training.samples import write_grid, write_tree
+from branchtree.training.sampling import sample_latents
+from branchtree.training.scoring import require_some_valid, score_latents
+from branchtree.training.session import Session, open_session, read_inputs
+from branchtree.training.timing import Stopwatch
+from branchtree.training.update import Policies, UpdateRecord, partition
+from branchtree.tree import BranchTree, Topology, grow
+
+log = logging.getLogger("branchtree")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    output: Path
+    iterations: int  # done in all
+    finished: bool  # False if it was asked to stop early
+    before: dict[str, Figure] | None  # held-out figures
+    after: dict[str, Figure] | None
+
+
+def train_recipe(recipe: Recipe, output: Path, resume: bool, callbacks: Sequence[Callback] = ()) -> TrainResult:
+    """Run a resolved recipe in a directory; see ``branchtree.train``."""
+    directory = RunDirectory(output)
+    inputs = read_inputs(recipe)
+    directory.claim(resume)
+    try:
+        session = open_session(inputs, directory)
+    except BaseException:
+        directory.discard_if_empty()
+        raise
+    return Trainer(session, [*inputs.callbacks, *callbacks]).run(resume)
+
+
+class Trainer:
+    """Runs the iterations of one session."""
+
+    def __init__(self, session: Session, callbacks: Sequence[Callback]) -> None:
+        self._session = session
+        self._main = session.accelerator.is_main_process
+        self._callbacks = list(callbacks) if self._main else []
+        self._warned = False
+
+    def run(self, resume: bool) -> TrainResult:
+        """Train to the end, or until asked to stop; then write ``final/``."""
+        session, recipe = self._session, self._session.recipe
+        started = time.perf_counter()
+        done = self._start(resume)
+        with StopRequest() as stop:
+            for iteration in range(done, recipe.run.iterations):
+                self._iteration(iteration)
+                done = iteration + 1
+                self._after(done, stopping=stop.requested)
+                if stop.requested:
+                    break
+        finished = done == recipe.run.iterations
+        if finished and self._main:
+            self._finish(done, time.perf_counter() - started)
+        session.accelerator.end_training()
+        return self._result(done, finished)
+
+    def _start(self, resume: bool) -> int:
+        """Restore or begin; returns the iterations done before."""
+        session, recipe = self._session, self._session.recipe
+        done = self._restore() if resume else 0
+        if self._main:
+            session.output.rewind(done)
+            session.output.write_recipe(recipe)
+        if recipe.run.trackers:
+            session.accelerator.init_trackers(
+                recipe.name, config={"recipe": json.dumps(recipe.model_dump(mode="json"))}
+            )
+        for callback in self._callbacks:
+            callback.on_start(session.output.root, done, recipe.run.iterations)
+        if done == 0:
+            self._evaluate(0)
+            self._sample(0)
+        return done
+
+    def _restore(self) -> int:
+        session = self._session
+        checkpoints = list_checkpoints(session.output.checkpoints)
+        if not checkpoints:
+            log.warning("no checkpoint in %s: starting from the beginning", session.output.root)
+            return 0
+        done = load_checkpoint(checkpoints[-1], session.trained, session.recipe)
+        if done > session.recipe.run.iterations:
+            raise CheckpointError(f"{checkpoints[-1]}: {done} iterations are done, more than run.iterations asks for")
+        return done
+
+    def _iteration(self, iteration: int) -> None:
+        session, recipe = self._session, self._session.recipe
+        watch = Stopwatch(session.device)
+        ids = session.order.batch(iteration, recipe.batch.prompts)[session.share]
+        conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
+        with watch.phase("encode"):
+            conditioning = dict(session.cache.get(conditions, session.device))
+        with watch.phase("rollout"):
+            tree = self._rollout(iteration, ids, conditioning)
+        scores, media = self._score(tree, conditions, watch)
+        with watch.phase("credit"):
+            log_prob, dimensions = self._mean_log_prob(tree)
+            credit = self._credit(tree.topology, log_prob, scores, iteration, dimensions)
+        with watch.phase("update"):
+            update = self._update(tree, credit, conditioning, ids, iteration)
+        share = ShareRecord(tree.topology.plans, tuple(log_prob), dimensions, scores, update)
+        metrics = self._metrics(share, credit, iteration)
+        if self._main:
+            if iteration % recipe.run.tree_every == 0:
+                trees = session.output.root / "trees"
+                write_tree(trees, iteration, conditions[0].prompt, tree.topology, scores, credit, media)
+            self._log(iteration, metrics, watch)
+
+    def _rollout(self, iteration: int, ids: Sequence[int], conditioning: dict[str, Tensor]) -> BranchTree:
+        session, recipe = self._session, self._session.recipe
+        model = session.inputs.model
+        initial = [
+            model.initial_noise(generator(recipe.tree.noise_seed, iteration, prompt_id, 0, 0, Purpose.INITIAL))
+            for prompt_id in ids
+        ]
+        return rollout(
+            velocity_function(model, conditioning, session.accelerator.autocast),
+            session.sampler,
+            grow([session.inputs.schedule.plan(iteration, prompt_id) for prompt_id in ids]),
+            torch.stack(initial).to(session.device),
+            NoiseSource(recipe.seed, iteration),
+            ids,
+            max_rows=recipe.batch.rollout_rows,
+            store=torch.device("cpu") if recipe.batch.states == "host" else None,
+        )
+
+    def _score(
+        self, tree: BranchTree, conditions: Sequence[Condition], watch: Stopwatch
+    ) -> tuple[dict[str, Scores], list[Media]]:
+        session = self._session
+        each = [conditions[prompt] for prompt in tree.topology.leaf_root.tolist()]
+        rows = session.recipe.batch.decode_rows
+        scores, media = score_latents(session.inputs.model, session.inputs.rewards, tree.leaves, each, rows, watch)
+        require_some_valid(session.accelerator, scores)
+        return scores, media
+
+    def _mean_log_prob(self, tree: BranchTree) -> tuple[list[Tensor], int]:
+        """Edge densities averaged over latent dimensions, and their number."""
+        dimensions = tree.leaves[0].numel()
+        divisor = dimensions if self._session.sampler.reduction == "sum" else 1
+        return [level / divisor for level in tree.log_prob], dimensions
+
+    def _credit(
+        self,
+        topology: Topology,
+        log_prob: Sequence[Tensor],
+        scores: Mapping[str, Scores],
+        iteration: int,
+        dimensions: int,
+    ) -> Credit:
+        session = self._session
+        return assign_credit(
+            topology,
+            log_prob,
+            scores,
+            {reward.label: reward.weight for reward in session.inputs.rewards},
+            session.credit_rule,
+            session.pruning_rule,
+            iteration,
+            dimensions,
+        )
+
+    def _update(
+        self, tree: BranchTree, credit: Credit, conditioning: dict[str, Tensor], ids: Sequence[int], iteration: int
+    ) -> UpdateRecord:
+        session, recipe = self._session, self._session.recipe
+        parts = partition(
+            collect(tree.topology, credit.advantages, credit.keep),
+            recipe.optim.steps_per_iteration,
+            recipe.seed,
+            iteration,
+            ids,
+            session.share.start,
+        )
+        trained = velocity_function(
+            session.inputs.model, conditioning, session.accelerator.autocast, session.updater.module
+        )
+        return session.updater.run(tree, parts, Policies(trained, session.reference_velocity(conditioning)), iteration)
+
+    def _metrics(self, share: ShareRecord, credit: Credit, iteration: int) -> dict[str, float]:
+        """The iteration's figures over all processes, whose shares come in the order of their prompts."""
+        from accelerate.utils import gather_object
+
+        session = self._session
+        whole, topology = merged(gather_object([share])), grow(share.plans)
+        if session.accelerator.num_processes > 1:
+            topology = grow(whole.plans)
+            credit = self._credit(topology, whole.log_prob, whole.scores, iteration, whole.dimensions)
+        factor = session.inputs.model.rows_per_prediction
+        metrics = iteration_metrics(topology, whole.scores, credit, whole.update, factor)
+        return {**metrics, "lr": float(session.updater.optimizer.param_groups[0]["lr"])}
+
+    def _log(self, iteration: int, metrics: dict[str, float], watch: Stopwatch) -> None:
+        session = self._session
+        session.output.append(METRICS, {"iteration": iteration, **metrics})
+        session.output.append(TIMING, {"iteration": iteration, **watch.report()})
+        if session.recipe.run.trackers:
+            session.accelerator.log(metrics, step=iteration)
+        self._warn_of_mismatch(metrics)
+        for callback in self._callbacks:
+            callback.on_iteration(iteration, metrics)
+
+    def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
+        """Say once that the clip range lies below the numerical noise of densities, which would silence edges."""
+        mismatch, clip = metrics.get("log_prob/mismatch_max", 0.0), self._session.recipe.loss.clip_range
+        if mismatch <= clip or self._warned:
+            return
+        self._warned = True
+        log.warning(
+            "densities of rollout and training differ by up to %.1e, more than loss.clip_range %.1e: from an "
+            "iteration's second optimiser step on, edges are clipped by rounding alone; raise the clip range, set "
+            "loss.old_log_prob to recomputed, or use fp32",
+            mismatch,
+            clip,
+        )
+
+    def _after(self, done: int, stopping: bool) -> None:
+        """What happens between iterations: evaluation, samples, checkpoints."""
+        session, recipe = self._session, self._session.recipe
+        last = done == recipe.run.iterations
+        every = recipe.evaluation.every if recipe.evaluation else None
+        if last or (every and done % every == 0):
+            self._evaluate(done)
+        if last or done % recipe.run.sample_every == 0:
+            self._sample(done)
+        if self._main and (last or stopping or done % recipe.run.checkpoint_every == 0):
+            save_checkpoint(session.output.checkpoints, done, session.trained, recipe, recipe.run.keep_checkpoints)
+        session.accelerator.wait_for_everyone()
+
+    def _evaluate(self, done: int) -> None:
+        session = self._session
+        if session.evaluator is None:
+            return
+        figures = session.evaluator.figures(session.accelerator)
+        if not self._main:
+            return
+        rows = {label: asdict(figure) for label, figure in figures.items()}
+        session.output.append(EVALUATION, {"iteration": done, "figures": rows})
+        means = {label: figure.mean for label, figure in figures.items() if figure.mean is not None}
+        if session.recipe.run.trackers:
+            session.accelerator.log({f"evaluation/{label}": mean for label, mean in means.items()}, step=done)
+        for callback in self._callbacks:
+            callback.on_evaluation(done, means)
+
+    def _sample(self, done: int) -> None:
+        if not self._main:
+            return
+        session = self._session
+        inputs, count = session.inputs, session.recipe.run.sample_prompts
+        conditions = (inputs.held_out_conditions or inputs.conditions)[:count]
+        latents = sample_latents(
+            inputs.model,
+            session.cache,
+            session.sampler,
+            session.accelerator.autocast,
+            conditions,
+            [(place, 0) for place in range(len(conditions))],
+            session.recipe.tree.noise_seed,
+            session.device,
+        )
+        media = inputs.model.decode(latents)
+        inputs.model.release_frozen()
+        prompts = [condition.prompt for condition in conditions]
+        write_grid(session.output.root / "samples", done, [media], prompts)
+
+    def _finish(self, done: int, seconds: float) -> None:
+        """Write ``final/`` and the summary."""
+        session = self._session
+        average = session.trained.average
+        weights = None if average is None else average.weights()
+        write_folder(session.output.final, lambda folder: session.inputs.model.export(folder, weights))
+        summary = {"iterations": done, "seconds": seconds, "device": str(session.device)}
+        write_atomically(session.output.root / "summary.json", json.dumps(summary).encode())
+        for callback in self._callbacks:
+            callback.on_end(session.output.root)
+
+    def _result(self, done: int, finished: bool) -> TrainResult:
+        output = self._session.output
+        rows = output.rows(EVALUATION)
+
+        def figures(row: dict[str, Any]) -> dict[str, Figure]:
+            return {label: Figure(**figure) for label, figure in row["figures"].items()}
+
+        return TrainResult(
+            output=output.root,
+            iterations=done,
+            finished=finished,
+            before=figures(rows[0]) if rows else None,
+            after=figures(rows[-1]) if len(rows) > 1 else None,
+        )

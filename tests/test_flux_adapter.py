@@ -1,0 +1,496 @@
+import copy
+import itertools
+import re
+import shutil
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from branchtree_adapters import _diffusers as shared
+from branchtree_adapters.flux import FLUX_DEV, LORA_TARGETS, Flux, FluxConfig, register_models
+from diffusers import FluxPipeline
+from pydantic import ValidationError
+from tiny_flux import T5_TOKENS, tiny_flux
+from torch import Tensor, nn
+
+from branchtree.errors import CheckpointError, DataError, ModelError
+from branchtree.protocols import Condition, LoraSettings, ModelAdapter
+
+CPU = torch.device("cpu")
+PROMPTS = ("a red digit 3", "seven blue")
+CONDITIONS = [Condition(prompt) for prompt in PROMPTS]
+STEPS = 4
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    made: dict[tuple[bool, bool], Path] = {}
+
+    def make(guidance_embeds: bool = True, dynamic_shift: bool = False) -> Path:
+        key = (guidance_embeds, dynamic_shift)
+        if key not in made:
+            target = tmp_path_factory.mktemp("flux")
+            made[key] = tiny_flux(target, guidance_embeds=guidance_embeds, dynamic_shift=dynamic_shift)
+        return made[key]
+
+    return make
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32, height: int = 32, width: int = 32) -> Flux:
+    adapter = Flux(FluxConfig(path=str(path), height=height, width=width))
+    adapter.load(CPU, dtype, dtype)
+    return adapter
+
+
+@pytest.fixture
+def adapter(folder: Callable[..., Path]) -> Flux:
+    return load(folder())
+
+
+def noise(adapter: Flux, rows: int = 2) -> Tensor:
+    return torch.stack([adapter.initial_noise(torch.Generator().manual_seed(seed)) for seed in range(rows)])
+
+
+def prediction(adapter: Flux, denoiser: nn.Module | None = None) -> Tensor:
+    return adapter.predict(noise(adapter), torch.tensor([0.9, 0.3]), adapter.encode(CONDITIONS), denoiser)
+
+
+@torch.no_grad()
+def rollout(adapter: Flux) -> Tensor:
+    latents, conditioning, sigmas = noise(adapter), adapter.encode(CONDITIONS), adapter.sigmas(STEPS)
+    for here, there in itertools.pairwise(sigmas):
+        latents = latents + (there - here) * adapter.predict(latents, here.expand(2), conditioning)
+    return latents
+
+
+def reference(path: Path, output_type: str, height: int = 32, width: int = 32) -> Tensor:
+    """What FluxPipeline makes by itself of the same two prompts and seeds."""
+    pipeline = FluxPipeline.from_pretrained(path)
+    pipeline.set_progress_bar_config(disable=True)
+    generators = [torch.Generator().manual_seed(seed) for seed in range(2)]
+    call = partial(pipeline, num_inference_steps=STEPS, max_sequence_length=T5_TOKENS, output_type=output_type)
+    images: Tensor = call(list(PROMPTS), height=height, width=width, generator=generators).images
+    return images
+
+
+def randomise(module: nn.Module, seed: int = 5) -> None:
+    """Give trainable weights, LoRA's zeros among them, other values."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+
+
+def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert tensor.dtype == right[name].dtype
+        assert torch.equal(tensor, right[name]), name
+
+
+def replaced(adapter: Flux) -> dict[str, Tensor]:
+    named = adapter.denoiser.named_parameters()
+    return {name: (p.detach() + 0.5).float() for name, p in named if p.requires_grad}
+
+
+def test_is_a_registered_model_adapter(adapter: Flux) -> None:
+    registered: dict[str, object] = {}
+    register_models(lambda name, build, config, summary: registered.update({name: (build, config)}))
+    typed: ModelAdapter = adapter
+    assert registered == {"flux": (Flux, FluxConfig)}
+    assert (typed.modality, typed.prediction, typed.rows_per_prediction) == ("image", "velocity", 1)
+
+
+@pytest.mark.parametrize("guidance_embeds", [True, False])
+@pytest.mark.parametrize("dynamic_shift", [True, False])
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40)])
+def test_euler_rollout_is_the_pipelines(
+    folder: Callable[..., Path], guidance_embeds: bool, dynamic_shift: bool, height: int, width: int
+) -> None:
+    path = folder(guidance_embeds, dynamic_shift)
+    ours = rollout(load(path, height=height, width=width))
+    theirs = reference(path, "latent", height, width)
+    assert ours.shape == theirs.shape == (2, height * width // 64, 16)
+    assert (ours - theirs).abs().max() <= 1e-5
+
+
+def test_dynamic_shift_depends_on_the_size(folder: Callable[..., Path]) -> None:
+    small, large = (load(folder(True, True), height=size, width=size).sigmas(STEPS) for size in (16, 64))
+    fixed = load(folder()).sigmas(STEPS)
+    assert small.shape == (STEPS + 1,) and small.dtype == torch.float32 and small.device == CPU
+    assert small[0] == 1 and small[-1] == 0 and bool((small.diff() < 0).all())
+    assert bool((large[1:-1] > small[1:-1]).all())
+    assert fixed.tolist() == pytest.approx([1, 0.9, 0.75, 0.5, 0])
+
+
+@pytest.mark.parametrize(("height", "width"), [(32, 32), (24, 40)])
+def test_decoded_images_are_the_pipelines(folder: Callable[..., Path], height: int, width: int) -> None:
+    adapter = load(folder(), height=height, width=width)
+    images = adapter.decode(rollout(adapter)).pixels
+    assert images.shape == (2, 3, height, width) and images.dtype == torch.float32
+    assert 0 <= images.min() < images.max() <= 1
+    assert (images - reference(folder(), "pt", height, width)).abs().max() <= 1e-5
+
+
+def test_decode_in_chunks(adapter: Flux) -> None:
+    latents = noise(adapter, rows=11)
+    together = adapter.decode(latents).pixels
+    for row in (0, 7, 8, 10):
+        torch.testing.assert_close(together[row : row + 1], adapter.decode(latents[row : row + 1]).pixels)
+
+
+def test_encoding_is_the_pipelines_and_knows_no_neighbours(adapter: Flux, folder: Callable[..., Path]) -> None:
+    together, alone = adapter.encode(CONDITIONS), adapter.encode(CONDITIONS[1:])
+    pipeline = FluxPipeline.from_pretrained(folder())
+    text, pooled, _ = pipeline.encode_prompt(list(PROMPTS), max_sequence_length=T5_TOKENS)
+    assert together["prompt_embeds"].shape == (2, T5_TOKENS, 32)
+    torch.testing.assert_close(together["prompt_embeds"], text, atol=1e-6, rtol=0)
+    torch.testing.assert_close(together["pooled_prompt_embeds"], pooled, atol=1e-6, rtol=0)
+    for name, rows in together.items():
+        assert torch.equal(rows[1:], alone[name])
+        assert not rows.requires_grad
+
+
+def test_frozen_parts_can_be_released_and_used_again(adapter: Flux) -> None:
+    encoded, decoded = adapter.encode(CONDITIONS), adapter.decode(noise(adapter)).pixels
+    adapter.release_frozen()
+    assert_same(dict(encoded), dict(adapter.encode(CONDITIONS)))
+    assert torch.equal(decoded, adapter.decode(noise(adapter)).pixels)
+
+
+def test_a_negative_prompt_is_refused(adapter: Flux) -> None:
+    with pytest.raises(DataError, match="negative prompt"):
+        adapter.encode([Condition("a digit", negative_prompt="blue")])
+
+
+def test_initial_noise_is_what_the_pipeline_draws(adapter: Flux, folder: Callable[..., Path]) -> None:
+    pipeline = FluxPipeline.from_pretrained(folder())
+    generator = torch.Generator().manual_seed(0)
+    theirs, _ = pipeline.prepare_latents(1, 4, 32, 32, torch.float32, CPU, generator)
+    assert torch.equal(noise(adapter, rows=1), theirs)
+
+
+def test_lora_starts_as_the_base_model_from_its_seed_alone(folder: Callable[..., Path]) -> None:
+    states = []
+    for seed, disturbance in ((3, 0), (3, 1), (4, 0)):
+        adapter = load(folder())
+        base = prediction(adapter)
+        torch.manual_seed(disturbance)
+        random_state = torch.get_rng_state()
+        adapter.add_lora(LoraSettings(rank=4, alpha=8.0), seed)
+        assert torch.equal(torch.get_rng_state(), random_state)
+        assert torch.equal(prediction(adapter), base)
+        trainable = {name: p for name, p in adapter.denoiser.named_parameters() if p.requires_grad}
+        assert all("lora_" in name and p.dtype == torch.float32 for name, p in trainable.items())
+        states.append(torch.cat([p.flatten() for p in trainable.values()]))
+    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
+
+
+def test_without_lora_is_the_base_model(adapter: Flux) -> None:
+    base = prediction(adapter)
+    adapter.add_lora(LoraSettings(rank=4, alpha=8.0), seed=0)
+    randomise(adapter.denoiser)
+    trained = prediction(adapter)
+    trainable = [p.requires_grad for p in adapter.denoiser.parameters()]
+    for denoiser in (adapter.denoiser, nn.ModuleList([adapter.denoiser])):
+        with pytest.raises(KeyError), adapter.without_lora(denoiser):
+            assert torch.equal(prediction(adapter), base)
+            raise KeyError
+        assert torch.equal(prediction(adapter), trained)
+    assert [p.requires_grad for p in adapter.denoiser.parameters()] == trainable
+    assert (trained - base).abs().max() > 1e-2
+
+
+def test_a_frozen_copy_can_be_predicted_with(adapter: Flux) -> None:
+    frozen = copy.deepcopy(adapter.denoiser).requires_grad_(False)
+    before = prediction(adapter)
+    randomise(adapter.denoiser)
+    assert torch.equal(prediction(adapter, frozen), before)
+    assert not torch.equal(prediction(adapter), before)
+
+
+def lora_adapter(path: Path, dtype: torch.dtype = torch.float32) -> Flux:
+    adapter = load(path, dtype)
+    adapter.add_lora(LoraSettings(rank=4, alpha=8.0), seed=0)
+    randomise(adapter.denoiser)
+    return adapter
+
+
+@pytest.mark.parametrize("method", ["save", "export"])
+def test_a_saved_lora_acts_in_a_fresh_pipeline(folder: Callable[..., Path], tmp_path: Path, method: str) -> None:
+    adapter = lora_adapter(folder())
+    {"save": adapter.save, "export": adapter.export}[method](tmp_path)
+    pipeline = FluxPipeline.from_pretrained(folder())
+    pipeline.load_lora_weights(tmp_path)
+    difference = (prediction(adapter, pipeline.transformer) - prediction(adapter)).abs().max()
+    assert difference <= 1e-6
+    assert [file.name for file in tmp_path.iterdir()] == [shared.LORA_FILE]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lora_is_restored_to_the_bit(folder: Callable[..., Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    adapter, fresh = lora_adapter(folder(), dtype), load(folder(), dtype)
+    adapter.save(tmp_path)
+    fresh.add_lora(LoraSettings(rank=4, alpha=8.0), seed=9)
+    fresh.restore(tmp_path)
+    assert_same(weights(adapter.denoiser), weights(fresh.denoiser))
+    assert torch.equal(prediction(adapter), prediction(fresh))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_full_weights_are_restored_to_the_bit(folder: Callable[..., Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    adapter, fresh = load(folder(), dtype), load(folder(), dtype)
+    randomise(adapter.denoiser)
+    adapter.save(tmp_path)
+    fresh.restore(tmp_path)
+    assert_same(weights(adapter.denoiser), weights(fresh.denoiser))
+    assert torch.equal(prediction(adapter), prediction(fresh))
+    assert all(parameter.requires_grad for parameter in adapter.denoiser.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_export_is_a_complete_pipeline(folder: Callable[..., Path], tmp_path: Path, dtype: torch.dtype) -> None:
+    adapter = load(folder(), dtype)
+    randomise(adapter.denoiser)
+    before = weights(adapter.denoiser)
+    adapter.export(tmp_path)
+    again = load(tmp_path, dtype)
+    assert_same(weights(again.denoiser), before)
+    assert_same(dict(again.encode(CONDITIONS)), dict(adapter.encode(CONDITIONS)))
+    assert torch.equal(rollout(again), rollout(adapter))
+
+
+def test_replacement_weights_are_saved_and_live_ones_left_alone(folder: Callable[..., Path], tmp_path: Path) -> None:
+    for name, adapter in {
+        "lora": lora_adapter(folder()),
+        "full": load(folder()),
+        "half": load(folder(), torch.bfloat16),
+    }.items():
+        live, state = weights(adapter.denoiser), replaced(adapter)
+        pointers = [parameter.data_ptr() for parameter in adapter.denoiser.parameters()]
+        adapter.save(tmp_path / name, state)
+        assert_same(weights(adapter.denoiser), live)
+        assert [parameter.data_ptr() for parameter in adapter.denoiser.parameters()] == pointers
+        adapter.restore(tmp_path / name)
+        assert_same(weights(adapter.denoiser), live | {key: t.to(live[key].dtype) for key, t in state.items()})
+
+
+def test_exported_replacement_weights(adapter: Flux, tmp_path: Path) -> None:
+    state = replaced(adapter)
+    adapter.export(tmp_path, state)
+    assert_same(weights(FluxPipeline.from_pretrained(tmp_path).transformer), state)
+
+
+def test_replacement_weights_must_be_the_models(adapter: Flux, tmp_path: Path) -> None:
+    state = replaced(adapter)
+    first = next(iter(state))
+    for wrong in ({"other": state[first]}, {**state, first: torch.zeros(1)}):
+        with pytest.raises(CheckpointError, match="do not belong to this model"):
+            adapter.save(tmp_path, wrong)
+
+
+def test_restoring_what_does_not_fit_is_refused(folder: Callable[..., Path], tmp_path: Path) -> None:
+    adapter, half, lora = load(folder()), load(folder(), torch.bfloat16), lora_adapter(folder())
+    adapter.save(tmp_path)
+    with pytest.raises(CheckpointError, match="precision"):
+        half.restore(tmp_path)
+    with pytest.raises(CheckpointError, match="cannot read"):
+        lora.restore(tmp_path)
+    with pytest.raises(CheckpointError, match="no safetensors"):
+        adapter.restore(tmp_path / "nowhere")
+    lora.save(tmp_path)
+    other = load(folder())
+    other.add_lora(LoraSettings(rank=2, alpha=8.0), seed=0)
+    before = weights(other.denoiser)
+    with pytest.raises(CheckpointError, match="shape"):
+        other.restore(tmp_path)
+    assert_same(weights(other.denoiser), before)
+    (tmp_path / shared.LORA_FILE).write_bytes(b"damaged")
+    with pytest.raises(CheckpointError, match="cannot read"):
+        lora.restore(tmp_path)
+
+
+@pytest.mark.parametrize("guidance_embeds", [True, False])
+def test_footprint_counts_what_is_loaded(folder: Callable[..., Path], guidance_embeds: bool) -> None:
+    config = FluxConfig(path=str(folder(guidance_embeds)), height=24, width=40)
+    footprint = Flux(config).footprint()
+    adapter = load(folder(guidance_embeds), height=24, width=40)
+    parts = FluxPipeline.from_pretrained(folder(guidance_embeds)).components
+    frozen = sum(shared.count_parameters(parts[name]) for name in ("vae", "text_encoder", "text_encoder_2"))
+    assert footprint.denoiser_parameters == shared.count_parameters(adapter.denoiser)
+    assert footprint.frozen_parameters == frozen
+    assert footprint.latent_shape == adapter.initial_noise(torch.Generator()).shape == (15, 16)
+    assert footprint.activation_numbers_per_row == (15 + T5_TOKENS) * 32 * (28 + 2 * 25 + 6)
+    assert footprint.checkpointed_numbers_per_row == (15 + T5_TOKENS) * 32 * (3 + 28 + 6)
+    adapter.add_lora(LoraSettings(rank=3, alpha=1.0), seed=0)
+    added = sum(p.numel() for p in adapter.denoiser.parameters() if p.requires_grad)
+    assert footprint.lora_parameters_per_rank * 3 == added
+    assert str(folder(guidance_embeds)) in footprint.source
+
+
+def test_footprint_of_a_model_not_at_hand_is_that_of_flux_dev() -> None:
+    footprint = Flux(FluxConfig(path="some-org/not-in-any-cache")).footprint()
+    assert footprint.denoiser_parameters == 11_901_408_320
+    assert footprint.frozen_parameters == 83_819_683 + 123_060_480 + 4_762_310_656
+    assert footprint.latent_shape == (45 * 45, 64)
+    assert "assumed to be those of FLUX.1-dev" in footprint.source
+
+
+def test_footprint_of_a_cached_hub_model(folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder()
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda _, name, **__: str(path / name))
+    footprint = Flux(FluxConfig(path="org/name", height=32, width=32)).footprint()
+    local = Flux(FluxConfig(path=str(path), height=32, width=32)).footprint()
+    assert footprint.denoiser_parameters == local.denoiser_parameters
+    assert footprint.source == "configuration files of 'org/name'"
+
+
+def test_kept_activations_are_as_estimated(folder: Callable[..., Path]) -> None:
+    adapter = load(folder(), height=128, width=128)
+    own = {parameter.untyped_storage().data_ptr() for parameter in adapter.denoiser.parameters()}
+    estimate = adapter.footprint()
+    for checkpointed in (False, True):
+        kept: dict[int, Tensor] = {}
+        hooks = torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor, kept=kept: kept.setdefault(tensor.untyped_storage().data_ptr(), tensor),
+            lambda tensor: tensor,
+        )
+        if checkpointed:
+            adapter.enable_gradient_checkpointing()
+        latents, conditioning = noise(adapter, rows=1), adapter.encode(CONDITIONS[:1])
+        with hooks:
+            adapter.predict(latents, torch.tensor([0.5]), conditioning)
+        numbers = sum(tensor.untyped_storage().nbytes() // 4 for key, tensor in kept.items() if key not in own)
+        if checkpointed:
+            assert numbers < estimate.checkpointed_numbers_per_row
+        else:
+            assert 0.7 < numbers / estimate.activation_numbers_per_row < 1.05
+
+
+def test_paths_that_cannot_be_used(folder: Callable[..., Path], tmp_path: Path) -> None:
+    for path, message in (
+        (str(tmp_path / "missing"), "missing' does not exist"),
+        ("./missing", "does not exist"),
+        (str(tmp_path), "holds no model_index.json"),
+        (str(folder() / "transformer"), "holds no model_index.json"),
+        ("nonsense", "neither an existing folder nor a hub id"),
+        ("bundled:nonsense", "no model 'nonsense' is bundled"),
+    ):
+        adapter = Flux(FluxConfig(path=path))
+        for call in (adapter.footprint, partial(adapter.load, CPU, torch.float32, torch.float32)):
+            with pytest.raises(ModelError, match=re.escape(message)):
+                call()
+    with pytest.raises(ModelError, match="belongs to a hub id"):
+        Flux(FluxConfig(path=str(folder()), revision="main")).footprint()
+
+
+def test_a_bundled_model_is_found(folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(folder(), tmp_path / "assets" / "small")
+    monkeypatch.setattr(shared.resources, "files", lambda package: tmp_path)
+    adapter = Flux(FluxConfig(path="bundled:small", height=32, width=32))
+    adapter.load(CPU, torch.float32, torch.float32)
+    assert adapter.footprint().source == "configuration files of 'bundled:small'"
+    assert_same(weights(adapter.denoiser), weights(load(folder()).denoiser))
+    with pytest.raises(ModelError, match="did you mean 'small'"):
+        Flux(FluxConfig(path="bundled:smal")).footprint()
+
+
+def test_a_folder_named_like_a_hub_id_is_a_folder(
+    folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(folder(), tmp_path / "org" / "name")
+    monkeypatch.chdir(tmp_path)
+    assert shared.locate("org/name").folder == Path("org/name")
+    assert shared.locate("org/other").folder is None
+
+
+def test_a_broken_folder_is_named(folder: Callable[..., Path], tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text((folder() / "model_index.json").read_text())
+    adapter = Flux(FluxConfig(path=str(tmp_path), height=32, width=32))
+    with pytest.raises(ModelError, match=re.escape(f"cannot load '{tmp_path}'")) as caught:
+        adapter.load(CPU, torch.float32, torch.float32)
+    assert caught.value.__cause__ is not None
+    with pytest.raises(ModelError, match=r"transformer/config\.json"):
+        adapter.footprint()
+    for name in FLUX_DEV:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text('{"block_out_channels": 3, "num_layers": "two"}')
+    with pytest.raises(ModelError, match="describes no model"):
+        adapter.footprint()
+
+
+def test_a_hub_model_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*_: object, **__: object) -> None:
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr(FluxPipeline, "from_pretrained", unreachable)
+    with pytest.raises(ModelError, match=r"no route to the hub.*check the hub id, the network") as caught:
+        Flux(FluxConfig(path="org/name")).load(CPU, torch.float32, torch.float32)
+    assert isinstance(caught.value.__cause__, ConnectionError)
+
+
+def test_a_size_that_does_not_fit_names_the_nearest(folder: Callable[..., Path]) -> None:
+    for height, width, message in (
+        (36, 32, "height 36 is not a multiple of 8; the nearest sizes are 32 or 40."),
+        (32, 5, "width 5 is not a multiple of 8; the nearest sizes are 8."),
+    ):
+        adapter = Flux(FluxConfig(path=str(folder()), height=height, width=width))
+        for call in (adapter.footprint, partial(adapter.load, CPU, torch.float32, torch.float32)):
+            with pytest.raises(ModelError, match=re.escape(message)):
+                call()
+    for wrong in ({"height": 0}, {"width": -8}, {"max_sequence_length": 513}, {"hieght": 8}):
+        with pytest.raises(ValidationError):
+            FluxConfig.model_validate({"path": "org/name", **wrong})
+
+
+def test_lora_mistakes(adapter: Flux) -> None:
+    with pytest.raises(ModelError, match=r"target 'attn.to_qq' names no linear layer; did you mean 'attn.to_q'"):
+        adapter.add_lora(LoraSettings(rank=4, alpha=8.0, targets=("attn.to_k", "attn.to_qq")), seed=0)
+    with pytest.raises(ModelError, match="no LoRA layers"), adapter.without_lora(adapter.denoiser):
+        pass
+    adapter.add_lora(LoraSettings(rank=4, alpha=8.0, targets=("attn.to_q",)), seed=0)
+    names = [name for name, p in adapter.denoiser.named_parameters() if p.requires_grad]
+    assert len(names) == 6 and all(".attn.to_q.lora_" in name for name in names)
+    assert "attn.to_q" in LORA_TARGETS
+
+
+def test_nothing_works_before_loading(folder: Callable[..., Path]) -> None:
+    with pytest.raises(ModelError, match="call load first"):
+        Flux(FluxConfig(path=str(folder()))).sigmas(4)
+
+
+# torch says so once, whenever float32 weights meet bfloat16 autocast in an RMS norm.
+@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
+@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("autocast", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_gradients_reach_lora_alone_in_every_precision(
+    folder: Callable[..., Path], weight_dtype: torch.dtype, autocast: bool, checkpointing: bool
+) -> None:
+    adapter = lora_adapter(folder(), weight_dtype)
+    if checkpointing:
+        adapter.enable_gradient_checkpointing()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        velocity = prediction(adapter)
+    assert velocity.dtype == torch.float32 and velocity.shape == (2, 16, 16)
+    assert bool(velocity.isfinite().all())
+    velocity.square().mean().backward()
+    for name, parameter in adapter.denoiser.named_parameters():
+        assert (parameter.grad is not None) == parameter.requires_grad == ("lora_" in name)
+        assert parameter.grad is None or bool(parameter.grad.isfinite().all())
+    assert any(bool(p.grad.any()) for p in adapter.denoiser.parameters() if p.grad is not None)
+
+
+def test_parts_have_the_precision_asked_for(folder: Callable[..., Path]) -> None:
+    adapter = Flux(FluxConfig(path=str(folder()), height=32, width=32))
+    adapter.load(CPU, torch.bfloat16, torch.float32)
+    assert {parameter.dtype for parameter in adapter.denoiser.parameters()} == {torch.float32}
+    assert adapter.encode(CONDITIONS)["prompt_embeds"].dtype == torch.bfloat16
+    assert prediction(adapter).dtype == adapter.decode(noise(adapter)).pixels.dtype == torch.float32
