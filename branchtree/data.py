@@ -59,7 +59,8 @@ def load_conditions(prompts: str | Sequence[str], column: str, split: str) -> li
     else:
         conditions = _from_file(Path(prompts), column)
     if not conditions:
-        raise DataError(f"{prompts}: holds no prompts; write one per line")
+        place = prompts if isinstance(prompts, str) else "the list of prompts"
+        raise DataError(f"{place}: holds no prompts; write at least one")
     return conditions
 
 
@@ -71,7 +72,8 @@ def _from_file(path: Path, column: str) -> list[Condition]:
     if path.suffix not in {".txt", ".jsonl"}:
         raise DataError(f"{path}: prompts are read from .txt, .jsonl and .parquet files")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Lines end at line feeds alone: str.splitlines would also cut at separators that a prompt may hold.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]

@@ -68,11 +68,15 @@ class Registry:
         """The callback of that name. Raises PluginError."""
         return self._lookup("callback", self.callbacks, name)
 
+    @property
+    def failures(self) -> str:
+        """What closes a message about an unknown name: a line for each plug-in that might have brought it."""
+        return "".join(f"\n{broken}" for broken in self.broken)
+
     def _lookup(self, kind: str, entries: dict[str, Entry], name: str) -> Entry:
         if name in entries:
             return entries[name]
-        failures = "".join(f"\n{broken}" for broken in self.broken)
-        raise PluginError(f"no {kind} '{name}' is installed{nearest(name, entries)}{failures}")
+        raise PluginError(f"no {kind} '{name}' is installed{nearest(name, entries)}{self.failures}")
 
 
 @functools.cache
@@ -81,8 +85,7 @@ def registry() -> Registry:
     points = [
         (point, distribution.metadata["Name"])
         for distribution in importlib.metadata.distributions()
-        for point in distribution.entry_points
-        if point.group == hookspecs.GROUP
+        for point in distribution.entry_points.select(group=hookspecs.GROUP)
     ]
     return collect({(point.name, name): point.load for point, name in points}.items())
 
@@ -101,12 +104,12 @@ def collect(plugins: Iterable[tuple[tuple[str, str], Callable[[], object]]]) -> 
             )
         owners[name] = distribution
         try:
-            plugin = load()
+            _register(found, name, distribution, load())
+        except PluginError:
+            raise
         except Exception as error:
-            # Whatever a stranger's module raises on import must not take the others down; it is told on lookup.
+            # Whatever a stranger's module raises must not take the others down; it is told on lookup.
             found.broken.append(Broken(name, distribution, error))
-            continue
-        _register(found, name, distribution, plugin)
     return found
 
 

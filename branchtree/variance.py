@@ -53,7 +53,8 @@ def split_variance(topology: Topology, rewards: Tensor, valid: Tensor) -> SplitV
         total.squares[rows] += levels.squares
         total.freedom[rows] += levels.freedom
         total.coefficient[rows, rows] += levels.coefficient
-    if float(total.squares.sum()) <= 0 or bool((total.freedom <= 0).any()):
+    rounding = 1e-24 * float(rewards.double()[valid].square().sum())  # means of equal rewards differ by this much
+    if float(total.squares.sum()) <= rounding or bool((total.freedom <= 0).any()):
         return None
     component = torch.linalg.solve_triangular(total.coefficient, total.squares.unsqueeze(1), upper=True)[:, 0]
     return SplitVariance(

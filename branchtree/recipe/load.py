@@ -34,7 +34,7 @@ def load_recipe(
     swaps = source.data.pop("smoke", None)
     if smoke:
         source.update(_smoke(swaps, source, recipe))
-    source.origins = {path: origin for path, origin in source.origins.items() if path[0] != "smoke"}
+    source.origins = {path: origin for path, origin in source.origins.items() if path[:1] != ("smoke",)}
     override(source, overrides or {})
     return validate(source)
 
@@ -44,6 +44,12 @@ def recipe_folders() -> list[Path]:
     from branchtree.plugins import registry
 
     return [builtin_folder(), *registry().recipe_folders]
+
+
+def _plugin_failures() -> str:
+    from branchtree.plugins import registry
+
+    return registry().failures
 
 
 def builtin_folder() -> Path:
@@ -72,7 +78,8 @@ def find_recipe(recipe: str | Path, folders: Sequence[Path] | None = None) -> Pa
         return path
     names = recipe_names(folders)
     if str(recipe) not in names:
-        raise RecipeError(f"no recipe '{recipe}'{nearest(str(recipe), names)} A path must end in .yaml.")
+        failures = _plugin_failures() if folders is None else ""
+        raise RecipeError(f"no recipe '{recipe}'{nearest(str(recipe), names)} A path must end in .yaml.{failures}")
     return names[str(recipe)]
 
 
@@ -82,17 +89,27 @@ def _extended(path: Path, folders: Sequence[Path] | None, below: tuple[Path, ...
         raise RecipeError(f"{path}: extends itself through {' -> '.join(str(step) for step in below)}")
     source = read_yaml(path)
     _absolute_files(source, path.parent)
-    bases = source.data.pop("extends", [])
     merged = Source()
-    for base in [bases] if isinstance(bases, str) else bases:
-        beside = path.parent / base
-        file = beside if beside.suffix in SUFFIXES else find_recipe(base, folders)
+    for file in _bases(source, path, folders):
         merged.update(_extended(file, folders, (*below, path.resolve())))
     merged.update(source)
+    merged.origins[()] = Origin(str(path))
     # A recipe's name and description are its own; a base's would be wrong for it.
     merged.data["name"] = source.data.get("name", path.stem)
     merged.data["description"] = source.data.get("description", "")
     return merged
+
+
+def _bases(source: Source, path: Path, folders: Sequence[Path] | None) -> list[Path]:
+    """The files that a recipe extends; a relative path is relative to the recipe's own folder."""
+    place, bases = source.origin(("extends",)), source.data.pop("extends", [])
+    names = [bases] if isinstance(bases, str) else bases
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise RecipeError(f"{place}: extends: write a recipe's name or path, or a list of them (it is {bases!r})")
+    try:
+        return [find_recipe(path.parent / name if name.endswith(SUFFIXES) else name, folders) for name in names]
+    except RecipeError as error:
+        raise RecipeError(f"{place}: extends: {error}") from None
 
 
 def _absolute_files(source: Source, folder: Path) -> None:
@@ -109,7 +126,7 @@ def _absolute_files(source: Source, folder: Path) -> None:
 def _smoke(swaps: Any, source: Source, recipe: str | Path) -> Source:
     if not isinstance(swaps, dict):
         raise RecipeError(f"recipe '{recipe}' has no 'smoke' section: it has no small version")
-    inside = {path[1:]: origin for path, origin in source.origins.items() if path[0] == "smoke" and len(path) > 1}
+    inside = {path[1:]: origin for path, origin in source.origins.items() if path[:1] == ("smoke",) and len(path) > 1}
     # A model or reward that is swapped takes none of the options of the one it replaces.
     for section in ("model", "evaluation"):
         if section in swaps:
@@ -123,7 +140,7 @@ def validate(source: Source) -> Recipe:
     try:
         return Recipe.model_validate(source.data)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(detail, source, Recipe) for detail in _first_per_key(error))) from None
+        raise RecipeError("\n".join(_explain(detail, source, Recipe) for detail in _one_per_key(error))) from None
 
 
 def validate_options(config: type[BaseModel], options: Mapping[str, Any], place: str) -> BaseModel:
@@ -131,17 +148,20 @@ def validate_options(config: type[BaseModel], options: Mapping[str, Any], place:
     try:
         return config.model_validate(dict(options))
     except ValidationError as error:
-        source = Source(dict(options), {(): Origin(place)})
-        details = [_explain(detail, source, config) for detail in _first_per_key(error)]
+        details = [_explain(detail, Source(dict(options)), config) for detail in _one_per_key(error)]
         raise RecipeError("\n".join(f"{place}.{detail}" for detail in details)) from None
 
 
-def _first_per_key(error: ValidationError) -> list[ErrorDetails]:
-    """A union reports each of its members; one message per key is enough."""
+def _one_per_key(error: ValidationError) -> list[ErrorDetails]:
+    """A union reports each of its members, a list its length beside its entries: the innermost message is enough."""
     first: dict[KeyPath, ErrorDetails] = {}
     for detail in error.errors(include_url=False):
         first.setdefault(tuple(part for part in detail["loc"] if not _is_union_tag(part)), detail)
-    return list(first.values())
+    return [
+        detail
+        for path, detail in first.items()
+        if not any(len(other) > len(path) and other[: len(path)] == path for other in first)
+    ]
 
 
 def _is_union_tag(part: str | int) -> bool:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from branchtree.schedule import PRESET_SPLITS
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 class Section(BaseModel):
@@ -18,7 +20,7 @@ class Section(BaseModel):
 class PluginSection(BaseModel):
     """A choice of plug-in; keys that are not ours are the plug-in's own, and it validates them."""
 
-    model_config = ConfigDict(extra="allow", frozen=True)
+    model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
     @property
     def options(self) -> dict[str, Any]:
@@ -60,6 +62,12 @@ class DrawSection(Section):
     first: float = Field(default=0.3, ge=0, lt=1)
     last: float = Field(default=0.75, gt=0, lt=1)
 
+    @model_validator(mode="after")
+    def _in_order(self) -> DrawSection:
+        if self.first > self.last:
+            raise ValueError(f"first is {self.first}, after last, {self.last}")
+        return self
+
 
 class WindowSection(Section):
     """``tree.window``: the sliding window of SDE steps under ``tree.sde: window``."""
@@ -81,7 +89,7 @@ class TreeSection(Section):
     strength: float = Field(default=4.0, gt=0)  # s of correlated siblings
     sde: Literal["all", "splits", "window"] = "all"  # stochastic steps beside the splits
     window: WindowSection = WindowSection()
-    noise_seed: int = 1223627  # of the initial noise
+    noise_seed: Seed = 1223627  # of the initial noise
 
     @field_validator("splits")
     @classmethod
@@ -207,7 +215,7 @@ class EvaluationSection(Section):
     noises: int = Field(default=1, ge=1)  # samples per prompt
     every: int | None = Field(default=None, ge=1)  # iterations; only before and after by default
     rows: int = Field(default=64, ge=1)  # samples at a time
-    seed: int = 7
+    seed: Seed = 7
 
 
 class RunSection(Section):
@@ -231,7 +239,7 @@ class Recipe(Section):
 
     name: str
     description: str = ""
-    seed: int = 42
+    seed: Seed = 42
     model: ModelSection
     lora: LoraSection | None = None
     tree: TreeSection = TreeSection()

@@ -56,25 +56,36 @@ class Source:
 
 
 class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number (YAML 1.2) and refuses a key written twice."""
+    """SafeLoader that reads 1e-5 as a number (YAML 1.2)."""
 
 
-_Loader.yaml_implicit_resolvers = {
-    first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
-    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\.inf|\.nan)$"),
-    list("-+0123456789."),
-)
+class _Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes a text which ``_Loader`` would read as a number."""
+
+
+for _reader_or_writer in (_Loader, _Dumper):
+    _reader_or_writer.yaml_implicit_resolvers = {
+        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    _reader_or_writer.add_implicit_resolver(
+        "tag:yaml.org,2002:float",
+        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\.inf|\.nan)$"),
+        list("-+0123456789."),
+    )
+
+
+def write_yaml(data: Mapping[str, Any]) -> str:
+    """Plain data as YAML that ``read_yaml`` reads back the same."""
+    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    return text
 
 
 def parse_value(text: str) -> Any:
     """One YAML value, as on the right of ``key=value``."""
     try:
         return yaml.load(text, _Loader)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise RecipeError(f"override value {text!r} is not YAML: {error}") from None
 
 
@@ -83,6 +94,7 @@ def read_yaml(path: Path) -> Source:
     try:
         text = path.read_text(encoding="utf-8")
         root = yaml.compose(text, _Loader)
+        data = yaml.load(text, _Loader)
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
@@ -90,11 +102,12 @@ def read_yaml(path: Path) -> Source:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from None
+    except (yaml.YAMLError, ValueError) as error:
+        raise RecipeError(f"{path}: not valid YAML: {error}") from None
     if not isinstance(root, yaml.MappingNode):
         raise RecipeError(f"{path}:1: a recipe is a mapping of keys to values")
-    source = Source()
+    source = Source(data)
     _record(root, (), path, source.origins)
-    source.data = yaml.load(text, _Loader)
     return source
 
 
@@ -118,11 +131,13 @@ def _record(node: yaml.Node, at: KeyPath, path: Path, origins: dict[KeyPath, Ori
 def override(source: Source, overrides: Mapping[str, Any]) -> None:
     """Set dotted keys (``optim.lr``, ``rewards.0.weight``) in place."""
     for dotted, value in overrides.items():
-        *parents, last = [int(part) if part.isdigit() else part for part in dotted.split(".")]
+        *parents, last = [int(part) if part.isdecimal() else part for part in dotted.split(".")]
         place: Any = source.data
+        origin = Origin(f"override {dotted}={value}")
         for depth, part in enumerate(parents):
             if isinstance(place, dict) and place.get(str(part)) is None:
                 place[str(part)] = {}
+                source.origins[tuple(parents[: depth + 1])] = origin
             place = _enter(place, part, dotted, depth)
         path: KeyPath = (*parents, last)
         if isinstance(place, list):
@@ -133,7 +148,7 @@ def override(source: Source, overrides: Mapping[str, Any]) -> None:
         else:
             raise RecipeError(f"override {dotted}: '{dotted.rsplit('.', 1)[0]}' holds a plain value, not keys")
         source.forget(path)
-        source.origins[path] = Origin(f"override {dotted}={value}")
+        source.origins[path] = origin
 
 
 def _enter(place: Any, part: str | int, dotted: str, depth: int) -> Any:

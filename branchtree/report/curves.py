@@ -10,12 +10,13 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from branchtree.report.markup import escape, number
-from branchtree.report.plot import SERIES, SMALL, WIDE, lines, plot, whole_ticks
+from branchtree.report.plot import SERIES, SMALL, WIDE, large_ticks, lines, plot, whole_ticks
 from branchtree.report.read import Evaluation, Row, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+ROWS = "row equivalents (rollout + 3 \N{MULTIPLICATION SIGN} gradient)"
 SMOOTHED_FROM = 40  # iterations; fewer are shown as they are
 
 
@@ -29,9 +30,7 @@ class Signal:
 
 
 SIGNALS = (
-    Signal(
-        "Loss", ("loss",), "The clipped objective. Advantages are centred, so it stays near 0 however training goes."
-    ),
+    Signal("Loss", ("loss",), "The clipped objective; near 0 by construction, it does not measure progress."),
     Signal("Gradient norm", ("grad_norm",), "Before clipping to the recipe's largest norm."),
     Signal(
         "Clipped edges",
@@ -42,7 +41,7 @@ SIGNALS = (
     Signal(
         "Log-density mismatch",
         ("log_prob/mismatch_mean", "log_prob/mismatch_max"),
-        "Between rollout and gradient pass before the first update: mean and largest; 0 where both compute the same.",
+        "Between the densities of the rollout and of the gradient pass: mean and largest.",
     ),
     Signal("Learning rate", ("lr",), "As the schedule set it."),
     Signal("Valid rewards", ("reward/valid_fraction",), "Part of the leaves on which no reward failed."),
@@ -62,7 +61,7 @@ def reward_charts(run: Run) -> str:
     for place, label in enumerate(labels):
         views = [_reward(run, label, place, "iteration", "iteration")]
         if by_rows:
-            views.append(_reward(run, label, place, "rows/total", "row equivalents (rollout + 3 x gradient)"))
+            views.append(_reward(run, label, place, "rows/total", ROWS))
         charts.append(f"<figure><figcaption><b>{escape(label)}</b></figcaption>{''.join(views)}</figure>")
     if not charts:
         return ""
@@ -93,8 +92,7 @@ def _reward(run: Run, label: str, place: int, against: str, xlabel: str) -> str:
         lines(axes, x, mean, 0, faint=smoothed)
         if smoothed:
             lines(axes, x, running_mean(mean, _window(len(mean))), 0)
-        if against == "iteration":
-            whole_ticks(axes)
+        whole_ticks(axes) if against == "iteration" else large_ticks(axes)
 
     kind = "iteration" if against == "iteration" else "rows"
     alt = f"Training reward {label} against {kind}: {_told(mean)}."

@@ -24,9 +24,9 @@ def embed(path: Path, folder: Path, longest: int) -> Picture | None:
     """
     from PIL import Image
 
-    if not path.resolve().is_relative_to(folder.resolve()):
-        return None
     try:
+        if not path.resolve().is_relative_to(folder.resolve()):
+            return None
         content = path.read_bytes()
         with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
             picture.load()
@@ -34,7 +34,7 @@ def embed(path: Path, folder: Path, longest: int) -> Picture | None:
             if max(width, height) <= longest:
                 return Picture(_uri("png", content), width, height)
             shrunk = picture.convert("RGB")
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     shrunk.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     encoded = io.BytesIO()

@@ -57,8 +57,8 @@ def plot(name: str, alt: str, size: tuple[float, float], xlabel: str, draw: Call
     style: Any = {**_STYLE, "svg.hashsalt": name}
     with mpl.rc_context(style):
         figure = Figure(figsize=size)
-        left, bottom = 0.62 / size[0], 0.52 / size[1]
-        axes = figure.add_axes((left, bottom, 0.97 - left, 0.91 - bottom))
+        left, bottom, top = 0.62 / size[0], 0.52 / size[1], 1 - 0.2 / size[1]
+        axes = figure.add_axes((left, bottom, 0.97 - left, top - bottom))
         axes.set_xlabel(xlabel)
         draw(axes)
         figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
@@ -70,6 +70,14 @@ def whole_ticks(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+
+
+def large_ticks(axes: Axes) -> None:
+    """Count along x in thousands or millions."""
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def lines(axes: Axes, x: Sequence[float], y: Sequence[float], colour: int, faint: bool = False) -> None:

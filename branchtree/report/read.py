@@ -171,7 +171,8 @@ def _recipe(path: Path) -> tuple[str, Mapping[str, Any]]:
         text = path.read_text(encoding="utf-8")
         recipe = yaml.safe_load(text)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise OutputError(f"{path}: cannot be read: {error}; restore the recipe that the run wrote") from None
+        reason = " ".join(str(error).split())
+        raise OutputError(f"{path}: cannot be read: {reason}; restore the recipe that the run wrote") from None
     if not isinstance(recipe, dict):
         raise OutputError(f"{path}: is not a recipe, it holds no keys; restore the recipe that the run wrote")
     return text, recipe
@@ -208,6 +209,14 @@ def _json(text: str) -> Any:
         return None
 
 
+def _document(path: Path) -> Any:
+    """A .json file's content, or None."""
+    try:
+        return _json(path.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        return None
+
+
 def _rows(path: Path, notes: list[str]) -> list[Row]:
     return [{key: finite(value) for key, value in row.items()} for row in _lines(path, notes)]
 
@@ -226,8 +235,8 @@ def _samples(folder: Path, notes: list[str]) -> list[SampleGrid]:
     grids = []
     for path in sorted(folder.glob("iteration_*.json")):
         try:
-            grid = SampleGrid.model_validate(_json(path.read_text(encoding="utf-8", errors="replace")))
-        except (OSError, ValidationError):
+            grid = SampleGrid.model_validate(_document(path))
+        except ValidationError:
             notes.append(f"{SAMPLES}/{path.name} cannot be read and was left out.")
             continue
         image = path.with_suffix(".png")
@@ -240,8 +249,8 @@ def _trees(folder: Path, notes: list[str]) -> list[Tree]:
     trees = []
     for path in sorted(folder.glob("iteration_*.json")):
         try:
-            trees.append(Tree.model_validate(_json(path.read_text(encoding="utf-8", errors="replace"))))
-        except (OSError, ValidationError):
+            trees.append(Tree.model_validate(_document(path)))
+        except ValidationError:
             notes.append(f"{TREES}/{path.name} cannot be read and was left out.")
     return sorted(trees, key=lambda tree: tree.iteration)
 
@@ -249,7 +258,7 @@ def _trees(folder: Path, notes: list[str]) -> list[Tree]:
 def _summary(path: Path, notes: list[str]) -> Mapping[str, Any] | None:
     if not path.is_file():
         return None
-    summary = _json(path.read_text(encoding="utf-8", errors="replace"))
+    summary = _document(path)
     if isinstance(summary, dict):
         return summary
     notes.append(f"{path.name} cannot be read and was left out.")

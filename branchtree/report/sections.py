@@ -65,7 +65,7 @@ def _card(label: str, first: Evaluation, last: Evaluation) -> str:
     before, after = (evaluation.figures.get(label, Figure()) for evaluation in (first, last))
     if first is last:
         return _key_number(label, number(before.mean), "", f"held out, after {first.iteration} iterations")
-    change = None if before.mean is None or after.mean is None else after.mean - before.mean
+    change = _change(before, after)
     said = f"held out, iteration {first.iteration} {ARROW} {last.iteration}"
     return _key_number(label, f"{number(before.mean)} {ARROW} <b>{number(after.mean)}</b>", signed(change), said)
 
@@ -75,7 +75,8 @@ def _training_card(metrics: Sequence[Row], key: str) -> str:
     before, after = mean(metrics[:part], key), mean(metrics[-part:], key)
     change = None if before is None or after is None else after - before
     label = key.removeprefix("reward/").removesuffix("/mean")
-    said = f"training reward, mean of the first and last {part} iterations"
+    ends = "first and last iteration" if part == 1 else f"first and last {part} iterations"
+    said = f"training reward, mean of the {ends}"
     return _key_number(label, f"{number(before)} {ARROW} <b>{number(after)}</b>", signed(change), said)
 
 
@@ -91,22 +92,29 @@ def evaluation(run: Run) -> str:
     labels = evaluation_labels(run.evaluations)
     if not labels:
         return ""
-    rows = []
-    for entry in run.evaluations:
-        cells = [_figure(entry.figures.get(label, Figure())) for label in labels]
-        rows.append([number(entry.iteration), *cells])
-    if len(rows) > 1:
-        first, last = run.evaluations[0].figures, run.evaluations[-1].figures
-        ends = [(first.get(label, Figure()).mean, last.get(label, Figure()).mean) for label in labels]
-        rows.append(["Change", *(signed(b - a) if a is not None and b is not None else MISSING for a, b in ends)])
-    heads = ["Iterations done", *(escape(label) for label in labels)]
-    return table("Held-out figures", heads, rows, "total" if len(rows) > 1 else "") + evaluation_charts(run.evaluations)
+    heads, columns = ["Iterations done"], []
+    for label in labels:
+        figures = [entry.figures.get(label, Figure()) for entry in run.evaluations]
+        heads.append(escape(label))
+        columns.append([*(number(figure.mean) for figure in figures), signed(_change(figures[0], figures[-1]))])
+        if any(figure.valid != figure.samples for figure in figures):
+            heads.append("valid samples")
+            columns.append([*(_validity(figure) for figure in figures), ""])
+    names = [*(number(entry.iteration) for entry in run.evaluations), "Change"]
+    rows = [list(row) for row in zip(names, *columns, strict=True)]
+    several = len(run.evaluations) > 1
+    means = table("Means over valid samples", heads, rows if several else rows[:-1], "total" if several else "")
+    return means + evaluation_charts(run.evaluations)
 
 
-def _figure(figure: Figure) -> str:
-    known = figure.valid is not None and figure.samples is not None
-    count = f" <small>{figure.valid} of {figure.samples} valid</small>" if known else ""
-    return number(figure.mean) + count
+def _change(before: Figure, after: Figure) -> float | None:
+    return None if before.mean is None or after.mean is None else after.mean - before.mean
+
+
+def _validity(figure: Figure) -> str:
+    if figure.valid is None or figure.samples is None:
+        return MISSING
+    return f"{number(figure.valid)} of {number(figure.samples)}"
 
 
 def samples(run: Run) -> str:

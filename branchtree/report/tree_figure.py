@@ -13,7 +13,7 @@ from branchtree.report.tree_layout import TOP, Layout, lay_out
 # Blue to orange through grey: told apart by readers with any of the common colour deficiencies.
 NEGATIVE, NEUTRAL, POSITIVE = (0xC2, 0x57, 0x00), (0xE4, 0xE4, 0xE0), (0x1F, 0x5F, 0xB4)
 MOST_TREES = 12  # on a page
-LEAF_GAP, LETTER = 20.0, 6.3
+LEAF_GAP, LETTER, LINE = 20.0, 6.3, 13.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def _disclosure(run: Run, tree: Tree, place: int, is_open: bool) -> str:
 def draw_tree(drawing: _Drawing) -> str:
     """The tree as an ``svg`` element at its natural size."""
     layout, tree = drawing.layout, drawing.layout.tree
-    label = max((len(_rewards(leaf)) for leaf in tree.leaves), default=0)
+    label = max((len(line) for leaf in tree.leaves for line in _lines(layout, leaf)), default=0)
     width = layout.right + LEAF_GAP + layout.row_height + 8 + max(label, 10) * LETTER
     height = layout.bottom + 10
     by_id = {node.id: node for node in tree.nodes}
@@ -163,21 +163,31 @@ def _leaf(drawing: _Drawing, node: Node, leaf: Leaf) -> str:
     x += LEAF_GAP - 4
     side = drawing.layout.row_height - 4
     picture = drawing.pictures.get(leaf.node)
-    title = f"<title>leaf {leaf.node}: {escape(_rewards(leaf))}</title>"
+    title = f"<title>leaf {leaf.node}: {escape(', '.join(_rewards(leaf)))}</title>"
     box = f'x="{x:.1f}" y="{y - side / 2:.1f}" width="{side:.0f}" height="{side:.0f}"'
     if picture is None:
         shown = f'<rect class="missing" {box}/>'
     else:
         kind = "pixels" if max(picture.width, picture.height) <= 64 else "photo"
         shown = f'<image class="{kind}" {box} href="{picture.uri}"/>'
-    text = f'<text class="reward" x="{x + side + 8:.1f}" y="{y + 4:.1f}">{escape(_rewards(leaf))}</text>'
+    lines = _lines(drawing.layout, leaf)
+    text = "".join(
+        f'<text x="{x + side + 8:.1f}" y="{y + 4 + (place - (len(lines) - 1) / 2) * LINE:.1f}">{escape(line)}</text>'
+        for place, line in enumerate(lines)
+    )
     return f'<g class="leaf{"" if leaf.valid else " invalid"}" data-leaf="{leaf.node}">{title}{shown}{text}</g>'
 
 
-def _rewards(leaf: Leaf) -> str:
+def _rewards(leaf: Leaf) -> list[str]:
     if not leaf.valid:
-        return "reward failed"
-    return ", ".join(f"{label} {number(reward, 3)}" for label, reward in leaf.rewards.items())
+        return ["reward failed"]
+    return [f"{label} {number(reward, 3)}" for label, reward in leaf.rewards.items()]
+
+
+def _lines(layout: Layout, leaf: Leaf) -> list[str]:
+    """A leaf's rewards one below the other, or in one line where its row is too low for that."""
+    rewards = _rewards(leaf)
+    return rewards if len(rewards) * LINE <= layout.row_height else [", ".join(rewards)]
 
 
 def _legend(drawing: _Drawing) -> str:

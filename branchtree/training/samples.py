@@ -19,7 +19,7 @@ from branchtree.protocols import Media, Scores
 from branchtree.training.rundir import write_atomically
 from branchtree.tree import Topology
 
-COLUMNS = 8
+COLUMNS = 10
 THUMBNAIL = 96  # pixels of a thumbnail's longer side
 TILE = 256  # the same in a grid; small images are enlarged to a quarter of it
 
