@@ -22,7 +22,7 @@ from branchtree.protocols import Callback, VelocityFunction
 from branchtree.recipe import load_recipe
 from branchtree.training.policy import velocity_function
 from branchtree.training.rundir import TIMING, RunDirectory
-from branchtree.training.session import Session, open_session, read_inputs
+from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 from branchtree.rollout import chunks
 from branchtree.tree import grow
@@ -73,7 +73,7 @@ def main() -> None:
         output = RunDirectory(Path(folder) / "run")
         inputs = read_inputs(recipe)
         output.claim(resume=False)
-        session = open_session(inputs, output)
+        session = open_session(inputs, output, make_accelerator(recipe, output))
         bare = BareDenoiser(session)
         Trainer(session, [bare]).run(resume=False)
         timing = output.rows(TIMING)

@@ -70,8 +70,7 @@ def sibling_advantages(topology: Topology, values: NodeValues, eps: float) -> Ad
         family, families = topology.parent[depth][valid], topology.width(depth - 1)
         std = segment_std(value, prompt, topology.prompts)[prompt]
         centred = value - segment_mean(value, family, families)[family]
-        only = segment_count(family, families)[family] < 2
-        advantages.append(_spread(valid, _divide(centred.masked_fill(only, 0), std, eps)))
+        advantages.append(_spread(valid, _divide(centred, std, eps)))
     return tuple(advantages)
 
 

@@ -34,11 +34,12 @@ def make_schedule(recipe: Recipe) -> Schedule:
     """The schedule of the ``tree`` section."""
     tree = recipe.tree
     deepest = tree.steps - 2  # the last step is deterministic
-    sde: str | SlidingWindow = tree.sde
-    if tree.sde == "window":
-        stop = max(deepest + 1 - tree.window.size, 0) if tree.window.stop is None else tree.window.stop
-        sde = SlidingWindow(tree.window.size, tree.window.start, tree.window.every, max(stop, tree.window.start))
-    return Schedule(tree.steps, _splits(tree, recipe.seed, deepest), sde)
+    splits = _splits(tree, recipe.seed, deepest)
+    if tree.sde != "window":
+        return Schedule(tree.steps, splits, tree.sde)
+    stop = max(deepest + 1 - tree.window.size, 0) if tree.window.stop is None else tree.window.stop
+    window = SlidingWindow(tree.window.size, tree.window.start, tree.window.every, max(stop, tree.window.start))
+    return Schedule(tree.steps, splits, window)
 
 
 def _splits(tree: TreeSection, seed: int, deepest: int) -> Splits:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from branchtree.assembly import make_credit_rule, make_model, make_pruning_rule, make_schedule
+from branchtree.assembly import make_credit_rule, make_kernel, make_model, make_pruning_rule, make_schedule
 from branchtree.cost import Cost, count
 from branchtree.data import HUB, PromptOrder, load_conditions
 from branchtree.protocols import Footprint
@@ -74,6 +74,7 @@ class RunPlan:
 def plan_recipe(recipe: Recipe) -> RunPlan:
     """Plan the first iteration. Raises a BranchTreeError if the recipe's model or prompts cannot be found."""
     model = make_model(recipe)
+    make_kernel(recipe.sampler, model.prediction)  # refuses what training would
     schedule, rule, pruning = make_schedule(recipe), make_credit_rule(recipe), make_pruning_rule(recipe)
     plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe)]
     footprint = model.footprint()

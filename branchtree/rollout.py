@@ -75,7 +75,9 @@ def rollout(
 
 def chunks(rows: int, limit: int | None) -> list[range]:
     """Cut ``rows`` into runs of at most ``limit``."""
-    size = limit or max(rows, 1)
+    if limit is not None and limit < 1:
+        raise ValueError(f"a limit of {limit} rows leaves nothing")
+    size = max(rows, 1) if limit is None else limit
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 

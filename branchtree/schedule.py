@@ -10,7 +10,7 @@ import math
 import random
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Literal, Protocol
 
 
 @dataclass(frozen=True)
@@ -107,6 +107,8 @@ class FixedSplits:
     def __post_init__(self) -> None:
         if len(self.steps) != len(self.branches):
             raise ValueError(f"{len(self.steps)} split steps need as many branch factors, not {len(self.branches)}")
+        if len(set(self.steps)) != len(self.steps):
+            raise ValueError(f"a step splits once, so {self.steps} cannot repeat one")
 
     def factors(self, iteration: int, prompt: int) -> dict[int, int]:
         """See Splits."""
@@ -126,6 +128,10 @@ class DrawnSplits:
     branches: int
     seed: int
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.first <= self.last:
+            raise ValueError(f"a split cannot be drawn from step {self.first} to step {self.last}")
+
     def factors(self, iteration: int, prompt: int) -> dict[int, int]:
         """See Splits."""
         draw = random.Random(f"split {self.seed} {iteration} {prompt}")  # string seeds do not depend on the process
@@ -142,7 +148,11 @@ class Schedule:
 
     steps: int
     splits: Splits
-    sde: str | SlidingWindow = "all"
+    sde: Literal["all", "splits"] | SlidingWindow = "all"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sde, SlidingWindow) and self.sde not in {"all", "splits"}:
+            raise ValueError(f"sde is 'all', 'splits' or a window, not {self.sde!r}")
 
     def plan(self, iteration: int, prompt: int) -> TreePlan:
         """The plan for one prompt. Raises ValueError if a split step lies outside the grid."""

@@ -25,20 +25,21 @@ def build_run(
     every: int = 20,
     steps: int = STEPS,
     splits: Sequence[int] = SPLITS,
+    labels: Sequence[str] = ("digits",),
 ) -> Path:
     """A finished run, or, where more iterations are planned than were done, one that stopped on the way."""
     planned = iterations if planned is None else planned
     folder.mkdir(parents=True, exist_ok=True)
     rng = random.Random(5)
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe(planned, prompts), sort_keys=False))
-    write_lines(folder / "metrics.jsonl", [metrics(i, iterations, rng, len(splits)) for i in range(iterations)])
+    write_lines(folder / "metrics.jsonl", [metrics(i, iterations, rng, len(splits), labels) for i in range(iterations)])
     write_lines(folder / "timing.jsonl", [timing(i, rng) for i in range(iterations)])
     done = [i for i in range(0, planned + 1, every) if i <= iterations]
     write_lines(folder / "evaluation.jsonl", [evaluation(i, planned) for i in done])
     for i in done:
         samples(folder / "samples", i, i / planned, prompts)
     for i in [i for i in done if i < iterations]:
-        tree(folder / "trees", i, i / planned, prompts[i % len(prompts)], steps, splits)
+        tree(folder / "trees", i, i / planned, prompts[i % len(prompts)], steps, splits, labels)
     if iterations == planned:
         rows = {"rollout": iterations * ROLLOUT_ROWS, "gradient": iterations * GRADIENT_ROWS}
         summary = {"iterations": iterations, "seconds": 741.5, "device": "cpu", "rows": rows}
@@ -64,14 +65,12 @@ def recipe(planned: int, prompts: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def metrics(iteration: int, total: int, rng: random.Random, splits: int) -> dict[str, Any]:
+def metrics(iteration: int, total: int, rng: random.Random, splits: int, labels: Sequence[str]) -> dict[str, Any]:
     part = iteration / max(total, 1)
     level = -1.9 + 1.5 * (1 - math.exp(-3 * part))
     shares = [0.31, 0.29, 0.22, 0.18, 0.1, 0.1][:splits]
     row: dict[str, Any] = {
         "iteration": iteration,
-        "reward/digits/mean": level + rng.gauss(0, 0.12),
-        "reward/digits/std": 0.6 - 0.3 * part + abs(rng.gauss(0, 0.05)),
         "reward/valid_fraction": 1.0,
         "loss": rng.gauss(0, 2e-5),
         "grad_norm": 0.4 + 0.1 * rng.random(),
@@ -86,6 +85,9 @@ def metrics(iteration: int, total: int, rng: random.Random, splits: int) -> dict
         "edges/trained": 226,
         "leaves/scored": 32,
     }
+    for label in labels:
+        row[f"reward/{label}/mean"] = level + rng.gauss(0, 0.12)
+        row[f"reward/{label}/std"] = 0.6 - 0.3 * part + abs(rng.gauss(0, 0.05))
     for depth in range(1, STEPS):
         row[f"advantage/abs_mean/depth_{depth:02d}"] = 0.75 + 0.1 * rng.random()
         row[f"loss_share/depth_{depth:02d}"] = min(2.0 ** min(depth, 4), 16) / 250
@@ -137,31 +139,22 @@ def picture(figure: int, quality: float, seed: int) -> Image.Image:
 
 
 def tree(
-    folder: Path, iteration: int, quality: float, prompt: str, steps: int = STEPS, splits: Sequence[int] = SPLITS
-) -> dict[str, Any]:
+    folder: Path,
+    iteration: int,
+    quality: float,
+    prompt: str,
+    steps: int = STEPS,
+    splits: Sequence[int] = SPLITS,
+    labels: Sequence[str] = ("digits",),
+) -> None:
     """A recorded tree, its values fused by plain means; the last leaf's reward failed."""
     rng = random.Random(iteration)
-    parents, depths, level = [None], [0], [0]
-    parent: list[int | None] = list(parents)
-    for step in range(steps):
-        following = []
-        for node in level:
-            for _ in range(2 if step in splits else 1):
-                following.append(len(parent))
-                parent.append(node)
-                depths.append(step + 1)
-        level = following
+    parent, depths = grown(steps, splits)
+    level = [node for node, depth in enumerate(depths) if depth == steps]
     values: list[float | None] = [None] * len(parent)
     for place, leaf in enumerate(level[:-1]):
         values[leaf] = round(-1.5 + quality + 0.4 * math.sin(place * 1.7) + rng.gauss(0, 0.15), 4)
-    children: dict[int, list[float]] = {}
-    for node in range(len(parent) - 1, -1, -1):
-        below = children.get(node)
-        if below:
-            values[node] = round(sum(below) / len(below), 6)
-        above, value = parent[node], values[node]
-        if above is not None and value is not None:
-            children.setdefault(above, []).append(value)
+    fuse(parent, values)
     advantages = spread_out(values, depths)
     nodes = [
         {
@@ -175,24 +168,38 @@ def tree(
         }
         for node in range(len(parent))
     ]
-    leaves = []
-    thumbnails = folder / f"iteration_{iteration:06d}"
-    thumbnails.mkdir(parents=True, exist_ok=True)
+    leaves: list[dict[str, Any]] = []
+    (folder / f"iteration_{iteration:06d}").mkdir(parents=True, exist_ok=True)
     for place, leaf in enumerate(level):
-        name = f"{thumbnails.name}/leaf_{place:02d}.png"
+        name = f"iteration_{iteration:06d}/leaf_{place:02d}.png"
         picture(iteration // 20, min(quality + 0.1 * rng.random(), 1), seed=place).save(folder / name)
-        valid = values[leaf] is not None
-        leaves.append({"node": leaf, "rewards": {"digits": values[leaf]}, "valid": valid, "thumbnail": name})
-    record = {
-        "iteration": iteration,
-        "prompt": prompt,
-        "steps": steps,
-        "splits": list(splits),
-        "nodes": nodes,
-        "leaves": leaves,
-    }
-    (folder / f"iteration_{iteration:06d}.json").write_text(json.dumps(record))
-    return record
+        rewards, valid = dict.fromkeys(labels, values[leaf]), values[leaf] is not None
+        leaves.append({"node": leaf, "rewards": rewards, "valid": valid, "thumbnail": name})
+    record = {"iteration": iteration, "prompt": prompt, "steps": steps, "splits": list(splits)}
+    (folder / f"iteration_{iteration:06d}.json").write_text(json.dumps(record | {"nodes": nodes, "leaves": leaves}))
+
+
+def grown(steps: int, splits: Sequence[int]) -> tuple[list[int | None], list[int]]:
+    """Each node's parent and depth, numbered depth by depth, with two children at a split."""
+    parent: list[int | None] = [None]
+    depths, level = [0], [0]
+    for step in range(steps):
+        above = [node for node in level for _ in range(2 if step in splits else 1)]
+        level = list(range(len(parent), len(parent) + len(above)))
+        parent += above
+        depths += [step + 1] * len(above)
+    return parent, depths
+
+
+def fuse(parent: Sequence[int | None], values: list[float | None]) -> None:
+    """Give every node above the leaves the mean of its children's values."""
+    below: dict[int, list[float]] = {}
+    for node in reversed(range(len(parent))):
+        if node in below:
+            values[node] = round(sum(below[node]) / len(below[node]), 6)
+        above, value = parent[node], values[node]
+        if above is not None and value is not None:
+            below.setdefault(above, []).append(value)
 
 
 def spread_out(values: Sequence[float | None], depths: Sequence[int]) -> list[float | None]:

@@ -119,9 +119,7 @@ def ode_step(x: float, velocity: float, sigma: float, sigma_next: float) -> floa
     return x + velocity * (sigma_next - sigma)
 
 
-def flow_matching_step(
-    x: float, velocity: float, sigma: float, sigma_next: float, level: float
-) -> tuple[float, float]:
+def flow_matching_step(x: float, velocity: float, sigma: float, sigma_next: float, level: float) -> tuple[float, float]:
     """mean = x + (v - g^2 / 2 * score) * D and std = g * sqrt(-D)."""
     step = sigma_next - sigma
     noise_estimate = x + (1 - sigma) * velocity
@@ -139,9 +137,7 @@ def dance(eta: float) -> Step:
 def flow(eta: float) -> Step:
     def step(x: float, v: float, sigma: float, sigma_next: float, active: bool) -> tuple[float, float]:
         remaining = 1 - sigma_next if sigma == 1 else 1 - sigma
-        return flow_matching_step(
-            x, v, sigma, sigma_next, eta * math.sqrt(sigma / remaining) if active else 0.0
-        )
+        return flow_matching_step(x, v, sigma, sigma_next, eta * math.sqrt(sigma / remaining) if active else 0.0)
 
     return step
 
@@ -206,9 +202,7 @@ def fuse(node: Node, beta: float, scale: str, dimensions: int) -> float | None:
     largest = max(beta * path for path in paths)
     weights = [math.exp(beta * path - largest) for path in paths]
     total = math.fsum(weights)
-    return math.fsum(
-        weight / total * float(leaf.reward or 0.0) for weight, leaf in zip(weights, below, strict=True)
-    )
+    return math.fsum(weight / total * float(leaf.reward or 0.0) for weight, leaf in zip(weights, below, strict=True))
 
 
 def fuse_all(roots: Sequence[Node], beta: float, scale: str = "mean", dimensions: int = 1) -> None:
@@ -314,8 +308,8 @@ def outside_depth_window(roots: Sequence[Node], size: int, every: int, stop: int
         first[root.prompt] = start
         for _ in range(iteration // every):
             first[root.prompt] += first[root.prompt] < stop
-    return lambda node: node.parent is not None and not (
-        first[node.prompt] <= node.depth - 1 < first[node.prompt] + size
+    return lambda node: (
+        node.parent is not None and not (first[node.prompt] <= node.depth - 1 < first[node.prompt] + size)
     )
 
 

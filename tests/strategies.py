@@ -107,9 +107,7 @@ def node_values(roots: Sequence[Node]) -> NodeValues:
     """The reference's values in the library's form."""
     levels = [reference.level(roots, depth) for depth in range(reference.height(roots[0]) + 1)]
     return NodeValues(
-        value=tuple(
-            torch.tensor([node.value or 0.0 for node in level], dtype=torch.float64) for level in levels
-        ),
+        value=tuple(torch.tensor([node.value or 0.0 for node in level], dtype=torch.float64) for level in levels),
         valid=tuple(torch.tensor([node.value is not None for node in level]) for level in levels),
     )
 
@@ -173,8 +171,6 @@ def forests(draw: st.DrawFn, ties: bool | None = None) -> Forest:
     return Forest(
         plans=drawn,
         log_prob=tuple(tuple(level) for level in log_prob),
-        rewards=tuple(
-            numbers.randrange(3) / 2 if few else numbers.gauss(0.3, 1.0) for _ in range(len(leaf_prompt))
-        ),
+        rewards=tuple(numbers.randrange(3) / 2 if few else numbers.gauss(0.3, 1.0) for _ in range(len(leaf_prompt))),
         valid=tuple(prompt != skipped and numbers.random() >= masked for prompt in leaf_prompt),
     )

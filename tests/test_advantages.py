@@ -60,9 +60,7 @@ def test_depth_advantages_are_standardised(forest: Forest) -> None:
 
 @given(strategies.forests(ties=False), st.sampled_from([0.01, 0.5, 7.0]), st.floats(-50, 50), names)
 @strategies.thorough
-def test_affine_maps_of_the_rewards_change_nothing(
-    forest: Forest, slope: float, offset: float, name: str
-) -> None:
+def test_affine_maps_of_the_rewards_change_nothing(forest: Forest, slope: float, offset: float, name: str) -> None:
     moved = forest.with_rewards([slope * reward + offset for reward in forest.rewards])
     for before, after in zip(estimated(forest, name), estimated(moved, name), strict=True):
         torch.testing.assert_close(before, after, rtol=1e-3, atol=1e-4)
@@ -78,9 +76,7 @@ def test_negated_rewards_negate_advantages(forest: Forest, name: str) -> None:
 
 @given(strategies.forests(), st.randoms(use_true_random=False), names)
 @strategies.thorough
-def test_prompts_are_independent_and_in_any_order(
-    forest: Forest, shuffler: random.Random, name: str
-) -> None:
+def test_prompts_are_independent_and_in_any_order(forest: Forest, shuffler: random.Random, name: str) -> None:
     chosen = shuffler.sample(range(len(forest.plans)), shuffler.randint(1, len(forest.plans)))
     whole, part = estimated(forest, name), estimated(forest.take(chosen), name)
     for depth in forest.topology.depths:

@@ -6,11 +6,11 @@ import pydantic
 import pytest
 import torch
 import torch.nn.functional as F
+from branchtree_rewards._digit_classifier import DigitClassifier, load_classifier
+from branchtree_rewards.digits import DIGIT_WORDS, Digits, DigitsConfig, named_digit
 from torch import Tensor
 
 from branchtree.protocols import Condition, Media
-from branchtree_rewards._digit_classifier import DigitClassifier, load_classifier
-from branchtree_rewards.digits import DIGIT_WORDS, Digits, DigitsConfig, named_digit
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 CPU = torch.device("cpu")
@@ -114,9 +114,7 @@ def test_every_image_is_scored_on_its_own(real_digits: tuple[Tensor, Tensor]) ->
     images, labels = real_digits[0][:16], real_digits[1][:16]
     reward = loaded()
     together = reward.score(Media(images=images), conditions(labels.tolist())).values
-    alone = [
-        reward.score(Media(images=images[i : i + 1]), conditions([int(labels[i])])).values for i in range(16)
-    ]
+    alone = [reward.score(Media(images=images[i : i + 1]), conditions([int(labels[i])])).values for i in range(16)]
     torch.testing.assert_close(torch.cat(alone), together)
 
 

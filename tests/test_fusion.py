@@ -88,16 +88,12 @@ def test_values_lie_within_the_range_of_their_leaves(forest: Forest, beta: float
 
 @given(strategies.forests(), st.randoms(use_true_random=False), scales)
 @strategies.thorough
-def test_prompts_are_independent_and_in_any_order(
-    forest: Forest, shuffler: random.Random, scale: PathScale
-) -> None:
+def test_prompts_are_independent_and_in_any_order(forest: Forest, shuffler: random.Random, scale: PathScale) -> None:
     chosen = shuffler.sample(range(len(forest.plans)), shuffler.randint(1, len(forest.plans)))
     whole, part = fused(forest, 1.0, scale, 2), fused(forest.take(chosen), 1.0, scale, 2)
     for depth in forest.topology.depths:
         for mine, theirs in ((part.value, whole.value), (part.valid, whole.valid)):
-            expected = torch.cat(
-                [theirs[depth][list(forest.topology.span(prompt, depth))] for prompt in chosen]
-            )
+            expected = torch.cat([theirs[depth][list(forest.topology.span(prompt, depth))] for prompt in chosen])
             torch.testing.assert_close(mine[depth], expected, rtol=1e-12, atol=1e-12)
 
 
@@ -112,9 +108,7 @@ def test_values_follow_affine_maps_of_the_rewards(
         torch.testing.assert_close(after[valid], slope * before[valid] + offset, rtol=1e-9, atol=1e-9)
 
 
-def two_leaves(
-    first: float, second: float, beta: float, scale: PathScale = "mean", dimensions: int = 1
-) -> float:
+def two_leaves(first: float, second: float, beta: float, scale: PathScale = "mean", dimensions: int = 1) -> float:
     """Root value of rewards 1 and 0 on two paths whose densities are given."""
     topology = grow([make_plan(2, {0: 2})])
     log_prob = [torch.zeros(1), torch.tensor([first, second]), torch.zeros(2)]

@@ -160,5 +160,9 @@ def test_one_address_never_changes_its_value() -> None:
     """Golden numbers: any change of the address, hash or generator would change every tree of every user."""
     small = SOURCE.normal(Purpose.EDGE, 3, 5, [2], (4,))
     large = SOURCE.normal(Purpose.EDGE, 3, 5, [2], (4, 4, 4)).flatten()[:4]
-    torch.testing.assert_close(small[0], torch.tensor([-1.8888930, 0.2644619, 0.3366384, 0.7677711]), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(large, torch.tensor([0.0282366, -1.1541532, -1.2724035, -0.6147258]), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        small[0], torch.tensor([-1.8888930, 0.2644619, 0.3366384, 0.7677711]), rtol=1e-5, atol=1e-6
+    )
+    torch.testing.assert_close(
+        large, torch.tensor([0.0282366, -1.1541532, -1.2724035, -0.6147258]), rtol=1e-5, atol=1e-6
+    )

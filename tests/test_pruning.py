@@ -40,11 +40,7 @@ def assert_mask(mask: EdgeMask, roots: list[Node], keep: Keep) -> None:
 
 def pruned_steps(mask: EdgeMask, topology: Topology) -> dict[int, int]:
     """How many edges of each step are left out."""
-    return {
-        step: int((~mask[step + 1]).sum())
-        for step in range(topology.steps)
-        if not bool(mask[step + 1].all())
-    }
+    return {step: int((~mask[step + 1]).sum()) for step in range(topology.steps) if not bool(mask[step + 1].all())}
 
 
 @given(strategies.forests())
@@ -154,13 +150,13 @@ def test_a_window_that_stops_before_the_last_split_stays_there() -> None:
 
 def test_outside_window_takes_one_range_per_prompt() -> None:
     topology = grow([make_plan(3, {0: 2}), make_plan(3, {})])
-    mask = outside_window(topology, [range(0, 1), range(1, 3)])
+    mask = outside_window(topology, [range(1), range(1, 3)])
     assert [flags.tolist() for flags in mask[1:]] == [[False, False, True], [True, True, False], [True, True, False]]
 
 
 def test_masks_intersect() -> None:
     topology = grow([make_plan(3, {0: 2})])
-    both = all_of(outside_window(topology, [range(0, 1)]), keep_paths(topology, torch.tensor([True, False])))
+    both = all_of(outside_window(topology, [range(1)]), keep_paths(topology, torch.tensor([True, False])))
     assert [flags.tolist() for flags in both] == [[False], [False, False], [True, False], [True, False]]
 
 

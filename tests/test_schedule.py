@@ -155,9 +155,7 @@ def test_a_bad_plan_is_refused(
         TreePlan(factors, stochastic, trained)
 
 
-@pytest.mark.parametrize(
-    ("size", "start", "every", "stop"), [(0, 0, 1, 0), (1, 0, 0, 0), (1, -1, 1, 0), (1, 3, 1, 2)]
-)
+@pytest.mark.parametrize(("size", "start", "every", "stop"), [(0, 0, 1, 0), (1, 0, 0, 0), (1, -1, 1, 0), (1, 3, 1, 2)])
 def test_a_bad_window_is_refused(size: int, start: int, every: int, stop: int) -> None:
     message = f"not a window: size {size}, start {start}, every {every}, stop {stop}"
     with pytest.raises(ValueError, match=message):

@@ -183,9 +183,7 @@ def test_log_prob_defaults_to_the_mean_over_dimensions() -> None:
     mean, following = states(2)
     transition = GaussianTransition(mean, torch.ones(2, 1, 1, 1))
     assert torch.equal(transition.log_prob(following), transition.log_prob(following, "mean"))
-    torch.testing.assert_close(
-        transition.log_prob(following) * math.prod(SHAPE), transition.log_prob(following, "sum")
-    )
+    torch.testing.assert_close(transition.log_prob(following) * math.prod(SHAPE), transition.log_prob(following, "sum"))
 
 
 def test_a_deterministic_row_sends_no_gradient() -> None:
@@ -265,9 +263,7 @@ def leaf_law(kernel: Kernel, predict: Callable[[float, float], float], steps: in
     ],
     ids=["dance0.3", "dance1", "ddim0.5", "ddim1"],
 )
-def test_kernels_keep_the_data_law_as_steps_shrink(
-    kernel: Kernel, predict: Callable[[float, float], float]
-) -> None:
+def test_kernels_keep_the_data_law_as_steps_shrink(kernel: Kernel, predict: Callable[[float, float], float]) -> None:
     """A wrong sign or factor in drift or noise would leave an error that finer grids do not remove."""
     errors = []
     for steps in (100, 400):

@@ -64,6 +64,8 @@ def train(
     changes = parse_overrides(overrides or [])
     with ProgressDisplay(console) as display:
         result = run(recipe, changes, output=output, smoke=smoke, resume=resume, callbacks=[display])
+    if not result.main_process:
+        return
     if result.before and result.after:
         console.print(figures_table(result.before, result.after))
     if not result.finished:

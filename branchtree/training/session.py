@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -123,10 +124,9 @@ class Session:
         return without_lora
 
 
-def open_session(inputs: Inputs, output: RunDirectory) -> Session:
+def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Session:
     """Load the model and the rewards, and prepare the optimiser."""
     recipe, model = inputs.recipe, inputs.model
-    accelerator = make_accelerator(recipe, output)
     if recipe.batch.prompts < accelerator.num_processes:
         raise RecipeError(
             f"batch.prompts: {recipe.batch.prompts} prompts cannot be shared by {accelerator.num_processes} processes"
@@ -183,11 +183,17 @@ def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
     torch.backends.cudnn.allow_tf32 = recipe.run.tf32
     # accelerate keeps its precision in a process-wide state; a second run in one process may want another.
     AcceleratorState._reset_state()
-    return Accelerator(
+    accelerator = Accelerator(
+        # Told so only because several processes without a GPU would otherwise each train alone.
+        cpu=not torch.accelerator.is_available(),
         mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.run.precision],
         log_with=list(recipe.run.trackers) or None,
         project_dir=str(output.root / "trackers"),
     )
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if accelerator.num_processes != expected:
+        raise RecipeError(f"{expected} processes were started, but accelerate joined {accelerator.num_processes}")
+    return accelerator
 
 
 def _load_model(recipe: Recipe, model: ModelAdapter, device: torch.device) -> None:

@@ -29,7 +29,7 @@ from branchtree.training.rundir import EVALUATION, METRICS, TIMING, RunDirectory
 from branchtree.training.samples import write_grid, write_tree
 from branchtree.training.sampling import sample_latents
 from branchtree.training.scoring import require_some_valid, score_latents
-from branchtree.training.session import Session, open_session, read_inputs
+from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.timing import Stopwatch
 from branchtree.training.update import Policies, UpdateRecord, partition
 from branchtree.tree import BranchTree, Topology, grow
@@ -44,6 +44,7 @@ class TrainResult:
     output: Path
     iterations: int  # done in all
     finished: bool  # False if it was asked to stop early
+    main_process: bool  # whether this process is the one that reports
     before: dict[str, Figure] | None  # held-out figures
     after: dict[str, Figure] | None
 
@@ -52,11 +53,14 @@ def train_recipe(recipe: Recipe, output: Path, resume: bool, callbacks: Sequence
     """Run a resolved recipe in a directory; see ``branchtree.train``."""
     directory = RunDirectory(output)
     inputs = read_inputs(recipe)
-    directory.claim(resume)
+    accelerator = make_accelerator(recipe, directory)
+    if accelerator.is_main_process:
+        directory.claim(resume)
     try:
-        session = open_session(inputs, directory)
+        session = open_session(inputs, directory, accelerator)
     except BaseException:
-        directory.discard_if_empty()
+        if accelerator.is_main_process:
+            directory.discard_if_empty()
         raise
     return Trainer(session, [*inputs.callbacks, *callbacks]).run(resume)
 
@@ -319,6 +323,7 @@ class Trainer:
             output=output.root,
             iterations=done,
             finished=finished,
+            main_process=self._main,
             before=figures(rows[0]) if rows else None,
             after=figures(rows[-1]) if len(rows) > 1 else None,
         )

@@ -1,0 +1,79 @@
+"""What all tests share: an offline environment, and the guest plug-in as a user would have it installed."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tomllib
+from collections.abc import Callable, Iterator
+from importlib.metadata import entry_points
+from pathlib import Path
+
+import pytest
+import torch
+from guests import Outcome, install_guest, run_command
+
+from branchtree.plugins import registry
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Our tensors are tiny: on a machine whose cores are shared, a second thread makes the tests several times slower.
+os.environ["OMP_NUM_THREADS"] = "1"
+torch.set_num_threads(1)
+
+
+def pytest_configure() -> None:
+    """Refuse to run against an installation that lacks some of the library's own plug-ins."""
+    project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    installed = {point.name for point in entry_points(group="branchtree")}
+    missing = sorted(project["entry-points"]["branchtree"].keys() - installed)
+    if missing:
+        raise pytest.UsageError(
+            f"branchtree's plug-ins {', '.join(missing)} are not installed; run: pip install -e '.[dev]'"
+        )
+
+
+@pytest.fixture(scope="session")
+def guest_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the guest distribution is installed; the developer's environment is left alone."""
+    return install_guest(tmp_path_factory.mktemp("guest_site"))
+
+
+@pytest.fixture(scope="session")
+def guest_run(guest_site: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
+    """One training run of the recipe ``guest`` by the command line, and its directory."""
+    output = tmp_path_factory.mktemp("runs") / "guest"
+    return run_command("train", "guest", "--output", str(output), sites=[guest_site]), output
+
+
+@pytest.fixture
+def plug(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Make the distributions in a folder visible to this test, in this process."""
+
+    def add(site: Path) -> None:
+        monkeypatch.syspath_prepend(site)
+        registry.cache_clear()
+
+    yield add
+    registry.cache_clear()
+
+
+@pytest.fixture
+def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Outcome]]:
+    """Run ``branchtree`` with some arguments in this process."""
+    log = logging.getLogger("branchtree")
+    before = (log.handlers, log.propagate, log.level)
+    monkeypatch.setenv("COLUMNS", "200")
+
+    def run(*arguments: str) -> Outcome:
+        from branchtree.cli import main
+
+        monkeypatch.setattr("sys.argv", ["branchtree", *arguments])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return Outcome(int(stopped.value.code or 0), *capsys.readouterr())
+
+    yield run
+    log.handlers, log.propagate = before[:2]
+    log.setLevel(before[2])

@@ -1,0 +1,166 @@
+"""Who may import whom, what a quick command loads, and what no module may do."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import grimp
+import pytest
+from guests import run_code, run_command
+from importlinter import cli as importlinter
+
+import branchtree
+from branchtree.plugins import registry
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("branchtree", "adapters/branchtree_adapters", "rewards/branchtree_rewards")
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+MATHS = (
+    "advantages",
+    "families",
+    "fusion",
+    "grid",
+    "loss",
+    "noise",
+    "pruning",
+    "rollout",
+    "schedule",
+    "segments",
+    "transitions",
+    "tree",
+    "variance",
+)
+VALUES = ("errors", "protocols")
+
+
+@pytest.fixture(scope="module")
+def graph() -> grimp.ImportGraph:
+    return grimp.build_graph("branchtree", include_external_packages=True, cache_dir=None)
+
+
+def test_the_contracts_between_packages_hold(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    code = importlinter.lint_imports(config_filename=str(ROOT / "pyproject.toml"), no_cache=True)
+    assert code == importlinter.EXIT_STATUS_SUCCESS, capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", MATHS)
+def test_the_maths_stands_by_itself(module: str, graph: grimp.ImportGraph) -> None:
+    upstream = graph.find_upstream_modules(f"branchtree.{module}")
+    allowed = {f"branchtree.{name}" for name in (*MATHS, *VALUES)} | sys.stdlib_module_names | {"torch"}
+    assert upstream <= allowed
+
+
+@pytest.mark.parametrize("package", ["training", "cli", "report", "recipe"])
+def test_layers_look_downwards(package: str, graph: grimp.ImportGraph) -> None:
+    above = {
+        "training": ("cli", "report"),
+        "cli": (),
+        "report": ("cli", "training"),
+        "recipe": ("cli", "training", "report"),
+    }
+    modules = [name for name in graph.modules if name.startswith(f"branchtree.{package}")]
+    imported = {name for module in modules for name in graph.find_modules_directly_imported_by(module)}
+    assert not [name for name in imported if name.startswith(tuple(f"branchtree.{other}" for other in above[package]))]
+
+
+def test_importing_the_library_loads_no_heavy_one() -> None:
+    done = run_code(
+        """
+        import sys
+        import branchtree, branchtree.cli
+        print(*sorted({name.partition(".")[0] for name in sys.modules}))
+        """
+    )
+    assert done.code == 0, done.err
+    loaded = done.out.split()
+    assert "branchtree" in loaded
+    assert not {"torch", "diffusers", "transformers", "accelerate", "matplotlib", "branchtree_adapters"} & set(loaded)
+
+
+def test_training_code_and_plugins_load_no_model_library() -> None:
+    done = run_code(
+        """
+        import sys
+        import branchtree.training.trainer, branchtree.planning, branchtree.report
+        from branchtree.plugins import registry
+        assert not registry().broken, registry().broken
+        print(*sorted({name.partition(".")[0] for name in sys.modules}))
+        """
+    )
+    assert done.code == 0, done.err
+    assert "branchtree_adapters" in done.out.split()
+    assert not {"diffusers", "transformers"} & set(done.out.split())
+
+
+def test_help_answers_at_once() -> None:
+    done = run_code(
+        """
+        import sys
+        from branchtree.cli import main
+        sys.argv = ["branchtree", "--help"]
+        try:
+            main()
+        finally:
+            print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
+        """
+    )
+    assert done.code == 0
+    for name in ("train", "plan", "recipes", "plugins", "report"):
+        assert f" {name} " in done.out
+    assert not {"torch", "numpy", "diffusers", "transformers"} & set(done.err.split())
+
+
+def test_the_module_can_be_run() -> None:
+    done = run_command("--help")
+    assert done.code == 0
+    assert "tree-structured" in done.out
+
+
+def test_public_names_exist() -> None:
+    for name in branchtree.__all__:
+        assert getattr(branchtree, name) is not None
+
+
+def test_the_librarys_own_plugins_come_through_the_front_door() -> None:
+    found = registry()
+    assert not found.broken
+    for name, entry, package in (
+        ("flux", found.model("flux"), "branchtree_adapters"),
+        ("digits", found.reward("digits"), "branchtree_rewards"),
+    ):
+        assert (entry.name, entry.distribution) == (name, "branchtree-grpo")
+        assert entry.build.__module__.startswith(package)
+        assert entry.summary
+
+
+# --- nothing unsafe is loaded ---
+
+
+def calls(tree: ast.AST) -> Iterator[tuple[str, ast.Call]]:
+    """Each call and the dotted name of what is called."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            yield ast.unparse(node.func), node
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_no_module_loads_what_could_run_code(path: Path) -> None:
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    imported = {alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names}
+    assert not imported & {"pickle", "dill", "joblib", "shelve"}
+    for name, call in calls(tree):
+        options = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
+        assert name not in {"eval", "exec", "os.system", "yaml.unsafe_load", "yaml.full_load"}
+        assert options.get("trust_remote_code", "False") == "False"
+        assert options.get("shell", "False") == "False"
+        if name == "torch.load":
+            assert options["weights_only"] == "True"
+        if name in {"yaml.load", "yaml.compose"}:
+            assert ast.unparse(call.args[1]) == "_Loader"

@@ -1,0 +1,313 @@
+"""What a plan says before a run, against the method's own arithmetic and against what a run then does."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from textwrap import dedent
+from typing import Any
+
+import pytest
+from guests import Outcome
+
+from branchtree import load_recipe, plan, train
+from branchtree.assembly import make_schedule
+from branchtree.cost import Cost
+from branchtree.errors import ModelError, RecipeError
+from branchtree.planning import RunPlan, draw_tree, estimate_memory
+from branchtree.protocols import Footprint
+from branchtree.recipe import Recipe
+from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow
+from branchtree.training.rundir import METRICS, RunDirectory
+
+DENSE = {"tree.steps": 20, "tree.splits": "dense", "batch.prompts": 1}
+
+
+@pytest.fixture(autouse=True)
+def _with_the_guest(guest_site: Path, plug: Callable[[Path], None]) -> None:
+    plug(guest_site)
+
+
+def planned(**changes: Any) -> RunPlan:
+    """The plan of a 20-step tree of the guest; keys are written with two underscores for a dot."""
+    return plan("guest", DENSE | {key.replace("__", "."): value for key, value in changes.items()})
+
+
+# --- the table of the design ---
+
+
+@pytest.mark.parametrize(
+    ("splits", "nodes", "edges", "rollout", "gradient", "per_leaf"),
+    [("dense", 219, 218, 203, 187, 13.68), ("mixed", 185, 184, 169, 153, 11.56), ("sparse", 151, 150, 135, 119, 9.44)],
+)
+def test_the_papers_trees(splits: str, nodes: int, edges: int, rollout: int, gradient: int, per_leaf: float) -> None:
+    cost = planned(tree__splits=splits).iteration
+    assert (cost.nodes, cost.edges, cost.leaves) == (nodes, edges, 16)
+    assert cost.rollout_rows == rollout
+    # Every parent but those of the deterministic last step, which has 16, is trained.
+    assert cost.gradient_rows == gradient == rollout - 16
+    assert cost.trained_edges == edges - 16
+    assert cost.nodes_per_leaf == pytest.approx(per_leaf, abs=0.01)
+
+
+def test_independent_trajectories_are_a_tree_that_splits_once() -> None:
+    cost = planned(tree__splits=[0], tree__branches=16).iteration
+    assert (cost.leaves, cost.rollout_rows) == (16, 305)
+    assert (cost.gradient_rows, cost.trained_edges) == (1 + 18 * 16, 19 * 16)
+
+
+@pytest.mark.parametrize(("branches", "leaves"), [(2, 16), (3, 81), (4, 256)])
+def test_scaling_in_branches(branches: int, leaves: int) -> None:
+    cost = planned(tree__branches=branches).iteration
+    widths = [math.prod(branches for split in (0, 3, 6, 9) if split < depth) for depth in range(21)]
+    assert (cost.leaves, cost.nodes, cost.rollout_rows) == (leaves, sum(widths), sum(widths[:-1]))
+
+
+# After the last split, step 9, nine trained steps of 16 edges remain; Parent-Top1 halves them, Extreme-b keeps 2 b.
+@pytest.mark.parametrize(
+    ("pruning", "rows", "edges"),
+    [
+        ({"kind": "none"}, 187, 202),
+        ({"kind": "parent_top1"}, 187 - 9 * 8, 202 - 9 * 8),
+        ({"kind": "extreme", "count": 1}, 187 - 9 * 14, 202 - 9 * 14),
+        ({"kind": "extreme", "count": 4}, 187 - 9 * 8, 202 - 9 * 8),
+        ({"kind": "extreme", "count": 8}, 187, 202),
+        ({"kind": "depth", "size": 4}, 187 - 8 - 3 * 16, 202 - 4 * 16),
+        ({"kind": "depth", "size": 1}, 187 - 8, 202 - 16),
+    ],
+)
+def test_pruning_saves_gradient_rows_alone(pruning: dict[str, Any], rows: int, edges: int) -> None:
+    cost = planned(pruning=pruning).iteration
+    assert (cost.rollout_rows, cost.leaves) == (203, 16)
+    assert (cost.gradient_rows, cost.trained_edges) == (rows, edges)
+
+
+def test_mix_trains_the_splits_and_the_window() -> None:
+    cost = planned(tree__sde="window", tree__window={"size": 4, "start": 0}).iteration
+    assert cost.rollout_rows == 203
+    # Steps 0 to 3 of the window and the splits 6 and 9: their parents, and their children.
+    assert cost.gradient_rows == 1 + 2 + 2 + 2 + 4 + 8
+    assert cost.trained_edges == 2 + 2 + 2 + 4 + 8 + 16
+
+
+def test_one_drawn_split_trains_one_row() -> None:
+    result = planned(tree__splits="drawn", tree__branches=16, tree__sde="splits", credit__advantage="leaf")
+    (step,) = result.tree.splits
+    assert 6 <= step <= 15
+    assert result.iteration.rollout_rows == step + 1 + 16 * (19 - step)
+    assert (result.iteration.gradient_rows, result.iteration.trained_edges) == (1, 16)
+
+
+def test_prompts_multiply_the_work() -> None:
+    one, three = planned(), planned(batch__prompts=3)
+    assert three.per_prompt == one.iteration
+    for name in ("nodes", "edges", "leaves", "rollout_rows", "gradient_rows", "trained_edges"):
+        assert getattr(three.iteration, name) == 3 * getattr(one.iteration, name)
+
+
+def test_rows_under_guidance_count_double() -> None:
+    one = planned()
+    two = replace(one, rows_per_prediction=2)
+    assert (one.rollout_rows, one.gradient_rows) == (203, 187)
+    assert (two.rollout_rows, two.gradient_rows) == (406, 374)
+
+
+def test_a_backward_pass_costs_two_forward_passes() -> None:
+    forward = planned().footprint.forward_flops_per_row
+    assert planned().flops == forward * (203 + 3 * 187)
+    assert planned(run__gradient_checkpointing=True).flops == forward * (203 + 4 * 187)
+
+
+# --- against a run ---
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        {"batch.prompts": 3},
+        {"pruning.kind": "parent_top1"},
+        {"pruning": {"kind": "extreme", "count": 2}},
+        {"pruning": {"kind": "depth", "size": 2}},
+        {"tree.sde": "window", "tree.window.size": 2, "credit.beta": 0},
+        {"tree.splits": "drawn", "tree.branches": 6, "tree.sde": "splits", "credit.advantage": "leaf"},
+        {"tree.branches": [2, 3, 2], "credit.advantage": "sibling", "optim.steps_per_iteration": 2},
+    ],
+)
+def test_a_run_does_what_was_planned(overrides: dict[str, Any], tmp_path: Path) -> None:
+    overrides = {"run.iterations": 1, "run.sample_prompts": 1, "evaluation": None, **overrides}
+    expected = plan("guest", overrides)
+    train("guest", overrides, output=tmp_path / "run")
+    (row,) = RunDirectory(tmp_path / "run").rows(METRICS)
+    assert row["rows/rollout"] == expected.rollout_rows
+    assert row["rows/gradient"] == expected.gradient_rows
+    assert row["edges/trained"] == expected.iteration.trained_edges
+    assert row["leaves/scored"] == expected.iteration.leaves
+
+
+def test_every_iteration_of_a_run_keeps_to_the_plan(guest_run: tuple[Outcome, Path]) -> None:
+    expected = plan("guest")
+    for row in RunDirectory(guest_run[1]).rows(METRICS):
+        assert row["rows/rollout"] == expected.rollout_rows
+        assert row["rows/gradient"] == expected.gradient_rows
+
+
+def test_a_plan_reads_no_weights(tmp_path: Path) -> None:
+    (tmp_path / "denoiser.safetensors").write_bytes(b"no weights at all")
+    overrides = {"model.path": str(tmp_path)}
+    assert plan("guest", overrides).rollout_rows == plan("guest").rollout_rows
+    with pytest.raises(ModelError, match="holds no weights of a guest_gaussian"):
+        train("guest", overrides, output=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_plan_fetches_no_dataset() -> None:
+    assert planned(data__prompts="hub:branchtree/no-such-set").rollout_rows == 203
+
+
+def test_a_loaded_recipe_takes_no_overrides() -> None:
+    recipe = load_recipe("guest")
+    assert plan(recipe).iteration == plan("guest").iteration
+    with pytest.raises(TypeError, match="takes neither overrides nor smoke"):
+        plan(recipe, {"seed": 1})
+    with pytest.raises(TypeError, match="takes neither overrides nor smoke"):
+        plan(recipe, smoke=True)
+
+
+def test_a_plan_refuses_a_sampler_that_does_not_suit_the_model() -> None:
+    with pytest.raises(RecipeError, match=r"sampler\.kind: 'ddim' does not suit a model that predicts velocity"):
+        planned(sampler__kind="ddim")
+
+
+# --- schedules ---
+
+
+def schedule(**tree: Any) -> Schedule:
+    return make_schedule(recipe(tree=tree))
+
+
+def recipe(**sections: Any) -> Recipe:
+    fixed = {"name": "r", "model": {"adapter": "x"}, "rewards": [{"reward": "y"}], "data": {"prompts": ["a"]}}
+    return Recipe.model_validate(fixed | sections)
+
+
+def test_the_tree_section_becomes_a_schedule() -> None:
+    assert schedule() == Schedule(20, FixedSplits((0, 3, 6, 9), (2, 2, 2, 2)), "all")
+    assert schedule(steps=5, splits=[0, 3], branches=[2, 4], sde="splits") == Schedule(
+        5, FixedSplits((0, 3), (2, 4)), "splits"
+    )
+
+
+@pytest.mark.parametrize(
+    ("steps", "draw", "first", "last"),
+    [
+        (20, {}, 6, 15),
+        (10, {}, 3, 7),
+        (20, {"first": 0.31, "last": 0.31}, 7, 7),
+        (4, {"first": 0.9, "last": 0.95}, 2, 2),
+        (2, {}, 0, 0),
+    ],
+)
+def test_drawn_splits_stay_inside_the_grid(steps: int, draw: dict[str, float], first: int, last: int) -> None:
+    drawn = schedule(steps=steps, splits="drawn", branches=16, draw=draw).splits
+    assert drawn == DrawnSplits(first, last, 16, seed=42)
+
+
+@pytest.mark.parametrize(
+    ("window", "expected"),
+    [
+        ({}, SlidingWindow(4, 0, 30, 15)),
+        ({"size": 2, "start": 3, "every": 5, "stop": 9}, SlidingWindow(2, 3, 5, 9)),
+        ({"size": 30}, SlidingWindow(30, 0, 30, 0)),
+        ({"start": 17}, SlidingWindow(4, 17, 30, 17)),
+    ],
+)
+def test_a_window_stops_where_the_grid_ends(window: dict[str, int], expected: SlidingWindow) -> None:
+    assert schedule(sde="window", window=window).sde == expected
+
+
+# --- memory ---
+
+SIZES = Footprint(
+    denoiser_parameters=1000,
+    frozen_parameters=500,
+    latent_shape=(4, 5),
+    activation_numbers_per_row=300,
+    checkpointed_numbers_per_row=30,
+    forward_flops_per_row=1.0,
+    rows_per_prediction=2,
+    lora_parameters_per_rank=7,
+    source="this test",
+)
+COST = Cost(nodes=11, edges=10, leaves=4, rollout_rows=7, gradient_rows=6, trained_edges=9)
+
+
+def test_memory_of_full_training() -> None:
+    memory = estimate_memory(recipe(), SIZES, COST)
+    assert memory.weights == 1000 * 4
+    assert memory.optimizer == 1000 * (4 + 8)  # a gradient and two moments in float32
+    assert memory.activations == 6 * 2 * 300 * 4  # families, rows per prediction
+    assert memory.states == 11 * 20 * 4
+    assert (memory.frozen, memory.average) == (500 * 4, 0)
+    assert memory.device == 4000 + 12000 + 880 + 14400
+    assert memory.host == 2000
+
+
+def test_memory_under_lora_in_bf16() -> None:
+    settings = {
+        "run": {"precision": "bf16", "gradient_checkpointing": True},
+        "lora": {"rank": 3},
+        "optim": {"ema": 0.9},
+    }
+    memory = estimate_memory(recipe(**settings), SIZES, COST)
+    assert memory.weights == 1000 * 2
+    assert memory.optimizer == 21 * (4 + 4 + 8)  # the float32 low-rank weights too
+    assert memory.activations == 6 * 2 * 30 * 2
+    assert (memory.frozen, memory.average) == (500 * 2, 21 * 4)
+
+
+def test_batches_and_the_host_relieve_the_device() -> None:
+    whole = estimate_memory(recipe(), SIZES, COST)
+    small = estimate_memory(recipe(batch={"update_rows": 2, "states": "host"}), SIZES, COST)
+    assert small.activations == 2 * 2 * 300 * 4
+    assert small.device == whole.device - whole.states - whole.activations + small.activations
+    assert small.host == whole.host + whole.states
+    assert estimate_memory(recipe(batch={"update_rows": 99}), SIZES, COST) == whole
+
+
+def test_frozen_parts_count_where_they_outweigh_the_activations() -> None:
+    memory = estimate_memory(recipe(), replace(SIZES, frozen_parameters=10**6), COST)
+    assert memory.device == memory.weights + memory.optimizer + memory.states + 4 * 10**6
+
+
+# --- drawings ---
+
+
+def drawn(**tree: Any) -> str:
+    return dedent(draw_tree(schedule(**tree).plan(0, 0)))
+
+
+def test_a_tree_that_splits_twice_is_drawn() -> None:
+    picture = """\
+        0  1  2  3
+        ┬━━━━━┬━━───o
+        │     └━━───o
+        └━━━━━┬━━───o
+              └━━───o"""
+    assert drawn(steps=4, splits=[0, 2]) == dedent(picture)
+
+
+def test_deterministic_steps_are_drawn_light() -> None:
+    picture = """\
+        0  1  2  3  4
+        ───┬━━─────────o
+           ├━━─────────o
+           └━━─────────o"""
+    assert drawn(steps=5, splits=[1], branches=3, sde="splits") == dedent(picture)
+
+
+def test_a_wide_tree_is_cut_short() -> None:
+    lines = draw_tree(schedule(steps=4, splits=[0], branches=20).plan(0, 0), max_leaves=3).splitlines()
+    assert len(lines) == 5
+    assert lines[-1].strip() == "... and 17 more leaves"

@@ -1,0 +1,90 @@
+"""Runs in processes of their own: killed, interrupted, and shared by two."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tiny_flux import tiny_flux
+from training_runs import arguments, largest_difference, metrics, small, weights
+
+from branchtree import train
+
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_flux(tmp_path_factory.mktemp("flux"))
+
+
+def start(*words: str) -> subprocess.Popen[str]:
+    command = [sys.executable, *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+
+
+def wait_for_lines(process: subprocess.Popen[str], file: Path, lines: int) -> None:
+    """Wait until a run has logged some iterations."""
+    deadline = time.monotonic() + 120
+    while not file.exists() or file.read_text().count("\n") < lines:
+        assert process.poll() is None, process.communicate()[0]
+        assert time.monotonic() < deadline, "the run did not get on"
+        time.sleep(0.02)
+
+
+def test_a_killed_run_resumes_to_the_same_end(model: Path, tmp_path: Path) -> None:
+    overrides = small(model, run__iterations=6, run__checkpoint_every=2)
+    train("quickstart", overrides, output=tmp_path / "whole")
+    killed = tmp_path / "killed"
+    words = ("-m", "branchtree", "train", "quickstart", *arguments(overrides), "--output", str(killed), "--no-report")
+    process = start(*words)
+    wait_for_lines(process, killed / "metrics.jsonl", 3)
+    process.kill()
+    process.communicate()
+    resumed = start(*words, "--resume")
+    output, _ = resumed.communicate(timeout=300)
+    assert resumed.returncode == 0, output
+    assert (killed / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert largest_difference(weights(killed), weights(tmp_path / "whole")) == 0.0
+
+
+def test_ctrl_c_ends_the_iteration_and_leaves_a_checkpoint(model: Path, tmp_path: Path) -> None:
+    overrides = small(model, run__iterations=10_000, run__checkpoint_every=10_000)
+    process = start(
+        "-m", "branchtree", "train", "quickstart", *arguments(overrides), "--output", str(tmp_path / "run")
+    )  # fmt: skip
+    wait_for_lines(process, tmp_path / "run/metrics.jsonl", 1)
+    process.send_signal(signal.SIGINT)
+    output, _ = process.communicate(timeout=120)
+    done = len(metrics(tmp_path / "run"))
+    assert process.returncode == 0, output
+    assert "--resume" in output and "Traceback" not in output
+    assert (tmp_path / f"run/checkpoints/iteration_{done:06d}/state.json").is_file()
+    assert not (tmp_path / "run/final").exists()
+
+
+@pytest.mark.parametrize("changes", [{}, {"pruning__kind": "parent_top1", "optim__steps_per_iteration": 2}])
+def test_two_processes_learn_what_one_learns(model: Path, tmp_path: Path, changes: dict[str, object]) -> None:
+    evaluation = {"prompts": ["a two", "a six"], "rows": 1, "rewards": [{"reward": "digits"}]}
+    overrides = small(model, batch__prompts=3, run__iterations=3, evaluation=evaluation, **changes)
+    train("quickstart", overrides, output=tmp_path / "one")
+    process = start(
+        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "branchtree", "train",
+        "quickstart", *arguments(overrides), "--output", str(tmp_path / "two"), "--no-report",
+    )  # fmt: skip
+    output, _ = process.communicate(timeout=300)
+    assert process.returncode == 0, output
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    assert len(one) == len(two) == 3
+    for first, second in zip(one, two, strict=True):
+        assert first.keys() == second.keys()
+        for name in (name for name in first if not name.startswith(("loss", "log_prob/", "ratio/"))):
+            assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-5), name
+    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 2e-4
+    evaluations = [(tmp_path / name / "evaluation.jsonl").read_text().splitlines()[0] for name in ("one", "two")]
+    assert evaluations[0] == evaluations[1]

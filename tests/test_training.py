@@ -1,0 +1,299 @@
+"""The training loop end to end, in this process, on a tiny FLUX."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import FluxPipeline
+from tiny_flux import tiny_flux
+from training_runs import largest_difference, metrics, small, weights
+
+from branchtree import load_recipe, plan, train
+from branchtree.errors import BranchTreeError, CheckpointError, OutputError
+from branchtree.protocols import Callback
+from branchtree.training.rundir import RunDirectory
+from branchtree.training.session import make_accelerator, open_session, read_inputs
+from branchtree.training.trainer import Trainer
+
+LORA = {"lora.rank": 4, "lora.alpha": 8}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_flux(tmp_path_factory.mktemp("flux"), guidance_embeds=True)
+
+
+def run(model: Path, output: Path, **overrides: Any) -> list[dict[str, float]]:
+    train("quickstart", small(model, **overrides), output=output)
+    return metrics(output)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
+def test_ratio_is_exactly_one_at_the_first_update(
+    model: Path, tmp_path: Path, precision: str, lora: dict[str, Any]
+) -> None:
+    train("quickstart", {**small(model, run__precision=precision), **lora}, output=tmp_path / "run")
+    for row in metrics(tmp_path / "run"):
+        assert row["ratio/max_deviation"] == 0.0
+        assert row["ratio/clipped_fraction"] == 0.0
+        assert 0 <= row["log_prob/mismatch_mean"] <= row["log_prob/mismatch_max"] < 0.1
+        assert math.isfinite(row["grad_norm"]) and row["grad_norm"] > 0
+
+
+def test_later_steps_of_an_iteration_see_the_weights_move(model: Path, tmp_path: Path) -> None:
+    rows = run(model, tmp_path / "run", optim__steps_per_iteration=3, optim__lr=1e-3)
+    for row in rows:
+        assert row["steps/taken"] == 3
+        assert row["ratio/first_step_max_deviation"] == 0.0
+        assert row["ratio/max_deviation"] > 1e-6
+        assert row["rows/rescored"] == 0
+
+
+def test_recomputed_densities_leave_no_mismatch(model: Path, tmp_path: Path) -> None:
+    """With a step so small that no weight changes, every ratio must be 1, though the batches are not the rollout's."""
+    tiny = {"optim__lr": 1e-30, "optim__weight_decay": 0.0, "optim__steps_per_iteration": 2}
+    rows = run(model, tmp_path / "run", loss__old_log_prob="recomputed", run__precision="bf16", **tiny)
+    assert all(row["ratio/max_deviation"] == 0.0 for row in rows)
+    assert all(0 < row["rows/rescored"] < row["rows/gradient"] for row in rows)
+
+
+@contextmanager
+def counted_rows(module: torch.nn.Module) -> Iterator[dict[str, int]]:
+    """Rows through a module, with and without a gradient."""
+    rows = {"rollout": 0, "gradient": 0}
+
+    def count(_: torch.nn.Module, args: Any, kwargs: Mapping[str, Any]) -> None:
+        rows["gradient" if torch.is_grad_enabled() else "rollout"] += len(kwargs["hidden_states"])
+
+    handle = module.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+PRUNINGS = [
+    {},
+    {"pruning.kind": "parent_top1"},
+    {"pruning.kind": "extreme", "pruning.count": 3},
+    {"pruning.kind": "depth"},
+    {"tree.sde": "window"},
+    {"credit.advantage": "leaf"},
+    {"credit.advantage": "sibling"},
+]
+
+
+@pytest.mark.parametrize(("preset", "expected"), [("dense", 203), ("mixed", 169), ("sparse", 135)])
+@pytest.mark.parametrize("changes", PRUNINGS, ids=lambda changes: "-".join(map(str, changes.values())) or "plain")
+def test_rows_through_the_denoiser_are_those_of_the_plan(
+    model: Path, tmp_path: Path, preset: str, expected: int, changes: dict[str, Any]
+) -> None:
+    overrides = {
+        **small(model, tree__steps=20, tree__splits=preset, batch__prompts=1, run__iterations=1),
+        **changes,
+    }
+    recipe = load_recipe("quickstart", overrides)
+    planned = plan(recipe)
+    output = RunDirectory(tmp_path / "run")
+    inputs = read_inputs(recipe)
+    output.claim(resume=False)
+    session = open_session(inputs, output, make_accelerator(recipe, output))
+    trainer = Trainer(session, [])
+    with counted_rows(session.inputs.model.denoiser) as rows:
+        trainer._iteration(0)
+    assert rows["rollout"] == planned.rollout_rows == expected
+    assert rows["gradient"] == planned.gradient_rows
+    logged = metrics(tmp_path / "run")[0]
+    assert (logged["rows/rollout"], logged["rows/gradient"]) == (rows["rollout"], rows["gradient"])
+    assert logged["edges/trained"] == planned.iteration.trained_edges
+
+
+def test_memory_limits_do_not_change_results(model: Path, tmp_path: Path) -> None:
+    whole = run(model, tmp_path / "whole")
+    pieces = run(
+        model, tmp_path / "pieces", batch__rollout_rows=3, batch__update_rows=5, batch__decode_rows=2,
+        batch__states="host",
+    )  # fmt: skip
+    for first, second in zip(whole, pieces, strict=True):
+        # The loss itself is a sum that cancels to nothing, so its relative error means nothing.
+        compared = [name for name in first if not name.startswith(("loss", "log_prob/"))]
+        for name in compared:
+            assert second[name] == pytest.approx(first[name], rel=2e-3, abs=1e-5), name
+    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "pieces")) < 2e-4
+
+
+def test_a_second_run_is_the_same_to_the_bit(model: Path, tmp_path: Path) -> None:
+    first, second = run(model, tmp_path / "a"), run(model, tmp_path / "b")
+    assert first == second
+    assert largest_difference(weights(tmp_path / "a"), weights(tmp_path / "b")) == 0.0
+    assert run(model, tmp_path / "c", seed=43) != first
+
+
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
+def test_resuming_gives_the_run_that_was_never_stopped(model: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    class Crash(Callback):
+        def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
+            if iteration == 3:
+                raise RuntimeError("power cut")
+
+    overrides = {
+        **small(model, run__iterations=5, run__checkpoint_every=2, optim__ema=0.5, optim__schedule="cosine"),
+        **lora,
+    }
+    train("quickstart", overrides, output=tmp_path / "whole")
+    with pytest.raises(RuntimeError, match="power cut"):
+        train("quickstart", overrides, output=tmp_path / "cut", callbacks=[Crash()])
+    assert len(metrics(tmp_path / "cut")) == 4  # two more than the checkpoint knows
+    result = train("quickstart", overrides, output=tmp_path / "cut", resume=True)
+    assert result.finished
+    assert (tmp_path / "cut/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert largest_difference(weights(tmp_path / "whole"), weights(tmp_path / "cut")) == 0.0
+
+
+def test_resume_refuses_another_recipe_and_names_what_changed(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "run")
+    with pytest.raises(CheckpointError, match=r"optim\.lr"):
+        train("quickstart", small(model, optim__lr=5e-4), output=tmp_path / "run", resume=True)
+    longer = train("quickstart", small(model, run__iterations=3), output=tmp_path / "run", resume=True)
+    assert longer.iterations == 3
+
+
+def test_a_second_run_does_not_overwrite_the_first(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "run")
+    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+    with pytest.raises(OutputError, match="--resume"):
+        run(model, tmp_path / "run")
+    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+
+
+def test_checkpoints_are_whole_folders_and_the_oldest_go(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "run", run__iterations=4, run__keep_checkpoints=2)
+    names = sorted(path.name for path in (tmp_path / "run/checkpoints").iterdir())
+    assert names == ["iteration_000003", "iteration_000004"]
+    state = json.loads((tmp_path / "run/checkpoints/iteration_000004/state.json").read_text())
+    assert state["iteration"] == 4
+    assert not list((tmp_path / "run").rglob("*.partial"))
+
+
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
+def test_final_loads_with_diffusers(model: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    train("quickstart", {**small(model, optim__lr=1e-2), **lora}, output=tmp_path / "run")
+    final = tmp_path / "run/final"
+    pipeline = FluxPipeline.from_pretrained(model if lora else final)
+    if lora:
+        pipeline.load_lora_weights(final)
+    pipeline.set_progress_bar_config(disable=True)
+    arguments: dict[str, Any] = {
+        "prompt": "a seven", "height": 16, "width": 16, "num_inference_steps": 3, "output_type": "pt",
+        "max_sequence_length": 8,
+    }  # fmt: skip
+    trained = pipeline(**arguments, generator=torch.Generator().manual_seed(0)).images
+    untrained = FluxPipeline.from_pretrained(model)
+    untrained.set_progress_bar_config(disable=True)
+    start = untrained(**arguments, generator=torch.Generator().manual_seed(0)).images
+    assert trained.shape == start.shape
+    assert float((trained - start).abs().max()) > 1e-4
+
+
+@pytest.mark.parametrize("lora", [{}, LORA], ids=["full", "lora"])
+def test_kl_is_zero_at_the_start_and_counts_its_rows(model: Path, tmp_path: Path, lora: dict[str, Any]) -> None:
+    overrides = {**small(model, loss__kl=0.1, optim__lr=1e-3), **lora}
+    train("quickstart", overrides, output=tmp_path / "run")
+    first, second = metrics(tmp_path / "run")
+    assert first["kl"] == 0.0
+    assert second["kl"] > 1e-9
+    assert first["rows/reference"] == first["rows/gradient"]
+
+
+def test_a_strong_kl_term_holds_the_policy_back(model: Path, tmp_path: Path) -> None:
+    free = run(model, tmp_path / "free", run__iterations=4, optim__lr=1e-3, loss__kl=1e-9)
+    held = run(model, tmp_path / "held", run__iterations=4, optim__lr=1e-3, loss__kl=1e4)
+    assert held[-1]["kl"] < 0.5 * free[-1]["kl"]
+
+
+def test_average_is_what_final_holds(model: Path, tmp_path: Path) -> None:
+    """decay 0.5 after one step from w0 to w1 is the midpoint."""
+    train("quickstart", small(model, run__iterations=1, optim__ema=0.5, optim__lr=1e-2), output=tmp_path / "averaged")
+    train("quickstart", small(model, run__iterations=1, optim__lr=1e-2), output=tmp_path / "plain")
+    start = FluxPipeline.from_pretrained(model).transformer.state_dict()
+    averaged, plain = weights(tmp_path / "averaged"), weights(tmp_path / "plain")
+    for name, value in averaged.items():
+        assert torch.allclose(value, (start[name] + plain[name]) / 2, atol=1e-6), name
+
+
+def test_gradient_checkpointing_changes_nothing(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "plain")
+    run(model, tmp_path / "checkpointed", run__gradient_checkpointing=True)
+    assert largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")) < 1e-6
+
+
+def test_drawn_splits_differ_between_prompts_of_one_batch(model: Path, tmp_path: Path) -> None:
+    rows = run(
+        model, tmp_path / "run", tree__splits="drawn", tree__branches=4, tree__sde="splits", tree__steps=12,
+        credit__advantage="leaf", batch__prompts=4, tree__siblings="simplex",
+    )  # fmt: skip
+    assert all(row["rows/gradient"] == 4 and row["edges/trained"] == 16 for row in rows)
+    recipe = load_recipe("quickstart", small(model, tree__splits="drawn", tree__steps=12))
+    schedule = read_inputs(recipe).schedule
+    assert len({schedule.plan(0, prompt).splits for prompt in range(4)}) > 1
+
+
+def test_callbacks_follow_the_run(model: Path, tmp_path: Path) -> None:
+    class Witness(Callback):
+        def __init__(self) -> None:
+            self.seen: list[str] = []
+
+        def on_start(self, output: Path, iteration: int, iterations: int) -> None:
+            self.seen.append(f"start {iteration}/{iterations}")
+
+        def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
+            self.seen.append(f"iteration {iteration}")
+
+        def on_evaluation(self, iteration: int, figures: Mapping[str, float]) -> None:
+            self.seen.append(f"evaluation {iteration} {sorted(figures)}")
+
+        def on_end(self, output: Path) -> None:
+            assert (output / "final").is_dir()
+            self.seen.append("end")
+
+    evaluation = {"prompts": ["a two"], "noises": 2, "rewards": [{"reward": "digits", "classifier": "heldout"}]}
+    witness = Witness()
+    result = train("quickstart", small(model, evaluation=evaluation), output=tmp_path / "run", callbacks=[witness])
+    expected = ["start 0/2", "evaluation 0 ['digits']", "iteration 0", "iteration 1", "evaluation 2 ['digits']", "end"]
+    assert witness.seen == expected
+    assert result.before is not None and result.before["digits"].samples == 2
+
+
+def test_tensorboard_events_are_written(model: Path, tmp_path: Path) -> None:
+    run(model, tmp_path / "run", run__trackers=["tensorboard"])
+    assert list((tmp_path / "run/trackers").rglob("events.out.tfevents.*"))
+
+
+def test_a_gradient_that_is_not_finite_ends_the_run_before_the_weights_change(model: Path, tmp_path: Path) -> None:
+    recipe = load_recipe("quickstart", small(model))
+    inputs = read_inputs(recipe)
+    output = RunDirectory(tmp_path / "run")
+    output.claim(resume=False)
+    session = open_session(inputs, output, make_accelerator(recipe, output))
+    before = {name: value.clone() for name, value in inputs.model.denoiser.state_dict().items()}
+    poisoned = next(session.inputs.model.denoiser.parameters())
+    poisoned.register_hook(lambda gradient: gradient * math.nan)
+    with pytest.raises(BranchTreeError, match="not finite"):
+        Trainer(session, []).run(resume=False)
+    after = inputs.model.denoiser.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_clip_range_below_the_mismatch_is_warned_about(
+    model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run(model, tmp_path / "run", loss__clip_range=1e-12)
+    assert sum("loss.clip_range" in message for message in caplog.messages) == 1

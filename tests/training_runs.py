@@ -1,0 +1,55 @@
+"""Small training runs on a tiny FLUX, for the tests of the trainer."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+SMALL: dict[str, Any] = {
+    "model.height": 16,
+    "model.width": 16,
+    "model.max_sequence_length": 8,
+    "tree.steps": 6,
+    "tree.splits": [0, 2],
+    "sampler.eta": 0.7,
+    "batch.prompts": 2,
+    "data.prompts": ["a seven", "a three", "a one", "a five"],
+    "data.shuffle": True,
+    "evaluation": None,
+    "run.iterations": 2,
+    "run.checkpoint_every": 1,
+    "run.sample_every": 100,
+    "run.sample_prompts": 2,
+}
+
+
+def small(model: Path, **overrides: Any) -> dict[str, Any]:
+    """Overrides of the quickstart that make a run of a second or two; keys written with __ for a dot."""
+    changed = {key.replace("__", "."): value for key, value in overrides.items()}
+    return {**SMALL, "model.path": str(model), **changed}
+
+
+def arguments(overrides: dict[str, Any]) -> list[str]:
+    """The same overrides as words of the command line."""
+    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    """The rows of metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(run: Path) -> dict[str, torch.Tensor]:
+    """The trained weights in ``final/``, of a full or a LoRA run."""
+    full = run / "final" / "transformer" / "diffusion_pytorch_model.safetensors"
+    return load_file(full if full.exists() else run / "final" / "pytorch_lora_weights.safetensors")
+
+
+def largest_difference(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:
+    """The largest absolute difference between two sets of weights of the same names."""
+    assert first.keys() == second.keys()
+    return max(float((first[name].float() - second[name].float()).abs().max()) for name in first)
