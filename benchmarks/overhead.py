@@ -20,11 +20,11 @@ import torch
 
 from branchtree.protocols import Callback, VelocityFunction
 from branchtree.recipe import load_recipe
+from branchtree.rollout import chunks
 from branchtree.training.policy import velocity_function
 from branchtree.training.rundir import TIMING, RunDirectory
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
-from branchtree.rollout import chunks
 from branchtree.tree import grow
 
 

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -123,12 +123,13 @@ def load_pipeline(
     The part named ``denoiser`` is in ``denoiser_dtype``, the others in ``dtype``. Raises ModelError.
     """
     try:
-        return pipeline.from_pretrained(
-            source.location,
-            revision=source.revision,
-            dtype={denoiser: denoiser_dtype, "default": dtype},
-            use_safetensors=True,
-        )
+        with no_progress_bars() if source.folder else nullcontext():
+            return pipeline.from_pretrained(
+                source.location,
+                revision=source.revision,
+                dtype={denoiser: denoiser_dtype, "default": dtype},
+                use_safetensors=True,
+            )
     except Exception as error:  # every library below has exceptions of its own for a file that is not right
         remedy = (
             "check the hub id, the network and, for a gated model, that you are logged in; "
@@ -138,6 +139,22 @@ def load_pipeline(
         )
         reason = f"{type(error).__name__}: {error}"
         raise ModelError(f"cannot load '{source.location}' ({reason}); {remedy}.") from error
+
+
+@contextmanager
+def no_progress_bars() -> Iterator[None]:
+    """A context without the progress bars of diffusers and transformers, which say nothing about local files."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = [library for library in (diffusers_logging, transformers_logging) if library.is_progress_bar_enabled()]
+    try:
+        for library in libraries:
+            library.disable_progress_bar()
+        yield
+    finally:
+        for library in libraries:
+            library.enable_progress_bar()
 
 
 @torch.no_grad()

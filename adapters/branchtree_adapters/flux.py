@@ -271,7 +271,8 @@ class Flux:
             self.save(directory, denoiser_state)
         else:
             parts = {**self._pipeline.components, "transformer": shared.with_weights(self.denoiser, denoiser_state)}
-            type(self._pipeline)(**parts).save_pretrained(directory)
+            with shared.no_progress_bars():
+                type(self._pipeline)(**parts).save_pretrained(directory)
 
     def restore(self, directory: Path) -> None:
         """Read back what ``save`` wrote, to the bit, before sharding. Raises CheckpointError if it does not fit."""
