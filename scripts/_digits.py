@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from branchtree_rewards.digits import named_digit
 from sklearn.datasets import load_digits
 from torch import Tensor
-
-from branchtree_rewards.digits import named_digit
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT_FILES = (ROOT / "recipes/prompts/digits_train.txt", ROOT / "recipes/prompts/digits_heldout.txt")

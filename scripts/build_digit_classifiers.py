@@ -2,7 +2,8 @@
 
 Both are trained from nothing, on disjoint halves of scikit-learn's 1,797 handwritten digits, and each is measured on
 the half that it never saw. Augmentation (shifts, small turns and scalings, blur, softening, noise, contrast) prepares
-them for generated images, and images of nothing (blank, noise) are taught to be any digit alike. The result depends on the seeds below only. Takes about two minutes on two CPU threads.
+them for generated images, and images of nothing (blank, noise) are taught to be any digit alike. The result depends on
+the seeds below only. Takes about two minutes on two CPU threads.
 """
 
 import argparse
@@ -12,9 +13,8 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from _digits import ROOT, digit_images, disjoint_halves, random_shift
-from torch import Tensor
-
 from branchtree_rewards._digit_classifier import ClassifierName, DigitClassifier, weights_name
+from torch import Tensor
 
 EPOCHS = 120
 BATCH = 64
@@ -90,7 +90,7 @@ def train(images: Tensor, labels: Tensor, seed: int) -> DigitClassifier:
 @torch.no_grad()
 def accuracy(network: DigitClassifier, images: Tensor, labels: Tensor) -> float:
     """Return the share of images (N, 1, 32, 32) that the classifier gets right."""
-    return (network(images).argmax(dim=-1) == labels).to(torch.float32).mean().item()
+    return float((network(images).argmax(dim=-1) == labels).to(torch.float32).mean())
 
 
 def main() -> None:
