@@ -291,6 +291,11 @@ def test_bad_overrides_are_named(overrides: dict[str, Any], message: str, tmp_pa
     assert message in refusal(tmp_path, "", overrides)
 
 
+def test_what_an_override_replaces_is_no_longer_placed_in_the_file(tmp_path: Path) -> None:
+    told = refusal(tmp_path, "tree:\n  branches: 3\n", {"tree": {"branches": 1}})
+    assert told.startswith("override tree={'branches': 1}: tree.branches: a split needs at least 2 children")
+
+
 # --- mistakes, each with file and line ---
 
 
