@@ -16,6 +16,7 @@ from branchtree.plugins import registry
 from branchtree.protocols import Callback, ModelAdapter, RewardAdapter
 from branchtree.recipe.load import validate_options
 from branchtree.recipe.schema import CallbackSection, Recipe, RewardSection, SamplerSection, TreeSection
+from branchtree.recipe.source import KeyPath
 from branchtree.rollout import Sampler
 from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, Splits
 from branchtree.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel
@@ -37,9 +38,9 @@ def make_schedule(recipe: Recipe) -> Schedule:
     splits = _splits(tree, recipe.seed, deepest)
     if tree.sde != "window":
         return Schedule(tree.steps, splits, tree.sde)
-    stop = max(deepest + 1 - tree.window.size, 0) if tree.window.stop is None else tree.window.stop
-    window = SlidingWindow(tree.window.size, tree.window.start, tree.window.every, max(stop, tree.window.start))
-    return Schedule(tree.steps, splits, window)
+    window = tree.window
+    stop = deepest + 1 - window.size if window.stop is None else window.stop
+    return Schedule(tree.steps, splits, SlidingWindow(window.size, window.start, window.every, stop))
 
 
 def _splits(tree: TreeSection, seed: int, deepest: int) -> Splits:
@@ -99,24 +100,25 @@ def make_pruning_rule(recipe: Recipe) -> PruningRule:
 def make_model(recipe: Recipe) -> ModelAdapter:
     """The model adapter, not yet loaded. Raises PluginError or RecipeError."""
     entry = registry().model(recipe.model.adapter)
-    adapter: ModelAdapter = entry.build(validate_options(entry.config, recipe.model.options, "model"))
+    adapter: ModelAdapter = entry.build(validate_options(entry.config, recipe.model.options, ("model",)))
     return adapter
 
 
-def make_rewards(sections: tuple[RewardSection, ...], place: str, modality: str) -> list[NamedReward]:
-    """Reward adapters, not yet loaded. Raises PluginError or RecipeError; ``place`` names the section."""
+def make_rewards(sections: tuple[RewardSection, ...], at: KeyPath, modality: str) -> list[NamedReward]:
+    """Reward adapters, not yet loaded. Raises PluginError or RecipeError; ``at`` is the section they stand in."""
     rewards: list[NamedReward] = []
     for index, section in enumerate(sections):
         entry = registry().reward(section.reward)
-        adapter: RewardAdapter = entry.build(validate_options(entry.config, section.options, f"{place}.{index}"))
+        adapter: RewardAdapter = entry.build(validate_options(entry.config, section.options, (*at, index)))
+        place = ".".join(map(str, (*at, index)))
         label = section.label or section.reward
         if modality not in adapter.modalities:
             raise RecipeError(
-                f"{place}.{index}: reward '{section.reward}' scores {', '.join(sorted(adapter.modalities))}, "
+                f"{place}: reward '{section.reward}' scores {', '.join(sorted(adapter.modalities))}, "
                 f"but the model makes {modality}s"
             )
         if label in {reward.label for reward in rewards}:
-            raise RecipeError(f"{place}.{index}: two rewards are labelled '{label}'; give one a 'label' of its own")
+            raise RecipeError(f"{place}: two rewards are labelled '{label}'; give one a 'label' of its own")
         rewards.append(NamedReward(label, section.weight, adapter))
     return rewards
 
@@ -126,5 +128,5 @@ def make_callbacks(sections: tuple[CallbackSection, ...]) -> list[Callback]:
     callbacks: list[Callback] = []
     for index, section in enumerate(sections):
         entry = registry().callback(section.callback)
-        callbacks.append(entry.build(validate_options(entry.config, section.options, f"callbacks.{index}")))
+        callbacks.append(entry.build(validate_options(entry.config, section.options, ("callbacks", index))))
     return callbacks

@@ -263,20 +263,8 @@ def test_a_run_is_continued_by_its_own_recipe_alone(desk: Desk, guest_run: tuple
 def test_a_reward_that_fails_ends_the_run_and_can_be_put_right(reward: str, message: str, desk: Desk) -> None:
     arguments = ("train", "guest", "run.iterations=1", "run.checkpoint_every=1", "--output", str(desk.output))
     assert message in desk.failed(*arguments, f"rewards.0.reward=failing_{reward}")
-    assert not (desk.output / "metrics.jsonl").exists()
-    assert not (desk.output / "checkpoints").exists()
-    assert not (desk.output / "final").exists()
-    assert not list(desk.output.rglob("*.partial"))
-    assert desk.failed(*arguments).endswith("continue it with --resume, or choose another --output")
-
-
-def test_a_run_that_failed_at_its_first_samples_goes_on_once_put_right(desk: Desk) -> None:
-    arguments = ("train", "guest", "run.iterations=1", "--output", str(desk.output), "--no-report")
-    desk.failed(*arguments, "rewards.0.reward=failing_nan")
-    done = desk.command(*arguments, "--resume")
-    assert done.code == 0
-    assert (desk.output / "final").is_dir()
-    assert "failing_nan" not in (desk.output / "recipe.yaml").read_text()
+    assert not desk.output.exists()
+    assert desk.command(*arguments, "--no-report").code == 0
 
 
 # --- the errors themselves ---

@@ -219,12 +219,18 @@ def test_drawn_splits_stay_inside_the_grid(steps: int, draw: dict[str, float], f
     [
         ({}, SlidingWindow(4, 0, 30, 15)),
         ({"size": 2, "start": 3, "every": 5, "stop": 9}, SlidingWindow(2, 3, 5, 9)),
-        ({"size": 30}, SlidingWindow(30, 0, 30, 0)),
-        ({"start": 17}, SlidingWindow(4, 17, 30, 17)),
+        ({"size": 19}, SlidingWindow(19, 0, 30, 0)),
+        ({"start": 15}, SlidingWindow(4, 15, 30, 15)),
     ],
 )
 def test_a_window_stops_where_the_grid_ends(window: dict[str, int], expected: SlidingWindow) -> None:
     assert schedule(sde="window", window=window).sde == expected
+
+
+@pytest.mark.parametrize("window", [{"size": 20}, {"start": 16}, {"start": 5, "stop": 4}])
+def test_a_window_that_does_not_fit_is_refused(window: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="window"):
+        schedule(sde="window", window=window)
 
 
 # --- memory ---

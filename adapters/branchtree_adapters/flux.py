@@ -19,7 +19,7 @@ from branchtree_adapters import _diffusers as shared
 _PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 LORA_TARGETS = tuple(f"attn.{name}" for name in _PROJECTIONS)
 
-DECODE_ROWS = 8  # images sent through the VAE at once
+DECODE_PIXELS = 8 * 1024**2  # sent through the VAE at once
 FLUX_DEV: shared.Configs = {
     "transformer/config.json": {"guidance_embeds": True},
     "vae/config.json": {
@@ -246,9 +246,10 @@ class Flux:
         pipeline = self._pipeline
         vae = pipeline.vae.to(self._device)
         size = (self.config.height, self.config.width, pipeline.vae_scale_factor)
+        rows = max(1, DECODE_PIXELS // (self.config.height * self.config.width))
         images = []
-        for first in range(0, len(latents), DECODE_ROWS):
-            packed = latents[first : first + DECODE_ROWS].to(self._device)
+        for first in range(0, len(latents), rows):
+            packed = latents[first : first + rows].to(self._device)
             grid = pipeline._unpack_latents(packed, *size) / vae.config.scaling_factor + vae.config.shift_factor
             pixels = vae.decode(grid.to(vae.dtype), return_dict=False)[0]
             images.append((pixels.float() / 2 + 0.5).clamp(0, 1))

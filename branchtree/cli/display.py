@@ -38,7 +38,11 @@ class ProgressDisplay(Callback):
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._progress.stop()
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._task is not None:
+            self._progress.stop()
 
     def on_start(self, output: Path, iteration: int, iterations: int) -> None:
         """Show where the run is written and start the bar."""
@@ -59,7 +63,7 @@ class ProgressDisplay(Callback):
 
     def on_end(self, output: Path) -> None:
         """Leave the bar full."""
-        self._progress.stop()
+        self._stop()
 
 
 def _is_mean(name: str) -> bool:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from branchtree.errors import RecipeError, nearest
-from branchtree.recipe.schema import Recipe
+from branchtree.recipe.schema import PluginSection, Recipe, RewardSection
 from branchtree.recipe.source import KeyPath, Origin, Source, override, read_yaml
+
+if TYPE_CHECKING:
+    from branchtree.plugins import Entry
 
 SUFFIXES = (".yaml", ".yml")
 FILE_KEYS: tuple[KeyPath, ...] = (("data", "prompts"), ("evaluation", "prompts"))
@@ -138,18 +141,44 @@ def _smoke(swaps: Any, source: Source, recipe: str | Path) -> Source:
 def validate(source: Source) -> Recipe:
     """Check a recipe's keys and values. Raises RecipeError naming each wrong one and its place."""
     try:
-        return Recipe.model_validate(source.data)
+        recipe = Recipe.model_validate(source.data)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(detail, source, Recipe) for detail in _one_per_key(error))) from None
+    _check_options(recipe, source)
+    return recipe
 
 
-def validate_options(config: type[BaseModel], options: Mapping[str, Any], place: str) -> BaseModel:
-    """Check a plug-in's own keys. Raises RecipeError; ``place`` says which section they stand in."""
+def _check_options(recipe: Recipe, source: Source) -> None:
+    """Check the keys that belong to plug-ins, as far as those are installed, while their places are known."""
+    from branchtree.plugins import registry
+
+    found = registry()
+    sections: list[tuple[KeyPath, PluginSection, Entry | None]] = [
+        (("model",), recipe.model, found.models.get(recipe.model.adapter))
+    ]
+    held_out = recipe.evaluation.rewards if recipe.evaluation else ()
+    lists: list[tuple[KeyPath, tuple[RewardSection, ...]]] = [
+        (("rewards",), recipe.rewards),
+        (("evaluation", "rewards"), held_out),
+    ]
+    for path, rewards in lists:
+        sections += [((*path, i), section, found.rewards.get(section.reward)) for i, section in enumerate(rewards)]
+    for place, callback in enumerate(recipe.callbacks):
+        sections.append((("callbacks", place), callback, found.callbacks.get(callback.callback)))
+    for path, section, entry in sections:
+        if entry is not None:
+            validate_options(entry.config, section.options, path, source)
+
+
+def validate_options(
+    config: type[BaseModel], options: Mapping[str, Any], at: KeyPath, source: Source | None = None
+) -> BaseModel:
+    """Check a plug-in's own keys, which stand in the section ``at``. Raises RecipeError naming each wrong one."""
     try:
         return config.model_validate(dict(options))
     except ValidationError as error:
-        details = [_explain(detail, Source(dict(options)), config) for detail in _one_per_key(error)]
-        raise RecipeError("\n".join(f"{place}.{detail}" for detail in details)) from None
+        details = [_explain(detail, source or Source(), config, at) for detail in _one_per_key(error)]
+        raise RecipeError("\n".join(details)) from None
 
 
 def _one_per_key(error: ValidationError) -> list[ErrorDetails]:
@@ -168,10 +197,10 @@ def _is_union_tag(part: str | int) -> bool:
     return isinstance(part, str) and (part in {"int", "float", "str", "bool"} or "[" in part)
 
 
-def _explain(detail: ErrorDetails, source: Source, root: type[BaseModel]) -> str:
+def _explain(detail: ErrorDetails, source: Source, root: type[BaseModel], at: KeyPath = ()) -> str:
     path: KeyPath = tuple(part for part in detail["loc"] if not _is_union_tag(part))
-    key = ".".join(str(part) for part in path) or "recipe"
-    origin = source.origin(path)
+    key = ".".join(str(part) for part in (*at, *path)) or "recipe"
+    origin = source.origin((*at, *path))
     where = f"{origin}: " if origin else ""
     if detail["type"] == "extra_forbidden":
         return f"{where}{key}: unknown key '{path[-1]}'{nearest(str(path[-1]), _fields(root, path[:-1]))}"

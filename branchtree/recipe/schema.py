@@ -77,6 +77,12 @@ class WindowSection(Section):
     every: int = Field(default=30, ge=1)  # iterations per move
     stop: int | None = Field(default=None, ge=0)  # the first step's last place; as deep as the grid allows by default
 
+    @model_validator(mode="after")
+    def _moves_deeper(self) -> WindowSection:
+        if self.stop is not None and self.stop < self.start:
+            raise ValueError(f"a window cannot start at step {self.start} and stop before it, at {self.stop}")
+        return self
+
 
 class TreeSection(Section):
     """``tree``: the shape of the tree."""
@@ -117,6 +123,11 @@ class TreeSection(Section):
             raise ValueError(
                 f"split step {outside[0]} lies outside the grid: with {self.steps} steps, steps 0 to {self.steps - 2} "
                 "can split (the last one is deterministic)"
+            )
+        if self.sde == "window" and self.window.start + self.window.size > self.steps - 1:
+            raise ValueError(
+                f"a window of {self.window.size} steps from step {self.window.start} does not fit: "
+                f"{self.steps - 1} steps can be stochastic"
             )
         if not isinstance(self.branches, int) and len(self.branches) != max(len(splits), 1):
             raise ValueError(f"{len(splits)} splits need as many branch factors, not {len(self.branches)}")
@@ -186,7 +197,7 @@ class OptimSection(Section):
 
 
 class BatchSection(Section):
-    """``batch``: how much at a time. Only ``prompts`` changes results."""
+    """``batch``: how much at a time. Only ``prompts`` changes results by more than rounding."""
 
     prompts: int = Field(default=2, ge=1)  # per iteration, over all processes
     rollout_rows: int | None = Field(default=None, ge=1)  # predictions per forward; all of a depth by default

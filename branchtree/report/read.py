@@ -156,7 +156,7 @@ def read_run(path: Path) -> Run:
         path=path,
         recipe=recipe,
         recipe_text=text,
-        metrics=_rows(path / METRICS, notes),
+        metrics=_with_totals(_rows(path / METRICS, notes)),
         timing=_rows(path / TIMING, notes),
         evaluations=_evaluations(path / EVALUATION, notes),
         samples=_samples(path / SAMPLES, notes),
@@ -164,6 +164,17 @@ def read_run(path: Path) -> Run:
         summary=_summary(path / SUMMARY, notes),
         notes=notes,
     )
+
+
+def _with_totals(metrics: Sequence[Row]) -> list[Row]:
+    """Add ``rows/total``, the row equivalents spent so far; from the first line without the figure on, none."""
+    spent: float | None = 0.0
+    rows: list[Row] = []
+    for row in metrics:
+        more = row.get("rows/equivalent")
+        spent = None if spent is None or more is None else spent + more
+        rows.append({**row, "rows/total": spent})
+    return rows
 
 
 def _recipe(path: Path) -> tuple[str, Mapping[str, Any]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,8 +22,17 @@ from branchtree.recipe.schema import Recipe
 from branchtree.training.ema import WeightAverage
 from branchtree.training.rundir import write_folder
 
-FREE_KEYS = ("name", "description", "run", "evaluation", "callbacks")
-"""Sections of a recipe that may change when a run is continued: they do not touch what is learnt."""
+FREE_SECTIONS = ("name", "description", "evaluation", "callbacks")
+FREE_RUN_KEYS = (
+    "iterations",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "sample_every",
+    "sample_prompts",
+    "tree_every",
+    "trackers",
+)
+"""What may change when a run is continued: it does not touch what is learnt."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,10 @@ class Trained:
     optimizer: Any
     scheduler: Any
     average: WeightAverage | None
+
+    def as_exported(self) -> AbstractContextManager[None]:
+        """A context in which the model holds the weights that ``final/`` would: the average, where there is one."""
+        return nullcontext() if self.average is None else self.average.applied()
 
 
 def save_checkpoint(folder: Path, iteration: int, trained: Trained, recipe: Recipe, keep: int) -> None:
@@ -84,20 +98,25 @@ def load_checkpoint(path: Path, trained: Trained, recipe: Recipe) -> int:
 
 
 def _require_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    changed = [
-        f"{section}.{key}" if isinstance(now[section], dict) else section
-        for section in now
-        if section not in FREE_KEYS and before.get(section) != now[section]
-        for key in _changed_keys(before.get(section), now[section])
-    ]
+    first, second = _what_is_learnt(before), _what_is_learnt(now)
+    changed = [key for key in {**first, **second} if first.get(key) != second.get(key)]
     if changed:
         raise CheckpointError(
-            f"{path} was written under another recipe: {', '.join(dict.fromkeys(changed))} changed; "
+            f"{path} was written under another recipe: {', '.join(changed)} changed; "
             "use the same recipe, or another --output"
         )
 
 
-def _changed_keys(before: Any, now: Any) -> list[str]:
-    if not isinstance(before, dict) or not isinstance(now, dict):
-        return [""]
-    return [key for key in {**before, **now} if before.get(key) != now.get(key)]
+def _what_is_learnt(recipe: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a recipe, dotted, that decide what is learnt."""
+    keys: dict[str, Any] = {}
+    for section, value in recipe.items():
+        if section not in FREE_SECTIONS:
+            keys |= (
+                {f"{section}.{key}": part for key, part in value.items()}
+                if isinstance(value, dict)
+                else {section: value}
+            )
+    # The length of the run shapes every schedule but the constant one.
+    free = [key for key in FREE_RUN_KEYS if key != "iterations" or recipe["optim"]["schedule"] == "constant"]
+    return {key: value for key, value in keys.items() if key.removeprefix("run.") not in free}

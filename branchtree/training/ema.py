@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,21 @@ class WeightAverage:
     def weights(self) -> dict[str, Tensor]:
         """The averages in the parameters' own dtypes, ready to be written in their place."""
         return {name: value.to(self._parameters[name].dtype) for name, value in self._average.items()}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """A context in which the model holds the averages, as ``final/`` will."""
+        originals = {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
+        try:
+            self._assign(self._average)
+            yield
+        finally:
+            self._assign(originals)
+
+    @torch.no_grad()
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            parameter.copy_(values[name])
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Continue from a saved state."""

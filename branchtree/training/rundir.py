@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from branchtree.errors import CheckpointError, OutputError
 from branchtree.recipe.schema import Recipe
+from branchtree.recipe.source import write_yaml
 
 METRICS, TIMING, EVALUATION = "metrics.jsonl", "timing.jsonl", "evaluation.jsonl"
 
@@ -55,15 +54,20 @@ class RunDirectory:
         except OSError as error:
             raise OutputError(f"{self.root}: cannot be written: {error.strerror}; choose another --output") from None
 
-    def discard_if_empty(self) -> None:
-        """Remove the directory again if nothing was written to it."""
+    def discard_untrained(self) -> None:
+        """Take back what a run wrote that failed before its first iteration was done."""
+        if (self.root / METRICS).exists() or self.checkpoints.exists():
+            return
+        for name in (self.recipe_file.name, EVALUATION):
+            (self.root / name).unlink(missing_ok=True)
+        for name in ("samples", "trees", "trackers"):
+            shutil.rmtree(self.root / name, ignore_errors=True)
         if not any(self.root.iterdir()):
             self.root.rmdir()
 
     def write_recipe(self, recipe: Recipe) -> None:
         """Write the resolved recipe; reading it back gives the same recipe."""
-        text = yaml.safe_dump(recipe.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-        write_atomically(self.recipe_file, text.encode())
+        write_atomically(self.recipe_file, write_yaml(recipe.model_dump(mode="json")).encode())
 
     def append(self, name: str, row: Mapping[str, Any]) -> None:
         """Add one line to a .jsonl file."""

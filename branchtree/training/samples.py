@@ -25,9 +25,9 @@ TILE = 256  # the same in a grid; small images are enlarged to a quarter of it
 
 
 def to_image(pixels: Tensor) -> Image.Image:
-    """One image (C, H, W) in [0, 1]; of a video (F, C, H, W) its middle frame."""
+    """One image (C, H, W) in [0, 1], C being 3 or 1; of a video (F, C, H, W) its middle frame."""
     frame = pixels[pixels.shape[0] // 2] if pixels.ndim == 4 else pixels
-    array = (frame.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    array = (frame.expand(3, -1, -1).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
     return Image.fromarray(np.ascontiguousarray(array))
 
 

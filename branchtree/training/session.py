@@ -16,6 +16,7 @@ from branchtree.assembly import (
     NamedReward,
     make_callbacks,
     make_credit_rule,
+    make_kernel,
     make_model,
     make_pruning_rule,
     make_rewards,
@@ -54,9 +55,10 @@ class Inputs:
 def read_inputs(recipe: Recipe) -> Inputs:
     """Look up plug-ins and read prompts. Raises a BranchTreeError that names what is wrong."""
     model = make_model(recipe)
+    make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
     section = recipe.evaluation
-    rewards = make_rewards(recipe.rewards, "rewards", model.modality)
-    held_out = make_rewards(section.rewards, "evaluation.rewards", model.modality) if section else []
+    rewards = make_rewards(recipe.rewards, ("rewards",), model.modality)
+    held_out = make_rewards(section.rewards, ("evaluation", "rewards"), model.modality) if section else []
     held_out_conditions = load_conditions(section.prompts, section.column, section.split) if section else []
     return Inputs(
         recipe=recipe,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from branchtree.credit import Credit, assign_credit
-from branchtree.errors import CheckpointError
+from branchtree.errors import BranchTreeError, CheckpointError
 from branchtree.families import collect
 from branchtree.noise import NoiseSource, Purpose, generator
 from branchtree.protocols import Callback, Condition, Media, Scores
@@ -58,11 +58,11 @@ def train_recipe(recipe: Recipe, output: Path, resume: bool, callbacks: Sequence
         directory.claim(resume)
     try:
         session = open_session(inputs, directory, accelerator)
-    except BaseException:
+        return Trainer(session, [*inputs.callbacks, *callbacks]).run(resume)
+    except BranchTreeError:
         if accelerator.is_main_process:
-            directory.discard_if_empty()
+            directory.discard_untrained()
         raise
-    return Trainer(session, [*inputs.callbacks, *callbacks]).run(resume)
 
 
 class Trainer:
@@ -257,10 +257,11 @@ class Trainer:
         session, recipe = self._session, self._session.recipe
         last = done == recipe.run.iterations
         every = recipe.evaluation.every if recipe.evaluation else None
-        if last or (every and done % every == 0):
-            self._evaluate(done)
-        if last or done % recipe.run.sample_every == 0:
-            self._sample(done)
+        with session.trained.as_exported():
+            if last or (every and done % every == 0):
+                self._evaluate(done)
+            if last or done % recipe.run.sample_every == 0:
+                self._sample(done)
         if self._main and (last or stopping or done % recipe.run.checkpoint_every == 0):
             save_checkpoint(session.output.checkpoints, done, session.trained, recipe, recipe.run.keep_checkpoints)
         session.accelerator.wait_for_everyone()
