@@ -44,7 +44,7 @@ def make_schedule(recipe: Recipe) -> Schedule:
 
 
 def _splits(tree: TreeSection, seed: int, deepest: int) -> Splits:
-    if tree.splits == "drawn":
+    if tree.splits == "single":
         branches = tree.branches if isinstance(tree.branches, int) else tree.branches[0]
         first = min(math.ceil(tree.draw.first * tree.steps), deepest)
         last = min(math.floor(tree.draw.last * tree.steps), deepest)

@@ -38,7 +38,7 @@ REGION = re.compile(
 )
 DRAWN: Mapping[str, Mapping[str, object]] = {
     "tree/dense": {},
-    "tree/single": {"splits": "drawn", "branches": 16, "siblings": "independent", "sde": "splits"},
+    "tree/single": {"splits": "single", "branches": 16, "siblings": "independent", "sde": "splits"},
     "tree/mix": {"sde": "window"},
 }
 

@@ -93,7 +93,7 @@ def test_mix_trains_the_splits_and_the_window() -> None:
 
 
 def test_one_drawn_split_trains_one_row() -> None:
-    result = planned(tree__splits="drawn", tree__branches=16, tree__sde="splits", credit__advantage="leaf")
+    result = planned(tree__splits="single", tree__branches=16, tree__sde="splits", credit__advantage="leaf")
     (step,) = result.tree.splits
     assert 6 <= step <= 15
     assert result.iteration.rollout_rows == step + 1 + 16 * (19 - step)
@@ -131,7 +131,7 @@ def test_a_backward_pass_costs_two_forward_passes() -> None:
         {"pruning": {"kind": "extreme", "count": 2}},
         {"pruning": {"kind": "depth", "size": 2}},
         {"tree.sde": "window", "tree.window.size": 2, "credit.beta": 0},
-        {"tree.splits": "drawn", "tree.branches": 6, "tree.sde": "splits", "credit.advantage": "leaf"},
+        {"tree.splits": "single", "tree.branches": 6, "tree.sde": "splits", "credit.advantage": "leaf"},
         {"tree.branches": [2, 3, 2], "credit.advantage": "sibling", "optim.steps_per_iteration": 2},
     ],
 )
@@ -210,7 +210,7 @@ def test_the_tree_section_becomes_a_schedule() -> None:
     ],
 )
 def test_drawn_splits_stay_inside_the_grid(steps: int, draw: dict[str, float], first: int, last: int) -> None:
-    drawn = schedule(steps=steps, splits="drawn", branches=16, draw=draw).splits
+    drawn = schedule(steps=steps, splits="single", branches=16, draw=draw).splits
     assert drawn == DrawnSplits(first, last, 16, seed=42)
 
 

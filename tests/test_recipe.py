@@ -412,8 +412,16 @@ def test_a_plugins_keys_are_checked_by_the_plugin(options: dict[str, Any], messa
 # --- the tree section ---
 
 
+def test_single_brings_the_keys_that_belong_to_it(tmp_path: Path) -> None:
+    recipe = load(tmp_path, "", {"tree.splits": "single"})
+    assert (recipe.tree.branches, recipe.tree.siblings, recipe.tree.sde) == (16, "independent", "splits")
+    assert recipe.credit.advantage == "leaf"
+    other = load(tmp_path, "", {"tree.splits": "single", "tree.branches": 4, "credit.advantage": "depth"})
+    assert (other.tree.branches, other.tree.sde, other.credit.advantage) == (4, "splits", "depth")
+
+
 @pytest.mark.parametrize(
-    ("splits", "steps"), [("dense", (0, 3, 6, 9)), ("mixed", (0, 4, 8, 12)), ("sparse", (0, 5, 10, 15)), ("drawn", ())]
+    ("splits", "steps"), [("dense", (0, 3, 6, 9)), ("mixed", (0, 4, 8, 12)), ("sparse", (0, 5, 10, 15)), ("single", ())]
 )
 def test_presets_of_splits(splits: str, steps: tuple[int, ...]) -> None:
     assert TreeSection(splits=splits).split_steps == steps
@@ -422,7 +430,7 @@ def test_presets_of_splits(splits: str, steps: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("splits: dens", "8: tree.splits: 'dens' is no preset; write dense, mixed, sparse, drawn, or a list of steps"),
+        ("splits: dens", "8: tree.splits: 'dens' is no preset; write dense, mixed, sparse, single, or a list of steps"),
         ("splits: [3, 0]", "8: tree.splits: split steps must rise"),
         ("splits: [0, 0]", "8: tree.splits: split steps must rise"),
         ("splits: [19]", "7: tree: split step 19 lies outside the grid: with 20 steps, steps 0 to 18 can split"),
@@ -431,7 +439,7 @@ def test_presets_of_splits(splits: str, steps: tuple[int, ...]) -> None:
         ("branches: 1", "8: tree.branches: a split needs at least 2 children (it is 1)"),
         ("branches: [2, 2, 1, 2]", "8: tree.branches: a split needs at least 2 children"),
         ("branches: [2, 2]", "7: tree: 4 splits need as many branch factors, not 2"),
-        ("{splits: drawn, branches: [4, 4]}", "7: tree: 0 splits need as many branch factors, not 2"),
+        ("{splits: single, branches: [4, 4]}", "7: tree: 0 splits need as many branch factors, not 2"),
         ("strength: 0", "8: tree.strength: input should be greater than 0"),
         ("steps: 1", "8: tree.steps: input should be greater than or equal to 2"),
     ],
@@ -507,7 +515,7 @@ trees = st.one_of(
     ),
     st.fixed_dictionaries(
         {
-            "splits": st.just("drawn"),
+            "splits": st.just("single"),
             "branches": st.integers(2, 20),
             "draw": st.fixed_dictionaries({"first": st.floats(0, 0.4), "last": st.floats(0.5, 0.9)}),
             "sde": st.sampled_from(["all", "splits", "window"]),

@@ -18,6 +18,8 @@ from training_runs import largest_difference, metrics, small, weights
 from branchtree import load_recipe, plan, train
 from branchtree.errors import BranchTreeError, CheckpointError, OutputError
 from branchtree.protocols import Callback
+from branchtree.recipe import recipe_names
+from branchtree.recipe.load import builtin_folder
 from branchtree.training.rundir import RunDirectory
 from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
@@ -33,6 +35,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(model: Path, output: Path, **overrides: Any) -> list[dict[str, float]]:
     train("quickstart", small(model, **overrides), output=output)
     return metrics(output)
+
+
+@pytest.mark.parametrize("name", recipe_names(folders=[builtin_folder()]))
+def test_every_recipe_trains_its_small_version(name: str, tmp_path: Path) -> None:
+    changes = {"evaluation.limit": 2, "evaluation.noises": 1, "run.sample_prompts": 2}
+    result = train(name, changes, smoke=True, output=tmp_path / "run")
+    assert result.finished and result.before is not None
+    FluxPipeline.from_pretrained(tmp_path / "run/final")
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
@@ -237,11 +247,11 @@ def test_gradient_checkpointing_changes_nothing(model: Path, tmp_path: Path) -> 
 
 def test_drawn_splits_differ_between_prompts_of_one_batch(model: Path, tmp_path: Path) -> None:
     rows = run(
-        model, tmp_path / "run", tree__splits="drawn", tree__branches=4, tree__sde="splits", tree__steps=12,
+        model, tmp_path / "run", tree__splits="single", tree__branches=4, tree__sde="splits", tree__steps=12,
         credit__advantage="leaf", batch__prompts=4, tree__siblings="simplex",
     )  # fmt: skip
     assert all(row["rows/gradient"] == 4 and row["edges/trained"] == 16 for row in rows)
-    recipe = load_recipe("quickstart", small(model, tree__splits="drawn", tree__steps=12))
+    recipe = load_recipe("quickstart", small(model, tree__splits="single", tree__steps=12))
     schedule = read_inputs(recipe).schedule
     assert len({schedule.plan(0, prompt).splits for prompt in range(4)}) > 1
 

@@ -88,7 +88,7 @@ class TreeSection(Section):
     """``tree``: the shape of the tree."""
 
     steps: int = Field(default=20, ge=2)
-    splits: str | tuple[int, ...] = "dense"  # dense, mixed, sparse, drawn, or a list of steps
+    splits: str | tuple[int, ...] = "dense"  # dense, mixed, sparse, single, or a list of steps
     branches: int | tuple[int, ...] = 2  # children at a split: for all, or one number per split
     draw: DrawSection = DrawSection()
     siblings: Literal["correlated", "independent", "simplex"] = "correlated"
@@ -100,7 +100,7 @@ class TreeSection(Section):
     @field_validator("splits")
     @classmethod
     def _known_preset(cls, splits: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        names = [*PRESET_SPLITS, "drawn"]
+        names = [*PRESET_SPLITS, "single"]
         if isinstance(splits, str) and splits not in names:
             raise ValueError(f"'{splits}' is no preset; write {', '.join(names)}, or a list of steps")
         if not isinstance(splits, str) and list(splits) != sorted(set(splits)):
@@ -245,6 +245,13 @@ class RunSection(Section):
     threads: int | None = Field(default=None, ge=1)
 
 
+SINGLE: dict[str, dict[str, Any]] = {
+    "tree": {"branches": 16, "siblings": "independent", "sde": "splits"},
+    "credit": {"advantage": "leaf"},
+}
+"""What goes with ``tree.splits: single`` unless a recipe says otherwise."""
+
+
 class Recipe(Section):
     """A whole recipe."""
 
@@ -265,3 +272,15 @@ class Recipe(Section):
     evaluation: EvaluationSection | None = None
     run: RunSection = RunSection()
     callbacks: tuple[CallbackSection, ...] = ()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete_single(cls, data: Any) -> Any:
+        """``single`` splits once, widely, with nothing else stochastic: its other keys follow from that."""
+        tree = data.get("tree") if isinstance(data, dict) else None
+        if not isinstance(tree, dict) or tree.get("splits") != "single":
+            return data
+        given = {section: data.get(section) or {} for section in SINGLE}
+        if not all(isinstance(keys, dict) for keys in given.values()):
+            return data
+        return {**data, **{section: {**SINGLE[section], **keys} for section, keys in given.items()}}
