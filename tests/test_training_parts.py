@@ -132,7 +132,8 @@ def test_parts_hold_every_family_once_and_are_even_per_prompt(plans: list, steps
     parts = partition(families, steps, seed, 3, ids, first=0)
     assert len(parts) == steps
     places = [list(zip(part.depth.tolist(), part.parent.tolist(), strict=True)) for part in parts]
-    assert Counter(chain.from_iterable(places)) == Counter(zip(families.depth.tolist(), families.parent.tolist(), strict=True))
+    whole = zip(families.depth.tolist(), families.parent.tolist(), strict=True)
+    assert Counter(chain.from_iterable(places)) == Counter(whole)
     assert sum(part.edges for part in parts) == families.edges
     for prompt in ids:
         counts = [int((part.prompt == prompt).sum()) for part in parts]

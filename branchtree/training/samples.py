@@ -70,10 +70,9 @@ def write_tree(
     credit: Credit,
     media: Sequence[Media],
 ) -> None:
-    """Record the tree of the first prompt: its nodes with values and advantages, its leaves with thumbnails."""
+    """Record the first prompt's tree: its nodes with values and advantages, its leaves, ``media``, as thumbnails."""
     stem = folder / f"iteration_{iteration:06d}"
-    leaves = topology.plans[0].leaves
-    pixels = [image for part in media for image in part.pixels][:leaves]
+    pixels = [image for part in media for image in part.pixels]
     for place, image in enumerate(pixels):
         write_atomically(stem / f"leaf_{place:03d}.png", png(fitted(to_image(image), THUMBNAIL)))
     record = {

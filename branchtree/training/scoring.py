@@ -22,11 +22,12 @@ def score_latents(
     conditions: Sequence[Condition],
     rows: int | None,
     watch: Stopwatch,
+    keep: int = 0,
 ) -> tuple[dict[str, Scores], list[Media]]:
     """Decode clean latents (L, *latent) and score sample i against condition i; L leaves, ``rows`` at a time.
 
-    Returns each reward's scores (L,) by label, and the decoded media in order, on the CPU. Raises RewardError if a
-    reward fails or returns something that is not one number per sample.
+    Returns each reward's scores (L,) by label, and the first ``keep`` samples' media in order, on the CPU. Raises
+    RewardError if a reward fails or returns something that is not one number per sample.
     """
     media: list[Media] = []
     parts: dict[str, list[Scores]] = {reward.label: [] for reward in rewards}
@@ -36,7 +37,8 @@ def score_latents(
         with watch.phase("reward"):
             for reward in rewards:
                 parts[reward.label].append(checked_scores(reward, decoded, conditions[span.start : span.stop]))
-        media.append(_on_cpu(decoded))
+        if span.start < keep:
+            media.append(_on_cpu(decoded[: keep - span.start]))
     with watch.phase("decode"):
         model.release_frozen()
     return {label: joined(scores) for label, scores in parts.items()}, media

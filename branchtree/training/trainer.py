@@ -83,14 +83,20 @@ class Trainer:
             for iteration in range(done, recipe.run.iterations):
                 self._iteration(iteration)
                 done = iteration + 1
-                self._after(done, stopping=stop.requested)
-                if stop.requested:
+                stopping = self._any_process(stop.requested)
+                self._after(done, stopping)
+                if stopping:
                     break
         finished = done == recipe.run.iterations
         if finished and self._main:
             self._finish(done, time.perf_counter() - started)
         session.accelerator.end_training()
         return self._result(done, finished)
+
+    def _any_process(self, flag: bool) -> bool:
+        """Whether the flag is set on any process: a signal may reach them between different iterations."""
+        accelerator = self._session.accelerator
+        return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum"))
 
     def _start(self, resume: bool) -> int:
         """Restore or begin; returns the iterations done before."""
@@ -130,7 +136,8 @@ class Trainer:
             conditioning = dict(session.cache.get(conditions, session.device))
         with watch.phase("rollout"):
             tree = self._rollout(iteration, ids, conditioning)
-        scores, media = self._score(tree, conditions, watch)
+        recorded = self._main and iteration % recipe.run.tree_every == 0
+        scores, media = self._score(tree, conditions, watch, keep=tree.topology.plans[0].leaves if recorded else 0)
         with watch.phase("credit"):
             log_prob, dimensions = self._mean_log_prob(tree)
             credit = self._credit(tree.topology, log_prob, scores, iteration, dimensions)
@@ -139,7 +146,7 @@ class Trainer:
         share = ShareRecord(tree.topology.plans, tuple(log_prob), dimensions, scores, update)
         metrics = self._metrics(share, credit, iteration)
         if self._main:
-            if iteration % recipe.run.tree_every == 0:
+            if recorded:
                 trees = session.output.root / "trees"
                 write_tree(trees, iteration, conditions[0].prompt, tree.topology, scores, credit, media)
             self._log(iteration, metrics, watch)
@@ -163,12 +170,14 @@ class Trainer:
         )
 
     def _score(
-        self, tree: BranchTree, conditions: Sequence[Condition], watch: Stopwatch
+        self, tree: BranchTree, conditions: Sequence[Condition], watch: Stopwatch, keep: int
     ) -> tuple[dict[str, Scores], list[Media]]:
         session = self._session
         each = [conditions[prompt] for prompt in tree.topology.leaf_root.tolist()]
         rows = session.recipe.batch.decode_rows
-        scores, media = score_latents(session.inputs.model, session.inputs.rewards, tree.leaves, each, rows, watch)
+        scores, media = score_latents(
+            session.inputs.model, session.inputs.rewards, tree.leaves, each, rows, watch, keep
+        )
         require_some_valid(session.accelerator, scores)
         return scores, media
 
