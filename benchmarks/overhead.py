@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from branchtree import plan
 from branchtree.protocols import Callback, VelocityFunction
 from branchtree.recipe import load_recipe
 from branchtree.rollout import chunks
@@ -33,7 +34,16 @@ class BareDenoiser(Callback):
 
     def __init__(self, session: Session) -> None:
         self._session = session
+        self._noise = self._rows()
         self.seconds: list[float] = []
+
+    def _rows(self) -> torch.Tensor:
+        """Distinct latents, as many as the largest batch needs."""
+        session, batch = self._session, self._session.recipe.batch
+        largest = batch.update_rows or batch.prompts * plan(session.recipe).per_prompt.nodes
+        source = torch.Generator().manual_seed(0)
+        one = session.inputs.model.initial_noise(source)
+        return torch.randn(largest, *one.shape, generator=source).to(session.device)
 
     def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Repeat the iteration's forwards and backwards on the same batch sizes."""
@@ -55,10 +65,9 @@ class BareDenoiser(Callback):
 
     def _forward(self, velocity: VelocityFunction, rows: int) -> torch.Tensor:
         session = self._session
-        noise = session.inputs.model.initial_noise(torch.Generator().manual_seed(0))
-        latents = noise.expand(rows, *noise.shape).to(session.device)
+        latents = self._noise[:rows].contiguous()
         prompt = torch.arange(rows, device=session.device) % session.recipe.batch.prompts
-        return velocity(latents, torch.full((rows,), 0.5, device=session.device), prompt)
+        return velocity(latents, torch.linspace(0.1, 1, rows, device=session.device), prompt)
 
 
 def main() -> None:

@@ -87,23 +87,22 @@ def assign_credit(
             for name, value in values.items()
         ]
     )
-    ranking = sum(
-        (weights[name] * standardised(topology, reward, valid) for name, reward in rewards.items()),
-        start=nothing,
-    )
-    keep = all_of(trainable(topology), prune(topology, fused(ranking), pruning, iteration))
+    keep = trainable(topology)
+    if pruning.kind != "none":
+        ranking = sum(
+            (weights[name] * standardised(topology, reward, valid) for name, reward in rewards.items()), start=nothing
+        )
+        keep = all_of(keep, prune(topology, fused(ranking), pruning, iteration))
     return Credit(rewards, valid, values, advantages, keep)
 
 
 def prune(topology: Topology, values: NodeValues, rule: PruningRule, iteration: int) -> EdgeMask:
-    """The edges that a pruning rule keeps; ``values`` rank nodes and, at the last depth, leaves."""
+    """The edges that a pruning rule other than ``none`` keeps; ``values`` rank nodes and, at the last depth, leaves."""
     if rule.kind == "parent_top1":
         return parent_top1(topology, values)
     if rule.kind == "extreme":
         return extreme_leaves(topology, values.value[-1], values.valid[-1], rule.count)
-    if rule.kind == "depth":
-        return depth_window(topology, rule.size, rule.every, rule.stop, iteration)
-    return tuple(torch.ones(topology.width(depth), dtype=torch.bool) for depth in topology.depths)
+    return depth_window(topology, rule.size, rule.every, rule.stop, iteration)
 
 
 def standardised(topology: Topology, rewards: Tensor, valid: Tensor) -> Tensor:

@@ -30,9 +30,12 @@ class Purpose(IntEnum):
 
 def generator(seed: int, iteration: int, prompt: int, depth: int, node: int, purpose: Purpose) -> torch.Generator:
     """A CPU generator whose whole stream belongs to one address."""
-    address = struct.pack("<qqqqqq", seed, iteration, prompt, depth, node, purpose)
-    digest = hashlib.blake2b(address, digest_size=8).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
+    return torch.Generator().manual_seed(_hashed(seed, iteration, prompt, depth, node, purpose))
+
+
+def _hashed(*address: int) -> int:
+    digest = hashlib.blake2b(struct.pack("<qqqqqq", *address), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
 
 
 @dataclass(frozen=True)
@@ -44,9 +47,10 @@ class NoiseSource:
 
     def normal(self, purpose: Purpose, prompt: int, depth: int, nodes: Sequence[int], shape: Sequence[int]) -> Tensor:
         """Standard normal noise for some nodes of one prompt and depth: (len(nodes), *shape) float32, CPU."""
-        noise = torch.empty(len(nodes), *shape)
-        for row, node in enumerate(nodes):
-            noise[row].normal_(generator=generator(self.seed, self.iteration, prompt, depth, node, purpose))
+        noise, source = torch.empty(len(nodes), *shape), torch.Generator()
+        for row, node in zip(noise.unbind(), nodes, strict=True):
+            source.manual_seed(_hashed(self.seed, self.iteration, prompt, depth, node, purpose))
+            row.normal_(generator=source)
         return noise
 
 

@@ -48,11 +48,10 @@ class GaussianTransition:
 
         The average is DanceGRPO's convention (arXiv 2505.07818, released trainer).
         """
-        random = self.std > 0
-        std = torch.where(random, self.std, torch.ones_like(self.std))
-        density = -0.5 * ((following - self.mean) / std).square() - std.log() - LOG_SQRT_TAU
-        density = torch.where(random, density, torch.zeros_like(density)).flatten(1)
-        return density.mean(dim=1) if reduction == "mean" else density.sum(dim=1)
+        std, random = self._scale()
+        distance = (following - self.mean).flatten(1).square().mean(dim=1)
+        density = -0.5 * distance / std.square() - std.log() - LOG_SQRT_TAU
+        return self._reduced(density.where(random, torch.zeros_like(density)), reduction)
 
     def rows(self, index: Tensor) -> GaussianTransition:
         """See Transition."""
@@ -60,11 +59,18 @@ class GaussianTransition:
 
     def kl(self, reference: GaussianTransition, reduction: Reduction = "mean") -> Tensor:
         """KL(self || reference) (B,) for equal std: (mean - mean_ref)^2 / (2 std^2); 0 for deterministic rows."""
-        random = self.std > 0
-        std = torch.where(random, self.std, torch.ones_like(self.std))
-        divergence = 0.5 * ((self.mean - reference.mean) / std).square()
-        divergence = torch.where(random, divergence, torch.zeros_like(divergence)).flatten(1)
-        return divergence.mean(dim=1) if reduction == "mean" else divergence.sum(dim=1)
+        std, random = self._scale()
+        distance = (self.mean - reference.mean).flatten(1).square().mean(dim=1)
+        divergence = 0.5 * distance / std.square()
+        return self._reduced(divergence.where(random, torch.zeros_like(divergence)), reduction)
+
+    def _scale(self) -> tuple[Tensor, Tensor]:
+        """Each row's std (B,), 1 where it is deterministic, and which rows are not."""
+        std = self.std.flatten()
+        return std.where(std > 0, torch.ones_like(std)), std > 0
+
+    def _reduced(self, average: Tensor, reduction: Reduction) -> Tensor:
+        return average if reduction == "mean" else average * self.mean[0].numel()
 
 
 class Kernel(Protocol):
@@ -92,8 +98,9 @@ def flow_sde(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tenso
     marginals runs dx = (v - g^2 / 2 * score) dsigma + g dw backwards in sigma (arXiv 2505.07818, 2505.05470).
     """
     step = sigma_next - sigma
-    score = -(latents + (1 - sigma) * velocity) / sigma
-    mean = latents + (velocity - 0.5 * level.square() * score) * step
+    # With score = -(x + (1 - sigma) * v) / sigma the mean is linear in x and v: two passes over the latents.
+    drift = 0.5 * level.square() / sigma
+    mean = (1 + drift * step) * latents + (1 + drift * (1 - sigma)) * step * velocity
     return GaussianTransition(mean=mean, std=level * (-step).sqrt())
 
 

@@ -50,7 +50,7 @@ EMA_DECAY = 0.98
 CHECK_EVERY = 25
 CHECKS_START = 150
 CHECK_REPEATS = 8
-STOP_AT = 0.62
+STOP_AT = 0.6
 
 
 def build_clip_tokenizer(vocabulary: Sequence[str]) -> CLIPTokenizer:
@@ -115,7 +115,7 @@ def build_vae() -> AutoencoderKL:
     return AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 32),
+        block_out_channels=(8, 16, 16),
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,

@@ -138,6 +138,7 @@ class Flux:
         for part in (loaded.vae, loaded.text_encoder, loaded.text_encoder_2):
             shared.own_storage(part, torch.device("cpu"))
             part.requires_grad_(False)
+        loaded.vae.to(memory_format=torch.channels_last)  # the layout its convolutions are fastest in
         self._loaded, self._device, self._dtype = loaded, device, denoiser_dtype
 
     def add_lora(self, settings: LoraSettings, seed: int) -> None:
@@ -177,6 +178,8 @@ class Flux:
 
     def release_frozen(self) -> None:
         """Move text encoders and VAE to the CPU, and give their memory on the device back."""
+        if self._device.type == "cpu":
+            return
         for part in (self._pipeline.text_encoder, self._pipeline.text_encoder_2, self._pipeline.vae):
             part.to("cpu")
         if self._device.type == "cuda":

@@ -229,7 +229,7 @@ def _make_optimizer(
         betas=section.betas,
         eps=section.eps,
         weight_decay=section.weight_decay,
-        foreach=True,
+        fused=True,
     )
     total = iterations * section.steps_per_iteration
     return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(section, total))
