@@ -24,14 +24,15 @@ def depth_advantages(topology: Topology, values: NodeValues, eps: float) -> Adva
 
     std is the sample deviation. A depth with one node, or with no spread, gives 0.
     """
-    advantages = []
-    for depth in topology.depths:
+
+    def at(depth: int) -> Tensor:
         valid, prompt = values.valid[depth], topology.root[depth]
         value, group = values.value[depth][valid], prompt[valid]
         std = segment_std(value, group, topology.prompts)[group]
         centred = value - segment_mean(value, group, topology.prompts)[group]
-        advantages.append(_spread(valid, _divide(centred, std, eps)))
-    return tuple(advantages)
+        return _spread(valid, _divide(centred, std, eps))
+
+    return _at_every_depth(topology, at)
 
 
 def leaf_advantages(topology: Topology, values: NodeValues, eps: float) -> Advantages:
@@ -46,16 +47,17 @@ def leaf_advantages(topology: Topology, values: NodeValues, eps: float) -> Advan
     total = segment_sum(reward, leaf_root, topology.prompts)
     count = segment_count(leaf_root, topology.prompts)
     std = segment_std(reward, leaf_root, topology.prompts)
-    advantages = []
-    for depth in topology.depths:
+
+    def at(depth: int) -> Tensor:
         nodes, prompt = topology.ancestor[depth][valid_leaf], topology.root[depth]
         below = segment_count(nodes, topology.width(depth))
         others = count[prompt] - below
         baseline = (total[prompt] - segment_sum(reward, nodes, topology.width(depth))) / others.clamp_min(1)
         compared = values.valid[depth] & (others > 0)
         advantage = _divide((values.value[depth] - baseline)[compared], std[prompt][compared], eps)
-        advantages.append(_spread(compared, advantage))
-    return tuple(advantages)
+        return _spread(compared, advantage)
+
+    return _at_every_depth(topology, at)
 
 
 def sibling_advantages(topology: Topology, values: NodeValues, eps: float) -> Advantages:
@@ -79,6 +81,14 @@ ESTIMATORS: dict[str, Estimator] = {
     "leaf": leaf_advantages,
     "sibling": sibling_advantages,
 }
+
+
+def _at_every_depth(topology: Topology, at: Callable[[int], Tensor]) -> Advantages:
+    """An estimate that depends on a depth's nodes alone, so that an only child has its parent's advantage."""
+    levels: list[Tensor] = []
+    for depth in reversed(topology.depths):
+        levels.append(levels[-1] if topology.unbranched(depth) else at(depth))
+    return tuple(reversed(levels))
 
 
 def _divide(centred: Tensor, std: Tensor, eps: float) -> Tensor:

@@ -57,14 +57,20 @@ def fuse(
         raise ValueError(f"{topology.width(topology.steps)} leaves need as many rewards, not {tuple(rewards.shape)}")
     worth = rewards.double()[valid]
     paths = path_log_prob(topology, log_prob)
-    values, alive = [], []
-    for depth in topology.depths:
+    values: list[Tensor] = []
+    alive: list[Tensor] = []
+    for depth in reversed(topology.depths):
+        if topology.unbranched(depth):
+            # The edge to an only child adds the same density to all paths below: the weights stay as they are.
+            values.append(values[-1])
+            alive.append(alive[-1])
+            continue
         nodes, width = topology.ancestor[depth][valid], topology.width(depth)
         path = _scaled(paths[depth][valid], nodes, width, scale, dimensions)
         weight = _softmax(beta * path, nodes, width)
         values.append(segment_sum(weight * worth, nodes, width))
         alive.append(segment_count(nodes, width) > 0)
-    return NodeValues(value=tuple(values), valid=tuple(alive))
+    return NodeValues(value=tuple(reversed(values)), valid=tuple(reversed(alive)))
 
 
 def _scaled(path: Tensor, nodes: Tensor, width: int, scale: PathScale, dimensions: int) -> Tensor:

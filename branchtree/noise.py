@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+_ADDRESS = struct.Struct("<qqqqqq")
+
 
 class Purpose(IntEnum):
     """What a noise tensor is for; part of its address."""
@@ -34,8 +36,7 @@ def generator(seed: int, iteration: int, prompt: int, depth: int, node: int, pur
 
 
 def _hashed(*address: int) -> int:
-    digest = hashlib.blake2b(struct.pack("<qqqqqq", *address), digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(_ADDRESS.pack(*address), digest_size=8).digest(), "little", signed=True)
 
 
 @dataclass(frozen=True)

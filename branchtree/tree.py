@@ -60,6 +60,10 @@ class Topology:
             chain.append(self.parent[depth][chain[-1]])
         return tuple(reversed(chain))
 
+    def unbranched(self, depth: int) -> bool:
+        """Whether every node of a depth has exactly one child, and so shares its child's place and its leaves."""
+        return depth < self.steps and self.width(depth) == self.width(depth + 1)
+
     def per_edge(self, step: int, flags: Sequence[bool] | Sequence[int]) -> Tensor:
         """Spread one value per prompt over the edges of a step: (N_{step+1},)."""
         return torch.tensor(flags)[self.root[step + 1]]

@@ -50,7 +50,7 @@ EMA_DECAY = 0.98
 CHECK_EVERY = 25
 CHECKS_START = 150
 CHECK_REPEATS = 8
-STOP_AT = 0.6
+STOP_AT = 0.66
 
 
 def build_clip_tokenizer(vocabulary: Sequence[str]) -> CLIPTokenizer:

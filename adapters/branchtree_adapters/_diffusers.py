@@ -167,6 +167,11 @@ def own_storage(module: nn.Module, device: torch.device) -> None:
         tensor.data = tensor.detach().to(device, copy=True)
 
 
+def on_device(module: Any, device: torch.device) -> Any:
+    """Move ``module`` (a diffusers or transformers model) to ``device`` unless it is there: asking costs much less."""
+    return module if module.device == device else module.to(device)
+
+
 def lora_sites(denoiser: nn.Module, targets: Sequence[str]) -> list[nn.Linear]:
     """The linear layers whose names end in one of ``targets``. Raises ModelError for a target that finds none."""
     linear = {name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}

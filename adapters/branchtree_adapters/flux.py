@@ -165,7 +165,7 @@ class Flux:
         """
         pipeline = self._pipeline
         for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
-            encoder.to(self._device)
+            shared.on_device(encoder, self._device)
         tokens = min(self.config.max_sequence_length, pipeline.tokenizer_2.model_max_length)
         rows: list[tuple[Tensor, Tensor]] = []
         for condition in conditions:
@@ -247,7 +247,7 @@ class Flux:
     def decode(self, latents: Tensor) -> Media:
         """Decode latents (B, tokens, channels) to images (B, 3, H, W), float32 in [0, 1], on the device."""
         pipeline = self._pipeline
-        vae = pipeline.vae.to(self._device)
+        vae = shared.on_device(pipeline.vae, self._device)
         size = (self.config.height, self.config.width, pipeline.vae_scale_factor)
         rows = max(1, DECODE_PIXELS // (self.config.height * self.config.width))
         images = []

@@ -144,7 +144,7 @@ class Trainer:
         with watch.phase("update"):
             update = self._update(tree, credit, conditioning, ids, iteration)
         share = ShareRecord(tree.topology.plans, tuple(log_prob), dimensions, scores, update)
-        metrics = self._metrics(share, credit, iteration)
+        metrics = self._metrics(share, tree.topology, credit, iteration)
         if self._main:
             if recorded:
                 trees = session.output.root / "trees"
@@ -224,12 +224,12 @@ class Trainer:
         )
         return session.updater.run(tree, parts, Policies(trained, session.reference_velocity(conditioning)), iteration)
 
-    def _metrics(self, share: ShareRecord, credit: Credit, iteration: int) -> dict[str, float]:
+    def _metrics(self, share: ShareRecord, topology: Topology, credit: Credit, iteration: int) -> dict[str, float]:
         """The iteration's figures over all processes, whose shares come in the order of their prompts."""
         from accelerate.utils import gather_object
 
         session = self._session
-        whole, topology = merged(gather_object([share])), grow(share.plans)
+        whole = merged(gather_object([share]))
         if session.accelerator.num_processes > 1:
             topology = grow(whole.plans)
             credit = self._credit(topology, whole.log_prob, whole.scores, iteration, whole.dimensions)
