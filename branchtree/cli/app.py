@@ -44,7 +44,7 @@ def _options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log 
     handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("branchtree")
-    log.handlers, log.propagate = [handler], False
+    log.handlers = [handler]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
 
 
