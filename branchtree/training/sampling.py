@@ -25,6 +25,7 @@ def sample_latents(
     noise_seeds: Sequence[tuple[int, int]],
     seed: int,
     device: torch.device,
+    max_rows: int | None = None,
 ) -> Tensor:
     """Clean latents (B, *latent) of B conditions along the ODE; each starts from noise addressed by its own pair."""
     steps = sampler.sigmas.numel() - 1
@@ -40,5 +41,6 @@ def sample_latents(
         initial.to(device),
         NoiseSource(seed, 0),
         range(len(conditions)),
+        max_rows=max_rows,
     )
     return tree.leaves

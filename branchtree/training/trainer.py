@@ -305,6 +305,7 @@ class Trainer:
             [(place, 0) for place in range(len(conditions))],
             session.recipe.tree.noise_seed,
             session.device,
+            session.recipe.batch.rollout_rows,
         )
         media = inputs.model.decode(latents)
         inputs.model.release_frozen()
