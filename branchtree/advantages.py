@@ -12,7 +12,14 @@ import torch
 from torch import Tensor
 
 from branchtree.fusion import NodeValues
-from branchtree.segments import segment_count, segment_mean, segment_std, segment_sum
+from branchtree.segments import (
+    over_spread,
+    segment_count,
+    segment_mean,
+    segment_standardised,
+    segment_std,
+    segment_sum,
+)
 from branchtree.tree import Topology
 
 Advantages = tuple[Tensor, ...]
@@ -26,11 +33,9 @@ def depth_advantages(topology: Topology, values: NodeValues, eps: float) -> Adva
     """
 
     def at(depth: int) -> Tensor:
-        valid, prompt = values.valid[depth], topology.root[depth]
-        value, group = values.value[depth][valid], prompt[valid]
-        std = segment_std(value, group, topology.prompts)[group]
-        centred = value - segment_mean(value, group, topology.prompts)[group]
-        return _spread(valid, _divide(centred, std, eps))
+        valid = values.valid[depth]
+        value, prompt = values.value[depth][valid], topology.root[depth][valid]
+        return _spread(valid, segment_standardised(value, prompt, topology.prompts, eps))
 
     return _at_every_depth(topology, at)
 
@@ -54,7 +59,7 @@ def leaf_advantages(topology: Topology, values: NodeValues, eps: float) -> Advan
         others = count[prompt] - below
         baseline = (total[prompt] - segment_sum(reward, nodes, topology.width(depth))) / others.clamp_min(1)
         compared = values.valid[depth] & (others > 0)
-        advantage = _divide((values.value[depth] - baseline)[compared], std[prompt][compared], eps)
+        advantage = over_spread((values.value[depth] - baseline)[compared], std[prompt][compared], eps)
         return _spread(compared, advantage)
 
     return _at_every_depth(topology, at)
@@ -72,7 +77,7 @@ def sibling_advantages(topology: Topology, values: NodeValues, eps: float) -> Ad
         family, families = topology.parent[depth][valid], topology.width(depth - 1)
         std = segment_std(value, prompt, topology.prompts)[prompt]
         centred = value - segment_mean(value, family, families)[family]
-        advantages.append(_spread(valid, _divide(centred, std, eps)))
+        advantages.append(_spread(valid, over_spread(centred, std, eps)))
     return tuple(advantages)
 
 
@@ -89,10 +94,6 @@ def _at_every_depth(topology: Topology, at: Callable[[int], Tensor]) -> Advantag
     for depth in reversed(topology.depths):
         levels.append(levels[-1] if topology.unbranched(depth) else at(depth))
     return tuple(reversed(levels))
-
-
-def _divide(centred: Tensor, std: Tensor, eps: float) -> Tensor:
-    return torch.where(std > 0, centred / (std + eps), torch.zeros_like(centred))
 
 
 def _spread(where: Tensor, chosen: Tensor) -> Tensor:

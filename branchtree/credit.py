@@ -17,7 +17,7 @@ from branchtree.advantages import ESTIMATORS, Advantages
 from branchtree.fusion import NodeValues, PathScale, fuse
 from branchtree.protocols import Scores
 from branchtree.pruning import EdgeMask, all_of, depth_window, extreme_leaves, parent_top1, trainable
-from branchtree.segments import segment_mean, segment_std
+from branchtree.segments import segment_standardised
 from branchtree.tree import Topology
 
 
@@ -107,10 +107,7 @@ def prune(topology: Topology, values: NodeValues, rule: PruningRule, iteration: 
 
 def standardised(topology: Topology, rewards: Tensor, valid: Tensor) -> Tensor:
     """Rewards (L,) with zero mean and unit sample deviation over each prompt's valid leaves; 0 where not valid."""
-    group, worth = topology.leaf_root[valid], rewards[valid]
-    std = segment_std(worth, group, topology.prompts)[group]
-    centred = worth - segment_mean(worth, group, topology.prompts)[group]
-    score = torch.where(std > 0, centred / torch.where(std > 0, std, 1.0), torch.zeros_like(centred))
+    score = segment_standardised(rewards[valid], topology.leaf_root[valid], topology.prompts)
     return torch.zeros_like(rewards).masked_scatter_(valid, score)
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from branchtree.segments import segment_count, segment_max, segment_mean, segment_std, segment_sum
+from branchtree.segments import segment_count, segment_max, segment_standardised, segment_sum
 from branchtree.tree import Topology
 
 PathScale = Literal["mean", "sum", "standardised"]
@@ -78,9 +78,7 @@ def _scaled(path: Tensor, nodes: Tensor, width: int, scale: PathScale, dimension
         return path
     if scale == "sum":
         return path * dimensions
-    std = segment_std(path, nodes, width)[nodes]
-    centred = path - segment_mean(path, nodes, width)[nodes]
-    return torch.where(std > 0, centred / std.clamp_min(torch.finfo(std.dtype).tiny), torch.zeros_like(path))
+    return segment_standardised(path, nodes, width)
 
 
 def _softmax(logits: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -37,3 +37,14 @@ def segment_std(values: Tensor, group: Tensor, groups: int) -> Tensor:
     std = (squares / (segment_count(group, groups) - 1).clamp_min(1)).sqrt()
     largest = segment_max(values.abs(), group, groups).clamp_min(0)
     return torch.where(std > 1e-12 * largest, std, torch.zeros_like(std))
+
+
+def over_spread(centred: Tensor, std: Tensor, eps: float = 0.0) -> Tensor:
+    """centred / (std + eps), and 0 where there is no spread."""
+    return torch.where(std > 0, centred / (std + eps), torch.zeros_like(centred))
+
+
+def segment_standardised(values: Tensor, group: Tensor, groups: int, eps: float = 0.0) -> Tensor:
+    """``values`` (N,) less their group's mean, over its sample deviation + eps; 0 in a group without spread: (N,)."""
+    centred = values - segment_mean(values, group, groups)[group]
+    return over_spread(centred, segment_std(values, group, groups)[group], eps)

@@ -266,11 +266,14 @@ class Trainer:
         session, recipe = self._session, self._session.recipe
         last = done == recipe.run.iterations
         every = recipe.evaluation.every if recipe.evaluation else None
-        with session.trained.as_exported():
-            if last or (every and done % every == 0):
-                self._evaluate(done)
-            if last or done % recipe.run.sample_every == 0:
-                self._sample(done)
+        evaluating = last or bool(every and done % every == 0)
+        sampling = last or done % recipe.run.sample_every == 0
+        if evaluating or sampling:  # putting the average in and out copies every trained weight
+            with session.trained.as_exported():
+                if evaluating:
+                    self._evaluate(done)
+                if sampling:
+                    self._sample(done)
         if self._main and (last or stopping or done % recipe.run.checkpoint_every == 0):
             save_checkpoint(session.output.checkpoints, done, session.trained, recipe, recipe.run.keep_checkpoints)
         session.accelerator.wait_for_everyone()
