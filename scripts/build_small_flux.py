@@ -17,6 +17,7 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from _digits import IMAGE_SIZE, ROOT, digit_images, prompts_by_digit, random_shift, read_prompts, words
+from _small_models import build_t5_tokenizer, rewrite_json, save_pipeline
 from branchtree_rewards._digit_classifier import load_classifier, to_network_input
 from branchtree_rewards.digits import DIGIT_WORDS
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -68,16 +69,6 @@ def build_clip_tokenizer(vocabulary: Sequence[str]) -> CLIPTokenizer:
     tokenizer = CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=CLIP_TOKENS)
     for word in vocabulary:
         assert len(tokenizer(word).input_ids) == 3, f"{word!r} is not one token"
-    return tokenizer
-
-
-def build_t5_tokenizer(vocabulary: Sequence[str]) -> T5TokenizerFast:
-    """Return a unigram tokenizer in which every word of `vocabulary` is one token; other words are unknown."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0)]
-    pieces += [(f"▁{word}", -2.0) for word in vocabulary]
-    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=T5_TOKENS)
-    for word in vocabulary:
-        assert len(tokenizer(word).input_ids) == 2, f"{word!r} is not one token"
     return tokenizer
 
 
@@ -165,7 +156,7 @@ def train_vae(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) ->
 
 def assemble(vae: AutoencoderKL, vocabulary: Sequence[str]) -> FluxPipeline:
     """Return the pipeline around a trained VAE; its text encoders and transformer are untrained."""
-    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(vocabulary), build_t5_tokenizer(vocabulary)
+    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(vocabulary), build_t5_tokenizer(vocabulary, T5_TOKENS)
     text_encoder, text_encoder_2 = build_text_encoders(clip_tokenizer, t5_tokenizer)
     pipeline = FluxPipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(shift=TIME_SHIFT, use_dynamic_shifting=False),
@@ -281,7 +272,7 @@ def save(pipeline: FluxPipeline, output: Path) -> None:
 
     From what transformers 5 writes, version 4 would load a CLIP encoder with random weights and no tokenizers.
     """
-    pipeline.save_pretrained(output)
+    save_pipeline(pipeline, output, "tokenizer_2")
     clip_weights = {f"text_model.{name}": value for name, value in pipeline.text_encoder.state_dict().items()}
     clip_bytes = safetensors.torch.save(clip_weights, metadata={"format": "pt"})
     (output / "text_encoder/model.safetensors").write_bytes(clip_bytes)
@@ -290,17 +281,6 @@ def save(pipeline: FluxPipeline, output: Path) -> None:
     merges = "".join(f"{left} {right}\n" for left, right in bpe["merges"])
     (output / "tokenizer/merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
     rewrite_json(output / "tokenizer/tokenizer_config.json", extra_special_tokens=None)
-    rewrite_json(output / "tokenizer_2/tokenizer_config.json", extra_special_tokens=None)
-    rewrite_json(output / "model_index.json", tokenizer_2=["transformers", "T5TokenizerFast"])
-    for file in output.rglob("*.safetensors"):
-        file.chmod(0o644)
-
-
-def rewrite_json(file: Path, **changes: object) -> None:
-    """Set entries of a JSON file; a value of None removes the entry."""
-    content = {**json.loads(file.read_text(encoding="utf-8")), **changes}
-    kept = {name: value for name, value in content.items() if name not in changes or value is not None}
-    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -1,12 +1,14 @@
 import importlib.util
+import itertools
 from pathlib import Path
 from types import ModuleType
+from typing import get_args
 
 import pydantic
 import pytest
 import torch
 import torch.nn.functional as F
-from branchtree_rewards._digit_classifier import DigitClassifier, load_classifier
+from branchtree_rewards._digit_classifier import ClassifierName, DigitClassifier, load_classifier
 from branchtree_rewards.digits import DIGIT_WORDS, Digits, DigitsConfig, named_digit
 from torch import Tensor
 
@@ -92,6 +94,23 @@ def test_right_prompts_score_above_wrong_ones(classifier: str, real_digits: tupl
 
 
 @pytest.mark.parametrize("classifier", ["reward", "heldout"])
+def test_a_videos_last_frame_is_read_wherever_the_digit_lies(
+    classifier: str, digits_data: ModuleType, real_digits: tuple[Tensor, Tensor]
+) -> None:
+    images, labels = real_digits
+    unseen = digits_data.disjoint_halves(len(images))[1 if classifier == "reward" else 0][:400]
+    small = F.interpolate(images[unseen], size=(16, 16), mode="bilinear", antialias=True)
+    videos = torch.zeros(400, 5, 1, 32, 32)
+    videos[:, 0] = images[unseen].flip(0)  # what is shown before the last frame does not matter
+    for row, (top, left) in enumerate(torch.randint(0, 17, (400, 2), generator=torch.Generator().manual_seed(0))):
+        videos[row, -1, :, top : top + 16, left : left + 16] = small[row]
+    reward = loaded(classifier=classifier, measure="accuracy")
+    scores = reward.score(Media(videos=videos), conditions(labels[unseen].tolist()))
+    assert scores.valid.all()
+    assert scores.values.mean() >= 0.95
+
+
+@pytest.mark.parametrize("classifier", ["reward", "heldout"])
 def test_images_of_nothing_show_no_digit(classifier: str) -> None:
     noise = torch.rand(10, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     images = torch.cat([torch.zeros(10, 3, 32, 32), noise])
@@ -134,19 +153,23 @@ def test_misuse_is_reported(real_digits: tuple[Tensor, Tensor]) -> None:
     reward = loaded()
     with pytest.raises(ValueError, match="3 images came with 2 conditions"):
         reward.score(media, conditions([1, 2]))
-    with pytest.raises(ValueError, match="images"):
-        reward.score(Media(videos=torch.zeros(3, 2, 3, 32, 32)), conditions([1, 2, 3]))
     with pytest.raises(ValueError, match=r"\(B, C, H, W\)"):
         reward.score(Media(images=torch.zeros(3, 32, 32)), conditions([1, 2, 3]))
+    with pytest.raises(ValueError, match=r"\(B, F, C, H, W\)"):
+        reward.score(Media(videos=torch.zeros(3, 3, 32, 32)), conditions([1, 2, 3]))
+    with pytest.raises(ValueError, match="4 videos came with 2 conditions"):
+        reward.score(Media(videos=torch.zeros(4, 2, 3, 32, 32)), conditions([1, 2]))
     with pytest.raises(pydantic.ValidationError):
         DigitsConfig.model_validate({"clasifier": "reward"})
 
 
 def test_classifiers_are_small_and_differ() -> None:
-    reward, heldout = load_classifier("reward", CPU), load_classifier("heldout", CPU)
+    networks = [load_classifier(name, CPU) for name in get_args(ClassifierName)]
+    assert len(networks) == 4
     assert sum(parameter.numel() for parameter in DigitClassifier().parameters()) <= 60_000
-    assert not torch.equal(reward.head.weight, heldout.head.weight)
-    assert not any(parameter.requires_grad for parameter in reward.parameters())
+    for network, other in itertools.combinations(networks, 2):
+        assert not torch.equal(network.head.weight, other.head.weight)
+    assert not any(parameter.requires_grad for network in networks for parameter in network.parameters())
 
 
 def test_prompt_files_name_every_digit_and_share_no_prompt(digits_data: ModuleType) -> None:

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-ClassifierName = Literal["reward", "heldout"]
+ClassifierName = Literal["reward", "heldout", "moving_reward", "moving_heldout"]
+"""Two for images that a digit fills, and two for video frames in which a digit of half their size lies anywhere."""
 
 CLASSES = 10
 IMAGE_SIZE = 32

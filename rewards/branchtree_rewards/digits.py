@@ -1,7 +1,8 @@
-"""The `digits` reward: does an image show the handwritten digit that its prompt names?
+"""The `digits` reward: does an image, or the last frame of a video, show the handwritten digit that its prompt names?
 
-Two small classifiers come with the package. They were trained on disjoint halves of the same handwritten digits, so
-one can be optimised (`classifier="reward"`) while the other checks the result (`classifier="heldout"`).
+Two small classifiers of images come with the package, and two of video frames. Those of a pair were trained on disjoint
+halves of the same handwritten digits, so one can be optimised (`classifier="reward"`) while the other checks the result
+(`classifier="heldout"`).
 """
 
 import re
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from branchtree.hookspecs import hookimpl
 from branchtree.protocols import Condition, Media, Scores
-from branchtree_rewards._digit_classifier import DigitClassifier, load_classifier, to_network_input
+from branchtree_rewards._digit_classifier import ClassifierName, DigitClassifier, load_classifier, to_network_input
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -48,24 +49,27 @@ class DigitsConfig(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 class Digits:
-    """Scores how well each image shows the handwritten digit that its prompt names."""
+    """Scores how well each image, or each video's last frame, shows the handwritten digit that its prompt names."""
 
-    modalities: frozenset[str] = frozenset({"image"})
+    modalities: frozenset[str] = frozenset({"image", "video"})
 
     def __init__(self, config: DigitsConfig) -> None:
         self._config = config
-        self._network: DigitClassifier | None = None
+        self._networks: dict[str, DigitClassifier] = {}
 
     def load(self, device: torch.device) -> None:
-        """Put the classifier on `device`; call once before `score`."""
-        self._network = load_classifier(self._config.classifier, device)
+        """Put the classifiers of images and of video frames on `device`; call once before `score`."""
+        name = self._config.classifier
+        moving: ClassifierName = "moving_reward" if name == "reward" else "moving_heldout"
+        self._networks = {"image": load_classifier(name, device), "video": load_classifier(moving, device)}
 
     @torch.no_grad()
     def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        """Score image i against the digit named by the prompt of condition i.
+        """Score image i, or the last frame of video i, against the digit named by the prompt of condition i.
 
         Args:
-            media: Its `images` are float (B, C, H, W) in [0, 1], of any size; several channels are averaged.
+            media: Its `images` (B, C, H, W), or `videos` (B, F, C, H, W), are float in [0, 1], of any size; several
+                channels are averaged. A digit is expected to fill an image, and half the height of a video.
             conditions: B conditions.
 
         Returns:
@@ -74,15 +78,16 @@ class Digits:
 
         Raises:
             RuntimeError: `load` was not called.
-            ValueError: `media` holds no images, they are not (B, C, H, W), or there are not B conditions.
+            ValueError: the media are not of these shapes, or there are not B conditions.
         """
-        if self._network is None:
+        if not self._networks:
             raise RuntimeError("the digits reward was not loaded: call load(device) before score(...)")
-        images = _checked_images(media, len(conditions)).to(self._network.head.weight.device)
+        network = self._networks[media.modality]
+        images = _frames(media, len(conditions)).to(network.head.weight.device)
         digits = [named_digit(condition.prompt) for condition in conditions]
         named = torch.tensor([digit is not None for digit in digits], dtype=torch.bool, device=images.device)
         target = torch.tensor([digit or 0 for digit in digits], dtype=torch.int64, device=images.device)
-        log_probs = torch.log_softmax(self._network(to_network_input(images)), dim=-1)
+        log_probs = torch.log_softmax(network(to_network_input(images)), dim=-1)
         if self._config.measure == "accuracy":
             values = (log_probs.argmax(dim=-1) == target).to(torch.float32)
         else:
@@ -90,14 +95,15 @@ class Digits:
         return Scores(values=values, valid=named & log_probs.isfinite().all(dim=-1))
 
 
-def _checked_images(media: Media, count: int) -> Tensor:
-    if media.images is None:
-        raise ValueError("the digits reward scores images, but the media hold none")
-    if media.images.ndim != 4:
-        raise ValueError(f"images must be (B, C, H, W), not {tuple(media.images.shape)}")
-    if len(media.images) != count:
-        raise ValueError(f"{len(media.images)} images came with {count} conditions; each image needs its own")
-    return media.images
+def _frames(media: Media, count: int) -> Tensor:
+    """What is judged: images (B, C, H, W), or the last frames of videos."""
+    pixels = media.pixels
+    shape = "(B, C, H, W)" if media.modality == "image" else "(B, F, C, H, W)"
+    if pixels.ndim != len(shape.split(",")):
+        raise ValueError(f"{media.modality}s must be {shape}, not {tuple(pixels.shape)}")
+    if len(pixels) != count:
+        raise ValueError(f"{len(pixels)} {media.modality}s came with {count} conditions; each needs its own")
+    return pixels if media.modality == "image" else pixels[:, -1]
 
 
 @hookimpl

@@ -1,0 +1,34 @@
+"""What the scripts that build the bundled small models share: a word tokenizer, and writing a pipeline's folder."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import T5TokenizerFast
+
+
+def build_t5_tokenizer(vocabulary: Sequence[str], max_length: int) -> T5TokenizerFast:
+    """Return a unigram tokenizer in which every word of `vocabulary` is one token; other words are unknown."""
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0)]
+    pieces += [(f"▁{word}", -2.0) for word in vocabulary]
+    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=max_length)
+    for word in vocabulary:
+        assert len(tokenizer(word).input_ids) == 2, f"{word!r} is not one token"
+    return tokenizer
+
+
+def save_pipeline(pipeline: Any, output: Path, t5_tokenizer: str) -> None:
+    """Write a pipeline whose part `t5_tokenizer` both transformers 4 and 5 read."""
+    pipeline.save_pretrained(output)
+    rewrite_json(output / t5_tokenizer / "tokenizer_config.json", extra_special_tokens=None)
+    rewrite_json(output / "model_index.json", **{t5_tokenizer: ["transformers", "T5TokenizerFast"]})
+    for file in output.rglob("*.safetensors"):
+        file.chmod(0o644)
+
+
+def rewrite_json(file: Path, **changes: object) -> None:
+    """Set entries of a JSON file; a value of None removes the entry."""
+    content = {**json.loads(file.read_text(encoding="utf-8")), **changes}
+    kept = {name: value for name, value in content.items() if name not in changes or value is not None}
+    file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
