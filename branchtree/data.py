@@ -1,21 +1,26 @@
-"""Prompts: reading them, and saying which ones an iteration uses."""
+"""Prompts: reading them with the images and videos that they name, and saying which ones an iteration uses."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from branchtree.errors import DataError
 from branchtree.noise import Purpose, generator
-from branchtree.protocols import Condition
+from branchtree.protocols import Condition, ModelAdapter
+
+if TYPE_CHECKING:
+    from branchtree.recipe.schema import DataSection, EvaluationSection
 
 HUB = "hub:"
-KNOWN = ("negative_prompt", "image", "video")
+MEDIA = ("image", "last_image", "video")
+SHOWN = 5
+"""How many bad conditions one message lists."""
 
 
 @dataclass(frozen=True)
@@ -47,28 +52,136 @@ class PromptOrder:
         return order
 
 
-def load_conditions(prompts: str | Sequence[str], column: str, split: str) -> list[Condition]:
+def training_conditions(section: DataSection) -> list[Condition]:
+    """The prompts to train on. Raises DataError."""
+    return load_conditions(section.prompts, section.column, section.split, section.folder, "data")
+
+
+def held_out_conditions(section: EvaluationSection | None) -> list[Condition]:
+    """The prompts of an evaluation, at most ``limit``; none without one. Raises DataError."""
+    if section is None:
+        return []
+    prompts = load_conditions(section.prompts, section.column, section.split, section.folder, "evaluation")
+    return prompts[: section.limit]
+
+
+def load_conditions(
+    prompts: str | Sequence[str], column: str, split: str, folder: str | None = None, section: str = "data"
+) -> list[Condition]:
     """Read prompts from a list, a .txt, .jsonl or .parquet file, or ``hub:org/name``.
 
-    Raises DataError naming file and line if something is missing, unreadable or empty.
+    ``folder`` is the data folder, which images and videos lie in and are named from; by default that of the file
+    that names them. ``section`` is the part of the recipe that asks, for messages. Raises DataError naming file and
+    line if something is missing, unreadable or empty, or if a path leads out of the data folder.
     """
+    media = None if folder is None else Path(folder).expanduser()
+    if media is not None and not media.is_dir():
+        raise DataError(f"{section}.folder: no folder {media}")
     if not isinstance(prompts, str):
-        conditions = [_condition({column: text}, column, f"data.prompts.{i}", None) for i, text in enumerate(prompts)]
+        reader = _Reader(column, media, section)
+        conditions = [reader.condition({column: text}, f"{section}.prompts.{i}") for i, text in enumerate(prompts)]
     elif prompts.startswith(HUB):
-        conditions = list(_from_rows(_hub_rows(prompts, split), column, prompts, None))
+        conditions = _Reader(column, media, section).rows(_hub_rows(prompts, split), prompts)
     else:
-        conditions = _from_file(Path(prompts), column)
+        path = Path(prompts)
+        conditions = _from_file(path, _Reader(column, path.parent if media is None else media, section))
     if not conditions:
         place = prompts if isinstance(prompts, str) else "the list of prompts"
         raise DataError(f"{place}: holds no prompts; write at least one")
     return conditions
 
 
-def _from_file(path: Path, column: str) -> list[Condition]:
+def check_conditions(model: ModelAdapter, conditions: Iterable[Condition]) -> None:
+    """Have a model look at conditions before it is loaded; at each image, video and negative prompt once.
+
+    Raises DataError with a line for each of the first few that it cannot take.
+    """
+    different: dict[object, Condition] = {}
+    for one in conditions:
+        different.setdefault((one.image, one.last_image, one.video, one.negative_prompt), one)
+    refused: list[str] = []
+    for condition in different.values():
+        try:
+            model.check(condition)
+        except DataError as error:
+            refused.append(str(error))
+    if len(refused) > SHOWN:
+        refused[SHOWN:] = [f"and {len(refused) - SHOWN} more"]
+    if refused:
+        raise DataError("\n".join(refused))
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Makes conditions of rows."""
+
+    column: str
+    folder: Path | None  # where images and videos lie
+    section: str
+
+    def rows(self, rows: Iterable[Mapping[str, Any]], name: str) -> list[Condition]:
+        return [self.condition(row, f"{name}: row {number}") for number, row in enumerate(rows, 1)]
+
+    def condition(self, row: Mapping[str, Any], place: str) -> Condition:
+        prompt, negative = row.get(self.column), row.get("negative_prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            has = ", ".join(row) or "nothing"
+            raise DataError(f"{place}: needs a non-empty text under '{self.column}'; it has {has}")
+        if not isinstance(negative, str | None):
+            raise DataError(f"{place}: negative_prompt: write a text or null, not {_kind(negative)}")
+        return Condition(
+            prompt=prompt.strip(),
+            negative_prompt=negative,
+            image=self._file(row, "image", place),
+            last_image=self._file(row, "last_image", place),
+            video=self._file(row, "video", place),
+            metadata={key: row[key] for key in row if key not in (self.column, "negative_prompt", *MEDIA)},
+            place=place,
+        )
+
+    def _file(self, row: Mapping[str, Any], key: str, place: str) -> Path | None:
+        """The path under ``key``, which must stay inside the data folder once links are followed."""
+        value = row.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, str) or not value.strip():
+            what = "an empty text" if isinstance(value, str) else _kind(value)
+            raise DataError(f"{place}: {key}: write the path of a file as a text, or leave it out; it is {what}")
+        if self.folder is None:
+            raise DataError(
+                f"{place}: {key} '{value}': in which folder? Set {self.section}.folder to the one that holds the files"
+            )
+        path = self.folder / value
+        try:
+            inside = path.resolve().is_relative_to(self.folder.resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL character
+            raise DataError(f"{place}: {key} '{value}': is no path: {error}") from None
+        if not inside:
+            raise DataError(
+                f"{place}: {key} '{value}' lies outside the data folder '{self.folder}'; move the file into it, or set "
+                f"{self.section}.folder to a folder that holds all files"
+            )
+        return path
+
+
+def _kind(value: object) -> str:
+    """What a value is, in the words of JSON and Parquet where they have one."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        bytes: "bytes",
+    }
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _from_file(path: Path, reader: _Reader) -> list[Condition]:
     if not path.is_file():
-        raise DataError(f"no prompt file {path}; set data.prompts to a .txt, .jsonl or .parquet file")
+        raise DataError(f"no prompt file {path}; set {reader.section}.prompts to a .txt, .jsonl or .parquet file")
     if path.suffix == ".parquet":
-        return list(_from_rows(_parquet_rows(path), column, str(path), path.parent))
+        return reader.rows(_parquet_rows(path), str(path))
     if path.suffix not in {".txt", ".jsonl"}:
         raise DataError(f"{path}: prompts are read from .txt, .jsonl and .parquet files")
     try:
@@ -76,10 +189,10 @@ def _from_file(path: Path, column: str) -> list[Condition]:
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
     if path.suffix == ".txt":
-        return [Condition(prompt=line.strip()) for _, line in numbered]
-    return [_condition(_json(line, f"{path}:{n}"), column, f"{path}:{n}", path.parent) for n, line in numbered]
+        return [Condition(prompt=line.strip(), place=place) for place, line in numbered]
+    return [reader.condition(_json(line, place), place) for place, line in numbered]
 
 
 def _json(line: str, place: str) -> Mapping[str, Any]:
@@ -111,26 +224,3 @@ def _hub_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
         yield from datasets.load_dataset(name.removeprefix(HUB), split=split)
     except Exception as error:  # the library raises many kinds; each means that the dataset cannot be had
         raise DataError(f"{name}: split '{split}' cannot be loaded: {error}") from error
-
-
-def _from_rows(rows: Iterator[Mapping[str, Any]], column: str, name: str, folder: Path | None) -> Iterator[Condition]:
-    for number, row in enumerate(rows, 1):
-        yield _condition(row, column, f"{name}: row {number}", folder)
-
-
-def _condition(row: Mapping[str, Any], column: str, place: str, folder: Path | None) -> Condition:
-    """One entry; paths are relative to the file that names them."""
-    prompt = row.get(column)
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise DataError(f"{place}: needs a non-empty text under '{column}'; it has {', '.join(row) or 'nothing'}")
-
-    def file(key: str) -> Path | None:
-        return None if row.get(key) is None else (folder or Path()) / str(row[key])
-
-    return Condition(
-        prompt=prompt.strip(),
-        negative_prompt=row.get("negative_prompt"),
-        image=file("image"),
-        video=file("video"),
-        metadata={key: value for key, value in row.items() if key not in (column, *KNOWN)},
-    )

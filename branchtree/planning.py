@@ -4,42 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
-
 from branchtree.assembly import make_credit_rule, make_kernel, make_model, make_pruning_rule, make_schedule
 from branchtree.cost import Cost, count
-from branchtree.data import HUB, PromptOrder, load_conditions
-from branchtree.protocols import Footprint
-from branchtree.recipe.schema import Recipe
+from branchtree.data import HUB, PromptOrder, check_conditions, held_out_conditions, training_conditions
+from branchtree.fitting import Fit, find_fits
+from branchtree.memory import MemoryEstimate, estimate_memory
+from branchtree.protocols import Footprint, ModelAdapter
+from branchtree.recipe.schema import DataSection, EvaluationSection, Recipe
 from branchtree.schedule import TreePlan
 from branchtree.tree import Topology, grow
-
-ADAM_BYTES = 12
-"""Per trained parameter beside its weight: float32 gradient and AdamW's two moments."""
-
-
-@dataclass(frozen=True)
-class MemoryEstimate:
-    """Bytes on one device at the gradient pass, the fullest moment, and on the host."""
-
-    weights: int  # denoiser
-    optimizer: int  # gradients and moments; under LoRA the low-rank weights too
-    activations: int  # of one gradient batch
-    states: int  # the tree's, wherever they are kept
-    states_on_host: bool
-    frozen: int  # encoders and decoder, on the device only while they work
-    average: int  # moving average of the trained weights, on the host
-
-    @property
-    def device(self) -> int:
-        """Peak on the device."""
-        resident = self.weights + self.optimizer + (0 if self.states_on_host else self.states)
-        return resident + max(self.activations, self.frozen)
-
-    @property
-    def host(self) -> int:
-        """Kept on the host."""
-        return self.frozen + self.average + (self.states if self.states_on_host else 0)
 
 
 @dataclass(frozen=True)
@@ -53,6 +26,7 @@ class RunPlan:
     rows_per_prediction: int
     footprint: Footprint
     memory: MemoryEstimate
+    fits: tuple[Fit, ...]  # well-known GPUs, from the smallest
 
     @property
     def rollout_rows(self) -> int:
@@ -65,10 +39,26 @@ class RunPlan:
         return self.iteration.gradient_rows * self.rows_per_prediction
 
     @property
+    def rollout_flops(self) -> float:
+        """Floating-point operations of an iteration's rollouts in the denoiser."""
+        return self.footprint.forward_flops_per_row * self.rollout_rows
+
+    @property
+    def gradient_flops(self) -> float:
+        """The same of its gradient pass: backward is two forwards, checkpointing one, a KL term's reference one more.
+
+        ``loss.old_log_prob: recomputed`` adds a forward of the rows of all optimiser steps but the first.
+        """
+        recipe = self.recipe
+        passes = 3.0 + recipe.run.gradient_checkpointing + (recipe.loss.kl > 0)
+        if recipe.loss.old_log_prob == "recomputed":
+            passes += 1 - 1 / recipe.optim.steps_per_iteration
+        return self.footprint.forward_flops_per_row * passes * self.gradient_rows
+
+    @property
     def flops(self) -> float:
-        """Floating-point operations of one iteration in the denoiser; a backward pass costs two forward passes."""
-        passes = 4 if self.recipe.run.gradient_checkpointing else 3
-        return self.footprint.forward_flops_per_row * (self.rollout_rows + passes * self.gradient_rows)
+        """Floating-point operations of one iteration in the denoiser."""
+        return self.rollout_flops + self.gradient_flops
 
 
 def plan_recipe(recipe: Recipe) -> RunPlan:
@@ -76,7 +66,7 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
     model = make_model(recipe)
     make_kernel(recipe.sampler, model.prediction)  # refuses what training would
     schedule, rule, pruning = make_schedule(recipe), make_credit_rule(recipe), make_pruning_rule(recipe)
-    plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe)]
+    plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe, model)]
     footprint = model.footprint()
     iteration = count(plans, rule, pruning, 0)
     return RunPlan(
@@ -87,42 +77,22 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
         rows_per_prediction=model.rows_per_prediction,
         footprint=footprint,
         memory=estimate_memory(recipe, footprint, iteration),
+        fits=find_fits(recipe, footprint, iteration),
     )
 
 
-def _first_prompts(recipe: Recipe) -> list[int]:
+def _first_prompts(recipe: Recipe, model: ModelAdapter) -> list[int]:
     """Ids of the first iteration's prompts; a hub dataset is not fetched for a plan, so its order stays open."""
-    prompts = recipe.data.prompts
-    if isinstance(prompts, str) and prompts.startswith(HUB):
+    conditions = training_conditions(recipe.data) if _is_local(recipe.data) else []
+    held_out = held_out_conditions(recipe.evaluation) if _is_local(recipe.evaluation) else []
+    check_conditions(model, [*conditions, *held_out])
+    if not conditions:
         return list(range(recipe.batch.prompts))
-    conditions = load_conditions(prompts, recipe.data.column, recipe.data.split)
     return PromptOrder(len(conditions), recipe.seed, recipe.data.shuffle).batch(0, recipe.batch.prompts)
 
 
-def estimate_memory(recipe: Recipe, footprint: Footprint, cost: Cost) -> MemoryEstimate:
-    """The memory of one process that does all of an iteration's prompts."""
-    reduced = 2 if recipe.run.precision == "bf16" else 4
-    if recipe.lora:
-        trained = footprint.lora_parameters_per_rank * recipe.lora.rank
-        weights, optimizer = footprint.denoiser_parameters * reduced, trained * (4 + ADAM_BYTES)
-    else:
-        trained = footprint.denoiser_parameters
-        weights, optimizer = trained * 4, trained * ADAM_BYTES
-    kept = (
-        footprint.checkpointed_numbers_per_row
-        if recipe.run.gradient_checkpointing
-        else footprint.activation_numbers_per_row
-    )
-    rows = min(recipe.batch.update_rows or cost.gradient_rows, cost.gradient_rows)
-    return MemoryEstimate(
-        weights=weights,
-        optimizer=optimizer,
-        activations=rows * footprint.rows_per_prediction * kept * reduced,
-        states=cost.nodes * 4 * torch.Size(footprint.latent_shape).numel(),
-        states_on_host=recipe.batch.states == "host",
-        frozen=footprint.frozen_parameters * reduced,
-        average=trained * 4 if recipe.optim.ema else 0,
-    )
+def _is_local(section: DataSection | EvaluationSection | None) -> bool:
+    return section is not None and not (isinstance(section.prompts, str) and section.prompts.startswith(HUB))
 
 
 def draw_tree(plan: TreePlan, max_leaves: int = 32) -> str:

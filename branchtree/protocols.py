@@ -25,9 +25,15 @@ class Condition:
 
     prompt: str
     negative_prompt: str | None = None
-    image: Path | None = None
-    video: Path | None = None
+    image: Path | None = None  # the first frame of a video that is to be made
+    last_image: Path | None = None  # its last frame
+    video: Path | None = None  # its first frame stands in for ``image``
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    place: str = field(default="", compare=False)  # file and line it was read from
+
+    def __str__(self) -> str:
+        """How a message names it: by its place and its prompt."""
+        return f"{self.place}: '{self.prompt}'" if self.place else f"'{self.prompt}'"
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,8 @@ class Footprint:
     rows_per_prediction: int  # 2 under classifier-free guidance
     lora_parameters_per_rank: int
     source: str  # where these figures come from
+    forward_numbers_per_row: int = 0  # alive at once in one row's forward without gradients; 0 if not known
+    conditioning_numbers: int = 0  # of one prompt's encoding; 0 if not known
 
 
 @dataclass(frozen=True)
@@ -116,6 +124,12 @@ class ModelAdapter(Protocol):
 
     def footprint(self) -> Footprint:
         """The model's sizes, from its configuration files alone. Raises ModelError if a named folder is missing."""
+
+    def check(self, condition: Condition) -> None:
+        """Refuse a condition that this model cannot take, before anything is loaded.
+
+        Raises DataError that names the condition and says what would be right.
+        """
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
         """Load all parts: the denoiser to ``device`` in ``denoiser_dtype``, frozen parts in ``dtype``.

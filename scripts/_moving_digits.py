@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ FRAMES = 9
 GLYPH_SIZE = 16  # pixels: each pixel of a glyph covers 2x2 of a frame
 REACH = 9.0  # of a glyph's centre from the frame's: here its ink touches the edge
 HELD_OUT_GLYPHS = 200
+JITTER = 0.7  # pixels: the deviation of each frame of a clip that jitters
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Unit steps (x, y); y grows downwards."""
@@ -81,6 +82,13 @@ def draw_motion(order: Order, source: random.Random) -> Motion:
     return Motion(start, (step[0] * speed, step[1] * speed))
 
 
+def jitter(centres: Tensor, source: random.Random) -> Tensor:
+    """Shake paths (B, FRAMES, 2) by up to a pixel or two, but for the first frame."""
+    generator = torch.Generator().manual_seed(source.getrandbits(32))
+    shaken = centres + JITTER * torch.randn(centres.shape, generator=generator)
+    return torch.cat([centres[:, :1], shaken[:, 1:]], dim=1)
+
+
 def path(motions: Sequence[Motion]) -> Tensor:
     """Centres (B, FRAMES, 2) of glyphs, (x, y) from the frame's centre; the edges reflect them."""
     start = torch.tensor([motion.start for motion in motions])[:, None]
@@ -106,11 +114,24 @@ def draw_orders(labels: Sequence[int], source: random.Random) -> list[Order]:
     return [Order(label, source.choice(list(DIRECTIONS)), source.choice(list(SPEEDS))) for label in labels]
 
 
-def draw_clips(images: Tensor, labels: Tensor, count: int, source: random.Random) -> tuple[Tensor, list[Order]]:
-    """Random clips (count, FRAMES, 1, 32, 32) of some glyphs, and the orders that they obey."""
+def draw_clips(
+    images: Tensor, labels: Tensor, count: int, source: random.Random, flawed: float = 0.0
+) -> tuple[Tensor, list[Order]]:
+    """Random clips (count, FRAMES, 1, 32, 32) of some glyphs, and the orders that they obey.
+
+    A share `flawed` of them goes some other way than ordered, and as large a share jitters.
+    """
     rows = source.choices(range(len(images)), k=count)
     orders = draw_orders(labels[rows].tolist(), source)
-    return render(images[rows], path([draw_motion(order, source) for order in orders])), orders
+    ways = [
+        replace(order, direction=source.choice(list(DIRECTIONS))) if source.random() < flawed else order
+        for order in orders
+    ]
+    centres = path([draw_motion(way, source) for way in ways])
+    if flawed:
+        shaken = torch.tensor([source.random() < flawed for _ in rows])
+        centres = torch.where(shaken[:, None, None], jitter(centres, source), centres)
+    return render(images[rows], centres), orders
 
 
 def vocabulary() -> list[str]:

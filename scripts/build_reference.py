@@ -46,7 +46,7 @@ DRAWN: Mapping[str, Mapping[str, object]] = {
 def regions() -> Mapping[str, Callable[[], str]]:
     """Every generated part by name."""
     files = ["pyproject.toml", *(f"branchtree_guest/{name}" for name in ("__init__.py", "reward.py", "model.py"))]
-    files += ["branchtree_guest/watch.py", "branchtree_guest/recipes/guest.yaml"]
+    files += ["branchtree_guest/watch.py", "branchtree_guest/recipes/guest.yaml", "tests/test_model.py"]
     return {
         "recipe-keys": lambda: recipe_tables(Recipe),
         "plug-in-options": plugin_options,

@@ -21,6 +21,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 
+collect_ignore = ["guest_plugin"]  # its tests need it installed; test_conformance.py runs them so
+
 
 def pytest_configure() -> None:
     """Refuse to run against an installation that lacks some of the library's own plug-ins."""

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import fake_videos
 import yaml
 from PIL import Image, ImageDraw
 
@@ -26,6 +27,7 @@ def build_run(
     steps: int = STEPS,
     splits: Sequence[int] = SPLITS,
     labels: Sequence[str] = ("digits",),
+    video: bool = False,
 ) -> Path:
     """A finished run, or, where more iterations are planned than were done, one that stopped on the way."""
     planned = iterations if planned is None else planned
@@ -37,9 +39,9 @@ def build_run(
     done = [i for i in range(0, planned + 1, every) if i <= iterations]
     write_lines(folder / "evaluation.jsonl", [evaluation(i, planned) for i in done])
     for i in done:
-        samples(folder / "samples", i, i / planned, prompts)
+        (video_samples if video else samples)(folder / "samples", i, i / planned, prompts)
     for i in [i for i in done if i < iterations]:
-        tree(folder / "trees", i, i / planned, prompts[i % len(prompts)], steps, splits, labels)
+        tree(folder / "trees", i, i / planned, prompts[i % len(prompts)], steps, splits, labels, video)
     if iterations == planned:
         rows = {"rollout": iterations * ROLLOUT_ROWS, "gradient": iterations * GRADIENT_ROWS}
         summary = {"iterations": iterations, "seconds": 741.5, "device": "cpu", "rows": rows}
@@ -125,6 +127,22 @@ def samples(folder: Path, iteration: int, quality: float, prompts: Sequence[str]
     (folder / f"iteration_{iteration:06d}.json").write_text(json.dumps(facts))
 
 
+def video_samples(folder: Path, iteration: int, quality: float, prompts: Sequence[str], columns: int = 3) -> None:
+    """Clips of 32 by 32 pixels, playing in a grid, and eight frames of each in a row."""
+    folder.mkdir(exist_ok=True)
+    clips = [fake_videos.clip(picture(place, quality, seed=place), place / 8) for place in range(len(prompts))]
+    stem = folder / f"iteration_{iteration:06d}"
+    playing = [fake_videos.side_by_side(frames, columns) for frames in zip(*clips, strict=True)]
+    fake_videos.write_mp4(
+        stem.with_suffix(".mp4"), [frame.resize([2 * side for side in frame.size]) for frame in playing]
+    )
+    strips = [frames[place] for frames in clips for place in fake_videos.STRIP]
+    fake_videos.side_by_side(strips, len(fake_videos.STRIP)).save(stem.with_suffix(".png"))
+    facts = {"iteration": iteration, "prompts": list(prompts), "columns": columns, "kind": "video"}
+    moving = {"fps": fake_videos.FPS, "frames": fake_videos.FRAMES, "strip": fake_videos.STRIP}
+    stem.with_suffix(".json").write_text(json.dumps(facts | moving))
+
+
 def picture(figure: int, quality: float, seed: int) -> Image.Image:
     """A polygon that emerges from noise."""
     rng = random.Random(seed)
@@ -146,6 +164,7 @@ def tree(
     steps: int = STEPS,
     splits: Sequence[int] = SPLITS,
     labels: Sequence[str] = ("digits",),
+    video: bool = False,
 ) -> None:
     """A recorded tree, its values fused by plain means; the last leaf's reward failed."""
     rng = random.Random(iteration)
@@ -171,8 +190,12 @@ def tree(
     leaves: list[dict[str, Any]] = []
     (folder / f"iteration_{iteration:06d}").mkdir(parents=True, exist_ok=True)
     for place, leaf in enumerate(level):
-        name = f"iteration_{iteration:06d}/leaf_{place:02d}.png"
-        picture(iteration // 20, min(quality + 0.1 * rng.random(), 1), seed=place).save(folder / name)
+        name = f"iteration_{iteration:06d}/leaf_{place:02d}.{'webp' if video else 'png'}"
+        still = picture(iteration // 20, min(quality + 0.1 * rng.random(), 1), seed=place)
+        if video:
+            fake_videos.write_webp(folder / name, fake_videos.clip(still, place / len(level)))
+        else:
+            still.save(folder / name)
         rewards, valid = dict.fromkeys(labels, values[leaf]), values[leaf] is not None
         leaves.append({"node": leaf, "rewards": rewards, "valid": valid, "thumbnail": name})
     record = {"iteration": iteration, "prompt": prompt, "steps": steps, "splits": list(splits)}

@@ -50,5 +50,38 @@ class Page(HTMLParser):
         )
 
 
+def assert_self_contained(shown: Page) -> None:
+    """Nothing is fetched, nothing runs."""
+    assert not {"script", "link", "iframe", "object", "embed", "base"} & {tag for tag, _ in shown.tags}
+    for attribute in ("src", "href", "xlink:href", "srcset", "data", "poster", "action"):
+        for value in shown.values(attribute):
+            assert value.startswith(("data:image/", "data:video/mp4;", "#"))
+    assert "://" not in shown.raw
+    assert "@import" not in shown.raw
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", shown.raw))
+    assert not [name for _, attrs in shown.tags for name in attrs if name.startswith("on")]
+
+
+def assert_well_formed(shown: Page) -> None:
+    """Tags are balanced, and what is referred to is there."""
+    assert shown.open == []
+    ids = shown.values("id")
+    assert len(ids) == len(set(ids))
+    referred = [value[1:] for value in shown.values("href") if value.startswith("#")]
+    assert {*referred, *re.findall(r"url\(#([^)]*)\)", shown.raw)} <= set(ids)
+    assert set(shown.values("aria-labelledby")) <= set(ids)
+
+
+def assert_described(shown: Page) -> None:
+    """Every picture, drawing and video says what it shows."""
+    for tag, attrs in shown.tags:
+        if tag == "img":
+            assert attrs["alt"]
+        if tag == "svg":
+            assert attrs["role"] == "img" and attrs["aria-label"]
+        if tag == "video":
+            assert attrs["aria-label"]
+
+
 def page(run: Path) -> Page:
     return Page(write_report(run).read_text(encoding="utf-8"))

@@ -4,23 +4,40 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pyarrow
 import pyarrow.parquet
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import thorough
 
-from branchtree.data import PromptOrder, load_conditions
+from branchtree.data import PromptOrder, check_conditions, held_out_conditions, load_conditions, training_conditions
 from branchtree.errors import DataError
 from branchtree.protocols import Condition
+from branchtree.recipe.schema import DataSection, EvaluationSection
+from branchtree.training.policy import ConditioningCache
 
 
-def read(prompts: Any, column: str = "prompt", split: str = "train") -> list[Condition]:
-    return load_conditions(str(prompts) if isinstance(prompts, Path) else prompts, column, split)
+def read(
+    prompts: Any, column: str = "prompt", split: str = "train", folder: Path | None = None, section: str = "data"
+) -> list[Condition]:
+    prompts = str(prompts) if isinstance(prompts, Path) else prompts
+    return load_conditions(prompts, column, split, None if folder is None else str(folder), section)
+
+
+def places(conditions: list[Condition]) -> list[str]:
+    return [condition.place for condition in conditions]
+
+
+def refusal(prompts: Any, **settings: Any) -> str:
+    with pytest.raises(DataError) as refused:
+        read(prompts, **settings)
+    return str(refused.value)
 
 
 def texts(conditions: list[Condition]) -> list[str]:
@@ -63,12 +80,14 @@ def test_a_byte_order_mark_is_no_part_of_a_prompt(name: str, line: str, tmp_path
 
 def test_json_lines_carry_media_and_metadata(tmp_path: Path) -> None:
     rows: list[dict[str, Any]] = [
-        {"prompt": " a cat ", "negative_prompt": "blur", "image": "pics/cat.png", "video": "/abs/cat.mp4"},
-        {"prompt": "a dog", "image": None, "answer": 3, "tags": ["x"]},
+        {"prompt": " a cat ", "negative_prompt": "blur", "image": "pics/cat.png", "last_image": "pics/../end.png"},
+        {"prompt": "a dog", "image": None, "negative_prompt": None, "answer": 3, "tags": ["x"]},
+        {"prompt": "a cow", "video": str(tmp_path / "cow.mp4")},
     ]
-    first, second = read(write_rows(tmp_path / "p.jsonl", rows))
-    assert first == Condition("a cat", "blur", tmp_path / "pics" / "cat.png", Path("/abs/cat.mp4"))
+    first, second, third = read(write_rows(tmp_path / "p.jsonl", rows))
+    assert first == Condition("a cat", "blur", tmp_path / "pics" / "cat.png", tmp_path / "pics" / ".." / "end.png")
     assert second == Condition("a dog", metadata={"answer": 3, "tags": ["x"]})
+    assert third == Condition("a cow", video=tmp_path / "cow.mp4")
 
 
 def test_another_column_can_hold_the_prompt(tmp_path: Path) -> None:
@@ -158,8 +177,207 @@ def test_a_folder_is_no_prompt_file(tmp_path: Path) -> None:
 def test_lists_are_checked_too() -> None:
     with pytest.raises(DataError, match="the list of prompts: holds no prompts"):
         read(())
-    with pytest.raises(DataError, match=r"prompts\.1: needs a non-empty text"):
-        read(("a", ""))
+    assert refusal(("a", "")).startswith("data.prompts.1: needs a non-empty text")
+    assert refusal(("a", ""), section="evaluation").startswith("evaluation.prompts.1: needs a non-empty text")
+
+
+# --- where it was written ---
+
+
+def test_every_condition_says_where_it_was_written(tmp_path: Path) -> None:
+    text = write(tmp_path / "p.txt", "a cat\n\na dog\n")
+    lines = write(tmp_path / "p.jsonl", '\n{"prompt": "a"}\n{"prompt": "b"}\n')
+    table = write_parquet(tmp_path / "p.parquet", {"prompt": ["a", "b"]})
+    assert places(read(text)) == [f"{text}:1", f"{text}:3"]
+    assert places(read(lines)) == [f"{lines}:2", f"{lines}:3"]
+    assert places(read(table)) == [f"{table}: row 1", f"{table}: row 2"]
+    assert places(read(("a", "b"))) == ["data.prompts.0", "data.prompts.1"]
+    assert places(read(("a",), section="evaluation")) == ["evaluation.prompts.0"]
+    assert str(read(text)[1]) == f"{text}:3: 'a dog'"
+
+
+# --- images and videos ---
+
+
+@pytest.mark.parametrize("key", ["image", "last_image", "video"])
+@pytest.mark.parametrize(
+    ("value", "what"),
+    [
+        (3, "it is a number"),
+        (True, "it is a truth value"),
+        (["x.png"], "it is a list"),
+        ({"bytes": None, "path": "x.png"}, "it is an object"),
+        ("  ", "it is an empty text"),
+    ],
+)
+def test_a_path_is_a_text(key: str, value: object, what: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b", key: value}])
+    expected = f"{path}:2: {key}: write the path of a file as a text, or leave it out; {what}"
+    assert refusal(path) == expected
+
+
+def test_a_negative_prompt_is_a_text(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "a", "negative_prompt": ["blur"]}])
+    assert refusal(path) == f"{path}:1: negative_prompt: write a text or null, not a list"
+
+
+def test_pictures_inside_a_table_are_no_paths(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "p.parquet", {"prompt": ["a"], "image": [{"bytes": b"PNG", "path": "a.png"}]})
+    assert refusal(path).startswith(f"{path}: row 1: image: write the path of a file as a text")
+    assert refusal(write_parquet(path, {"prompt": ["a"], "image": [b"PNG"]})).endswith("it is bytes")
+
+
+@pytest.mark.parametrize("key", ["image", "last_image", "video"])
+@pytest.mark.parametrize("value", ["../x.png", "/etc/passwd", "pics/../../x.png", "linked/x.png", "far.png"])
+def test_a_path_that_leaves_the_data_folder_is_refused(key: str, value: str, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    for made in (tmp_path / "elsewhere", folder, folder / "pics"):
+        made.mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    (folder / "far.png").symlink_to(tmp_path / "elsewhere" / "x.png")
+    path = write_rows(folder / "p.jsonl", [{"prompt": "a"}, {"prompt": "b", key: value}])
+    message = refusal(path)
+    assert message.startswith(f"{path}:2: {key} '{value}' lies outside the data folder '{folder}'; ")
+    assert "data.folder" in message
+
+
+def test_what_only_looks_as_if_it_left_the_folder_is_taken(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    (folder / "pics").mkdir(parents=True)
+    (folder / "near.png").symlink_to(folder / "pics" / "x.png")
+    (tmp_path / "way_in").symlink_to(folder)
+    values = ["pics/../x.png", "near.png", str(folder / "x.png"), "..x.png", "../set/x.png"]
+    path = write_rows(folder / "p.jsonl", [{"prompt": "a", "image": value} for value in values])
+    assert [condition.image for condition in read(path)] == [folder / value for value in values]
+    assert len(read(tmp_path / "way_in" / "p.jsonl")) == len(values)
+    sibling = write_rows(folder / "q.jsonl", [{"prompt": "a", "image": "../set2/x.png"}])
+    assert "lies outside the data folder" in refusal(sibling)
+
+
+@pytest.mark.parametrize("value", ["a\0b.png", "loop/x.png"])
+def test_what_cannot_be_a_path_is_refused(value: str, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "a", "image": value}])
+    try:
+        (condition,) = read(path)  # Python 3.13 follows a loop of links as far as it goes
+    except DataError as error:
+        assert str(error).startswith(f"{path}:1: image ")
+    else:
+        assert condition.image == tmp_path / value
+
+
+def test_the_data_folder_can_lie_elsewhere(tmp_path: Path) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    (tmp_path / "lists").mkdir()
+    path = write_rows(tmp_path / "lists" / "p.jsonl", [{"prompt": "a", "image": "x.png"}])
+    assert read(path, folder=folder) == [Condition("a", image=folder / "x.png")]
+    assert read(path) == [Condition("a", image=tmp_path / "lists" / "x.png")]
+    out = write_rows(path, [{"prompt": "a", "image": "../lists/x.png"}])
+    assert f"{out}:1: image '../lists/x.png' lies outside the data folder '{folder}'" in refusal(out, folder=folder)
+    message = refusal(path, folder=tmp_path / "nowhere", section="evaluation")
+    assert message == f"evaluation.folder: no folder {tmp_path / 'nowhere'}"
+
+
+def test_a_dataset_has_no_folder_unless_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    (tmp_path / "set").mkdir()
+    write_rows(tmp_path / "set" / "train.jsonl", [{"prompt": "a", "image": "x.png"}])
+    name = f"hub:{tmp_path / 'set'}"
+    assert refusal(name).startswith(f"{name}: row 1: image 'x.png': in which folder? Set data.folder")
+    assert read(name, folder=tmp_path) == [Condition("a", image=tmp_path / "x.png")]
+
+
+def test_sections_are_read_by_their_keys(tmp_path: Path) -> None:
+    (tmp_path / "pictures").mkdir()
+    path = write_rows(tmp_path / "p.jsonl", [{"text": word, "image": f"{word}.png"} for word in "abc"])
+    keys = {"prompts": str(path), "column": "text", "folder": str(tmp_path / "pictures")}
+    expected = [Condition(word, image=tmp_path / "pictures" / f"{word}.png") for word in "abc"]
+    assert training_conditions(DataSection.model_validate(keys)) == expected
+    evaluation = {**keys, "rewards": [{"reward": "x"}]}
+    assert held_out_conditions(EvaluationSection.model_validate(evaluation)) == expected
+    assert held_out_conditions(EvaluationSection.model_validate({**evaluation, "limit": 2})) == expected[:2]
+    assert held_out_conditions(None) == []
+
+
+# --- looked at before the model is loaded ---
+
+
+class Looker:
+    """A model that takes no picture whose name begins with "bad", and keeps what it saw."""
+
+    def __init__(self) -> None:
+        self.seen: list[Condition] = []
+
+    def check(self, condition: Condition) -> None:
+        self.seen.append(condition)
+        if condition.image is not None and condition.image.name.startswith("bad"):
+            raise DataError(f"{condition}: is bad")
+
+
+def looked_at(conditions: list[Condition]) -> list[Condition]:
+    model = Looker()
+    check_conditions(model, conditions)  # type: ignore[arg-type]
+    return model.seen
+
+
+def test_what_several_prompts_share_is_looked_at_once() -> None:
+    one, two = Path("1.png"), Path("2.png")
+    different = [
+        Condition("a", image=one),
+        Condition("a", image=two),
+        Condition("a", last_image=one),
+        Condition("a", video=one),
+        Condition("a", "blur", one),
+        Condition("a", "None", one),
+        Condition("a"),
+    ]
+    same = [
+        Condition(f"other {index}", c.negative_prompt, c.image, c.last_image, c.video)
+        for index, c in enumerate(different)
+    ]
+    assert looked_at([*different, *same]) == different
+
+
+@pytest.mark.parametrize(("count", "listed", "more"), [(1, 1, 0), (5, 5, 0), (6, 5, 1), (12, 5, 7)])
+def test_the_first_few_bad_ones_are_told_together(count: int, listed: int, more: int) -> None:
+    bad = [Condition("x", image=Path(f"bad{n}.png"), place=f"p.jsonl:{n}") for n in range(count)]
+    with pytest.raises(DataError) as refused:
+        looked_at([Condition("fine", image=Path("fine.png")), *bad, *bad])
+    lines = [f"p.jsonl:{n}: 'x': is bad" for n in range(listed)] + ([f"and {more} more"] if more else [])
+    assert str(refused.value).splitlines() == lines
+
+
+class Numberer:
+    """Encodes each condition that it is given as the number of those before it."""
+
+    def __init__(self) -> None:
+        self.encoded = 0
+
+    def encode(self, conditions: list[Condition]) -> dict[str, torch.Tensor]:
+        self.encoded += len(conditions)
+        return {"number": torch.arange(self.encoded - len(conditions), self.encoded)}
+
+    def release_frozen(self) -> None:
+        pass
+
+
+def test_conditions_that_differ_in_any_input_are_encoded_apart() -> None:
+    one, two = Path("1.png"), Path("2.png")
+    different = [
+        Condition("a"),
+        Condition("a", "None"),
+        Condition("a", image=one),
+        Condition("a", image=one, last_image=one),
+        Condition("a", image=one, last_image=two),
+        Condition("a", last_image=one),
+        Condition("a", video=one),
+    ]
+    cache = ConditioningCache(Numberer())  # type: ignore[arg-type]
+    same = [replace(condition, place="elsewhere", metadata={"id": 1}) for condition in different]
+    numbers = cache.get([*different, *same], torch.device("cpu"))["number"].tolist()
+    assert numbers == [*range(7), *range(7)]
 
 
 # --- the order ---

@@ -25,8 +25,10 @@ FAILING = """
     import torch
     from pydantic import BaseModel
 
+    from branchtree.frames import first_frame, last_frame
     from branchtree.hookspecs import hookimpl
     from branchtree.protocols import Scores
+    from branchtree_guest.model import GuestGaussian, GuestGaussianConfig
 
 
     class Config(BaseModel):
@@ -65,6 +67,20 @@ FAILING = """
 
     class Film(Reward):
         modalities = frozenset({"video"})
+
+
+    class Framed(GuestGaussian):
+        def check(self, condition):
+            first_frame(condition)
+            last_frame(condition)
+
+        def load(self, device, dtype, denoiser_dtype):
+            raise SystemExit("loaded before the frames were looked at")
+
+
+    @hookimpl
+    def register_models(register):
+        register("framed", build=Framed, config=GuestGaussianConfig, summary="reads frames")
 
 
     @hookimpl
@@ -210,6 +226,63 @@ def test_a_bad_prompt_file_is_placed(name: str, content: str | bytes, message: s
     assert desk.refused("guest", f"data.prompts={path}").startswith(f"{desk.folder}/{message}")
     assert desk.refused("guest", f"evaluation.prompts={path}").startswith(f"{desk.folder}/{message}")
     assert everything(desk.folder) == before
+
+
+# Each file of this name and content is refused with this message.
+BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
+    "missing": ("image", None, "there is no file '{file}'"),
+    "empty": ("image", b"", "file '{file}' is empty (0 bytes)"),
+    "no image": ("image", b"a picture of a cat", "file '{file}' is no image; give a PNG or JPEG file"),
+    "truncated": ("last_image", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\1", "image '{file}' cannot be read: "),
+    "text": ("video", b"a video of a cat\n" * 9, "video '{file}' cannot be opened by decord: it is no video"),
+    "empty video": ("video", b"", "file '{file}' is empty (0 bytes)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+@pytest.mark.parametrize("section", ["data", "evaluation"])
+def test_a_bad_file_is_placed_before_anything_is_loaded(case: str, section: str, desk: Desk) -> None:
+    key, content, message = BAD_FILES[case]
+    file = desk.folder / f"x.{'mp4' if key == 'video' else 'png'}"
+    if content is not None:
+        file.write_bytes(content)
+    prompts = desk.write("p.jsonl", f'{{"prompt": "a"}}\n{{"prompt": "b", "{key}": "{file.name}"}}\n')
+    before = everything(desk.folder)
+    arguments = ("guest", "model.adapter=framed", f"{section}.prompts={prompts}")
+    expected = f"{prompts}:2: 'b': {message.format(file=file)}"
+    assert desk.refused(*arguments).startswith(expected)
+    assert desk.failed("plan", *arguments).startswith(expected)
+    assert everything(desk.folder) == before
+
+
+@pytest.mark.parametrize("value", ["../x.png", "/etc/hostname", "link/x.png"])
+def test_a_path_out_of_the_data_folder_is_placed(value: str, desk: Desk) -> None:
+    (desk.folder / "set").mkdir()
+    (desk.folder / "set" / "link").symlink_to(desk.folder)
+    prompts = desk.write("set/p.jsonl", f'{{"prompt": "a"}}\n{{"prompt": "b", "image": "{value}"}}\n')
+    for command in (desk.refused, lambda *words: desk.failed("plan", *words)):
+        message = command("guest", f"data.prompts={prompts}")
+        assert message.startswith(f"{prompts}:2: image '{value}' lies outside the data folder '{prompts.parent}'")
+
+
+def test_bad_files_are_told_together(desk: Desk) -> None:
+    rows = "".join(f'{{"prompt": "p{n}", "image": "{n}.png"}}\n' for n in range(9))
+    prompts = desk.write("p.jsonl", rows)
+    lines = desk.refused("guest", "model.adapter=framed", f"data.prompts={prompts}").splitlines()
+    told_of = [f"{prompts}:{n + 1}: 'p{n}': there is no file '{desk.folder / f'{n}.png'}'" for n in range(5)]
+    assert lines == [*told_of, "and 4 more"]
+
+
+def test_a_data_folder_that_is_missing_is_named(desk: Desk) -> None:
+    prompts = desk.write("p.jsonl", '{"prompt": "a"}\n')
+    message = desk.refused("guest", f"data.prompts={prompts}", "data.folder=nowhere")
+    assert message == "data.folder: no folder nowhere"
+
+
+def test_a_model_that_takes_no_negative_prompt_says_where_one_is(desk: Desk) -> None:
+    prompts = desk.write("p.jsonl", '{"prompt": "a one"}\n{"prompt": "a two", "negative_prompt": "blur"}\n')
+    message = desk.refused("quickstart", f"data.prompts={prompts}")
+    assert message == f"{prompts}:2: 'a two' has a negative prompt, which flux does not take; remove it."
 
 
 def test_the_plan_refuses_what_training_would(desk: Desk) -> None:

@@ -1,4 +1,3 @@
-import copy
 import itertools
 import re
 import shutil
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from branchtree_adapters import _diffusers as shared
+from branchtree_adapters import flux
 from branchtree_adapters.flux import FLUX_DEV, LORA_TARGETS, Flux, FluxConfig, register_models
 from diffusers import FluxPipeline
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError, DataError, ModelError
 from branchtree.protocols import Condition, LoraSettings, ModelAdapter
+from branchtree.testing.probe import randomise, require_same, state
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red digit 3", "seven blue")
@@ -75,31 +76,6 @@ def reference(path: Path, output_type: str, height: int = 32, width: int = 32) -
     return images
 
 
-def randomise(module: nn.Module, seed: int = 5) -> None:
-    """Give trainable weights, LoRA's zeros among them, other values."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for parameter in module.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter.dtype))
-
-
-def weights(module: nn.Module) -> dict[str, Tensor]:
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
-
-
-def assert_same(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
-    assert left.keys() == right.keys()
-    for name, tensor in left.items():
-        assert tensor.dtype == right[name].dtype
-        assert torch.equal(tensor, right[name]), name
-
-
-def replaced(adapter: Flux) -> dict[str, Tensor]:
-    named = adapter.denoiser.named_parameters()
-    return {name: (p.detach() + 0.5).float() for name, p in named if p.requires_grad}
-
-
 def test_is_a_registered_model_adapter(adapter: Flux) -> None:
     registered: dict[str, object] = {}
     register_models(lambda name, build, config, summary: registered.update({name: (build, config)}))
@@ -139,30 +115,30 @@ def test_decoded_images_are_the_pipelines(folder: Callable[..., Path], height: i
     assert (images - reference(folder(), "pt", height, width)).abs().max() <= 1e-5
 
 
-def test_decode_in_chunks(adapter: Flux) -> None:
-    latents = noise(adapter, rows=11)
+def test_decoding_in_slices(adapter: Flux, monkeypatch: pytest.MonkeyPatch) -> None:
+    latents = noise(adapter, rows=5)
     together = adapter.decode(latents).pixels
-    for row in (0, 7, 8, 10):
-        torch.testing.assert_close(together[row : row + 1], adapter.decode(latents[row : row + 1]).pixels)
+    sizes: list[int] = []
+    handle = adapter._pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(flux, "DECODE_PIXELS", 2 * 32 * 32)
+    torch.testing.assert_close(adapter.decode(latents).pixels, together)
+    handle.remove()
+    assert sizes == [2, 2, 1]
 
 
-def test_encoding_is_the_pipelines_and_knows_no_neighbours(adapter: Flux, folder: Callable[..., Path]) -> None:
-    together, alone = adapter.encode(CONDITIONS), adapter.encode(CONDITIONS[1:])
+def test_encoding_is_the_pipelines(adapter: Flux, folder: Callable[..., Path]) -> None:
+    together = adapter.encode(CONDITIONS)
     pipeline = FluxPipeline.from_pretrained(folder())
     text, pooled, _ = pipeline.encode_prompt(list(PROMPTS), max_sequence_length=T5_TOKENS)
     assert together["prompt_embeds"].shape == (2, T5_TOKENS, 32)
     torch.testing.assert_close(together["prompt_embeds"], text, atol=1e-6, rtol=0)
     torch.testing.assert_close(together["pooled_prompt_embeds"], pooled, atol=1e-6, rtol=0)
-    for name, rows in together.items():
-        assert torch.equal(rows[1:], alone[name])
-        assert not rows.requires_grad
 
 
-def test_frozen_parts_can_be_released_and_used_again(adapter: Flux) -> None:
-    encoded, decoded = adapter.encode(CONDITIONS), adapter.decode(noise(adapter)).pixels
-    adapter.release_frozen()
-    assert_same(dict(encoded), dict(adapter.encode(CONDITIONS)))
-    assert torch.equal(decoded, adapter.decode(noise(adapter)).pixels)
+def test_encoders_have_the_precision_asked_for(folder: Callable[..., Path]) -> None:
+    adapter = Flux(FluxConfig(path=str(folder()), height=32, width=32))
+    adapter.load(CPU, torch.bfloat16, torch.float32)
+    assert {rows.dtype for rows in adapter.encode(CONDITIONS).values()} == {torch.bfloat16}
 
 
 def test_a_negative_prompt_is_refused(adapter: Flux) -> None:
@@ -175,45 +151,6 @@ def test_initial_noise_is_what_the_pipeline_draws(adapter: Flux, folder: Callabl
     generator = torch.Generator().manual_seed(0)
     theirs, _ = pipeline.prepare_latents(1, 4, 32, 32, torch.float32, CPU, generator)
     assert torch.equal(noise(adapter, rows=1), theirs)
-
-
-def test_lora_starts_as_the_base_model_from_its_seed_alone(folder: Callable[..., Path]) -> None:
-    states = []
-    for seed, disturbance in ((3, 0), (3, 1), (4, 0)):
-        adapter = load(folder())
-        base = prediction(adapter)
-        torch.manual_seed(disturbance)
-        random_state = torch.get_rng_state()
-        adapter.add_lora(LoraSettings(rank=4, alpha=8.0), seed)
-        assert torch.equal(torch.get_rng_state(), random_state)
-        assert torch.equal(prediction(adapter), base)
-        trainable = {name: p for name, p in adapter.denoiser.named_parameters() if p.requires_grad}
-        assert all("lora_" in name and p.dtype == torch.float32 for name, p in trainable.items())
-        states.append(torch.cat([p.flatten() for p in trainable.values()]))
-    assert torch.equal(states[0], states[1]) and not torch.equal(states[0], states[2])
-
-
-def test_without_lora_is_the_base_model(adapter: Flux) -> None:
-    base = prediction(adapter)
-    adapter.add_lora(LoraSettings(rank=4, alpha=8.0), seed=0)
-    randomise(adapter.denoiser)
-    trained = prediction(adapter)
-    trainable = [p.requires_grad for p in adapter.denoiser.parameters()]
-    for denoiser in (adapter.denoiser, nn.ModuleList([adapter.denoiser])):
-        with pytest.raises(KeyError), adapter.without_lora(denoiser):
-            assert torch.equal(prediction(adapter), base)
-            raise KeyError
-        assert torch.equal(prediction(adapter), trained)
-    assert [p.requires_grad for p in adapter.denoiser.parameters()] == trainable
-    assert (trained - base).abs().max() > 1e-2
-
-
-def test_a_frozen_copy_can_be_predicted_with(adapter: Flux) -> None:
-    frozen = copy.deepcopy(adapter.denoiser).requires_grad_(False)
-    before = prediction(adapter)
-    randomise(adapter.denoiser)
-    assert torch.equal(prediction(adapter, frozen), before)
-    assert not torch.equal(prediction(adapter), before)
 
 
 def lora_adapter(path: Path, dtype: torch.dtype = torch.float32) -> Flux:
@@ -234,66 +171,10 @@ def test_a_saved_lora_acts_in_a_fresh_pipeline(folder: Callable[..., Path], tmp_
     assert [file.name for file in tmp_path.iterdir()] == [shared.LORA_FILE]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lora_is_restored_to_the_bit(folder: Callable[..., Path], tmp_path: Path, dtype: torch.dtype) -> None:
-    adapter, fresh = lora_adapter(folder(), dtype), load(folder(), dtype)
-    adapter.save(tmp_path)
-    fresh.add_lora(LoraSettings(rank=4, alpha=8.0), seed=9)
-    fresh.restore(tmp_path)
-    assert_same(weights(adapter.denoiser), weights(fresh.denoiser))
-    assert torch.equal(prediction(adapter), prediction(fresh))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_full_weights_are_restored_to_the_bit(folder: Callable[..., Path], tmp_path: Path, dtype: torch.dtype) -> None:
-    adapter, fresh = load(folder(), dtype), load(folder(), dtype)
-    randomise(adapter.denoiser)
-    adapter.save(tmp_path)
-    fresh.restore(tmp_path)
-    assert_same(weights(adapter.denoiser), weights(fresh.denoiser))
-    assert torch.equal(prediction(adapter), prediction(fresh))
-    assert all(parameter.requires_grad for parameter in adapter.denoiser.parameters())
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_export_is_a_complete_pipeline(folder: Callable[..., Path], tmp_path: Path, dtype: torch.dtype) -> None:
-    adapter = load(folder(), dtype)
-    randomise(adapter.denoiser)
-    before = weights(adapter.denoiser)
-    adapter.export(tmp_path)
-    again = load(tmp_path, dtype)
-    assert_same(weights(again.denoiser), before)
-    assert_same(dict(again.encode(CONDITIONS)), dict(adapter.encode(CONDITIONS)))
-    assert torch.equal(rollout(again), rollout(adapter))
-
-
-def test_replacement_weights_are_saved_and_live_ones_left_alone(folder: Callable[..., Path], tmp_path: Path) -> None:
-    for name, adapter in {
-        "lora": lora_adapter(folder()),
-        "full": load(folder()),
-        "half": load(folder(), torch.bfloat16),
-    }.items():
-        live, state = weights(adapter.denoiser), replaced(adapter)
-        pointers = [parameter.data_ptr() for parameter in adapter.denoiser.parameters()]
-        adapter.save(tmp_path / name, state)
-        assert_same(weights(adapter.denoiser), live)
-        assert [parameter.data_ptr() for parameter in adapter.denoiser.parameters()] == pointers
-        adapter.restore(tmp_path / name)
-        assert_same(weights(adapter.denoiser), live | {key: t.to(live[key].dtype) for key, t in state.items()})
-
-
 def test_exported_replacement_weights(adapter: Flux, tmp_path: Path) -> None:
-    state = replaced(adapter)
-    adapter.export(tmp_path, state)
-    assert_same(weights(FluxPipeline.from_pretrained(tmp_path).transformer), state)
-
-
-def test_replacement_weights_must_be_the_models(adapter: Flux, tmp_path: Path) -> None:
-    state = replaced(adapter)
-    first = next(iter(state))
-    for wrong in ({"other": state[first]}, {**state, first: torch.zeros(1)}):
-        with pytest.raises(CheckpointError, match="do not belong to this model"):
-            adapter.save(tmp_path, wrong)
+    replacement = {name: value.detach() + 0.5 for name, value in adapter.denoiser.named_parameters()}
+    adapter.export(tmp_path, replacement)
+    require_same(FluxPipeline.from_pretrained(tmp_path).transformer.state_dict(), replacement)
 
 
 def test_restoring_what_does_not_fit_is_refused(folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -308,10 +189,10 @@ def test_restoring_what_does_not_fit_is_refused(folder: Callable[..., Path], tmp
     lora.save(tmp_path)
     other = load(folder())
     other.add_lora(LoraSettings(rank=2, alpha=8.0), seed=0)
-    before = weights(other.denoiser)
+    before = state(other)
     with pytest.raises(CheckpointError, match="shape"):
         other.restore(tmp_path)
-    assert_same(weights(other.denoiser), before)
+    require_same(state(other), before)
     (tmp_path / shared.LORA_FILE).write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="cannot read"):
         lora.restore(tmp_path)
@@ -397,7 +278,7 @@ def test_a_bundled_model_is_found(folder: Callable[..., Path], tmp_path: Path, m
     adapter = Flux(FluxConfig(path="bundled:small", height=32, width=32))
     adapter.load(CPU, torch.float32, torch.float32)
     assert adapter.footprint().source == "configuration files of 'bundled:small'"
-    assert_same(weights(adapter.denoiser), weights(load(folder()).denoiser))
+    require_same(state(adapter), state(load(folder())))
     with pytest.raises(ModelError, match="did you mean 'small'"):
         Flux(FluxConfig(path="bundled:smal")).footprint()
 
@@ -459,38 +340,3 @@ def test_lora_mistakes(adapter: Flux) -> None:
     names = [name for name, p in adapter.denoiser.named_parameters() if p.requires_grad]
     assert len(names) == 6 and all(".attn.to_q.lora_" in name for name in names)
     assert "attn.to_q" in LORA_TARGETS
-
-
-def test_nothing_works_before_loading(folder: Callable[..., Path]) -> None:
-    with pytest.raises(ModelError, match="call load first"):
-        Flux(FluxConfig(path=str(folder()))).sigmas(4)
-
-
-# torch says so once, whenever float32 weights meet bfloat16 autocast in an RMS norm.
-@pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
-@pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("autocast", [True, False])
-@pytest.mark.parametrize("checkpointing", [True, False])
-def test_gradients_reach_lora_alone_in_every_precision(
-    folder: Callable[..., Path], weight_dtype: torch.dtype, autocast: bool, checkpointing: bool
-) -> None:
-    adapter = lora_adapter(folder(), weight_dtype)
-    if checkpointing:
-        adapter.enable_gradient_checkpointing()
-    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-        velocity = prediction(adapter)
-    assert velocity.dtype == torch.float32 and velocity.shape == (2, 16, 16)
-    assert bool(velocity.isfinite().all())
-    velocity.square().mean().backward()
-    for name, parameter in adapter.denoiser.named_parameters():
-        assert (parameter.grad is not None) == parameter.requires_grad == ("lora_" in name)
-        assert parameter.grad is None or bool(parameter.grad.isfinite().all())
-    assert any(bool(p.grad.any()) for p in adapter.denoiser.parameters() if p.grad is not None)
-
-
-def test_parts_have_the_precision_asked_for(folder: Callable[..., Path]) -> None:
-    adapter = Flux(FluxConfig(path=str(folder()), height=32, width=32))
-    adapter.load(CPU, torch.bfloat16, torch.float32)
-    assert {parameter.dtype for parameter in adapter.denoiser.parameters()} == {torch.float32}
-    assert adapter.encode(CONDITIONS)["prompt_embeds"].dtype == torch.bfloat16
-    assert prediction(adapter).dtype == adapter.decode(noise(adapter)).pixels.dtype == torch.float32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,12 +12,17 @@ from typing import Any
 
 import pytest
 from guests import Outcome
+from rich.console import Console
 
 from branchtree import load_recipe, plan, train
 from branchtree.assembly import make_schedule
+from branchtree.cli.display import fits_lines, print_plan
 from branchtree.cost import Cost
 from branchtree.errors import ModelError, RecipeError
-from branchtree.planning import RunPlan, draw_tree, estimate_memory
+from branchtree.fitting import Fit, find_fits
+from branchtree.gpus import GIB, GPUS, Gpu
+from branchtree.memory import estimate_memory
+from branchtree.planning import RunPlan, draw_tree
 from branchtree.protocols import Footprint
 from branchtree.recipe import Recipe
 from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow
@@ -118,6 +124,14 @@ def test_a_backward_pass_costs_two_forward_passes() -> None:
     forward = planned().footprint.forward_flops_per_row
     assert planned().flops == forward * (203 + 3 * 187)
     assert planned(run__gradient_checkpointing=True).flops == forward * (203 + 4 * 187)
+    assert planned(run__gradient_checkpointing=True).rollout_flops == forward * 203
+
+
+def test_a_reference_and_recomputed_densities_cost_forward_passes() -> None:
+    forward = planned().footprint.forward_flops_per_row
+    assert planned(loss__kl=0.1).gradient_flops == forward * 4 * 187
+    recomputed = {"loss__old_log_prob": "recomputed", "optim__steps_per_iteration": 4}
+    assert planned(**recomputed).gradient_flops == pytest.approx(forward * 3.75 * 187)
 
 
 # --- against a run ---
@@ -282,9 +296,193 @@ def test_batches_and_the_host_relieve_the_device() -> None:
     assert estimate_memory(recipe(batch={"update_rows": 99}), SIZES, COST) == whole
 
 
+def test_autocast_copies_weights_that_are_trained() -> None:
+    memory = estimate_memory(recipe(run={"precision": "bf16"}), SIZES, COST)
+    assert memory.weights == 1000 * (4 + 2)
+    assert memory.optimizer == 1000 * (4 + 8)
+
+
+def test_a_kl_term_keeps_the_start_policy_unless_lora_is_on_it() -> None:
+    plain, lora = recipe(loss={"kl": 0.1}), recipe(loss={"kl": 0.1}, lora={"rank": 3})
+    assert estimate_memory(plain, SIZES, COST).reference == 4000
+    assert estimate_memory(lora, SIZES, COST).reference == 0
+    assert estimate_memory(plain, SIZES, COST).device == estimate_memory(recipe(), SIZES, COST).device + 4000
+
+
+def test_the_rollout_counts_where_the_model_knows_it() -> None:
+    known = replace(SIZES, forward_numbers_per_row=50, conditioning_numbers=9)
+    memory = estimate_memory(recipe(), known, COST)
+    assert memory.forward == 4 * 2 * 50 * 4  # as many predictions as leaves, rows per prediction
+    assert memory.conditioning == 2 * 9 * 4  # prompts of an iteration
+    assert memory.device == estimate_memory(recipe(), SIZES, COST).device + memory.conditioning
+    assert estimate_memory(recipe(batch={"rollout_rows": 3}), known, COST).forward == 3 * 2 * 50 * 4
+    evaluation = {"prompts": ["a"], "rewards": [{"reward": "y"}], "rows": 100}
+    wide = estimate_memory(recipe(evaluation=evaluation), known, COST)
+    assert wide.forward == 100 * 2 * 50 * 4
+    assert wide.device == wide.resident + wide.forward
+
+
 def test_frozen_parts_count_where_they_outweigh_the_activations() -> None:
     memory = estimate_memory(recipe(), replace(SIZES, frozen_parameters=10**6), COST)
     assert memory.device == memory.weights + memory.optimizer + memory.states + 4 * 10**6
+
+
+# --- which GPUs suffice ---
+
+
+def sized(usable: int) -> Gpu:
+    """A GPU of so many usable bytes."""
+    gpu = Gpu("g", (usable + 0.5) / 0.92 / GIB)
+    assert gpu.usable == usable
+    return gpu
+
+
+def cheapest(usable: int, footprint: Footprint = SIZES, **sections: Any) -> Any:
+    (fit,) = find_fits(recipe(**sections), footprint, COST, [sized(usable)])
+    return fit.changes
+
+
+def test_the_known_gpus_rise_and_hold_less_than_their_names_say() -> None:
+    sizes = [gpu.memory for gpu in GPUS]
+    assert sizes == sorted(sizes)
+    for gpu in GPUS:
+        (named,) = [int(word.strip("(")) for word in gpu.name.split() if word.startswith("(")]
+        assert 0.9 * named < gpu.memory < named
+        assert 0.9 * gpu.memory * 2**30 < gpu.usable < 0.95 * gpu.memory * 2**30
+
+
+CHECKPOINTING = {"run.gradient_checkpointing": True}
+
+
+# Full training in float32: weights 4000, gradients and moments 12000, states 880, frozen parts 2000 at work, and
+# activations of 6 families of 2400, of 240 under checkpointing. In bf16: weights 6000, families of 1200, frozen 1000.
+# LoRA of rank 64 trains 448 weights: 4000 + 16 * 448 = 11168, in bf16 2000 + 7168 = 9168.
+@pytest.mark.parametrize(
+    ("usable", "changes"),
+    [
+        (31280, {}),
+        (31279, {"batch.states": "host"}),
+        (30400, {"batch.states": "host"}),
+        (30399, {"batch.update_rows": 4}),
+        (26480, {"batch.update_rows": 4}),
+        (26479, {"batch.update_rows": 2}),
+        (19280, {"batch.update_rows": 1}),
+        (18400, {"batch.states": "host", "batch.update_rows": 1}),
+        (18399, {**CHECKPOINTING, "batch.states": "host"}),
+        (18000, {**CHECKPOINTING, "batch.states": "host"}),
+        (17999, {"lora.rank": 64, "batch.update_rows": 2}),
+        (11168 + 2000, {"lora.rank": 64, **CHECKPOINTING, "batch.states": "host"}),
+        (11168 + 1999, {"lora.rank": 64, "run.precision": "bf16", "batch.update_rows": 2}),
+        (9168 + 1000, {"lora.rank": 64, "run.precision": "bf16", **CHECKPOINTING, "batch.states": "host"}),
+        (9168 + 999, None),
+    ],
+)  # fmt: skip
+def test_the_cheapest_changes_are_found(usable: int, changes: dict[str, Any] | None) -> None:
+    assert cheapest(usable) == changes
+
+
+def test_bf16_is_asked_before_lora_where_either_would_do() -> None:
+    heavy = replace(
+        SIZES,
+        frozen_parameters=0,
+        activation_numbers_per_row=10000,
+        checkpointed_numbers_per_row=10000,
+        lora_parameters_per_rank=1,
+    )
+    # A family takes 80000, too much beside 16000, in bf16 40000 beside 18000; LoRA leaves 4000 + 16 * 64 beside 80000.
+    assert cheapest(86000, heavy) == {"run.precision": "bf16", "batch.update_rows": 1}
+    assert cheapest(86000, heavy, run={"precision": "bf16"}) == {"batch.update_rows": 1}
+
+
+def test_changes_do_what_they_promise() -> None:
+    known = replace(SIZES, forward_numbers_per_row=80)
+    evaluation = {"prompts": ["a"], "rewards": [{"reward": "y"}]}
+    whole = recipe(evaluation=evaluation)
+    for usable in range(9000, 80000, 500):
+        changes = cheapest(usable, known, evaluation=evaluation)
+        if changes is None:
+            continue
+        sections = whole.model_dump(exclude={"lora"})
+        for key, value in changes.items():
+            section, name = key.split(".")
+            sections.setdefault(section, {})[name] = value
+        assert estimate_memory(Recipe.model_validate(sections), known, COST).device <= usable
+
+
+def test_what_is_on_already_is_not_asked_for() -> None:
+    settings = {
+        "batch": {"states": "host", "update_rows": 1},
+        "run": {"gradient_checkpointing": True, "precision": "bf16"},
+        "lora": {"rank": 1},
+    }
+    assert cheapest(2000 + 16 * 7 + 1000, **settings) == {}
+    assert cheapest(2000 + 16 * 7 + 999, **settings) is None
+
+
+def test_lora_is_not_asked_of_a_model_without_it() -> None:
+    assert cheapest(9168 + 1000, replace(SIZES, lora_parameters_per_rank=0)) is None
+
+
+def test_a_plan_says_which_gpus_suffice(command: Callable[..., Outcome]) -> None:
+    done = command("plan", "guest")
+    assert done.code == 0
+    assert f"Fits on: {', '.join(gpu.name for gpu in GPUS)}." in done.out.splitlines()
+    assert "92% of a GPU's memory" in done.out
+
+
+def test_gpus_are_listed_by_what_they_need() -> None:
+    small, middle, large = (Gpu(name, 1.0) for name in ("small", "middle", "large"))
+    states = {"batch.states": "host"}
+    both = {**states, "run.gradient_checkpointing": True}
+    assert fits_lines([Fit(small, None), Fit(middle, states), Fit(large, {})])[:3] == [
+        "Fits on: large.",
+        "With batch.states=host: middle.",
+        "Too small, however states, batches, gradient checkpointing, precision and LoRA are set: small.",
+    ]
+    assert fits_lines([Fit(small, both), Fit(middle, states), Fit(large, states)])[:3] == [
+        "Fits on none of the GPUs known here. What to change:",
+        "With batch.states=host: middle, large.",
+        "With batch.states=host run.gradient_checkpointing=true: small.",
+    ]
+    assert fits_lines([Fit(small, None)])[0] == "Fits on none of the GPUs known here."
+
+
+# --- what is printed ---
+
+
+def shown(plan: RunPlan) -> str:
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(console, plan)
+    assert isinstance(console.file, io.StringIO)
+    return " ".join(console.file.getvalue().replace("│", " ").split())
+
+
+def test_predictions_and_rows_are_told_apart_under_guidance() -> None:
+    one = planned(batch__prompts=3)
+    two = shown(replace(one, rows_per_prediction=2))
+    assert "rollout predictions 203 609 gradient predictions 187 561" in two
+    assert "rollout rows (guidance, x2) 406 1218 gradient rows (guidance, x2) 374 1122" in two
+    assert "rollout rows 203 609 gradient rows 187 561" in shown(one)
+    assert "guidance" not in shown(one)
+
+
+def test_what_is_not_counted_is_said() -> None:
+    one = planned()
+    whole = replace(one.footprint, forward_numbers_per_row=1, conditioning_numbers=1)
+    assert "Not counted: the reward models, the decoder's own activations, activations of the rollout" in shown(one)
+    assert "Not counted: the reward models, the decoder's own activations. " in shown(replace(one, footprint=whole))
+
+
+def test_the_time_is_an_estimate_at_a_stated_rate() -> None:
+    one = planned()
+    fast = replace(one, footprint=replace(one.footprint, forward_flops_per_row=4e12))
+    text = "Estimated time: 7.64 s, of which rollout 2.03 s and gradient pass 5.61 s, assuming 400 TFLOP/s"
+    assert text in shown(fast)  # 203 rows and three times 187, at a hundredth of a second each
+
+
+def test_a_plan_needs_no_reward_installed() -> None:
+    reward = [{"reward": "no_such_reward", "model": "x"}]
+    assert planned(rewards=reward, evaluation__rewards=reward).rollout_rows == 203
 
 
 # --- drawings ---

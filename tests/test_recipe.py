@@ -156,6 +156,23 @@ def test_a_prompt_file_is_relative_to_the_recipe_that_names_it(section: str, tmp
     assert chosen.prompts == str(tmp_path / "far" / "texts" / "p.txt")
 
 
+@pytest.mark.parametrize("section", ["data", "evaluation"])
+def test_a_data_folder_is_relative_to_the_recipe_that_names_it(section: str, tmp_path: Path) -> None:
+    keys = {"data": "prompts: [a]", "evaluation": "prompts: [b], rewards: [{reward: bright}]"}
+    keys[section] += ", folder: texts/pictures"
+    lines = "".join(f"{name}: {{{text}}}\n" for name, text in keys.items())
+    write(tmp_path / "far", "base", BASE.partition("data:")[0] + lines)
+    child = write(tmp_path, "child", "extends: far/base.yaml\n")
+    recipe = load_recipe(child, folders=[])
+    chosen = recipe.data if section == "data" else recipe.evaluation
+    assert chosen is not None
+    assert chosen.folder == str(tmp_path / "far" / "texts" / "pictures")
+    other = load_recipe(child, {f"{section}.folder": "here"}, folders=[])
+    chosen = other.data if section == "data" else other.evaluation
+    assert chosen is not None
+    assert chosen.folder == "here"
+
+
 def test_absolute_prompt_files_hub_names_and_lists_are_left_alone(tmp_path: Path) -> None:
     for prompts in (str(tmp_path / "p.jsonl"), "hub:org/name"):
         assert load(tmp_path, "", {"data.prompts": prompts}).data.prompts == prompts

@@ -32,9 +32,10 @@ from branchtree.recipe.schema import OptimSection
 from branchtree.training.checkpoint import list_checkpoints, load_checkpoint
 from branchtree.training.ema import WeightAverage
 from branchtree.training.interrupt import StopRequest
+from branchtree.training.pictures import fitted, to_image
 from branchtree.training.policy import ConditioningCache
 from branchtree.training.rundir import METRICS, RunDirectory, write_atomically, write_folder
-from branchtree.training.samples import fitted, to_image, write_grid
+from branchtree.training.samples import write_grid
 from branchtree.training.scoring import checked_scores
 from branchtree.training.session import learning_rate_factor, make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
@@ -288,12 +289,6 @@ def test_pixels_become_an_image_of_the_same_values(channels: int) -> None:
     assert (image.mode, image.size) == ("RGB", (7, 5))
     shown: Tensor = torch.tensor(list(image.getdata())).view(5, 7, 3).permute(2, 0, 1) / 255
     assert float((shown - pixels).abs().max()) <= 0.5 / 255 + 1e-6
-
-
-def test_a_video_shows_its_middle_frame() -> None:
-    video = torch.zeros(5, 3, 2, 2)
-    video[2] = 1.0
-    assert to_image(video).getpixel((0, 0)) == (255, 255, 255)
 
 
 @pytest.mark.parametrize(

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import pydantic
 import torch
 from torch import Tensor, nn
 
-from branchtree.errors import DataError, ModelError
+from branchtree.errors import DataError
 from branchtree.hookspecs import Register, hookimpl
-from branchtree.protocols import Condition, Conditioning, Footprint, LoraSettings, Media
+from branchtree.protocols import Condition, Conditioning, Footprint, Media
 from branchtree_adapters import _diffusers as shared
+from branchtree_adapters import _trained as trained
+from branchtree_adapters._adapter import PipelineAdapter
 
 _PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 LORA_TARGETS = tuple(f"attn.{name}" for name in _PROJECTIONS)
@@ -59,30 +59,19 @@ class FluxConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     revision: str | None = None
 
 
-class Flux:
+class Flux(PipelineAdapter):
     """A FLUX model. Latents are packed (tokens, channels): 2x2 patches of the VAE's grid, row by row."""
 
     modality = "image"
     prediction = "velocity"
     rows_per_prediction = 1
+    frozen_parts = ("vae", "text_encoder", "text_encoder_2")
+    lora_targets = LORA_TARGETS
 
     def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
         self.config = config
-        self._loaded: Any = None
-        self._device, self._dtype = torch.device("cpu"), torch.float32
         self._ids: dict[tuple[torch.device, int], tuple[Tensor, Tensor]] = {}
-
-    @property
-    def _pipeline(self) -> Any:
-        if self._loaded is None:
-            raise ModelError("the model is not loaded; call load first.")
-        return self._loaded
-
-    @property
-    def denoiser(self) -> nn.Module:
-        """The FluxTransformer2DModel. Raises ModelError before ``load``."""
-        transformer: nn.Module = self._pipeline.transformer
-        return transformer
 
     def footprint(self) -> Footprint:
         """The model's sizes, from config.json files; for a hub id not in the local cache, those of FLUX.1-dev.
@@ -111,7 +100,7 @@ class Flux:
             checkpointed_numbers_per_row=unit * (double + single + 28 + 6),
             forward_flops_per_row=(double + single) * unit * (24 * unit // tokens + 4 * tokens),
             rows_per_prediction=self.rows_per_prediction,
-            lora_parameters_per_rank=shared.lora_parameters_per_rank(transformer, LORA_TARGETS),
+            lora_parameters_per_rank=trained.lora_parameters_per_rank(transformer, LORA_TARGETS),
             source=origin,
         )
 
@@ -119,10 +108,13 @@ class Flux:
         """Rows and columns of latent tokens. Raises ModelError for a size that is no multiple of the patch."""
         patch = 2 * vae_scale
         for name, size in (("height", self.config.height), ("width", self.config.width)):
-            if size % patch:
-                near = " or ".join(str(n * patch) for n in (size // patch, size // patch + 1) if n)
-                raise ModelError(f"{name} {size} is not a multiple of {patch}; the nearest sizes are {near}.")
+            shared.require_multiple(name, size, patch)
         return self.config.height // patch, self.config.width // patch
+
+    def check(self, condition: Condition) -> None:
+        """Refuse a negative prompt, which FLUX's distilled guidance has no use for. Raises DataError."""
+        if condition.negative_prompt:
+            raise DataError(f"{condition} has a negative prompt, which flux does not take; remove it.")
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
         """Load the pipeline: the transformer to ``device``, encoders and VAE to the CPU until they are needed.
@@ -134,27 +126,8 @@ class Flux:
         source = shared.locate(self.config.path, self.config.revision)
         loaded = shared.load_pipeline(FluxPipeline, source, dtype, "transformer", denoiser_dtype)
         self._grid(loaded.vae_scale_factor)
-        shared.own_storage(loaded.transformer, device)
-        for part in (loaded.vae, loaded.text_encoder, loaded.text_encoder_2):
-            shared.own_storage(part, torch.device("cpu"))
-            part.requires_grad_(False)
+        self._keep(loaded, device, denoiser_dtype)
         loaded.vae.to(memory_format=torch.channels_last)  # the layout its convolutions are fastest in
-        self._loaded, self._device, self._dtype = loaded, device, denoiser_dtype
-
-    def add_lora(self, settings: LoraSettings, seed: int) -> None:
-        """Freeze the transformer and put float32 LoRA weights on it, on ``LORA_TARGETS`` unless told otherwise.
-
-        Raises ModelError for a target that names no linear layer.
-        """
-        shared.add_lora(self.denoiser, settings, settings.targets or LORA_TARGETS, seed)
-
-    def without_lora(self, denoiser: nn.Module) -> AbstractContextManager[None]:
-        """A context in which ``denoiser`` acts without its LoRA. Raises ModelError on entry if it has none."""
-        return shared.lora_disabled(denoiser)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self._pipeline.transformer.enable_gradient_checkpointing()
 
     @torch.no_grad()
     def encode(self, conditions: Sequence[Condition]) -> Conditioning:
@@ -169,21 +142,11 @@ class Flux:
         tokens = min(self.config.max_sequence_length, pipeline.tokenizer_2.model_max_length)
         rows: list[tuple[Tensor, Tensor]] = []
         for condition in conditions:
-            if condition.negative_prompt:
-                raise DataError(f"'{condition.prompt}' has a negative prompt, which flux does not take; remove it.")
+            self.check(condition)
             text, pooled, _ = pipeline.encode_prompt(condition.prompt, device=self._device, max_sequence_length=tokens)
             rows.append((text.cpu(), pooled.cpu()))
         prompt_embeds, pooled_prompt_embeds = (torch.cat(column) for column in zip(*rows, strict=True))
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
-
-    def release_frozen(self) -> None:
-        """Move text encoders and VAE to the CPU, and give their memory on the device back."""
-        if self._device.type == "cpu":
-            return
-        for part in (self._pipeline.text_encoder, self._pipeline.text_encoder_2, self._pipeline.vae):
-            part.to("cpu")
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
 
     def initial_noise(self, generator: torch.Generator) -> Tensor:
         """Starting latents (tokens, channels), float32 on the CPU: what FluxPipeline draws from ``generator``."""
@@ -257,33 +220,6 @@ class Flux:
             pixels = vae.decode(grid.to(vae.dtype), return_dict=False)[0]
             images.append((pixels.float() / 2 + 0.5).clamp(0, 1))
         return Media(images=torch.cat(images))
-
-    def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the trained part: ``pytorch_lora_weights.safetensors``, or the whole ``transformer/`` without LoRA.
-
-        ``denoiser_state`` (by trainable-parameter name, all of them) is written in place of the trained weights,
-        which stay as they are. Raises CheckpointError if its names or shapes are not the transformer's.
-        """
-        if shared.has_lora(self.denoiser):
-            shared.save_lora(self._pipeline, self.denoiser, directory, denoiser_state)
-        else:
-            shared.with_weights(self.denoiser, denoiser_state).save_pretrained(directory / "transformer")
-
-    def export(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
-        """Write what a user loads: the LoRA file, or without LoRA a complete FluxPipeline folder. See ``save``."""
-        if shared.has_lora(self.denoiser):
-            self.save(directory, denoiser_state)
-        else:
-            parts = {**self._pipeline.components, "transformer": shared.with_weights(self.denoiser, denoiser_state)}
-            with shared.no_progress_bars():
-                type(self._pipeline)(**parts).save_pretrained(directory)
-
-    def restore(self, directory: Path) -> None:
-        """Read back what ``save`` wrote, to the bit, before sharding. Raises CheckpointError if it does not fit."""
-        if shared.has_lora(self.denoiser):
-            shared.restore_lora(self.denoiser, directory)
-        else:
-            shared.restore_denoiser(self.denoiser, directory / "transformer")
 
 
 def _build(configs: shared.Configs) -> tuple[Any, nn.Module, nn.Module, nn.Module]:

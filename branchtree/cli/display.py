@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
@@ -10,11 +10,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from branchtree.fitting import Fit
+from branchtree.gpus import GIB, USABLE
 from branchtree.planning import RunPlan, draw_tree
 from branchtree.protocols import Callback
 from branchtree.training.evaluation import Figure
 
-GIB = 2**30
+RATE = 4e14
+"""Operations a second that the time estimate assumes."""
 
 
 class ProgressDisplay(Callback):
@@ -85,31 +88,42 @@ def _shown(value: float | None) -> str:
 
 
 def print_plan(console: Console, plan: RunPlan) -> None:
-    """A plan: the tree, the counts, the memory."""
+    """A plan: the tree, the counts, the memory, which GPUs it fits on, the time."""
     recipe = plan.recipe
     console.print(f"{recipe.name}: {recipe.description}", markup=False)
     console.print("\nTree of the first prompt (heavy: stochastic steps, light: deterministic)")
     console.print(draw_tree(plan.tree), markup=False, soft_wrap=True)
     console.print(_counts(plan))
     console.print(_memory(plan))
-    console.print(f"Model sizes: {plan.footprint.source}.", markup=False)
-    console.print(
-        f"Denoiser work: {plan.flops / 1e15:.3g} PFLOP an iteration, {plan.flops / 4e14:.3g} s at 400 TFLOP/s.",
+    for line in (_not_counted(plan), *fits_lines(plan.fits), f"Model sizes: {plan.footprint.source}.", _time(plan)):
+        console.print(line, markup=False, soft_wrap=True)
+
+
+def _time(plan: RunPlan) -> str:
+    whole, rollout, gradient = (_figure(f / RATE) for f in (plan.flops, plan.rollout_flops, plan.gradient_flops))
+    return (
+        f"Denoiser work: {_figure(plan.flops / 1e15)} PFLOP an iteration. Estimated time: {whole} s, of which rollout "
+        f"{rollout} s and gradient pass {gradient} s, assuming {RATE / 1e12:.0f} TFLOP/s (40% of an H100's bf16 peak)."
     )
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _counts(plan: RunPlan) -> Table:
     table = Table("", "First prompt", f"Iteration ({plan.recipe.batch.prompts} prompts)", header_style="bold")
     one, all_ = plan.per_prompt, plan.iteration
     factor = plan.rows_per_prediction
-    rows = {
-        "nodes": (one.nodes, all_.nodes),
-        "edges": (one.edges, all_.edges),
-        "leaves": (one.leaves, all_.leaves),
-        "rollout rows": (factor * one.rollout_rows, plan.rollout_rows),
-        "gradient rows": (factor * one.gradient_rows, plan.gradient_rows),
-        "trained edges": (one.trained_edges, all_.trained_edges),
-    }
+    rows = {"nodes": (one.nodes, all_.nodes), "edges": (one.edges, all_.edges), "leaves": (one.leaves, all_.leaves)}
+    note = ""
+    if factor > 1:
+        rows["rollout predictions"] = (one.rollout_rows, all_.rollout_rows)
+        rows["gradient predictions"] = (one.gradient_rows, all_.gradient_rows)
+        note = f" (guidance, x{factor})"
+    rows[f"rollout rows{note}"] = (factor * one.rollout_rows, plan.rollout_rows)
+    rows[f"gradient rows{note}"] = (factor * one.gradient_rows, plan.gradient_rows)
+    rows["trained edges"] = (one.trained_edges, all_.trained_edges)
     for name, (first, every) in rows.items():
         table.add_row(name, str(first), str(every))
     table.add_row("nodes / leaves", f"{one.nodes_per_leaf:.2f}", f"{all_.nodes_per_leaf:.2f}")
@@ -120,14 +134,48 @@ def _memory(plan: RunPlan) -> Table:
     memory = plan.memory
     table = Table("Memory estimate, one process", "GiB", header_style="bold")
     place = "host" if memory.states_on_host else "device"
-    for name, size in (
-        ("denoiser weights", memory.weights),
-        ("gradients and optimiser", memory.optimizer),
-        ("activations of a gradient batch", memory.activations),
-        (f"tree states, on the {place}", memory.states),
-        ("encoders and decoder, on the device while they work", memory.frozen),
-        ("device, peak", memory.device),
-        ("host", memory.host),
-    ):
-        table.add_row(name, f"{size / GIB:.3g}")
+    rows = {
+        "denoiser weights": memory.weights,
+        "gradients and optimiser": memory.optimizer,
+        "start policy, for the KL term": memory.reference,
+        f"tree states, on the {place}": memory.states,
+        "encoded prompts": memory.conditioning,
+        "activations of a gradient batch": memory.activations,
+        "activations of a rollout or evaluation batch": memory.forward,
+        "encoders and decoder, on the device while they work": memory.frozen,
+    }
+    for name, size in rows.items():
+        if size:
+            table.add_row(name, _figure(size / GIB))
+    table.add_row("device, peak", _figure(memory.device / GIB))
+    table.add_row("host", _figure(memory.host / GIB))
     return table
+
+
+def _not_counted(plan: RunPlan) -> str:
+    parts = ["the reward models, the decoder's own activations"]
+    if not plan.footprint.forward_numbers_per_row:
+        parts.append("activations of the rollout (batch.rollout_rows)")
+    if not plan.footprint.conditioning_numbers:
+        parts.append("encoded prompts")
+    return f"Not counted: {', '.join(parts)}."
+
+
+def fits_lines(fits: Sequence[Fit]) -> list[str]:
+    """Which GPUs a plan fits on as it is, which after changes, and which not."""
+    groups: dict[str | None, list[str]] = {"": [], None: []}
+    for fit in fits:
+        words = None if fit.changes is None else " ".join(f"{key}={_word(value)}" for key, value in fit.changes.items())
+        groups.setdefault(words, []).append(fit.gpu.name)
+    suffice, lacking = groups.pop(""), groups.pop(None)
+    none = "Fits on none of the GPUs known here." + (" What to change:" if groups else "")
+    lines = [f"Fits on: {', '.join(suffice)}." if suffice else none]
+    lines += [f"With {words}: {', '.join(names)}." for words, names in reversed(groups.items())]
+    if lacking:
+        setting = "states, batches, gradient checkpointing, precision and LoRA"
+        lines.append(f"Too small, however {setting} are set: {', '.join(lacking)}.")
+    return [*lines, f"({USABLE:.0%} of a GPU's memory is taken to be usable; leave room for what is not counted.)"]
+
+
+def _word(value: str | int | bool) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)

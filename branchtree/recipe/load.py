@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".yaml", ".yml")
 FILE_KEYS: tuple[KeyPath, ...] = (("data", "prompts"), ("evaluation", "prompts"))
+FOLDER_KEYS: tuple[KeyPath, ...] = (("data", "folder"), ("evaluation", "folder"))
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
@@ -116,14 +117,16 @@ def _bases(source: Source, path: Path, folders: Sequence[Path] | None) -> list[P
 
 
 def _absolute_files(source: Source, folder: Path) -> None:
-    """Read relative prompt files as relative to the recipe that names them, also inside ``smoke``."""
-    for path in (*FILE_KEYS, *(("smoke", *keys) for keys in FILE_KEYS)):
-        *sections, last = path
-        place: Any = source.data
-        for section in sections:
-            place = place.get(section) if isinstance(place, dict) else None
-        if isinstance(place, dict) and isinstance(place.get(last), str) and place[last].endswith(PROMPT_SUFFIXES):
-            place[last] = str((folder / Path(place[last]).expanduser()).absolute())
+    """Read relative prompt files and data folders as relative to the recipe that names them, also inside ``smoke``."""
+    for keys in (*FILE_KEYS, *FOLDER_KEYS):
+        for path in (keys, ("smoke", *keys)):
+            *sections, last = path
+            place: Any = source.data
+            for section in sections:
+                place = place.get(section) if isinstance(place, dict) else None
+            value = place.get(last) if isinstance(place, dict) else None
+            if isinstance(value, str) and (keys in FOLDER_KEYS or value.endswith(PROMPT_SUFFIXES)):
+                place[last] = str((folder / Path(value).expanduser()).absolute())
 
 
 def _smoke(swaps: Any, source: Source, recipe: str | Path) -> Source:

@@ -212,6 +212,7 @@ class DataSection(Section):
     prompts: str | tuple[str, ...]  # a .txt, .jsonl or .parquet file, hub:org/name, or the prompts themselves
     column: str = "prompt"
     split: str = "train"
+    folder: str | None = None  # where images and videos lie; by default the folder of the prompt file
     shuffle: bool = True
 
 
@@ -221,6 +222,7 @@ class EvaluationSection(Section):
     prompts: str | tuple[str, ...]
     column: str = "prompt"
     split: str = "test"
+    folder: str | None = None
     rewards: tuple[RewardSection, ...] = Field(min_length=1)
     limit: int | None = Field(default=None, ge=1)  # use only the first prompts
     noises: int = Field(default=1, ge=1)  # samples per prompt

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
-import base64
 import io
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+from branchtree.report.files import content, data_uri
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+LARGEST_ANIMATION = 512 * 1024  # bytes
+LOSSLESS = 64  # pixels along a side up to which a still is kept exactly
 
 
 @dataclass(frozen=True)
@@ -15,32 +23,41 @@ class Picture:
     uri: str
     width: int
     height: int
+    still: str | None = None  # of an animation, the frame that stands for it where nothing may move
 
 
 def embed(path: Path, folder: Path, longest: int) -> Picture | None:
     """Embed a picture that lies under ``folder``, at most ``longest`` pixels along a side; None if it cannot be read.
 
-    Small PNG files are embedded as they are, larger ones as JPEG.
+    Small PNG and WebP files are embedded as they are, larger ones as JPEG. Of an animation that is too large, its
+    middle frame is.
     """
     from PIL import Image
 
-    try:
-        if not path.resolve().is_relative_to(folder.resolve()):
-            return None
-        content = path.read_bytes()
-        with Image.open(io.BytesIO(content), formats=["PNG"]) as picture:
-            picture.load()
-            width, height = picture.size
-            if max(width, height) <= longest:
-                return Picture(_uri("png", content), width, height)
-            shrunk = picture.convert("RGB")
-    except (OSError, RuntimeError, ValueError, SyntaxError, Image.DecompressionBombError):
+    data = content(path, folder)
+    if data is None:
         return None
-    shrunk.thumbnail((longest, longest), Image.Resampling.LANCZOS)
-    encoded = io.BytesIO()
-    shrunk.save(encoded, "JPEG", quality=90)
-    return Picture(_uri("jpeg", encoded.getvalue()), width, height)
+    try:
+        with Image.open(io.BytesIO(data), formats=["PNG", "WEBP"]) as picture:
+            frames = getattr(picture, "n_frames", 1)
+            picture.seek(frames // 2 if frames > 1 else 0)
+            picture.load()
+            kind, frame = f"image/{str(picture.format).lower()}", picture.convert("RGB")
+    except (OSError, RuntimeError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        return None
+    width, height = frame.size
+    if max(width, height) > longest:
+        frame.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        return Picture(_encoded(frame, "JPEG", quality=90), width, height)
+    if frames == 1:
+        return Picture(data_uri(kind, data), width, height)
+    still = _encoded(frame, "WEBP", quality=90, lossless=max(width, height) <= LOSSLESS)
+    if len(data) > LARGEST_ANIMATION:
+        return Picture(still, width, height)
+    return Picture(data_uri(kind, data), width, height, still)
 
 
-def _uri(kind: str, content: bytes) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+def _encoded(image: Image, kind: str, **options: object) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return data_uri(f"image/{kind.lower()}", buffer.getvalue())

@@ -13,6 +13,7 @@ from branchtree.report import sections
 from branchtree.report.curves import depth_charts, reward_charts, signal_charts
 from branchtree.report.markup import escape, section
 from branchtree.report.read import Run, read_run
+from branchtree.report.samples import samples
 from branchtree.report.tree_figure import tree_figures
 
 NAME = "report.html"
@@ -64,7 +65,7 @@ def _parts(run: Run) -> list[tuple[str, str, str, str]]:
     return [
         ("held-out", "Held-out figures", sections.evaluation(run), _HELD_OUT),
         ("rewards", "Training rewards", nothing or reward_charts(run), _REWARDS),
-        ("samples", "Samples", sections.samples(run), _SAMPLES),
+        ("samples", "Samples", samples(run), _SAMPLES),
         ("trees", "Recorded trees", tree_figures(run), _TREES),
         ("credit", "Credit by split", sections.credit(run), _CREDIT),
         ("depths", "Credit by depth", depth_charts(run), ""),

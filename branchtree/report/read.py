@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -45,11 +45,18 @@ class Evaluation(Part):
 
 
 class SampleGrid(Part):
-    """A picture of samples, one per prompt, in rows of ``columns``."""
+    """A picture of samples, one per prompt: images in rows of ``columns``, or of each video a strip of frames.
+
+    Beside the picture of videos is one in which all of them play, in rows of ``columns``.
+    """
 
     iteration: int
     prompts: tuple[str, ...] = ()
     columns: int = 8
+    kind: Literal["image", "video"] = "image"
+    fps: Number = None
+    frames: int | None = None  # of a video
+    strip: tuple[int, ...] = ()  # which of them its strip shows
     image: Path = Path()
 
 
@@ -251,7 +258,7 @@ def _samples(folder: Path, notes: list[str]) -> list[SampleGrid]:
             notes.append(f"{SAMPLES}/{path.name} cannot be read and was left out.")
             continue
         image = path.with_suffix(".png")
-        if image.is_file():  # written after the .json, or not yet
+        if image.is_file():
             grids.append(grid.model_copy(update={"image": image}))
     return sorted(grids, key=lambda grid: grid.iteration)
 

@@ -1,4 +1,4 @@
-"""The parts of the page that are text, tables and pictures."""
+"""The parts of the page that are text and tables."""
 
 from __future__ import annotations
 
@@ -6,12 +6,8 @@ import re
 from collections.abc import Sequence
 
 from branchtree.report.curves import evaluation_charts, evaluation_labels, keys, mean
-from branchtree.report.images import embed
 from branchtree.report.markup import ARROW, MISSING, bar, duration, escape, number, percent, signed, table
-from branchtree.report.read import Evaluation, Figure, Row, Run, SampleGrid, finite
-
-LONGEST_GRID = 1600  # pixels
-SHARPEST_TILE = 96  # pixels of a sample below which its pixels are shown as squares
+from branchtree.report.read import Evaluation, Figure, Row, Run, finite
 
 
 def status(run: Run) -> str:
@@ -115,32 +111,6 @@ def _validity(figure: Figure) -> str:
     if figure.valid is None or figure.samples is None:
         return MISSING
     return f"{number(figure.valid)} of {number(figure.samples)}"
-
-
-def samples(run: Run) -> str:
-    """The first and the last sample grid side by side, and the prompts they were sampled for."""
-    if not run.samples:
-        return ""
-    ends = run.samples if len(run.samples) < 2 else (run.samples[0], run.samples[-1])
-    figures = "".join(_grid(run, grid) for grid in ends)
-    prompts = ends[-1].prompts
-    if not prompts:
-        return f'<div class="pair">{figures}</div>'
-    listed = "".join(f'<li class="prompt">{escape(prompt)}</li>' for prompt in prompts)
-    row = f"Prompts, row by row with {ends[-1].columns} a row"
-    return f'<div class="pair">{figures}</div><h3>{row}</h3><ol class="prompts">{listed}</ol>'
-
-
-def _grid(run: Run, grid: SampleGrid) -> str:
-    picture = embed(grid.image, run.path, LONGEST_GRID)
-    when = "Before training" if grid.iteration == 0 else f"After {grid.iteration} iterations"
-    caption = f"<figcaption><b>{when}</b></figcaption>"
-    if picture is None:
-        return f'<figure>{caption}<p class="missing">The picture cannot be read.</p></figure>'
-    kind = "pixels" if picture.width / max(grid.columns, 1) < SHARPEST_TILE else "photo"
-    alt = f"Grid of {len(grid.prompts)} samples after {grid.iteration} iterations, one per prompt listed below"
-    size = f'width="{picture.width}" height="{picture.height}"'
-    return f'<figure>{caption}<img class="{kind}" {size} alt="{alt}" src="{picture.uri}"></figure>'
 
 
 def timing(run: Run) -> str:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from branchtree.report.images import Picture, embed
+from branchtree.report.images import Picture
 from branchtree.report.markup import escape, number, signed, table
-from branchtree.report.read import TREES, Leaf, Node, Run, Tree
+from branchtree.report.read import Leaf, Node, Run, Tree
+from branchtree.report.thumbnails import Thumbnails, thumbnails
 from branchtree.report.tree_layout import TOP, Layout, lay_out
 
 # Blue to orange through grey: told apart by readers with any of the common colour deficiencies.
@@ -20,9 +21,20 @@ LEAF_GAP, LETTER, LINE = 20.0, 6.3, 13.0
 class _Drawing:
     layout: Layout
     leaves: Mapping[int, Leaf]
-    pictures: Mapping[int, Picture]
+    pictures: Thumbnails
     limit: float  # the largest |advantage|: the end of the colour scale
     name: str
+
+    @property
+    def side(self) -> float:
+        """Height of a leaf's picture."""
+        return self.layout.row_height - 4
+
+    @property
+    def aspect(self) -> float:
+        """Width of the pictures over their height: that of the widest, between 1 and 2."""
+        widest = max((picture.width / picture.height for picture in self.pictures.values()), default=1.0)
+        return max(1.0, min(widest, 2.0))
 
 
 def tree_figures(run: Run) -> str:
@@ -31,7 +43,11 @@ def tree_figures(run: Run) -> str:
     note = ""
     if len(trees) < len(run.trees):
         note = f'<p class="lead">{len(trees)} of {len(run.trees)} recorded trees are shown.</p>'
-    return note + "".join(_disclosure(run, tree, place, tree is trees[-1]) for place, tree in enumerate(trees))
+    pictures = thumbnails(run, trees)
+    return note + "".join(
+        _disclosure(tree, found, place, tree is trees[-1])
+        for place, (tree, found) in enumerate(zip(trees, pictures, strict=True))
+    )
 
 
 def thinned(trees: Sequence[Tree], most: int) -> list[Tree]:
@@ -41,20 +57,18 @@ def thinned(trees: Sequence[Tree], most: int) -> list[Tree]:
     return [trees[round(place * (len(trees) - 1) / (most - 1))] for place in range(most)]
 
 
-def _disclosure(run: Run, tree: Tree, place: int, is_open: bool) -> str:
-    layout = lay_out(tree)
-    folder = run.path / TREES
-    found = {leaf.node: embed(folder / leaf.thumbnail, run.path, 160) for leaf in tree.leaves if leaf.thumbnail}
+def _disclosure(tree: Tree, pictures: Thumbnails, place: int, is_open: bool) -> str:
     drawing = _Drawing(
-        layout=layout,
+        layout=lay_out(tree),
         leaves={leaf.node: leaf for leaf in tree.leaves},
-        pictures={node: picture for node, picture in found.items() if picture is not None},
+        pictures=pictures,
         limit=max((abs(node.advantage) for node in tree.nodes if node.advantage is not None), default=0.0),
         name=f"tree-{place}",
     )
     title = f'Iteration {tree.iteration}: <q class="prompt">{escape(tree.prompt)}</q>'
     return (
-        f'<details class="tree"{" open" if is_open else ""}><summary>{title}</summary>{_legend(drawing)}'
+        f'<details class="tree"{" open" if is_open else ""}><summary>{title}</summary>'
+        f"{_legend(drawing)}{_stop(drawing)}"
         f'<div class="scroll" role="region" aria-label="Tree of iteration {tree.iteration}" tabindex="0">'
         f"{draw_tree(drawing)}</div>{_leaf_table(drawing)}</details>"
     )
@@ -64,7 +78,7 @@ def draw_tree(drawing: _Drawing) -> str:
     """The tree as an ``svg`` element at its natural size."""
     layout, tree = drawing.layout, drawing.layout.tree
     label = max((len(line) for leaf in tree.leaves for line in _lines(layout, leaf)), default=0)
-    width = layout.right + LEAF_GAP + layout.row_height + 8 + max(label, 10) * LETTER
+    width = layout.right + LEAF_GAP + drawing.side * drawing.aspect + 12 + max(label, 10) * LETTER
     height = layout.bottom + 10
     by_id = {node.id: node for node in tree.nodes}
     edges = [_edge(layout, by_id[node.parent], node) for node in tree.nodes if node.parent is not None]
@@ -161,21 +175,35 @@ def _node(drawing: _Drawing, node: Node) -> str:
 def _leaf(drawing: _Drawing, node: Node, leaf: Leaf) -> str:
     x, y = drawing.layout.place(node)
     x += LEAF_GAP - 4
-    side = drawing.layout.row_height - 4
+    side, wide = drawing.side, drawing.side * drawing.aspect
     picture = drawing.pictures.get(leaf.node)
     title = f"<title>leaf {leaf.node}: {escape(', '.join(_rewards(leaf)))}</title>"
-    box = f'x="{x:.1f}" y="{y - side / 2:.1f}" width="{side:.0f}" height="{side:.0f}"'
-    if picture is None:
-        shown = f'<rect class="missing" {box}/>'
-    else:
-        kind = "pixels" if max(picture.width, picture.height) <= 64 else "photo"
-        shown = f'<image class="{kind}" {box} href="{picture.uri}"/>'
+    box = f'x="{x:.1f}" y="{y - side / 2:.1f}" width="{wide:.0f}" height="{side:.0f}"'
+    shown = f'<rect class="missing" {box}/>' if picture is None else _shown(picture, box)
     lines = _lines(drawing.layout, leaf)
     text = "".join(
-        f'<text x="{x + side + 8:.1f}" y="{y + 4 + (place - (len(lines) - 1) / 2) * LINE:.1f}">{escape(line)}</text>'
+        f'<text x="{x + wide + 8:.1f}" y="{y + 4 + (place - (len(lines) - 1) / 2) * LINE:.1f}">{escape(line)}</text>'
         for place, line in enumerate(lines)
     )
     return f'<g class="leaf{"" if leaf.valid else " invalid"}" data-leaf="{leaf.node}">{title}{shown}{text}</g>'
+
+
+def _shown(picture: Picture, box: str) -> str:
+    """A picture, and of one that moves a still beside it: the style sheet shows one of the two."""
+    kind = "pixels" if max(picture.width, picture.height) <= 64 else "photo"
+    if picture.still is None:
+        return f'<image class="{kind}" {box} href="{picture.uri}"/>'
+    return (
+        f'<image class="{kind} moving" {box} href="{picture.uri}"/>'
+        f'<image class="{kind} resting" {box} href="{picture.still}"/>'
+    )
+
+
+def _stop(drawing: _Drawing) -> str:
+    """A way to stop what moves; it needs no script, and is not shown where the reader's settings stop it already."""
+    if all(picture.still is None for picture in drawing.pictures.values()):
+        return ""
+    return '<p class="switch stop"><label><input type="checkbox" class="rest">hold the leaves still</label></p>'
 
 
 def _rewards(leaf: Leaf) -> list[str]:

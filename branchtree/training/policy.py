@@ -21,7 +21,7 @@ class ConditioningCache:
     def __init__(self, model: ModelAdapter, limit: int = CACHE_BYTES) -> None:
         self._model = model
         self._limit = limit
-        self._rows: OrderedDict[tuple[str, ...], dict[str, Tensor]] = OrderedDict()
+        self._rows: OrderedDict[tuple[object, ...], dict[str, Tensor]] = OrderedDict()
         self._bytes = 0
 
     def get(self, conditions: Sequence[Condition], device: torch.device) -> Conditioning:
@@ -46,8 +46,9 @@ class ConditioningCache:
             self._bytes -= _size(row)
 
 
-def _key(condition: Condition) -> tuple[str, ...]:
-    return (condition.prompt, str(condition.negative_prompt), str(condition.image), str(condition.video))
+def _key(condition: Condition) -> tuple[object, ...]:
+    """All that an encoding may depend on."""
+    return (condition.prompt, condition.negative_prompt, condition.image, condition.last_image, condition.video)
 
 
 def _size(row: dict[str, Tensor]) -> int:

@@ -1,64 +1,66 @@
-"""What a person looks at: grids of samples from fixed noises, and recorded trees with thumbnails."""
+"""What a person looks at: samples from fixed noises, and recorded trees with thumbnails."""
 
 from __future__ import annotations
 
-import io
 import json
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from PIL import Image
 from torch import Tensor
 
 from branchtree.credit import Credit
 from branchtree.families import trained_edges
 from branchtree.protocols import Media, Scores
+from branchtree.training.pictures import THUMBNAIL, TILE, fitted, png, tiled, to_image
 from branchtree.training.rundir import write_atomically
+from branchtree.training.videos import mp4, spread, webp
 from branchtree.tree import Topology
 
-COLUMNS = 10
-THUMBNAIL = 96  # pixels of a thumbnail's longer side
-TILE = 256  # the same in a grid; small images are enlarged to a quarter of it
-
-
-def to_image(pixels: Tensor) -> Image.Image:
-    """One image (C, H, W) in [0, 1], C being 3 or 1; of a video (F, C, H, W) its middle frame."""
-    frame = pixels[pixels.shape[0] // 2] if pixels.ndim == 4 else pixels
-    array = (frame.expand(3, -1, -1).clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    return Image.fromarray(np.ascontiguousarray(array))
-
-
-def fitted(image: Image.Image, side: int) -> Image.Image:
-    """Shrink so that the longer side is at most ``side``; enlarge by whole numbers while it is below a quarter."""
-    longest = max(image.size)
-    if longest > side:
-        return image.resize([max(1, round(length * side / longest)) for length in image.size], Image.Resampling.LANCZOS)
-    factor = max(1, side // 4 // longest)
-    return image.resize([length * factor for length in image.size], Image.Resampling.NEAREST)
-
-
-def png(image: Image.Image) -> bytes:
-    """An image as a PNG file's content."""
-    buffer = io.BytesIO()
-    image.save(buffer, format="PNG")
-    return buffer.getvalue()
+COLUMNS = 10  # of a grid of images
+STRIP, GAP = 8, 2  # most frames in a sample's strip; pixels between them
+LONGEST_VIDEO = 4096  # pixels: the longest side that common H.264 decoders take
+ASSUMED_FPS = 8.0  # of a video whose model does not say
 
 
 def write_grid(folder: Path, iteration: int, media: Sequence[Media], prompts: Sequence[str]) -> None:
-    """Write ``iteration_NNNNNN.png``, a grid of samples row by row, and a .json with their prompts."""
-    tiles = [fitted(to_image(pixels), TILE) for part in media for pixels in part.pixels]
-    columns = min(COLUMNS, len(tiles))
-    width, height = tiles[0].size
-    grid = Image.new("RGB", (columns * width, -(-len(tiles) // columns) * height))
-    for place, tile in enumerate(tiles):
-        grid.paste(tile, (place % columns * width, place // columns * height))
+    """Write the samples of ``media`` and, last, ``iteration_NNNNNN.json`` with their prompts.
+
+    Images are a grid row by row, ``iteration_NNNNNN.png``. Of videos that file has one strip of frames per row; the
+    .mp4 beside it is the grid of all samples playing, and ``iteration_NNNNNN/sample_NNN.mp4`` is each by itself.
+    """
     stem = folder / f"iteration_{iteration:06d}"
-    write_atomically(stem.with_suffix(".png"), png(grid))
-    index = {"iteration": iteration, "prompts": list(prompts), "columns": columns}
+    write = _write_videos if media[0].modality == "video" else _write_images
+    index = {"iteration": iteration, "prompts": list(prompts), **write(stem, media)}
     write_atomically(stem.with_suffix(".json"), json.dumps(index).encode())
+
+
+def _write_images(stem: Path, media: Sequence[Media]) -> dict[str, Any]:
+    tiles = [fitted(to_image(image), TILE) for part in media for image in part.pixels]
+    columns = min(COLUMNS, len(tiles))
+    write_atomically(stem.with_suffix(".png"), png(tiled(tiles, columns)))
+    return {"columns": columns}
+
+
+def _write_videos(stem: Path, media: Sequence[Media]) -> dict[str, Any]:
+    columns = math.ceil(math.sqrt(sum(len(part) for part in media)))
+    side, fps = min(TILE, LONGEST_VIDEO // columns), _fps(media[0])
+    tiles = []  # of each sample, its frames
+    for place, video in enumerate(video for part in media for video in part.pixels):
+        frames = [to_image(frame) for frame in video]
+        whole = max(TILE, *frames[0].size)  # by itself a sample is never shrunk
+        write_atomically(stem / f"sample_{place:03d}.mp4", mp4((fitted(frame, whole) for frame in frames), fps))
+        tiles.append([fitted(frame, side) for frame in frames])
+    write_atomically(stem.with_suffix(".mp4"), mp4((tiled(each, columns) for each in zip(*tiles, strict=True)), fps))
+    shown = spread(len(tiles[0]), STRIP)
+    strips = tiled([frames[place] for frames in tiles for place in shown], len(shown), GAP)
+    write_atomically(stem.with_suffix(".png"), png(strips))
+    return {"columns": columns, "kind": "video", "fps": fps, "frames": len(tiles[0]), "strip": shown}
+
+
+def _fps(media: Media) -> float:
+    return ASSUMED_FPS if media.fps is None else float(media.fps)
 
 
 def write_tree(
@@ -70,20 +72,32 @@ def write_tree(
     credit: Credit,
     media: Sequence[Media],
 ) -> None:
-    """Record the first prompt's tree: its nodes with values and advantages, its leaves, ``media``, as thumbnails."""
+    """Record the first prompt's tree: its nodes with values and advantages, its leaves, ``media``, as thumbnails.
+
+    A thumbnail is a PNG file, or of a video an animated WebP file.
+    """
     stem = folder / f"iteration_{iteration:06d}"
-    pixels = [image for part in media for image in part.pixels]
-    for place, image in enumerate(pixels):
-        write_atomically(stem / f"leaf_{place:03d}.png", png(fitted(to_image(image), THUMBNAIL)))
+    suffix = ".webp" if media[0].modality == "video" else ".png"
+    thumbnails = [stem / f"leaf_{place:03d}{suffix}" for place in range(topology.plans[0].leaves)]
+    samples = ((pixels, part) for part in media for pixels in part.pixels)
+    for path, (pixels, part) in zip(thumbnails, samples, strict=True):
+        write_atomically(path, _thumbnail(pixels, part))
     record = {
         "iteration": iteration,
         "prompt": prompt,
         "steps": topology.steps,
         "splits": list(topology.plans[0].splits),
         "nodes": _nodes(topology, credit),
-        "leaves": _leaves(topology, scores, credit, stem.name),
+        "leaves": _leaves(topology, scores, credit, [path.relative_to(folder).as_posix() for path in thumbnails]),
     }
     write_atomically(stem.with_suffix(".json"), json.dumps(record).encode())
+
+
+def _thumbnail(pixels: Tensor, media: Media) -> bytes:
+    """The file's content for one sample (C, H, W) or (F, C, H, W) of ``media``."""
+    if media.modality == "image":
+        return png(fitted(to_image(pixels), THUMBNAIL))
+    return webp([fitted(to_image(frame), THUMBNAIL) for frame in pixels], _fps(media))
 
 
 def _offsets(topology: Topology) -> list[int]:
@@ -111,7 +125,9 @@ def _nodes(topology: Topology, credit: Credit) -> list[dict[str, Any]]:
     ]
 
 
-def _leaves(topology: Topology, scores: Mapping[str, Scores], credit: Credit, folder: str) -> list[dict[str, Any]]:
+def _leaves(
+    topology: Topology, scores: Mapping[str, Scores], credit: Credit, thumbnails: Sequence[str]
+) -> list[dict[str, Any]]:
     first = _offsets(topology)[-1]
     return [
         {
@@ -120,7 +136,7 @@ def _leaves(topology: Topology, scores: Mapping[str, Scores], credit: Credit, fo
                 label: float(score.values[leaf]) if bool(score.valid[leaf]) else None for label, score in scores.items()
             },
             "valid": bool(credit.valid[leaf]),
-            "thumbnail": f"{folder}/leaf_{leaf:03d}.png",
+            "thumbnail": thumbnail,
         }
-        for leaf in range(topology.plans[0].leaves)
+        for leaf, thumbnail in enumerate(thumbnails)
     ]

@@ -24,7 +24,7 @@ from branchtree.assembly import (
     make_schedule,
 )
 from branchtree.credit import CreditRule, PruningRule
-from branchtree.data import PromptOrder, load_conditions
+from branchtree.data import PromptOrder, check_conditions, held_out_conditions, training_conditions
 from branchtree.errors import RecipeError, RewardError
 from branchtree.protocols import Callback, Condition, LoraSettings, ModelAdapter, VelocityFunction
 from branchtree.recipe.schema import OptimSection, Recipe
@@ -53,20 +53,21 @@ class Inputs:
 
 
 def read_inputs(recipe: Recipe) -> Inputs:
-    """Look up plug-ins and read prompts. Raises a BranchTreeError that names what is wrong."""
+    """Look up plug-ins, read prompts and have the model check them. Raises a BranchTreeError naming what is wrong."""
     model = make_model(recipe)
     make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
     section = recipe.evaluation
     rewards = make_rewards(recipe.rewards, ("rewards",), model.modality)
     held_out = make_rewards(section.rewards, ("evaluation", "rewards"), model.modality) if section else []
-    held_out_conditions = load_conditions(section.prompts, section.column, section.split) if section else []
+    conditions, unseen = training_conditions(recipe.data), held_out_conditions(section)
+    check_conditions(model, [*conditions, *unseen])
     return Inputs(
         recipe=recipe,
         model=model,
         rewards=rewards,
         held_out=held_out,
-        conditions=load_conditions(recipe.data.prompts, recipe.data.column, recipe.data.split),
-        held_out_conditions=held_out_conditions[: section.limit] if section else [],
+        conditions=conditions,
+        held_out_conditions=unseen,
         schedule=make_schedule(recipe),
         callbacks=make_callbacks(recipe.callbacks),
     )

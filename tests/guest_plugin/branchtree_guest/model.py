@@ -40,7 +40,7 @@ class GaussianDenoiser(nn.Module):
 
     def forward(self, latents: Tensor, sigma: Tensor, words: Tensor) -> Tensor:
         """E[noise - image | latents] of latents (B, *LATENT) = (1 - sigma) image + sigma noise."""
-        level, mean = sigma.view(-1, 1, 1, 1), self.mean(words).view(-1, *LATENT)
+        level, mean = sigma.view(-1, 1, 1, 1), self.mean(words.to(self.mean.weight)).view(-1, *LATENT)
         variance = ((1 - level) * self.spread) ** 2 + level**2
         residual = (latents - (1 - level) * mean) / variance
         velocity: Tensor = (level - (1 - level) * self.spread**2) * residual - mean
@@ -90,6 +90,9 @@ class GuestGaussian:
             raise ModelError(f"model.path: no model in '{self.config.path}'; name a folder that holds {WEIGHTS}")
         return file
 
+    def check(self, condition: Condition) -> None:
+        """Any prompt will do."""
+
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
         """Make the denoiser, and read its weights where a path is given."""
         file, denoiser = self._weights(), GaussianDenoiser(self.config.spread)
@@ -131,7 +134,7 @@ class GuestGaussian:
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
         """The velocity of latents (B, *LATENT) at sigma (B,)."""
-        velocity: Tensor = (denoiser or self.denoiser)(latents, sigma.to(latents), conditioning["words"].to(latents))
+        velocity: Tensor = (denoiser or self.denoiser)(latents, sigma.to(latents), conditioning["words"])
         return velocity.float()
 
     def decode(self, latents: Tensor) -> Media:

@@ -1,0 +1,44 @@
+"""Promises that every model adapter keeps, as tests which any package can run over its own: needs pytest.
+
+Give a fixture ``case`` and inherit::
+
+    import pytest
+    from branchtree.testing import AdapterCase, ModelAdapterPromises, TrainingPromises
+
+    @pytest.fixture(scope="module")
+    def case() -> AdapterCase:
+        return AdapterCase(model={"adapter": "my_model"}, reward={"reward": "my_reward"}, prompts=("a cat", "a dog"))
+
+    class TestMyModel(ModelAdapterPromises, TrainingPromises):
+        pass
+"""
+
+import pytest
+
+# Before the modules are imported: only then does pytest show the values of a failed assertion in them.
+pytest.register_assert_rewrite(
+    "branchtree.testing.loading",
+    "branchtree.testing.probe",
+    "branchtree.testing.sampling",
+    "branchtree.testing.training",
+    "branchtree.testing.weights",
+)
+
+from branchtree.testing.case import AdapterCase  # noqa: E402
+from branchtree.testing.loading import LoadingPromises  # noqa: E402
+from branchtree.testing.sampling import SamplingPromises  # noqa: E402
+from branchtree.testing.training import TrainingPromises  # noqa: E402
+from branchtree.testing.weights import WeightPromises  # noqa: E402
+
+__all__ = [
+    "AdapterCase",
+    "LoadingPromises",
+    "ModelAdapterPromises",
+    "SamplingPromises",
+    "TrainingPromises",
+    "WeightPromises",
+]
+
+
+class ModelAdapterPromises(LoadingPromises, SamplingPromises, WeightPromises):
+    """What ``branchtree.protocols.ModelAdapter`` asks of the methods of an adapter, taken one by one."""

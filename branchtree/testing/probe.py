@@ -1,0 +1,143 @@
+"""How the promises handle an adapter: loading it, asking it for predictions, comparing, counting rows.
+
+Axis letters: B rows of a batch. ``*latent`` is the shape of one sample's latents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from branchtree.protocols import Condition, Conditioning, ModelAdapter
+from branchtree.testing.case import AdapterCase
+
+CPU = torch.device("cpu")
+SIGMAS = (0.9, 0.3, 0.6, 0.1)
+
+
+def load(case: AdapterCase, dtype: torch.dtype = torch.float32, path: Path | None = None) -> ModelAdapter:
+    """The case's model, or the one that was exported to ``path``, on the CPU and trainable as a whole."""
+    adapter = case.build() if path is None else case.build(**{case.path_key: str(path)})
+    adapter.load(CPU, dtype, dtype)
+    adapter.denoiser.eval().requires_grad_(True)
+    return adapter
+
+
+def load_trained(case: AdapterCase, variant: str, dtype: torch.dtype = torch.float32, seed: int = 5) -> ModelAdapter:
+    """The case's model with other weights than it was loaded with: all of them, or (``"lora"``) its LoRA alone."""
+    adapter = load(case, dtype)
+    if variant == "lora":
+        if case.lora is None:
+            pytest.skip("this model takes no LoRA")
+        adapter.add_lora(case.lora, seed)
+    randomise(adapter.denoiser, seed)
+    return adapter
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, seed: int = 5) -> None:
+    """Move every trainable weight, LoRA's zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
+
+
+def trainable(adapter: ModelAdapter) -> dict[str, nn.Parameter]:
+    """The trainable parameters by name."""
+    return {name: value for name, value in adapter.denoiser.named_parameters() if value.requires_grad}
+
+
+def state(adapter: ModelAdapter) -> dict[str, Tensor]:
+    """A copy of all the denoiser holds."""
+    return {name: value.detach().clone() for name, value in adapter.denoiser.state_dict().items()}
+
+
+def require_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+    """Assert that two sets of named tensors are equal, to the bit and in their dtypes."""
+    assert left.keys() == right.keys()
+    for name, value in left.items():
+        assert value.dtype == right[name].dtype, name
+        assert torch.equal(value, right[name]), f"'{name}' differs"
+
+
+def require_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Assert that two tensors differ by at most ``tolerance`` times the largest number in ``expected``."""
+    assert found.shape == expected.shape
+    scale = max(float(expected.abs().max()), 1e-3)
+    assert float((found.float() - expected.float()).abs().max()) <= tolerance * scale
+
+
+def noise(adapter: ModelAdapter, rows: int) -> Tensor:
+    """Starting latents (B, *latent), another generator for each row."""
+    return torch.stack([adapter.initial_noise(torch.Generator().manual_seed(seed)) for seed in range(rows)])
+
+
+@dataclass(frozen=True)
+class Question:
+    """The arguments of ``predict``: B rows."""
+
+    latents: Tensor  # (B, *latent)
+    sigma: Tensor  # (B,)
+    conditioning: Conditioning
+
+    def __getitem__(self, rows: Sequence[int]) -> Question:
+        chosen = list(rows)
+        conditioning = {name: value[chosen] for name, value in self.conditioning.items()}
+        return Question(self.latents[chosen], self.sigma[chosen], conditioning)
+
+
+def question(adapter: ModelAdapter, conditions: Sequence[Condition]) -> Question:
+    """Four rows that differ in everything: latents, noise level, and the first two conditions in turn."""
+    encoded = adapter.encode(conditions[:2])
+    return Question(
+        noise(adapter, len(SIGMAS)),
+        torch.tensor(SIGMAS),
+        {name: value[[0, 1, 0, 1]] for name, value in encoded.items()},
+    )
+
+
+def ask(adapter: ModelAdapter, asked: Question, denoiser: nn.Module | None = None) -> Tensor:
+    """What the adapter predicts, without a gradient."""
+    with torch.no_grad():
+        return adapter.predict(asked.latents, asked.sigma, asked.conditioning, denoiser)
+
+
+@dataclass
+class Rows:
+    """Rows that went through a module, without and with a gradient."""
+
+    rollout: int = 0
+    gradient: int = 0
+
+
+@contextmanager
+def counted_rows(module: nn.Module) -> Iterator[Rows]:
+    """Count the rows of all that ``module`` returns in this context."""
+    rows = Rows()
+
+    def count(_: nn.Module, arguments: Any, output: Any) -> None:
+        if torch.is_grad_enabled():
+            rows.gradient += _first_axis(output)
+        else:
+            rows.rollout += _first_axis(output)
+
+    handle = module.register_forward_hook(count)
+    try:
+        yield rows
+    finally:
+        handle.remove()
+
+
+def _first_axis(output: Any) -> int:
+    """The length of the first tensor in what a module returned: a tensor, a tuple or a mapping."""
+    if isinstance(output, Tensor):
+        return len(output)
+    return _first_axis(next(iter(output.values())) if isinstance(output, Mapping) else output[0])

@@ -1,0 +1,156 @@
+"""What a rollout asks of an adapter: noise, a time grid, encoded prompts, predictions, decoded samples."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import pytest
+import torch
+
+from branchtree.grid import check_grid
+from branchtree.protocols import ModelAdapter
+from branchtree.testing.case import AdapterCase
+from branchtree.testing.probe import (
+    CPU,
+    SIGMAS,
+    ask,
+    load,
+    noise,
+    question,
+    randomise,
+    require_close,
+    require_same,
+)
+
+NORMAL_NUMBERS = 20_000
+"""How many are drawn to see whether noise is standard normal."""
+
+
+class SamplingPromises:
+    """A sample depends on its own noise, prompt and noise level, and on nothing else."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def loaded(cls, case: AdapterCase) -> ModelAdapter:
+        """The case's model in float32; the tests leave it as it is."""
+        return load(case)
+
+    def test_initial_noise_is_standard_normal(self, loaded: ModelAdapter) -> None:
+        """By the Kolmogorov-Smirnov distance (a false alarm once in 8,000) and the correlation of neighbours."""
+        rows = math.ceil(NORMAL_NUMBERS / noise(loaded, 1).numel())
+        drawn = noise(loaded, rows)
+        assert drawn.dtype == torch.float32 and drawn.device == CPU
+        numbers = drawn.flatten().double()
+        count = len(numbers)
+        uniform = torch.special.ndtr(numbers.sort().values)
+        steps = torch.arange(count + 1, dtype=torch.float64) / count
+        distance = torch.maximum(steps[1:] - uniform, uniform - steps[:-1]).max()
+        assert float(distance) < 2.2 / math.sqrt(count)
+        assert abs(float((numbers[1:] * numbers[:-1]).mean())) < 4 / math.sqrt(count)
+        assert len(numbers.unique()) > 0.99 * count
+
+    def test_initial_noise_comes_from_its_generator_alone(self, loaded: ModelAdapter) -> None:
+        """The same generator gives the same noise whatever torch's global state, which is left as it was."""
+        drawn = []
+        for seed, disturbance in ((3, 0), (3, 1), (4, 0)):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(disturbance)
+                before = torch.get_rng_state()
+                drawn.append(loaded.initial_noise(torch.Generator().manual_seed(seed)))
+                assert torch.equal(torch.get_rng_state(), before)
+        assert torch.equal(drawn[0], drawn[1])
+        assert not torch.equal(drawn[0], drawn[2])
+
+    @pytest.mark.parametrize("steps", [1, 2, 7, 20])
+    def test_its_time_grid_falls_from_one_to_zero(self, loaded: ModelAdapter, steps: int) -> None:
+        """At most 1 at the start, strictly down, exactly 0 at the end; one more noise level than steps."""
+        sigmas = loaded.sigmas(steps)
+        assert sigmas.shape == (steps + 1,) and sigmas.dtype == torch.float32 and sigmas.device == CPU
+        check_grid(sigmas)
+
+    def test_encoding_knows_no_neighbours(self, case: AdapterCase, loaded: ModelAdapter) -> None:
+        """To the bit, since encodings are cached: alone, together, and in another order."""
+        conditions = case.conditions
+        together, alone = loaded.encode(conditions), loaded.encode(conditions[1:2])
+        backwards = loaded.encode(conditions[::-1])
+        for name, rows in together.items():
+            assert rows.is_floating_point() and rows.device == CPU and not rows.requires_grad
+            assert len(rows) == len(conditions)
+            assert torch.equal(rows[1:2], alone[name]), name
+            assert torch.equal(rows, backwards[name].flip(0)), name
+        assert any(not torch.equal(rows[0], rows[1]) for rows in together.values())
+
+    def test_predictions_are_float32_and_repeatable(self, case: AdapterCase, loaded: ModelAdapter) -> None:
+        """Of the latents' shape and finite; the arguments are left as they are."""
+        asked, kept = question(loaded, case.conditions), question(loaded, case.conditions)
+        answer = ask(loaded, asked)
+        assert answer.shape == asked.latents.shape and answer.dtype == torch.float32
+        assert bool(answer.isfinite().all())
+        assert torch.equal(answer, ask(loaded, asked))
+        assert torch.equal(asked.latents, kept.latents) and torch.equal(asked.sigma, kept.sigma)
+        require_same(dict(asked.conditioning), dict(kept.conditioning))
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_rows_do_not_know_their_batch(self, case: AdapterCase, dtype: torch.dtype) -> None:
+        """A row gives the same alone, in company, and in another place of the batch, up to rounding."""
+        adapter = load(case, dtype)
+        asked = question(adapter, case.conditions)
+        together = ask(adapter, asked)
+        backwards = ask(adapter, asked[[3, 2, 1, 0]]).flip(0)
+        alone = torch.cat([ask(adapter, asked[[row]]) for row in range(len(together))])
+        for found in (alone, backwards):
+            require_close(found, together, case.tolerance[dtype])
+
+    def test_a_prediction_depends_on_all_that_is_given(self, case: AdapterCase) -> None:
+        """Latents, noise level and condition; the weights are moved first, in case some start at zero."""
+        adapter = load(case)
+        randomise(adapter.denoiser)
+        asked = question(adapter, case.conditions)[[0]]
+        other = question(adapter, case.conditions)[[1]]
+        answer = ask(adapter, asked)
+        for changed in (
+            (other.latents, asked.sigma, asked.conditioning),
+            (asked.latents, other.sigma, asked.conditioning),
+            (asked.latents, asked.sigma, other.conditioning),
+        ):
+            with torch.no_grad():
+                assert not torch.allclose(adapter.predict(*changed), answer, rtol=0, atol=1e-6)
+
+    def test_a_frozen_copy_can_be_predicted_with(self, case: AdapterCase) -> None:
+        """The module that is handed in answers, whatever has become of the adapter's own."""
+        adapter = load(case)
+        asked = question(adapter, case.conditions)
+        frozen = copy.deepcopy(adapter.denoiser).requires_grad_(False)
+        before = ask(adapter, asked)
+        randomise(adapter.denoiser)
+        assert torch.equal(ask(adapter, asked, frozen), before)
+        assert not torch.equal(ask(adapter, asked), before)
+
+    def test_decoded_samples_are_media(self, loaded: ModelAdapter) -> None:
+        """Float32 in [0, 1], of the adapter's modality, and different for different latents."""
+        latents = noise(loaded, len(SIGMAS))
+        media = loaded.decode(latents)
+        assert media.modality == loaded.modality and len(media) == len(latents)
+        assert media.pixels.ndim == (4 if media.modality == "image" else 5)
+        assert media.pixels.dtype == torch.float32 and not media.pixels.requires_grad
+        assert 0 <= float(media.pixels.min()) < float(media.pixels.max()) <= 1
+        assert media.modality == "image" or (media.fps or 0) > 0
+        assert not torch.equal(media.pixels[0], media.pixels[1])
+
+    def test_a_sample_is_decoded_the_same_in_any_batch(self, case: AdapterCase, loaded: ModelAdapter) -> None:
+        """However the adapter or a recipe's ``batch.decode_rows`` cuts a batch up."""
+        latents = noise(loaded, len(SIGMAS))
+        together = loaded.decode(latents).pixels
+        pieces = torch.cat([loaded.decode(latents[first : first + 1]).pixels for first in range(len(latents))])
+        require_close(pieces, together, case.tolerance[torch.float32])
+
+    def test_frozen_parts_can_be_released_and_used_again(self, case: AdapterCase) -> None:
+        """With the same results, to the bit."""
+        adapter = load(case)
+        latents = noise(adapter, 2)
+        encoded, decoded = adapter.encode(case.conditions), adapter.decode(latents).pixels
+        adapter.release_frozen()
+        require_same(dict(encoded), dict(adapter.encode(case.conditions)))
+        adapter.release_frozen()
+        assert torch.equal(decoded, adapter.decode(latents).pixels)

@@ -1,0 +1,158 @@
+"""What is measured of a clip's motion, and the factors that the motion rewards are products of.
+
+Axis letters: N clips, F frames, S = F - 1 steps from frame to frame. Displacements are (x, y) in pixels of the frame
+they were measured in; y grows downwards.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+WINDOW = 9  # frames: a longer clip is measured in windows of this length
+STRIDE = 4  # frames from one window to the next
+FAINT = 1e-4  # squared difference of grey levels: a contrast below its root is none
+LEAST_SEEN = 0.25  # of a subject: what is left of one that leaves the frame counts in full down to this part
+NOISE = 1e-6  # squared difference of grey levels
+ROUGH = 0.2  # the roughness at which half of smoothness is left
+BOUNCE = 0.25  # the weight of plain acceleration beside excess steps: little, so that a bounce costs little
+
+
+@dataclass(frozen=True)
+class Motion:
+    """What happens in N clips."""
+
+    steps: Tensor  # (N, S, 2), the displacement of the whole
+    speed: Tensor  # (N, S), the mean length of the displacements of its parts
+    excess: Tensor  # (N, S), the mean length of excess_steps of its parts
+    acceleration: Tensor  # (N, S - 1), the mean length of the change from a step to the next
+    match: Tensor  # (N, S), how well the first frame's content is found again in each later frame, from 0 to 1
+
+
+Measure = Callable[[Tensor], Motion]
+"""Measures clips (N, F, C, H, W), float in [0, 1]."""
+
+
+def windows(videos: Tensor) -> Tensor:
+    """Cut videos (B, F, ...) into overlapping windows (B, M, at most 9, ...); the last one ends with the video."""
+    frames = videos.shape[1]
+    if frames <= WINDOW:
+        return videos.unsqueeze(1)
+    starts = [*range(0, frames - WINDOW, STRIDE), frames - WINDOW]
+    return torch.stack([videos[:, start : start + WINDOW] for start in starts], dim=1)
+
+
+def excess_steps(steps: Tensor) -> Tensor:
+    """How far each step lies, per axis, from the median of itself and its two neighbours.
+
+    A velocity that rises or falls monotonically over three steps is its own median: a straight path, a slow turn, and
+    a bounce off an edge (v, v, -v, -v, or v, v, a, -v, -v with a between them) have no excess. A jump, a stutter, a
+    reversal at each frame and noise have. At the ends the neighbour that is missing is extrapolated from the two
+    nearest medians (Tukey 1977, the end-point rule).
+
+    Args:
+        steps: (S, ...), S >= 2: the steps along the first axis. Of two steps each is half their difference off.
+
+    Returns:
+        The differences, of the same shape.
+    """
+    if len(steps) < 3:
+        return (steps - steps.flip(0)) / 2
+    inner = _median3(steps[:-2], steps[1:-1], steps[2:])
+    second, last_but_one = (inner[1:2], inner[-2:-1]) if len(inner) > 1 else (inner, inner)
+    first = _median3(steps[:1], inner[:1], 3 * inner[:1] - 2 * second)
+    last = _median3(steps[-1:], inner[-1:], 3 * inner[-1:] - 2 * last_but_one)
+    return steps - torch.cat([first, inner, last])
+
+
+def _median3(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
+    return torch.maximum(torch.minimum(a, b), torch.minimum(torch.maximum(a, b), c))
+
+
+def match(found: Tensor, first: Tensor, weight: Tensor, seen: Tensor) -> Tensor:
+    """How well content is found again: max(0, 1 - ||found - first|| / ||first - its mean||), weighted norms.
+
+    1 where it is unchanged, 0 where it differs as much as a flat field of its mean colour would. Content that never
+    had any contrast cannot be found again: 0. If less than a quarter of the weight is still in the frame, the result
+    falls in proportion.
+
+    Args:
+        found: (N, S, C, H, W), the content of later frames brought back to its place in the first.
+        first: (N, C, H, W), the first frames.
+        weight: (N, H, W), which pixels matter.
+        seen: Bool (N, S, H, W), false where the content has left the frame.
+
+    Returns:
+        (N, S) from 0 to 1.
+    """
+    share = weight[:, None] * seen
+    total = share.sum(dim=(2, 3))
+    share = (share / total.clamp_min(1e-20)[:, :, None, None])[:, :, None]
+    mean = (share * first[:, None]).sum(dim=(3, 4), keepdim=True)
+    contrast = (share * (first[:, None] - mean).square()).sum(dim=(2, 3, 4))
+    difference = (share * (found - first[:, None]).square()).sum(dim=(2, 3, 4))
+    floor = FAINT * first.shape[1]
+    kept = (1 - torch.sqrt((difference + 1e-4 * floor) / (contrast + floor))).clamp_min(0)
+    kept = kept * contrast / (contrast + floor)
+    return kept * (total / weight.sum(dim=(1, 2))[:, None] / LEAST_SEEN).clamp_max(1)
+
+
+def explained(moved: Tensor, stayed: Tensor, seen: Tensor) -> Tensor:
+    """How much better content is explained by moving than by staying, as the square of a contrast.
+
+    ((S - M) / (S + M))^2 where S > M, else 0: M sums the squared differences from the first frame of what has moved,
+    S of what lies still, over the frames in which the moved content is seen. It is near 1 on a subject and 0 on the
+    background, also on background that the subject comes to cover.
+
+    Args:
+        moved, stayed: (N, S, H, W), the squared differences.
+        seen: Bool (N, S, H, W).
+
+    Returns:
+        (N, H, W) from 0 to 1.
+    """
+    left, kept = (moved * seen).sum(dim=1), (stayed * seen).sum(dim=1)
+    gain: Tensor = ((kept - left) / (kept + left + NOISE)).clamp_min(0)
+    return gain.square()
+
+
+def smooth_motion(motion: Motion, side: int, speed: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The three factors of good motion, of each clip (N,), each from 0 to 1.
+
+    With v_t the speed of step t, s = speed * side, e_t the excess and a_t the acceleration:
+
+        moving   = mean_t v_t^2 / (v_t^2 + s^2)
+        rough    = (sqrt(mean_t e_t^2) + 0.25 mean_t a_t) / (median_t v_t + s)
+        smooth   = 1 / (1 + (rough / 0.2)^2)
+        constant = min_t match_t
+
+    Args:
+        motion: Of N clips.
+        side: The frames' shorter side in pixels.
+        speed: The speed that has half of ``moving``, in shorter sides a frame.
+
+    Returns:
+        moving, smooth, constant.
+    """
+    least = speed * side
+    moving = (motion.speed.square() / (motion.speed.square() + least**2)).mean(dim=1)
+    rough = motion.excess.square().mean(dim=1).sqrt() + BOUNCE * motion.acceleration.mean(dim=1)
+    smooth = 1 / (1 + (rough / (motion.speed.median(dim=1).values + least) / ROUGH).square())
+    return moving, smooth, motion.match.min(dim=1).values
+
+
+def agreement(steps: Tensor, directions: Tensor) -> Tensor:
+    """How far displacements go as told: (|sum_t d_t| + (sum_t d_t) . n) / (2 sum_t |d_t|), from 0 to 1.
+
+    1 on a straight path along n, (1 + cos angle) / 2 on another straight path, 0 on one the other way and on one
+    that returns to where it began.
+
+    Args:
+        steps: (N, S, 2), the displacements d_t.
+        directions: (N, 2), the unit vectors n.
+    """
+    whole = steps.sum(dim=1)
+    length = steps.norm(dim=-1).sum(dim=1)
+    towards: Tensor = (whole.norm(dim=-1) + (whole * directions).sum(dim=-1)) / (2 * length).clamp_min(1e-6)
+    return towards.clamp(0, 1)
