@@ -15,7 +15,7 @@ FRAMES = 9
 GLYPH_SIZE = 16  # pixels: each pixel of a glyph covers 2x2 of a frame
 REACH = 9.0  # of a glyph's centre from the frame's: here its ink touches the edge
 HELD_OUT_GLYPHS = 200
-JITTER = 0.7  # pixels: the deviation of each frame of a clip that jitters
+JITTER = 0.6  # pixels: the deviation of each frame of a clip that jitters
 
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 """Unit steps (x, y); y grows downwards."""

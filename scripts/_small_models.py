@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
+from torch import nn
 from transformers import T5TokenizerFast
 
 
@@ -25,6 +27,15 @@ def save_pipeline(pipeline: Any, output: Path, t5_tokenizer: str) -> None:
     rewrite_json(output / "model_index.json", **{t5_tokenizer: ["transformers", "T5TokenizerFast"]})
     for file in output.rglob("*.safetensors"):
         file.chmod(0o644)
+
+
+def write_clip_weights(encoder: nn.Module, folder: Path, prefix: str) -> None:
+    """Write a CLIP encoder's weights under prefixed names, which transformers 4 needs and 5 does not mind.
+
+    From what transformers 5 writes, version 4 would load an encoder with random weights.
+    """
+    weights = {f"{prefix}.{name}": value for name, value in encoder.state_dict().items()}
+    (folder / "model.safetensors").write_bytes(safetensors.torch.save(weights, metadata={"format": "pt"}))
 
 
 def rewrite_json(file: Path, **changes: object) -> None:

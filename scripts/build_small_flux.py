@@ -13,11 +13,10 @@ from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
 
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from _digits import IMAGE_SIZE, ROOT, digit_images, prompts_by_digit, random_shift, read_prompts, words
-from _small_models import build_t5_tokenizer, rewrite_json, save_pipeline
+from _small_models import build_t5_tokenizer, rewrite_json, save_pipeline, write_clip_weights
 from branchtree_rewards._digit_classifier import load_classifier, to_network_input
 from branchtree_rewards.digits import DIGIT_WORDS
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
@@ -270,12 +269,10 @@ def train_flow(pipeline: FluxPipeline, images: Tensor, labels: Tensor, groups: S
 def save(pipeline: FluxPipeline, output: Path) -> None:
     """Write the pipeline in a layout that transformers 4 and 5 read alike.
 
-    From what transformers 5 writes, version 4 would load a CLIP encoder with random weights and no tokenizers.
+    From what transformers 5 writes, version 4 would load no CLIP tokenizer.
     """
     save_pipeline(pipeline, output, "tokenizer_2")
-    clip_weights = {f"text_model.{name}": value for name, value in pipeline.text_encoder.state_dict().items()}
-    clip_bytes = safetensors.torch.save(clip_weights, metadata={"format": "pt"})
-    (output / "text_encoder/model.safetensors").write_bytes(clip_bytes)
+    write_clip_weights(pipeline.text_encoder, output / "text_encoder", "text_model")
     bpe = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())["model"]
     (output / "tokenizer/vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
     merges = "".join(f"{left} {right}\n" for left, right in bpe["merges"])

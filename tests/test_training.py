@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import FluxPipeline
+from diffusers import DiffusionPipeline, FluxPipeline, WanImageToVideoPipeline
 from tiny_flux import tiny_flux
 from training_runs import largest_difference, metrics, small, weights
 
@@ -25,6 +25,7 @@ from branchtree.training.session import make_accelerator, open_session, read_inp
 from branchtree.training.trainer import Trainer
 
 LORA = {"lora.rank": 4, "lora.alpha": 8}
+SMALL_WAN = Path(__file__).parents[1] / "adapters/branchtree_adapters/assets/moving_digits_wan"
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,12 @@ def test_every_recipe_trains_its_small_version(name: str, tmp_path: Path) -> Non
     changes = {"evaluation.limit": 2, "evaluation.noises": 1, "run.sample_prompts": 2}
     result = train(name, changes, smoke=True, output=tmp_path / "run")
     assert result.finished and result.before is not None
-    FluxPipeline.from_pretrained(tmp_path / "run/final")
+    final = tmp_path / "run/final"
+    if load_recipe(name, smoke=True).lora:
+        pipeline = WanImageToVideoPipeline.from_pretrained(SMALL_WAN)
+        pipeline.load_lora_weights(final)
+    else:
+        DiffusionPipeline.from_pretrained(final)
 
 
 def test_later_steps_of_an_iteration_see_the_weights_move(model: Path, tmp_path: Path) -> None:
