@@ -166,6 +166,16 @@ def own_storage(module: nn.Module, device: torch.device) -> None:
         tensor.data = tensor.detach().to(device, copy=True)
 
 
+@torch.no_grad()
+def channels_last(module: nn.Module) -> None:
+    """Lay the weights of convolutions over images and videos out with channels last, which a CPU is fastest in."""
+    layouts = {nn.Conv2d: torch.channels_last, nn.Conv3d: torch.channels_last_3d}
+    for part in module.modules():
+        for kind, layout in layouts.items():
+            if isinstance(part, kind):
+                part.weight.data = part.weight.detach().contiguous(memory_format=layout)
+
+
 def on_device(module: Any, device: torch.device) -> Any:
     """Move ``module`` (a diffusers or transformers model) to ``device`` unless it is there: asking costs much less."""
     return module if module.device == device else module.to(device)

@@ -127,7 +127,7 @@ class Flux(PipelineAdapter):
         loaded = shared.load_pipeline(FluxPipeline, source, dtype, "transformer", denoiser_dtype)
         self._grid(loaded.vae_scale_factor)
         self._keep(loaded, device, denoiser_dtype)
-        loaded.vae.to(memory_format=torch.channels_last)  # the layout its convolutions are fastest in
+        shared.channels_last(loaded.vae)
 
     @torch.no_grad()
     def encode(self, conditions: Sequence[Condition]) -> Conditioning:

@@ -119,6 +119,8 @@ class Wan(PipelineAdapter):
         found = {INDEX: loaded.config, TRANSFORMER: loaded.transformer.config, VAE: loaded.vae.config}
         self._layout = lay_out(self.config, found)
         self._keep(loaded, device, denoiser_dtype)
+        if device.type == "cpu":
+            shared.channels_last(loaded.vae)
 
     @torch.no_grad()
     def encode(self, conditions: Sequence[Condition]) -> Conditioning:

@@ -17,7 +17,8 @@ SMOOTHING = 0.7  # deviation, in pixels, of the blur before matching
 PASSES = 3  # of matching, each with a better idea of where the subject is
 LEAST_OVERLAP = 0.25  # of the subject's weight: a displacement that pushes more of it out of the frame is not tried
 NEARNESS = 4.0  # of the contrast: the cost of a step as long as the frame's diagonal
-REFINEMENTS = (0.5, 0.5, 0.5, 0.25)  # pixels between the points of the parabolas
+REFINEMENTS = (0.5, 0.5, 0.25)  # pixels between the points of the paraboloids
+FLAT = 0.02  # of the product of its bends: a paraboloid with a smaller determinant has no certain minimum
 SPREAD = 3.0  # deviation, in pixels, of the blur of a subject's weights: an outline alone may be straight
 LEAST = 1e-3  # the weight that a pixel keeps however badly it is explained
 
@@ -54,7 +55,7 @@ def track(clips: Tensor) -> Track:
     minimises the mean of (I_0(x) - I_t(x + u))^2 with these weights, what leaves the frame being charged with the
     subject's own contrast, and a little for the distance from the frame before. Pixels that such displacements explain
     no better than staying where they are then lose their weight, and the search is repeated. At last the minimum is
-    found to a fraction of a pixel, by parabolas.
+    found to a fraction of a pixel.
     """
     clips = clips - clips[:, :1].mean(dim=(2, 3), keepdim=True)
     padded = (2 * clips.shape[-2], 2 * clips.shape[-1])
@@ -79,14 +80,32 @@ def _change(clips: Tensor) -> Tensor:
 
 
 def _refined(clips: Tensor, subject: Tensor, displacement: Tensor) -> Tensor:
-    """Displacements (N, F, 2) moved to the minimum of the cost between pixels, by parabolas along x and along y."""
+    """Displacements (N, F, 2) moved to the minimum of the cost between pixels, by paraboloids through six points."""
     spots = _spots(clips, subject)
     for reach in REFINEMENTS:
-        offsets = reach * clips.new_tensor([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1)])
-        middle, left, right, above, below = (_cost(clips, spots, displacement + offset) for offset in offsets)
-        step = torch.stack([_vertex(left, middle, right), _vertex(above, middle, below)], dim=-1)
-        displacement = displacement + reach * step
+        offsets = reach * clips.new_tensor([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (1, 1)])
+        costs = torch.stack([_cost(clips, spots, displacement + offset) for offset in offsets])
+        displacement = displacement + reach * _lowest_point(costs)
     return displacement
+
+
+def _lowest_point(costs: Tensor) -> Tensor:
+    """Where the paraboloid through (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1) and (1, 1) is least, within +-1/2.
+
+    ``costs`` are its values there, (6, ...); the result is (..., 2). Where it has no minimum, x and y are taken apart:
+    a slanted stroke has one long valley, which needs both.
+    """
+    middle, left, right, above, below, corner = costs
+    slope_x, slope_y = (right - left) / 2, (below - above) / 2
+    bend_x, bend_y = left - 2 * middle + right, above - 2 * middle + below
+    twist = corner - right - below + middle
+    determinant = bend_x * bend_y - twist**2
+    bowl = (bend_x > 0) & (bend_y > 0) & (determinant > FLAT * bend_x * bend_y)
+    safe = determinant.where(bowl, torch.ones_like(determinant))
+    joint = torch.stack([twist * slope_y - bend_y * slope_x, twist * slope_x - bend_x * slope_y], dim=-1)
+    apart = torch.stack([_vertex(left, middle, right), _vertex(above, middle, below)], dim=-1)
+    point: Tensor = (joint / safe.unsqueeze(-1)).where(bowl.unsqueeze(-1), apart)
+    return point.clamp(-0.5, 0.5)
 
 
 @dataclass(frozen=True)

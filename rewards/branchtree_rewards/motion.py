@@ -1,4 +1,4 @@
-"""The rewards `motion_smoothness` and `motion_direction`: motion measured on pixels, with no weights to load.
+"""The rewards `motion_smoothness`, `motion_direction` and `motion_displacement`: motion on pixels, without weights.
 
 Each can be measured in two ways that share no estimator: "flow" follows every pixel by dense optical flow, "subject"
 finds what moves again as a whole. One can be trained against while the other checks. Frames are shrunk to at most 128
@@ -6,10 +6,11 @@ pixels on the longer side. Clips of more than 9 frames are measured in windows o
 counts on average, smoothness and constancy where they are worst.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import pydantic
 import torch
@@ -49,28 +50,18 @@ class MotionConfig(pydantic.BaseModel, extra="forbid", frozen=True):
 
 @dataclass(frozen=True)
 class _Judged:
-    """Verdicts on B videos."""
+    """What was measured of B videos in M windows of S steps."""
 
     quality: Tensor  # (B,), moving * smooth * constant * first
-    steps: Tensor  # (B, S, 2), the displacements of all windows
+    steps: Tensor  # (B, M, S, 2), displacements in shorter sides of the frame
     finite: Tensor  # bool (B,)
 
 
-class MotionSmoothness:
-    """Scores how smoothly each video moves, from 0 to 1.
-
-        score = moving * smooth * constant * first
-
-    moving grows with the speed of what moves and nears 1 above a few hundredths of the frame a frame; smooth falls with
-    steps that stand out from the steps around them, and a little with acceleration, both relative to the speed;
-    constant is how well the first frame's content is found again along its path in the frame that keeps it worst;
-    first is how well frame 0 shows the condition's first frame, where it has one. The formulas are those of
-    `smooth_motion` and `match`. A still, a vanishing, a replaced or a blank video scores about 0.
-
-    A path that bounces off an edge once has no step that stands out: it scores up to a sixth less than a straight one.
-    """
+class _MotionReward(ABC):
+    """What the rewards share: their settings, what they take, and the measurement."""
 
     modalities: frozenset[str] = frozenset({"video"})
+    name: ClassVar[str]
 
     def __init__(self, config: MotionConfig) -> None:
         self._config = config
@@ -82,26 +73,49 @@ class MotionSmoothness:
 
     @torch.no_grad()
     def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        """Score video i; its condition gives the frame it is to start from, if any.
+        """Score video i under condition i.
 
         Args:
             media: Its `videos` are float (B, F, C, H, W) in [0, 1] with F >= 3 frames of at least 8x8 pixels.
             conditions: B conditions. Of `image` or `video`, the first frame is read and resized to the frames' size.
 
         Returns:
-            `values` float32 (B,) from 0 to 1 and `valid` bool (B,), on the device. A video that is not finite is not
-            valid; its value means nothing.
+            `values` float32 (B,) and `valid` bool (B,), on the device. A video that is not finite is not valid, and
+            neither is an item whose prompt lacks what the reward asks for; its value means nothing.
 
         Raises:
             RuntimeError: `load` was not called.
             ValueError: `media` holds no videos, they have another shape, or there are not B conditions.
             DataError: a condition's image or video cannot be read.
         """
-        judged = _judge(self._config, "motion_smoothness", self._device, media, conditions)
+        return self._scores(_judge(self._config, self.name, self._device, media, conditions), conditions)
+
+    @abstractmethod
+    def _scores(self, judged: _Judged, conditions: Sequence[Condition]) -> Scores:
+        """The scores of what was measured."""
+
+
+class MotionSmoothness(_MotionReward):
+    """Scores how smoothly each video moves, from 0 to 1.
+
+        score = moving * smooth * constant * first
+
+    moving grows with the speed of what moves and nears 1 above a few hundredths of the frame a frame; smooth falls with
+    steps that stand out from the steps around them, and a little with acceleration, both relative to the speed;
+    constant is how well the first frame's content is found again along its path in the frame that keeps it worst;
+    first is the square of how well frame 0 matches the condition's first frame, where it has one. The formulas are
+    those of `smooth_motion` and `match`. A still, a vanishing, a replaced or a blank video scores about 0.
+
+    A path that bounces off an edge once has no step that stands out: it scores up to a sixth less than a straight one.
+    """
+
+    name = "motion_smoothness"
+
+    def _scores(self, judged: _Judged, conditions: Sequence[Condition]) -> Scores:
         return Scores(values=judged.quality, valid=judged.finite)
 
 
-class MotionDirection:
+class MotionDirection(_MotionReward):
     """Scores whether each video moves smoothly in the direction that its prompt names, from 0 to 1.
 
         score = motion_smoothness * (|D| + D . n) / (2 L)
@@ -111,31 +125,33 @@ class MotionDirection:
     (1 + cos angle) / 2: 1 as told, 1/2 across, 0 the other way. A path that returns to where it began has no direction
     and scores 0. As the score of smooth motion is a factor, a video that stands still, jumps, fades out or starts from
     another frame earns nothing by it, not even against one that moves the wrong way.
+
+    An item whose prompt does not name exactly one direction (see `named_direction`) is not valid.
     """
 
-    modalities: frozenset[str] = frozenset({"video"})
+    name = "motion_direction"
 
-    def __init__(self, config: MotionConfig) -> None:
-        self._config = config
-        self._device: torch.device | None = None
-
-    def load(self, device: torch.device) -> None:
-        """Measure on `device`; call once before `score`."""
-        self._device = device
-
-    @torch.no_grad()
-    def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        """Score video i against the direction named by the prompt of condition i.
-
-        Arguments, result and errors are those of `MotionSmoothness.score`. An item whose prompt does not name exactly
-        one direction (see `named_direction`) is not valid either.
-        """
-        judged = _judge(self._config, "motion_direction", self._device, media, conditions)
+    def _scores(self, judged: _Judged, conditions: Sequence[Condition]) -> Scores:
         directions = [named_direction(condition.prompt) for condition in conditions]
         told = torch.tensor([way is not None for way in directions], dtype=torch.bool, device=judged.finite.device)
         towards = judged.steps.new_tensor([way or (0.0, 0.0) for way in directions])
-        values = judged.quality * agreement(judged.steps, towards)
+        values = judged.quality * agreement(judged.steps.flatten(1, 2), towards)
         return Scores(values=values, valid=judged.finite & told)
+
+
+class MotionDisplacement(_MotionReward):
+    """Measures how far each video's content gets from where it starts, in shorter sides of the frame.
+
+        score = mean over windows of |D|
+
+    with D the sum of the displacements in a window of at most 9 frames. It says nothing about how: it is to watch a run
+    by, since whoever is paid for smoothness may learn to move less.
+    """
+
+    name = "motion_displacement"
+
+    def _scores(self, judged: _Judged, conditions: Sequence[Condition]) -> Scores:
+        return Scores(values=judged.steps.sum(dim=2).norm(dim=-1).mean(dim=1), valid=judged.finite)
 
 
 def _judge(
@@ -154,16 +170,20 @@ def _judge(
 
 
 def _measured(cut: Tensor, config: MotionConfig) -> tuple[Tensor, Tensor]:
-    """moving * smooth * constant (B,) of windows (B, M, F, C, H, W), and all their steps (B, S, 2)."""
+    """moving * smooth * constant (B,) of windows (B, M, F, C, H, W), and their steps (B, M, S, 2) in shorter sides."""
+    side = min(cut.shape[-2:])
     motion = MEASURES[config.measure](cut.flatten(0, 1))
-    factors = smooth_motion(motion, min(cut.shape[-2:]), config.speed)
-    moving, smooth, constant = (factor.view(cut.shape[:2]) for factor in factors)
+    moving, smooth, constant = (factor.view(cut.shape[:2]) for factor in smooth_motion(motion, side, config.speed))
     quality = moving.mean(dim=1) * smooth.amin(dim=1) * constant.amin(dim=1)
-    return quality, motion.steps.reshape(len(cut), -1, 2)
+    return quality, motion.steps.unflatten(0, cut.shape[:2]) / side
 
 
 def _first_match(frames: Tensor, conditions: Sequence[Condition]) -> Tensor:
-    """How well frames (B, C, H, W) show the first frames of their conditions, (B,); 1 for a condition without one."""
+    """How well frames (B, C, H, W) show the first frames of their conditions, (B,); 1 for a condition without one.
+
+    The match is squared: a first frame that is left out is only one step away from the next one, which then stands in
+    its place.
+    """
     read: dict[tuple[Path | None, Path | None], Tensor | None] = {}
     matches = []
     for frame, condition in zip(frames, conditions, strict=True):
@@ -178,7 +198,7 @@ def _first_match(frames: Tensor, conditions: Sequence[Condition]) -> Tensor:
 def _likeness(frame: Tensor, wanted: Tensor) -> Tensor:
     seen = torch.ones_like(frame[:1]).unsqueeze(0)
     found = blur(frame, FIRST_BLUR)[None, None]
-    return match(found, blur(wanted, FIRST_BLUR)[None], seen[0], seen.bool()).squeeze()
+    return match(found, blur(wanted, FIRST_BLUR)[None], seen[0], seen.bool()).square().squeeze()
 
 
 def _wanted_frame(condition: Condition, like: Tensor) -> Tensor | None:
@@ -215,7 +235,7 @@ def _checked_videos(media: Media, count: int, name: str) -> Tensor:
 
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
-    """Add `motion_smoothness` and `motion_direction` to the registry."""
+    """Add the three rewards to the registry."""
     register(
         "motion_smoothness",
         build=MotionSmoothness,
@@ -227,4 +247,10 @@ def register_rewards(register: Callable[..., None]) -> None:
         build=MotionDirection,
         config=MotionConfig,
         summary="Smooth motion in the direction that the prompt names, from 0 to 1, measured in the same ways.",
+    )
+    register(
+        "motion_displacement",
+        build=MotionDisplacement,
+        config=MotionConfig,
+        summary="How far what moves gets from where it starts: a figure to watch, measured in the same ways.",
     )
