@@ -113,6 +113,19 @@ def pan(seed: int, path: Tensor, height: int, width: int) -> Tensor:
     return placed(texture(seed, height + reach, width + reach, min(height, width) / 16), path, height, width)[0]
 
 
+def turning(seeds: Sequence[int], degrees: float, frames: int, size: int) -> Tensor:
+    """Squares of texture that turn about their middle by so much a frame: (B, F, 3, S, S)."""
+    angle = torch.deg2rad(degrees * torch.arange(frames))
+    nought = torch.zeros(frames)
+    turn = torch.stack([angle.cos(), -angle.sin(), nought, angle.sin(), angle.cos(), nought], dim=1) / 1.5
+    grid = F.affine_grid(turn.view(-1, 2, 3), [frames, 3, size, size], align_corners=False)
+    images = [texture(seed, 3 * size // 2, 3 * size // 2, size / 12) for seed in seeds]
+    drawn = [
+        F.grid_sample(image.expand(frames, -1, -1, -1), grid, mode="bicubic", align_corners=False) for image in images
+    ]
+    return torch.stack(drawn).clamp(0, 1)
+
+
 def patch(seed: int, path: Tensor, height: int, width: int) -> Tensor:
     """A textured square, a third of the frame's shorter side, before a still textured background: (F, 3, H, W)."""
     side = min(height, width) // 3

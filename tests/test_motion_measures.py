@@ -83,6 +83,15 @@ def test_a_long_jump_is_measured(measure: Measure) -> None:
     assert errors(measure, videos, paths).max() < 0.15
 
 
+def test_only_flow_sees_a_turn_on_the_spot() -> None:
+    motion, of_the_whole = (measure(clips.turning(range(4), 2.0, 9, 48)) for measure in MEASURES.values())
+    assert motion.steps.norm(dim=-1).max() < 0.1
+    # At 2 degrees a frame, a pixel r from the middle moves by r * pi / 90; r averages 0.38 of the side over a square.
+    assert torch.allclose(motion.speed, torch.tensor(0.38 * 48 * math.pi / 90), rtol=0.3)
+    assert motion.match.min() > 0.7
+    assert of_the_whole.match.amin(dim=1).max() < 0.3
+
+
 def test_flow_is_dense() -> None:
     path = clips.line((1.3, -0.6), 2)
     frames = clips.pan(3, path, 64, 96).mean(dim=1, keepdim=True)
@@ -103,8 +112,9 @@ def test_the_lowest_point_of_a_paraboloid_is_found(twist: float) -> None:
 
 def test_a_valley_is_crossed_along_its_axes() -> None:
     points = torch.tensor([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (1, 1)], dtype=torch.float32)
-    along_x_only = (points[:, 0] - 0.25) ** 2
-    assert torch.allclose(_lowest_point(along_x_only[:, None])[0], torch.tensor([0.25, 0.0]))
+    straight, slanted = (points[:, 0] - 0.25) ** 2, (points.sum(dim=1) - 0.25) ** 2
+    found = _lowest_point(torch.stack([straight, slanted], dim=1))
+    assert torch.allclose(found, torch.tensor([[0.25, 0.0], [0.25, 0.25]]))
 
 
 @measures

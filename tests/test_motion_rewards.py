@@ -170,6 +170,15 @@ def test_larger_frames_score_like_small_ones(measure: str) -> None:
     assert torch.allclose(scores(reward, larger.unflatten(0, (16, 9)), told(real.directions)), small, atol=0.1)
 
 
+def test_the_measures_are_the_ones_named() -> None:
+    videos = clips.turning(range(4), 4.0, 9, 48)
+    by_flow, by_subject = (
+        scores(loaded("motion_smoothness", m), videos, told(["left"] * 4)) for m in ("flow", "subject")
+    )
+    assert by_flow.min() > 0.5
+    assert by_subject.max() < 0.3
+
+
 @pytest.mark.parametrize("speed", [0.01, 0.05])
 def test_the_speed_that_earns_half_can_be_set(speed: float) -> None:
     path = clips.line((speed * 32, 0.0), 9, start=(-speed * 128, 0.0))
@@ -206,6 +215,9 @@ def test_a_video_that_does_not_start_from_its_image_scores_below(
     assert torch.allclose(kept, unasked, atol=0.02 if size == 32 else 0.15)
     assert left_out.max() < kept.min() - 0.1
     assert another.max() < kept.min() - 0.3
+    mixed = scores(reward, videos[:2, :-1], [conditions[1], told(real.directions)[1]])
+    assert mixed[0] < kept.min() - 0.3
+    assert torch.allclose(mixed[1], unasked[1], atol=1e-6)
 
 
 def test_an_image_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:

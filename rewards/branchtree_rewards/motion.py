@@ -106,7 +106,7 @@ class MotionSmoothness(_MotionReward):
     first is the square of how well frame 0 matches the condition's first frame, where it has one. The formulas are
     those of `smooth_motion` and `match`. A still, a vanishing, a replaced or a blank video scores about 0.
 
-    A path that bounces off an edge once has no step that stands out: it scores up to a sixth less than a straight one.
+    A path that bounces off an edge once has no step that stands out: it scores about a tenth less than a straight one.
     """
 
     name = "motion_smoothness"
