@@ -165,15 +165,23 @@ def test_euler_rollout_is_the_pipelines(
     assert (ours - theirs).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("guidance", [1.0, 5.0])
 @pytest.mark.parametrize("kind", [SAME[0], BOTH])
 def test_euler_rollout_to_a_last_frame_is_the_pipelines(
-    folder: Callable[[Kind], Path], conditions: list[Condition], with_last: list[Condition], kind: Kind
+    folder: Callable[[Kind], Path],
+    conditions: list[Condition],
+    with_last: list[Condition],
+    kind: Kind,
+    guidance: float,
 ) -> None:
-    adapter, pipeline = load(folder(kind), kind), pipeline_of(folder(kind), kind)
-    ours = rollout(adapter, with_last)
-    assert (ours - reference(pipeline, with_last)).abs().max() <= 1e-5
+    if guidance == 1:
+        with_last = [replace(condition, negative_prompt=None) for condition in with_last]
+    negative = "jitter" if guidance > 1 else ""
+    adapter = load(folder(kind), kind, guidance=guidance, negative_prompt=negative)
+    pipeline, ours = pipeline_of(folder(kind), kind), rollout(adapter, with_last)
+    assert (ours - reference(pipeline, with_last, guidance=guidance)).abs().max() <= 1e-5
     if not kind.both_images:
-        assert (ours - reference(pipeline, conditions)).abs().max() > 1e-2
+        assert (ours - reference(pipeline, conditions, guidance=guidance)).abs().max() > 1e-2
 
 
 def test_a_last_frame_beside_the_first_ones_embedding(
