@@ -28,7 +28,7 @@ def tiny_flux(folder: Path, *, guidance_embeds: bool = True, dynamic_shift: bool
             text_encoder=CLIPTextModel(_clip_config()).eval(),
             tokenizer=_clip_tokenizer(folder / "clip_files"),
             text_encoder_2=T5EncoderModel(_t5_config()).eval(),
-            tokenizer_2=_t5_tokenizer(folder / "t5_files"),
+            tokenizer_2=t5_tokenizer(folder / "t5_files"),
             transformer=_transformer(guidance_embeds),
         )
         pipeline.save_pretrained(folder / "pipeline")
@@ -80,7 +80,7 @@ def _clip_config() -> CLIPTextConfig:
 
 def _t5_config() -> T5Config:
     return T5Config(
-        vocab_size=len(_t5_vocabulary()),
+        vocab_size=len(t5_vocabulary()),
         d_model=32,
         d_ff=48,
         d_kv=16,
@@ -105,14 +105,14 @@ def _clip_tokenizer(folder: Path) -> CLIPTokenizer:
     return CLIPTokenizer.from_pretrained(folder)
 
 
-def _t5_vocabulary() -> list[tuple[str, float]]:
+def t5_vocabulary() -> list[tuple[str, float]]:
     words = ["▁a", "▁digit", "▁red", "▁blue", "▁three", "▁seven"]
     pieces = [*words, "▁", *string.ascii_lowercase, *string.digits]
     return [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), *((piece, -2.0) for piece in pieces)]
 
 
-def _t5_tokenizer(folder: Path) -> T5TokenizerFast:
-    tokenizer = Tokenizer(models.Unigram(_t5_vocabulary(), unk_id=2))
+def t5_tokenizer(folder: Path) -> T5TokenizerFast:
+    tokenizer = Tokenizer(models.Unigram(t5_vocabulary(), unk_id=2))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     folder.mkdir(parents=True)

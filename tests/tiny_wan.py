@@ -15,7 +15,7 @@ from diffusers import (
     WanTransformer3DModel,
 )
 from PIL import Image
-from tiny_flux import _t5_tokenizer, _t5_vocabulary
+from tiny_flux import t5_tokenizer, t5_vocabulary
 from torch import nn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
@@ -45,7 +45,7 @@ def tiny_wan(folder: Path, kind: Kind = Kind(), seed: int = 0) -> Path:
             "scheduler": _scheduler(kind.unipc),
             "vae": _vae(),
             "text_encoder": UMT5EncoderModel(_umt5_config()).eval(),
-            "tokenizer": _t5_tokenizer(folder / "t5_files"),
+            "tokenizer": t5_tokenizer(folder / "t5_files"),
             "transformer": _transformer(kind),
         }
         if kind.image_encoder:
@@ -108,7 +108,7 @@ def _vae() -> AutoencoderKLWan:
 
 
 def _umt5_config() -> UMT5Config:
-    return UMT5Config(vocab_size=len(_t5_vocabulary()), d_model=32, d_ff=48, d_kv=16, num_heads=2, num_layers=2)
+    return UMT5Config(vocab_size=len(t5_vocabulary()), d_model=32, d_ff=48, d_kv=16, num_heads=2, num_layers=2)
 
 
 def _clip_config() -> CLIPVisionConfig:
