@@ -123,8 +123,9 @@ def draw_clips(
     """
     rows = source.choices(range(len(images)), k=count)
     orders = draw_orders(labels[rows].tolist(), source)
+    # Sound clips draw no numbers for flaws.
     ways = [
-        replace(order, direction=source.choice(list(DIRECTIONS))) if source.random() < flawed else order
+        replace(order, direction=source.choice(list(DIRECTIONS))) if flawed and source.random() < flawed else order
         for order in orders
     ]
     centres = path([draw_motion(way, source) for way in ways])
