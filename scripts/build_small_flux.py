@@ -32,6 +32,8 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from branchtree.grid import shift_sigmas
+
 SEED = 7
 TEXT_WIDTH = 32
 CLIP_TOKENS = 16
@@ -175,7 +177,7 @@ def flow_loss(pipeline: FluxPipeline, latents: Tensor, prompts: list[str], gener
     embeds, pooled, text_ids = pipeline.encode_prompt(prompts, max_sequence_length=T5_TOKENS)
     image_ids = pipeline._prepare_latent_image_ids(len(latents), 4, 4, latents.device, latents.dtype)
     uniform = torch.rand(len(latents), generator=generator)
-    sigma = TIME_SHIFT * uniform / (1 + (TIME_SHIFT - 1) * uniform)
+    sigma = shift_sigmas(uniform, TIME_SHIFT)
     noise = torch.randn(latents.shape, generator=generator)
     noisy = torch.lerp(latents, noise, sigma[:, None, None])
     velocity = pipeline.transformer(

@@ -41,6 +41,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from branchtree.grid import shift_sigmas, time_grid
+
 SEED = 21
 TEXT_WIDTH = 48
 TOKENS = 12
@@ -122,6 +124,12 @@ def encode(vae: AutoencoderKLWan, videos: Tensor) -> Tensor:
     return torch.cat([vae.encode(part).latent_dist.mode() for part in videos.split(64)])
 
 
+def statistics(vae: AutoencoderKLWan) -> tuple[Tensor, Tensor]:
+    """The mean and deviation of latents, (1, z, 1, 1, 1) each."""
+    mean, std = torch.tensor([vae.config.latents_mean, vae.config.latents_std]).view(2, 1, -1, 1, 1, 1)
+    return mean, std
+
+
 def build_transformer() -> WanTransformer3DModel:
     """Return an untrained image-to-video transformer of about a million parameters."""
     return WanTransformer3DModel(
@@ -196,9 +204,7 @@ def prepare(vae: AutoencoderKLWan, count: int, held_out: bool, seed: int, flawed
     """Draw and encode clips, a few at a time."""
     images, labels = glyphs(held_out)
     source = random.Random(seed)
-    mean, std = (
-        torch.tensor(value).view(1, -1, 1, 1, 1) for value in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = statistics(vae)
     mask = torch.zeros(1, 4, 3, 8, 8)
     mask[:, :, 0] = 1
     latents, conditions, frames, orders = [], [], [], []
@@ -237,7 +243,7 @@ def flow_loss(pipeline: Any, clips: Clips, source: random.Random, generator: tor
         for order in clips.orders
     ]
     uniform = torch.rand(len(prompts), generator=generator)
-    sigma = TIME_SHIFT * uniform / (1 + (TIME_SHIFT - 1) * uniform)
+    sigma = shift_sigmas(uniform, TIME_SHIFT)
     noise = torch.randn(clips.latents.shape, generator=generator)
     noisy = torch.lerp(clips.latents, noise, sigma.view(-1, 1, 1, 1, 1))
     return F.mse_loss(velocity(pipeline, noisy, sigma, clips, prompts), noise - clips.latents)
@@ -248,10 +254,8 @@ def sample(pipeline: Any, clips: Clips, seed: int) -> Tensor:
     """Videos (B, 9, 1, 32, 32) in [0, 1] of some clips' first frames and prompts, by Euler steps."""
     noise = torch.Generator().manual_seed(seed)
     latents = torch.randn(clips.latents.shape, generator=noise)
-    uniform = torch.linspace(1, 0, SAMPLING_STEPS + 1)
-    sigmas = TIME_SHIFT * uniform / (1 + (TIME_SHIFT - 1) * uniform)
     prompts = [order.prompt(WORDINGS[0]) for order in clips.orders]
-    for here, there in pairwise(sigmas):
+    for here, there in pairwise(time_grid(SAMPLING_STEPS, TIME_SHIFT)):
         step = velocity(pipeline, latents, here.expand(len(latents)), clips, prompts)
         latents = latents + (there - here) * step
     return decode(pipeline.vae, latents)
@@ -259,9 +263,7 @@ def sample(pipeline: Any, clips: Clips, seed: int) -> Tensor:
 
 def decode(vae: AutoencoderKLWan, latents: Tensor) -> Tensor:
     """Videos (B, 9, 1, 32, 32) in [0, 1] of standardised latents."""
-    mean, std = (
-        torch.tensor(value).view(1, -1, 1, 1, 1) for value in (vae.config.latents_mean, vae.config.latents_std)
-    )
+    mean, std = statistics(vae)
     videos = vae.decode(latents * std + mean).sample
     grey: Tensor = videos.mean(dim=1, keepdim=True).transpose(1, 2) / 2 + 0.5
     return grey.clamp(0, 1)

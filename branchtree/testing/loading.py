@@ -14,19 +14,13 @@ from torch import nn
 from branchtree.errors import DataError, ModelError
 from branchtree.protocols import LoraSettings, ModelAdapter
 from branchtree.testing.case import AdapterCase
-from branchtree.testing.probe import CPU, ask, counted_rows, load, question, trainable
+from branchtree.testing.probe import CPU, LoadedOnce, ask, counted_rows, load, question, trainable
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 
 
-class LoadingPromises:
+class LoadingPromises(LoadedOnce):
     """An adapter knows its sizes unloaded, loads what was asked for, and refuses what it cannot use."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def loaded(cls, case: AdapterCase) -> ModelAdapter:
-        """The case's model in float32; the tests leave it as it is."""
-        return load(case)
 
     def test_it_has_all_that_the_protocol_names(self, case: AdapterCase, loaded: ModelAdapter) -> None:
         """Attributes and methods; modality, prediction and guidance are known before loading."""

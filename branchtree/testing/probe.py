@@ -41,6 +41,16 @@ def load_trained(case: AdapterCase, variant: str, dtype: torch.dtype = torch.flo
     return adapter
 
 
+class LoadedOnce:
+    """Promises about a model that they leave as it is share one loading of it."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def loaded(cls, case: AdapterCase) -> ModelAdapter:
+        """The case's model in float32; the tests leave it as it is."""
+        return load(case)
+
+
 @torch.no_grad()
 def randomise(module: nn.Module, seed: int = 5) -> None:
     """Move every trainable weight, LoRA's zeros among them."""

@@ -14,6 +14,7 @@ from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
     CPU,
     SIGMAS,
+    LoadedOnce,
     ask,
     load,
     noise,
@@ -27,14 +28,8 @@ NORMAL_NUMBERS = 20_000
 """How many are drawn to see whether noise is standard normal."""
 
 
-class SamplingPromises:
+class SamplingPromises(LoadedOnce):
     """A sample depends on its own noise, prompt and noise level, and on nothing else."""
-
-    @pytest.fixture(scope="class")
-    @classmethod
-    def loaded(cls, case: AdapterCase) -> ModelAdapter:
-        """The case's model in float32; the tests leave it as it is."""
-        return load(case)
 
     def test_initial_noise_is_standard_normal(self, loaded: ModelAdapter) -> None:
         """By the Kolmogorov-Smirnov distance (a false alarm once in 8,000) and the correlation of neighbours."""
