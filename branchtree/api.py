@@ -11,6 +11,7 @@ from branchtree.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from branchtree.planning import RunPlan
     from branchtree.protocols import Callback
+    from branchtree.scoring import ScoredFile
     from branchtree.training.trainer import TrainResult
 
 
@@ -41,6 +42,27 @@ def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None
     from branchtree.planning import plan_recipe
 
     return plan_recipe(_resolve(recipe, overrides, smoke))
+
+
+def score(
+    files: str | Path | Mapping[str, Any] | Sequence[str | Path | Mapping[str, Any]],
+    rewards: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
+    *,
+    prompt: str | None = None,
+    device: str = "auto",
+    batch: int = 8,
+) -> list[ScoredFile]:
+    """Score pictures and videos that lie in files, in the order given.
+
+    ``files`` are images, videos, folders of them, ``.jsonl`` lists, or rows as the lists hold them:
+    ``{"image": path, "prompt": text}``, or ``"video"``; other keys are kept as metadata. ``rewards`` are names,
+    ``"hps version=v2.0"``, or mappings as in a recipe's ``rewards``. ``prompt`` is for files that bring none. ``batch``
+    samples of one size are scored at a time, fewer if they are large. Raises a BranchTreeError, with file and line,
+    before anything is loaded if an input cannot be read or is of a kind that a reward does not score.
+    """
+    from branchtree.scoring import score_files
+
+    return score_files(files, rewards, prompt=prompt, device=device, batch=batch)
 
 
 def _resolve(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None, smoke: bool) -> Recipe:

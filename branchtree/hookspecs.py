@@ -25,7 +25,10 @@ def register_models(register: Register) -> None:
 
 @hookspec
 def register_rewards(register: Register) -> None:
-    """``register(name, build=Reward, config=ConfigModel, summary="one line")`` for each reward."""
+    """``register(name, build=Reward, config=ConfigModel, summary="one line", card=RewardCard(...))`` for each reward.
+
+    The card is optional.
+    """
 
 
 @hookspec

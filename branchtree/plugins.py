@@ -19,6 +19,7 @@ from pydantic import BaseModel
 
 from branchtree import hookspecs
 from branchtree.errors import PluginError, nearest
+from branchtree.protocols import RewardCard
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,7 @@ class Entry:
     config: type[BaseModel]
     summary: str
     distribution: str
+    card: RewardCard | None = None  # of a reward that gives one
 
 
 @dataclass(frozen=True)
@@ -133,12 +135,19 @@ def _refuse_misspelt(manager: pluggy.PluginManager, name: str, distribution: str
 
 
 def _adder(kind: str, entries: dict[str, Entry], distribution: str) -> Callable[..., None]:
-    def register(name: str, *, build: Callable[[Any], Any], config: type[BaseModel], summary: str) -> None:
+    def register(
+        name: str,
+        *,
+        build: Callable[[Any], Any],
+        config: type[BaseModel],
+        summary: str,
+        card: RewardCard | None = None,
+    ) -> None:
         if name in entries:
             raise PluginError(
                 f"two plug-ins register the {kind} '{name}': {entries[name].distribution} and {distribution}; "
                 "uninstall one"
             )
-        entries[name] = Entry(name, build, config, summary, distribution)
+        entries[name] = Entry(name, build, config, summary, distribution, card)
 
     return register

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -68,13 +68,57 @@ class Media:
             return Media(videos=self.pixels[rows], fps=self.fps)
         return Media(images=self.pixels[rows])
 
+    @staticmethod
+    def joined(parts: Sequence[Media]) -> Media:
+        """Media of one kind and size, one after the other."""
+        if len(parts) == 1:
+            return parts[0]
+        pixels = torch.cat([part.pixels for part in parts])
+        return Media(videos=pixels, fps=parts[0].fps) if parts[0].images is None else Media(images=pixels)
+
 
 @dataclass(frozen=True)
 class Scores:
     """One reward's verdict on B samples. An invalid one is masked, never read as 0."""
 
-    values: Tensor  # (B,) float32
+    values: Tensor  # (B,) float32: what is trained on
     valid: Tensor  # (B,) bool
+    raw: Tensor | None = None  # (B,) float32: the published score, where ``values`` are a transform of it
+    details: Mapping[str, Tensor] = field(default_factory=dict)  # further figures (B,) by name, to look at
+    reasons: Mapping[int, str] = field(default_factory=dict)  # why a row is not valid
+
+    def __len__(self) -> int:
+        return self.values.numel()
+
+    @staticmethod
+    def joined(parts: Sequence[Scores]) -> Scores:
+        """The scores of consecutive samples as one; ``raw`` and details only where every part has them."""
+        starts = [sum(len(part) for part in parts[:place]) for place in range(len(parts))]
+        raw = [part.raw for part in parts if part.raw is not None]
+        names = [name for name in parts[0].details if all(name in part.details for part in parts)]
+        return Scores(
+            values=torch.cat([part.values for part in parts]),
+            valid=torch.cat([part.valid for part in parts]),
+            raw=torch.cat(raw) if len(raw) == len(parts) else None,
+            details={name: torch.cat([part.details[name] for part in parts]) for name in names},
+            reasons={
+                start + row: reason
+                for start, part in zip(starts, parts, strict=True)
+                for row, reason in part.reasons.items()
+            },
+        )
+
+
+@dataclass(frozen=True)
+class RewardCard:
+    """What a user should know of a reward before using it; ``branchtree rewards`` lists it."""
+
+    modalities: frozenset[str]
+    checkpoint: str  # hub id and file, or "none"
+    size: int | None  # bytes to download; None if not known
+    licence: str  # of the weights
+    non_commercial: bool | None  # whether the licence forbids commercial use; None where it depends
+    source: str  # paper, repository or model card
 
 
 @dataclass(frozen=True)
@@ -188,7 +232,11 @@ class ModelAdapter(Protocol):
 
 
 class RewardAdapter(Protocol):
-    """A scorer of media. Built from its own configuration; nothing is loaded before ``load``."""
+    """A scorer of media. Built from its own configuration; nothing is loaded before ``load``.
+
+    ``score`` may be called from another thread than ``load``, but never from two at once. Further abilities are
+    declared by further methods: see ``GroupReward``, ``ReleasesMemory`` and ``Fingerprinted``.
+    """
 
     @property
     def modalities(self) -> frozenset[str]:
@@ -199,6 +247,31 @@ class RewardAdapter(Protocol):
 
     def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
         """Score sample i against condition i. A sample that cannot be scored is marked invalid."""
+
+
+@runtime_checkable
+class GroupReward(Protocol):
+    """A reward whose ``score`` must see all samples of a prompt at once, and no others."""
+
+    @property
+    def groupwise(self) -> bool:
+        """True: every call of ``score`` gets one prompt's whole group."""
+
+
+@runtime_checkable
+class ReleasesMemory(Protocol):
+    """A reward that can leave the device while it has nothing to score."""
+
+    def release(self) -> None:
+        """Leave the device, if the reward's settings ask for it, until the next ``score``."""
+
+
+@runtime_checkable
+class Fingerprinted(Protocol):
+    """A reward that can say which weights and settings its scores come from."""
+
+    def fingerprint(self) -> str:
+        """A digest: rewards with equal ones give equal scores. Called after ``load``."""
 
 
 class Callback:

@@ -12,6 +12,8 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from branchtree.cli.score import rewards, score
+from branchtree.cli.serve import serve_reward
 from branchtree.errors import BranchTreeError, RecipeError
 
 app = typer.Typer(
@@ -112,6 +114,11 @@ def plugins() -> None:
     console.print(table)
     for broken in found.broken:
         console.print(str(broken), style="red", markup=False)
+
+
+app.command()(score)
+app.command()(rewards)
+app.command()(serve_reward)
 
 
 @app.command()

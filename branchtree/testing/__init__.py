@@ -1,4 +1,4 @@
-"""Promises that every model adapter keeps, as tests which any package can run over its own: needs pytest.
+"""Promises that every model adapter and every reward keeps, as tests for any package to run over its own: needs pytest.
 
 Give a fixture ``case`` and inherit::
 
@@ -11,6 +11,8 @@ Give a fixture ``case`` and inherit::
 
     class TestMyModel(ModelAdapterPromises, TrainingPromises):
         pass
+
+A reward's tests are made in the same way of ``RewardCase`` and ``RewardPromises``.
 """
 
 import pytest
@@ -19,6 +21,7 @@ import pytest
 pytest.register_assert_rewrite(
     "branchtree.testing.loading",
     "branchtree.testing.probe",
+    "branchtree.testing.rewards",
     "branchtree.testing.sampling",
     "branchtree.testing.training",
     "branchtree.testing.weights",
@@ -26,6 +29,7 @@ pytest.register_assert_rewrite(
 
 from branchtree.testing.case import AdapterCase  # noqa: E402
 from branchtree.testing.loading import LoadingPromises  # noqa: E402
+from branchtree.testing.rewards import RewardCase, RewardPromises, noise_media  # noqa: E402
 from branchtree.testing.sampling import SamplingPromises  # noqa: E402
 from branchtree.testing.training import TrainingPromises  # noqa: E402
 from branchtree.testing.weights import WeightPromises  # noqa: E402
@@ -34,9 +38,12 @@ __all__ = [
     "AdapterCase",
     "LoadingPromises",
     "ModelAdapterPromises",
+    "RewardCase",
+    "RewardPromises",
     "SamplingPromises",
     "TrainingPromises",
     "WeightPromises",
+    "noise_media",
 ]
 
 

@@ -70,6 +70,7 @@ def load_classifier(classifier: ClassifierName, device: torch.device) -> DigitCl
         FileNotFoundError: the package was installed without its assets.
     """
     weights = files("branchtree_rewards").joinpath("assets", weights_name(classifier)).read_bytes()
-    network = DigitClassifier()
-    network.load_state_dict(safetensors.torch.load(weights))
+    with torch.device("meta"):  # without drawing first weights, which would move torch's global random state
+        network = DigitClassifier()
+    network.load_state_dict(safetensors.torch.load(weights), assign=True)
     return network.requires_grad_(False).eval().to(device)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from branchtree.hookspecs import hookimpl
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.protocols import Condition, Media, RewardCard, Scores
 from branchtree_rewards._digit_classifier import ClassifierName, DigitClassifier, load_classifier, to_network_input
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -114,4 +114,12 @@ def register_rewards(register: Callable[..., None]) -> None:
         build=Digits,
         config=DigitsConfig,
         summary="Log-probability or accuracy of the prompted handwritten digit, by a bundled classifier.",
+        card=RewardCard(
+            modalities=Digits.modalities,
+            checkpoint="bundled",
+            size=0,
+            licence="Apache-2.0",
+            non_commercial=False,
+            source="trained for this project on the digits of scikit-learn",
+        ),
     )

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from branchtree.frames import first_frame
 from branchtree.hookspecs import hookimpl
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.protocols import Condition, Media, RewardCard, Scores
 from branchtree_rewards._directions import named_direction
 from branchtree_rewards._motion import Measure, agreement, match, smooth_motion, windows
 from branchtree_rewards._sampling import blur, capped
@@ -233,6 +233,16 @@ def _checked_videos(media: Media, count: int, name: str) -> Tensor:
     return media.videos
 
 
+CARD = RewardCard(
+    modalities=_MotionReward.modalities,
+    checkpoint="none",
+    size=0,
+    licence="Apache-2.0",
+    non_commercial=False,
+    source="made for this project",
+)
+
+
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the three rewards to the registry."""
@@ -241,16 +251,19 @@ def register_rewards(register: Callable[..., None]) -> None:
         build=MotionSmoothness,
         config=MotionConfig,
         summary="Smooth motion of lasting content, from 0 to 1, by optical flow or by tracking the subject.",
+        card=CARD,
     )
     register(
         "motion_direction",
         build=MotionDirection,
         config=MotionConfig,
         summary="Smooth motion in the direction that the prompt names, from 0 to 1, measured in the same ways.",
+        card=CARD,
     )
     register(
         "motion_displacement",
         build=MotionDisplacement,
         config=MotionConfig,
         summary="How far what moves gets from where it starts: a figure to watch, measured in the same ways.",
+        card=CARD,
     )

@@ -26,6 +26,8 @@ class Brightness:
         """Nothing to load."""
 
     def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        """Score image i; an image that is not finite is not valid."""
+        """Score image i; an image that is not finite is not valid. Raises ValueError for anything but B images."""
+        if media.images is None or len(media) != len(conditions):
+            raise ValueError(f"{len(conditions)} images were asked for, not {len(media)} {media.modality}s")
         brightness = media.pixels.flatten(1).mean(dim=1)
         return Scores(values=-(brightness - self.config.target).abs(), valid=brightness.isfinite())

@@ -1,0 +1,76 @@
+"""The command that serves a reward to runs elsewhere."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+
+from branchtree.errors import RewardError
+
+if TYPE_CHECKING:
+    import torch
+
+    from branchtree.serving.service import NamedAdapter
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+def serve_reward(
+    reward: Annotated[str, typer.Argument(help="A reward's name.")],
+    options: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="The reward's options, as in batch=8.")
+    ] = None,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port to listen at; 0 takes a free one.")] = 8765,
+    host: Annotated[str, typer.Option(help="The address to listen at; any but this machine's own needs a token.")] = (
+        "127.0.0.1"
+    ),
+    token_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="The environment variable with the token that clients must show.")
+    ] = None,
+    max_body: Annotated[int, typer.Option(metavar="MIB", min=1, help="The largest request, in MiB.")] = 256,
+    device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
+) -> None:
+    """Serve a reward over HTTP, for the `remote` reward of runs on this machine or others."""
+    from branchtree.serving.access import read_token
+    from branchtree.serving.server import RewardServer, bind, require_packages
+    from branchtree.serving.service import Service
+    from branchtree.serving.wire import MEBIBYTE, Info
+
+    require_packages()
+    token = read_token(token_env)
+    service = Service(make_adapter(reward, options or []), _device(device), max_body * MEBIBYTE)
+    server = RewardServer(service, bind(host, port, token), token)
+
+    def announce(info: Info) -> None:
+        told = f"fingerprint {info.fingerprint[:12]}" if info.fingerprint else "no fingerprint"
+        console.print(f"Serving {reward} at {server.url} ({told})", markup=False)
+
+    server.run(announce)
+
+
+def make_adapter(name: str, words: list[str]) -> NamedAdapter:
+    """The registered reward with options given as ``key=value``, not yet loaded. Raises PluginError or RecipeError."""
+    from branchtree.cli.app import parse_overrides
+    from branchtree.plugins import registry
+    from branchtree.recipe.load import validate_options
+    from branchtree.serving.service import NamedAdapter
+
+    entry = registry().reward(name)
+    config = validate_options(entry.config, parse_overrides(words), (name,))
+    return NamedAdapter(name, config.model_dump(mode="json"), entry.build(config))
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise RewardError(f"--device: '{name}' is no device; give cpu, cuda or auto") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise RewardError(f"--device: '{name}' is asked for, but torch sees no GPU here; give cpu or auto")
+    return device

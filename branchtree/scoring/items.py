@@ -1,0 +1,112 @@
+"""From what a user names, files and folders and lists of them, to single samples with their prompts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from branchtree.errors import DataError
+from branchtree.protocols import Condition
+
+IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"})
+LIST = ".jsonl"
+Given = str | Path | Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file that is to be scored."""
+
+    path: Path
+    kind: str  # "image" or "video"
+    condition: Condition
+
+    @property
+    def at(self) -> str:
+        """How messages about it begin: with the line that named it, if one did."""
+        return f"{self.condition.place}: " if self.condition.place else ""
+
+
+def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]:
+    """The samples of files, folders, .jsonl lists, and rows such as the lists hold, in order.
+
+    ``prompt`` is for whatever brings none of its own. Raises DataError, with file and line, for what is no list of
+    samples; the files themselves are not opened.
+    """
+    entries: Sequence[Given] = [given] if isinstance(given, str | Path | Mapping) else given
+    default = (prompt or "").strip()
+    items: list[Item] = []
+    for number, entry in enumerate(entries, 1):
+        if isinstance(entry, Mapping):
+            items.append(_row_item(entry, Path(), f"item {number}", default))
+        else:
+            items.extend(_path_items(Path(entry).expanduser(), default))
+    if not items:
+        raise DataError("there is nothing to score; give at least one image, video, folder or .jsonl file")
+    return items
+
+
+def _path_items(path: Path, prompt: str) -> Iterator[Item]:
+    if path.is_dir():
+        inside = [file for file in sorted(path.iterdir()) if file.is_file() and _kind(file)]
+        if not inside:
+            raise DataError(f"folder '{path}' holds no images or videos ({_known()})")
+        yield from (Item(file, _kind(file), Condition(prompt)) for file in inside)
+    elif path.suffix.lower() == LIST:
+        yield from _listed(path, prompt)
+    elif kind := _kind(path):
+        yield Item(path, kind, Condition(prompt))
+    elif not path.exists():
+        raise DataError(f"there is no file '{path}'")
+    else:
+        raise DataError(f"file '{path}' is neither an image nor a video by its name; known are {_known()}, and {LIST}")
+
+
+def _kind(path: Path) -> str:
+    suffix = path.suffix.lower()
+    return "image" if suffix in IMAGES else "video" if suffix in VIDEOS else ""
+
+
+def _known() -> str:
+    return ", ".join(sorted(IMAGES | VIDEOS))
+
+
+def _listed(path: Path, prompt: str) -> Iterator[Item]:
+    try:
+        # Lines end at line feeds alone: str.splitlines would also cut at separators that a prompt may hold.
+        lines = path.read_text(encoding="utf-8-sig").split("\n")
+    except FileNotFoundError:
+        raise DataError(f"there is no file '{path}'") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read: {error}") from None
+    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise DataError(f'{path}: is empty; write lines such as {{"image": "a.png", "prompt": "a cat"}}')
+    for place, line in numbered:
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{place}: not valid JSON: {error.msg}") from None
+        if not isinstance(row, dict):
+            raise DataError(f"{place}: each line is one JSON object")
+        yield _row_item(row, path.parent, place, prompt)
+
+
+def _row_item(row: Mapping[str, Any], folder: Path, place: str, default: str) -> Item:
+    kinds = [kind for kind in ("image", "video") if row.get(kind) is not None]
+    if len(kinds) != 1:
+        has = "both" if kinds else f"neither; it has {', '.join(row) or 'nothing'}"
+        raise DataError(f"{place}: needs a file under 'image' or under 'video', one of the two, but has {has}")
+    [kind] = kinds
+    file, prompt = row[kind], row.get("prompt")
+    if not isinstance(file, str | Path) or not str(file).strip():
+        raise DataError(f"{place}: {kind}: write the path of a file as a text")
+    if not isinstance(prompt, str | None):
+        raise DataError(f"{place}: prompt: write a text, or leave it out")
+    text = default if prompt is None else prompt.strip()
+    metadata = {key: value for key, value in row.items() if key not in {"image", "video", "prompt"}}
+    return Item(folder / Path(file).expanduser(), kind, Condition(text, metadata=metadata, place=place))

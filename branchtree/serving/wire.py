@@ -1,0 +1,232 @@
+"""What a remote reward and its server say to each other.
+
+Both directions are safetensors, which holds tensors and short texts and can be parsed safely whoever sent it. Numbers
+arrive to the bit. Axis letters: B samples, F frames, C channels, H height, W width.
+
+    request     pixels     float32 in [0, 1], or uint8 (255 is 1): images (B, C, H, W) or videos (B, F, C, H, W)
+                file.N     uint8, the bytes of the N-th image or video file that a condition names
+                "request"  JSON in the metadata: modality, fps, the B conditions, and the ends of the files' names
+    response    values, valid, and, where the reward gives them, raw and details.NAME, each (B,)
+                "reasons"  JSON in the metadata: why rows are not valid
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import pydantic
+import torch
+from torch import Tensor
+
+from branchtree.errors import DataError, RewardError
+from branchtree.protocols import Condition, Media, Scores
+
+CONTENT_TYPE = "application/x-safetensors"
+EXPECTS = "X-Branchtree-Expects"  # header: the identity of the reward that a client began with
+DETAILS = "details."
+FILES = ("image", "last_image", "video")  # what conditions name
+MEBIBYTE = 2**20
+
+
+class WireError(ValueError):
+    """Bytes that are no message of this format; the text says what is wrong with them."""
+
+
+class Info(pydantic.BaseModel, frozen=True):
+    """What a server says of itself at ``/info``."""
+
+    version: str  # of branchtree
+    reward: str
+    options: dict[str, Any]
+    modalities: tuple[str, ...]
+    groupwise: bool
+    fingerprint: str | None
+    identity: str  # changes with whatever may change a score
+    max_body: int  # bytes of a request
+
+
+class _ConditionFields(pydantic.BaseModel, extra="forbid", frozen=True):
+    """A condition; files are given by number."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    metadata: dict[str, Any] = {}
+    place: str = ""
+    image: int | None = None
+    last_image: int | None = None
+    video: int | None = None
+
+
+class _Header(pydantic.BaseModel, extra="forbid", frozen=True):
+    """The metadata of a request."""
+
+    modality: Literal["image", "video"]
+    fps: float | None = None
+    conditions: tuple[_ConditionFields, ...]
+    files: tuple[str, ...] = ()  # the ends of their names, by which decoders tell what they are
+
+
+@dataclass(frozen=True)
+class Request:
+    """B samples to score, and their conditions."""
+
+    media: Media
+    conditions: tuple[Condition, ...]
+
+
+def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condition]) -> bytes:
+    """A request to score pixels, float32 or uint8, images (B, C, H, W) or videos (B, F, C, H, W).
+
+    Raises DataError if a file that a condition names cannot be read, and RewardError if its metadata are not JSON.
+    """
+    places: dict[Path, int] = {}
+    fields = []
+    for condition in conditions:
+        named = {kind: path for kind in FILES if (path := getattr(condition, kind)) is not None}
+        fields.append(
+            {
+                "prompt": condition.prompt,
+                "negative_prompt": condition.negative_prompt,
+                "metadata": dict(condition.metadata),
+                "place": condition.place,
+                **{kind: places.setdefault(path, len(places)) for kind, path in named.items()},
+            }
+        )
+    header = {
+        "modality": "image" if pixels.ndim == 4 else "video",
+        "fps": fps,
+        "conditions": fields,
+        "files": [path.suffix for path in places],
+    }
+    try:
+        text = json.dumps(header)
+    except (TypeError, ValueError) as error:
+        raise RewardError(
+            f"the conditions' metadata cannot be sent to a remote reward: {error}; keep to JSON"
+        ) from None
+    return _save({"pixels": pixels, **_files(places)}, {"request": text})
+
+
+def _files(places: Mapping[Path, int]) -> dict[str, Tensor]:
+    tensors = {}
+    for path, place in places.items():
+        try:
+            content = bytearray(path.read_bytes())
+        except OSError as error:
+            raise DataError(f"file '{path}' of a condition cannot be read: {error.strerror}") from None
+        if not content:
+            raise DataError(f"file '{path}' of a condition is empty (0 bytes)")
+        tensors[f"file.{place}"] = torch.frombuffer(content, dtype=torch.uint8)
+    return tensors
+
+
+def decode_request(body: bytes, folder: Path) -> Request:
+    """Read a request; the files of its conditions are written to ``folder``. Raises WireError."""
+    tensors, metadata = _load(body)
+    try:
+        header = _Header.model_validate_json(metadata.get("request", ""))
+    except pydantic.ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        at = ".".join(map(str, first["loc"]))
+        raise WireError(f"the metadata 'request' is not right{f' at {at}' if at else ''}: {first['msg']}") from None
+    paths = _write_files(header.files, tensors, folder)
+    pixels = _checked_pixels(tensors, header)
+    media = Media(images=pixels) if header.modality == "image" else Media(videos=pixels, fps=header.fps)
+    return Request(media, tuple(_condition(fields, paths) for fields in header.conditions))
+
+
+def _checked_pixels(tensors: Mapping[str, Tensor], header: _Header) -> Tensor:
+    """Pixels in [0, 1], float32."""
+    pixels = tensors.get("pixels")
+    if pixels is None or tensors.keys() != {"pixels", *(f"file.{place}" for place in range(len(header.files)))}:
+        raise WireError("the tensors must be 'pixels' and one 'file.N' for each file")
+    if pixels.dtype not in {torch.float32, torch.uint8}:
+        raise WireError(f"pixels must be float32 or uint8, not {str(pixels.dtype).removeprefix('torch.')}")
+    axes = "(B, C, H, W)" if header.modality == "image" else "(B, F, C, H, W)"
+    if pixels.ndim != len(axes.split(",")) or pixels.numel() == 0:
+        raise WireError(f"the pixels of {header.modality}s must be {axes}, not {tuple(pixels.shape)}")
+    if len(pixels) != len(header.conditions):
+        raise WireError(f"{len(pixels)} samples came with {len(header.conditions)} conditions; each needs its own")
+    return pixels if pixels.dtype == torch.float32 else pixels.to(torch.float32) / 255
+
+
+def _write_files(suffixes: Sequence[str], tensors: Mapping[str, Tensor], folder: Path) -> list[Path]:
+    paths = []
+    for place, suffix in enumerate(suffixes):
+        content = tensors.get(f"file.{place}")
+        if content is None or content.dtype != torch.uint8 or content.ndim != 1:
+            raise WireError(f"file {place} must come as a tensor 'file.{place}' of bytes")
+        # The name is made here: nothing that a client sends becomes part of a path but a plain ending.
+        ending = suffix if re.fullmatch(r"\.[A-Za-z0-9]{1,8}", suffix) else ""
+        path = folder / f"{place}{ending}"
+        path.write_bytes(content.numpy().tobytes())
+        paths.append(path)
+    return paths
+
+
+def _condition(fields: _ConditionFields, paths: Sequence[Path]) -> Condition:
+    named = {kind: place for kind in FILES if (place := getattr(fields, kind)) is not None}
+    if any(not 0 <= place < len(paths) for place in named.values()):
+        raise WireError(f"a condition names a file that was not sent; {len(paths)} were")
+    return Condition(
+        prompt=fields.prompt,
+        negative_prompt=fields.negative_prompt,
+        metadata=fields.metadata,
+        place=fields.place,
+        **{kind: paths[place] for kind, place in named.items()},
+    )
+
+
+def encode_scores(scores: Scores) -> bytes:
+    """A response."""
+    tensors = {"values": scores.values, "valid": scores.valid}
+    if scores.raw is not None:
+        tensors["raw"] = scores.raw
+    tensors |= {DETAILS + name: detail for name, detail in scores.details.items()}
+    return _save(tensors, {"reasons": json.dumps({str(row): reason for row, reason in scores.reasons.items()})})
+
+
+def decode_scores(body: bytes, count: int) -> Scores:
+    """Read a response to ``count`` samples. Raises WireError."""
+    tensors, metadata = _load(body)
+    if not {"values", "valid"} <= tensors.keys() or any(tensor.shape != (count,) for tensor in tensors.values()):
+        raise WireError(f"an answer must hold 'values' and 'valid', and one number of each tensor for {count} samples")
+    if tensors["valid"].dtype != torch.bool or not tensors["values"].is_floating_point():
+        raise WireError("the answer's 'values' must be floats and its 'valid' flags")
+    try:
+        reasons = pydantic.TypeAdapter(dict[int, str]).validate_json(metadata.get("reasons", "{}"))
+    except pydantic.ValidationError:
+        raise WireError("the answer's metadata 'reasons' must map rows to texts") from None
+    return Scores(
+        values=tensors["values"],
+        valid=tensors["valid"],
+        raw=tensors.get("raw"),
+        details={name.removeprefix(DETAILS): tensor for name, tensor in tensors.items() if name.startswith(DETAILS)},
+        reasons=reasons,
+    )
+
+
+def _save(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
+    from safetensors.torch import save
+
+    # Copies: the format refuses tensors that share memory, as unscaled values and raw scores do.
+    own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    body: bytes = save(own, metadata)
+    return body
+
+
+def _load(body: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
+    from safetensors.torch import load
+
+    try:
+        tensors = load(body)
+        length = int.from_bytes(body[:8], "little")
+        metadata = json.loads(body[8 : 8 + length]).get("__metadata__") or {}
+    except Exception as error:  # the parser has an exception of its own, and others for types that it does not know
+        raise WireError(f"the body is not safetensors: {' '.join(str(error).split())[:200]}") from None
+    return tensors, metadata

@@ -1,0 +1,251 @@
+"""Promises that every reward adapter keeps. Axis letters: B samples, F frames, C channels, H height, W width."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from branchtree.errors import BranchTreeError
+from branchtree.plugins import registry
+from branchtree.protocols import Condition, Fingerprinted, GroupReward, Media, ReleasesMemory, RewardAdapter, Scores
+from branchtree.recipe.load import validate_options
+
+CPU = torch.device("cpu")
+REFUSED = (ValueError, BranchTreeError)
+
+
+def noise_media(modality: str, samples: int) -> Media:
+    """Samples that differ, of smooth noise: images of 40x48 pixels, or videos of 9 such frames at 8 fps."""
+    frames = 9 if modality == "video" else 1
+    source = torch.Generator().manual_seed(7)
+    coarse = torch.rand(samples * frames, 3, 5, 6, generator=source)
+    fine = F.interpolate(coarse, (40, 48), mode="bilinear").unflatten(0, (samples, frames))
+    rounded = (fine * 255).round() / 255
+    return Media(videos=rounded, fps=8.0) if modality == "video" else Media(images=rounded[:, 0])
+
+
+@dataclass(frozen=True)
+class RewardCase:
+    """One registered reward with small weights, and samples that it can score.
+
+    ``reward`` is written as an entry of a recipe's ``rewards``; its plug-in must be installed. ``conditions`` are what
+    the samples were asked to show: at least four, each of them one that the reward can score. Where a setting limits
+    how many samples go through a model at once, let it be smaller than their number.
+    """
+
+    reward: Mapping[str, Any]
+    conditions: Sequence[Condition]
+    media: Callable[[str, int], Media] = noise_media  # (modality, B) -> B samples, not all of one score
+    tolerance: float = 1e-5  # between a sample scored in two batches, relative to the largest score or to 1
+
+    def build(self, **options: Any) -> RewardAdapter:
+        """The reward, not loaded, from the plug-in that registered it; ``options`` replace its settings."""
+        keys = {key: value for key, value in self.reward.items() if key not in {"reward", "weight", "label"}}
+        entry = registry().reward(self.reward["reward"])
+        adapter: RewardAdapter = entry.build(validate_options(entry.config, {**keys, **options}, ("reward",)))
+        return adapter
+
+    def load(self, **options: Any) -> RewardAdapter:
+        """The reward, loaded on the CPU."""
+        adapter = self.build(**options)
+        adapter.load(CPU)
+        return adapter
+
+    def samples(self) -> list[Media]:
+        """Samples of each modality that the reward takes, one for each condition. Raises ValueError for too few."""
+        count = len(self.conditions)
+        if count < 4:
+            raise ValueError(f"a case needs at least four conditions, not {count}")
+        return [self.media(modality, count) for modality in sorted(self.build().modalities)]
+
+
+def _groupwise(adapter: RewardAdapter) -> bool:
+    return isinstance(adapter, GroupReward) and adapter.groupwise
+
+
+def _chosen(media: Media, rows: Sequence[int]) -> Media:
+    pixels = media.pixels[list(rows)].clone()
+    return Media(videos=pixels, fps=media.fps) if media.modality == "video" else Media(images=pixels)
+
+
+def _score(adapter: RewardAdapter, case: RewardCase, media: Media, rows: Sequence[int] | None = None) -> Scores:
+    """The scores of some samples, each against its own condition; of all by default."""
+    chosen = range(len(media)) if rows is None else rows
+    return adapter.score(_chosen(media, chosen), [case.conditions[row] for row in chosen])
+
+
+def _require_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert found.shape == expected.shape
+    largest = max(1.0, float(expected.abs().max()))
+    assert float((found - expected).abs().max()) <= tolerance * largest
+
+
+def _require_equal(found: Scores, expected: Scores) -> None:
+    assert torch.equal(found.values, expected.values)
+    assert torch.equal(found.valid, expected.valid)
+
+
+def _random_states() -> tuple[Any, ...]:
+    names, numbers, *rest = np.random.get_state()
+    return random.getstate(), (names, np.asarray(numbers).tolist(), *rest), torch.get_rng_state().tolist()
+
+
+@contextmanager
+def _global_seed(seed: int) -> Iterator[None]:
+    """The global random states as one seed makes them, which nobody else is likely to set; afterwards as before."""
+    python, numpy = random.getstate(), np.random.get_state()
+    with torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(seed)
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+class RewardPromises:
+    """What ``branchtree.protocols.RewardAdapter`` asks of a reward, taken promise by promise."""
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def loaded(cls, case: RewardCase) -> RewardAdapter:
+        """The case's reward on the CPU; the tests leave it as it is."""
+        return case.load()
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def twin(cls, case: RewardCase) -> RewardAdapter:
+        """The same reward, built and loaded anew."""
+        return case.load()
+
+    def test_it_says_what_it_scores(self, case: RewardCase, loaded: RewardAdapter) -> None:
+        """Before it is loaded; loading may narrow it, never widen it. Its card, if it gives one, promises no less."""
+        card = registry().reward(case.reward["reward"]).card
+        modalities = case.build().modalities
+        assert modalities and modalities <= {"image", "video"}
+        assert loaded.modalities and loaded.modalities <= modalities
+        assert card is None or modalities <= card.modalities
+
+    def test_it_scores_only_what_is_loaded(self, case: RewardCase, loaded: RewardAdapter) -> None:
+        """Before ``load`` an error says to load it; a reward that has nothing to load may score instead."""
+        for media in case.samples():
+            try:
+                early = _score(case.build(), case, media)
+            except (RuntimeError, BranchTreeError) as error:
+                assert "load" in str(error)
+            else:
+                _require_equal(early, _score(loaded, case, media))
+
+    def test_each_sample_gets_a_number_and_a_flag(self, case: RewardCase, loaded: RewardAdapter) -> None:
+        """float32 and bool (B,), on one device, without gradients; the case's samples are valid and told apart."""
+        for media in case.samples():
+            scores = _score(loaded, case, media)
+            shape = (len(media),)
+            numbers = [scores.values, *([] if scores.raw is None else [scores.raw])]
+            assert all(number.shape == shape and number.dtype == torch.float32 for number in numbers)
+            assert all(figure.shape == shape for figure in scores.details.values())
+            assert (scores.valid.shape, scores.valid.dtype) == (shape, torch.bool)
+            assert {tensor.device for tensor in (*numbers, *scores.details.values(), scores.valid)} == {CPU}
+            assert not any(tensor.requires_grad for tensor in (*numbers, *scores.details.values()))
+            assert bool(scores.valid.all()), scores.reasons
+            assert bool(scores.values.isfinite().all())
+            assert not scores.reasons
+            assert len(set(scores.values.tolist())) > 1
+
+    def test_what_it_cannot_score_is_refused(self, case: RewardCase, loaded: RewardAdapter) -> None:
+        """Samples of another kind, and another number of conditions than of samples: ValueError, or one of ours."""
+        for modality in {"image", "video"} - loaded.modalities:
+            with pytest.raises(REFUSED):
+                loaded.score(noise_media(modality, len(case.conditions)), case.conditions)
+        for media in case.samples():
+            for conditions in (case.conditions[:-1], [*case.conditions, case.conditions[0]], case.conditions[:1], []):
+                with pytest.raises(REFUSED):
+                    loaded.score(media, conditions)
+
+    def test_pixels_that_are_not_finite_make_their_sample_invalid(
+        self, case: RewardCase, loaded: RewardAdapter
+    ) -> None:
+        """With a reason if the reward gives any; the other samples' scores are those without it."""
+        for media in case.samples():
+            rest = list(range(2, len(media)))
+            expected = _score(loaded, case, media, rest)
+            spoilt = _chosen(media, range(len(media)))
+            for row, number in enumerate((float("nan"), float("inf"))):
+                spoilt.pixels[row, ..., media.pixels.shape[-2] // 2, media.pixels.shape[-1] // 2] = number
+            scores = _score(loaded, case, spoilt)
+            assert scores.valid.tolist() == [row in rest for row in range(len(media))]
+            assert set(scores.reasons) <= {0, 1}
+            _require_close(scores.values[rest], expected.values, case.tolerance)
+
+    def test_a_score_does_not_know_its_batch(self, case: RewardCase, loaded: RewardAdapter) -> None:
+        """All at once, one at a time, and some of them in another order: each sample keeps its score."""
+        if _groupwise(loaded):
+            pytest.skip("this reward compares the samples of a prompt")
+        for media in case.samples():
+            whole = _score(loaded, case, media).values
+            alone = [_score(loaded, case, media, [row]).values for row in range(len(media))]
+            _require_close(torch.cat(alone), whole, case.tolerance)
+            order = [*range(2, len(media)), 0]
+            _require_close(_score(loaded, case, media, order).values, whole[order], case.tolerance)
+
+    def test_a_group_has_no_order(self, case: RewardCase, loaded: RewardAdapter) -> None:
+        """Of a reward that compares: samples in another order have the same scores in that order."""
+        if not _groupwise(loaded):
+            pytest.skip("this reward judges each sample alone")
+        for media in case.samples():
+            whole = _score(loaded, case, media).values
+            for order in ([*range(1, len(media)), 0], list(reversed(range(len(media))))):
+                _require_close(_score(loaded, case, media, order).values, whole[order], case.tolerance)
+
+    def test_the_same_samples_get_the_same_scores(
+        self, case: RewardCase, loaded: RewardAdapter, twin: RewardAdapter
+    ) -> None:
+        """To the bit: again, and by a reward that was built and loaded anew. Samples are left as they were."""
+        for media in case.samples():
+            before = media.pixels.clone()
+            scores = loaded.score(media, case.conditions)
+            assert torch.equal(media.pixels, before)
+            _require_equal(_score(loaded, case, media), scores)
+            _require_equal(_score(twin, case, media), scores)
+
+    def test_it_scores_as_before_after_leaving_the_device(self, case: RewardCase, twin: RewardAdapter) -> None:
+        """``release``, once or twice, costs time and nothing else."""
+        if not isinstance(twin, ReleasesMemory):
+            pytest.skip("this reward does not leave the device")
+        for media in case.samples():
+            scores = _score(twin, case, media)
+            twin.release()
+            twin.release()
+            _require_equal(_score(twin, case, media), scores)
+
+    def test_it_leaves_the_global_random_state_alone(self, case: RewardCase) -> None:
+        """That of torch, of numpy and of Python: building, loading and scoring draw nothing from them."""
+        with _global_seed(271_828):
+            before = _random_states()
+            adapter = case.load()
+            for media in case.samples():
+                _score(adapter, case, media)
+            assert _random_states() == before
+
+    def test_its_fingerprint_is_that_of_its_scores(
+        self, case: RewardCase, loaded: RewardAdapter, twin: RewardAdapter
+    ) -> None:
+        """The same for the same weights and settings, whenever it is asked for."""
+        if not isinstance(loaded, Fingerprinted) or not isinstance(twin, Fingerprinted):
+            pytest.skip("this reward has no fingerprint")
+        mark = loaded.fingerprint()
+        assert isinstance(mark, str) and mark
+        for media in case.samples():
+            loaded.score(media, case.conditions)
+        assert loaded.fingerprint() == twin.fingerprint() == mark

@@ -1,0 +1,148 @@
+"""Calling a server that may be busy, slow, or gone: requests with a deadline, and retries that back off.
+
+What passes by itself (no connection, a time-out, a server overloaded or restarting) is tried again, after pauses
+that double and are drawn at random so that many callers do not come back at once. What does not pass (a request that
+the server refuses) is not. Proxies and credentials of the environment are never used.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+import weakref
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import httpx
+
+PASSING = frozenset({408, 429, 500, 502, 503, 504})
+FIRST_PAUSE = 0.5  # seconds
+LONGEST_PAUSE = 20.0  # seconds
+SHOWN = 300  # characters of a server's answer in a message
+
+
+class CallError(Exception):
+    """A request that got no good answer, retries included; its text says what happened.
+
+    Attributes:
+        status: The last answer's HTTP status, or None if there was none.
+        passing: Whether the last failure was of a kind that may pass by itself.
+    """
+
+    def __init__(self, reason: str, status: int | None, passing: bool) -> None:
+        super().__init__(reason)
+        self.status = status
+        self.passing = passing
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A server's answer of status 2xx."""
+
+    body: bytes
+    headers: Mapping[str, str]  # names in lower case
+
+
+class Caller:
+    """Sends requests to one server. May be used from several threads at once.
+
+    Args:
+        base: The server's URL; paths are appended to it.
+        timeout: Seconds that one request may take, all in all.
+        retries: How often a request that failed is sent again.
+        headers: Sent with every request.
+        connections: How many requests may be under way at once.
+        first_pause: Seconds before the first retry, at most; doubled for each further one, up to 20 s.
+    """
+
+    def __init__(
+        self,
+        base: str,
+        timeout: float,
+        retries: int,
+        headers: Mapping[str, str] | None = None,
+        connections: int = 8,
+        first_pause: float = FIRST_PAUSE,
+    ) -> None:
+        import httpx
+
+        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
+        self._client = httpx.Client(timeout=timeout, limits=limits, headers=dict(headers or {}), trust_env=False)
+        # Whoever drops a caller without closing it leaves no open connections behind.
+        self._close = weakref.finalize(self, self._client.close)
+        self._base, self._timeout, self._retries, self._first_pause = base.rstrip("/"), timeout, retries, first_pause
+
+    def get(self, path: str, retries: int | None = None) -> Answer:
+        """GET ``path``, with ``retries`` in place of the usual ones. Raises CallError."""
+        return self._call("GET", path, self._retries if retries is None else retries)
+
+    def post(
+        self,
+        path: str,
+        json: Any = None,
+        content: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        retries: int | None = None,
+    ) -> Answer:
+        """POST ``json`` or the bytes ``content`` to ``path``. Raises CallError."""
+        retries = self._retries if retries is None else retries
+        return self._call("POST", path, retries, json=json, content=content, headers=dict(headers or {}))
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._close()
+
+    def _call(self, method: str, path: str, retries: int, **settings: Any) -> Answer:
+        for pause in self._pauses(retries):
+            try:
+                return self._once(method, path, **settings)
+            except CallError as failure:
+                if not failure.passing or pause is None:
+                    raise
+            time.sleep(pause)
+        raise AssertionError("the last pause is None")
+
+    def _pauses(self, retries: int) -> Iterator[float | None]:
+        """How long to wait after each failed attempt; None after the last."""
+        draw = random.Random()
+        for attempt in range(retries):
+            yield draw.uniform(0.5, 1.0) * min(self._first_pause * 2**attempt, LONGEST_PAUSE)
+        yield None
+
+    def _once(self, method: str, path: str, **settings: Any) -> Answer:
+        import httpx
+
+        deadline = time.monotonic() + self._timeout
+        url = self._base + path
+        try:
+            with self._client.stream(method, url, **settings) as response:
+                body = b"".join(_until(deadline, response))
+        except (httpx.TimeoutException, TimeoutError) as error:
+            raise CallError(f"no answer from {url} within {self._timeout:g} s", None, passing=True) from error
+        except httpx.TransportError as error:
+            reason = f"no answer from {url} ({type(error).__name__}: {_short(str(error))})"
+            raise CallError(reason, None, passing=not isinstance(error, httpx.UnsupportedProtocol)) from error
+        except (httpx.InvalidURL, httpx.DecodingError) as error:
+            reason = f"cannot talk to {url} ({type(error).__name__}: {_short(str(error))})"
+            raise CallError(reason, None, passing=False) from error
+        if not response.is_success:
+            said = _short(body.decode(errors="replace"))
+            reason = f"{url} answered {response.status_code} {response.reason_phrase}: {said or 'and gave no reason'}"
+            raise CallError(reason, response.status_code, passing=response.status_code in PASSING)
+        return Answer(body, {name.lower(): value for name, value in response.headers.items()})
+
+
+def _until(deadline: float, response: httpx.Response) -> Iterator[bytes]:
+    """The body's pieces. Raises TimeoutError when a server that sends little by little has had its time."""
+    for piece in response.iter_bytes():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        yield piece
+
+
+def _short(text: str) -> str:
+    """``text`` on one line and of bounded length."""
+    line = " ".join(text.split())
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]} ..."

@@ -1,0 +1,166 @@
+"""What the rewards with published weights share: where they load from, how they batch, and when they leave the device.
+
+A reward of this kind subclasses `ModelReward` and says how its networks are opened and how samples are measured; the
+checks, the cap on memory, the scale and the masks are here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from branchtree.protocols import Condition, Media, Scores
+from branchtree_rewards._scale import ScaleName, transform
+from branchtree_rewards._source import sha256, verify
+
+
+class ModelRewardConfig(pydantic.BaseModel, extra="forbid", frozen=True):
+    """Settings that every reward with published weights takes.
+
+    Attributes:
+        path: A hub id, a folder, a weights file, or "random:small" for a tiny random checkpoint.
+        revision: Branch, tag or commit of the hub id.
+        sha256: The weights file's digest, or digests by file name; loading fails if one differs.
+        scale: The transform from the published score to the trained value: "raw", "x100", "div26", "mix(18,8)" or
+            "clipscore", with numbers of your own.
+        batch: Samples sent through the model at a time.
+        offload: Leave the device after scoring, and return when needed.
+    """
+
+    path: str
+    revision: str | None = None
+    sha256: str | dict[str, str] | None = None
+    scale: ScaleName = "raw"
+    batch: int = pydantic.Field(default=16, ge=1)
+    offload: bool = False
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A loaded checkpoint."""
+
+    network: nn.Module  # everything that moves to the device
+    files: Mapping[str, Path]  # the files its weights came from, by their names in the checkpoint
+    described: tuple[Path, ...] = ()  # files of settings that change a score
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a model says of B samples."""
+
+    raw: Tensor  # (B,) the published score
+    details: Mapping[str, Tensor] = field(default_factory=dict)  # further figures (B,) by name
+    reasons: Mapping[int, str] = field(default_factory=dict)  # samples that cannot be scored, and why
+
+
+Config = TypeVar("Config", bound=ModelRewardConfig)
+
+
+class ModelReward(ABC, Generic[Config]):
+    """A reward whose weights someone has published."""
+
+    modalities: frozenset[str] = frozenset({"image"})
+
+    def __init__(self, config: Config) -> None:
+        self._config = config
+        self._scale = transform(config.scale)
+        self._opened: Opened | None = None
+        self._device = torch.device("cpu")
+
+    @abstractmethod
+    def _open(self) -> Opened:
+        """Load the networks, in float32 unless the reward says otherwise, on the CPU. Raises RewardError."""
+
+    @abstractmethod
+    def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
+        """Score at most ``batch`` samples. ``network`` and the finite pixels of ``media`` are on the device."""
+
+    def load(self, device: torch.device) -> None:
+        """Load the model and put it on ``device``, or keep it off until it is needed under ``offload``.
+
+        Raises RewardError if files are missing, damaged, not those pinned, or do not fit the model.
+        """
+        opened = self._open()
+        verify(opened.files, self._config.sha256)
+        opened.network.eval().requires_grad_(False)
+        self._opened, self._device = opened, device
+        if not self._config.offload:
+            opened.network.to(device)
+
+    def release(self) -> None:
+        """Leave the device until the next ``score``, if the recipe asks for it with ``offload``."""
+        if self._opened and self._config.offload:
+            self._opened.network.to("cpu")
+
+    def fingerprint(self) -> str:
+        """A digest of the weights and of the settings that change a score: equal ones give equal scores."""
+        opened = self._require_opened()
+        digest = hashlib.sha256()
+        for name, file in sorted(opened.files.items()):
+            digest.update(f"{name} {sha256(file)}\n".encode())
+        for file in opened.described:
+            digest.update(f"{sha256(file)}\n".encode())
+        neutral = {"path", "revision", "sha256", "batch", "offload"}
+        digest.update(self._config.model_dump_json(exclude=neutral).encode())
+        return digest.hexdigest()
+
+    @torch.no_grad()
+    def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+        """Score sample i against condition i.
+
+        Args:
+            media: Images (B, C, H, W) or videos (B, F, C, H, W), as the reward's modalities say, float in [0, 1].
+            conditions: B conditions.
+
+        Returns:
+            Scores (B,) on the CPU: `values` after the scale, `raw` before it. A sample that is not finite is not valid.
+
+        Raises:
+            RuntimeError: `load` was not called.
+            ValueError: the media are of another kind, or there are not B conditions.
+        """
+        network = self._require_opened().network
+        if media.modality not in self.modalities:
+            raise ValueError(f"this reward scores {', '.join(sorted(self.modalities))}, not {media.modality}")
+        if len(media) != len(conditions):
+            raise ValueError(f"{len(media)} samples came with {len(conditions)} conditions; each needs its own")
+        network.to(self._device)
+        size = self._config.batch
+        spans = [slice(start, start + size) for start in range(0, len(media), size)]
+        return Scores.joined([self._score_chunk(network, media[span], conditions[span]) for span in spans])
+
+    def _score_chunk(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Scores:
+        pixels = media.pixels.to(self._device, torch.float32)
+        finite = pixels.flatten(1).isfinite().all(dim=1)
+        rest = (1,) * (pixels.ndim - 1)
+        pixels = pixels.where(finite.view(-1, *rest), torch.zeros_like(pixels))
+        clean = Media(images=pixels) if media.images is not None else Media(videos=pixels, fps=media.fps)
+        measured = self._measure(network, clean, conditions)
+        reasons = {row: "pixels are not finite" for row, good in enumerate(finite.tolist()) if not good}
+        return self._scores(measured, {**measured.reasons, **reasons})
+
+    def _scores(self, measured: Measured, reasons: Mapping[int, str]) -> Scores:
+        raw = measured.raw.detach().float().cpu()
+        valid = raw.isfinite()
+        valid[list(reasons)] = False
+        nameless = [row for row in (~valid).nonzero().flatten().tolist() if row not in reasons]
+        return Scores(
+            values=self._scale(raw),
+            valid=valid,
+            raw=raw,
+            details={name: value.detach().float().cpu() for name, value in measured.details.items()},
+            reasons={**reasons, **dict.fromkeys(nameless, "the model's score is not finite")},
+        )
+
+    def _require_opened(self) -> Opened:
+        if self._opened is None:
+            raise RuntimeError("this reward was not loaded: call load(device) first")
+        return self._opened

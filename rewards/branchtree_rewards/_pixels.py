@@ -1,0 +1,72 @@
+"""From samples to what a vision encoder takes. Axis letters: B samples, C channels, H height, W width.
+
+Rewards see 8-bit pictures, as they do when a picture is scored from its file: training and evaluation then agree, with
+each other and with the public trainers. Public preprocessing resizes with PIL in some rewards and on float tensors in
+others; the results differ by more than the last digit, so each reward names the one that its publisher uses.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+def to_uint8(pixels: Tensor) -> Tensor:
+    """Samples in [0, 1] as rounded bytes of the same shape."""
+    return (pixels * 255).round().clamp(0, 255).to(torch.uint8)
+
+
+def to_rgb(images: Tensor) -> Tensor:
+    """Images (B, C, H, W) of 1, 3 or 4 channels as (B, 3, H, W); a fourth channel is left out. Raises ValueError."""
+    channels = images.shape[1]
+    if channels not in {1, 3, 4}:
+        raise ValueError(f"images must have 1, 3 or 4 channels, not {channels}")
+    return images.expand(-1, 3, -1, -1) if channels == 1 else images[:, :3]
+
+
+def to_pil(images: Tensor) -> list[Image]:
+    """Images (B, C, H, W) in [0, 1] as 8-bit RGB pictures."""
+    from PIL import Image
+
+    arrays = to_uint8(to_rgb(images)).permute(0, 2, 3, 1).contiguous().cpu().numpy()
+    return [Image.fromarray(array) for array in arrays]
+
+
+def from_pil(images: list[Image]) -> Tensor:
+    """Pictures of one size as float (B, 3, H, W) in [0, 1], on the CPU."""
+    import numpy as np
+
+    stacked = np.stack([np.asarray(image.convert("RGB")) for image in images])
+    return torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous().float() / 255
+
+
+def shortest_side_crop(image: Image, size: int, *, floor: bool = False) -> Image:
+    """Resize the shorter side to ``size`` with PIL's bicubic, then cut the middle ``size`` x ``size`` out.
+
+    This is, to the bit, torchvision's Resize and CenterCrop on a PIL image, which round where the cut begins half-way
+    between two pixels. Under ``floor`` it is transformers' CLIPImageProcessor (in 5, CLIPImageProcessorPil), which goes
+    to the lower one. The two differ by one pixel where 3, 7, 11, ... more than ``size`` are left: at 640 x 427, say.
+    """
+    from PIL.Image import Resampling
+
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    other = int(size * long / short)
+    resized = image.resize((size, other) if width <= height else (other, size), Resampling.BICUBIC)
+    spare = (resized.width - size, resized.height - size)
+    left, top = (each // 2 if floor else round(each / 2.0) for each in spare)
+    return resized.crop((left, top, left + size, top + size))
+
+
+def normalised(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[float, ...] = CLIP_STD) -> Tensor:
+    """Images (B, 3, H, W) in [0, 1], each channel centred and scaled."""
+    centre, width = (images.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
+    return (images - centre) / width

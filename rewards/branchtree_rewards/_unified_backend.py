@@ -1,0 +1,29 @@
+"""What answers UnifiedReward's questions: a model in this process, or a server."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from branchtree_rewards._unified_templates import Failure, Spoken
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class Backend(Protocol):
+    """Answers questions about pictures, one each. Nothing is loaded or asked before ``load``."""
+
+    def load(self, device: torch.device) -> None:
+        """Make ready to answer. Raises RewardError that says what is missing and what to do."""
+
+    def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | Failure]:
+        """An answer to each question about the picture at the same place, or why there is none."""
+
+    def release(self) -> None:
+        """Leave the device until the next question, if asked to."""
+
+    def identity(self) -> str:
+        """What is known of the weights that answer."""

@@ -1,0 +1,111 @@
+"""UnifiedReward's questions, and the scores that their answers hold.
+
+The questions are the publisher's, to the byte, and are kept in `data/unifiedreward_*.txt`. They are part of
+UnifiedReward (https://github.com/CodeGoat24/UnifiedReward, MIT licence), except that of `flowgrpo_llava`, which is the
+question that flow_grpo asks of UnifiedReward-7b-v1.5.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from importlib import resources
+from typing import Literal
+
+TemplateName = Literal["semantic", "score", "acs_v2", "flowgrpo_llava"]
+FieldName = Literal["alignment", "coherence", "style", "mean", "final"]
+
+AXES = ("alignment", "coherence", "style")
+FILES: dict[TemplateName, str] = {
+    "semantic": "unifiedreward_semantic_v1.txt",
+    "score": "unifiedreward_score_v1.txt",
+    "acs_v2": "unifiedreward_acs_v2.txt",
+    "flowgrpo_llava": "unifiedreward_flowgrpo_llava.txt",
+}
+FIELDS: dict[TemplateName, tuple[FieldName, ...]] = {
+    "semantic": ("alignment", "coherence", "style", "mean"),
+    "score": ("final",),
+    "acs_v2": ("alignment", "coherence", "style", "mean"),
+    "flowgrpo_llava": ("final",),
+}
+LABELS = {
+    "alignment": "Alignment Score (1-5)",
+    "coherence": "Coherence Score (1-5)",
+    "style": "Style Score (1-5)",
+    "final": "Final Score",
+}
+LOWEST = {"alignment": 1.0, "coherence": 1.0, "style": 1.0, "final": 0.0}
+HIGHEST = 5.0
+# A number that ends where it seems to: not 1 of 10, of 1.5.2, of 1e3 or of 1-2, and out of 5 where it is out of any.
+NUMBER = re.compile(r"[\s*]*([0-9]++(?:\.[0-9]++)?+)(?![\w%]|[.,\u2013-][0-9]|\s*/\s*(?!5(?![\w.]))[0-9])")
+TAIL = 80  # characters of an answer that a reason quotes
+
+
+@dataclass(frozen=True)
+class Spoken:
+    """A model's answer to one question."""
+
+    text: str
+    complete: bool = True  # False: it was cut off at the limit of tokens
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why there is no answer, or no score in it."""
+
+    reason: str
+
+
+def question(template: TemplateName, caption: str) -> str:
+    """The template's text with ``caption`` in its place."""
+    text = resources.files("branchtree_rewards").joinpath("data", FILES[template]).read_text(encoding="utf-8")
+    before, after = text.split("{}")
+    return f"{before}{caption}{after}"
+
+
+def read_score(answer: Spoken, name: str) -> float | Failure:
+    """The number after the last label of field ``name``.
+
+    The label is written as the question asks for it; asterisks of markdown may surround label, colon and number. The
+    number must lie in [1, 5], or [0, 5] for the final score. A number at the very end of an answer that was cut off is
+    not one, since digits may be missing.
+    """
+    label = rf"{re.escape(LABELS[name])}\**\s*:"
+    found = list(re.finditer(label, answer.text))
+    if not found:
+        cut = "" if answer.complete else ", and the answer was cut off at the limit of tokens"
+        return Failure(f"the answer has no '{LABELS[name]}:'{cut}{_quoted(answer)}")
+    number = NUMBER.match(answer.text, found[-1].end())
+    if number is None:
+        return Failure(f"no number follows '{LABELS[name]}:'{_quoted(answer)}")
+    if not answer.complete and number.end() == len(answer.text):
+        return Failure(f"the answer was cut off within the number after '{LABELS[name]}:'{_quoted(answer)}")
+    value = float(number[1])
+    if not LOWEST[name] <= value <= HIGHEST:
+        return Failure(f"'{LABELS[name]}: {number[1][:20]}' is not between {LOWEST[name]:g} and 5{_quoted(answer)}")
+    return value
+
+
+def read_axes(answer: Spoken, template: TemplateName) -> dict[str, float]:
+    """The three axes' scores, NaN for those that the template does not ask for or the answer does not give."""
+    if "mean" not in FIELDS[template]:
+        return dict.fromkeys(AXES, math.nan)
+    scores = {name: read_score(answer, name) for name in AXES}
+    return {name: math.nan if isinstance(score, Failure) else score for name, score in scores.items()}
+
+
+def read_field(answer: Spoken, name: FieldName) -> float | Failure:
+    """The score of one field; ``mean`` is the three axes' mean and needs all of them."""
+    if name != "mean":
+        return read_score(answer, name)
+    scores = [read_score(answer, axis) for axis in AXES]
+    failures = [score for score in scores if isinstance(score, Failure)]
+    return failures[0] if failures else sum(score for score in scores if not isinstance(score, Failure)) / len(AXES)
+
+
+def _quoted(answer: Spoken) -> str:
+    line = "".join(letter if letter.isprintable() else "\ufffd" for letter in " ".join(answer.text.split()))
+    if not line:
+        return "; it is empty"
+    return f"; it ends in '{line[-TAIL:]}'" if len(line) > TAIL else f"; it is '{line}'"

@@ -1,0 +1,109 @@
+"""The reward `diversity`: how far a sample lies from the other samples of its prompt, without weights.
+
+It sees a prompt's whole group at once. Added to another reward with a small weight it works against a policy that gives
+one picture for every noise; by itself it rewards noise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from branchtree.hookspecs import hookimpl
+from branchtree.protocols import Condition, Media, RewardCard, Scores
+
+
+class DiversityConfig(pydantic.BaseModel, extra="forbid", frozen=True):
+    """Settings of the `diversity` reward.
+
+    Attributes:
+        size: Pixels that the longer side is shrunk to before samples are compared; smaller sizes look at composition
+            and colour, larger ones at texture and noise too.
+    """
+
+    size: int = pydantic.Field(default=32, ge=1)
+
+
+class Diversity:
+    """Scores each sample by its mean distance from the others of its prompt, from 0 to 1.
+
+        score_i = mean over j != i of the root mean square of x_i - x_j
+
+    over all pixels (and frames) in [0, 1]. A sample without others is not valid, and neither is one that is not finite;
+    such a sample is not compared with.
+    """
+
+    modalities: frozenset[str] = frozenset({"image", "video"})
+    groupwise = True
+
+    def __init__(self, config: DiversityConfig) -> None:
+        self._config = config
+        self._device: torch.device | None = None
+
+    def load(self, device: torch.device) -> None:
+        """Compare on `device`; call once before `score`."""
+        self._device = device
+
+    @torch.no_grad()
+    def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+        """Score the B samples of one prompt against each other.
+
+        Args:
+            media: Images (B, C, H, W) or videos (B, F, C, H, W), float in [0, 1].
+            conditions: B conditions; they are not looked at.
+
+        Returns:
+            `values` float32 (B,) and `valid` bool (B,), on the device.
+
+        Raises:
+            RuntimeError: `load` was not called.
+            ValueError: there are not B conditions.
+        """
+        if self._device is None:
+            raise RuntimeError("the diversity reward was not loaded: call load(device) before score(...)")
+        if len(media) != len(conditions):
+            raise ValueError(f"{len(media)} samples came with {len(conditions)} conditions; each needs its own")
+        pixels = media.pixels.to(self._device, torch.float32)
+        finite = pixels.flatten(1).isfinite().all(dim=1)
+        points = shrunk(pixels.flatten(0, -4), self._config.size).reshape(len(media), -1)
+        points = points.where(finite[:, None], torch.zeros_like(points))
+        # Differences are formed one by one: the usual short cut over inner products loses small ones to rounding.
+        distances = torch.stack([(points - point).square().mean(dim=1).sqrt() for point in points])
+        others = finite.sum() - finite.long()
+        values = (distances * finite).sum(dim=1) / others.clamp(min=1)
+        valid = finite & (others > 0)
+        lonely = dict.fromkeys((finite & ~valid).nonzero().flatten().tolist(), "there is no other sample of its prompt")
+        broken = dict.fromkeys((~finite).nonzero().flatten().tolist(), "pixels are not finite")
+        return Scores(values=values, valid=valid, reasons={**lonely, **broken})
+
+
+def shrunk(images: Tensor, size: int) -> Tensor:
+    """Images (N, C, H, W) with the longer side at most ``size``, each new pixel an average."""
+    height, width = images.shape[-2:]
+    if max(height, width) <= size:
+        return images
+    scale = size / max(height, width)
+    return F.adaptive_avg_pool2d(images, (max(round(height * scale), 1), max(round(width * scale), 1)))
+
+
+@hookimpl
+def register_rewards(register: Callable[..., None]) -> None:
+    """Add the `diversity` reward to the registry."""
+    register(
+        "diversity",
+        build=Diversity,
+        config=DiversityConfig,
+        summary="Mean distance from the other samples of the prompt, without weights; sees whole groups.",
+        card=RewardCard(
+            modalities=Diversity.modalities,
+            checkpoint="none",
+            size=0,
+            licence="Apache-2.0",
+            non_commercial=False,
+            source="branchtree",
+        ),
+    )
