@@ -13,7 +13,7 @@ from branchtree.errors import RecipeError
 from branchtree.grid import time_grid
 from branchtree.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
 from branchtree.plugins import registry
-from branchtree.protocols import Callback, ModelAdapter, RewardAdapter
+from branchtree.protocols import Callback, GroupReward, ModelAdapter, RewardAdapter
 from branchtree.recipe.load import validate_options
 from branchtree.recipe.schema import CallbackSection, Recipe, RewardSection, SamplerSection, TreeSection
 from branchtree.recipe.source import KeyPath
@@ -29,6 +29,11 @@ class NamedReward:
     label: str
     weight: float
     adapter: RewardAdapter
+
+    @property
+    def groupwise(self) -> bool:
+        """Whether it must see all samples of a prompt at once; known once it is loaded."""
+        return isinstance(self.adapter, GroupReward) and self.adapter.groupwise
 
 
 def make_schedule(recipe: Recipe) -> Schedule:

@@ -111,3 +111,16 @@ class BranchTree:
     def leaves(self) -> Tensor:
         """The clean latents, (L, *latent)."""
         return self.states[-1]
+
+    @staticmethod
+    def joined(trees: Sequence[BranchTree]) -> BranchTree:
+        """Trees of several batches of prompts, on one time grid, as the tree of all their prompts in this order."""
+        if len(trees) == 1:
+            return trees[0]
+        topology = grow([plan for tree in trees for plan in tree.topology.plans])
+        return BranchTree(
+            topology=topology,
+            sigmas=trees[0].sigmas,
+            states=tuple(torch.cat(level) for level in zip(*(tree.states for tree in trees), strict=True)),
+            log_prob=tuple(torch.cat(level) for level in zip(*(tree.log_prob for tree in trees), strict=True)),
+        )

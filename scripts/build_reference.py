@@ -47,6 +47,7 @@ def regions() -> Mapping[str, Callable[[], str]]:
     """Every generated part by name."""
     files = ["pyproject.toml", *(f"branchtree_guest/{name}" for name in ("__init__.py", "reward.py", "model.py"))]
     files += ["branchtree_guest/watch.py", "branchtree_guest/recipes/guest.yaml", "tests/test_model.py"]
+    files += ["tests/test_reward.py"]
     return {
         "recipe-keys": lambda: recipe_tables(Recipe),
         "plug-in-options": plugin_options,

@@ -171,6 +171,12 @@ def test_a_guests_tests_are_its_case_and_one_class(guest_site: Path, tmp_path: P
     assert all("lora" in name for name in outcomes["skipped"])
 
 
+def test_a_guests_reward_is_tested_in_the_same_way(guest_site: Path, tmp_path: Path) -> None:
+    outcomes = run_tests(tmp_path, (GUEST / "tests" / "test_reward.py").read_text(encoding="utf-8"), guest_site)
+    assert (outcomes["failure"], outcomes["error"]) == ([], [])
+    assert len(outcomes["passed"]) >= 8
+
+
 BROKEN = {
     "MixesRows": ["rows_do_not_know_their_batch", "a_tree_does_not_depend_on_its_batch"],
     "Forgetful": ["predictions_are_float32_and_repeatable", "the_update_sees_the_densities_of_the_rollout"],

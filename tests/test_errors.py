@@ -329,7 +329,7 @@ def test_a_run_is_continued_by_its_own_recipe_alone(desk: Desk, guest_run: tuple
     ("reward", "message"),
     [
         ("raises", "reward 'failing_raises' failed: ConnectionError: the judge does not answer"),
-        ("nan", "reward 'failing_nan' gave no valid value on any sample of an iteration (all NaN, infinite, or marked"),
+        ("nan", "reward 'failing_nan' gave no valid value for 16 of 16 samples of the last iteration (100%; "),
         ("short", "reward 'failing_short' must give 16 values and valid flags for as many samples, not (1,) and (1,)"),
     ],
 )

@@ -203,7 +203,16 @@ class BatchSection(Section):
     rollout_rows: int | None = Field(default=None, ge=1)  # predictions per forward; all of a depth by default
     update_rows: int | None = Field(default=None, ge=1)  # families per forward and backward; all by default
     decode_rows: int | None = Field(default=None, ge=1)  # leaves decoded and scored at a time
+    rollout_prompts: int | None = Field(default=None, ge=1)  # prompts whose trees grow together; all by default
     states: Literal["device", "host"] = "device"  # where the tree's states are kept
+
+
+class ScoringSection(Section):
+    """``scoring``: how leaves are scored, and when failing rewards end the run. Nothing here changes a result."""
+
+    overlap: bool = True  # score while the next trees grow
+    max_invalid: float = Field(default=0.5, ge=0, le=1)  # share of samples a reward may fail on before the run ends
+    window: int = Field(default=3, ge=1)  # iterations that the share is taken over
 
 
 class DataSection(Section):
@@ -270,6 +279,7 @@ class Recipe(Section):
     loss: LossSection = LossSection()
     optim: OptimSection = OptimSection()
     batch: BatchSection = BatchSection()
+    scoring: ScoringSection = ScoringSection()
     data: DataSection
     evaluation: EvaluationSection | None = None
     run: RunSection = RunSection()

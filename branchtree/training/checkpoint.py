@@ -22,7 +22,7 @@ from branchtree.recipe.schema import Recipe
 from branchtree.training.ema import WeightAverage
 from branchtree.training.rundir import write_folder
 
-FREE_SECTIONS = ("name", "description", "evaluation", "callbacks")
+FREE_SECTIONS = ("name", "description", "evaluation", "callbacks", "scoring")
 FREE_RUN_KEYS = (
     "iterations",
     "checkpoint_every",

@@ -13,7 +13,6 @@ from branchtree.credit import Credit
 from branchtree.protocols import Scores
 from branchtree.schedule import TreePlan
 from branchtree.segments import segment_std, segment_sum
-from branchtree.training.scoring import joined
 from branchtree.training.update import UpdateRecord
 from branchtree.tree import Topology
 from branchtree.variance import split_spread, split_variance
@@ -52,7 +51,7 @@ def merged(shares: Sequence[ShareRecord]) -> ShareRecord:
         plans=tuple(plan for share in shares for plan in share.plans),
         log_prob=tuple(torch.cat(levels) for levels in zip(*(share.log_prob for share in shares), strict=True)),
         dimensions=shares[0].dimensions,
-        scores={label: joined([share.scores[label] for share in shares]) for label in shares[0].scores},
+        scores={label: Scores.joined([share.scores[label] for share in shares]) for label in shares[0].scores},
         update=update,
     )
 
@@ -75,8 +74,15 @@ def _reward_metrics(topology: Topology, scores: Mapping[str, Scores], credit: Cr
     metrics: dict[str, float] = {}
     for label, score in scores.items():
         values, prompts = score.values[score.valid].double(), topology.leaf_root[score.valid]
+        metrics[f"reward/{label}/invalid"] = float((~score.valid).sum())
+        if not values.numel():
+            continue
         metrics[f"reward/{label}/mean"] = float(values.mean())
         metrics[f"reward/{label}/std"] = float(segment_std(values, prompts, topology.prompts).mean())
+        further = {"raw": score.raw, **score.details}
+        for name, figure in further.items():
+            if figure is not None:
+                metrics[f"reward/{label}/{name}"] = float(figure[score.valid].double().nanmean())
     valid_leaves = segment_sum(credit.valid.double(), topology.leaf_root, topology.prompts)
     metrics["reward/valid_fraction"] = float(credit.valid.double().mean())
     metrics["reward/skipped_prompts"] = float((valid_leaves == 0).sum())

@@ -1,8 +1,18 @@
-"""From leaves to rewards: decoding and scoring in runs that fit in memory."""
+"""From leaves to rewards: decoding and scoring in pieces that fit in memory, while the next tree grows.
+
+Samples are decoded by the thread that owns the model and scored by others, one for each reward. A reward gets the same
+calls in the same order as it would without threads, so overlap changes nothing but the time.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from itertools import groupby
+from types import TracebackType
 from typing import Any
 
 import torch
@@ -10,38 +20,173 @@ from torch import Tensor
 
 from branchtree.assembly import NamedReward
 from branchtree.errors import RewardError
-from branchtree.protocols import Condition, Media, ModelAdapter, Scores
+from branchtree.protocols import Condition, Media, ModelAdapter, ReleasesMemory, Scores
+from branchtree.recipe.schema import ScoringSection
 from branchtree.rollout import chunks
 from branchtree.training.timing import Stopwatch
 
+AHEAD = 2
+"""Decoded pieces that may wait to be scored; more would only hold memory."""
 
-def score_latents(
+
+@dataclass(frozen=True)
+class Piece:
+    """Decoded samples, what each was asked to show, and which prompt it belongs to; a prompt's samples adjoin."""
+
+    media: Media
+    conditions: Sequence[Condition]
+    prompts: Sequence[int]
+
+    def __getitem__(self, rows: slice) -> Piece:
+        return Piece(self.media[rows], self.conditions[rows], self.prompts[rows])
+
+    @staticmethod
+    def joined(pieces: Sequence[Piece]) -> Piece:
+        """Consecutive pieces as one."""
+        return Piece(
+            Media.joined([piece.media for piece in pieces]),
+            [condition for piece in pieces for condition in piece.conditions],
+            [prompt for piece in pieces for prompt in piece.prompts],
+        )
+
+    @property
+    def groups(self) -> list[Piece]:
+        """Its parts by prompt."""
+        runs = [list(run) for _, run in groupby(range(len(self.prompts)), key=self.prompts.__getitem__)]
+        return [self[run[0] : run[-1] + 1] for run in runs]
+
+
+class InPlace(Executor):
+    """Does each task as it is submitted: scoring without overlap."""
+
+    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """The finished task."""
+        future: Future[Any] = Future()
+        try:
+            future.set_result(task(*args, **kwargs))
+        except Exception as error:
+            future.set_exception(error)
+        return future
+
+
+def make_executor(section: ScoringSection, device: torch.device) -> Callable[[], Executor]:
+    """What makes the executors of the ``scoring`` section: one thread, whose work is done in order, or none."""
+
+    def adopt_device() -> None:
+        if device.type == "cuda":  # a new thread would start on the first GPU
+            torch.cuda.set_device(device)
+
+    def thread() -> Executor:
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward", initializer=adopt_device)
+
+    return thread if section.overlap else InPlace
+
+
+@dataclass
+class _Desk:
+    """One reward at work: its thread, what it was given, and a group that is not complete yet."""
+
+    reward: NamedReward
+    executor: Executor
+    done: list[Future[tuple[Scores, float]]] = field(default_factory=list)
+    open_group: list[Piece] = field(default_factory=list)
+
+    def take(self, piece: Piece) -> None:
+        if not self.reward.groupwise:
+            self._score(piece)
+            return
+        for group in piece.groups:
+            if self.open_group and self.open_group[0].prompts[0] != group.prompts[0]:
+                self.close_group()
+            self.open_group.append(group)
+
+    def close_group(self) -> None:
+        if self.open_group:
+            self._score(Piece.joined(self.open_group))
+            self.open_group = []
+
+    def _score(self, piece: Piece) -> None:
+        self.done.append(self.executor.submit(timed_scores, self.reward, piece.media, piece.conditions))
+
+
+class ScoringQueue:
+    """Scores pieces in the order they come. Use it as a context: leaving it ends its threads.
+
+    ``executor`` makes what a reward's work is given to. Raises RewardError, from ``put`` or ``results``, if a reward
+    fails or returns something that is not one number per sample.
+    """
+
+    def __init__(self, rewards: Sequence[NamedReward], executor: Callable[[], Executor]) -> None:
+        self._desks = [_Desk(reward, executor()) for reward in rewards]
+        self._waiting: deque[list[Future[tuple[Scores, float]]]] = deque()
+
+    def __enter__(self) -> ScoringQueue:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        for desk in self._desks:
+            desk.executor.shutdown(wait=True, cancel_futures=True)
+
+    def put(self, piece: Piece) -> None:
+        """Hand over a piece; waits while more than ``AHEAD`` earlier ones are not scored."""
+        before = [len(desk.done) for desk in self._desks]
+        for desk in self._desks:
+            desk.take(piece)
+        self._waiting.append(
+            [future for desk, start in zip(self._desks, before, strict=True) for future in desk.done[start:]]
+        )
+        while len(self._waiting) > AHEAD:
+            for future in self._waiting.popleft():
+                future.result()
+
+    def results(self) -> dict[str, Scores]:
+        """Each reward's scores of all pieces, by label."""
+        for desk in self._desks:
+            desk.close_group()
+        scores = {
+            desk.reward.label: Scores.joined([future.result()[0] for future in desk.done]) for desk in self._desks
+        }
+        for desk in self._desks:
+            if isinstance(desk.reward.adapter, ReleasesMemory):
+                desk.reward.adapter.release()
+        return scores
+
+    @property
+    def seconds(self) -> float:
+        """What the finished scoring took, in all threads together."""
+        return sum(future.result()[1] for desk in self._desks for future in desk.done)
+
+
+def decode_and_put(
+    queue: ScoringQueue,
     model: ModelAdapter,
-    rewards: Sequence[NamedReward],
     latents: Tensor,
     conditions: Sequence[Condition],
+    prompts: Sequence[int],
     rows: int | None,
     watch: Stopwatch,
     keep: int = 0,
-) -> tuple[dict[str, Scores], list[Media]]:
-    """Decode clean latents (L, *latent) and score sample i against condition i; L leaves, ``rows`` at a time.
+) -> list[Media]:
+    """Decode clean latents (L, *latent), ``rows`` at a time, and have sample i scored against condition i.
 
-    Returns each reward's scores (L,) by label, and the first ``keep`` samples' media in order, on the CPU. Raises
-    RewardError if a reward fails or returns something that is not one number per sample.
+    Returns the first ``keep`` samples' media in order, on the CPU.
     """
-    media: list[Media] = []
-    parts: dict[str, list[Scores]] = {reward.label: [] for reward in rewards}
+    kept: list[Media] = []
     for span in chunks(len(latents), rows):
         with watch.phase("decode"):
-            decoded = model.decode(latents[span.start : span.stop])
-        with watch.phase("reward"):
-            for reward in rewards:
-                parts[reward.label].append(checked_scores(reward, decoded, conditions[span.start : span.stop]))
+            piece = slice(span.start, span.stop)
+            media = model.decode(latents[piece])
         if span.start < keep:
-            media.append(_on_cpu(decoded[: keep - span.start]))
-    with watch.phase("decode"):
-        model.release_frozen()
-    return {label: joined(scores) for label, scores in parts.items()}, media
+            kept.append(_on_cpu(media[: keep - span.start]))
+        with watch.phase("reward"):
+            queue.put(Piece(media, conditions[piece], prompts[piece]))
+    return kept
+
+
+def timed_scores(reward: NamedReward, media: Media, conditions: Sequence[Condition]) -> tuple[Scores, float]:
+    """One reward's checked scores, and the seconds they took."""
+    start = time.perf_counter()
+    return checked_scores(reward, media, conditions), time.perf_counter() - start
 
 
 def checked_scores(reward: NamedReward, media: Media, conditions: Sequence[Condition]) -> Scores:
@@ -58,25 +203,18 @@ def checked_scores(reward: NamedReward, media: Media, conditions: Sequence[Condi
             f"not {tuple(scores.values.shape)} and {tuple(scores.valid.shape)}"
         )
     values = scores.values.detach().float().cpu()
-    return Scores(values, scores.valid.detach().cpu() & values.isfinite())
+    finite = values.isfinite()
+    return Scores(
+        values=values,
+        valid=scores.valid.detach().cpu() & finite,
+        raw=None if scores.raw is None else scores.raw.detach().float().cpu(),
+        details={name: figure.detach().float().cpu() for name, figure in scores.details.items()},
+        reasons={**dict.fromkeys(_rows(~finite), "the value is not finite"), **scores.reasons},
+    )
 
 
-def joined(parts: Sequence[Scores]) -> Scores:
-    """Scores of consecutive samples as one."""
-    return Scores(torch.cat([part.values for part in parts]), torch.cat([part.valid for part in parts]))
-
-
-def require_some_valid(accelerator: Any, scores: Mapping[str, Scores]) -> None:
-    """Raise RewardError if a reward is valid on no sample of any process: something is broken."""
-    from accelerate.utils import gather_object
-
-    shares: list[dict[str, bool]] = gather_object([{label: bool(score.valid.any()) for label, score in scores.items()}])
-    for label in scores:
-        if not any(share[label] for share in shares):
-            raise RewardError(
-                f"reward '{label}' gave no valid value on any sample of an iteration (all NaN, infinite, or marked "
-                "invalid); check its inputs with a few samples before training"
-            )
+def _rows(flags: Tensor) -> Iterable[int]:
+    return [int(row) for row in flags.nonzero().flatten()]
 
 
 def _on_cpu(media: Media) -> Media:

@@ -25,7 +25,7 @@ from branchtree.assembly import (
 )
 from branchtree.credit import CreditRule, PruningRule
 from branchtree.data import PromptOrder, check_conditions, held_out_conditions, training_conditions
-from branchtree.errors import RecipeError, RewardError
+from branchtree.errors import BranchTreeError, RecipeError, RewardError
 from branchtree.protocols import Callback, Condition, LoraSettings, ModelAdapter, VelocityFunction
 from branchtree.recipe.schema import OptimSection, Recipe
 from branchtree.rollout import Sampler
@@ -33,8 +33,10 @@ from branchtree.schedule import Schedule
 from branchtree.training.checkpoint import Trained
 from branchtree.training.ema import WeightAverage
 from branchtree.training.evaluation import Evaluator
+from branchtree.training.failures import FailureWatch
 from branchtree.training.policy import ConditioningCache, velocity_function
 from branchtree.training.rundir import RunDirectory
+from branchtree.training.scoring import make_executor
 from branchtree.training.update import Updater
 
 
@@ -85,6 +87,7 @@ class Session:
     updater: Updater
     trained: Trained
     evaluator: Evaluator | None
+    failures: FailureWatch
     order: PromptOrder
     credit_rule: CreditRule
     pruning_rule: PruningRule
@@ -135,7 +138,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Sess
             f"batch.prompts: {recipe.batch.prompts} prompts cannot be shared by {accelerator.num_processes} processes"
         )
     _load_model(recipe, model, accelerator.device)
-    _load_rewards([*inputs.rewards, *inputs.held_out], accelerator.device)
+    _load_rewards([*inputs.rewards, *inputs.held_out], model.modality, accelerator.device)
     reference = copy.deepcopy(model.denoiser).requires_grad_(False) if recipe.loss.kl and not recipe.lora else None
     parameters = {name: value for name, value in model.denoiser.named_parameters() if value.requires_grad}
     optimizer, scheduler = _make_optimizer(recipe.optim, list(parameters.values()), recipe.run.iterations)
@@ -163,6 +166,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Sess
         ),
         trained=Trained(model, optimizer, scheduler, average),
         evaluator=_make_evaluator(inputs, cache, sampler, accelerator.autocast, accelerator.device),
+        failures=FailureWatch(recipe.scoring),
         order=PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle),
         credit_rule=make_credit_rule(recipe),
         pruning_rule=make_pruning_rule(recipe),
@@ -213,12 +217,16 @@ def _load_model(recipe: Recipe, model: ModelAdapter, device: torch.device) -> No
         model.enable_gradient_checkpointing()
 
 
-def _load_rewards(rewards: Sequence[NamedReward], device: torch.device) -> None:
+def _load_rewards(rewards: Sequence[NamedReward], modality: str, device: torch.device) -> None:
     for reward in rewards:
         try:
             reward.adapter.load(device)
         except Exception as error:  # a plug-in can raise anything; name it
-            raise RewardError(f"reward '{reward.label}' cannot be loaded: {type(error).__name__}: {error}") from error
+            told = str(error) if isinstance(error, BranchTreeError) else f"{type(error).__name__}: {error}"
+            raise RewardError(f"reward '{reward.label}' cannot be loaded: {told}") from error
+        if modality not in reward.adapter.modalities:  # which one that is served elsewhere learns only now
+            scored = ", ".join(sorted(reward.adapter.modalities))
+            raise RewardError(f"reward '{reward.label}' scores {scored}, but the model makes {modality}s")
 
 
 def _make_optimizer(
@@ -261,5 +269,13 @@ def _make_evaluator(
     if section is None:
         return None
     return Evaluator(
-        section, inputs.held_out_conditions, inputs.held_out, inputs.model, cache, sampler, autocast, device
+        section,
+        inputs.held_out_conditions,
+        inputs.held_out,
+        inputs.model,
+        cache,
+        sampler,
+        autocast,
+        device,
+        make_executor(inputs.recipe.scoring, device),
     )

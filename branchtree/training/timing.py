@@ -16,6 +16,7 @@ class Stopwatch:
 
     device: torch.device
     seconds: dict[str, float] = field(default_factory=dict)
+    background: dict[str, float] = field(default_factory=dict)  # of other threads, not part of the total
     started: float = field(default_factory=time.perf_counter)
 
     @contextmanager
@@ -30,6 +31,7 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
 
     def report(self) -> dict[str, float]:
-        """Seconds by phase, what no phase counted as ``other``, and ``total``."""
+        """Seconds by phase, what no phase counted as ``other``, ``total``, and those in the background."""
         total = time.perf_counter() - self.started
-        return {**self.seconds, "other": max(total - sum(self.seconds.values()), 0.0), "total": total}
+        other = max(total - sum(self.seconds.values()), 0.0)
+        return {**self.seconds, "other": other, "total": total, **self.background}

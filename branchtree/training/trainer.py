@@ -14,21 +14,19 @@ import torch
 from torch import Tensor
 
 from branchtree.credit import Credit, assign_credit
-from branchtree.errors import BranchTreeError, CheckpointError
+from branchtree.errors import BranchTreeError, CheckpointError, RewardError
 from branchtree.families import collect
-from branchtree.noise import NoiseSource, Purpose, generator
-from branchtree.protocols import Callback, Condition, Media, Scores
+from branchtree.protocols import Callback, Scores
 from branchtree.recipe.schema import Recipe
-from branchtree.rollout import rollout
 from branchtree.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from branchtree.training.evaluation import Figure
+from branchtree.training.growth import grow_and_score
 from branchtree.training.interrupt import StopRequest
 from branchtree.training.metrics import ShareRecord, iteration_metrics, merged
 from branchtree.training.policy import velocity_function
 from branchtree.training.rundir import EVALUATION, METRICS, TIMING, RunDirectory, write_atomically, write_folder
 from branchtree.training.samples import write_grid, write_tree
 from branchtree.training.sampling import sample_latents
-from branchtree.training.scoring import require_some_valid, score_latents
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.timing import Stopwatch
 from branchtree.training.update import Policies, UpdateRecord, partition
@@ -81,7 +79,7 @@ class Trainer:
         done = self._start(resume)
         with StopRequest() as stop:
             for iteration in range(done, recipe.run.iterations):
-                self._iteration(iteration)
+                self._iteration_or_checkpoint(iteration)
                 done = iteration + 1
                 stopping = self._any_process(stop.requested)
                 self._after(done, stopping)
@@ -92,6 +90,15 @@ class Trainer:
             self._finish(done, time.perf_counter() - started)
         session.accelerator.end_training()
         return self._result(done, finished)
+
+    def _iteration_or_checkpoint(self, iteration: int) -> None:
+        """An iteration; if its rewards fail, which is before its update, what was learnt until then is kept."""
+        try:
+            self._iteration(iteration)
+        except RewardError:
+            if self._main and iteration > 0:
+                self._checkpoint(iteration)
+            raise
 
     def _any_process(self, flag: bool) -> bool:
         """Whether the flag is set on any process: a signal may reach them between different iterations."""
@@ -105,6 +112,7 @@ class Trainer:
         if self._main:
             session.output.rewind(done)
             session.output.write_recipe(recipe)
+        session.failures.recall(session.accelerator, session.output)
         if recipe.run.trackers:
             session.accelerator.init_trackers(
                 recipe.name, config={"recipe": json.dumps(recipe.model_dump(mode="json"))}
@@ -134,10 +142,9 @@ class Trainer:
         conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
         with watch.phase("encode"):
             conditioning = dict(session.cache.get(conditions, session.device))
-        with watch.phase("rollout"):
-            tree = self._rollout(iteration, ids, conditioning)
         recorded = self._main and iteration % recipe.run.tree_every == 0
-        scores, media = self._score(tree, conditions, watch, keep=tree.topology.plans[0].leaves if recorded else 0)
+        tree, scores, media = grow_and_score(session, iteration, ids, conditions, conditioning, watch, recorded)
+        session.failures.check(session.accelerator, scores)
         with watch.phase("credit"):
             log_prob, dimensions = self._mean_log_prob(tree)
             credit = self._credit(tree.topology, log_prob, scores, iteration, dimensions)
@@ -150,36 +157,6 @@ class Trainer:
                 trees = session.output.root / "trees"
                 write_tree(trees, iteration, conditions[0].prompt, tree.topology, scores, credit, media)
             self._log(iteration, metrics, watch)
-
-    def _rollout(self, iteration: int, ids: Sequence[int], conditioning: dict[str, Tensor]) -> BranchTree:
-        session, recipe = self._session, self._session.recipe
-        model = session.inputs.model
-        initial = [
-            model.initial_noise(generator(recipe.tree.noise_seed, iteration, prompt_id, 0, 0, Purpose.INITIAL))
-            for prompt_id in ids
-        ]
-        return rollout(
-            velocity_function(model, conditioning, session.accelerator.autocast),
-            session.sampler,
-            grow([session.inputs.schedule.plan(iteration, prompt_id) for prompt_id in ids]),
-            torch.stack(initial).to(session.device),
-            NoiseSource(recipe.seed, iteration),
-            ids,
-            max_rows=recipe.batch.rollout_rows,
-            store=torch.device("cpu") if recipe.batch.states == "host" else None,
-        )
-
-    def _score(
-        self, tree: BranchTree, conditions: Sequence[Condition], watch: Stopwatch, keep: int
-    ) -> tuple[dict[str, Scores], list[Media]]:
-        session = self._session
-        each = [conditions[prompt] for prompt in tree.topology.leaf_root.tolist()]
-        rows = session.recipe.batch.decode_rows
-        scores, media = score_latents(
-            session.inputs.model, session.inputs.rewards, tree.leaves, each, rows, watch, keep
-        )
-        require_some_valid(session.accelerator, scores)
-        return scores, media
 
     def _mean_log_prob(self, tree: BranchTree) -> tuple[list[Tensor], int]:
         """Edge densities averaged over latent dimensions, and their number."""
@@ -275,8 +252,12 @@ class Trainer:
                 if sampling:
                     self._sample(done)
         if self._main and (last or stopping or done % recipe.run.checkpoint_every == 0):
-            save_checkpoint(session.output.checkpoints, done, session.trained, recipe, recipe.run.keep_checkpoints)
+            self._checkpoint(done)
         session.accelerator.wait_for_everyone()
+
+    def _checkpoint(self, done: int) -> None:
+        session, recipe = self._session, self._session.recipe
+        save_checkpoint(session.output.checkpoints, done, session.trained, recipe, recipe.run.keep_checkpoints)
 
     def _evaluate(self, done: int) -> None:
         session = self._session

@@ -1,0 +1,293 @@
+"""Scoring in the background, whole groups, and when failing rewards end a run."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from branchtree_rewards.diversity import Diversity, DiversityConfig
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_flux import tiny_flux
+from training_runs import largest_difference, metrics, small, weights
+
+from branchtree import load_recipe, train
+from branchtree.assembly import NamedReward
+from branchtree.errors import RewardError
+from branchtree.protocols import Condition, Media, Scores
+from branchtree.recipe.schema import ScoringSection
+from branchtree.training.checkpoint import list_checkpoints
+from branchtree.training.failures import FailureWatch
+from branchtree.training.rundir import METRICS, RunDirectory
+from branchtree.training.scoring import AHEAD, Piece, ScoringQueue, make_executor
+from branchtree.training.session import make_accelerator, open_session, read_inputs
+from branchtree.training.trainer import Trainer
+
+CPU = torch.device("cpu")
+THREAD, IN_PLACE = (make_executor(ScoringSection(overlap=overlap), CPU) for overlap in (True, False))
+
+
+@dataclass
+class Recorder:
+    """Scores a sample by its first pixel and notes every call."""
+
+    groupwise: bool = False
+    calls: list[tuple[list[float], list[str]]] = field(default_factory=list)
+    threads: set[int] = field(default_factory=set)
+    released: int = 0
+    modalities: frozenset[str] = frozenset({"image"})
+
+    def load(self, device: torch.device) -> None:
+        """Nothing to load."""
+
+    def release(self) -> None:
+        self.released += 1
+
+    def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+        values = media.pixels[:, 0, 0, 0]
+        self.calls.append((values.tolist(), [condition.prompt for condition in conditions]))
+        self.threads.add(threading.get_ident())
+        return Scores(values, values >= 0, raw=values * 2, details={"twice": values * 2}, reasons={})
+
+
+def piece(prompts: Sequence[int], start: int) -> Piece:
+    """Samples that bear their own number."""
+    pixels = torch.arange(start, start + len(prompts)).float().view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
+    return Piece(Media(images=pixels), [Condition(f"prompt {prompt}") for prompt in prompts], list(prompts))
+
+
+def scored(pieces: Sequence[Piece], rewards: Sequence[Recorder], executor: Callable[[], Executor]) -> dict[str, Scores]:
+    named = [NamedReward(f"reward {place}", 1.0, reward) for place, reward in enumerate(rewards)]
+    with ScoringQueue(named, executor) as queue:
+        for part in pieces:
+            queue.put(part)
+        return queue.results()
+
+
+@st.composite
+def cut_groups(draw: st.DrawFn) -> list[Piece]:
+    """Groups of samples, cut into pieces anywhere."""
+    sizes = draw(st.lists(st.integers(1, 5), min_size=1, max_size=6))
+    prompts = [prompt for prompt, size in enumerate(sizes) for _ in range(size)]
+    cuts = sorted(draw(st.sets(st.integers(1, len(prompts)))) | {0, len(prompts)})
+    return [piece(prompts[a:b], a) for a, b in itertools.pairwise(cuts)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(pieces=cut_groups())
+def test_threads_change_neither_calls_nor_scores(pieces: list[Piece]) -> None:
+    """Each reward gets each piece once, in order; a group-wise one gets each prompt's samples in one call."""
+    inside = [Recorder(), Recorder(groupwise=True)]
+    outside = [Recorder(), Recorder(groupwise=True)]
+    here, there = scored(pieces, inside, IN_PLACE), scored(pieces, outside, THREAD)
+    samples = sum(len(part.prompts) for part in pieces)
+    for label in here:
+        assert here[label].values.tolist() == there[label].values.tolist() == list(range(samples))
+        assert there[label].details["twice"].tolist() == [2 * value for value in range(samples)]
+    assert [reward.calls for reward in inside] == [reward.calls for reward in outside]
+    assert [len(call[0]) for call in inside[0].calls] == [len(part.prompts) for part in pieces]
+    assert [set(call[1]) for call in inside[1].calls] == [
+        {f"prompt {prompt}"} for prompt in sorted({p for part in pieces for p in part.prompts})
+    ]
+    assert [reward.released for reward in inside + outside] == [1] * 4
+
+
+def test_each_reward_works_in_one_thread_of_its_own() -> None:
+    rewards = [Recorder(), Recorder()]
+    scored([piece([0, 0], 0), piece([1, 1], 2)], rewards, THREAD)
+    assert all(len(reward.threads) == 1 for reward in rewards)
+    assert rewards[0].threads != rewards[1].threads
+    assert threading.get_ident() not in rewards[0].threads | rewards[1].threads
+
+
+def test_decoded_pieces_do_not_pile_up() -> None:
+    """With scoring held up, one piece beyond those that may wait makes ``put`` wait."""
+    go = threading.Event()
+
+    class Held(Recorder):
+        def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+            assert go.wait(30)
+            return super().score(media, conditions)
+
+    handed: list[int] = []
+
+    def hand_over(queue: ScoringQueue) -> None:
+        for place in range(AHEAD + 3):
+            queue.put(piece([place], place))
+            handed.append(place)
+
+    with ScoringQueue([NamedReward("held", 1.0, Held())], THREAD) as queue:
+        giver = threading.Thread(target=hand_over, args=(queue,))
+        giver.start()
+        deadline = time.monotonic() + 30
+        while len(handed) < AHEAD and time.monotonic() < deadline:
+            time.sleep(0.01)
+        giver.join(0.2)
+        waiting = list(handed)
+        go.set()
+        giver.join(30)
+        assert queue.results()["held"].values.tolist() == list(range(AHEAD + 3))
+    assert waiting == list(range(AHEAD))
+
+
+@pytest.mark.parametrize("executor", [THREAD, IN_PLACE])
+def test_a_reward_that_raises_is_named(executor: Callable[[], Executor]) -> None:
+    class Broken(Recorder):
+        def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+            raise ConnectionError("no answer")
+
+    with pytest.raises(RewardError, match="reward 'reward 0' failed: ConnectionError: no answer"):
+        scored([piece([0], 0)], [Broken()], executor)
+
+
+# --- in training ---
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_flux(tmp_path_factory.mktemp("flux"))
+
+
+def test_overlap_changes_no_figure_and_no_weight(model: Path, tmp_path: Path) -> None:
+    rewards = [{"reward": "digits"}, {"reward": "diversity", "weight": 0.3}]
+    changes = {"batch__prompts": 3, "batch__rollout_prompts": 1, "batch__decode_rows": 3, "run__iterations": 2}
+    for name, overlap in (("on", True), ("off", False)):
+        overrides = small(model, rewards=rewards, scoring__overlap=overlap, **changes)
+        train("quickstart", overrides, output=tmp_path / name)
+    assert (tmp_path / "on" / METRICS).read_bytes() == (tmp_path / "off" / METRICS).read_bytes()
+    assert largest_difference(weights(tmp_path / "on"), weights(tmp_path / "off")) == 0.0
+    assert metrics(tmp_path / "on")[0]["reward/diversity/std"] > 0
+
+
+def test_trees_grown_one_prompt_at_a_time_are_those_grown_together(model: Path, tmp_path: Path) -> None:
+    for name, prompts in (("together", None), ("apart", 1)):
+        overrides = small(model, batch__prompts=3, batch__rollout_prompts=prompts, run__iterations=1)
+        train("quickstart", overrides, output=tmp_path / name)
+    together, apart = metrics(tmp_path / "together")[0], metrics(tmp_path / "apart")[0]
+    assert together.keys() == apart.keys()
+    # Rows in batches of another size differ in their last digits.
+    assert {name: pytest.approx(value, rel=2e-3, abs=1e-6) for name, value in together.items()} == apart
+    assert largest_difference(weights(tmp_path / "together"), weights(tmp_path / "apart")) < 1e-4
+
+
+# --- when failing rewards end a run ---
+
+
+@dataclass
+class Failing:
+    """Fails on a set share of each iteration's samples."""
+
+    shares: Sequence[float]
+    calls: int = 0
+    modalities: frozenset[str] = frozenset({"image"})
+
+    def load(self, device: torch.device) -> None:
+        """Nothing to load."""
+
+    def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+        share = self.shares[min(self.calls, len(self.shares) - 1)]
+        self.calls += 1
+        failed = round(share * len(media))
+        values = torch.linspace(0, 1, len(media))
+        values[:failed] = math.nan
+        return Scores(values, values.isfinite(), reasons=dict.fromkeys(range(failed), "no answer in 5 s"))
+
+
+def train_failing(
+    model: Path, output: Path, shares: Sequence[float], resume: bool = False, **overrides: object
+) -> None:
+    """A run whose only reward fails; trees of all prompts are scored in one call."""
+    recipe = load_recipe("quickstart", small(model, run__iterations=len(shares), **overrides))
+    inputs = replace(read_inputs(recipe), rewards=[NamedReward("judge", 1.0, Failing(shares))])
+    directory = RunDirectory(output)
+    directory.claim(resume)
+    Trainer(open_session(inputs, directory, make_accelerator(recipe, directory)), []).run(resume)
+
+
+def test_a_rising_rate_of_failures_ends_the_run_and_keeps_what_was_learnt(model: Path, tmp_path: Path) -> None:
+    """A window of 2: 0 and 1/2, then 1/2 and 1, of which 3/4 is above the 60% allowed."""
+    limits = {"scoring__max_invalid": 0.6, "scoring__window": 2, "run__checkpoint_every": 100}
+    output = tmp_path / "run"
+    with pytest.raises(RewardError) as told:
+        train_failing(model, output, [0, 0.5, 1, 0], **limits)
+    message = str(told.value)
+    assert "reward 'judge' gave no valid value for 12 of 16 samples of the last 2 iterations (75%;" in message
+    assert "scoring.max_invalid allows 60%" in message
+    assert "Most often: no answer in 5 s (12 times)" in message and "--resume" in message
+    assert [row["reward/judge/invalid"] for row in metrics(output)] == [0, 4]
+    assert [path.name for path in list_checkpoints(output / "checkpoints")] == ["iteration_000002"]
+    # The failures of the iterations before count on: 4 of 8 and 7 of 8 is too many, where 7 of 8 alone is, too.
+    with pytest.raises(RewardError, match="11 of 16 samples of the last 2 iterations"):
+        train_failing(model, output, [0.875, 0, 0, 0], resume=True, **limits)
+    train_failing(model, output, [0, 0, 0, 0], resume=True, **limits)
+    assert len(metrics(output)) == 4
+
+
+def test_a_run_told_to_bear_any_failure_skips_what_cannot_be_scored(model: Path, tmp_path: Path) -> None:
+    train_failing(model, tmp_path / "run", [0.5, 1, 0], scoring__max_invalid=1)
+    rows = metrics(tmp_path / "run")
+    assert [row["reward/valid_fraction"] for row in rows] == [0.5, 0, 1]
+    assert [row["reward/skipped_prompts"] for row in rows] == [1, 2, 0]
+    assert [row["steps/taken"] for row in rows] == [1, 0, 1]
+    assert "reward/judge/mean" not in rows[1]
+
+
+def test_no_failure_is_borne_at_a_limit_of_zero(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match=r"1 of 8 samples of the last iteration \(12%"):
+        train_failing(model, tmp_path / "run", [0.125], scoring__max_invalid=0)
+
+
+def test_failures_of_a_reward_do_not_count_against_another() -> None:
+    def scores(valid: int) -> Scores:
+        return Scores(torch.zeros(4), torch.arange(4) < valid)
+
+    watch = FailureWatch(ScoringSection(max_invalid=0.5, window=1))
+    alone = SimpleNamespace(is_main_process=True)
+    watch.check(alone, {"a": scores(2), "b": scores(2)})
+    with pytest.raises(
+        RewardError, match=r"reward 'b' gave no valid value for 3 of 4 .* Most often: the reward gave none"
+    ):
+        watch.check(alone, {"a": scores(2), "b": scores(1)})
+
+
+# --- a reward of whole groups ---
+
+
+def diversity(pixels: torch.Tensor, size: int = 32) -> Scores:
+    reward = Diversity(DiversityConfig(size=size))
+    reward.load(CPU)
+    media = Media(images=pixels) if pixels.ndim == 4 else Media(videos=pixels)
+    return reward.score(media, [Condition("a")] * len(pixels))
+
+
+def test_diversity_is_the_mean_distance_from_the_others() -> None:
+    """Grey pictures of 0, 0.2 and 0.6: distances .2, .6 and .4."""
+    for shape in ((3, 8, 8), (4, 3, 8, 8)):
+        grey = torch.tensor([0.0, 0.2, 0.6]).view(-1, *(1 for _ in shape)).expand(-1, *shape)
+        assert diversity(grey).values.tolist() == pytest.approx([0.4, 0.3, 0.5])
+
+
+def test_diversity_compares_only_finite_samples() -> None:
+    grey = torch.tensor([0.0, math.nan, 0.6]).view(-1, 1, 1, 1).expand(-1, 3, 8, 8)
+    scores = diversity(grey)
+    assert scores.valid.tolist() == [True, False, True]
+    assert scores.values[[0, 2]].tolist() == pytest.approx([0.6, 0.6])
+    assert not diversity(grey[:1]).valid.any()
+    assert diversity(grey[:2]).reasons == {0: "there is no other sample of its prompt", 1: "pixels are not finite"}
+
+
+def test_diversity_looks_at_shrunk_samples() -> None:
+    """A checkerboard and its negative have the same means over blocks of two pixels."""
+    board = (torch.arange(8)[:, None] + torch.arange(8)) % 2
+    pixels = torch.stack([board, 1 - board]).float()[:, None]
+    assert diversity(pixels, size=8).values.tolist() == [1.0, 1.0]
+    assert diversity(pixels, size=4).values.tolist() == [0.0, 0.0]
