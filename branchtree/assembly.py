@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ class NamedReward:
     label: str
     weight: float
     adapter: RewardAdapter
+    described: str = ""  # its name and settings
 
     @property
     def groupwise(self) -> bool:
@@ -109,12 +110,21 @@ def make_model(recipe: Recipe) -> ModelAdapter:
     return adapter
 
 
-def make_rewards(sections: tuple[RewardSection, ...], at: KeyPath, modality: str) -> list[NamedReward]:
-    """Reward adapters, not yet loaded. Raises PluginError or RecipeError; ``at`` is the section they stand in."""
+def make_rewards(
+    sections: tuple[RewardSection, ...], at: KeyPath, modality: str, built: Mapping[str, RewardAdapter] | None = None
+) -> list[NamedReward]:
+    """Reward adapters, not yet loaded. Raises PluginError or RecipeError; ``at`` is the section they stand in.
+
+    ``built`` are adapters of another section by what describes them: one that is described in the same way is used
+    again, so that its weights are in memory once.
+    """
+    free = dict(built or {})
     rewards: list[NamedReward] = []
     for index, section in enumerate(sections):
         entry = registry().reward(section.reward)
-        adapter: RewardAdapter = entry.build(validate_options(entry.config, section.options, (*at, index)))
+        config = validate_options(entry.config, section.options, (*at, index))
+        described = f"{section.reward} {config.model_dump_json()}"
+        adapter: RewardAdapter = free.pop(described) if described in free else entry.build(config)
         place = ".".join(map(str, (*at, index)))
         label = section.label or section.reward
         if modality not in adapter.modalities:
@@ -124,7 +134,7 @@ def make_rewards(sections: tuple[RewardSection, ...], at: KeyPath, modality: str
             )
         if label in {reward.label for reward in rewards}:
             raise RecipeError(f"{place}: two rewards are labelled '{label}'; give one a 'label' of its own")
-        rewards.append(NamedReward(label, section.weight, adapter))
+        rewards.append(NamedReward(label, section.weight, adapter, described))
     return rewards
 
 

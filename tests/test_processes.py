@@ -68,7 +68,11 @@ def test_ctrl_c_ends_the_iteration_and_leaves_a_checkpoint(model: Path, tmp_path
     assert not (tmp_path / "run/final").exists()
 
 
-@pytest.mark.parametrize("changes", [{}, {"pruning__kind": "parent_top1", "optim__steps_per_iteration": 2}])
+# The leaves of a prompt without a digit are masked, on the process that has it alone.
+MASKED = {"data__prompts": ["a seven", "a picture", "a one", "a five"], "batch__rollout_prompts": 1}
+
+
+@pytest.mark.parametrize("changes", [MASKED, {"pruning__kind": "parent_top1", "optim__steps_per_iteration": 2}])
 def test_two_processes_learn_what_one_learns(model: Path, tmp_path: Path, changes: dict[str, object]) -> None:
     evaluation = {"prompts": ["a two", "a six"], "rows": 1, "rewards": [{"reward": "digits"}]}
     overrides = small(model, batch__prompts=3, run__iterations=3, evaluation=evaluation, **changes)
@@ -81,6 +85,7 @@ def test_two_processes_learn_what_one_learns(model: Path, tmp_path: Path, change
     assert process.returncode == 0, output
     one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
     assert len(one) == len(two) == 3
+    assert any(row["reward/skipped_prompts"] for row in one) == (changes is MASKED)
     for first, second in zip(one, two, strict=True):
         assert first.keys() == second.keys()
         for name in (name for name in first if not name.startswith(("loss", "log_prob/", "ratio/"))):

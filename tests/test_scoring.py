@@ -179,6 +179,18 @@ def test_trees_grown_one_prompt_at_a_time_are_those_grown_together(model: Path, 
     assert largest_difference(weights(tmp_path / "together"), weights(tmp_path / "apart")) < 1e-4
 
 
+def test_a_reward_that_also_judges_held_out_samples_is_loaded_once(model: Path) -> None:
+    digits = {"reward": "digits"}
+    twice = [{**digits, "label": "again"}, digits, {**digits, "classifier": "heldout", "label": "other"}]
+    evaluation = {"prompts": ["a two"], "rewards": twice}
+    inputs = read_inputs(load_recipe("quickstart", small(model, rewards=[digits], evaluation=evaluation)))
+    [trained], held_out = inputs.rewards, inputs.held_out
+    assert held_out[0].adapter is trained.adapter
+    # Two of one section work at the same time, so each is its own.
+    assert held_out[1].adapter is not trained.adapter
+    assert held_out[2].adapter is not trained.adapter
+
+
 # --- when failing rewards end a run ---
 
 

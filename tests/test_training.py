@@ -41,10 +41,16 @@ def run(model: Path, output: Path, **overrides: Any) -> list[dict[str, float]]:
 @pytest.mark.parametrize("name", recipe_names(folders=[builtin_folder()]))
 def test_every_recipe_trains_its_small_version(name: str, tmp_path: Path) -> None:
     changes = {"run.iterations": 1, "evaluation.limit": 2, "evaluation.noises": 1, "run.sample_prompts": 2}
+    full, recipe = load_recipe(name), load_recipe(name, smoke=True)
     result = train(name, changes, smoke=True, output=tmp_path / "run")
     assert result.finished and result.before is not None
+    # With its own rewards, of which those with published weights have tiny random ones.
+    assert [section.reward for section in recipe.rewards] == [section.reward for section in full.rewards]
+    assert full.evaluation and result.before.keys() == {
+        section.label or section.reward for section in full.evaluation.rewards
+    }
     final = tmp_path / "run/final"
-    if load_recipe(name, smoke=True).lora:
+    if recipe.lora:
         pipeline = WanImageToVideoPipeline.from_pretrained(SMALL_WAN)
         pipeline.load_lora_weights(final)
     else:

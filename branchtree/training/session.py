@@ -26,7 +26,7 @@ from branchtree.assembly import (
 from branchtree.credit import CreditRule, PruningRule
 from branchtree.data import PromptOrder, check_conditions, held_out_conditions, training_conditions
 from branchtree.errors import BranchTreeError, RecipeError, RewardError
-from branchtree.protocols import Callback, Condition, LoraSettings, ModelAdapter, VelocityFunction
+from branchtree.protocols import Callback, Condition, LoraSettings, ModelAdapter, RewardAdapter, VelocityFunction
 from branchtree.recipe.schema import OptimSection, Recipe
 from branchtree.rollout import Sampler
 from branchtree.schedule import Schedule
@@ -60,7 +60,8 @@ def read_inputs(recipe: Recipe) -> Inputs:
     make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
     section = recipe.evaluation
     rewards = make_rewards(recipe.rewards, ("rewards",), model.modality)
-    held_out = make_rewards(section.rewards, ("evaluation", "rewards"), model.modality) if section else []
+    built = {reward.described: reward.adapter for reward in rewards}
+    held_out = make_rewards(section.rewards, ("evaluation", "rewards"), model.modality, built) if section else []
     conditions, unseen = training_conditions(recipe.data), held_out_conditions(section)
     check_conditions(model, [*conditions, *unseen])
     return Inputs(
@@ -218,7 +219,11 @@ def _load_model(recipe: Recipe, model: ModelAdapter, device: torch.device) -> No
 
 
 def _load_rewards(rewards: Sequence[NamedReward], modality: str, device: torch.device) -> None:
+    loaded: list[RewardAdapter] = []
     for reward in rewards:
+        if any(reward.adapter is adapter for adapter in loaded):
+            continue
+        loaded.append(reward.adapter)
         try:
             reward.adapter.load(device)
         except Exception as error:  # a plug-in can raise anything; name it
