@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from pydantic import BaseModel
 
 from branchtree.credit import CreditRule, PruningRule
 from branchtree.errors import RecipeError
@@ -110,6 +112,14 @@ def make_model(recipe: Recipe) -> ModelAdapter:
     return adapter
 
 
+def make_reward(name: str, options: Mapping[str, Any], at: KeyPath) -> tuple[RewardAdapter, BaseModel]:
+    """A reward adapter, not yet loaded, and its settings. Raises PluginError or RecipeError; ``at`` is its section."""
+    entry = registry().reward(name)
+    config = validate_options(entry.config, options, at)
+    adapter: RewardAdapter = entry.build(config)
+    return adapter, config
+
+
 def make_rewards(
     sections: tuple[RewardSection, ...], at: KeyPath, modality: str, built: Mapping[str, RewardAdapter] | None = None
 ) -> list[NamedReward]:
@@ -121,10 +131,9 @@ def make_rewards(
     free = dict(built or {})
     rewards: list[NamedReward] = []
     for index, section in enumerate(sections):
-        entry = registry().reward(section.reward)
-        config = validate_options(entry.config, section.options, (*at, index))
+        adapter, config = make_reward(section.reward, section.options, (*at, index))
         described = f"{section.reward} {config.model_dump_json()}"
-        adapter: RewardAdapter = free.pop(described) if described in free else entry.build(config)
+        adapter = free.pop(described, adapter)
         place = ".".join(map(str, (*at, index)))
         label = section.label or section.reward
         if modality not in adapter.modalities:

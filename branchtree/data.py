@@ -184,18 +184,24 @@ def _from_file(path: Path, reader: _Reader) -> list[Condition]:
         return reader.rows(_parquet_rows(path), str(path))
     if path.suffix not in {".txt", ".jsonl"}:
         raise DataError(f"{path}: prompts are read from .txt, .jsonl and .parquet files")
+    numbered = numbered_lines(path)
+    if path.suffix == ".txt":
+        return [Condition(prompt=line.strip(), place=place) for place, line in numbered]
+    return [reader.condition(json_object(line, place), place) for place, line in numbered]
+
+
+def numbered_lines(path: Path) -> list[tuple[str, str]]:
+    """A text file's lines that are not blank, each with file and number. Raises DataError."""
     try:
         # Lines end at line feeds alone: str.splitlines would also cut at separators that a prompt may hold.
         lines = path.read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{path}: cannot be read: {error}") from None
-    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-    if path.suffix == ".txt":
-        return [Condition(prompt=line.strip(), place=place) for place, line in numbered]
-    return [reader.condition(_json(line, place), place) for place, line in numbered]
+    return [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
-def _json(line: str, place: str) -> Mapping[str, Any]:
+def json_object(line: str, place: str) -> Mapping[str, Any]:
+    """The object in a line of a .jsonl file. Raises DataError that names the ``place``."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:

@@ -48,6 +48,16 @@ def guest_run(guest_site: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     return run_command("train", "guest", "--output", str(output), sites=[guest_site]), output
 
 
+@pytest.fixture(scope="session")
+def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with CLIP's whole vocabulary, as open_clip ships it."""
+    from clip_publisher import write_vocabulary
+
+    folder = tmp_path_factory.mktemp("vocabulary")
+    write_vocabulary(folder)
+    return folder
+
+
 @pytest.fixture
 def plug(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
     """Make the distributions in a folder visible to this test, in this process."""

@@ -27,7 +27,6 @@ from clip_publisher import (
     random_pictures,
     tiny_open_clip,
     up_to_end,
-    write_vocabulary,
 )
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from PIL import Image
@@ -75,13 +74,6 @@ def transformers_cosine(folder: Path, pictures: Tensor, texts: list[str]) -> Ten
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("clip")
     write_clip_folder(folder, seed=5)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vocabulary")
-    write_vocabulary(folder)
     return folder
 
 

@@ -20,7 +20,6 @@ from clip_publisher import (
     tiny_open_clip,
     up_to_end,
     write_hps,
-    write_vocabulary,
 )
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
@@ -54,13 +53,6 @@ def loaded(path: Path | str, **settings: Any) -> Hps:
     reward = Hps(HpsConfig(path=str(path), **settings))
     reward.load(CPU)
     return reward
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vocabulary")
-    write_vocabulary(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -27,7 +27,7 @@ from branchtree_rewards._open_clip import (
 )
 from branchtree_rewards._small_clip import write_tokenizer
 from branchtree_rewards.hps import Hps, HpsConfig
-from clip_publisher import write_hps, write_vocabulary
+from clip_publisher import write_hps
 
 from branchtree.errors import RewardError
 
@@ -39,13 +39,6 @@ def loaded(path: Path | str, **settings: Any) -> Hps:
     reward = Hps(HpsConfig(path=str(path), **settings))
     reward.load(torch.device("cpu"))
     return reward
-
-
-@pytest.fixture(scope="module")
-def vocabulary(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("vocabulary")
-    write_vocabulary(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -420,7 +420,7 @@ def test_a_port_that_is_taken_is_an_error() -> None:
         (["digits", "accuracy"], "write it as key=value"),
         (["digits", "--host", "0.0.0.0"], "give --token-env NAME"),
         (["digits", "--token-env", "BRANCHTREE_NO_SUCH_TOKEN"], "BRANCHTREE_NO_SUCH_TOKEN is not set"),
-        (["digits", "--device", "gpu"], "'gpu' is no device; give cpu, cuda or auto"),
+        (["digits", "--device", "gpu"], "device 'gpu': write auto, cpu or cuda"),
     ],
 )
 def test_a_wrong_command_is_refused_before_anything_is_loaded(

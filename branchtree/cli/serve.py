@@ -7,11 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.console import Console
 
-from branchtree.errors import RewardError
-
 if TYPE_CHECKING:
-    import torch
-
     from branchtree.serving.service import NamedAdapter
 
 console = Console(highlight=False, soft_wrap=True)
@@ -33,6 +29,7 @@ def serve_reward(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
 ) -> None:
     """Serve a reward over HTTP, for the `remote` reward of runs on this machine or others."""
+    from branchtree.devices import named_device
     from branchtree.serving.access import read_token
     from branchtree.serving.server import RewardServer, bind, require_packages
     from branchtree.serving.service import Service
@@ -40,7 +37,7 @@ def serve_reward(
 
     require_packages()
     token = read_token(token_env)
-    service = Service(make_adapter(reward, options or []), _device(device), max_body * MEBIBYTE)
+    service = Service(make_adapter(reward, options or []), named_device(device), max_body * MEBIBYTE)
     server = RewardServer(service, bind(host, port, token), token)
 
     def announce(info: Info) -> None:
@@ -52,25 +49,9 @@ def serve_reward(
 
 def make_adapter(name: str, words: list[str]) -> NamedAdapter:
     """The registered reward with options given as ``key=value``, not yet loaded. Raises PluginError or RecipeError."""
+    from branchtree.assembly import make_reward
     from branchtree.cli.app import parse_overrides
-    from branchtree.plugins import registry
-    from branchtree.recipe.load import validate_options
     from branchtree.serving.service import NamedAdapter
 
-    entry = registry().reward(name)
-    config = validate_options(entry.config, parse_overrides(words), (name,))
-    return NamedAdapter(name, config.model_dump(mode="json"), entry.build(config))
-
-
-def _device(name: str) -> torch.device:
-    import torch
-
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RewardError(f"--device: '{name}' is no device; give cpu, cuda or auto") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RewardError(f"--device: '{name}' is asked for, but torch sees no GPU here; give cpu or auto")
-    return device
+    adapter, config = make_reward(name, parse_overrides(words), (name,))
+    return NamedAdapter(name, config.model_dump(mode="json"), adapter)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from branchtree.data import json_object, numbered_lines
 from branchtree.errors import DataError
 from branchtree.protocols import Condition
 
@@ -76,24 +76,13 @@ def _known() -> str:
 
 
 def _listed(path: Path, prompt: str) -> Iterator[Item]:
-    try:
-        # Lines end at line feeds alone: str.splitlines would also cut at separators that a prompt may hold.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except FileNotFoundError:
-        raise DataError(f"there is no file '{path}'") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    numbered = [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not path.exists():
+        raise DataError(f"there is no file '{path}'")
+    numbered = numbered_lines(path)
     if not numbered:
         raise DataError(f'{path}: is empty; write lines such as {{"image": "a.png", "prompt": "a cat"}}')
     for place, line in numbered:
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{place}: not valid JSON: {error.msg}") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: each line is one JSON object")
-        yield _row_item(row, path.parent, place, prompt)
+        yield _row_item(json_object(line, place), path.parent, place, prompt)
 
 
 def _row_item(row: Mapping[str, Any], folder: Path, place: str, default: str) -> Item:

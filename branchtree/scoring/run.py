@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from branchtree.assembly import NamedReward
+from branchtree.devices import named_device
 from branchtree.errors import DataError, RecipeError, RewardError
 from branchtree.protocols import ReleasesMemory
 from branchtree.rollout import chunks
@@ -47,7 +46,7 @@ def score_files(
     """
     if batch < 1:
         raise RecipeError(f"batch: at least 1 sample is scored at a time, not {batch}")
-    target, named = _device(device), make_named(rewards)
+    target, named = named_device(device), make_named(rewards)
     items = list_items(files, prompt)
     if output is not None:
         check_output(output, [*_paths(files), *(item.path for item in items)])
@@ -139,15 +138,3 @@ def _check_modalities(items: Sequence[Item], named: Sequence[NamedReward]) -> No
 def _paths(files: Given | Sequence[Given]) -> list[Path]:
     entries = [files] if isinstance(files, str | Path | Mapping) else files
     return [Path(entry) for entry in entries if isinstance(entry, str | Path)]
-
-
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise RecipeError(f"device '{name}': write auto, cpu or cuda") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise RecipeError(f"device '{name}': no CUDA device can be used here; write cpu or auto")
-    return device

@@ -9,10 +9,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from branchtree.assembly import NamedReward
+from branchtree.assembly import NamedReward, make_reward
 from branchtree.errors import RecipeError
-from branchtree.plugins import registry
-from branchtree.recipe.load import validate_options
 from branchtree.recipe.schema import RewardSection
 from branchtree.recipe.source import parse_value
 
@@ -31,8 +29,7 @@ def make_named(specs: Spec | Sequence[Spec]) -> list[NamedReward]:
     names = Counter(section.reward for section in sections)
     rewards: list[NamedReward] = []
     for section in sections:
-        entry = registry().reward(section.reward)
-        adapter = entry.build(validate_options(entry.config, section.options, (section.reward,)))
+        adapter, _ = make_reward(section.reward, section.options, (section.reward,))
         label = section.label or (section.reward if names[section.reward] == 1 else _text(section))
         if label in {reward.label for reward in rewards}:
             raise RecipeError(f"reward '{label}' is given twice; leave one out, or give it a label=NAME of its own")

@@ -14,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from branchtree.assembly import make_reward
 from branchtree.errors import BranchTreeError
 from branchtree.plugins import registry
 from branchtree.protocols import Condition, Fingerprinted, GroupReward, Media, ReleasesMemory, RewardAdapter, Scores
-from branchtree.recipe.load import validate_options
 
 CPU = torch.device("cpu")
 REFUSED = (ValueError, BranchTreeError)
@@ -50,9 +50,7 @@ class RewardCase:
     def build(self, **options: Any) -> RewardAdapter:
         """The reward, not loaded, from the plug-in that registered it; ``options`` replace its settings."""
         keys = {key: value for key, value in self.reward.items() if key not in {"reward", "weight", "label"}}
-        entry = registry().reward(self.reward["reward"])
-        adapter: RewardAdapter = entry.build(validate_options(entry.config, {**keys, **options}, ("reward",)))
-        return adapter
+        return make_reward(self.reward["reward"], {**keys, **options}, ("reward",))[0]
 
     def load(self, **options: Any) -> RewardAdapter:
         """The reward, loaded on the CPU."""
