@@ -56,7 +56,7 @@ class BareDenoiser(Callback):
         start = time.perf_counter()
         with torch.no_grad():
             for depth in topology.depths[:-1]:
-                for rows in chunks(topology.width(depth), batch.rollout_rows):
+                for rows in chunks(len(topology.evaluated(depth)), batch.rollout_rows):
                     self._forward(velocity, len(rows))
         for rows in chunks(int(metrics["rows/gradient"]), batch.update_rows):
             self._forward(velocity, len(rows)).square().mean().backward()

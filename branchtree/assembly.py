@@ -20,7 +20,7 @@ from branchtree.recipe.load import validate_options
 from branchtree.recipe.schema import CallbackSection, Recipe, RewardSection, SamplerSection, TreeSection
 from branchtree.recipe.source import KeyPath
 from branchtree.rollout import Sampler
-from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, Splits
+from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, SplitAtWindow, Splits
 from branchtree.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel
 
 
@@ -43,20 +43,31 @@ def make_schedule(recipe: Recipe) -> Schedule:
     """The schedule of the ``tree`` section."""
     tree = recipe.tree
     deepest = tree.steps - 2  # the last step is deterministic
-    splits = _splits(tree, recipe.seed, deepest)
-    if tree.sde != "window":
-        return Schedule(tree.steps, splits, tree.sde)
+    window = _window(tree, deepest)
+    return Schedule(
+        steps=tree.steps,
+        splits=_splits(tree, recipe.seed, deepest, window),
+        sde=window if tree.sde == "window" else tree.sde,
+        continuation=tree.continuation,
+        fraction=tree.timestep_fraction,
+        seed=recipe.seed,
+    )
+
+
+def _window(tree: TreeSection, deepest: int) -> SlidingWindow:
     window = tree.window
     stop = deepest + 1 - window.size if window.stop is None else window.stop
-    return Schedule(tree.steps, splits, SlidingWindow(window.size, window.start, window.every, stop))
+    return SlidingWindow(window.size, window.start, window.every, max(stop, window.start))
 
 
-def _splits(tree: TreeSection, seed: int, deepest: int) -> Splits:
+def _splits(tree: TreeSection, seed: int, deepest: int, window: SlidingWindow) -> Splits:
+    one = tree.branches if isinstance(tree.branches, int) else tree.branches[0]
+    if tree.splits == "window":
+        return SplitAtWindow(window, one)
     if tree.splits == "single":
-        branches = tree.branches if isinstance(tree.branches, int) else tree.branches[0]
         first = min(math.ceil(tree.draw.first * tree.steps), deepest)
         last = min(math.floor(tree.draw.last * tree.steps), deepest)
-        return DrawnSplits(first, max(first, last), branches, seed)
+        return DrawnSplits(first, max(first, last), one, seed)
     steps = tree.split_steps
     branches_each = (tree.branches,) * len(steps) if isinstance(tree.branches, int) else tree.branches
     return FixedSplits(steps, branches_each)
@@ -85,12 +96,15 @@ def make_siblings(tree: TreeSection) -> Siblings:
 def make_sampler(recipe: Recipe, model: ModelAdapter) -> Sampler:
     """Kernel, siblings and time grid for a model that is loaded."""
     steps, section = recipe.tree.steps, recipe.sampler
+    if recipe.tree.solver == "dpm2m" and model.prediction != "velocity":
+        raise RecipeError(f"tree.solver: dpm2m is for flow matching, and this model predicts {model.prediction}")
     sigmas = model.sigmas(steps) if section.grid == "pipeline" else time_grid(steps, section.shift)
     return Sampler(
         kernel=make_kernel(section, model.prediction),
         siblings=make_siblings(recipe.tree),
         sigmas=sigmas.to(torch.float32).cpu(),
         reduction=section.log_prob,
+        solver=recipe.tree.solver,
     )
 
 

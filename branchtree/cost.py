@@ -50,7 +50,7 @@ def count(plans: Sequence[TreePlan], rule: CreditRule, pruning: PruningRule, ite
         nodes=sum(widths),
         edges=sum(widths) - topology.prompts,
         leaves=leaves,
-        rollout_rows=sum(widths[:-1]),
+        rollout_rows=topology.rollout_rows,
         gradient_rows=len(families),
         trained_edges=families.edges,
     )

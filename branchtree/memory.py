@@ -64,7 +64,7 @@ def estimate_memory(recipe: Recipe, footprint: Footprint, cost: Cost) -> MemoryE
     return MemoryEstimate(
         weights=weights,
         optimizer=optimizer,
-        reference=whole * 4 if recipe.loss.kl and not recipe.lora else 0,
+        reference=whole * 4 if (recipe.loss.kl or recipe.loss.kl_every) and not recipe.lora else 0,
         activations=update_rows(recipe, cost) * footprint.rows_per_prediction * kept * reduced,
         forward=forward_rows(recipe, cost)
         * footprint.rows_per_prediction

@@ -19,10 +19,30 @@ EdgeMask = tuple[Tensor, ...]
 
 
 def trainable(topology: Topology) -> EdgeMask:
-    """The edges that the plans allow to be trained."""
+    """The edges that the plans allow to be trained; of a part drawn by trajectory, those that any leaf below drew."""
     masks = [torch.zeros(topology.prompts, dtype=torch.bool)]
     for step in range(topology.steps):
         masks.append(topology.per_edge(step, [plan.trained[step] for plan in topology.plans]))
+    if any(plan.part for plan in topology.plans):
+        return all_of(tuple(masks), _drawn(topology))
+    return tuple(masks)
+
+
+def _drawn(topology: Topology) -> EdgeMask:
+    """The edges that lead to a leaf whose trajectory trains their step."""
+    trains = torch.ones(topology.steps, topology.width(topology.steps), dtype=torch.bool)
+    for prompt, plan in enumerate(topology.plans):
+        if plan.part is None:
+            continue
+        steps = [step for step in range(plan.steps) if plan.trained[step]]
+        leaves = topology.span(prompt, topology.steps)
+        trains[:, leaves.start : leaves.stop] = False
+        for place, leaf in enumerate(leaves):
+            trains[plan.part.steps(place, steps), leaf] = True
+    masks = [torch.zeros(topology.prompts, dtype=torch.bool)]
+    for step in range(topology.steps):
+        below = topology.ancestor[step + 1][trains[step]]
+        masks.append(segment_count(below, topology.width(step + 1)) > 0)
     return tuple(masks)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from branchtree.grid import check_grid
 from branchtree.noise import NoiseSource, Siblings, child_noise
 from branchtree.protocols import VelocityFunction
+from branchtree.solvers import Memory, Solver, dpm2m
 from branchtree.transitions import GaussianTransition, Kernel, Reduction
 from branchtree.tree import BranchTree, Topology
 
@@ -23,11 +24,26 @@ class Sampler:
     siblings: Siblings
     sigmas: Tensor  # (T + 1,) float32, CPU
     reduction: Reduction = "mean"
+    solver: Solver = "euler"  # of a prompt's steps after its last stochastic one
 
-    def transition(self, latents: Tensor, prediction: Tensor, depth: Tensor, active: Tensor) -> GaussianTransition:
-        """The transitions of rows at their own depths (B,), each to the depth after."""
-        sigma, sigma_next = (self.sigmas[d].to(latents.device) for d in (depth, depth + 1))
+    def transition(
+        self, latents: Tensor, prediction: Tensor, depth: Tensor, active: Tensor, target: Tensor | None = None
+    ) -> GaussianTransition:
+        """The transitions of rows at their own depths (B,), each to its ``target`` depth, by default the one after."""
+        target = depth + 1 if target is None else target
+        sigma, sigma_next = (self.sigmas[d].to(latents.device) for d in (depth, target))
         return self.kernel(latents, prediction, sigma, sigma_next, active.to(latents.device))
+
+    def noise_weights(self) -> Tensor:
+        """Each step's noise std over the mean of all steps' that can be stochastic, (T,) float32; 0 for the last.
+
+        TempFlow-GRPO's noise-aware weights (arXiv 2508.04324, eq. 7): their mean is 1.
+        """
+        steps = self.sigmas.numel() - 1
+        depth = torch.arange(steps - 1)
+        nothing = torch.zeros(steps - 1, 1)
+        std = self.transition(nothing, nothing, depth, torch.ones(steps - 1, dtype=torch.bool)).std.flatten()
+        return torch.cat([std / std.mean(), torch.zeros(1)])
 
 
 @torch.no_grad()
@@ -55,19 +71,29 @@ def rollout(
         raise ValueError(f"{topology.prompts} prompts need as many initial noises and prompt ids")
     device, store = initial.device, store or initial.device
     states, log_prob = [initial.float().to(store)], [torch.zeros(topology.prompts)]
+    memory = Memory.empty(states[0]) if sampler.solver == "dpm2m" else None
     for step in range(topology.steps):
-        following = torch.empty(topology.width(step + 1), *initial.shape[1:], device=store)
+        # A node whose step is skipped has been led to a depth beyond: its only child stands in the same place.
+        following = states[step][topology.parent[step + 1].to(store)]
         density = torch.zeros(topology.width(step + 1))
-        for rows in chunks(topology.width(step), max_rows):
-            latents = states[step][rows.start : rows.stop].to(device)
-            children = child_span(topology, step, rows)
-            span = slice(children.start, children.stop)
-            transition = _transition(velocity, sampler, topology, step, rows, latents)
-            spread = transition.rows((topology.parent[step + 1][span] - rows.start).to(device))
+        memory = memory and memory.rows(topology.parent[step + 1].to(store))
+        nodes = topology.evaluated(step)
+        for span in chunks(len(nodes), max_rows):
+            rows = nodes[span.start : span.stop]
+            place = torch.full((topology.width(step),), -1).scatter_(0, rows, torch.arange(len(rows)))
+            family = place[topology.parent[step + 1]]
+            children = torch.nonzero(family >= 0)[:, 0]
+            family = family[children].to(device)
+            latents = states[step][rows.to(store)].to(device)
+            transition, prediction = _transition(velocity, sampler, topology, step, rows, latents)
+            spread = transition.rows(family)
             base = _noise(sampler.siblings, topology, step, children, noise, prompt_ids, latents)
-            following[span] = spread.sample(base).to(store)
+            at = children.to(store)
+            following[at] = spread.sample(base).to(store)
+            if memory is not None:
+                _solve(sampler, topology, step, children, (latents[family], prediction[family]), following, memory)
             # Scored from the stored child, so that the gradient pass scores the very same numbers.
-            density[span] = spread.log_prob(following[span].to(device), sampler.reduction).cpu()
+            density[children] = spread.log_prob(following[at].to(device), sampler.reduction).cpu()
         states.append(following)
         log_prob.append(density)
     return BranchTree(topology, sampler.sigmas, tuple(states), tuple(log_prob))
@@ -81,41 +107,66 @@ def chunks(rows: int, limit: int | None) -> list[range]:
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def child_span(topology: Topology, step: int, parents: range) -> range:
-    """Where the children of a run of parents lie at depth ``step + 1``."""
-    bounds = torch.searchsorted(topology.parent[step + 1], torch.tensor([parents.start, parents.stop]))
-    return range(int(bounds[0]), int(bounds[1]))
-
-
 def _transition(
-    velocity: VelocityFunction, sampler: Sampler, topology: Topology, step: int, rows: range, latents: Tensor
-) -> GaussianTransition:
-    span = slice(rows.start, rows.stop)
+    velocity: VelocityFunction, sampler: Sampler, topology: Topology, step: int, rows: Tensor, latents: Tensor
+) -> tuple[GaussianTransition, Tensor]:
+    """The transitions of some nodes, and the predictions that they come from."""
     depth = torch.full((len(rows),), step)
     sigma = sampler.sigmas[depth].to(latents.device)
-    prediction = velocity(latents, sigma, topology.root[step][span].to(latents.device))
-    return sampler.transition(latents, prediction, depth, topology.stochastic(step)[span])
+    prompt = topology.root[step][rows]
+    prediction = velocity(latents, sigma, prompt.to(latents.device))
+    target = torch.tensor([plan.target[step] for plan in topology.plans])[prompt]
+    return sampler.transition(latents, prediction, depth, topology.stochastic(step)[rows], target), prediction
+
+
+def _solve(
+    sampler: Sampler,
+    topology: Topology,
+    step: int,
+    children: Tensor,
+    parents: tuple[Tensor, Tensor],
+    following: Tensor,
+    memory: Memory,
+) -> None:
+    """Take the solver's step instead for the children that come after their prompt's last stochastic step.
+
+    ``parents`` are the latents and predictions of the children's parents; ``following`` and ``memory``, by node of the
+    depth after, are changed in place.
+    """
+    after = torch.tensor([plan.last_stochastic < step for plan in topology.plans])
+    chosen = torch.nonzero(after[topology.root[step + 1][children]])[:, 0]
+    if not len(chosen):
+        return
+    latents, prediction = (part[chosen.to(part.device)] for part in parents)
+    nodes = children[chosen].to(following.device)
+    target = torch.tensor([plan.target[step] for plan in topology.plans])[topology.root[step + 1][children[chosen]]]
+    sigma = sampler.sigmas[torch.full_like(target, step)].to(latents.device)
+    before = Memory(memory.clean[nodes].to(latents.device), memory.sigma[nodes].to(latents.device))
+    solved, kept = dpm2m(latents, prediction, sigma, sampler.sigmas[target].to(latents.device), before)
+    following[nodes] = solved.to(following.device)
+    memory.clean[nodes], memory.sigma[nodes] = kept.clean.to(following.device), kept.sigma.to(following.device)
 
 
 def _noise(
     siblings: Siblings,
     topology: Topology,
     step: int,
-    children: range,
+    children: Tensor,
     source: NoiseSource,
     prompt_ids: Sequence[int],
     latents: Tensor,
 ) -> Tensor:
-    """Base noise of a run of children; zero where the step is deterministic, which needs none drawn."""
+    """Base noise of some children, ascending; zero where the step is deterministic, which needs none drawn."""
     noise = torch.zeros(len(children), *latents.shape[1:])
     for prompt, plan in enumerate(topology.plans):
         nodes = topology.span(prompt, step + 1)
-        start, stop = max(nodes.start, children.start), min(nodes.stop, children.stop)
-        if start >= stop or not plan.stochastic[step]:
+        # A prompt's nodes adjoin and are all evaluated or none: those among the children are a run of them.
+        first, last = torch.searchsorted(children, torch.tensor([nodes.start, nodes.stop])).tolist()
+        if first >= last or not plan.stochastic[step]:
             continue
-        branches = plan.factors[step]
-        parents = range((start - nodes.start) // branches, (stop - nodes.start) // branches)
-        noise[start - children.start : stop - children.start] = child_noise(
+        branches, start = plan.factors[step], int(children[first]) - nodes.start
+        parents = range(start // branches, (start + last - first) // branches)
+        noise[first:last] = child_noise(
             source, siblings, prompt_ids[prompt], step + 1, parents, branches, latents.shape[1:]
         )
     return noise.to(latents.device)

@@ -8,9 +8,25 @@ from __future__ import annotations
 
 import math
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Literal, Protocol
+
+
+@dataclass(frozen=True)
+class TrainedPart:
+    """A random part of a trajectory's trained steps (DanceGRPO's timestep fraction, arXiv 2505.07818).
+
+    Drawn for each leaf by itself, from an address that depends on the seed, iteration and prompt alone.
+    """
+
+    fraction: float
+    address: str
+
+    def steps(self, leaf: int, steps: Sequence[int]) -> list[int]:
+        """Which of the trained ``steps`` the trajectory to this leaf trains: the part, rounded down, of them."""
+        return random.Random(f"{self.address} {leaf}").sample(steps, int(self.fraction * len(steps)))
 
 
 @dataclass(frozen=True)
@@ -21,11 +37,16 @@ class TreePlan:
     transition i is an SDE step; trained[i] whether its edges may be trained. The last transition is always
     deterministic: its result is the clean estimate, which is what gets decoded and scored (BranchGRPO,
     arXiv 2509.06040, "ignore last step").
+
+    A skipped step is not evaluated: the evaluated step before it leads straight to the depth after it, so that the rest
+    of a trajectory can be walked in fewer, longer steps. Of the trained steps a trajectory may train a random part.
     """
 
     factors: tuple[int, ...]  # (T,)
     stochastic: tuple[bool, ...]  # (T,)
     trained: tuple[bool, ...]  # (T,)
+    skipped: frozenset[int] = frozenset()  # steps that are not evaluated
+    part: TrainedPart | None = None  # of the trained steps, by trajectory; all by default
 
     def __post_init__(self) -> None:
         if not len(self.factors) == len(self.stochastic) == len(self.trained) > 0:
@@ -39,6 +60,8 @@ class TreePlan:
                 raise ValueError(f"step {step} splits, so it must be stochastic")
             if self.trained[step] and not self.stochastic[step]:
                 raise ValueError(f"step {step} is deterministic, so it cannot be trained")
+            if step in self.skipped and (self.stochastic[step] or step == 0 or self.stochastic[step - 1]):
+                raise ValueError(f"step {step} cannot be skipped: it, or the step that leads to it, is stochastic")
 
     @property
     def steps(self) -> int:
@@ -59,6 +82,23 @@ class TreePlan:
     def leaves(self) -> int:
         """Nodes at depth T."""
         return self.widths[-1]
+
+    @property
+    def last_stochastic(self) -> int:
+        """The last SDE step, or -1 in a deterministic tree."""
+        return max((step for step, active in enumerate(self.stochastic) if active), default=-1)
+
+    @cached_property
+    def target(self) -> tuple[int, ...]:
+        """The depth that each step leads to, (T,): the next, or beyond skipped steps."""
+        depths = [self.steps] * self.steps
+        for step in range(self.steps - 2, -1, -1):
+            depths[step] = depths[step + 1] if step + 1 in self.skipped else step + 1
+        return tuple(depths)
+
+    def evaluated(self, depth: int) -> int:
+        """How many nodes of a depth go through the denoiser."""
+        return 0 if depth in self.skipped else self.widths[depth]
 
     @property
     def last_split(self) -> int:
@@ -88,6 +128,18 @@ class SlidingWindow:
         """The steps inside the window at this training iteration."""
         first = min(self.start + iteration // self.every, self.stop)
         return range(first, first + self.size)
+
+
+@dataclass(frozen=True)
+class SplitAtWindow:
+    """One split, at the first step of a sliding window: a shared deterministic prefix (MixGRPO, arXiv 2507.21802)."""
+
+    window: SlidingWindow
+    branches: int
+
+    def factors(self, iteration: int, prompt: int) -> dict[int, int]:
+        """See Splits."""
+        return {self.window.steps(iteration).start: self.branches}
 
 
 class Splits(Protocol):
@@ -149,8 +201,15 @@ class Schedule:
     steps: int
     splits: Splits
     sde: Literal["all", "splits"] | SlidingWindow = "all"
+    continuation: int | None = None  # steps that remain after the last stochastic one; all of the grid's by default
+    fraction: float = 1.0  # part of the stochastic steps that each trajectory trains
+    seed: int = 0  # of the drawn part
 
     def __post_init__(self) -> None:
+        if self.continuation is not None and self.continuation < 1:
+            raise ValueError(f"a continuation needs at least 1 step, not {self.continuation}")
+        if not 0 < self.fraction <= 1:
+            raise ValueError(f"a part of the steps is trained, above 0 and up to 1, not {self.fraction}")
         if not isinstance(self.sde, SlidingWindow) and self.sde not in {"all", "splits"}:
             raise ValueError(f"sde is 'all', 'splits' or a window, not {self.sde!r}")
 
@@ -167,16 +226,32 @@ class Schedule:
                 raise ValueError(f"split step {step} has branch factor {factor}; a split needs at least 2")
         inside = self._sde_steps(iteration)
         stochastic = tuple(step < self.steps - 1 and (step in factors or step in inside) for step in range(self.steps))
+        last = max(step for step in range(-1, self.steps) if step < 0 or stochastic[step])
+        part = None if self.fraction == 1 else TrainedPart(self.fraction, f"part {self.seed} {iteration} {prompt}")
         return TreePlan(
             factors=tuple(factors.get(step, 1) for step in range(self.steps)),
             stochastic=stochastic,
             trained=stochastic,
+            skipped=skipped_steps(last + 1, self.steps, self.continuation),
+            part=part,
         )
 
     def _sde_steps(self, iteration: int) -> range:
         if isinstance(self.sde, SlidingWindow):
             return self.sde.steps(iteration)
         return range(self.steps) if self.sde == "all" else range(0)
+
+
+def skipped_steps(first: int, steps: int, kept: int | None) -> frozenset[int]:
+    """Which of the steps from ``first`` on are left out so that ``kept`` remain, spread evenly over the grid.
+
+    The first of them is always kept. None, or as many as there are, leaves out none.
+    """
+    count = steps - first
+    if kept is None or kept >= count:
+        return frozenset()
+    remaining = {first + place * count // kept for place in range(kept)}
+    return frozenset(range(first, steps)) - remaining
 
 
 PRESET_SPLITS: dict[str, tuple[int, ...]] = {

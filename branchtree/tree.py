@@ -47,6 +47,16 @@ class Topology:
         """N_d."""
         return self.parent[depth].numel()
 
+    def evaluated(self, depth: int) -> Tensor:
+        """The nodes of a depth that go through the denoiser, ascending."""
+        walked = torch.tensor([depth not in plan.skipped for plan in self.plans])
+        return torch.nonzero(walked[self.root[depth]])[:, 0]
+
+    @property
+    def rollout_rows(self) -> int:
+        """Nodes that go through the denoiser, at all depths."""
+        return sum(plan.evaluated(depth) for plan in self.plans for depth in self.depths[:-1])
+
     @property
     def leaf_root(self) -> Tensor:
         """Each leaf's prompt, (L,)."""

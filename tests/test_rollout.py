@@ -26,7 +26,7 @@ from branchtree.noise import (
     SimplexSiblings,
     child_noise,
 )
-from branchtree.rollout import Sampler, child_span, chunks, rollout
+from branchtree.rollout import Sampler, chunks, rollout
 from branchtree.schedule import PRESET_SPLITS, TreePlan
 from branchtree.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel, Ode
 from branchtree.tree import BranchTree, grow
@@ -126,13 +126,6 @@ def test_chunks_cover_all_rows_once() -> None:
     assert chunks(7, 3) == [range(3), range(3, 6), range(6, 7)]
     assert chunks(7, None) == [range(7)]
     assert chunks(0, None) == []
-
-
-def test_the_children_of_a_run_of_parents_are_contiguous() -> None:
-    topology = grow([make_plan(3, {0: 2}), make_plan(3, {1: 3})])
-    assert child_span(topology, 0, range(1)) == range(2)
-    assert child_span(topology, 0, range(1, 2)) == range(2, 3)
-    assert child_span(topology, 1, range(1, 3)) == range(1, 5)
 
 
 # Every state and log-density from its parent, one node at a time, in double precision.

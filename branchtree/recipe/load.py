@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from branchtree.plugins import Entry
 
 SUFFIXES = (".yaml", ".yml")
+METHOD_SIGN = "+"
+METHODS = "methods"  # the folder, beside recipes, of settings that make any recipe follow one method
 FILE_KEYS: tuple[KeyPath, ...] = (("data", "prompts"), ("evaluation", "prompts"))
 FOLDER_KEYS: tuple[KeyPath, ...] = (("data", "folder"), ("evaluation", "folder"))
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -28,13 +30,19 @@ def load_recipe(
     smoke: bool = False,
     folders: Sequence[Path] | None = None,
 ) -> Recipe:
-    """Load a recipe by name or YAML path.
+    """Load a recipe by name or YAML path; ``quickstart+mixgrpo`` is ``quickstart`` under that method's settings.
 
     ``overrides`` maps dotted keys to values; ``smoke`` applies the recipe's own ``smoke:`` section, which swaps in
     small models and rewards. ``folders`` are where names are looked up: by default those of the installed plug-ins
     and the library's own. Raises RecipeError with the file and line of what is wrong.
     """
-    source = _extended(find_recipe(recipe, folders), folders, ())
+    base, *methods = str(recipe).split(METHOD_SIGN)
+    source = _extended(find_recipe(base, folders), folders, ())
+    for method in methods:
+        name, description = source.data["name"], source.data["description"]
+        source.update(_extended(find_method(method, folders), folders, ()))
+        source.data["name"] = f"{name}{METHOD_SIGN}{method}"
+        source.data["description"] = f"{description}; {source.data['description']}"
     swaps = source.data.pop("smoke", None)
     if smoke:
         source.update(_smoke(swaps, source, recipe))
@@ -85,6 +93,19 @@ def find_recipe(recipe: str | Path, folders: Sequence[Path] | None = None) -> Pa
         failures = _plugin_failures() if folders is None else ""
         raise RecipeError(f"no recipe '{recipe}'{nearest(str(recipe), names)} A path must end in .yaml.{failures}")
     return names[str(recipe)]
+
+
+def method_names(folders: Sequence[Path] | None = None) -> dict[str, Path]:
+    """Every method that a recipe can be put under, and its file."""
+    return recipe_names([folder / METHODS for folder in (recipe_folders() if folders is None else folders)])
+
+
+def find_method(method: str, folders: Sequence[Path] | None = None) -> Path:
+    """The file of a method given by name. Raises RecipeError."""
+    names = method_names(folders)
+    if method not in names:
+        raise RecipeError(f"no method '{method}'{nearest(method, names)}")
+    return names[method]
 
 
 def _extended(path: Path, folders: Sequence[Path] | None, below: tuple[Path, ...]) -> Source:

@@ -88,19 +88,24 @@ class TreeSection(Section):
     """``tree``: the shape of the tree."""
 
     steps: int = Field(default=20, ge=2)
-    splits: str | tuple[int, ...] = "dense"  # dense, mixed, sparse, single, or a list of steps
+    splits: str | tuple[int, ...] = "dense"  # dense, mixed, sparse, single, window, or a list of steps
     branches: int | tuple[int, ...] = 2  # children at a split: for all, or one number per split
     draw: DrawSection = DrawSection()
     siblings: Literal["correlated", "independent", "simplex"] = "correlated"
     strength: float = Field(default=4.0, gt=0)  # s of correlated siblings
     sde: Literal["all", "splits", "window"] = "all"  # stochastic steps beside the splits
     window: WindowSection = WindowSection()
+    # Steps of the grid that are walked after a prompt's last stochastic one, evenly spread; all of them by default.
+    continuation: int | None = Field(default=None, ge=3)
+    solver: Literal["euler", "dpm2m"] = "euler"  # of those steps; dpm2m is DPM-Solver++(2M)
+    continuation_check: int = Field(default=20, ge=1)  # iterations between comparisons with the whole grid
+    timestep_fraction: float = Field(default=1.0, gt=0, le=1)  # part of its stochastic steps that a trajectory trains
     noise_seed: Seed = 1223627  # of the initial noise
 
     @field_validator("splits")
     @classmethod
     def _known_preset(cls, splits: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        names = [*PRESET_SPLITS, "single"]
+        names = [*PRESET_SPLITS, "single", "window"]
         if isinstance(splits, str) and splits not in names:
             raise ValueError(f"'{splits}' is no preset; write {', '.join(names)}, or a list of steps")
         if not isinstance(splits, str) and list(splits) != sorted(set(splits)):
@@ -124,6 +129,8 @@ class TreeSection(Section):
                 f"split step {outside[0]} lies outside the grid: with {self.steps} steps, steps 0 to {self.steps - 2} "
                 "can split (the last one is deterministic)"
             )
+        if self.splits == "window" and self.sde != "window":
+            raise ValueError(f"splits: window splits at the first step of the SDE window, but sde is '{self.sde}'")
         if self.sde == "window" and self.window.start + self.window.size > self.steps - 1:
             raise ValueError(
                 f"a window of {self.window.size} steps from step {self.window.start} does not fit: "
@@ -177,6 +184,8 @@ class LossSection(Section):
 
     clip_range: float = Field(default=1e-4, gt=0)
     kl: float = Field(default=0.0, ge=0)  # weight of the KL to the start policy
+    kl_every: int | None = Field(default=None, ge=1)  # iterations between measurements of it where it has no weight
+    weighting: Literal["none", "noise"] = "none"  # noise: each step by its noise, of mean 1 over the grid
     # Behaviour densities after an iteration's first optimiser step: those of the rollout, or computed again, at the
     # price of a forward, in the batches that are trained, which leaves no numerical mismatch.
     old_log_prob: Literal["rollout", "recomputed"] = "rollout"
@@ -190,6 +199,8 @@ class OptimSection(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = Field(default=1e-8, gt=0)
     max_grad_norm: float = Field(default=1.0, gt=0)
+    refuse_above: float | None = Field(default=None, gt=0)  # norm before clipping above which an update is left out
+    max_refused: int = Field(default=3, ge=0)  # updates left out in a row, for this or for not being finite
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = Field(default=0, ge=0)  # optimiser steps
     steps_per_iteration: int = Field(default=1, ge=1)

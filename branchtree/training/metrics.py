@@ -39,6 +39,7 @@ def merged(shares: Sequence[ShareRecord]) -> ShareRecord:
     update = UpdateRecord(
         steps=shares[0].update.steps,
         skipped_steps=shares[0].update.skipped_steps,
+        refused_steps=shares[0].update.refused_steps,
         grad_norms=shares[0].update.grad_norms,
     )
     for share in shares:
@@ -90,7 +91,7 @@ def _reward_metrics(topology: Topology, scores: Mapping[str, Scores], credit: Cr
 
 
 def _cost_metrics(topology: Topology, update: UpdateRecord, factor: int) -> dict[str, float]:
-    rollout = factor * sum(topology.width(depth) for depth in topology.depths[:-1])
+    rollout = factor * topology.rollout_rows
     gradient = factor * update.rows
     return {
         "rows/rollout": float(rollout),
@@ -102,6 +103,7 @@ def _cost_metrics(topology: Topology, update: UpdateRecord, factor: int) -> dict
         "edges/trained": float(sum(part.numel() for part in update.loss)),
         "steps/taken": float(update.steps),
         "steps/skipped": float(update.skipped_steps),
+        "steps/refused": float(update.refused_steps),
     }
 
 

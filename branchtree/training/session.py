@@ -34,6 +34,7 @@ from branchtree.training.checkpoint import Trained
 from branchtree.training.ema import WeightAverage
 from branchtree.training.evaluation import Evaluator
 from branchtree.training.failures import FailureWatch
+from branchtree.training.guard import UpdateGuard
 from branchtree.training.policy import ConditioningCache, velocity_function
 from branchtree.training.rundir import RunDirectory
 from branchtree.training.scoring import make_executor
@@ -115,9 +116,10 @@ class Session:
         )
         return slice(prompts * rank // processes, prompts * (rank + 1) // processes)
 
-    def reference_velocity(self, conditioning: dict[str, Tensor]) -> VelocityFunction | None:
-        """The start policy, under the recipe's KL term: the model without its LoRA, or a frozen copy."""
-        if self.recipe.loss.kl == 0:
+    def reference_velocity(self, conditioning: dict[str, Tensor], iteration: int) -> VelocityFunction | None:
+        """The start policy, where the KL has a weight or is measured: the model without its LoRA, or a frozen copy."""
+        loss = self.recipe.loss
+        if loss.kl == 0 and (loss.kl_every is None or iteration % loss.kl_every):
             return None
         model = self.inputs.model
         frozen = velocity_function(model, conditioning, self.accelerator.autocast, self.reference)
@@ -138,9 +140,10 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Sess
         raise RecipeError(
             f"batch.prompts: {recipe.batch.prompts} prompts cannot be shared by {accelerator.num_processes} processes"
         )
-    _load_model(recipe, model, accelerator.device)
-    _load_rewards([*inputs.rewards, *inputs.held_out], model.modality, accelerator.device)
-    reference = copy.deepcopy(model.denoiser).requires_grad_(False) if recipe.loss.kl and not recipe.lora else None
+    load_model(recipe, model, accelerator.device)
+    load_rewards([*inputs.rewards, *inputs.held_out], model.modality, accelerator.device)
+    compared = bool(recipe.loss.kl or recipe.loss.kl_every) and not recipe.lora
+    reference = copy.deepcopy(model.denoiser).requires_grad_(False) if compared else None
     parameters = {name: value for name, value in model.denoiser.named_parameters() if value.requires_grad}
     optimizer, scheduler = _make_optimizer(recipe.optim, list(parameters.values()), recipe.run.iterations)
     module, optimizer = accelerator.prepare(model.denoiser, optimizer)
@@ -163,6 +166,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Sess
             max_grad_norm=recipe.optim.max_grad_norm,
             rows=recipe.batch.update_rows,
             parameters=list(parameters.values()),
+            guard=UpdateGuard(recipe.optim),
             average=average,
         ),
         trained=Trained(model, optimizer, scheduler, average),
@@ -204,7 +208,8 @@ def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
     return accelerator
 
 
-def _load_model(recipe: Recipe, model: ModelAdapter, device: torch.device) -> None:
+def load_model(recipe: Recipe, model: ModelAdapter, device: torch.device) -> None:
+    """Load the model in the recipe's precision, ready to be trained: all its weights, or fresh low-rank ones."""
     reduced = torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
     # Weights that are trained stay in float32; those that LoRA freezes need not.
     model.load(device, dtype=reduced, denoiser_dtype=reduced if recipe.lora else torch.float32)
@@ -218,7 +223,8 @@ def _load_model(recipe: Recipe, model: ModelAdapter, device: torch.device) -> No
         model.enable_gradient_checkpointing()
 
 
-def _load_rewards(rewards: Sequence[NamedReward], modality: str, device: torch.device) -> None:
+def load_rewards(rewards: Sequence[NamedReward], modality: str, device: torch.device) -> None:
+    """Load each adapter once. Raises RewardError, naming the reward, if one fails or cannot score the modality."""
     loaded: list[RewardAdapter] = []
     for reward in rewards:
         if any(reward.adapter is adapter for adapter in loaded):

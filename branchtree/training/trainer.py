@@ -16,9 +16,10 @@ from torch import Tensor
 from branchtree.credit import Credit, assign_credit
 from branchtree.errors import BranchTreeError, CheckpointError, RewardError
 from branchtree.families import collect
-from branchtree.protocols import Callback, Scores
+from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
 from branchtree.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+from branchtree.training.continuation import compare_continuation, is_due
 from branchtree.training.evaluation import Figure
 from branchtree.training.growth import grow_and_score
 from branchtree.training.interrupt import StopRequest
@@ -148,15 +149,34 @@ class Trainer:
         with watch.phase("credit"):
             log_prob, dimensions = self._mean_log_prob(tree)
             credit = self._credit(tree.topology, log_prob, scores, iteration, dimensions)
+        # Before the weights change: the states come from these.
+        check = self._continuation_check(iteration, tree, scores, conditions[0], conditioning, watch)
         with watch.phase("update"):
             update = self._update(tree, credit, conditioning, ids, iteration)
         share = ShareRecord(tree.topology.plans, tuple(log_prob), dimensions, scores, update)
-        metrics = self._metrics(share, tree.topology, credit, iteration)
+        metrics = {**self._metrics(share, tree.topology, credit, iteration), **check}
         if self._main:
             if recorded:
                 trees = session.output.root / "trees"
                 write_tree(trees, iteration, conditions[0].prompt, tree.topology, scores, credit, media)
             self._log(iteration, metrics, watch)
+
+    def _continuation_check(
+        self,
+        iteration: int,
+        tree: BranchTree,
+        scores: Mapping[str, Scores],
+        condition: Condition,
+        conditioning: Mapping[str, Tensor],
+        watch: Stopwatch,
+    ) -> dict[str, float]:
+        """How far the continuation's rewards are from the whole grid's, of the iteration's first prompt."""
+        session = self._session
+        if not self._main or not is_due(session, tree.topology.plans, iteration):
+            return {}
+        with watch.phase("check"):
+            first = {name: value[:1] for name, value in conditioning.items()}
+            return compare_continuation(session, tree, scores, condition, first)
 
     def _mean_log_prob(self, tree: BranchTree) -> tuple[list[Tensor], int]:
         """Edge densities averaged over latent dimensions, and their number."""
@@ -199,7 +219,8 @@ class Trainer:
         trained = velocity_function(
             session.inputs.model, conditioning, session.accelerator.autocast, session.updater.module
         )
-        return session.updater.run(tree, parts, Policies(trained, session.reference_velocity(conditioning)), iteration)
+        reference = session.reference_velocity(conditioning, iteration)
+        return session.updater.run(tree, parts, Policies(trained, reference), iteration)
 
     def _metrics(self, share: ShareRecord, topology: Topology, credit: Credit, iteration: int) -> dict[str, float]:
         """The iteration's figures over all processes, whose shares come in the order of their prompts."""

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from branchtree.errors import BranchTreeError
 from branchtree.families import Families, FamilyBatch, gather
 from branchtree.loss import clipped_away, clipped_loss, probability_ratio
 from branchtree.noise import Purpose, generator
@@ -19,6 +18,7 @@ from branchtree.protocols import VelocityFunction
 from branchtree.recipe.schema import LossSection
 from branchtree.rollout import Sampler, chunks
 from branchtree.training.ema import WeightAverage
+from branchtree.training.guard import UpdateGuard
 from branchtree.transitions import GaussianTransition
 from branchtree.tree import BranchTree
 
@@ -32,6 +32,7 @@ class UpdateRecord:
     reference_rows: int = 0
     steps: int = 0
     skipped_steps: int = 0  # no edge was trained on any process
+    refused_steps: int = 0  # the gradient was not finite, or too large
     grad_norms: list[float] = field(default_factory=list)
     loss: list[Tensor] = field(default_factory=list)  # (E,) per batch
     kl: list[Tensor] = field(default_factory=list)  # (E,)
@@ -63,10 +64,11 @@ class Updater:
     max_grad_norm: float
     rows: int | None  # families per forward
     parameters: Sequence[torch.nn.Parameter]
+    guard: UpdateGuard
     average: WeightAverage | None
 
     def run(self, tree: BranchTree, parts: Sequence[Families], policies: Policies, iteration: int) -> UpdateRecord:
-        """One optimiser step per part. Raises BranchTreeError, before the weights change, on a non-finite gradient."""
+        """One optimiser step per part. Raises BranchTreeError if too many in a row would do harm."""
         record = UpdateRecord()
         # Families of later steps are scored against the weights of the rollout before the first step changes them.
         old = [self._rescored(tree, part, policies, record) if index else None for index, part in enumerate(parts)]
@@ -98,11 +100,10 @@ class Updater:
         if not batches:
             self._join_without_edges(tree, policies)
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
-        if not math.isfinite(norm):
-            raise BranchTreeError(
-                f"iteration {iteration}: the gradient is not finite; the weights were left as they are. "
-                "Lower optim.lr or sampler.eta, or look at the rewards of this iteration"
-            )
+        if not self.guard.admits(norm, iteration):
+            self.optimizer.zero_grad()
+            record.refused_steps += 1
+            return
         self.optimizer.step()
         self.scheduler.step()
         self.optimizer.zero_grad()
@@ -110,6 +111,11 @@ class Updater:
             self.average.update()
         record.steps += 1
         record.grad_norms.append(norm)
+
+    @cached_property
+    def _noise_weights(self) -> Tensor:
+        """Weights of the steps, (T,)."""
+        return self.sampler.noise_weights()
 
     def _batches(self, families: Families) -> Iterator[Families]:
         if len(families) == 0:
@@ -145,6 +151,8 @@ class Updater:
             record.mismatch.append((old - batch.log_prob).abs().cpu())
         ratio = probability_ratio(log_prob, batch.log_prob if old is None else old)
         losses = clipped_loss(ratio, batch.advantage, self.loss.clip_range)
+        if self.loss.weighting == "noise":
+            losses = losses * self._noise_weights[batch.families.depth][batch.families.family].to(losses.device)
         record.rows += len(batch.families)
         record.loss.append(losses.detach().cpu())
         record.depth.append(batch.families.edge_depth)

@@ -1,0 +1,100 @@
+"""Does a coarse continuation rank samples as the whole grid would? Looked at now and then, and warned about.
+
+Under `tree.continuation` or a solver, leaves are reached in other steps after the last stochastic one, and are rewarded
+for what those make of them. Where that parts from what the whole grid makes of them, the policy learns to please the
+short cut.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from branchtree.noise import NoiseSource
+from branchtree.protocols import Condition, Scores
+from branchtree.rollout import rollout
+from branchtree.schedule import TreePlan
+from branchtree.training.policy import velocity_function
+from branchtree.training.scoring import InPlace, ScoringQueue, decode_and_put
+from branchtree.training.session import Session
+from branchtree.training.timing import Stopwatch
+from branchtree.tree import BranchTree, grow
+
+log = logging.getLogger("branchtree")
+
+LARGEST_GAP = 1.0
+"""In sample deviations of the group: above it the short cut's rewards are others, not just less exact."""
+LEAST_CORRELATION = 0.5
+"""Below it the short cut gives another order to a group."""
+
+
+def compare_continuation(
+    session: Session,
+    tree: BranchTree,
+    scores: Mapping[str, Scores],
+    condition: Condition,
+    conditioning: Mapping[str, Tensor],
+) -> dict[str, float]:
+    """Score the first prompt's leaves again, as the whole grid and Euler's method reach them from the same states.
+
+    ``condition`` and ``conditioning`` (1 row) are that prompt's. Returns, by reward, the mean difference whole - coarse
+    in the group's sample deviations and the two's correlation, and the rows that it took. Warns where they part.
+    """
+    plan, recipe = tree.topology.plans[0], session.recipe
+    first = plan.last_stochastic + 1
+    leaves = tree.topology.span(0, plan.steps)
+    states = tree.states[first][: plan.widths[first]].to(session.device)
+    rest = TreePlan((1,) * (plan.steps - first), (False,) * (plan.steps - first), (False,) * (plan.steps - first))
+    sampler = replace(session.sampler, sigmas=session.sampler.sigmas[first:], solver="euler")
+    each = {name: value.expand(len(states), *value.shape[1:]) for name, value in conditioning.items()}
+    whole = rollout(
+        velocity_function(session.inputs.model, each, session.accelerator.autocast),
+        sampler,
+        grow([rest] * len(states)),
+        states,
+        NoiseSource(recipe.seed, 0),  # nothing is drawn
+        range(len(states)),
+        max_rows=recipe.batch.rollout_rows,
+    )
+    count = len(leaves)
+    with ScoringQueue(session.inputs.rewards, InPlace) as queue:
+        watch, prompts = Stopwatch(session.device), [0] * count
+        decode_and_put(
+            queue, session.inputs.model, whole.leaves, [condition] * count, prompts, recipe.batch.decode_rows, watch
+        )
+        session.inputs.model.release_frozen()
+        full = queue.results()
+    figures = {"rows/continuation_check": float(whole.topology.rollout_rows * session.inputs.model.rows_per_prediction)}
+    for label, score in full.items():
+        figures |= _compared(label, score, scores[label], slice(leaves.start, leaves.stop))
+    return figures
+
+
+def _compared(label: str, full: Scores, coarse: Scores, rows: slice) -> dict[str, float]:
+    """Both figures of one reward; none where fewer than two leaves can be compared or they do not differ."""
+    both = full.valid & coarse.valid[rows]
+    whole, short = full.values[both].double(), coarse.values[rows][both].double()
+    if both.sum() < 2 or not bool(short.std() > 0) or not bool(whole.std() > 0):
+        return {}
+    gap = float((whole - short).mean() / short.std())
+    correlation = float(torch.corrcoef(torch.stack([whole, short]))[0, 1])
+    if abs(gap) > LARGEST_GAP or correlation < LEAST_CORRELATION:
+        log.warning(
+            "the coarse continuation parts from the whole grid: reward '%s' differs by %.2f of a group's deviations, "
+            "with a correlation of %.2f; raise tree.continuation, or lower optim.lr",
+            label,
+            gap,
+            correlation,
+        )
+    return {f"continuation/gap/{label}": gap, f"continuation/correlation/{label}": correlation}
+
+
+def is_due(session: Session, plans: Sequence[TreePlan], iteration: int) -> bool:
+    """Whether this iteration compares: there is a short cut, and its turn has come."""
+    tree = session.recipe.tree
+    shortened = bool(plans[0].skipped) or tree.solver != "euler"
+    return shortened and iteration % tree.continuation_check == 0
