@@ -27,7 +27,7 @@ from branchtree.cost import Cost, count
 from branchtree.planning import draw_tree
 from branchtree.plugins import registry
 from branchtree.recipe import Recipe
-from branchtree.recipe.load import builtin_folder
+from branchtree.recipe.load import builtin_folder, method_names
 from branchtree.schedule import PRESET_SPLITS, FixedSplits, Schedule, TreePlan
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +52,7 @@ def regions() -> Mapping[str, Callable[[], str]]:
         "recipe-keys": lambda: recipe_tables(Recipe),
         "plug-in-options": plugin_options,
         "recipe-list": recipe_list,
+        "method-list": method_list,
         "commands": commands,
         "counts": counts,
         **{name: partial(drawing, tree) for name, tree in DRAWN.items()},
@@ -121,8 +122,20 @@ def recipe_list() -> str:
     lines = ["| recipe | extends | what it does |", "| --- | --- | --- |"]
     for path in sorted(builtin_folder().glob("*.yaml")):
         text = yaml.safe_load(path.read_text(encoding="utf-8"))
-        base = f"`{text['extends']}`" if "extends" in text else ""
-        lines.append(f"| `{path.stem}` | {base} | {text.get('description', '')} |")
+        bases = text.get("extends", [])
+        named = ", ".join(f"`{base}`" for base in ([bases] if isinstance(bases, str) else bases))
+        lines.append(f"| `{path.stem}` | {named} | {text.get('description', '')} |")
+    return "\n".join(lines)
+
+
+def method_list() -> str:
+    """The methods that any recipe can be put under, and what the quickstart then costs a prompt."""
+    lines = ["| method | what it is | rollout rows | gradient rows |", "| --- | --- | --- | --- |"]
+    for name, path in method_names([builtin_folder()]).items():
+        recipe = load_recipe(f"quickstart+{name}")
+        cost = count([make_schedule(recipe).plan(0, 0)], make_credit_rule(recipe), make_pruning_rule(recipe), 0)
+        text = yaml.safe_load(path.read_text(encoding="utf-8"))
+        lines.append(f"| `{name}` | {text['description']} | {cost.rollout_rows} | {cost.gradient_rows} |")
     return "\n".join(lines)
 
 

@@ -26,7 +26,7 @@ from branchtree.credit import CreditRule, PruningRule, assign_credit
 from branchtree.families import collect
 from branchtree.protocols import Scores
 from branchtree.recipe import Recipe, load_recipe, recipe_names
-from branchtree.recipe.load import builtin_folder
+from branchtree.recipe.load import builtin_folder, method_names
 from branchtree.schedule import FixedSplits, Schedule
 from branchtree.training.metrics import iteration_metrics
 from branchtree.training.update import UpdateRecord
@@ -101,7 +101,8 @@ def test_every_recipe_key_is_described(reference: ModuleType) -> None:
 
 def test_every_recipe_is_listed() -> None:
     text = TEXT[ROOT / "docs" / "recipes.md"]
-    assert [name for name in recipe_names([builtin_folder()]) if f"| `{name}` |" not in text] == []
+    named = [*recipe_names([builtin_folder()]), *method_names([builtin_folder()])]
+    assert [name for name in named if f"| `{name}` |" not in text] == []
 
 
 def test_every_hook_is_described() -> None:
@@ -134,7 +135,8 @@ def written_metrics() -> set[str]:
     )
     names = iteration_metrics(topology, scores, credit, update, 1)
     shown = {re.sub(r"split_\d+$", "split_J", re.sub(r"depth_\d+$", "depth_NN", name)) for name in names}
-    return shown | {"iteration", "lr"}
+    checked = {"continuation/gap/LABEL", "continuation/correlation/LABEL", "rows/continuation_check"}
+    return shown | checked | {"iteration", "lr"}
 
 
 def test_the_metrics_page_names_what_is_logged_and_nothing_else() -> None:
