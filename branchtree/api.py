@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from branchtree.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
+    from branchtree.evaluating import EvaluationResult
     from branchtree.planning import RunPlan
     from branchtree.protocols import Callback
     from branchtree.scoring import ScoredFile
@@ -42,6 +43,36 @@ def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None
     from branchtree.planning import plan_recipe
 
     return plan_recipe(_resolve(recipe, overrides, smoke))
+
+
+def evaluate(
+    run_or_recipe: str | Path | Recipe,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    rewards: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]] | None = None,
+    prompts: str | Path | Sequence[str] | None = None,
+    noises: int | None = None,
+    limit: int | None = None,
+    checkpoint: int | None = None,
+    output: str | Path | None = None,
+    smoke: bool = False,
+) -> EvaluationResult:
+    """Judge a run's model against its base on held-out prompts, or a recipe's base model alone.
+
+    ``run_or_recipe`` is a run's directory, whose newest checkpoint is taken, or that of ``checkpoint`` iterations; or
+    a recipe as ``train`` takes it. Both models make samples of the same prompts from the same noises, without further
+    noise, and each reward's difference comes with an interval over prompts. ``rewards``, named as ``score`` names
+    them, ``prompts`` (a file, or texts), ``noises`` per prompt and ``limit``, of prompts, stand in for what the
+    recipe's ``evaluation`` section says. Figures, every sample's scores and pictures are written to ``output``, by
+    default ``evaluation`` in the run's directory, or ``runs/evaluation-<recipe name>``. Raises a BranchTreeError, with
+    what is wrong and where, before anything is loaded if it can be known then.
+    """
+    from branchtree.evaluating import evaluate_subject
+    from branchtree.evaluating.request import Choices
+
+    written = None if output is None else Path(output).expanduser()
+    choices = Choices(rewards, prompts, noises, limit, written)
+    return evaluate_subject(run_or_recipe, overrides, choices, smoke=smoke, checkpoint=checkpoint)
 
 
 def score(

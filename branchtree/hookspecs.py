@@ -1,4 +1,4 @@
-"""The hooks through which models, rewards, recipes and callbacks arrive, built-in ones included.
+"""The hooks through which models, rewards, feature spaces, recipes and callbacks arrive, built-in ones included.
 
 A plug-in is a module named by an entry point of the group ``branchtree`` that implements any of these
 with ``@hookimpl``. Each hook is handed a ``register`` callback; see docs/extending.md.
@@ -29,6 +29,11 @@ def register_rewards(register: Register) -> None:
 
     The card is optional.
     """
+
+
+@hookspec
+def register_features(register: Register) -> None:
+    """``register(name, build=FeatureSpace, config=ConfigModel, summary="one line")`` for each feature space."""
 
 
 @hookspec

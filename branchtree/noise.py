@@ -28,6 +28,7 @@ class Purpose(IntEnum):
     EDGE = 1
     SHARED = 2
     PERMUTATION = 3
+    RESAMPLING = 4
 
 
 def generator(seed: int, iteration: int, prompt: int, depth: int, node: int, purpose: Purpose) -> torch.Generator:

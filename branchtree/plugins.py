@@ -24,7 +24,7 @@ from branchtree.protocols import RewardCard
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered model family, reward or callback."""
+    """One registered model family, reward, feature space or callback."""
 
     name: str
     build: Callable[[Any], Any]  # from a validated config
@@ -55,6 +55,7 @@ class Registry:
     models: dict[str, Entry] = field(default_factory=dict)
     rewards: dict[str, Entry] = field(default_factory=dict)
     callbacks: dict[str, Entry] = field(default_factory=dict)
+    features: dict[str, Entry] = field(default_factory=dict)
     recipe_folders: list[Path] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
 
@@ -69,6 +70,10 @@ class Registry:
     def callback(self, name: str) -> Entry:
         """The callback of that name. Raises PluginError."""
         return self._lookup("callback", self.callbacks, name)
+
+    def feature(self, name: str) -> Entry:
+        """The feature space of that name. Raises PluginError."""
+        return self._lookup("feature space", self.features, name)
 
     @property
     def failures(self) -> str:
@@ -124,6 +129,7 @@ def _register(found: Registry, name: str, distribution: str, plugin: object) -> 
     manager.hook.register_models(register=_adder("model", found.models, distribution))
     manager.hook.register_rewards(register=_adder("reward", found.rewards, distribution))
     manager.hook.register_callbacks(register=_adder("callback", found.callbacks, distribution))
+    manager.hook.register_features(register=_adder("feature space", found.features, distribution))
     manager.hook.register_recipes(register=found.recipe_folders.append)
 
 

@@ -30,6 +30,7 @@ MATHS = (
     "rollout",
     "schedule",
     "segments",
+    "solvers",
     "transitions",
     "tree",
     "variance",
@@ -61,13 +62,21 @@ def test_the_maths_stands_by_itself(module: str, graph: grimp.ImportGraph) -> No
     assert upstream <= allowed
 
 
-@pytest.mark.parametrize("package", ["training", "cli", "report", "recipe"])
+@pytest.mark.parametrize(
+    "package", ["training", "cli", "report", "recipe", "scoring", "serving", "evaluating", "comparing", "diversity"]
+)
 def test_layers_look_downwards(package: str, graph: grimp.ImportGraph) -> None:
+    uses = ("evaluating", "comparing", "diversity")  # what is done with runs
     above = {
-        "training": ("cli", "report"),
+        "training": ("cli", "report", *uses),
         "cli": (),
-        "report": ("cli", "training"),
-        "recipe": ("cli", "training", "report"),
+        "report": ("cli", "training", *uses),
+        "recipe": ("cli", "training", "report", "scoring", "serving", *uses),
+        "scoring": ("cli", "report", *uses),
+        "serving": ("cli", "report", "training", *uses),
+        "evaluating": ("cli", "comparing", "diversity"),
+        "comparing": ("cli", "evaluating", "diversity"),
+        "diversity": ("cli", "comparing", "evaluating"),
     }
     modules = [name for name in graph.modules if name.startswith(f"branchtree.{package}")]
     imported = {name for module in modules for name in graph.find_modules_directly_imported_by(module)}

@@ -447,7 +447,10 @@ def test_presets_of_splits(splits: str, steps: tuple[int, ...]) -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("splits: dens", "8: tree.splits: 'dens' is no preset; write dense, mixed, sparse, single, window, or a list of steps"),
+        (
+            "splits: dens",
+            "8: tree.splits: 'dens' is no preset; write dense, mixed, sparse, single, window, or a list",
+        ),
         ("splits: [3, 0]", "8: tree.splits: split steps must rise"),
         ("splits: [0, 0]", "8: tree.splits: split steps must rise"),
         ("splits: [19]", "7: tree: split step 19 lies outside the grid: with 20 steps, steps 0 to 18 can split"),

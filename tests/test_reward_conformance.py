@@ -38,12 +38,24 @@ def motion(name: str, measure: str) -> RewardCase:
     return RewardCase({"reward": name, "measure": measure}, directions, moving_digits)
 
 
+def large_pairs(modality: str, samples: int) -> Media:
+    """Two frames of 128x128 pixels, the least that RAFT sees motion in."""
+    frames = noise_media(modality, samples).videos
+    assert frames is not None
+    larger = torch.nn.functional.interpolate(frames[:, :2].flatten(0, 1), (128, 128), mode="bilinear")
+    return Media(videos=larger.unflatten(0, (samples, 2)), fps=8.0)
+
+
 DIGITS = prompted("a handwritten seven", "the digit 3", "a one", "a five")
 MOTIONS = ("motion_smoothness", "motion_direction", "motion_displacement")
 CASES: Mapping[str, RewardCase] = {
     "digits": RewardCase({"reward": "digits"}, DIGITS),
     "diversity": RewardCase({"reward": "diversity"}, prompted(*["a cat"] * 4)),
     **{name: motion(name, "flow") for name in MOTIONS},
+    "vbench_dynamic": RewardCase(
+        {"reward": "vbench_dynamic", "path": "random:small", "measure": "share"}, prompted(*PROMPTS), large_pairs
+    ),
+    "vbench_smoothness": RewardCase({"reward": "vbench_smoothness", "interpolator": "blend"}, prompted(*PROMPTS)),
     "motion_direction-subject": motion("motion_direction", "subject"),
 }
 

@@ -12,6 +12,9 @@ from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
+from branchtree.cli.compare import compare
+from branchtree.cli.diversity import diversity
+from branchtree.cli.evaluate import evaluate
 from branchtree.cli.score import rewards, score
 from branchtree.cli.serve import serve_reward
 from branchtree.errors import BranchTreeError, RecipeError
@@ -91,24 +94,32 @@ def plan(recipe: RecipeArgument, overrides: OverridesArgument = None, smoke: Smo
 
 @app.command()
 def recipes() -> None:
-    """List the recipes that can be named."""
+    """List the recipes that can be named, and the methods that a recipe can be put under, as in RECIPE+METHOD."""
     from branchtree.recipe import recipe_names
+    from branchtree.recipe.load import METHOD_SIGN, method_names
     from branchtree.recipe.source import read_yaml
 
-    table = Table("Recipe", "What it does", box=None, header_style="bold", padding=(0, 2))
-    for name, path in recipe_names().items():
-        table.add_row(name, str(read_yaml(path).data.get("description", "")))
-    console.print(table)
+    for heading, names, sign in (("Recipe", recipe_names(), ""), ("Method", method_names(), METHOD_SIGN)):
+        table = Table(heading, "What it does", box=None, header_style="bold", padding=(0, 2))
+        for name, path in names.items():
+            table.add_row(f"{sign}{name}", str(read_yaml(path).data.get("description", "")))
+        console.print(table)
 
 
 @app.command()
 def plugins() -> None:
-    """List the installed models, rewards and callbacks, and plug-ins that cannot be loaded."""
+    """List the installed models, rewards, callbacks and feature spaces, and plug-ins that cannot be loaded."""
     from branchtree.plugins import registry
 
     found = registry()
     table = Table("Kind", "Name", "What it is", "From", box=None, header_style="bold", padding=(0, 2))
-    for kind, entries in (("model", found.models), ("reward", found.rewards), ("callback", found.callbacks)):
+    kinds = {
+        "model": found.models,
+        "reward": found.rewards,
+        "callback": found.callbacks,
+        "features": found.features,
+    }
+    for kind, entries in kinds.items():
         for entry in entries.values():
             table.add_row(kind, entry.name, entry.summary, entry.distribution)
     console.print(table)
@@ -116,6 +127,9 @@ def plugins() -> None:
         console.print(str(broken), style="red", markup=False)
 
 
+app.command()(evaluate)
+app.command()(diversity)
+app.command()(compare)
 app.command()(score)
 app.command()(rewards)
 app.command()(serve_reward)

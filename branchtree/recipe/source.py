@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -128,6 +130,26 @@ def _record(node: yaml.Node, at: KeyPath, path: Path, origins: dict[KeyPath, Ori
             _record(value, (*at, index), path, origins)
 
 
+def parse_plugin(kind: str, text: str, example: str) -> tuple[str, dict[str, Any]]:
+    """A plug-in as a command line names it, ``"hps version=v2.0"``: its name and its settings. Raises RecipeError."""
+    try:
+        name, *words = shlex.split(text)
+    except ValueError as error:
+        reason = "it is empty" if not text.strip() else str(error).lower()
+        raise RecipeError(
+            f"{kind} '{text}' cannot be read: {reason}; write NAME key=value, for example \"{example}\""
+        ) from None
+    settings: dict[str, Any] = {}
+    for word in words:
+        key, separator, value = word.partition("=")
+        if not separator or not key:
+            raise RecipeError(
+                f"{kind} '{text}': '{word}' is no setting; write it as key=value, all between one pair of quotes"
+            )
+        settings[key] = parse_value(value)
+    return name, settings
+
+
 def override(source: Source, overrides: Mapping[str, Any]) -> None:
     """Set dotted keys (``optim.lr``, ``rewards.0.weight``) in place."""
     for dotted, value in overrides.items():
@@ -142,9 +164,9 @@ def override(source: Source, overrides: Mapping[str, Any]) -> None:
         path: KeyPath = (*parents, last)
         if isinstance(place, list):
             _enter(place, last, dotted, len(parents))
-            place[int(last)] = value
+            place[int(last)] = copy.deepcopy(value)  # later overrides may reach into it
         elif isinstance(place, dict):
-            place[str(last)] = value
+            place[str(last)] = copy.deepcopy(value)
         else:
             raise RecipeError(f"override {dotted}: '{dotted.rsplit('.', 1)[0]}' holds a plain value, not keys")
         source.forget(path)

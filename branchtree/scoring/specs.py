@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -12,7 +11,7 @@ from pydantic import ValidationError
 from branchtree.assembly import NamedReward, make_reward
 from branchtree.errors import RecipeError
 from branchtree.recipe.schema import RewardSection
-from branchtree.recipe.source import parse_value
+from branchtree.recipe.source import parse_plugin
 
 Spec = str | Mapping[str, Any]
 
@@ -50,22 +49,8 @@ def _section(spec: Spec) -> RewardSection:
 
 
 def _parsed(text: str) -> dict[str, Any]:
-    try:
-        name, *words = shlex.split(text)
-    except ValueError as error:
-        reason = "it is empty" if not text.strip() else str(error).lower()
-        raise RecipeError(
-            f"reward '{text}' cannot be read: {reason}; write NAME key=value, for example \"digits classifier=heldout\""
-        ) from None
-    keys: dict[str, Any] = {"reward": name}
-    for word in words:
-        key, separator, value = word.partition("=")
-        if not separator or not key:
-            raise RecipeError(
-                f"reward '{text}': '{word}' is no setting; write it as key=value, all between one pair of quotes"
-            )
-        keys[key] = parse_value(value)
-    return keys
+    name, settings = parse_plugin("reward", text, "digits classifier=heldout")
+    return {"reward": name, **settings}
 
 
 def _text(section: RewardSection) -> str:

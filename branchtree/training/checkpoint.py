@@ -22,6 +22,7 @@ from branchtree.recipe.schema import Recipe
 from branchtree.training.ema import WeightAverage
 from branchtree.training.rundir import write_folder
 
+AVERAGE = "average.safetensors"
 FREE_SECTIONS = ("name", "description", "evaluation", "callbacks", "scoring")
 FREE_RUN_KEYS = (
     "iterations",
@@ -58,7 +59,7 @@ def save_checkpoint(folder: Path, iteration: int, trained: Trained, recipe: Reci
         if trained.average is not None:
             from safetensors.torch import save_file
 
-            save_file(trained.average.state(), path / "average.safetensors")
+            save_file(trained.average.state(), path / AVERAGE)
         state = {
             "iteration": iteration,
             "scheduler": trained.scheduler.state_dict(),
@@ -87,14 +88,19 @@ def load_checkpoint(path: Path, trained: Trained, recipe: Recipe) -> int:
     except Exception as error:  # torch raises many kinds for a damaged file
         raise CheckpointError(f"{path}: cannot be read: {error}; delete it to use the one before") from error
     _require_same(state["recipe"], recipe.model_dump(mode="json"), path)
-    trained.model.restore(path / "model")
+    restore_weights(path, trained.model, trained.average)
     trained.optimizer.load_state_dict(optimizer)
     trained.scheduler.load_state_dict(state["scheduler"])
-    if trained.average is not None:
+    return int(state["iteration"])
+
+
+def restore_weights(path: Path, model: ModelAdapter, average: WeightAverage | None) -> None:
+    """Read back a checkpoint's trained weights, and their average where one is wanted."""
+    model.restore(path / "model")
+    if average is not None:
         from safetensors.torch import load_file
 
-        trained.average.load(load_file(path / "average.safetensors"))
-    return int(state["iteration"])
+        average.load(load_file(path / AVERAGE))
 
 
 def _require_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:

@@ -2,22 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from concurrent.futures import Executor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 
 from branchtree.assembly import NamedReward
-from branchtree.protocols import Condition, ModelAdapter, Scores
-from branchtree.recipe.schema import EvaluationSection
+from branchtree.protocols import Condition, Media, ModelAdapter, Scores
 from branchtree.rollout import Sampler, chunks
 from branchtree.training.policy import ConditioningCache
 from branchtree.training.sampling import sample_latents
 from branchtree.training.scoring import ScoringQueue, decode_and_put
 from branchtree.training.timing import Stopwatch
+
+Pair = tuple[int, int]
+"""Which prompt, and which of its noises."""
+
+
+class Drawing(Protocol):
+    """How many samples are drawn, from which noises, and how many at a time: an ``evaluation`` section has it."""
+
+    @property
+    def noises(self) -> int:
+        """Samples per prompt."""
+
+    @property
+    def rows(self) -> int:
+        """Samples at a time."""
+
+    @property
+    def seed(self) -> int:
+        """What addresses the noises."""
 
 
 @dataclass(frozen=True)
@@ -30,10 +50,32 @@ class Figure:
 
 
 @dataclass(frozen=True)
+class Samples:
+    """Samples of one model, in the order of the prompts and of each prompt's noises."""
+
+    pairs: Sequence[Pair]  # of S samples
+    scores: Mapping[str, Scores]  # by the rewards' labels, S of each
+    media: Mapping[Pair, Media]  # one sample each, of those that were to be kept; on the CPU
+
+    @staticmethod
+    def joined(parts: Sequence[Samples]) -> Samples:
+        """The parts that several processes made as one, in order."""
+        pairs = [pair for part in parts for pair in part.pairs]
+        order = sorted(range(len(pairs)), key=pairs.__getitem__)
+        return Samples(
+            pairs=[pairs[place] for place in order],
+            scores={
+                label: _taken(Scores.joined([part.scores[label] for part in parts]), order) for label in parts[0].scores
+            },
+            media={pair: media for part in parts for pair, media in part.media.items()},
+        )
+
+
+@dataclass(frozen=True)
 class Evaluator:
     """Scores the policy on held-out prompts; processes share the work and get the same answer."""
 
-    section: EvaluationSection
+    section: Drawing
     conditions: Sequence[Condition]
     rewards: Sequence[NamedReward]
     model: ModelAdapter
@@ -45,16 +87,24 @@ class Evaluator:
 
     def figures(self, accelerator: Any) -> dict[str, Figure]:
         """Each reward's figure by label."""
+        return {label: figure_of(scores) for label, scores in self.samples(accelerator).scores.items()}
+
+    def samples(
+        self,
+        accelerator: Any,
+        keep: AbstractSet[Pair] = frozenset(),
+        advance: Callable[[int], None] | None = None,
+    ) -> Samples:
+        """All samples, scored. ``keep`` are those to look at; ``advance`` is told of each batch how many it holds."""
         from accelerate.utils import gather_object
 
         pairs = [(p, draw) for p in range(len(self.conditions)) for draw in range(self.section.noises)]
         # Whole batches are dealt out, so that a sample's batch mates do not depend on the number of processes.
         batches = chunks(len(pairs), self._rows)[accelerator.process_index :: accelerator.num_processes]
-        everyone: list[dict[str, Scores]] = gather_object(
-            self._score([[pairs[row] for row in span] for span in batches])
+        everyone: list[Samples] = gather_object(
+            self._score([[pairs[row] for row in span] for span in batches], keep, advance)
         )
-        scores = {reward.label: Scores.joined([part[reward.label] for part in everyone]) for reward in self.rewards}
-        return {label: _figure(score) for label, score in scores.items()}
+        return Samples.joined(everyone)
 
     @property
     def _rows(self) -> int:
@@ -62,32 +112,61 @@ class Evaluator:
         rows, noises = self.section.rows, self.section.noises
         return max(rows // noises, 1) * noises if any(reward.groupwise for reward in self.rewards) else rows
 
-    def _score(self, batches: Sequence[Sequence[tuple[int, int]]]) -> list[dict[str, Scores]]:
-        """The scores of all batches as one entry; none if there are no batches."""
+    def _score(
+        self, batches: Sequence[Sequence[Pair]], keep: AbstractSet[Pair], advance: Callable[[int], None] | None
+    ) -> list[Samples]:
+        """The samples of all batches as one entry; none if there are no batches."""
         if not batches:
             return []
-        rows, watch = self.section.rows, Stopwatch(self.device)
+        watch, kept = Stopwatch(self.device), dict[Pair, Media]()
         with ScoringQueue(self.rewards, self.executor) as queue:
             for pairs in batches:
+                conditions = [self.conditions[prompt] for prompt, _ in pairs]
+                latents = self._sampled(pairs, conditions)
+                # As many as reach the last that is to be kept.
+                reach = max((place + 1 for place, pair in enumerate(pairs) if pair in keep), default=0)
                 prompts = [prompt for prompt, _ in pairs]
-                conditions = [self.conditions[prompt] for prompt in prompts]
-                latents = sample_latents(
-                    self.model,
-                    self.cache,
-                    self.sampler,
-                    self.autocast,
-                    conditions,
-                    pairs,
-                    self.section.seed,
-                    self.device,
-                    rows,
-                )
-                decode_and_put(queue, self.model, latents, conditions, prompts, rows, watch)
+                media = decode_and_put(queue, self.model, latents, conditions, prompts, self.section.rows, watch, reach)
+                kept |= _chosen(media, pairs[:reach], keep)
+                if advance is not None:
+                    advance(len(pairs))
             self.model.release_frozen()
-            return [queue.results()]
+            return [Samples([pair for pairs in batches for pair in pairs], queue.results(), kept)]
+
+    def _sampled(self, pairs: Sequence[Pair], conditions: Sequence[Condition]) -> Tensor:
+        return sample_latents(
+            self.model,
+            self.cache,
+            self.sampler,
+            self.autocast,
+            conditions,
+            pairs,
+            self.section.seed,
+            self.device,
+            self.section.rows,
+        )
 
 
-def _figure(scores: Scores) -> Figure:
+def figure_of(scores: Scores) -> Figure:
+    """A reward's mean over its valid samples."""
     values = scores.values[scores.valid].double()
     mean = float(values.mean()) if values.numel() else None
     return Figure(mean=mean, valid=values.numel(), samples=scores.values.numel())
+
+
+def _chosen(media: Sequence[Media], pairs: Sequence[Pair], keep: AbstractSet[Pair]) -> dict[Pair, Media]:
+    """Those of the samples of ``pairs`` that are to be kept."""
+    singles = (part[row : row + 1] for part in media for row in range(len(part)))
+    return {pair: single for pair, single in zip(pairs, singles, strict=True) if pair in keep}
+
+
+def _taken(scores: Scores, order: Sequence[int]) -> Scores:
+    """The scores in another order."""
+    rows = torch.tensor(order, dtype=torch.int64)
+    return Scores(
+        values=scores.values[rows],
+        valid=scores.valid[rows],
+        raw=None if scores.raw is None else scores.raw[rows],
+        details={name: figure[rows] for name, figure in scores.details.items()},
+        reasons={place: scores.reasons[row] for place, row in enumerate(order) if row in scores.reasons},
+    )

@@ -83,8 +83,12 @@ class RunDirectory:
         return [json.loads(line) for line in lines if line.endswith("\n")]
 
     def rewind(self, iteration: int) -> None:
-        """Forget what was logged at or after an iteration that will be done again."""
-        for name, last in ((METRICS, iteration - 1), (TIMING, iteration - 1), (EVALUATION, iteration)):
+        """Forget what was logged at or after an iteration that will be done again.
+
+        From the very beginning, the evaluation before training is done again too.
+        """
+        evaluated = iteration if iteration else -1
+        for name, last in ((METRICS, iteration - 1), (TIMING, iteration - 1), (EVALUATION, evaluated)):
             kept = [row for row in self.rows(name) if row["iteration"] <= last]
             if (self.root / name).exists():
                 write_atomically(self.root / name, "".join(json.dumps(row) + "\n" for row in kept).encode())

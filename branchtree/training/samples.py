@@ -31,20 +31,29 @@ def write_grid(folder: Path, iteration: int, media: Sequence[Media], prompts: Se
     .mp4 beside it is the grid of all samples playing, and ``iteration_NNNNNN/sample_NNN.mp4`` is each by itself.
     """
     stem = folder / f"iteration_{iteration:06d}"
-    write = _write_videos if media[0].modality == "video" else _write_images
-    index = {"iteration": iteration, "prompts": list(prompts), **write(stem, media)}
+    index = {"iteration": iteration, "prompts": list(prompts), **write_pictures(stem, media)}
     write_atomically(stem.with_suffix(".json"), json.dumps(index).encode())
 
 
-def _write_images(stem: Path, media: Sequence[Media]) -> dict[str, Any]:
+def write_pictures(stem: Path, media: Sequence[Media], columns: int | None = None) -> dict[str, Any]:
+    """Write the pictures of ``write_grid`` under the names that ``stem`` begins, and return how they are laid out.
+
+    With ``columns``, so many samples stand in a row, also of the strips of videos.
+    """
+    write = _write_videos if media[0].modality == "video" else _write_images
+    return write(stem, media, columns)
+
+
+def _write_images(stem: Path, media: Sequence[Media], columns: int | None) -> dict[str, Any]:
     tiles = [fitted(to_image(image), TILE) for part in media for image in part.pixels]
-    columns = min(COLUMNS, len(tiles))
+    columns = columns or min(COLUMNS, len(tiles))
     write_atomically(stem.with_suffix(".png"), png(tiled(tiles, columns)))
     return {"columns": columns}
 
 
-def _write_videos(stem: Path, media: Sequence[Media]) -> dict[str, Any]:
-    columns = math.ceil(math.sqrt(sum(len(part) for part in media)))
+def _write_videos(stem: Path, media: Sequence[Media], columns: int | None) -> dict[str, Any]:
+    strips_in_row = columns or 1
+    columns = columns or math.ceil(math.sqrt(sum(len(part) for part in media)))
     side, fps = min(TILE, LONGEST_VIDEO // columns), _fps(media[0])
     tiles = []  # of each sample, its frames
     for place, video in enumerate(video for part in media for video in part.pixels):
@@ -54,7 +63,7 @@ def _write_videos(stem: Path, media: Sequence[Media]) -> dict[str, Any]:
         tiles.append([fitted(frame, side) for frame in frames])
     write_atomically(stem.with_suffix(".mp4"), mp4((tiled(each, columns) for each in zip(*tiles, strict=True)), fps))
     shown = spread(len(tiles[0]), STRIP)
-    strips = tiled([frames[place] for frames in tiles for place in shown], len(shown), GAP)
+    strips = tiled([frames[place] for frames in tiles for place in shown], strips_in_row * len(shown), GAP)
     write_atomically(stem.with_suffix(".png"), png(strips))
     return {"columns": columns, "kind": "video", "fps": fps, "frames": len(tiles[0]), "strip": shown}
 

@@ -69,29 +69,33 @@ class Aesthetic(ModelReward[AestheticConfig]):
     """Rates how beautiful each picture is, about 0 to 10; the prompt takes no part."""
 
     def _open(self) -> Opened:
-        path = self._config.path
-        if path != RANDOM_SMALL and not Path(path).expanduser().exists():
-            raise RewardError(
-                f"'{path}' is no existing file or folder; the aesthetic head is not on the hub: download '{HEAD}' from "
-                f"{HEAD_SOURCE} and give its path, or '{RANDOM_SMALL}'"
-            )
-        source = locate(path, None, write_small)
-        file = source.find(HEAD)
-        clip_source = self._locate_clip(source)
-        clip, clip_file = load_clip(clip_source)
-        head = skip_init(nn.Linear, clip.config.projection_dim, 1)  # drawing weights would move the global random state
-        load_strictly(head, state_dict(read_weights(file), file), str(file))
-        return Opened(AestheticPredictor(clip, head), {HEAD: file, f"{CLIP}/{clip_file.name}": clip_file})
-
-    def _locate_clip(self, head: Source) -> Source:
-        beside = head.folder / CLIP if head.folder else None
-        chosen = self._config.clip or (str(beside) if beside and beside.is_dir() else HUB_CLIP)
-        return locate(chosen, self._config.revision, partial(write_clip_folder, seed=SEED))
+        return open_predictor(self._config)
 
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
         predictor = cast(AestheticPredictor, network)
         pictures = [shortest_side_crop(picture, predictor.image_size) for picture in to_pil(media.pixels)]
         return Measured(predictor(normalised(from_pil(pictures)).to(media.pixels.device)))
+
+
+def open_predictor(config: AestheticConfig) -> Opened:
+    """Load the head and the CLIP that ``config`` names into an AestheticPredictor. Raises RewardError."""
+    if config.path != RANDOM_SMALL and not Path(config.path).expanduser().exists():
+        raise RewardError(
+            f"'{config.path}' is no existing file or folder; the aesthetic head is not on the hub: download '{HEAD}' "
+            f"from {HEAD_SOURCE} and give its path, or '{RANDOM_SMALL}'"
+        )
+    source = locate(config.path, None, write_small)
+    file = source.find(HEAD)
+    clip, clip_file = load_clip(_locate_clip(config, source))
+    head = skip_init(nn.Linear, clip.config.projection_dim, 1)  # drawing weights would move the global random state
+    load_strictly(head, state_dict(read_weights(file), file), str(file))
+    return Opened(AestheticPredictor(clip, head), {HEAD: file, f"{CLIP}/{clip_file.name}": clip_file})
+
+
+def _locate_clip(config: AestheticConfig, head: Source) -> Source:
+    beside = head.folder / CLIP if head.folder else None
+    chosen = config.clip or (str(beside) if beside and beside.is_dir() else HUB_CLIP)
+    return locate(chosen, config.revision, partial(write_clip_folder, seed=SEED))
 
 
 @hookimpl

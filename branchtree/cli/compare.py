@@ -1,0 +1,63 @@
+"""The command ``compare``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+
+def compare(
+    recipes: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RECIPE... [KEY=VALUE]...",
+            help="Recipes, each with changes of its own as in RECIPE@key=value,key=value; and changes of all.",
+        ),
+    ],
+    seeds: Annotated[str, typer.Option(help="One run of every row for each.")] = "0,1,2",
+    iterations: Annotated[
+        int | None, typer.Option(min=1, help="Of the first row; all rows take as many optimiser steps.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Row equivalents that every run may spend: rollout + 3 x gradient rows.")
+    ] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=V1,V2,...", help="A row for each value, of every recipe; repeatable."),
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
+    output: Annotated[Path, typer.Option(help="Holds the runs, the table and the page.")] = Path("runs/compare"),
+    smoke: Annotated[bool, typer.Option("--smoke", help="Use the recipes' bundled small models and rewards.")] = False,
+    title: Annotated[str, typer.Option(help="Of the table and the page.")] = "",
+) -> None:
+    """Compare recipes under the same seeds, prompts and budget; run it again to go on."""
+    from branchtree.comparing import Budget, Request
+    from branchtree.comparing import compare as run
+    from branchtree.comparing.compare import PAGE, TABLE
+    from branchtree.comparing.request import multiply, parse_grid, parse_seeds, parse_words
+    from branchtree.comparing.table import reward_sheet, terminal, troubles, work_sheet
+
+    console = Console(highlight=False, soft_wrap=True)
+    named, shared = parse_words(recipes)
+    request = Request(
+        rows=tuple(multiply(named, [parse_grid(text) for text in grid or []])),
+        seeds=parse_seeds(seeds),
+        budget=Budget(iterations, rows),
+        shared=shared,
+        smoke=smoke,
+        title=title,
+    )
+    comparison = run(request, output.expanduser(), jobs, lambda line: console.print(line, markup=False))
+    for sheet in [
+        *work_sheet(comparison).parts(6),
+        *(reward_sheet(comparison, [label]) for label in comparison.labels),
+    ]:
+        console.print(terminal(sheet), soft_wrap=False)
+    for trouble in troubles(comparison):
+        console.print(f"Not finished: {trouble}", style="red", markup=False)
+    console.print(f"Table: {output / TABLE}\nPage: {output / PAGE}", markup=False)
+    if not comparison.complete:
+        raise typer.Exit(1)

@@ -1,0 +1,108 @@
+"""The command ``diversity``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from branchtree.diversity.comparison import Discrepancy
+    from branchtree.diversity.study import Study
+
+
+def diversity(
+    subject: Annotated[str, typer.Argument(metavar="RUN_OR_RECIPE", help="A run's directory, or a recipe.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys, as in tree.strength=8.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Samples of each set, rounded up to whole trees.")] = 4096,
+    features: Annotated[
+        list[str] | None,
+        typer.Option("--features", "-f", help='A feature space, as in "clip normalize=true"; pixels if none is named.'),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(help="A .txt, .jsonl or .parquet file; else training's.")] = None,
+    grid: Annotated[
+        list[str] | None,
+        typer.Option(help="Values to branch with, as in tree.strength=1,2,4,8; repeated: all combinations."),
+    ] = None,
+    shared_noise: Annotated[
+        bool,
+        typer.Option("--shared-noise/--own-noise", help="Groups of plain samples start from one initial noise or not."),
+    ] = True,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of all noise; the recipe's by default.")] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Where files go; RUN/diversity by default.")
+    ] = None,
+    smoke: Annotated[bool, typer.Option("--smoke", help="Use the recipe's bundled small model.")] = False,
+) -> None:
+    """Compare branched with plain rollouts of one model: KID, MMD^2, and distances within prompts."""
+    from branchtree.cli.app import parse_overrides
+    from branchtree.diversity.files import write_study
+    from branchtree.diversity.request import Choices, make_request
+    from branchtree.diversity.study import run_study
+    from branchtree.evaluating.subject import find_subject
+
+    chosen = Choices(samples, features or ("pixels",), prompts, grid or (), output, seed, shared_noise)
+    find = partial(find_subject, subject, smoke=smoke, iteration=None)
+    request = make_request(find, parse_overrides(overrides or []), chosen)
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        bar = progress.add_task("sampling", total=None)
+        study = run_study(request, lambda done, total: progress.update(bar, completed=done, total=total))
+    write_study(study)
+    _report(Console(highlight=False), study)
+
+
+def _report(console: Console, study: Study) -> None:
+    from branchtree.diversity.files import sets_in_words
+
+    deal, request = study.request.deal, study.request
+    what = "base model" if request.subject.iteration is None else f"after {request.subject.iteration} iterations"
+    lines = [
+        f"{request.recipe.name}, {what}: {deal.samples} samples a set, {deal.groups} groups of {deal.size}, "
+        f"{len(deal.conditions)} prompts",
+        *(f"{name}: {words}" for name, words in sets_in_words(request).items()),
+        *(f"{label}: {backend}" for label, backend in study.backends.items()),
+    ]
+    for line in lines:
+        console.print(line, markup=False, soft_wrap=True)
+    for label in study.backends:
+        console.print(discrepancy_table(label, [one for one in study.discrepancies if one.features == label]))
+    console.print("KID, unbiased and biased take samples of a group as independent; 'groups apart' does not.")
+    console.print(group_table(study))
+    console.print(f"Files: {request.output}", markup=False, soft_wrap=True)
+
+
+def discrepancy_table(label: str, found: Sequence[Discrepancy]) -> Table:
+    """A row for each kernel and pair of sets; the control's stands below the one that is to be held to it."""
+    table = Table("Kernel", "MMD^2 of", title=Text(label), title_justify="left", header_style="bold")
+    for name in ("KID", "unbiased", "biased", "groups apart", f"{found[0].groups.level:.0%} interval"):
+        table.add_column(name, justify="right")
+    for one in sorted(found, key=lambda one: one.kernel):
+        kid = "-" if one.kid is None else f"{one.kid.mean:.3g} +- {one.kid.std:.1g}"
+        kernel = one.kernel if one.bandwidth is None else f"{one.kernel}, h {one.bandwidth:.3g}"
+        sets = f"{one.first}, {one.second}"
+        inner = one.groups
+        ends = f"{inner.low:.2g} to {inner.high:.2g}"
+        table.add_row(kernel, sets, kid, f"{one.unbiased:.3g}", f"{one.biased:.3g}", f"{inner.value:.3g}", ends)
+    return table
+
+
+def group_table(study: Study) -> Table:
+    """A row for each way of sampling: the mean pairwise distance of one group's samples in each space."""
+    table = Table(title="Distance within groups", title_justify="left", header_style="bold")
+    table.add_column("Samples", overflow="fold")
+    table.add_column("Size", justify="right")
+    for label in study.groups[0].spreads:
+        table.add_column(Text(label), justify="right")
+    for row in study.groups:
+        cells = ["-" if one is None else f"{one.mean:.4g} +- {one.error:.1g}" for one in row.spreads.values()]
+        table.add_row(Text(row.name), str(row.size), *cells)
+    return table

@@ -1,0 +1,1 @@
+"""How different the samples of branched and plain rollouts are, and how different those of one prompt."""

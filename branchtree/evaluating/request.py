@@ -1,0 +1,110 @@
+"""What an evaluation is to do, worked out and checked before anything is loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from branchtree.assembly import NamedReward, make_kernel, make_model, make_rewards
+from branchtree.data import check_conditions, load_conditions
+from branchtree.errors import RecipeError
+from branchtree.evaluating.subject import Subject
+from branchtree.protocols import Condition, ModelAdapter
+from branchtree.recipe.schema import EvaluationSection, Recipe
+from branchtree.scoring.results import check_output
+from branchtree.scoring.specs import Spec, make_named
+
+RESULT = "evaluation.json"
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a user asks for in place of the recipe's ``evaluation`` section; None leaves what stands there."""
+
+    rewards: Spec | Sequence[Spec] | None = None
+    prompts: str | Path | Sequence[str] | None = None
+    noises: int | None = None
+    limit: int | None = None
+    output: Path | None = None
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How many samples are drawn, and how; see training.evaluation.Drawing."""
+
+    noises: int
+    rows: int
+    seed: int
+
+
+@dataclass(frozen=True)
+class Request:
+    """An evaluation that can start."""
+
+    subject: Subject
+    model: ModelAdapter
+    rewards: Sequence[NamedReward]
+    conditions: Sequence[Condition]
+    draws: Draws
+    output: Path
+
+    @property
+    def recipe(self) -> Recipe:
+        """The resolved recipe."""
+        return self.subject.recipe
+
+
+def make_request(subject: Subject, choices: Choices) -> Request:
+    """Look up plug-ins, read the prompts and have the model check them. Raises a BranchTreeError."""
+    recipe, section = subject.recipe, subject.recipe.evaluation
+    if section is None and (choices.rewards is None or choices.prompts is None):
+        raise RecipeError(
+            f"recipe '{recipe.name}' has no evaluation section; say which rewards and which prompts to use, as in "
+            "--reward digits --prompts prompts.txt"
+        )
+    for name, number in (("noises", choices.noises), ("limit", choices.limit)):
+        if number is not None and number < 1:
+            raise RecipeError(f"{name}: at least 1 is needed, not {number}")
+    model = make_model(recipe)
+    make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
+    rewards = _rewards(section, choices, model.modality)
+    conditions = _conditions(section, choices)
+    check_conditions(model, conditions)
+    output = choices.output or subject.output
+    check_output(output / RESULT, [])
+    return Request(subject, model, rewards, conditions, _draws(section, choices), output)
+
+
+def _rewards(section: EvaluationSection | None, choices: Choices, modality: str) -> list[NamedReward]:
+    if choices.rewards is None:
+        return make_rewards(section.rewards, ("evaluation", "rewards"), modality) if section else []
+    specs = [choices.rewards] if isinstance(choices.rewards, str | Mapping) else list(choices.rewards)
+    made = zip(make_named(specs), specs, strict=True)
+    named = [replace(reward, described=spec if isinstance(spec, str) else json.dumps(spec)) for reward, spec in made]
+    for reward in named:
+        if modality not in reward.adapter.modalities:
+            scored = ", ".join(sorted(reward.adapter.modalities))
+            raise RecipeError(f"reward '{reward.label}' scores {scored}, but the model makes {modality}s")
+    return named
+
+
+def _conditions(section: EvaluationSection | None, choices: Choices) -> list[Condition]:
+    """The prompts; files of the user's own are read as the section says, but as a whole and from their own folder."""
+    default = EvaluationSection.model_fields
+    column = section.column if section else str(default["column"].default)
+    split = section.split if section else str(default["split"].default)
+    if choices.prompts is not None:
+        given = str(choices.prompts) if isinstance(choices.prompts, str | Path) else list(choices.prompts)
+        return load_conditions(given, column, split, None, "evaluation")[: choices.limit]
+    if section is None:
+        return []
+    limit = section.limit if choices.limit is None else choices.limit
+    return load_conditions(section.prompts, column, split, section.folder, "evaluation")[:limit]
+
+
+def _draws(section: EvaluationSection | None, choices: Choices) -> Draws:
+    default = EvaluationSection.model_fields
+    keys = {name: getattr(section, name) if section else default[name].default for name in ("noises", "rows", "seed")}
+    return Draws(**{**keys, **({} if choices.noises is None else {"noises": choices.noises})})

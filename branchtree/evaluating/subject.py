@@ -1,0 +1,100 @@
+"""What is judged: the model that a run trained, or the base model of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from branchtree.errors import CheckpointError, RecipeError
+from branchtree.recipe import Recipe, load_recipe
+from branchtree.recipe.load import SUFFIXES, recipe_names
+from branchtree.training.checkpoint import AVERAGE, list_checkpoints
+from branchtree.training.rundir import RunDirectory
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A recipe, and the checkpoint of the run that was trained by it; None stands for the base model alone."""
+
+    recipe: Recipe
+    run: Path | None = None
+    checkpoint: Path | None = None
+
+    @property
+    def iteration(self) -> int | None:
+        """How many iterations the checkpoint was trained for."""
+        return None if self.checkpoint is None else _iteration(self.checkpoint)
+
+    @property
+    def output(self) -> Path:
+        """Where its evaluation is written unless someone says otherwise."""
+        return Path("runs") / f"evaluation-{self.recipe.name}" if self.run is None else self.run / "evaluation"
+
+
+def find_subject(
+    subject: str | Path | Recipe, overrides: Mapping[str, Any] | None, smoke: bool, iteration: int | None
+) -> Subject:
+    """Read a run's directory, or a recipe by name or YAML path, or take a loaded recipe.
+
+    ``iteration`` picks a run's checkpoint; the newest by default. Raises RecipeError or CheckpointError.
+    """
+    if isinstance(subject, Recipe):
+        if overrides or smoke:
+            raise TypeError("a loaded recipe takes neither overrides nor smoke: give them to load_recipe")
+        return _alone(subject, iteration)
+    run = RunDirectory(Path(subject).expanduser())
+    if run.recipe_file.is_file():
+        if smoke:
+            raise RecipeError(f"{run.root} is a run, which is judged with the model it trained; leave out --smoke")
+        chosen = Subject(load_recipe(run.recipe_file, overrides), run.root, _checkpoint(run, iteration))
+        _check_weights(chosen, load_recipe(run.recipe_file))
+        return chosen
+    if _is_no_recipe(subject, run.root):
+        raise RecipeError(
+            f"{run.root} is no run's directory: it holds no {run.recipe_file.name}"
+            if run.root.is_dir()
+            else f"there is no run's directory {run.root}, and a recipe is given by its name or as a .yaml file"
+        )
+    return _alone(load_recipe(subject, overrides, smoke=smoke), iteration)
+
+
+def _is_no_recipe(subject: str | Path, path: Path) -> bool:
+    """Whether it can only have been meant as a run's directory: it is a folder, or is written as one lies in others."""
+    if path.suffix.partition("+")[0] in SUFFIXES or str(subject) in recipe_names():
+        return False
+    return path.is_dir() or len(path.parts) > 1
+
+
+def _alone(recipe: Recipe, iteration: int | None) -> Subject:
+    if iteration is not None:
+        raise RecipeError("a recipe has no checkpoints; name the directory of a run to judge one of its checkpoints")
+    return Subject(recipe)
+
+
+def _checkpoint(run: RunDirectory, iteration: int | None) -> Path:
+    found = {_iteration(path): path for path in list_checkpoints(run.checkpoints)}
+    if not found:
+        raise CheckpointError(
+            f"{run.root}: holds no checkpoint yet; one is written every run.checkpoint_every iterations. To judge the "
+            f"base model alone, name {run.recipe_file}"
+        )
+    if iteration is None:
+        return found[max(found)]
+    if iteration not in found:
+        there = ", ".join(map(str, sorted(found)))
+        raise CheckpointError(f"{run.root}: holds no checkpoint of iteration {iteration}; it has {there}")
+    return found[iteration]
+
+
+def _check_weights(subject: Subject, trained_by: Recipe) -> None:
+    """Refuse overrides under which the checkpoint's weights could not be read."""
+    if subject.recipe.lora != trained_by.lora:
+        raise CheckpointError(f"{subject.checkpoint}: was trained under another 'lora' section; leave lora as it was")
+    if subject.checkpoint and subject.recipe.optim.ema and not (subject.checkpoint / AVERAGE).is_file():
+        raise CheckpointError(f"{subject.checkpoint}: holds no averaged weights; leave out optim.ema")
+
+
+def _iteration(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("iteration_"))

@@ -1,0 +1,81 @@
+"""The feature space `clip`: projected image features of OpenAI's CLIP (arXiv 2103.00020), 512 of ViT-B/32."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pydantic
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from branchtree.protocols import Media
+from branchtree_rewards._clip_cosine import image_features
+from branchtree_rewards._clip_folder import load_clip
+from branchtree_rewards._feature_frames import averaged_features, digest
+from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
+from branchtree_rewards._small_clip import write_clip_folder
+from branchtree_rewards._source import locate, sha256
+
+
+class ClipFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
+    """Settings of the feature space `clip`.
+
+    Attributes:
+        path: A hub id or folder of a transformers CLIPModel, or "random:small" for a tiny random one.
+        revision: Branch, tag or commit of the hub id.
+        normalize: Whether features are scaled to length 1. Figures of the two differ by orders of magnitude.
+        batch: Images sent through the network at a time.
+        frames: Frames that a video's features are averaged over.
+    """
+
+    path: str = "openai/clip-vit-base-patch32"
+    revision: str | None = None
+    normalize: bool = False
+    batch: int = pydantic.Field(default=32, ge=1)
+    frames: int = pydantic.Field(default=8, ge=1)
+
+
+class ClipFeatures:
+    """Projected image features of a CLIP, of pictures prepared as transformers does."""
+
+    modalities: frozenset[str] = frozenset({"image", "video"})
+
+    def __init__(self, config: ClipFeaturesConfig) -> None:
+        self._config = config
+        self._network: Any = None
+        self._device = torch.device("cpu")
+        self._digest = ""
+
+    @property
+    def backend(self) -> str:
+        """See branchtree.diversity.spaces.FeatureSpace."""
+        length = "scaled to length 1" if self._config.normalize else "raw"
+        return (
+            f"CLIP image features of {self._config.path} (sha256 {self._digest[:12]}), {length}, resized by PIL bicubic"
+        )
+
+    def load(self, device: torch.device) -> None:
+        """Load the network in float32. Raises RewardError if files are missing or do not fit."""
+        source = locate(self._config.path, self._config.revision, partial(write_clip_folder, seed=0))
+        network, file = load_clip(source)
+        self._network = network.eval().requires_grad_(False).to(device)
+        self._device, self._digest = device, sha256(file)
+
+    @torch.no_grad()
+    def features(self, media: Media) -> Tensor:
+        """See branchtree.diversity.spaces.FeatureSpace."""
+        if self._network is None:
+            raise RuntimeError("the clip features were not loaded: call load(device) first")
+        return averaged_features(media, self._config.frames, self._config.batch, self._measure)
+
+    def fingerprint(self) -> str:
+        """See branchtree.diversity.spaces.FeatureSpace."""
+        return digest("clip", self._digest, self._config.model_dump_json(include={"normalize", "frames"}))
+
+    def _measure(self, images: Tensor) -> Tensor:
+        size = self._network.config.vision_config.image_size
+        pictures = [shortest_side_crop(picture, size, floor=True) for picture in to_pil(images)]
+        found = image_features(self._network, normalised(from_pil(pictures).to(self._device)))
+        return F.normalize(found, dim=-1) if self._config.normalize else found

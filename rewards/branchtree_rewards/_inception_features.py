@@ -1,0 +1,104 @@
+"""The feature space `inception`: the 2,048 pooled features that FID and KID are usually taken of.
+
+The network is the TensorFlow Inception of 2015-12-05 as torch-fidelity holds it (Apache-2.0), with its own resizing; it
+is another network than torchvision's `inception_v3`, and figures of the two cannot be compared.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pydantic
+import torch
+from torch import Tensor
+
+from branchtree.errors import RewardError
+from branchtree.protocols import Media
+from branchtree_rewards._feature_frames import averaged_features, digest
+from branchtree_rewards._pixels import to_rgb, to_uint8
+from branchtree_rewards._source import sha256
+from branchtree_rewards._weights import read_weights, state_dict
+
+LAYER = "2048"
+WEIGHTS = "weights-inception-2015-12-05-6726825d.pth"
+
+
+class InceptionFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
+    """Settings of the feature space `inception`.
+
+    Attributes:
+        path: torch-fidelity's weights file, weights-inception-2015-12-05-6726825d.pth of its release v0.2.0.
+        batch: Images sent through the network at a time.
+        frames: Frames that a video's features are averaged over.
+    """
+
+    path: str
+    batch: int = pydantic.Field(default=32, ge=1)
+    frames: int = pydantic.Field(default=8, ge=1)
+
+
+class InceptionFeatures:
+    """Pooled features of torch-fidelity's InceptionV3."""
+
+    modalities: frozenset[str] = frozenset({"image", "video"})
+
+    def __init__(self, config: InceptionFeaturesConfig) -> None:
+        self._config = config
+        self._network: Any = None
+        self._device = torch.device("cpu")
+        self._digest = ""
+
+    @property
+    def backend(self) -> str:
+        """See branchtree.diversity.spaces.FeatureSpace."""
+        return (
+            f"torch-fidelity InceptionV3, layer {LAYER}, 8-bit input, {Path(self._config.path).name} "
+            f"(sha256 {self._digest[:12]})"
+        )
+
+    def load(self, device: torch.device) -> None:
+        """Load the network. Raises RewardError without torch-fidelity, or if the file is missing or does not fit."""
+        file = Path(self._config.path).expanduser()
+        if not file.is_file():
+            raise RewardError(f"no weights file '{file}'; give torch-fidelity's {WEIGHTS} as 'path'")
+        self._network = open_inception(file).to(device)
+        self._device, self._digest = device, sha256(file)
+
+    @torch.no_grad()
+    def features(self, media: Media) -> Tensor:
+        """See branchtree.diversity.spaces.FeatureSpace."""
+        if self._network is None:
+            raise RuntimeError("the inception features were not loaded: call load(device) first")
+        return averaged_features(media, self._config.frames, self._config.batch, self._measure)
+
+    def fingerprint(self) -> str:
+        """See branchtree.diversity.spaces.FeatureSpace."""
+        return digest("inception", LAYER, self._digest, str(self._config.frames))
+
+    def _measure(self, images: Tensor) -> Tensor:
+        found: Tensor = self._network(to_uint8(to_rgb(images.to(self._device))))[0]
+        return found
+
+
+def open_inception(file: Path) -> Any:
+    """torch-fidelity's extractor with the weights of ``file``, in evaluation mode. Raises RewardError."""
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except ImportError as error:
+        raise RewardError(
+            f"features 'inception' need torch-fidelity, which cannot be imported ({error}); "
+            "pip install 'torch-fidelity>=0.4'"
+        ) from error
+    weights = state_dict(read_weights(file), file)
+    # The extractor unpickles whatever its file holds, so it is given a copy that holds tensors alone. Its layers draw
+    # first weights from torch's global random state, which is not ours to move.
+    with tempfile.TemporaryDirectory(prefix="branchtree-inception-") as folder, torch.random.fork_rng(devices=[]):
+        copy = Path(folder) / WEIGHTS
+        torch.save(weights, copy)
+        try:
+            return FeatureExtractorInceptionV3("inception-v3-compat", [LAYER], feature_extractor_weights_path=str(copy))
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise RewardError(f"'{file}' does not fit torch-fidelity's InceptionV3: {reason}") from error

@@ -1,0 +1,77 @@
+"""What the rewards of VBench's dimensions share: settings, and the way from videos to one figure each."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from branchtree.protocols import Condition, Media
+from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig
+from branchtree_rewards._vbench_frames import byte_values
+
+
+class VBenchConfig(ModelRewardConfig, frozen=True):
+    """Settings of a reward that measures a dimension of VBench by a model.
+
+    Attributes:
+        batch: Videos that are on the device at a time; each is measured alone.
+        frames: Frames sent through the model at a time.
+    """
+
+    batch: int = pydantic.Field(default=1, ge=1)
+    frames: int = pydantic.Field(default=32, ge=1)
+
+
+@dataclass(frozen=True)
+class Figure:
+    """What is said of one video: a number and details, or why there is none."""
+
+    value: Tensor | float
+    details: Mapping[str, Tensor | float] = field(default_factory=dict)
+    reason: str | None = None
+
+    @staticmethod
+    def none(reason: str, *details: str) -> Figure:
+        """No number, for a reason; of the same details as videos that have one."""
+        return Figure(torch.nan, dict.fromkeys(details, torch.nan), reason)
+
+
+def gathered(figures: Sequence[Figure], device: torch.device) -> Measured:
+    """The figures of B videos. Their details have the same names."""
+
+    def column(values: Sequence[Tensor | float]) -> Tensor:
+        return torch.tensor([float(value) for value in values], dtype=torch.float32, device=device)
+
+    return Measured(
+        column([figure.value for figure in figures]),
+        {name: column([figure.details[name] for figure in figures]) for name in figures[0].details},
+        {row: figure.reason for row, figure in enumerate(figures) if figure.reason is not None},
+    )
+
+
+Config = TypeVar("Config", bound=ModelRewardConfig)
+
+
+class VBenchReward(ModelReward[Config]):
+    """A dimension of VBench that a model measures, one video after the other; the prompts take no part."""
+
+    modalities = frozenset({"video"})
+
+    @abstractmethod
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figure:
+        """Measure one video: frames (T, 3, H, W), floats from 0 to 255, that play at ``fps``."""
+
+    def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
+        figures = [self._figure(network, byte_values(video), media.fps) for video in media.pixels]
+        return gathered(figures, media.pixels.device)
+
+
+def spans(length: int, size: int) -> Iterator[slice]:
+    """Consecutive slices of at most ``size`` that cover ``length``."""
+    return (slice(start, start + size) for start in range(0, length, size))

@@ -1,0 +1,113 @@
+"""VBench's dynamic degree, `vbench_dynamic`: whether a video moves at all.
+
+The rules are those of dynamic_degree.py in Vchitect/VBench (arXiv 2311.17982). Axis letters: T frames, H height, W
+width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from branchtree.errors import RewardError
+from branchtree_rewards._model_reward import Opened
+from branchtree_rewards._raft import largest_motions, load_raft
+from branchtree_rewards._small_vbench import RAFT_FILE, write_small_raft
+from branchtree_rewards._source import RANDOM_SMALL, locate
+from branchtree_rewards._vbench_config import Figure, VBenchConfig, VBenchReward, spans
+from branchtree_rewards._vbench_frames import padded
+
+PRINCETON_FILE = "raft-things.pth"
+PUBLISHED = f"https://download.pytorch.org/models/{RAFT_FILE}"
+UNIT = 8  # pixels: RAFT's sides are multiples of it
+SHORTEST = 128  # pixels: of a padded side; below it RAFT's coarsest correlations are of one cell
+RATE = 8  # frames a second that are looked at, about
+
+
+class VBenchDynamicConfig(VBenchConfig, frozen=True):
+    """Settings of the `vbench_dynamic` reward.
+
+    Attributes:
+        path: RAFT's weights: torchvision's raft_large_C_T_V1-22a6c225.pth, Princeton's raft-things.pth (the one VBench
+            uses), the folder of either, or "random:small". Neither is on the hub.
+        measure: "dynamic" is VBench's: 1 for a video that moves, and 0. "share" is the share of the pairs of frames
+            that move enough, which tells more videos apart.
+        fps: Frames per second at which the videos play; by default what the media say.
+        updates: How often RAFT refines its flow. VBench: 20.
+        frames: Pairs of frames sent through RAFT at a time. At 480x832 a pair takes about 0.4 GB, at 720x1280 1.8.
+    """
+
+    path: str = RAFT_FILE
+    measure: Literal["dynamic", "share"] = "dynamic"
+    fps: float | None = pydantic.Field(default=None, gt=0)
+    updates: int = pydantic.Field(default=20, ge=1)
+    frames: int = pydantic.Field(default=1, ge=1)
+
+
+@dataclass(frozen=True)
+class Motion:
+    """How VBench judges the speeds between neighbouring frames."""
+
+    share: float  # of the pairs that are faster than the threshold
+    dynamic: bool
+
+
+def judged(speeds: Tensor, height: int, width: int) -> Motion:
+    """The verdict on T - 1 speeds, in pixels a pair, of frames of ``height`` x ``width`` before padding.
+
+    A pair moves if its speed is more than 6 min(height, width) / 256. A video does if round(4 T / 16) of its pairs
+    move, rounded half to even; of two frames none must, and the video counts as moving.
+    """
+    threshold = 6.0 * (min(height, width) / 256.0)
+    wanted = round(4 * ((len(speeds) + 1) / 16.0))
+    moving = int((speeds > threshold).sum())
+    return Motion(moving / max(1, len(speeds)), len(speeds) > 0 and moving >= wanted)
+
+
+class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
+    """VBench's dynamic degree: 1 for a video that moves, 0 for one that does not.
+
+    About 8 frames a second are looked at. The speed of a pair of frames is the mean length of the longest twentieth of
+    RAFT's flow vectors; `judged` says which speeds make a video dynamic. Details: `share` of the pairs that move, their
+    mean `speed` in pixels, and their number, `pairs`. A set's figure is the mean over its videos.
+    """
+
+    def _open(self) -> Opened:
+        path = self._config.path
+        if path != RANDOM_SMALL and not Path(path).expanduser().exists():
+            raise RewardError(
+                f"'{path}' is no existing file or folder; RAFT is not on the hub: download {PUBLISHED}, or "
+                f"'{PRINCETON_FILE}' as in https://github.com/princeton-vl/RAFT, and give its path, or '{RANDOM_SMALL}'"
+            )
+        source = locate(path, self._config.revision, write_small_raft)
+        file = source.find(RAFT_FILE, PRINCETON_FILE)
+        return Opened(load_raft(file), {file.name: file})
+
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figure:
+        details = ("share", "speed", "pairs")
+        rate = self._config.fps or fps
+        if rate is None:
+            return Figure.none("the frame rate is not known, and the score depends on it; set fps", *details)
+        height, width = frames.shape[-2:]
+        looked = padded(frames[:: max(1, round(rate / RATE))], UNIT)
+        if min(looked.shape[-2:]) < SHORTEST:
+            least = SHORTEST - UNIT + 1
+            return Figure.none(f"frames of {width}x{height} are too small for RAFT; it needs {least} a side", *details)
+        speeds = self._speeds(network, looked)
+        motion = judged(speeds, height, width)
+        mean = speeds.mean() if len(speeds) else torch.zeros(())
+        value = float(motion.dynamic) if self._config.measure == "dynamic" else motion.share
+        return Figure(value, {"share": motion.share, "speed": mean, "pairs": len(speeds)})
+
+    def _speeds(self, network: nn.Module, frames: Tensor) -> Tensor:
+        first, second = frames[:-1], frames[1:]
+        found = [
+            largest_motions(network, (first[span], second[span]), self._config.updates)
+            for span in spans(len(first), self._config.frames)
+        ]
+        return torch.cat(found) if found else frames.new_zeros(0)
