@@ -317,6 +317,16 @@ def test_a_method_that_is_not_there_names_those_that_are() -> None:
         load_recipe("quickstart+mixgrp")
 
 
+def test_a_path_may_hold_the_sign_of_methods(tmp_path: Path) -> None:
+    """The run of `quickstart+mixgrpo` lies in a folder of that name, with its recipe."""
+    folder = tmp_path / "quickstart+mixgrpo"
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text("extends: quickstart\n")
+    assert load_recipe(folder / "recipe.yaml").tree.splits == "dense"
+    put = load_recipe(f"{folder / 'recipe.yaml'}+mixgrpo+tempflow")
+    assert (put.name, put.tree.splits) == ("recipe+mixgrpo+tempflow", "single")
+
+
 def test_methods_put_any_base_under_their_settings() -> None:
     """Whatever a base says of its tree, a method's own settings replace it."""
     single = load_recipe("quickstart_single+branchgrpo")

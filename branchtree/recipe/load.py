@@ -36,7 +36,7 @@ def load_recipe(
     small models and rewards. ``folders`` are where names are looked up: by default those of the installed plug-ins
     and the library's own. Raises RecipeError with the file and line of what is wrong.
     """
-    base, *methods = str(recipe).split(METHOD_SIGN)
+    base, methods = split_methods(str(recipe))
     source = _extended(find_recipe(base, folders), folders, ())
     for method in methods:
         name, description = source.data["name"], source.data["description"]
@@ -93,6 +93,15 @@ def find_recipe(recipe: str | Path, folders: Sequence[Path] | None = None) -> Pa
         failures = _plugin_failures() if folders is None else ""
         raise RecipeError(f"no recipe '{recipe}'{nearest(str(recipe), names)} A path must end in .yaml.{failures}")
     return names[str(recipe)]
+
+
+def split_methods(recipe: str) -> tuple[str, list[str]]:
+    """A recipe's name or path, and the methods it is put under; a path may hold the sign, as a run's folder does."""
+    base, methods = recipe, list[str]()
+    while METHOD_SIGN in base and not base.endswith(SUFFIXES):
+        base, _, method = base.rpartition(METHOD_SIGN)
+        methods.insert(0, method)
+    return base, methods
 
 
 def method_names(folders: Sequence[Path] | None = None) -> dict[str, Path]:
