@@ -30,7 +30,7 @@ from branchtree.rollout import Sampler, rollout
 from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, TreePlan, skipped_steps
 from branchtree.solvers import Memory, dpm2m
 from branchtree.testing.probe import counted_rows
-from branchtree.training.continuation import _compared
+from branchtree.training.continuation import ContinuationWatch, _compared
 from branchtree.training.growth import grow_and_score
 from branchtree.training.rundir import RunDirectory
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
@@ -348,31 +348,37 @@ def test_the_continuation_is_compared_with_the_whole_grid(model: Path, tmp_path:
     """Without a continuation the same prompts split at the same steps by the same noise: these are the whole grid's."""
     overrides = {**untreed(model, run__iterations=3), "tree.branches": 6}
     whole = first_tree(opened("quickstart+single", overrides, tmp_path / "whole"))[1]["digits"].values[:6].double()
-    short = first_tree(opened("quickstart+single_coarse", overrides, tmp_path / "short"))[1]["digits"].values[:6]
+    short = first_tree(opened("quickstart+single_coarse", overrides, tmp_path / "short"))[1]["digits"].values
     train("quickstart+single_coarse", {**overrides, "tree.continuation_check": 2}, output=tmp_path / "run")
     rows = metrics(tmp_path / "run")
     assert ["continuation/gap/digits" in row for row in rows] == [True, False, True]
-    gap = (whole - short.double()).mean() / short.double().std()
+    gap = (whole - short[:6].double()).mean() / short.double().std()
     assert rows[0]["continuation/gap/digits"] == pytest.approx(float(gap), rel=1e-3)
-    together = torch.corrcoef(torch.stack([whole, short.double()]))[0, 1]
+    together = torch.corrcoef(torch.stack([whole, short[:6].double()]))[0, 1]
     assert rows[0]["continuation/correlation/digits"] == pytest.approx(float(together), abs=1e-3)
     split = next(step for step in range(20) if rows[0]["rows/continuation_check"] == 6 * (20 - step - 1))
     assert 6 <= split <= 15  # drawn between .3 and .75 of the steps
 
 
-def test_parting_from_the_whole_grid_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+def test_both_figures_of_a_reward() -> None:
     def scores(*values: float) -> Scores:
         return Scores(torch.tensor(values), torch.ones(len(values), dtype=torch.bool))
 
-    alike = _compared("judge", scores(1.0, 2.0, 3.1), scores(0.9, 2.1, 3.0), slice(0, 3))
-    assert not caplog.records and alike["continuation/correlation/judge"] > 0.9
-    assert _compared("judge", scores(3.0, 2.0, 1.0), scores(1.0, 2.0, 3.0), slice(0, 3))[
-        "continuation/correlation/judge"
-    ] == pytest.approx(-1)
-    assert "reward 'judge' differs by 0.00 of a group's deviations, with a correlation of -1.00" in caplog.text
-    caplog.clear()
-    assert _compared("judge", scores(7.0, 8.0, 9.0), scores(1.0, 2.0, 3.0), slice(0, 3))[
-        "continuation/gap/judge"
-    ] == pytest.approx(6)
-    assert "differs by 6.00" in caplog.text
-    assert _compared("judge", scores(1.0, 1.0, 1.0), scores(1.0, 2.0, 3.0), slice(0, 3)) == {}
+    coarse = scores(1.0, 2.0, 3.0, 7.0, 7.0)  # the last two are another prompt's
+    found = _compared("judge", scores(9.0, 8.0, 7.0), coarse, slice(0, 3))
+    assert found["continuation/correlation/judge"] == pytest.approx(-1)
+    assert found["continuation/gap/judge"] == pytest.approx(6 / float(coarse.values.std()))
+    assert _compared("judge", scores(1.0, 1.0, 1.0), coarse, slice(0, 3)) == {}
+
+
+def test_parting_from_the_whole_grid_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    watch = ContinuationWatch()
+    for gap, correlation in [(-2.0, 1.0), (-2.9, 0.6), (-1.2, 0.9)]:
+        watch.look({"continuation/gap/a": gap, "continuation/correlation/a": correlation})
+    assert not caplog.records  # a gap that was there from the start says nothing
+    for _ in range(2):
+        watch.look({"continuation/gap/a": -3.1, "continuation/correlation/a": 0.9})
+        watch.look({"continuation/gap/b": 0.0, "continuation/correlation/b": 0.4})
+    assert len(caplog.records) == 2
+    assert "by reward 'a' the gap has moved by -1.10 of the rewards' deviations" in caplog.text
+    assert "by reward 'b' the gap has moved by 0.00" in caplog.text and "correlation is 0.40" in caplog.text

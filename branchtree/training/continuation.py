@@ -26,8 +26,10 @@ from branchtree.tree import BranchTree, grow
 
 log = logging.getLogger("branchtree")
 
-LARGEST_GAP = 1.0
-"""In sample deviations of the group: above it the short cut's rewards are others, not just less exact."""
+GAP, CORRELATION = "continuation/gap/", "continuation/correlation/"
+
+LARGEST_DRIFT = 1.0
+"""Of the gap since the first look, in deviations of the rewards: above it the policy pleases the short cut alone."""
 LEAST_CORRELATION = 0.5
 """Below it the short cut gives another order to a group."""
 
@@ -42,7 +44,7 @@ def compare_continuation(
     """Score the first prompt's leaves again, as the whole grid and Euler's method reach them from the same states.
 
     ``condition`` and ``conditioning`` (1 row) are that prompt's. Returns, by reward, the mean difference whole - coarse
-    in the group's sample deviations and the two's correlation, and the rows that it took. Warns where they part.
+    in sample deviations of all the iteration's rewards, the two's correlation, and the rows that it took.
     """
     plan, recipe = tree.topology.plans[0], session.recipe
     first = plan.last_stochastic + 1
@@ -80,17 +82,41 @@ def _compared(label: str, full: Scores, coarse: Scores, rows: slice) -> dict[str
     whole, short = full.values[both].double(), coarse.values[rows][both].double()
     if both.sum() < 2 or not bool(short.std() > 0) or not bool(whole.std() > 0):
         return {}
-    gap = float((whole - short).mean() / short.std())
-    correlation = float(torch.corrcoef(torch.stack([whole, short]))[0, 1])
-    if abs(gap) > LARGEST_GAP or correlation < LEAST_CORRELATION:
-        log.warning(
-            "the coarse continuation parts from the whole grid: reward '%s' differs by %.2f of a group's deviations, "
-            "with a correlation of %.2f; raise tree.continuation, or lower optim.lr",
-            label,
-            gap,
-            correlation,
-        )
-    return {f"continuation/gap/{label}": gap, f"continuation/correlation/{label}": correlation}
+    spread = coarse.values[coarse.valid].double().std()
+    return {
+        f"{GAP}{label}": float((whole - short).mean() / spread),
+        f"{CORRELATION}{label}": float(torch.corrcoef(torch.stack([whole, short]))[0, 1]),
+    }
+
+
+class ContinuationWatch:
+    """Warns once for each reward when the short cut parts from the whole grid.
+
+    A constant gap does no harm, since a group's advantages do not see it. One that grows shows a policy that pleases
+    the short cut.
+    """
+
+    def __init__(self) -> None:
+        self._first: dict[str, float] = {}
+        self._warned: set[str] = set()
+
+    def look(self, figures: Mapping[str, float]) -> None:
+        """Compare the figures of one look with those of this process's first."""
+        for name in [name for name in figures if name.startswith(GAP)]:
+            label = name.removeprefix(GAP)
+            drift = figures[name] - self._first.setdefault(label, figures[name])
+            correlation = figures[f"{CORRELATION}{label}"]
+            if label in self._warned or (abs(drift) <= LARGEST_DRIFT and correlation >= LEAST_CORRELATION):
+                continue
+            self._warned.add(label)
+            log.warning(
+                "the coarse continuation parts from the whole grid: by reward '%s' the gap has moved by %.2f of the "
+                "rewards' deviations since the first look, and the two's correlation is %.2f; raise "
+                "tree.continuation, or lower optim.lr",
+                label,
+                drift,
+                correlation,
+            )
 
 
 def is_due(session: Session, plans: Sequence[TreePlan], iteration: int) -> bool:

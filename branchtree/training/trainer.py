@@ -19,7 +19,7 @@ from branchtree.families import collect
 from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
 from branchtree.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from branchtree.training.continuation import compare_continuation, is_due
+from branchtree.training.continuation import ContinuationWatch, compare_continuation, is_due
 from branchtree.training.evaluation import Figure
 from branchtree.training.growth import grow_and_score
 from branchtree.training.interrupt import StopRequest
@@ -72,6 +72,7 @@ class Trainer:
         self._main = session.accelerator.is_main_process
         self._callbacks = list(callbacks) if self._main else []
         self._warned = False
+        self._continuation = ContinuationWatch()
 
     def run(self, resume: bool) -> TrainResult:
         """Train to the end, or until asked to stop; then write ``final/``."""
@@ -176,7 +177,9 @@ class Trainer:
             return {}
         with watch.phase("check"):
             first = {name: value[:1] for name, value in conditioning.items()}
-            return compare_continuation(session, tree, scores, condition, first)
+            figures = compare_continuation(session, tree, scores, condition, first)
+        self._continuation.look(figures)
+        return figures
 
     def _mean_log_prob(self, tree: BranchTree) -> tuple[list[Tensor], int]:
         """Edge densities averaged over latent dimensions, and their number."""
