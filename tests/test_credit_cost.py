@@ -328,4 +328,5 @@ def test_noise_purposes_are_part_of_every_address() -> None:
         "EDGE": 1,
         "SHARED": 2,
         "PERMUTATION": 3,
+        "RESAMPLING": 4,
     }

@@ -25,7 +25,7 @@ from branchtree.memory import estimate_memory
 from branchtree.planning import RunPlan, draw_tree
 from branchtree.protocols import Footprint
 from branchtree.recipe import Recipe
-from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow
+from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, SplitAtWindow
 from branchtree.training.rundir import METRICS, RunDirectory
 
 DENSE = {"tree.steps": 20, "tree.splits": "dense", "batch.prompts": 1}
@@ -207,9 +207,16 @@ def recipe(**sections: Any) -> Recipe:
 
 
 def test_the_tree_section_becomes_a_schedule() -> None:
-    assert schedule() == Schedule(20, FixedSplits((0, 3, 6, 9), (2, 2, 2, 2)), "all")
+    assert schedule() == Schedule(20, FixedSplits((0, 3, 6, 9), (2, 2, 2, 2)), "all", seed=42)
     assert schedule(steps=5, splits=[0, 3], branches=[2, 4], sde="splits") == Schedule(
-        5, FixedSplits((0, 3), (2, 4)), "splits"
+        5, FixedSplits((0, 3), (2, 4)), "splits", seed=42
+    )
+    assert schedule(continuation=4, timestep_fraction=0.5) == Schedule(
+        20, FixedSplits((0, 3, 6, 9), (2, 2, 2, 2)), "all", continuation=4, fraction=0.5, seed=42
+    )
+    window = SlidingWindow(size=3, start=2, every=30, stop=16)
+    assert schedule(splits="window", branches=5, sde="window", window={"size": 3, "start": 2}) == Schedule(
+        20, SplitAtWindow(window, 5), window, seed=42
     )
 
 
