@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+
+from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
     from branchtree.diversity.comparison import Discrepancy
@@ -53,9 +54,8 @@ def diversity(
     chosen = Choices(samples, features or ("pixels",), prompts, grid or (), output, seed, shared_noise)
     find = partial(find_subject, subject, smoke=smoke, iteration=None)
     request = make_request(find, parse_overrides(overrides or []), chosen)
-    with Progress(console=Console(stderr=True), transient=True) as progress:
-        bar = progress.add_task("sampling", total=None)
-        study = run_study(request, lambda done, total: progress.update(bar, completed=done, total=total))
+    with late_progress("sampling") as advance:
+        study = run_study(request, advance)
     write_study(study)
     _report(Console(highlight=False), study)
 

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+
+from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
     from branchtree.evaluating import Comparison, EvaluationResult, Interval
@@ -40,20 +41,10 @@ def evaluate(
     from branchtree.evaluating import evaluate_subject
     from branchtree.evaluating.request import Choices
 
-    progress = Progress(console=Console(stderr=True), transient=True)
-    bar = progress.add_task("evaluating", total=None)
-
-    def advance(done: int, total: int) -> None:
-        progress.start()  # not before the first batch is done: an error in an input is then all there is to read
-        progress.update(bar, completed=done, total=total)
-
     choices = Choices(reward or None, prompts, noises, limit, output)
-    try:
-        changes = parse_overrides(overrides or [])
+    changes = parse_overrides(overrides or [])
+    with late_progress("evaluating") as advance:
         result = evaluate_subject(subject, changes, choices, smoke=smoke, checkpoint=checkpoint, advance=advance)
-    finally:
-        if progress.live.is_started:
-            progress.stop()
     if result.main_process:
         _report(Console(highlight=False), result)
 

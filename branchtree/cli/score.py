@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
+
+from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
     from branchtree.plugins import Entry
@@ -36,18 +37,8 @@ def score(
     from branchtree.scoring import score_files
     from branchtree.scoring.results import write_jsonl
 
-    progress = Progress(console=Console(stderr=True), transient=True)
-    bar = progress.add_task("scoring", total=None)
-
-    def advance(done: int, total: int) -> None:
-        progress.start()  # not before the first batch is done: an error in an input is then all there is to read
-        progress.update(bar, completed=done, total=total)
-
-    try:
+    with late_progress("scoring") as advance:
         scored = score_files(files, reward, prompt=prompt, device=device, batch=batch, output=output, advance=advance)
-    finally:
-        if progress.live.is_started:
-            progress.stop()
     console = Console(highlight=False)
     console.print(score_table(scored))
     if output is not None:

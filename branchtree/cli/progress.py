@@ -1,0 +1,32 @@
+"""A bar for work whose length is known once it has begun."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import Progress
+
+Advance = Callable[[int, int], None]
+"""Told how much is done, and how much there will be."""
+
+
+@contextmanager
+def late_progress(what: str) -> Iterator[Advance]:
+    """A bar on standard error that appears with the first advance and is gone afterwards.
+
+    Until then an error in an input is all there is to read.
+    """
+    progress = Progress(console=Console(stderr=True), transient=True)
+    bar = progress.add_task(what, total=None)
+
+    def advance(done: int, total: int) -> None:
+        progress.start()
+        progress.update(bar, completed=done, total=total)
+
+    try:
+        yield advance
+    finally:
+        if progress.live.is_started:
+            progress.stop()
