@@ -113,10 +113,9 @@ def _transition(
     """The transitions of some nodes, and the predictions that they come from."""
     depth = torch.full((len(rows),), step)
     sigma = sampler.sigmas[depth].to(latents.device)
-    prompt = topology.root[step][rows]
-    prediction = velocity(latents, sigma, prompt.to(latents.device))
-    target = torch.tensor([plan.target[step] for plan in topology.plans])[prompt]
-    return sampler.transition(latents, prediction, depth, topology.stochastic(step)[rows], target), prediction
+    prediction = velocity(latents, sigma, topology.root[step][rows].to(latents.device))
+    active, target = topology.stochastic(step)[rows], topology.target(step)[rows]
+    return sampler.transition(latents, prediction, depth, active, target), prediction
 
 
 def _solve(
@@ -133,13 +132,13 @@ def _solve(
     ``parents`` are the latents and predictions of the children's parents; ``following`` and ``memory``, by node of the
     depth after, are changed in place.
     """
-    after = torch.tensor([plan.last_stochastic < step for plan in topology.plans])
-    chosen = torch.nonzero(after[topology.root[step + 1][children]])[:, 0]
+    after = topology.per_edge(step, [plan.last_stochastic < step for plan in topology.plans])
+    chosen = torch.nonzero(after[children])[:, 0]
     if not len(chosen):
         return
     latents, prediction = (part[chosen.to(part.device)] for part in parents)
     nodes = children[chosen].to(following.device)
-    target = torch.tensor([plan.target[step] for plan in topology.plans])[topology.root[step + 1][children[chosen]]]
+    target = topology.target(step)[topology.parent[step + 1][children[chosen]]]
     sigma = sampler.sigmas[torch.full_like(target, step)].to(latents.device)
     before = Memory(memory.clean[nodes].to(latents.device), memory.sigma[nodes].to(latents.device))
     solved, kept = dpm2m(latents, prediction, sigma, sampler.sigmas[target].to(latents.device), before)

@@ -86,7 +86,7 @@ class TreePlan:
     @property
     def last_stochastic(self) -> int:
         """The last SDE step, or -1 in a deterministic tree."""
-        return max((step for step, active in enumerate(self.stochastic) if active), default=-1)
+        return last_true(self.stochastic)
 
     @cached_property
     def target(self) -> tuple[int, ...]:
@@ -226,13 +226,12 @@ class Schedule:
                 raise ValueError(f"split step {step} has branch factor {factor}; a split needs at least 2")
         inside = self._sde_steps(iteration)
         stochastic = tuple(step < self.steps - 1 and (step in factors or step in inside) for step in range(self.steps))
-        last = max(step for step in range(-1, self.steps) if step < 0 or stochastic[step])
         part = None if self.fraction == 1 else TrainedPart(self.fraction, f"part {self.seed} {iteration} {prompt}")
         return TreePlan(
             factors=tuple(factors.get(step, 1) for step in range(self.steps)),
             stochastic=stochastic,
             trained=stochastic,
-            skipped=skipped_steps(last + 1, self.steps, self.continuation),
+            skipped=skipped_steps(last_true(stochastic) + 1, self.steps, self.continuation),
             part=part,
         )
 
@@ -240,6 +239,11 @@ class Schedule:
         if isinstance(self.sde, SlidingWindow):
             return self.sde.steps(iteration)
         return range(self.steps) if self.sde == "all" else range(0)
+
+
+def last_true(flags: Sequence[bool]) -> int:
+    """The place of the last flag that is set, or -1."""
+    return max((place for place, flag in enumerate(flags) if flag), default=-1)
 
 
 def skipped_steps(first: int, steps: int, kept: int | None) -> frozenset[int]:

@@ -52,6 +52,10 @@ class Topology:
         walked = torch.tensor([depth not in plan.skipped for plan in self.plans])
         return torch.nonzero(walked[self.root[depth]])[:, 0]
 
+    def target(self, depth: int) -> Tensor:
+        """The depth that each node of a depth is led to, (N_d,) int64."""
+        return torch.tensor([plan.target[depth] for plan in self.plans])[self.root[depth]]
+
     @property
     def rollout_rows(self) -> int:
         """Nodes that go through the denoiser, at all depths."""

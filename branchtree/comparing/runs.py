@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,10 +57,8 @@ def plan_runs(request: Request, output: Path) -> RunPlans:
 
 
 def _load(request: Request, row: Row) -> Recipe:
-    # Copied, as a key below a section that is itself overridden is written into it, and other rows share that section.
-    overrides = copy.deepcopy({**request.shared, **row.overrides})
     try:
-        return load_recipe(row.recipe, overrides, smoke=request.smoke)
+        return load_recipe(row.recipe, {**request.shared, **row.overrides}, smoke=request.smoke)
     except RecipeError as error:
         raise RecipeError(f"row '{row.name}': {error}") from None
 

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from branchtree.protocols import Media
 from branchtree_rewards._clip_cosine import image_features
 from branchtree_rewards._clip_folder import load_clip
-from branchtree_rewards._feature_frames import averaged_features, digest
+from branchtree_rewards._feature_frames import NetworkFeatures, digest
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
 from branchtree_rewards._small_clip import write_clip_folder
 from branchtree_rewards._source import locate, sha256
@@ -37,16 +35,10 @@ class ClipFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     frames: int = pydantic.Field(default=8, ge=1)
 
 
-class ClipFeatures:
+class ClipFeatures(NetworkFeatures[ClipFeaturesConfig]):
     """Projected image features of a CLIP, of pictures prepared as transformers does."""
 
-    modalities: frozenset[str] = frozenset({"image", "video"})
-
-    def __init__(self, config: ClipFeaturesConfig) -> None:
-        self._config = config
-        self._network: Any = None
-        self._device = torch.device("cpu")
-        self._digest = ""
+    name = "clip"
 
     @property
     def backend(self) -> str:
@@ -62,13 +54,6 @@ class ClipFeatures:
         network, file = load_clip(source)
         self._network = network.eval().requires_grad_(False).to(device)
         self._device, self._digest = device, sha256(file)
-
-    @torch.no_grad()
-    def features(self, media: Media) -> Tensor:
-        """See branchtree.diversity.spaces.FeatureSpace."""
-        if self._network is None:
-            raise RuntimeError("the clip features were not loaded: call load(device) first")
-        return averaged_features(media, self._config.frames, self._config.batch, self._measure)
 
     def fingerprint(self) -> str:
         """See branchtree.diversity.spaces.FeatureSpace."""

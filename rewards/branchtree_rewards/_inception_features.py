@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import RewardError
-from branchtree.protocols import Media
-from branchtree_rewards._feature_frames import averaged_features, digest
+from branchtree_rewards._feature_frames import NetworkFeatures, digest
 from branchtree_rewards._pixels import to_rgb, to_uint8
 from branchtree_rewards._source import sha256
 from branchtree_rewards._weights import read_weights, state_dict
@@ -39,16 +38,10 @@ class InceptionFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     frames: int = pydantic.Field(default=8, ge=1)
 
 
-class InceptionFeatures:
+class InceptionFeatures(NetworkFeatures[InceptionFeaturesConfig]):
     """Pooled features of torch-fidelity's InceptionV3."""
 
-    modalities: frozenset[str] = frozenset({"image", "video"})
-
-    def __init__(self, config: InceptionFeaturesConfig) -> None:
-        self._config = config
-        self._network: Any = None
-        self._device = torch.device("cpu")
-        self._digest = ""
+    name = "inception"
 
     @property
     def backend(self) -> str:
@@ -65,13 +58,6 @@ class InceptionFeatures:
             raise RewardError(f"no weights file '{file}'; give torch-fidelity's {WEIGHTS} as 'path'")
         self._network = open_inception(file).to(device)
         self._device, self._digest = device, sha256(file)
-
-    @torch.no_grad()
-    def features(self, media: Media) -> Tensor:
-        """See branchtree.diversity.spaces.FeatureSpace."""
-        if self._network is None:
-            raise RuntimeError("the inception features were not loaded: call load(device) first")
-        return averaged_features(media, self._config.frames, self._config.batch, self._measure)
 
     def fingerprint(self) -> str:
         """See branchtree.diversity.spaces.FeatureSpace."""
