@@ -6,6 +6,7 @@ for the last split all noise that follows. Splits, and the steps that are stocha
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,14 +43,14 @@ def split_variance(topology: Topology, rewards: Tensor, valid: Tensor) -> SplitV
         torch.zeros(splits, dtype=torch.float64),
         torch.zeros(splits, splits, dtype=torch.float64),
     )
-    for prompt, plan in enumerate(topology.plans):
-        leaves = valid & (topology.leaf_root == prompt)
-        if not plan.splits or not bool(leaves.any()):
+    for steps, prompts in _alike([plan.splits for plan in topology.plans]):
+        leaves = valid & prompts[topology.leaf_root]
+        if not steps or not bool(leaves.any()):
             continue
-        depths = [0, *(step + 1 for step in plan.splits)]
+        depths = [0, *(step + 1 for step in steps)]
         labels = [topology.ancestor[depth][leaves] for depth in depths]
         levels = _nested(rewards.double()[leaves], [_relabel(label) for label in labels])
-        rows = slice(0, len(plan.splits))
+        rows = slice(0, len(steps))
         total.squares[rows] += levels.squares
         total.freedom[rows] += levels.freedom
         total.coefficient[rows, rows] += levels.coefficient
@@ -62,6 +63,11 @@ def split_variance(topology: Topology, rewards: Tensor, valid: Tensor) -> SplitV
         independent_share=total.freedom / total.freedom.sum(),
         component=component / component.sum(),
     )
+
+
+def _alike(splits: Sequence[tuple[int, ...]]) -> list[tuple[tuple[int, ...], Tensor]]:
+    """Each set of split steps, and which prompts (P,) bool have it: they can be worked on together."""
+    return [(kind, torch.tensor([kind == own for own in splits])) for kind in dict.fromkeys(splits)]
 
 
 def _relabel(labels: Tensor) -> Tensor:
@@ -104,9 +110,9 @@ def split_spread(topology: Topology, values: NodeValues) -> SplitSpread:
     """How far siblings' values lie apart at each split; an entry is NaN where no parent can be compared."""
     splits = max(len(plan.splits) for plan in topology.plans)
     spread: list[list[Tensor]] = [[] for _ in range(splits)]
-    for prompt, plan in enumerate(topology.plans):
-        for place, step in enumerate(plan.splits):
-            mine = values.valid[step + 1] & (topology.root[step + 1] == prompt)
+    for steps, prompts in _alike([plan.splits for plan in topology.plans]):
+        for place, step in enumerate(steps):
+            mine = values.valid[step + 1] & prompts[topology.root[step + 1]]
             family, parents = topology.parent[step + 1][mine], topology.width(step)
             compared = segment_count(family, parents) > 1
             spread[place].append(segment_std(values.value[step + 1][mine], family, parents)[compared])
