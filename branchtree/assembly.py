@@ -14,13 +14,14 @@ from branchtree.credit import CreditRule, PruningRule
 from branchtree.errors import RecipeError
 from branchtree.grid import time_grid
 from branchtree.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
+from branchtree.parts import TreePart, cut
 from branchtree.plugins import registry
 from branchtree.protocols import Callback, GroupReward, ModelAdapter, RewardAdapter
 from branchtree.recipe.load import validate_options
 from branchtree.recipe.schema import CallbackSection, Recipe, RewardSection, SamplerSection, TreeSection
 from branchtree.recipe.source import KeyPath
 from branchtree.rollout import Sampler
-from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, SplitAtWindow, Splits
+from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, SplitAtWindow, Splits, TreePlan
 from branchtree.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel
 
 
@@ -52,6 +53,19 @@ def make_schedule(recipe: Recipe) -> Schedule:
         fraction=tree.timestep_fraction,
         seed=recipe.seed,
     )
+
+
+def make_parts(recipe: Recipe, plan: TreePlan) -> list[TreePart]:
+    """The parts of a prompt's tree that the processes of ``batch.processes_per_prompt`` grow, in the order of ranks.
+
+    Raises RecipeError if there are more processes than leaves.
+    """
+    processes = recipe.batch.processes_per_prompt
+    if processes > plan.leaves:
+        raise RecipeError(
+            f"batch.processes_per_prompt: {processes} processes cannot share the {plan.leaves} leaves of a prompt"
+        )
+    return cut(plan, processes)
 
 
 def _window(tree: TreeSection, deepest: int) -> SlidingWindow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from branchtree.assembly import make_credit_rule, make_kernel, make_model, make_pruning_rule, make_schedule
+from branchtree.assembly import make_credit_rule, make_kernel, make_model, make_parts, make_pruning_rule, make_schedule
 from branchtree.cost import Cost, count
 from branchtree.data import HUB, PromptOrder, check_conditions, held_out_conditions, training_conditions
 from branchtree.fitting import Fit, find_fits
@@ -12,7 +12,15 @@ from branchtree.memory import MemoryEstimate, estimate_memory
 from branchtree.protocols import Footprint, ModelAdapter
 from branchtree.recipe.schema import DataSection, EvaluationSection, Recipe
 from branchtree.schedule import TreePlan
-from branchtree.tree import Topology, grow
+from branchtree.tree import Topology, grow, grow_parts
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """What one of the processes that share a prompt's tree does of its rollout."""
+
+    leaves: int
+    rollout_rows: int  # predictions, with those that a neighbour computes too
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,7 @@ class RunPlan:
     recipe: Recipe
     tree: TreePlan  # of the first prompt
     per_prompt: Cost  # of the first prompt
+    parts: tuple[PartCost, ...]  # of the first prompt's tree, one for each process that shares it
     iteration: Cost  # of all prompts
     rows_per_prediction: int
     footprint: Footprint
@@ -73,6 +82,9 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
         recipe=recipe,
         tree=plans[0],
         per_prompt=count(plans[:1], rule, pruning, 0),
+        parts=tuple(
+            PartCost(len(part.leaves), grow_parts([part]).rollout_rows) for part in make_parts(recipe, plans[0])
+        ),
         iteration=iteration,
         rows_per_prediction=model.rows_per_prediction,
         footprint=footprint,

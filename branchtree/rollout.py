@@ -163,9 +163,11 @@ def _noise(
         first, last = torch.searchsorted(children, torch.tensor([nodes.start, nodes.stop])).tolist()
         if first >= last or not plan.stochastic[step]:
             continue
-        branches, start = plan.factors[step], int(children[first]) - nodes.start
-        parents = range(start // branches, (start + last - first) // branches)
-        noise[first:last] = child_noise(
-            source, siblings, prompt_ids[prompt], step + 1, parents, branches, latents.shape[1:]
-        )
+        # Noise is addressed by places in the whole tree; of its families a part may lack the first or last children.
+        start = int(children[first]) - nodes.start + topology.parts[prompt].held[step + 1].start
+        branches, stop = plan.factors[step], start + last - first
+        parents = range(start // branches, -(-stop // branches))
+        families = child_noise(source, siblings, prompt_ids[prompt], step + 1, parents, branches, latents.shape[1:])
+        skipped = start - parents.start * branches
+        noise[first:last] = families[skipped : skipped + last - first]
     return noise.to(latents.device)

@@ -14,6 +14,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from branchtree.parts import TreePart
 from branchtree.schedule import TreePlan
 
 NO_PARENT = -1
@@ -27,6 +28,7 @@ class Topology:
     plans: tuple[TreePlan, ...]  # P
     parent: tuple[Tensor, ...]  # per depth (N_d,) int64, into the depth before
     root: tuple[Tensor, ...]  # per depth (N_d,) int64, which prompt
+    parts: tuple[TreePart, ...]  # P: which of each prompt's nodes are here; all of them but where a tree is split
 
     @property
     def steps(self) -> int:
@@ -59,7 +61,9 @@ class Topology:
     @property
     def rollout_rows(self) -> int:
         """Nodes that go through the denoiser, at all depths."""
-        return sum(plan.evaluated(depth) for plan in self.plans for depth in self.depths[:-1])
+        return sum(
+            len(part.held[depth]) for part in self.parts for depth in self.depths[:-1] if depth not in part.plan.skipped
+        )
 
     @property
     def leaf_root(self) -> Tensor:
@@ -88,8 +92,8 @@ class Topology:
 
     def span(self, prompt: int, depth: int) -> range:
         """Where a prompt's nodes lie among those of a depth."""
-        start = sum(plan.widths[depth] for plan in self.plans[:prompt])
-        return range(start, start + self.plans[prompt].widths[depth])
+        start = sum(len(part.held[depth]) for part in self.parts[:prompt])
+        return range(start, start + len(self.parts[prompt].held[depth]))
 
 
 def grow(plans: Sequence[TreePlan]) -> Topology:
@@ -105,7 +109,34 @@ def grow(plans: Sequence[TreePlan]) -> Topology:
         parents.append(torch.repeat_interleave(torch.arange(root.numel()), children))
         root = root[parents[-1]]
         roots.append(root)
-    return Topology(plans=tuple(plans), parent=tuple(parents), root=tuple(roots))
+    parts = tuple(TreePart.whole(plan) for plan in plans)
+    return Topology(plans=tuple(plans), parent=tuple(parents), root=tuple(roots), parts=parts)
+
+
+def grow_parts(parts: Sequence[TreePart]) -> Topology:
+    """The topology of one part of each prompt's tree, with the nodes of the whole that it holds, in their order."""
+    whole = grow([part.plan for part in parts])
+    if all(part.is_whole for part in parts):
+        return whole
+    parents, roots, here = [], [], torch.tensor([NO_PARENT])
+    for depth, places in enumerate(places_in(whole, parts)):
+        parents.append(here[whole.parent[depth][places]])
+        roots.append(whole.root[depth][places])
+        here = torch.full((whole.width(depth),), NO_PARENT).scatter_(0, places, torch.arange(len(places)))
+    return Topology(plans=whole.plans, parent=tuple(parents), root=tuple(roots), parts=tuple(parts))
+
+
+def places_in(whole: Topology, parts: Sequence[TreePart]) -> tuple[Tensor, ...]:
+    """Per depth (n_d,) int64: where the nodes that each prompt's part holds stand among those of the whole."""
+    return tuple(
+        torch.cat(
+            [
+                torch.arange(part.held[depth].start, part.held[depth].stop) + whole.span(prompt, depth).start
+                for prompt, part in enumerate(parts)
+            ]
+        )
+        for depth in whole.depths
+    )
 
 
 @dataclass(frozen=True)
@@ -131,7 +162,7 @@ class BranchTree:
         """Trees of several batches of prompts, on one time grid, as the tree of all their prompts in this order."""
         if len(trees) == 1:
             return trees[0]
-        topology = grow([plan for tree in trees for plan in tree.topology.plans])
+        topology = grow_parts([part for tree in trees for part in tree.topology.parts])
         return BranchTree(
             topology=topology,
             sigmas=trees[0].sigmas,

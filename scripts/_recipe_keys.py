@@ -96,6 +96,7 @@ NOTES: Mapping[str, str] = {
     "batch.decode_rows": "",
     "batch.rollout_prompts": "",
     "batch.states": "",
+    "batch.processes_per_prompt": "Processes",
     "scoring": "How leaves are scored, and when failing rewards end the run.",
     "scoring.overlap": "",
     "scoring.max_invalid": "",

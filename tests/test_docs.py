@@ -28,7 +28,7 @@ from branchtree.protocols import Scores
 from branchtree.recipe import Recipe, load_recipe, recipe_names
 from branchtree.recipe.load import builtin_folder, method_names
 from branchtree.schedule import FixedSplits, Schedule
-from branchtree.training.metrics import iteration_metrics
+from branchtree.training.metrics import ShareRecord, iteration_metrics
 from branchtree.training.update import UpdateRecord
 from branchtree.tree import grow
 
@@ -133,7 +133,8 @@ def written_metrics() -> set[str]:
     update = UpdateRecord(
         loss=one, kl=one, deviation=one, first_deviation=one, clipped=one, mismatch=one, depth=[edges.edge_depth]
     )
-    names = iteration_metrics(topology, scores, credit, update, 1)
+    share = ShareRecord(tuple(plans), tuple(flat), 1, scores, topology.rollout_rows, update)
+    names = iteration_metrics(topology, share, credit, 1)
     shown = {re.sub(r"split_\d+$", "split_J", re.sub(r"depth_\d+$", "depth_NN", name)) for name in names}
     checked = {"continuation/gap/LABEL", "continuation/correlation/LABEL", "rows/continuation_check"}
     return shown | checked | {"iteration", "lr"}

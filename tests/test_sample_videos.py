@@ -21,7 +21,7 @@ from branchtree.protocols import Media, Scores
 from branchtree.schedule import FixedSplits, Schedule
 from branchtree.training import samples
 from branchtree.training.pictures import fitted
-from branchtree.training.samples import write_grid, write_tree
+from branchtree.training.samples import thumbnails, write_grid, write_tree
 from branchtree.training.videos import mp4, spread, webp
 from branchtree.tree import grow
 
@@ -218,7 +218,7 @@ def record(folder: Path, media: list[Media]) -> Iterator[tuple[str, Path]]:
     scores = {"r": Scores(torch.tensor([0.1, 0.5, 0.2, 0.9]), torch.ones(4, dtype=torch.bool))}
     log_prob = [torch.zeros(topology.width(depth)) for depth in topology.depths]
     credit = assign_credit(topology, log_prob, scores, {"r": 1.0}, CreditRule(), PruningRule(), 0, 1)
-    write_tree(folder, 40, "a two", topology, scores, credit, media)
+    write_tree(folder, 40, "a two", topology, scores, credit, thumbnails(media))
     for leaf in json.loads((folder / "iteration_000040.json").read_text())["leaves"]:
         path = folder / leaf["thumbnail"]
         yield path.suffix, path

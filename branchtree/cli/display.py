@@ -95,7 +95,13 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     console.print(draw_tree(plan.tree), markup=False, soft_wrap=True)
     console.print(_counts(plan))
     console.print(_memory(plan))
-    for line in (_not_counted(plan), *fits_lines(plan.fits), f"Model sizes: {plan.footprint.source}.", _time(plan)):
+    for line in (
+        *_shared(plan),
+        _not_counted(plan),
+        *fits_lines(plan.fits),
+        f"Model sizes: {plan.footprint.source}.",
+        _time(plan),
+    ):
         console.print(line, markup=False, soft_wrap=True)
 
 
@@ -128,6 +134,18 @@ def _counts(plan: RunPlan) -> Table:
         table.add_row(name, str(first), str(every))
     table.add_row("nodes / leaves", f"{one.nodes_per_leaf:.2f}", f"{all_.nodes_per_leaf:.2f}")
     return table
+
+
+def _shared(plan: RunPlan) -> list[str]:
+    """What each process does of a tree that several share."""
+    if len(plan.parts) == 1:
+        return []
+    leaves, rows = max(part.leaves for part in plan.parts), [part.rollout_rows for part in plan.parts]
+    return [
+        f"Shared by {len(rows)} processes, the first prompt's tree is at most {leaves} leaves and {max(rows)} rollout "
+        f"predictions for each, {sum(rows)} in all, since each computes the nodes above its leaves. The tables are for "
+        "one process with whole trees."
+    ]
 
 
 def _memory(plan: RunPlan) -> Table:

@@ -216,6 +216,7 @@ class BatchSection(Section):
     decode_rows: int | None = Field(default=None, ge=1)  # leaves decoded and scored at a time
     rollout_prompts: int | None = Field(default=None, ge=1)  # prompts whose trees grow together; all by default
     states: Literal["device", "host"] = "device"  # where the tree's states are kept
+    processes_per_prompt: int = Field(default=1, ge=1)  # that share each prompt's tree, every one a run of its leaves
 
 
 class ScoringSection(Section):

@@ -43,13 +43,14 @@ def compare_continuation(
 ) -> dict[str, float]:
     """Score the first prompt's leaves again, as the whole grid and Euler's method reach them from the same states.
 
-    ``condition`` and ``conditioning`` (1 row) are that prompt's. Returns, by reward, the mean difference whole - coarse
+    ``condition`` and ``conditioning`` (1 row) are that prompt's; of a tree that several processes share, the leaves are
+    this process's. Returns, by reward, the mean difference whole - coarse
     in sample deviations of all the iteration's rewards, the two's correlation, and the rows that it took.
     """
     plan, recipe = tree.topology.plans[0], session.recipe
     first = plan.last_stochastic + 1
     leaves = tree.topology.span(0, plan.steps)
-    states = tree.states[first][: plan.widths[first]].to(session.device)
+    states = tree.states[first][: len(tree.topology.span(0, first))].to(session.device)
     rest = TreePlan((1,) * (plan.steps - first), (False,) * (plan.steps - first), (False,) * (plan.steps - first))
     sampler = replace(session.sampler, sigmas=session.sampler.sigmas[first:], solver="euler")
     each = {name: value.expand(len(states), *value.shape[1:]) for name, value in conditioning.items()}

@@ -14,7 +14,7 @@ from branchtree.training.policy import velocity_function
 from branchtree.training.scoring import ScoringQueue, decode_and_put, make_executor
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
-from branchtree.tree import BranchTree, grow
+from branchtree.tree import BranchTree
 
 
 def grow_and_score(
@@ -28,6 +28,7 @@ def grow_and_score(
 ) -> tuple[BranchTree, dict[str, Scores], list[Media]]:
     """The tree of all prompts, its leaves' scores, and, if it is recorded, the media of the first prompt's leaves.
 
+    Of prompts whose trees several processes share it is this process's part.
     While some prompts' leaves are scored, the trees of the next ones grow.
     """
     recipe = session.recipe
@@ -40,7 +41,7 @@ def grow_and_score(
                 encoded = {name: value[part] for name, value in conditioning.items()}
                 tree = _rollout(session, iteration, ids[part], encoded)
             prompts = [span[place] for place in tree.topology.leaf_root.tolist()]
-            keep = tree.topology.plans[0].leaves if recorded and not trees else 0
+            keep = len(tree.topology.span(0, tree.topology.steps)) if recorded and not trees else 0
             asked = [conditions[prompt] for prompt in prompts]
             media += decode_and_put(
                 queue, session.inputs.model, tree.leaves, asked, prompts, recipe.batch.decode_rows, watch, keep
@@ -64,7 +65,7 @@ def _rollout(session: Session, iteration: int, ids: Sequence[int], conditioning:
     return rollout(
         velocity_function(model, conditioning, session.accelerator.autocast),
         session.sampler,
-        grow([session.inputs.schedule.plan(iteration, prompt_id) for prompt_id in ids]),
+        session.team.grow([session.inputs.schedule.plan(iteration, prompt_id) for prompt_id in ids]),
         torch.stack(initial).to(session.device),
         NoiseSource(recipe.seed, iteration),
         ids,

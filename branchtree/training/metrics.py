@@ -29,11 +29,15 @@ class ShareRecord:
     log_prob: tuple[Tensor, ...]  # per depth (N_d,), dimension means
     dimensions: int  # of one sample's latents
     scores: Mapping[str, Scores]
+    rollout_rows: int  # predictions that its rollouts took
     update: UpdateRecord
 
 
-def merged(shares: Sequence[ShareRecord]) -> ShareRecord:
-    """The whole iteration, from the shares of all processes in the order of their prompts."""
+def merged(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
+    """The whole iteration, from the shares of all processes in the order of their prompts.
+
+    ``members`` processes in a row have the same prompts, and each knows all of their trees.
+    """
     if len(shares) == 1:
         return shares[0]
     update = UpdateRecord(
@@ -48,22 +52,25 @@ def merged(shares: Sequence[ShareRecord]) -> ShareRecord:
         update.reference_rows += share.update.reference_rows
         for name in ("loss", "kl", "deviation", "first_deviation", "clipped", "mismatch", "depth"):
             getattr(update, name).extend(getattr(share.update, name))
+    distinct = shares[::members]
     return ShareRecord(
-        plans=tuple(plan for share in shares for plan in share.plans),
-        log_prob=tuple(torch.cat(levels) for levels in zip(*(share.log_prob for share in shares), strict=True)),
+        plans=tuple(plan for share in distinct for plan in share.plans),
+        log_prob=tuple(torch.cat(levels) for levels in zip(*(share.log_prob for share in distinct), strict=True)),
         dimensions=shares[0].dimensions,
-        scores={label: Scores.joined([share.scores[label] for share in shares]) for label in shares[0].scores},
+        scores={label: Scores.joined([share.scores[label] for share in distinct]) for label in shares[0].scores},
+        rollout_rows=sum(share.rollout_rows for share in shares),
         update=update,
     )
 
 
 def iteration_metrics(
-    topology: Topology, scores: Mapping[str, Scores], credit: Credit, update: UpdateRecord, rows_per_prediction: int
+    topology: Topology, share: ShareRecord, credit: Credit, rows_per_prediction: int
 ) -> dict[str, float]:
-    """All figures of one iteration by name; those that have no value are left out."""
+    """All figures of one iteration by name, from what is known of all of it; those that have no value are left out."""
+    scores, update = share.scores, share.update
     metrics = {
         **_reward_metrics(topology, scores, credit),
-        **_cost_metrics(topology, update, rows_per_prediction),
+        **_cost_metrics(topology, share, rows_per_prediction),
         **_update_metrics(update),
         **_depth_metrics(credit, update),
         **_split_metrics(topology, credit),
@@ -90,8 +97,8 @@ def _reward_metrics(topology: Topology, scores: Mapping[str, Scores], credit: Cr
     return metrics
 
 
-def _cost_metrics(topology: Topology, update: UpdateRecord, factor: int) -> dict[str, float]:
-    rollout = factor * topology.rollout_rows
+def _cost_metrics(topology: Topology, share: ShareRecord, factor: int) -> dict[str, float]:
+    update, rollout = share.update, factor * share.rollout_rows
     gradient = factor * update.rows
     return {
         "rows/rollout": float(rollout),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,23 @@ def _fps(media: Media) -> float:
     return ASSUMED_FPS if media.fps is None else float(media.fps)
 
 
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture of one sample, as a file's content: PNG, or of a video animated WebP."""
+
+    content: bytes
+    suffix: str
+
+
+def thumbnails(media: Sequence[Media]) -> list[Thumbnail]:
+    """A thumbnail of each sample of ``media``."""
+    return [
+        Thumbnail(_thumbnail(pixels, part), ".webp" if part.modality == "video" else ".png")
+        for part in media
+        for pixels in part.pixels
+    ]
+
+
 def write_tree(
     folder: Path,
     iteration: int,
@@ -79,25 +97,21 @@ def write_tree(
     topology: Topology,
     scores: Mapping[str, Scores],
     credit: Credit,
-    media: Sequence[Media],
+    thumbnails: Sequence[Thumbnail],
 ) -> None:
-    """Record the first prompt's tree: its nodes with values and advantages, its leaves, ``media``, as thumbnails.
-
-    A thumbnail is a PNG file, or of a video an animated WebP file.
-    """
+    """Record the first prompt's tree: its nodes with values and advantages, and its leaves with their thumbnails."""
     stem = folder / f"iteration_{iteration:06d}"
-    suffix = ".webp" if media[0].modality == "video" else ".png"
-    thumbnails = [stem / f"leaf_{place:03d}{suffix}" for place in range(topology.plans[0].leaves)]
-    samples = ((pixels, part) for part in media for pixels in part.pixels)
-    for path, (pixels, part) in zip(thumbnails, samples, strict=True):
-        write_atomically(path, _thumbnail(pixels, part))
+    paths = []
+    for place, thumbnail in zip(range(topology.plans[0].leaves), thumbnails, strict=True):
+        paths.append(stem / f"leaf_{place:03d}{thumbnail.suffix}")
+        write_atomically(paths[-1], thumbnail.content)
     record = {
         "iteration": iteration,
         "prompt": prompt,
         "steps": topology.steps,
         "splits": list(topology.plans[0].splits),
         "nodes": _nodes(topology, credit),
-        "leaves": _leaves(topology, scores, credit, [path.relative_to(folder).as_posix() for path in thumbnails]),
+        "leaves": _leaves(topology, scores, credit, [path.relative_to(folder).as_posix() for path in paths]),
     }
     write_atomically(stem.with_suffix(".json"), json.dumps(record).encode())
 

@@ -38,6 +38,7 @@ from branchtree.training.guard import UpdateGuard
 from branchtree.training.policy import ConditioningCache, velocity_function
 from branchtree.training.rundir import RunDirectory
 from branchtree.training.scoring import make_executor
+from branchtree.training.teams import Team, make_team, refuse_whole_groups
 from branchtree.training.update import Updater
 
 
@@ -84,6 +85,7 @@ class Session:
     inputs: Inputs
     output: RunDirectory
     accelerator: Any
+    team: Team
     cache: ConditioningCache
     sampler: Sampler
     updater: Updater
@@ -108,13 +110,8 @@ class Session:
 
     @property
     def share(self) -> slice:
-        """This process's run of an iteration's prompts."""
-        prompts, processes, rank = (
-            self.recipe.batch.prompts,
-            self.accelerator.num_processes,
-            self.accelerator.process_index,
-        )
-        return slice(prompts * rank // processes, prompts * (rank + 1) // processes)
+        """This process's run of an iteration's prompts, which are its team's."""
+        return self.team.share(self.recipe.batch.prompts)
 
     def reference_velocity(self, conditioning: dict[str, Tensor], iteration: int) -> VelocityFunction | None:
         """The start policy, where the KL has a weight or is measured: the model without its LoRA, or a frozen copy."""
@@ -136,12 +133,10 @@ class Session:
 def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Session:
     """Load the model and the rewards, and prepare the optimiser."""
     recipe, model = inputs.recipe, inputs.model
-    if recipe.batch.prompts < accelerator.num_processes:
-        raise RecipeError(
-            f"batch.prompts: {recipe.batch.prompts} prompts cannot be shared by {accelerator.num_processes} processes"
-        )
+    team = make_team(recipe, inputs.schedule, accelerator)
     load_model(recipe, model, accelerator.device)
     load_rewards([*inputs.rewards, *inputs.held_out], model.modality, accelerator.device)
+    refuse_whole_groups(team, inputs.rewards)
     compared = bool(recipe.loss.kl or recipe.loss.kl_every) and not recipe.lora
     reference = copy.deepcopy(model.denoiser).requires_grad_(False) if compared else None
     parameters = {name: value for name, value in model.denoiser.named_parameters() if value.requires_grad}
@@ -154,6 +149,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Sess
         inputs=inputs,
         output=output,
         accelerator=accelerator,
+        team=team,
         cache=cache,
         sampler=sampler,
         updater=Updater(

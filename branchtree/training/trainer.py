@@ -26,9 +26,10 @@ from branchtree.training.interrupt import StopRequest
 from branchtree.training.metrics import ShareRecord, iteration_metrics, merged
 from branchtree.training.policy import velocity_function
 from branchtree.training.rundir import EVALUATION, METRICS, TIMING, RunDirectory, write_atomically, write_folder
-from branchtree.training.samples import write_grid, write_tree
+from branchtree.training.samples import thumbnails, write_grid, write_tree
 from branchtree.training.sampling import sample_latents
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
+from branchtree.training.teams import GroupRecord
 from branchtree.training.timing import Stopwatch
 from branchtree.training.update import Policies, UpdateRecord, partition
 from branchtree.tree import BranchTree, Topology, grow
@@ -144,22 +145,25 @@ class Trainer:
         conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
         with watch.phase("encode"):
             conditioning = dict(session.cache.get(conditions, session.device))
-        recorded = self._main and iteration % recipe.run.tree_every == 0
+        recorded = session.team.place == 0 and iteration % recipe.run.tree_every == 0
         tree, scores, media = grow_and_score(session, iteration, ids, conditions, conditioning, watch, recorded)
         session.failures.check(session.accelerator, scores)
         with watch.phase("credit"):
             log_prob, dimensions = self._mean_log_prob(tree)
-            credit = self._credit(tree.topology, log_prob, scores, iteration, dimensions)
+            group = session.team.whole(GroupRecord(tree.topology, log_prob, scores, thumbnails(media)))
+            credit = self._credit(group.topology, group.log_prob, group.scores, iteration, dimensions)
         # Before the weights change: the states come from these.
         check = self._continuation_check(iteration, tree, scores, conditions[0], conditioning, watch)
         with watch.phase("update"):
-            update = self._update(tree, credit, conditioning, ids, iteration)
-        share = ShareRecord(tree.topology.plans, tuple(log_prob), dimensions, scores, update)
-        metrics = {**self._metrics(share, tree.topology, credit, iteration), **check}
+            update = self._update(tree, group.topology, credit, conditioning, ids, iteration)
+        rows = tree.topology.rollout_rows
+        share = ShareRecord(tree.topology.plans, tuple(group.log_prob), dimensions, group.scores, rows, update)
+        metrics = {**self._metrics(share, group.topology, credit, iteration), **check}
         if self._main:
             if recorded:
                 trees = session.output.root / "trees"
-                write_tree(trees, iteration, conditions[0].prompt, tree.topology, scores, credit, media)
+                prompt = conditions[0].prompt
+                write_tree(trees, iteration, prompt, group.topology, group.scores, credit, group.thumbnails)
             self._log(iteration, metrics, watch)
 
     def _continuation_check(
@@ -208,17 +212,24 @@ class Trainer:
         )
 
     def _update(
-        self, tree: BranchTree, credit: Credit, conditioning: dict[str, Tensor], ids: Sequence[int], iteration: int
+        self,
+        tree: BranchTree,
+        whole: Topology,
+        credit: Credit,
+        conditioning: dict[str, Tensor],
+        ids: Sequence[int],
+        iteration: int,
     ) -> UpdateRecord:
         session, recipe = self._session, self._session.recipe
         parts = partition(
-            collect(tree.topology, credit.advantages, credit.keep),
+            collect(whole, credit.advantages, credit.keep),
             recipe.optim.steps_per_iteration,
             recipe.seed,
             iteration,
             ids,
             session.share.start,
         )
+        parts = [session.team.own(families, whole, tree.topology) for families in parts]
         trained = velocity_function(
             session.inputs.model, conditioning, session.accelerator.autocast, session.updater.module
         )
@@ -230,12 +241,12 @@ class Trainer:
         from accelerate.utils import gather_object
 
         session = self._session
-        whole = merged(gather_object([share]))
+        whole = merged(gather_object([share]), session.team.members)
         if session.accelerator.num_processes > 1:
             topology = grow(whole.plans)
             credit = self._credit(topology, whole.log_prob, whole.scores, iteration, whole.dimensions)
         factor = session.inputs.model.rows_per_prediction
-        metrics = iteration_metrics(topology, whole.scores, credit, whole.update, factor)
+        metrics = iteration_metrics(topology, whole, credit, factor)
         return {**metrics, "lr": float(session.updater.optimizer.param_groups[0]["lr"])}
 
     def _log(self, iteration: int, metrics: dict[str, float], watch: Stopwatch) -> None:

@@ -1,0 +1,273 @@
+"""Trees grown in parts: what each part holds and owns, and that the parts together are the whole."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import pytest
+import reference
+import strategies
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import Forest, make_plan
+from torch import Tensor
+
+from branchtree.credit import Credit, CreditRule, PruningRule, assign_credit
+from branchtree.families import Families, collect, gather
+from branchtree.grid import time_grid
+from branchtree.joining import join_levels, join_scores, own_families, owned_nodes
+from branchtree.noise import CorrelatedSiblings, IndependentSiblings, NoiseSource, Purpose, Siblings, SimplexSiblings
+from branchtree.parts import TreePart, cut
+from branchtree.protocols import Scores
+from branchtree.rollout import Sampler, rollout
+from branchtree.schedule import DrawnSplits, Schedule, TreePlan
+from branchtree.solvers import Solver
+from branchtree.transitions import DanceSde
+from branchtree.tree import BranchTree, Topology, grow, grow_parts, places_in
+
+LATENT = (2, 3)
+
+
+@dataclass(frozen=True)
+class Split:
+    """A forest, and its prompts' trees in as many parts as the smallest allows, cut anywhere."""
+
+    forest: Forest
+    parts: tuple[tuple[TreePart, ...], ...]  # per process, of each prompt
+
+    @property
+    def whole(self) -> Topology:
+        return self.forest.topology
+
+    @property
+    def topologies(self) -> list[Topology]:
+        return [grow_parts(parts) for parts in self.parts]
+
+
+@st.composite
+def splits(draw: st.DrawFn) -> Split:
+    forest = draw(strategies.forests())
+    count = draw(st.integers(1, min(plan.leaves for plan in forest.plans)))
+    numbers = random.Random(draw(st.integers(0, 2**32 - 1)))
+    by_prompt = []
+    for plan in forest.plans:
+        ends = [0, *sorted(numbers.sample(range(1, plan.leaves), count - 1)), plan.leaves]
+        by_prompt.append([TreePart(plan, range(a, b)) for a, b in pairwise(ends)])
+    return Split(forest, tuple(zip(*by_prompt, strict=True)))
+
+
+fewer = settings(strategies.thorough, max_examples=40)
+
+
+# What a part is.
+
+
+@given(splits())
+@strategies.thorough
+def test_a_part_holds_what_leads_to_its_leaves_and_owns_what_starts_with_one(split: Split) -> None:
+    roots = split.forest.nodes()
+    for parts, part in zip(split.parts, split.topologies, strict=True):
+        mine = {id(leaf) for root, each in zip(roots, parts, strict=True)
+                for place, leaf in enumerate(reference.leaves(root)) if place in each.leaves}  # fmt: skip
+        places, owned = places_in(split.whole, parts), owned_nodes(part)
+        for depth in part.depths:
+            level = reference.level(roots, depth)
+            held = [node for node in level if any(id(leaf) in mine for leaf in reference.leaves(node))]
+            assert places[depth].tolist() == [node.place for node in held]
+            assert part.root[depth].tolist() == [node.prompt for node in held]
+            assert owned[depth].tolist() == [id(reference.leaves(node)[0]) in mine for node in held]
+            if depth:
+                above = reference.level(roots, depth - 1)
+                assert [above[places[depth - 1][parent]] for parent in part.parent[depth]] == [n.parent for n in held]
+            for prompt in range(part.prompts):
+                span = part.span(prompt, depth)
+                assert list(span) == [row for row, node in enumerate(held) if node.prompt == prompt]
+
+
+@given(splits())
+@strategies.thorough
+def test_every_node_is_owned_once(split: Split) -> None:
+    for depth in split.whole.depths:
+        owners = torch.zeros(split.whole.width(depth), dtype=torch.int64)
+        for parts, part in zip(split.parts, split.topologies, strict=True):
+            owners[places_in(split.whole, parts)[depth][owned_nodes(part)[depth]]] += 1
+        assert bool((owners == 1).all())
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3, 5, 16])
+def test_cuts_are_even(parts: int) -> None:
+    sizes = [len(part.leaves) for part in cut(make_plan(6, {0: 4, 2: 4}), parts)]
+    assert sum(sizes) == 16 and max(sizes) - min(sizes) <= 1
+
+
+def test_a_tree_is_not_cut_into_more_parts_than_leaves() -> None:
+    plan = make_plan(4, {0: 2})
+    with pytest.raises(ValueError, match="2 leaves cannot be cut into 3 parts"):
+        cut(plan, 3)
+    for leaves in (range(1, 1), range(1, 3), range(0, 2, 2)):
+        with pytest.raises(ValueError, match="no run of a tree's 2 leaves"):
+            TreePart(plan, leaves)
+
+
+def test_rows_of_the_parts_are_the_trees_and_what_is_computed_twice() -> None:
+    # Widths 1 2 2 4 4 4: of the first four steps' 9 nodes, the root and its chain down to the cut are shared.
+    plan = make_plan(5, {0: 2, 2: 2})
+    assert [grow_parts([part]).rollout_rows for part in cut(plan, 2)] == [1 + 1 + 1 + 2 + 2] * 2
+    # Cut through a family: the middle part's node of depth 1 is its neighbours' too.
+    uneven = [TreePart(plan, range(1)), TreePart(plan, range(1, 3)), TreePart(plan, range(3, 4))]
+    assert [grow_parts([part]).rollout_rows for part in uneven] == [5, 1 + 2 + 2 + 2 + 2, 5]
+
+
+# Rollouts.
+
+
+def velocity(latents: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+    """Rounds alike in batches of any size: no function that is vectorised in blocks, and no sum."""
+    bias = (prompt + 1).view(-1, 1, 1)
+    return 0.5 * latents * (1 + 0.25 * latents.clamp(-1, 1)) / bias - sigma.view(-1, 1, 1)
+
+
+def grown(topology: Topology, siblings: Siblings, solver: Solver = "euler", rows: int | None = None) -> BranchTree:
+    ids = [7 + prompt for prompt in range(topology.prompts)]
+    initial = torch.cat([NoiseSource(5, 0).normal(Purpose.INITIAL, prompt, 0, [0], LATENT) for prompt in ids])
+    sampler = Sampler(DanceSde(0.7), siblings, time_grid(topology.steps, 3.0), solver=solver)
+    return rollout(velocity, sampler, topology, initial, NoiseSource(42, 3), ids, max_rows=rows)
+
+
+def assert_rows_of(whole: BranchTree, part: BranchTree) -> None:
+    for depth, places in enumerate(places_in(whole.topology, part.topology.parts)):
+        assert torch.equal(part.states[depth], whole.states[depth][places])
+        torch.testing.assert_close(part.log_prob[depth], whole.log_prob[depth][places], rtol=1e-6, atol=1e-6)
+
+
+SIBLINGS = (CorrelatedSiblings(4.0), IndependentSiblings(), SimplexSiblings())
+
+
+@given(splits(), st.sampled_from(SIBLINGS), st.sampled_from([None, 1, 3]))
+@fewer
+def test_a_part_is_rows_of_the_whole_rollout(split: Split, siblings: Siblings, rows: int | None) -> None:
+    whole = grown(split.whole, siblings)
+    for part in split.topologies:
+        assert_rows_of(whole, grown(part, siblings, rows=rows))
+
+
+@pytest.mark.parametrize("solver", ["euler", "dpm2m"])
+def test_a_part_follows_a_shortened_continuation(solver: Solver) -> None:
+    schedule = Schedule(12, DrawnSplits(2, 5, 8, seed=1), sde="splits", continuation=3)
+    plans = [schedule.plan(0, prompt) for prompt in range(3)]
+    assert any(plan.skipped for plan in plans)
+    whole = grown(grow(plans), IndependentSiblings(), solver)
+    parts = [grow_parts([cut(plan, 3)[place] for plan in plans]) for place in range(3)]
+    for part in parts:
+        assert_rows_of(whole, grown(part, IndependentSiblings(), solver))
+
+
+def test_trees_of_parts_join_prompt_by_prompt() -> None:
+    plans = [make_plan(5, {0: 2, 2: 3}), make_plan(5, {1: 4}), make_plan(5, {0: 5})]
+    parts = [cut(plan, 3)[1] for plan in plans]
+    together = grown(grow_parts(parts), SIBLINGS[0])
+    joined = BranchTree.joined([grown(grow_parts(parts[:1]), SIBLINGS[0])] * 2)
+    assert [part.leaves for part in joined.topology.parts] == [parts[0].leaves] * 2
+    first = slice(0, len(parts[0].leaves))
+    assert torch.equal(joined.leaves[first], together.leaves[first])
+    assert joined.topology.width(5) == 2 * len(parts[0].leaves) == joined.leaves.shape[0]
+
+
+# Credit and gradients.
+
+
+def scores_of(forest: Forest) -> Scores:
+    values = forest.reward_tensor.float()
+    leaves = torch.arange(len(values))
+    reasons = {leaf: f"leaf {leaf}" for leaf in leaves[~forest.valid_tensor].tolist()}
+    return Scores(values, forest.valid_tensor, raw=2 * values, details={"place": leaves.float()}, reasons=reasons)
+
+
+def rows_of(scores: Scores, places: Tensor) -> Scores:
+    here = {int(place): row for row, place in enumerate(places)}
+    return Scores(
+        values=scores.values[places],
+        valid=scores.valid[places],
+        raw=None if scores.raw is None else scores.raw[places],
+        details={name: figure[places] for name, figure in scores.details.items()},
+        reasons={here[leaf]: reason for leaf, reason in scores.reasons.items() if leaf in here},
+    )
+
+
+RULES = [PruningRule(), PruningRule("parent_top1"), PruningRule("extreme", count=1), PruningRule("depth", size=2)]
+
+
+def credit_of(topology: Topology, log_prob: Sequence[Tensor], scores: Scores, pruning: PruningRule) -> Credit:
+    return assign_credit(topology, log_prob, {"r": scores}, {"r": 1.0}, CreditRule(), pruning, 0, 6)
+
+
+@given(splits(), st.sampled_from(RULES))
+@fewer
+def test_credit_from_joined_parts_is_the_wholes(split: Split, pruning: PruningRule) -> None:
+    forest, scores = split.forest, scores_of(split.forest)
+    places = [places_in(split.whole, parts) for parts in split.parts]
+    # What a part says of a node that it does not own is not read.
+    levels = [
+        [
+            level[at].where(mine, torch.nan)
+            for level, at, mine in zip(forest.edge_log_prob, where, owned_nodes(part), strict=True)
+        ]
+        for where, part in zip(places, split.topologies, strict=True)
+    ]
+    joined = join_levels(split.whole, split.topologies, levels)
+    assert all(torch.equal(a, b) for a, b in zip(joined, forest.edge_log_prob, strict=True))
+    all_scores = join_scores(split.whole, split.topologies, [rows_of(scores, where[-1]) for where in places])
+    assert all_scores.details["place"].tolist() == list(range(len(scores)))
+    assert all_scores.reasons == scores.reasons
+    first = credit_of(split.whole, forest.edge_log_prob, scores, pruning)
+    second = credit_of(split.whole, joined, all_scores, pruning)
+    for a, b in zip((*first.advantages, *first.keep), (*second.advantages, *second.keep), strict=True):
+        assert torch.equal(a, b)
+
+
+def gradient(tree: BranchTree, families: Families) -> Tensor:
+    """Of the sum of the edges' advantage-weighted densities, in double precision, by two weights of a policy."""
+    weights = torch.tensor([0.3, -0.7], dtype=torch.float64, requires_grad=True)
+    batch = gather(tree, families, torch.device("cpu"))
+    latents = batch.latents.double()
+    who = families.prompt.double().view(-1, 1, 1)
+    prediction = (latents * weights[0]).sin() + weights[1] * (1 + who) * batch.sigma.double().view(-1, 1, 1)
+    sampler = Sampler(DanceSde(0.7), IndependentSiblings(), tree.sigmas)
+    active = torch.ones(len(families), dtype=torch.bool)
+    spread = sampler.transition(latents, prediction, families.depth, active).rows(batch.family)
+    (spread.log_prob(batch.following.double()) * batch.advantage.double()).sum().backward()
+    assert weights.grad is not None
+    return weights.grad
+
+
+@given(splits(), st.sampled_from(RULES))
+@fewer
+def test_gradients_of_the_parts_add_up(split: Split, pruning: PruningRule) -> None:
+    credit = credit_of(split.whole, split.forest.edge_log_prob, scores_of(split.forest), pruning)
+    families = collect(split.whole, credit.advantages, credit.keep)
+    own = [own_families(families, split.whole, part) for part in split.topologies]
+    assert sum(part.edges for part in own) == families.edges
+    if families.edges == 0:
+        return
+    whole = gradient(grown(split.whole, SIBLINGS[0]), families)
+    trees = [grown(part, SIBLINGS[0]) for part in split.topologies]
+    added = sum(gradient(tree, part) for tree, part in zip(trees, own, strict=True) if part.edges)
+    torch.testing.assert_close(added, whole, rtol=1e-6, atol=1e-9 * float(whole.abs().max()))
+
+
+def test_a_family_of_two_owners_is_a_row_in_each() -> None:
+    plan: TreePlan = make_plan(3, {0: 4})
+    whole = grow([plan])
+    flat = [torch.zeros(whole.width(depth)) for depth in whole.depths]
+    scores = Scores(torch.tensor([0.1, 0.9, 0.4, 0.2]), torch.ones(4, dtype=torch.bool))
+    credit = credit_of(whole, flat, scores, PruningRule())
+    families = collect(whole, credit.advantages, credit.keep)
+    first, second = (own_families(families, whole, grow_parts([part])) for part in cut(plan, 2))
+    for own, rewards in ((first, [0, 1]), (second, [2, 3])):
+        assert own.depth.tolist() == [0, 1, 1] and own.parent.tolist() == [0, 0, 1]
+        assert own.child.tolist() == [0, 1, 0, 1]
+        torch.testing.assert_close(own.advantage[:2], credit.advantages[1][rewards].float())
