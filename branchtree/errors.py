@@ -38,6 +38,10 @@ class OutputError(BranchTreeError):
     """The run directory cannot be written."""
 
 
+class DeviceMemoryError(BranchTreeError):
+    """Memory ran out, and no smaller batch can help."""
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """The hint that closes a message about an unknown name: the nearest known one, then all of them."""
     names = sorted(known)

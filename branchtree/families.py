@@ -10,6 +10,7 @@ from torch import Tensor
 
 from branchtree.advantages import Advantages
 from branchtree.pruning import EdgeMask
+from branchtree.staging import fetch_rows
 from branchtree.tree import BranchTree, Topology
 
 
@@ -95,17 +96,17 @@ def gather(tree: BranchTree, families: Families, device: torch.device) -> Family
     """Fetch the states that some families need from the tree."""
     return FamilyBatch(
         families=families,
-        latents=_states(tree.states, families.depth, families.parent).to(device),
+        latents=_rows(tree.states, families.depth, families.parent, device),
         sigma=tree.sigmas[families.depth].to(device),
-        following=_states(tree.states, families.edge_depth, families.child).to(device),
-        log_prob=_states(tree.log_prob, families.edge_depth, families.child).to(device),
+        following=_rows(tree.states, families.edge_depth, families.child, device),
+        log_prob=_rows(tree.log_prob, families.edge_depth, families.child, device),
         family=families.family.to(device),
         advantage=families.advantage.to(device),
     )
 
 
-def _states(levels: Sequence[Tensor], depth: Tensor, place: Tensor) -> Tensor:
-    """Rows of a per-depth list of tensors, ``depth`` ascending."""
+def _rows(levels: Sequence[Tensor], depth: Tensor, place: Tensor, device: torch.device) -> Tensor:
+    """Rows of a per-depth list of tensors on the device, ``depth`` ascending."""
     depths, counts = torch.unique_consecutive(depth, return_counts=True)
     parts = place.split(counts.tolist())
-    return torch.cat([levels[int(d)][rows.to(levels[int(d)].device)] for d, rows in zip(depths, parts, strict=True)])
+    return torch.cat([fetch_rows(levels[int(d)], rows, device) for d, rows in zip(depths, parts, strict=True)])

@@ -35,6 +35,16 @@ def find_fits(recipe: Recipe, footprint: Footprint, cost: Cost, gpus: Sequence[G
     return tuple(Fit(gpu, _cheapest(recipe, footprint, cost, gpu.usable)) for gpu in gpus)
 
 
+def open_limits(recipe: Recipe, footprint: Footprint, cost: Cost, budget: int) -> dict[str, int]:
+    """The largest batches that a device with ``budget`` bytes takes by the estimate, by key, where they are not all.
+
+    Only of keys that the recipe leaves open.
+    """
+    limits = _limits(recipe, footprint, cost, budget)
+    given = {"batch.update_rows": recipe.batch.update_rows, "batch.rollout_rows": recipe.batch.rollout_rows}
+    return {key: int(rows) for key, rows in limits.items() if key in given and given[key] is None}
+
+
 def _cheapest(recipe: Recipe, footprint: Footprint, cost: Cost, budget: int) -> Changes | None:
     hosts = _optional({"batch.states": "host"}, recipe.batch.states == "device")
     for costly, limited, host in product(_costly(recipe, footprint), (False, True), hosts):

@@ -148,7 +148,11 @@ class LoraSettings:
 
 
 class ModelAdapter(Protocol):
-    """A model family. Built from its own configuration; nothing is loaded before ``load``."""
+    """A model family. Built from its own configuration; nothing is loaded before ``load``.
+
+    Further abilities are declared by further methods: see ``FingerprintedEncodings``, ``DropsEncoders`` and
+    ``CompilesBlocks``.
+    """
 
     @property
     def modality(self) -> str:
@@ -176,9 +180,9 @@ class ModelAdapter(Protocol):
         """
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
-        """Load all parts: the denoiser to ``device`` in ``denoiser_dtype``, frozen parts in ``dtype``.
+        """Load the denoiser to ``device`` in ``denoiser_dtype``, and frozen parts in ``dtype``.
 
-        Raises ModelError if the folder or hub id cannot be read.
+        Encoders may wait for the first ``encode``. Raises ModelError if the folder or hub id cannot be read.
         """
 
     def add_lora(self, settings: LoraSettings, seed: int) -> None:
@@ -228,6 +232,37 @@ class ModelAdapter(Protocol):
         """Read back, to the bit and before any sharding, the trained weights that ``save`` wrote.
 
         Raises CheckpointError if they do not fit.
+        """
+
+
+@runtime_checkable
+class FingerprintedEncodings(Protocol):
+    """A model that can say what its encodings depend on, so that they may be kept on disk."""
+
+    def encoding_fingerprint(self) -> str | None:
+        """A digest of weights, settings and libraries: models with equal ones encode a condition alike.
+
+        The device, torch itself and the condition are not part of it. None if it cannot be told. Called after ``load``,
+        and does not load encoders.
+        """
+
+
+@runtime_checkable
+class DropsEncoders(Protocol):
+    """A model that reads its encoders when ``encode`` needs them, and can do without them again."""
+
+    def drop_encoders(self) -> None:
+        """Free the encoders' memory on device and host until the next ``encode``."""
+
+
+@runtime_checkable
+class CompilesBlocks(Protocol):
+    """A model whose denoiser can be compiled block by block."""
+
+    def compile_blocks(self, denoiser: nn.Module, backend: str) -> None:
+        """Compile the repeated blocks of ``denoiser``, the model's own or a copy, with a back-end of torch.compile.
+
+        Called after ``add_lora`` and ``enable_gradient_checkpointing``; nothing is compiled before the first forward.
         """
 
 

@@ -12,6 +12,7 @@ from branchtree.grid import check_grid
 from branchtree.noise import NoiseSource, Siblings, child_noise
 from branchtree.protocols import VelocityFunction
 from branchtree.solvers import Memory, Solver, dpm2m
+from branchtree.staging import fetch_rows
 from branchtree.transitions import GaussianTransition, Kernel, Reduction
 from branchtree.tree import BranchTree, Topology
 
@@ -84,7 +85,7 @@ def rollout(
             family = place[topology.parent[step + 1]]
             children = torch.nonzero(family >= 0)[:, 0]
             family = family[children].to(device)
-            latents = states[step][rows.to(store)].to(device)
+            latents = fetch_rows(states[step], rows, device)
             transition, prediction = _transition(velocity, sampler, topology, step, rows, latents)
             spread = transition.rows(family)
             base = _noise(sampler.siblings, topology, step, children, noise, prompt_ids, latents)

@@ -33,6 +33,7 @@ MATHS = (
     "schedule",
     "segments",
     "solvers",
+    "staging",
     "transitions",
     "tree",
     "variance",

@@ -1,3 +1,4 @@
+import gc
 import itertools
 import re
 import shutil
@@ -11,6 +12,7 @@ from branchtree_adapters import _diffusers as shared
 from branchtree_adapters import flux
 from branchtree_adapters.flux import FLUX_DEV, LORA_TARGETS, Flux, FluxConfig, register_models
 from diffusers import FluxPipeline
+from peak_memory import PeakMemory
 from pydantic import ValidationError
 from tiny_flux import T5_TOKENS, tiny_flux
 from torch import Tensor, nn
@@ -214,6 +216,8 @@ def test_footprint_counts_what_is_loaded(folder: Callable[..., Path], guidance_e
     added = sum(p.numel() for p in adapter.denoiser.parameters() if p.requires_grad)
     assert footprint.lora_parameters_per_rank * 3 == added
     assert str(folder(guidance_embeds)) in footprint.source
+    encoded = adapter.encode(CONDITIONS[:1])
+    assert footprint.conditioning_numbers == sum(rows[0].numel() for rows in encoded.values())
 
 
 def test_footprint_of_a_model_not_at_hand_is_that_of_flux_dev() -> None:
@@ -253,6 +257,20 @@ def test_kept_activations_are_as_estimated(folder: Callable[..., Path]) -> None:
             assert numbers < estimate.checkpointed_numbers_per_row
         else:
             assert 0.7 < numbers / estimate.activation_numbers_per_row < 1.05
+
+
+@torch.no_grad()
+def test_peak_of_a_forward_is_as_estimated(folder: Callable[..., Path]) -> None:
+    adapter = load(folder(), torch.bfloat16, height=256, width=256)
+    latents, conditioning, peaks = noise(adapter), adapter.encode(CONDITIONS), []
+    for rows in (1, 2):
+        gc.collect()
+        with PeakMemory() as memory, torch.autocast("cpu", torch.bfloat16):
+            given = {name: value[:rows] for name, value in conditioning.items()}
+            adapter.predict(latents[:rows], torch.full((rows,), 0.5), given)
+        peaks.append(memory.peak)
+    # The latents, which are not counted, weigh in where D is 32.
+    assert 0.95 < (peaks[1] - peaks[0]) / 2 / adapter.footprint().forward_numbers_per_row < 1.2
 
 
 def test_paths_that_cannot_be_used(folder: Callable[..., Path], tmp_path: Path) -> None:

@@ -53,6 +53,7 @@ def sampled_by(session: Session) -> Tensor:
         [(0, 0)],
         seed=3,
         device=session.device,
+        limit=session.limits.rollout,
     )
 
 

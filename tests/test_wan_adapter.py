@@ -3,7 +3,6 @@ import itertools
 import json
 import re
 import shutil
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +15,12 @@ import torch
 from branchtree_adapters import wan
 from branchtree_adapters.wan import LORA_TARGETS, Wan, WanConfig, register_models
 from diffusers import DDIMScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+from peak_memory import PeakMemory
 from PIL import Image
 from pydantic import ValidationError
 from tiny_wan import FRAMES, IMAGE_DIM, IMAGE_TOKENS, LATENT, SIZE, Kind, tiny_wan, write_frame
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import FlopCounterMode
 
 from branchtree.errors import DataError, ModelError
@@ -254,7 +252,7 @@ def test_encoding_knows_no_neighbours_and_no_random_state(
 
 def test_a_text_is_encoded_once(folder: Callable[[Kind], Path], conditions: list[Condition]) -> None:
     adapter, calls = load(folder(SAME[0])), []
-    adapter._pipeline.text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    adapter._with_encoders().text_encoder.register_forward_hook(lambda *_: calls.append(1))
     adapter.encode([*conditions, *(replace(condition, negative_prompt="jitter") for condition in conditions)])
     assert len(calls) == 2 + 2  # two prompts; two negative prompts, one of them the default
 
@@ -485,7 +483,7 @@ def test_footprint_counts_what_is_loaded(
     folder: Callable[[Kind], Path], conditions: list[Condition], kind: Kind
 ) -> None:
     footprint, adapter = build(folder(kind), kind).footprint(), load(folder(kind), kind)
-    parts = {name: part for name, part in adapter._pipeline.components.items() if isinstance(part, nn.Module)}
+    parts = {name: part for name, part in adapter._with_encoders().components.items() if isinstance(part, nn.Module)}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     assert footprint.denoiser_parameters == counts.pop("transformer")
     assert footprint.frozen_parameters == sum(counts.values())
@@ -563,26 +561,6 @@ def test_kept_activations_are_as_estimated(
     inputs = numbers_per_row()  # of the two blocks, and what is kept outside of them
     block = (kept - (inputs - 2 * 1200 * 96)) / 2
     assert bounds[0] < (inputs + block) / estimate.checkpointed_numbers_per_row < 1.01
-
-
-class PeakMemory(TorchDispatchMode):
-    """Follows the storage of every tensor that is made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live: dict[int, int] = {}
-        self.peak = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for tensor in tree_iter(result):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self.live:
-                    self.live[storage._cdata] = storage.nbytes()
-                    weakref.finalize(storage, self.live.pop, storage._cdata, None)
-        self.peak = max(self.peak, sum(self.live.values()))
-        return result
 
 
 @pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")

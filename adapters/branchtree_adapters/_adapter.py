@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,17 +13,22 @@ from torch import Tensor, nn
 from branchtree.errors import ModelError
 from branchtree.protocols import LoraSettings
 from branchtree_adapters import _diffusers as shared
+from branchtree_adapters import _speed as speed
 from branchtree_adapters import _trained as trained
+from branchtree_adapters._encoders import EncoderSource, fingerprint
 
 
 class PipelineAdapter:
     """Base of the adapters: keeps the loaded pipeline, and adds LoRA to, saves and restores its transformer."""
 
     frozen_parts: ClassVar[tuple[str, ...]]  # names of the pipeline's encoders and decoder; it may lack some
+    encoders: ClassVar[tuple[str, ...]]  # those of them that ``encode`` alone needs: read when it first does
+    encoding_parts: ClassVar[tuple[str, ...]]  # folders of all that an encoding depends on
     lora_targets: ClassVar[tuple[str, ...]]  # endings of the names of the layers that get LoRA by default
 
     def __init__(self) -> None:
         self._loaded: Any = None
+        self._encoders: EncoderSource | None = None
         self._device, self._dtype = torch.device("cpu"), torch.float32
 
     @property
@@ -38,13 +43,48 @@ class PipelineAdapter:
         transformer: nn.Module = self._pipeline.transformer
         return transformer
 
+    def _read(self, pipeline: Any, source: shared.ModelSource, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> Any:
+        """All of a pipeline, of a diffusers class, but its encoders. Raises ModelError."""
+        self._encoders = EncoderSource.of(pipeline, source, dtype, self.encoders)
+        return shared.load_pipeline(pipeline, source, dtype, "transformer", denoiser_dtype, self._encoders.names)
+
     def _keep(self, loaded: Any, device: torch.device, denoiser_dtype: torch.dtype) -> None:
         """Take a pipeline that was read: the transformer to ``device``, frozen parts to the CPU until needed."""
         self._loaded, self._device, self._dtype = loaded, device, denoiser_dtype
         shared.own_storage(loaded.transformer, device)
-        for part in self._frozen():
-            shared.own_storage(part, torch.device("cpu"))
-            part.requires_grad_(False)
+        _own(self._frozen())
+
+    def _with_encoders(self) -> Any:
+        """The pipeline with its encoders, which are read if they are not there. Raises ModelError."""
+        pipeline = self._pipeline
+        absent = self._absent_encoders()
+        if absent:
+            _own([part for part in absent.values() if part is not None])
+            pipeline.register_modules(**absent)
+        return pipeline
+
+    def _absent_encoders(self) -> dict[str, Any]:
+        """The encoders by name, read from their files, unless the pipeline has them. Raises ModelError."""
+        pipeline, source = self._pipeline, self._encoders
+        if source is None or any(getattr(pipeline, name) is not None for name in source.names):
+            return {}
+        return source.read(pipeline.components)
+
+    def drop_encoders(self) -> None:
+        """Free the encoders; they are read again if ``encode`` is called again."""
+        if self._encoders is not None:
+            self._pipeline.register_modules(**dict.fromkeys(self._encoders.names))
+
+    def encoding_fingerprint(self) -> str | None:
+        """A digest of the files, settings and libraries that encodings depend on; None if no file is known."""
+        if self._encoders is None:
+            raise ModelError("the model is not loaded; call load first.")
+        settings = {"family": type(self).__name__, "dtype": str(self._encoders.dtype), **self._encoding_settings()}
+        return fingerprint(self._encoders.source, self.encoding_parts, settings)
+
+    def _encoding_settings(self) -> dict[str, object]:
+        """The options that an encoding depends on."""
+        raise NotImplementedError
 
     def _frozen(self) -> list[Any]:
         parts = [getattr(self._pipeline, name, None) for name in self.frozen_parts]
@@ -74,6 +114,10 @@ class PipelineAdapter:
         """Recompute each block in the backward pass instead of keeping its activations."""
         self._pipeline.transformer.enable_gradient_checkpointing()
 
+    def compile_blocks(self, denoiser: nn.Module, backend: str) -> None:
+        """Compile the blocks of ``denoiser``, each kind once. Raises ModelError for an unknown back-end."""
+        speed.compile_blocks(denoiser, backend)
+
     def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
         """Write the trained part: ``pytorch_lora_weights.safetensors``, or the whole ``transformer/`` without LoRA.
 
@@ -90,7 +134,8 @@ class PipelineAdapter:
         if trained.has_lora(self.denoiser):
             self.save(directory, denoiser_state)
         else:
-            parts = {**self._pipeline.components, "transformer": trained.with_weights(self.denoiser, denoiser_state)}
+            trained_part = trained.with_weights(self.denoiser, denoiser_state)
+            parts = {**self._pipeline.components, **self._absent_encoders(), "transformer": trained_part}
             with shared.no_progress_bars():
                 type(self._pipeline)(**parts).save_pretrained(directory)
 
@@ -100,3 +145,10 @@ class PipelineAdapter:
             trained.restore_lora(self.denoiser, directory)
         else:
             trained.restore_denoiser(self.denoiser, directory / "transformer")
+
+
+def _own(parts: Sequence[Any]) -> None:
+    """Put frozen parts that were read into memory of their own on the CPU."""
+    for part in parts:
+        shared.own_storage(part, torch.device("cpu"))
+        part.requires_grad_(False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib import resources
@@ -115,12 +115,19 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def load_pipeline(
-    pipeline: Any, source: ModelSource, dtype: torch.dtype, denoiser: str, denoiser_dtype: torch.dtype
+    pipeline: Any,
+    source: ModelSource,
+    dtype: torch.dtype,
+    denoiser: str,
+    denoiser_dtype: torch.dtype,
+    without: Iterable[str] = (),
 ) -> Any:
     """Load ``pipeline`` (a diffusers class) on the CPU from safetensors files, with no code from the source.
 
-    The part named ``denoiser`` is in ``denoiser_dtype``, the others in ``dtype``. Raises ModelError.
+    The part named ``denoiser`` is in ``denoiser_dtype``, the others in ``dtype``. The files of the parts named in
+    ``without`` are neither read nor downloaded; the pipeline has None in their place. Raises ModelError.
     """
+    absent = dict.fromkeys(without)
     try:
         with no_progress_bars() if source.folder else nullcontext():
             return pipeline.from_pretrained(
@@ -128,6 +135,7 @@ def load_pipeline(
                 revision=source.revision,
                 dtype={denoiser: denoiser_dtype, "default": dtype},
                 use_safetensors=True,
+                **absent,
             )
     except Exception as error:  # every library below has exceptions of its own for a file that is not right
         remedy = (

@@ -62,6 +62,7 @@ class WanConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     guidance, against ``negative_prompt`` where a condition has none of its own. ``image_fit`` says what becomes of
     an image of another size: ``exact`` refuses it, ``crop`` scales it to cover the frame and cuts its middle out.
     ``flow_shift`` replaces the scheduler's own. ``max_sequence_length`` is in UMT5 tokens.
+    ``attention`` is an attention back-end of diffusers, such as ``flash``.
     """
 
     path: str
@@ -76,6 +77,7 @@ class WanConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     flow_shift: float | None = pydantic.Field(default=None, gt=0)
     max_sequence_length: int = pydantic.Field(default=ATTENDED_TEXT_TOKENS, gt=0, le=ATTENDED_TEXT_TOKENS)
     revision: str | None = None
+    attention: str | None = None
 
     @property
     def guided(self) -> bool:

@@ -13,6 +13,7 @@ from branchtree.errors import DataError
 from branchtree.hookspecs import Register, hookimpl
 from branchtree.protocols import Condition, Conditioning, Footprint, Media
 from branchtree_adapters import _diffusers as shared
+from branchtree_adapters import _speed as speed
 from branchtree_adapters import _trained as trained
 from branchtree_adapters._adapter import PipelineAdapter
 
@@ -48,7 +49,8 @@ class FluxConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     """Which FLUX model, and the images it is to make. ``height`` and ``width`` are in pixels.
 
     ``path`` is a hub id, a local pipeline folder, or ``bundled:digits_flux``. ``guidance`` is the distilled
-    guidance scale, for models that embed one. ``max_sequence_length`` is in T5 tokens.
+    guidance scale, for models that embed one. ``max_sequence_length`` is in T5 tokens. ``attention`` is an attention
+    back-end of diffusers, such as ``flash``.
     """
 
     path: str
@@ -57,6 +59,7 @@ class FluxConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     guidance: float = pydantic.Field(default=3.5, ge=0)
     max_sequence_length: int = pydantic.Field(default=512, gt=0, le=512)
     revision: str | None = None
+    attention: str | None = None
 
 
 class Flux(PipelineAdapter):
@@ -66,6 +69,8 @@ class Flux(PipelineAdapter):
     prediction = "velocity"
     rows_per_prediction = 1
     frozen_parts = ("vae", "text_encoder", "text_encoder_2")
+    encoders = ("text_encoder", "text_encoder_2")
+    encoding_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
     lora_targets = LORA_TARGETS
 
     def __init__(self, config: FluxConfig) -> None:
@@ -80,6 +85,8 @@ class Flux(PipelineAdapter):
         the backward pass keeps S D (28 N + 25 M + 6) numbers for each row, and under gradient checkpointing
         S D (N + M + 28 + 6): the input of each block, and one block computed again. 28 and 25 were measured
         with torch's saved_tensors_hooks for full fine-tuning under bfloat16 autocast; float32 keeps 24 and 21.
+        Without gradients 15 S D are alive at once, in a single-stream block's feed-forward, or at most 11 S D where
+        there are double-stream blocks alone: measured by following every tensor of a forward on a CPU.
         A forward takes S (N + M) (24 D^2 + 4 S D) operations: twelve D x D products and attention for each token.
         Raises ModelError for a missing folder or an image size the model cannot make.
         """
@@ -89,7 +96,8 @@ class Flux(PipelineAdapter):
         rows, columns = self._grid(2 ** (len(configs["vae/config.json"]["block_out_channels"]) - 1))
         text_limit = configs["tokenizer_2/tokenizer_config.json"]["model_max_length"]
         sizes = transformer.config
-        tokens = rows * columns + min(self.config.max_sequence_length, text_limit)
+        text = min(self.config.max_sequence_length, text_limit)
+        tokens = rows * columns + text
         unit = tokens * sizes.num_attention_heads * sizes.attention_head_dim
         double, single = sizes.num_layers, sizes.num_single_layers
         return Footprint(
@@ -102,6 +110,8 @@ class Flux(PipelineAdapter):
             rows_per_prediction=self.rows_per_prediction,
             lora_parameters_per_rank=trained.lora_parameters_per_rank(transformer, LORA_TARGETS),
             source=origin,
+            forward_numbers_per_row=unit * (15 if single else 11),
+            conditioning_numbers=text * sizes.joint_attention_dim + sizes.pooled_projection_dim,
         )
 
     def _grid(self, vae_scale: int) -> tuple[int, int]:
@@ -117,15 +127,18 @@ class Flux(PipelineAdapter):
             raise DataError(f"{condition} has a negative prompt, which flux does not take; remove it.")
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
-        """Load the pipeline: the transformer to ``device``, encoders and VAE to the CPU until they are needed.
+        """Load the pipeline: the transformer to ``device``, the VAE to the CPU until it is needed.
 
-        Raises ModelError if the source cannot be read or the image size does not fit the model.
+        Encoders are read when ``encode`` first needs them. Raises ModelError if the source cannot be read or the image
+        size does not fit the model.
         """
         from diffusers import FluxPipeline
 
         source = shared.locate(self.config.path, self.config.revision)
-        loaded = shared.load_pipeline(FluxPipeline, source, dtype, "transformer", denoiser_dtype)
+        speed.check_attention(self.config.attention)
+        loaded = self._read(FluxPipeline, source, dtype, denoiser_dtype)
         self._grid(loaded.vae_scale_factor)
+        speed.set_attention(loaded.transformer, self.config.attention)
         self._keep(loaded, device, denoiser_dtype)
         shared.channels_last(loaded.vae)
 
@@ -136,7 +149,7 @@ class Flux(PipelineAdapter):
         Returns, on the CPU in the encoders' dtype, ``prompt_embeds`` (P, tokens, dim) of T5 and
         ``pooled_prompt_embeds`` (P, dim) of CLIP. Raises DataError for a negative prompt, which is not used here.
         """
-        pipeline = self._pipeline
+        pipeline = self._with_encoders()
         for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
             shared.on_device(encoder, self._device)
         tokens = min(self.config.max_sequence_length, pipeline.tokenizer_2.model_max_length)
@@ -147,6 +160,9 @@ class Flux(PipelineAdapter):
             rows.append((text.cpu(), pooled.cpu()))
         prompt_embeds, pooled_prompt_embeds = (torch.cat(column) for column in zip(*rows, strict=True))
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+    def _encoding_settings(self) -> dict[str, object]:
+        return {"max_sequence_length": self.config.max_sequence_length}
 
     def initial_noise(self, generator: torch.Generator) -> Tensor:
         """Starting latents (tokens, channels), float32 on the CPU: what FluxPipeline draws from ``generator``."""

@@ -14,6 +14,7 @@ from branchtree.frames import first_frame, last_frame
 from branchtree.hookspecs import Register, hookimpl
 from branchtree.protocols import Condition, Conditioning, Footprint, Media
 from branchtree_adapters import _diffusers as shared
+from branchtree_adapters import _speed as speed
 from branchtree_adapters._adapter import PipelineAdapter
 from branchtree_adapters._wan_footprint import footprint
 from branchtree_adapters._wan_layout import INDEX, TRANSFORMER, VAE, Layout, WanConfig, lay_out, read_configs
@@ -40,6 +41,8 @@ class Wan(PipelineAdapter):
     modality = "video"
     prediction = "velocity"
     frozen_parts = ("vae", "text_encoder", "image_encoder")
+    encoders = ("text_encoder", "image_encoder")
+    encoding_parts = ("text_encoder", "tokenizer", "image_encoder", "image_processor", "vae")
     lora_targets = LORA_TARGETS
 
     def __init__(self, config: WanConfig) -> None:
@@ -105,8 +108,9 @@ class Wan(PipelineAdapter):
         )
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
-        """Load the pipeline: the transformer to ``device``, encoders and VAE to the CPU until they are needed.
+        """Load the pipeline: the transformer to ``device``, the VAE to the CPU until it is needed.
 
+        Encoders are read when ``encode`` first needs them.
         The weights that diffusers keeps in float32 (time embedding, norms, modulation) stay so. Raises ModelError if
         the source cannot be read, or for a video or task that the model is not made for.
         """
@@ -115,9 +119,12 @@ class Wan(PipelineAdapter):
         lay_out(self.config, read_configs(self.config)[0])  # before weights are read
         pipeline = WanPipeline if self.config.task == "text_to_video" else WanImageToVideoPipeline
         source = shared.locate(self.config.path, self.config.revision)
-        loaded = shared.load_pipeline(pipeline, source, dtype, "transformer", denoiser_dtype)
-        found = {INDEX: loaded.config, TRANSFORMER: loaded.transformer.config, VAE: loaded.vae.config}
+        speed.check_attention(self.config.attention)
+        loaded = self._read(pipeline, source, dtype, denoiser_dtype)
+        index = shared.read_configs(source, {INDEX: loaded.config}, "")[0]  # the pipeline's own lacks the encoders
+        found = {**index, TRANSFORMER: loaded.transformer.config, VAE: loaded.vae.config}
         self._layout = lay_out(self.config, found)
+        speed.set_attention(loaded.transformer, self.config.attention)
         self._keep(loaded, device, denoiser_dtype)
         if device.type == "cpu":
             shared.channels_last(loaded.vae)
@@ -140,14 +147,14 @@ class Wan(PipelineAdapter):
         if self.config.task == "image_to_video":
             encoded["condition"] = torch.cat([self._encode_frames(images) for images in frames])
         if self._layout.images:
-            shared.on_device(self._pipeline.image_encoder, self._device)
+            shared.on_device(self._with_encoders().image_encoder, self._device)
             embedded = [self._pipeline.encode_image(images[: self._layout.images], self._device) for images in frames]
             encoded["image_embeds"] = torch.stack([rows.cpu() for rows in embedded])
         return encoded
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
         """UMT5 embeddings (P, tokens, dim) on the CPU; a text that comes again is not encoded again."""
-        shared.on_device(self._pipeline.text_encoder, self._device)
+        shared.on_device(self._with_encoders().text_encoder, self._device)
         rows: dict[str, Tensor] = {}
         for text in dict.fromkeys(texts):
             embedded, _ = self._pipeline.encode_prompt(
@@ -178,6 +185,10 @@ class Wan(PipelineAdapter):
         )
         rows: Tensor = condition.cpu()
         return rows
+
+    def _encoding_settings(self) -> dict[str, object]:
+        names = ("task", "height", "width", "frames", "guided", "negative_prompt", "image_fit", "max_sequence_length")
+        return {name: getattr(self.config, name) for name in names}
 
     def initial_noise(self, generator: torch.Generator) -> Tensor:
         """Starting latents (channels, frames, rows, columns), float32 on the CPU: what the pipeline draws."""

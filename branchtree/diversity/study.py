@@ -28,7 +28,7 @@ from branchtree.diversity.spaces import load_spaces
 from branchtree.diversity.spread import Spread, grouped, pairwise_distance, spread
 from branchtree.recipe.schema import Recipe
 from branchtree.training.checkpoint import restore_weights
-from branchtree.training.policy import ConditioningCache
+from branchtree.training.policy import open_cache
 from branchtree.training.session import load_model
 
 CACHE = "features"
@@ -112,7 +112,7 @@ def _load(request: Request) -> Policy:
 
     return Policy(
         model=model,
-        cache=ConditioningCache(model),
+        cache=open_cache(recipe.run, model, device),
         sampler=make_sampler(recipe, model),
         schedule=make_schedule(recipe),
         batch=recipe.batch,

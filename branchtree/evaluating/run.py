@@ -17,7 +17,8 @@ from branchtree.recipe import Recipe
 from branchtree.training.checkpoint import restore_weights
 from branchtree.training.ema import WeightAverage
 from branchtree.training.evaluation import Evaluator, Pair, Samples
-from branchtree.training.policy import ConditioningCache
+from branchtree.training.microbatch import RowLimits
+from branchtree.training.policy import open_cache
 from branchtree.training.rundir import RunDirectory
 from branchtree.training.scoring import make_executor
 from branchtree.training.session import load_model, load_rewards, make_accelerator
@@ -114,10 +115,11 @@ def _evaluator(request: Request, accelerator: Any) -> Evaluator:
         conditions=request.conditions,
         rewards=request.rewards,
         model=request.model,
-        cache=ConditioningCache(request.model),
+        cache=open_cache(request.recipe.run, request.model, accelerator.device),
         sampler=make_sampler(request.recipe, request.model),
         autocast=accelerator.autocast,
         device=accelerator.device,
+        limits=RowLimits(request.recipe.batch, request.draws.rows),
         executor=make_executor(request.recipe.scoring, accelerator.device),
     )
 

@@ -259,6 +259,10 @@ class RunSection(Section):
     precision: Literal["fp32", "bf16"] = "fp32"
     tf32: bool = True
     gradient_checkpointing: bool = False
+    compile: str | None = None  # torch.compile's back-end for the denoiser's blocks, such as inductor; none by default
+    # Keep encoded prompts for later runs: in a folder, or, by the word user, in the user's cache folder.
+    embeddings: str | None = None
+    embeddings_gib: float = Field(default=50.0, gt=0)  # the folder's size, above which the least recently used give way
     checkpoint_every: int = Field(default=40, ge=1)
     keep_checkpoints: int = Field(default=3, ge=1)
     sample_every: int = Field(default=20, ge=1)

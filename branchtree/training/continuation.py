@@ -18,6 +18,7 @@ from branchtree.noise import NoiseSource
 from branchtree.protocols import Condition, Scores
 from branchtree.rollout import rollout
 from branchtree.schedule import TreePlan
+from branchtree.training.microbatch import fitted
 from branchtree.training.policy import velocity_function
 from branchtree.training.scoring import InPlace, ScoringQueue, decode_and_put
 from branchtree.training.session import Session
@@ -55,19 +56,19 @@ def compare_continuation(
     sampler = replace(session.sampler, sigmas=session.sampler.sigmas[first:], solver="euler")
     each = {name: value.expand(len(states), *value.shape[1:]) for name, value in conditioning.items()}
     whole = rollout(
-        velocity_function(session.inputs.model, each, session.accelerator.autocast),
+        fitted(velocity_function(session.inputs.model, each, session.accelerator.autocast), session.limits.rollout),
         sampler,
         grow([rest] * len(states)),
         states,
         NoiseSource(recipe.seed, 0),  # nothing is drawn
         range(len(states)),
-        max_rows=recipe.batch.rollout_rows,
+        max_rows=session.limits.rollout.rows,
     )
     count = len(leaves)
-    with ScoringQueue(session.inputs.rewards, InPlace) as queue:
+    with ScoringQueue(session.inputs.rewards, InPlace, session.limits) as queue:
         watch, prompts = Stopwatch(session.device), [0] * count
         decode_and_put(
-            queue, session.inputs.model, whole.leaves, [condition] * count, prompts, recipe.batch.decode_rows, watch
+            queue, session.inputs.model, whole.leaves, [condition] * count, prompts, session.limits.decode, watch
         )
         session.inputs.model.release_frozen()
         full = queue.results()

@@ -15,6 +15,7 @@ from torch import Tensor
 from branchtree.assembly import NamedReward
 from branchtree.protocols import Condition, Media, ModelAdapter, Scores
 from branchtree.rollout import Sampler, chunks
+from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import ConditioningCache
 from branchtree.training.sampling import sample_latents
 from branchtree.training.scoring import ScoringQueue, decode_and_put
@@ -83,6 +84,7 @@ class Evaluator:
     sampler: Sampler
     autocast: Callable[[], AbstractContextManager[None]]
     device: torch.device
+    limits: RowLimits
     executor: Callable[[], Executor]  # what scores one batch while the next is sampled
 
     def figures(self, accelerator: Any) -> dict[str, Figure]:
@@ -119,14 +121,16 @@ class Evaluator:
         if not batches:
             return []
         watch, kept = Stopwatch(self.device), dict[Pair, Media]()
-        with ScoringQueue(self.rewards, self.executor) as queue:
+        with ScoringQueue(self.rewards, self.executor, self.limits) as queue:
             for pairs in batches:
                 conditions = [self.conditions[prompt] for prompt, _ in pairs]
                 latents = self._sampled(pairs, conditions)
                 # As many as reach the last that is to be kept.
                 reach = max((place + 1 for place, pair in enumerate(pairs) if pair in keep), default=0)
                 prompts = [prompt for prompt, _ in pairs]
-                media = decode_and_put(queue, self.model, latents, conditions, prompts, self.section.rows, watch, reach)
+                media = decode_and_put(
+                    queue, self.model, latents, conditions, prompts, self.limits.evaluation, watch, reach
+                )
                 kept |= _chosen(media, pairs[:reach], keep)
                 if advance is not None:
                     advance(len(pairs))
@@ -143,7 +147,7 @@ class Evaluator:
             pairs,
             self.section.seed,
             self.device,
-            self.section.rows,
+            self.limits.evaluation,
         )
 
 

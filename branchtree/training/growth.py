@@ -10,6 +10,7 @@ from torch import Tensor
 from branchtree.noise import NoiseSource, Purpose, generator
 from branchtree.protocols import Condition, Media, Scores
 from branchtree.rollout import chunks, rollout
+from branchtree.training.microbatch import fitted
 from branchtree.training.policy import velocity_function
 from branchtree.training.scoring import ScoringQueue, decode_and_put, make_executor
 from branchtree.training.session import Session
@@ -34,7 +35,7 @@ def grow_and_score(
     recipe = session.recipe
     trees: list[BranchTree] = []
     media: list[Media] = []
-    with ScoringQueue(session.inputs.rewards, make_executor(recipe.scoring, session.device)) as queue:
+    with ScoringQueue(session.inputs.rewards, make_executor(recipe.scoring, session.device), session.limits) as queue:
         for span in chunks(len(ids), recipe.batch.rollout_prompts):
             part = slice(span.start, span.stop)
             with watch.phase("rollout"):
@@ -44,7 +45,7 @@ def grow_and_score(
             keep = len(tree.topology.span(0, tree.topology.steps)) if recorded and not trees else 0
             asked = [conditions[prompt] for prompt in prompts]
             media += decode_and_put(
-                queue, session.inputs.model, tree.leaves, asked, prompts, recipe.batch.decode_rows, watch, keep
+                queue, session.inputs.model, tree.leaves, asked, prompts, session.limits.decode, watch, keep
             )
             trees.append(tree)
         with watch.phase("decode"):
@@ -63,12 +64,12 @@ def _rollout(session: Session, iteration: int, ids: Sequence[int], conditioning:
         for prompt_id in ids
     ]
     return rollout(
-        velocity_function(model, conditioning, session.accelerator.autocast),
+        fitted(velocity_function(model, conditioning, session.accelerator.autocast), session.limits.rollout),
         session.sampler,
         session.team.grow([session.inputs.schedule.plan(iteration, prompt_id) for prompt_id in ids]),
         torch.stack(initial).to(session.device),
         NoiseSource(recipe.seed, iteration),
         ids,
-        max_rows=recipe.batch.rollout_rows,
+        max_rows=session.limits.rollout.rows,
         store=torch.device("cpu") if recipe.batch.states == "host" else None,
     )

@@ -3,42 +3,80 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 
-from branchtree.protocols import Condition, Conditioning, ModelAdapter, VelocityFunction
+from branchtree.protocols import Condition, Conditioning, DropsEncoders, ModelAdapter, VelocityFunction
+from branchtree.recipe.schema import RunSection
+from branchtree.training.encodings import Encoding, EncodingStore, open_store
+
+Key = tuple[object, ...]
 
 CACHE_BYTES = 4 * 2**30
 """Host memory for encoded prompts: about a thousand of FLUX's in bfloat16."""
 
 
-class ConditioningCache:
-    """Encodes each prompt once and keeps the result on the CPU; the least recently used ones give way."""
+IDLE_REQUESTS = 8
+"""Requests in a row that need no encoding, after which encoders leave the host too."""
 
-    def __init__(self, model: ModelAdapter, limit: int = CACHE_BYTES) -> None:
+
+def open_cache(section: RunSection, model: ModelAdapter, device: torch.device) -> ConditioningCache:
+    """The cache of a loaded model's encodings, on disk too where the ``run`` section asks for it."""
+    return ConditioningCache(model, store=open_store(section.embeddings, section.embeddings_gib, model, device))
+
+
+class ConditioningCache:
+    """Encodes each prompt once and keeps the result on the CPU; the least recently used ones give way.
+
+    ``store`` keeps them on disk too, for the runs to come.
+    """
+
+    def __init__(self, model: ModelAdapter, limit: int = CACHE_BYTES, store: EncodingStore | None = None) -> None:
         self._model = model
         self._limit = limit
-        self._rows: OrderedDict[tuple[object, ...], dict[str, Tensor]] = OrderedDict()
+        self._store = store
+        self._idle = 0
+        self._rows: OrderedDict[Key, Encoding] = OrderedDict()
         self._bytes = 0
 
     def get(self, conditions: Sequence[Condition], device: torch.device) -> Conditioning:
         """The encoded conditions, P rows on the device. Encoders are released once nothing is missing."""
         keys = [_key(condition) for condition in conditions]
         missing = {key: condition for key, condition in zip(keys, conditions, strict=True) if key not in self._rows}
-        if missing:
-            encoded = self._model.encode(list(missing.values()))
-            self._model.release_frozen()
-            for row, key in enumerate(missing):
-                self._rows[key] = {name: value[row].clone() for name, value in encoded.items()}
-                self._bytes += _size(self._rows[key])
+        for key, row in self._found(missing).items():
+            self._rows[key] = row
+            self._bytes += _size(row)
         rows = [self._rows[key] for key in keys]
         for key in keys:
             self._rows.move_to_end(key)
         self._shrink(keep=len(set(keys)))
         return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+
+    def _found(self, missing: Mapping[Key, Condition]) -> dict[Key, Encoding]:
+        """Encodings from the disk, and made where they are not there."""
+        store = self._store
+        found = {} if store is None else {key: store.read(condition) for key, condition in missing.items()}
+        rows = {key: row for key, row in found.items() if row is not None}
+        unknown = {key: condition for key, condition in missing.items() if key not in rows}
+        self._rest(bool(unknown))
+        if not unknown:
+            return rows
+        encoded = self._model.encode(list(unknown.values()))
+        self._model.release_frozen()
+        for place, (key, condition) in enumerate(unknown.items()):
+            rows[key] = {name: value[place].clone() for name, value in encoded.items()}
+            if store is not None:
+                store.write(condition, rows[key])
+        return rows
+
+    def _rest(self, encoding: bool) -> None:
+        """Let encoders go that have had nothing to do for some time."""
+        self._idle = 0 if encoding else self._idle + 1
+        if self._idle == IDLE_REQUESTS and isinstance(self._model, DropsEncoders):
+            self._model.drop_encoders()
 
     def _shrink(self, keep: int) -> None:
         while self._bytes > self._limit and len(self._rows) > keep:
@@ -46,12 +84,12 @@ class ConditioningCache:
             self._bytes -= _size(row)
 
 
-def _key(condition: Condition) -> tuple[object, ...]:
+def _key(condition: Condition) -> Key:
     """All that an encoding may depend on."""
     return (condition.prompt, condition.negative_prompt, condition.image, condition.last_image, condition.video)
 
 
-def _size(row: dict[str, Tensor]) -> int:
+def _size(row: Encoding) -> int:
     return sum(value.numel() * value.element_size() for value in row.values())
 
 

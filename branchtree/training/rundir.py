@@ -15,6 +15,7 @@ from branchtree.recipe.schema import Recipe
 from branchtree.recipe.source import write_yaml
 
 METRICS, TIMING, EVALUATION = "metrics.jsonl", "timing.jsonl", "evaluation.jsonl"
+LIMITS = "limits.json"  # the batch limits that memory set
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class RunDirectory:
         """Take back what a run wrote that failed before its first iteration was done."""
         if (self.root / METRICS).exists() or self.checkpoints.exists():
             return
-        for name in (self.recipe_file.name, EVALUATION):
+        for name in (self.recipe_file.name, EVALUATION, LIMITS):
             (self.root / name).unlink(missing_ok=True)
         for name in ("samples", "trees", "trackers"):
             shutil.rmtree(self.root / name, ignore_errors=True)

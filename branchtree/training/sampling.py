@@ -12,6 +12,7 @@ from branchtree.noise import NoiseSource, Purpose, generator
 from branchtree.protocols import Condition, ModelAdapter
 from branchtree.rollout import Sampler, rollout
 from branchtree.schedule import TreePlan
+from branchtree.training.microbatch import RowLimit, fitted
 from branchtree.training.policy import ConditioningCache, velocity_function
 from branchtree.tree import grow
 
@@ -25,7 +26,7 @@ def sample_latents(
     noise_seeds: Sequence[tuple[int, int]],
     seed: int,
     device: torch.device,
-    max_rows: int | None = None,
+    limit: RowLimit,
 ) -> Tensor:
     """Clean latents (B, *latent) of B conditions along the ODE; each starts from noise addressed by its own pair."""
     steps = sampler.sigmas.numel() - 1
@@ -35,12 +36,12 @@ def sample_latents(
     )
     conditioning = cache.get(conditions, device)
     tree = rollout(
-        velocity_function(model, conditioning, autocast),
+        fitted(velocity_function(model, conditioning, autocast), limit),
         sampler,
         grow([plan] * len(conditions)),
         initial.to(device),
         NoiseSource(seed, 0),
         range(len(conditions)),
-        max_rows=max_rows,
+        max_rows=limit.rows,
     )
     return tree.leaves

@@ -22,7 +22,7 @@ from branchtree.assembly import NamedReward
 from branchtree.errors import RewardError
 from branchtree.protocols import Condition, Media, ModelAdapter, ReleasesMemory, Scores
 from branchtree.recipe.schema import ScoringSection
-from branchtree.rollout import chunks
+from branchtree.training.microbatch import REWARD_REMEDY, RowLimit, RowLimits, ran_out_of_memory
 from branchtree.training.timing import Stopwatch
 
 AHEAD = 2
@@ -88,6 +88,7 @@ class _Desk:
 
     reward: NamedReward
     executor: Executor
+    limit: RowLimit
     done: list[Future[tuple[Scores, float]]] = field(default_factory=list)
     open_group: list[Piece] = field(default_factory=list)
 
@@ -106,18 +107,22 @@ class _Desk:
             self.open_group = []
 
     def _score(self, piece: Piece) -> None:
-        self.done.append(self.executor.submit(timed_scores, self.reward, piece.media, piece.conditions))
+        work = self.executor.submit(timed_scores, self.reward, piece.media, piece.conditions, self.limit)
+        self.done.append(work)
 
 
 class ScoringQueue:
     """Scores pieces in the order they come. Use it as a context: leaving it ends its threads.
 
-    ``executor`` makes what a reward's work is given to. Raises RewardError, from ``put`` or ``results``, if a reward
-    fails or returns something that is not one number per sample.
+    ``executor`` makes what a reward's work is given to; ``limits`` remembers what rewards have memory for. Raises
+    RewardError, from ``put`` or ``results``, if a reward fails or returns something that is not one number per sample.
     """
 
-    def __init__(self, rewards: Sequence[NamedReward], executor: Callable[[], Executor]) -> None:
-        self._desks = [_Desk(reward, executor()) for reward in rewards]
+    def __init__(
+        self, rewards: Sequence[NamedReward], executor: Callable[[], Executor], limits: RowLimits | None = None
+    ) -> None:
+        each = [RowLimit(f"rewards.{r.label}", None) if limits is None else limits.reward(r.label) for r in rewards]
+        self._desks = [_Desk(reward, executor(), limit) for reward, limit in zip(rewards, each, strict=True)]
         self._waiting: deque[list[Future[tuple[Scores, float]]]] = deque()
 
     def __enter__(self) -> ScoringQueue:
@@ -163,30 +168,49 @@ def decode_and_put(
     latents: Tensor,
     conditions: Sequence[Condition],
     prompts: Sequence[int],
-    rows: int | None,
+    limit: RowLimit,
     watch: Stopwatch,
     keep: int = 0,
 ) -> list[Media]:
-    """Decode clean latents (L, *latent), ``rows`` at a time, and have sample i scored against condition i.
+    """Decode clean latents (L, *latent), and have sample i scored against condition i.
 
-    Returns the first ``keep`` samples' media in order, on the CPU.
+    As many go at a time as ``limit`` says. Returns the first ``keep`` samples' media in order, on the CPU.
     """
     kept: list[Media] = []
-    for span in chunks(len(latents), rows):
+
+    def decode(rows: slice) -> Media:
         with watch.phase("decode"):
-            piece = slice(span.start, span.stop)
-            media = model.decode(latents[piece])
-        if span.start < keep:
-            kept.append(_on_cpu(media[: keep - span.start]))
+            return model.decode(latents[rows])
+
+    for piece, media in limit.each(len(latents), decode):
+        if piece.start < keep:
+            kept.append(_on_cpu(media[: keep - piece.start]))
         with watch.phase("reward"):
             queue.put(Piece(media, conditions[piece], prompts[piece]))
     return kept
 
 
-def timed_scores(reward: NamedReward, media: Media, conditions: Sequence[Condition]) -> tuple[Scores, float]:
+def timed_scores(
+    reward: NamedReward, media: Media, conditions: Sequence[Condition], limit: RowLimit
+) -> tuple[Scores, float]:
     """One reward's checked scores, and the seconds they took."""
     start = time.perf_counter()
-    return checked_scores(reward, media, conditions), time.perf_counter() - start
+
+    def score(rows: slice) -> Scores:
+        try:
+            return checked_scores(reward, media[rows], conditions[rows])
+        except RewardError as error:
+            cause = error.__cause__
+            if cause is None or not ran_out_of_memory(cause):
+                raise
+            if reward.groupwise or len(conditions[rows]) == 1:
+                raise RewardError(f"{error}; {REWARD_REMEDY}") from cause
+            raise cause from None  # fewer samples at once may do
+
+    if reward.groupwise:  # a group cannot be cut
+        return score(slice(None)), time.perf_counter() - start
+    parts = [part for _, part in limit.each(len(media), score)]
+    return Scores.joined(parts), time.perf_counter() - start
 
 
 def checked_scores(reward: NamedReward, media: Media, conditions: Sequence[Condition]) -> Scores:

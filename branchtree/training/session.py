@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,10 +22,21 @@ from branchtree.assembly import (
     make_sampler,
     make_schedule,
 )
+from branchtree.cost import count
 from branchtree.credit import CreditRule, PruningRule
 from branchtree.data import PromptOrder, check_conditions, held_out_conditions, training_conditions
-from branchtree.errors import BranchTreeError, RecipeError, RewardError
-from branchtree.protocols import Callback, Condition, LoraSettings, ModelAdapter, RewardAdapter, VelocityFunction
+from branchtree.errors import BranchTreeError, ModelError, RecipeError, RewardError
+from branchtree.fitting import open_limits
+from branchtree.gpus import USABLE
+from branchtree.protocols import (
+    Callback,
+    CompilesBlocks,
+    Condition,
+    LoraSettings,
+    ModelAdapter,
+    RewardAdapter,
+    VelocityFunction,
+)
 from branchtree.recipe.schema import OptimSection, Recipe
 from branchtree.rollout import Sampler
 from branchtree.schedule import Schedule
@@ -35,7 +45,8 @@ from branchtree.training.ema import WeightAverage
 from branchtree.training.evaluation import Evaluator
 from branchtree.training.failures import FailureWatch
 from branchtree.training.guard import UpdateGuard
-from branchtree.training.policy import ConditioningCache, velocity_function
+from branchtree.training.microbatch import RowLimits
+from branchtree.training.policy import ConditioningCache, open_cache, velocity_function
 from branchtree.training.rundir import RunDirectory
 from branchtree.training.scoring import make_executor
 from branchtree.training.teams import Team, make_team, refuse_whole_groups
@@ -88,6 +99,7 @@ class Session:
     team: Team
     cache: ConditioningCache
     sampler: Sampler
+    limits: RowLimits
     updater: Updater
     trained: Trained
     evaluator: Evaluator | None
@@ -139,11 +151,15 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Sess
     refuse_whole_groups(team, inputs.rewards)
     compared = bool(recipe.loss.kl or recipe.loss.kl_every) and not recipe.lora
     reference = copy.deepcopy(model.denoiser).requires_grad_(False) if compared else None
+    for denoiser in (model.denoiser, reference):
+        if denoiser is not None and recipe.run.compile is not None:
+            compile_denoiser(model, denoiser, recipe.run.compile)
     parameters = {name: value for name, value in model.denoiser.named_parameters() if value.requires_grad}
     optimizer, scheduler = _make_optimizer(recipe.optim, list(parameters.values()), recipe.run.iterations)
     module, optimizer = accelerator.prepare(model.denoiser, optimizer)
     sampler = make_sampler(recipe, model)
-    cache = ConditioningCache(model)
+    limits = _row_limits(inputs, accelerator, module)
+    cache = open_cache(recipe.run, model, accelerator.device)
     average = WeightAverage(parameters, recipe.optim.ema) if recipe.optim.ema else None
     return Session(
         inputs=inputs,
@@ -152,6 +168,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Sess
         team=team,
         cache=cache,
         sampler=sampler,
+        limits=limits,
         updater=Updater(
             accelerator=accelerator,
             module=module,
@@ -160,13 +177,13 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Sess
             sampler=sampler,
             loss=recipe.loss,
             max_grad_norm=recipe.optim.max_grad_norm,
-            rows=recipe.batch.update_rows,
+            limit=limits.update,
             parameters=list(parameters.values()),
             guard=UpdateGuard(recipe.optim),
             average=average,
         ),
         trained=Trained(model, optimizer, scheduler, average),
-        evaluator=_make_evaluator(inputs, cache, sampler, accelerator.autocast, accelerator.device),
+        evaluator=_make_evaluator(inputs, cache, sampler, limits, accelerator),
         failures=FailureWatch(recipe.scoring),
         order=PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle),
         credit_rule=make_credit_rule(recipe),
@@ -219,6 +236,13 @@ def load_model(recipe: Recipe, model: ModelAdapter, device: torch.device) -> Non
         model.enable_gradient_checkpointing()
 
 
+def compile_denoiser(model: ModelAdapter, denoiser: nn.Module, backend: str) -> None:
+    """Compile a denoiser's blocks. Raises ModelError if the model's adapter cannot."""
+    if not isinstance(model, CompilesBlocks):
+        raise ModelError(f"run.compile: the adapter {type(model).__name__} cannot compile its model; leave it out")
+    model.compile_blocks(denoiser, backend)
+
+
 def load_rewards(rewards: Sequence[NamedReward], modality: str, device: torch.device) -> None:
     """Load each adapter once. Raises RewardError, naming the reward, if one fails or cannot score the modality."""
     loaded: list[RewardAdapter] = []
@@ -265,12 +289,28 @@ def learning_rate_factor(section: OptimSection, total: int) -> Callable[[int], f
     return factor
 
 
+def _row_limits(inputs: Inputs, accelerator: Any, module: nn.Module) -> RowLimits:
+    """The recipe's limits; on a GPU those that it leaves open start from the plan's estimate of what fits."""
+    from torch.distributed.tensor import DTensor
+
+    recipe = inputs.recipe
+    sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
+    limits = RowLimits(recipe.batch, recipe.evaluation.rows if recipe.evaluation else None, sharded)
+    if accelerator.device.type == "cuda":
+        _, memory = torch.cuda.mem_get_info(accelerator.device)
+        prompts = -(-recipe.batch.prompts // accelerator.num_processes)
+        plans = [inputs.schedule.plan(0, place) for place in range(prompts)]
+        cost = count(plans, make_credit_rule(recipe), make_pruning_rule(recipe), 0)
+        limits.start_at(open_limits(recipe, inputs.model.footprint(), cost, int(memory * USABLE)))
+    return limits
+
+
 def _make_evaluator(
     inputs: Inputs,
     cache: ConditioningCache,
     sampler: Sampler,
-    autocast: Callable[[], AbstractContextManager[None]],
-    device: torch.device,
+    limits: RowLimits,
+    accelerator: Any,
 ) -> Evaluator | None:
     section = inputs.recipe.evaluation
     if section is None:
@@ -282,7 +322,8 @@ def _make_evaluator(
         inputs.model,
         cache,
         sampler,
-        autocast,
-        device,
-        make_executor(inputs.recipe.scoring, device),
+        accelerator.autocast,
+        accelerator.device,
+        limits,
+        make_executor(inputs.recipe.scoring, accelerator.device),
     )

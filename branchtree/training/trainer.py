@@ -112,6 +112,8 @@ class Trainer:
         """Restore or begin; returns the iterations done before."""
         session, recipe = self._session, self._session.recipe
         done = self._restore() if resume else 0
+        if resume:
+            session.limits.recall(session.output)
         if self._main:
             session.output.rewind(done)
             session.output.write_recipe(recipe)
@@ -156,6 +158,7 @@ class Trainer:
         check = self._continuation_check(iteration, tree, scores, conditions[0], conditioning, watch)
         with watch.phase("update"):
             update = self._update(tree, group.topology, credit, conditioning, ids, iteration)
+        session.limits.settle(session.accelerator, session.output)
         rows = tree.topology.rollout_rows
         share = ShareRecord(tree.topology.plans, tuple(group.log_prob), dimensions, group.scores, rows, update)
         metrics = {**self._metrics(share, group.topology, credit, iteration), **check}
@@ -324,12 +327,13 @@ class Trainer:
             [(place, 0) for place in range(len(conditions))],
             session.recipe.tree.noise_seed,
             session.device,
-            session.recipe.batch.rollout_rows,
+            session.limits.rollout,
         )
-        media = inputs.model.decode(latents)
+        decoded = session.limits.decode.each(len(latents), lambda rows: inputs.model.decode(latents[rows]))
+        media = [part for _, part in decoded]
         inputs.model.release_frozen()
         prompts = [condition.prompt for condition in conditions]
-        write_grid(session.output.root / "samples", done, [media], prompts)
+        write_grid(session.output.root / "samples", done, media, prompts)
 
     def _finish(self, done: int, seconds: float) -> None:
         """Write ``final/`` and the summary."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -19,6 +19,7 @@ from branchtree.recipe.schema import LossSection
 from branchtree.rollout import Sampler, chunks
 from branchtree.training.ema import WeightAverage
 from branchtree.training.guard import UpdateGuard
+from branchtree.training.microbatch import RowLimit, ran_out_of_memory
 from branchtree.transitions import GaussianTransition
 from branchtree.tree import BranchTree
 
@@ -42,6 +43,11 @@ class UpdateRecord:
     mismatch: list[Tensor] = field(default_factory=list)  # (E,) |log p rollout - log p training|, same weights
     depth: list[Tensor] = field(default_factory=list)  # (E,) of the child
 
+    def add(self, other: UpdateRecord) -> None:
+        """What was seen after this."""
+        for each in fields(self):
+            setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
+
 
 @dataclass(frozen=True)
 class Policies:
@@ -62,7 +68,7 @@ class Updater:
     sampler: Sampler
     loss: LossSection
     max_grad_norm: float
-    rows: int | None  # families per forward
+    limit: RowLimit  # of families per forward
     parameters: Sequence[torch.nn.Parameter]
     guard: UpdateGuard
     average: WeightAverage | None
@@ -81,7 +87,7 @@ class Updater:
         tree: BranchTree,
         part: Families,
         policies: Policies,
-        old: list[Tensor] | None,
+        old: Tensor | None,
         record: UpdateRecord,
         iteration: int,
     ) -> None:
@@ -89,15 +95,9 @@ class Updater:
         if edges == 0:
             record.skipped_steps += 1
             return
-        first = record.steps == 0
-        batches = list(self._batches(part))
-        for index, families in enumerate(batches):
-            batch = gather(tree, families, self.accelerator.device)
-            with self._sync_only(last=index == len(batches) - 1):
-                losses = self._losses(batch, policies, None if old is None else old[index], record, first)
-                # DDP averages over processes; the loss is the mean over the edges of all of them.
-                self.accelerator.backward(losses.sum() * self.accelerator.num_processes / edges)
-        if not batches:
+        if len(part) > 0:
+            record.add(self._gradient(tree, part, policies, old, record.steps == 0, edges))
+        else:
             self._join_without_edges(tree, policies)
         norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
         if not self.guard.admits(norm, iteration):
@@ -112,6 +112,61 @@ class Updater:
         record.steps += 1
         record.grad_norms.append(norm)
 
+    def _gradient(
+        self,
+        tree: BranchTree,
+        part: Families,
+        policies: Policies,
+        old: Tensor | None,
+        first: bool,
+        edges: int,
+    ) -> UpdateRecord:
+        """Accumulate a step's gradient, and tell what was seen.
+
+        Where memory runs out, what has been accumulated may end in the middle of a batch: the step begins again, in
+        smaller batches. Raises DeviceMemoryError where it cannot.
+        """
+        while True:
+            batches, seen, failed, done = list(self._batches(part)), UpdateRecord(), 0, 0
+            for index, families in enumerate(batches):
+                last = index == len(batches) - 1
+                known = None if old is None else old[done : done + families.edges]
+                done += families.edges
+                reason = self._accumulate(tree, families, policies, known, first, edges, last, seen)
+                if reason is not None:
+                    failed = len(families)
+                    break
+            else:
+                return seen
+            self.optimizer.zero_grad()
+            self.limit.shrink(failed, reason)
+
+    def _accumulate(
+        self,
+        tree: BranchTree,
+        families: Families,
+        policies: Policies,
+        old: Tensor | None,
+        first: bool,
+        edges: int,
+        last: bool,
+        seen: UpdateRecord,
+    ) -> str | None:
+        """Add the gradient of one batch; returns the reason if memory ran out and the step may begin again."""
+        try:
+            batch = gather(tree, families, self.accelerator.device)
+            with self._sync_only(last):
+                losses = self._losses(batch, policies, old, seen, first)
+                # DDP averages over processes; the loss is the mean over the edges of all of them.
+                self.accelerator.backward(losses.sum() * self.accelerator.num_processes / edges)
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            if last and self.accelerator.num_processes > 1:
+                self.limit.refuse(len(families), str(error))  # the others wait in the middle of a reduction
+            return str(error)
+        return None
+
     @cached_property
     def _noise_weights(self) -> Tensor:
         """Weights of the steps, (T,)."""
@@ -120,7 +175,7 @@ class Updater:
     def _batches(self, families: Families) -> Iterator[Families]:
         if len(families) == 0:
             return
-        for span in chunks(len(families), self.rows):
+        for span in chunks(len(families), self.limit.rows):
             yield families.select(torch.arange(span.start, span.stop))
 
     def _sync_only(self, last: bool) -> AbstractContextManager[None]:
@@ -175,19 +230,18 @@ class Updater:
         return transition.kl(start, self.sampler.reduction)[batch.family]
 
     @torch.no_grad()
-    def _rescored(
-        self, tree: BranchTree, part: Families, policies: Policies, record: UpdateRecord
-    ) -> list[Tensor] | None:
-        """Old densities from forwards of the very batches that will be trained, under ``old_log_prob: recomputed``."""
-        if self.loss.old_log_prob != "recomputed":
+    def _rescored(self, tree: BranchTree, part: Families, policies: Policies, record: UpdateRecord) -> Tensor | None:
+        """Old densities (E,) from forwards of the batches that will be trained, under ``old_log_prob: recomputed``."""
+        if self.loss.old_log_prob != "recomputed" or len(part) == 0:
             return None
-        densities = []
-        for families in self._batches(part):
-            batch = gather(tree, families, self.accelerator.device)
+
+        def score(rows: slice) -> Tensor:
+            batch = gather(tree, part.select(torch.arange(rows.start, rows.stop)), self.accelerator.device)
             transition = self._transition(policies.trained, batch).rows(batch.family)
-            densities.append(transition.log_prob(batch.following, self.sampler.reduction))
-            record.rescored_rows += len(families)
-        return densities
+            return transition.log_prob(batch.following, self.sampler.reduction)
+
+        record.rescored_rows += len(part)
+        return torch.cat([density for _, density in self.limit.each(len(part), score)])
 
 
 def partition(
