@@ -23,19 +23,21 @@ def train(
     output: str | Path | None = None,
     smoke: bool = False,
     resume: bool = False,
+    allow: Sequence[str] = (),
     callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train a model by a recipe.
 
     ``recipe`` is a name, a YAML path, or a loaded Recipe; ``overrides`` maps dotted keys to values, as in
     ``{"optim.lr": 2e-5}``. The run is written to ``output``, by default ``runs/<recipe name>``; ``resume`` continues
-    the one that is there. ``smoke`` swaps in the recipe's small models and rewards. Raises a BranchTreeError, with
-    what is wrong and where, before work is done that it would cost.
+    the one that is there, under the same recipe but for keys that do not touch what is learnt and those that ``allow``
+    names, as in ``("optim.lr", "rewards.0.url")``. ``smoke`` swaps in the recipe's small models and rewards. Raises a
+    BranchTreeError, with what is wrong and where, before work is done that it would cost.
     """
     from branchtree.training.trainer import train_recipe
 
     resolved = _resolve(recipe, overrides, smoke)
-    return train_recipe(resolved, Path(output or Path("runs") / resolved.name).expanduser(), resume, callbacks)
+    return train_recipe(resolved, Path(output or Path("runs") / resolved.name).expanduser(), resume, callbacks, allow)
 
 
 def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None, *, smoke: bool = False) -> RunPlan:

@@ -128,6 +128,7 @@ NOTES: Mapping[str, str] = {
     "run.embeddings_gib": "",
     "run.checkpoint_every": "In iterations; the last one is always saved.",
     "run.keep_checkpoints": "Older ones are deleted.",
+    "run.checkpoint_async": "Write them in the background, from a copy in host memory; the same bytes.",
     "run.sample_every": "Iterations between sample grids.",
     "run.sample_prompts": "Samples in a grid.",
     "run.tree_every": "",

@@ -26,6 +26,7 @@ from branchtree.evaluating.subject import find_subject
 from branchtree.noise import NoiseSource, Purpose, generator
 from branchtree.protocols import Condition
 from branchtree.recipe.schema import LoraSection
+from branchtree.training.manifest import write_manifest
 from branchtree.training.rundir import RunDirectory
 from branchtree.training.session import load_model
 
@@ -229,7 +230,8 @@ def test_a_runs_newest_checkpoint_is_sampled(tmp_path: Path) -> None:
             next(model.denoiser.parameters()).mul_(1.1)
         folder = run.checkpoints / f"iteration_{iteration:06d}"
         model.save(folder / "model")
-        (folder / "state.json").write_text("{}")
+        (folder / "state.json").write_text(json.dumps({"iteration": iteration, "recipe": {"optim": {}}}))
+        write_manifest(folder)
         digests.append(weights_digest(model.denoiser))
     judged = make_request(found(run.root), {}, Choices(samples=16))
     assert judged.output == run.root / "diversity"

@@ -318,7 +318,8 @@ def test_a_run_is_continued_by_its_own_recipe_alone(desk: Desk, guest_run: tuple
     output = guest_run[1]
     before = everything(output)
     message = desk.failed("train", "guest", "optim.lr=1.0", "--resume", "--output", str(output))
-    assert "was written under another recipe: optim.lr changed; use the same recipe, or another --output" in message
+    assert "iteration_000020 was written under another recipe: optim.lr was 0.05 and is 1.0. Use the same" in message
+    assert message.endswith("or another --output, or, to go on with what changed, add --allow optim.lr")
     assert everything(output) == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import subprocess
@@ -15,6 +16,10 @@ from training_runs import arguments, largest_difference, metrics, small, weights
 
 from branchtree import train
 
+ENCODERS = tuple(
+    f"final/{part}.safetensors"
+    for part in ("text_encoder/model", "text_encoder_2/model", "vae/diffusion_pytorch_model")
+)
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -37,20 +42,21 @@ def wait_for_lines(process: subprocess.Popen[str], file: Path, lines: int) -> No
         time.sleep(0.02)
 
 
-def test_a_killed_run_resumes_to_the_same_end(model: Path, tmp_path: Path) -> None:
-    overrides = small(model, run__iterations=6, run__checkpoint_every=2)
+def test_a_run_killed_again_and_again_comes_to_the_same_end(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Four SIGKILLs: at random moments, inside the writing of a checkpoint, and as a resumption begins."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    kills = importlib.import_module("kills")
+    overrides = small(model, run__iterations=12, run__checkpoint_every=2)
     train("quickstart", overrides, output=tmp_path / "whole")
-    killed = tmp_path / "killed"
-    words = ("-m", "branchtree", "train", "quickstart", *arguments(overrides), "--output", str(killed), "--no-report")
-    process = start(*words)
-    wait_for_lines(process, killed / "metrics.jsonl", 3)
-    process.kill()
-    process.communicate()
-    resumed = start(*words, "--resume")
-    output, _ = resumed.communicate(timeout=300)
-    assert resumed.returncode == 0, output
-    assert (killed / "metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
-    assert largest_difference(weights(killed), weights(tmp_path / "whole")) == 0.0
+    job = kills.Job("quickstart", overrides, tmp_path / "killed")
+    struck = kills.kill_again_and_again(job, 4, seed=1, longest=1.5)
+    assert len(struck) > 1
+    kills.finish(job)
+    same = kills.compare(tmp_path / "whole", job.output)
+    assert set(same) == {"metrics.jsonl", "final/transformer/diffusion_pytorch_model.safetensors", *ENCODERS}
+    assert all(same.values()), same
 
 
 def test_ctrl_c_ends_the_iteration_and_leaves_a_checkpoint(model: Path, tmp_path: Path) -> None:

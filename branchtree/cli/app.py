@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import logging
+import os
+import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -32,6 +34,7 @@ RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name, or the pat
 OverridesArgument = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys, as in optim.lr=2e-5.")
 ]
+INTERRUPTED = 128 + signal.SIGINT  # the exit code of a process that Ctrl-C ended, as shells give it
 SmokeOption = Annotated[bool, typer.Option("--smoke", help="Use the recipe's bundled small model and rewards.")]
 
 
@@ -59,6 +62,9 @@ def train(
     overrides: OverridesArgument = None,
     smoke: SmokeOption = False,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the run in the output directory.")] = False,
+    allow: Annotated[
+        list[str] | None, typer.Option(metavar="KEY", help="With --resume: a key that may have changed; repeatable.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="The run's directory; runs/<recipe name> by default.")] = None,
     report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
 ) -> None:
@@ -67,8 +73,13 @@ def train(
     from branchtree.cli.display import ProgressDisplay, figures_table
 
     changes = parse_overrides(overrides or [])
-    with ProgressDisplay(console) as display:
-        result = run(recipe, changes, output=output, smoke=smoke, resume=resume, callbacks=[display])
+    try:
+        with ProgressDisplay(console) as display:
+            result = run(
+                recipe, changes, output=output, smoke=smoke, resume=resume, allow=allow or (), callbacks=[display]
+            )
+    except KeyboardInterrupt:
+        leave_at_once("stopped at once; --resume goes on from the last checkpoint")
     if not result.main_process:
         return
     if result.before and result.after:
@@ -141,6 +152,13 @@ def report(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> N
     from branchtree.report import write_report
 
     console.print(f"Report: {write_report(run)}")
+
+
+def leave_at_once(message: str) -> NoReturn:
+    """End the process as an interrupted one, without waiting for threads that still score or write."""
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    sys.stdout.flush()
+    os._exit(INTERRUPTED)
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:

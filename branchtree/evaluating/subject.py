@@ -10,7 +10,7 @@ from typing import Any
 from branchtree.errors import CheckpointError, RecipeError
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.load import SUFFIXES, recipe_names
-from branchtree.training.checkpoint import AVERAGE, list_checkpoints
+from branchtree.training.checkpoint import AVERAGE, iteration_of, list_checkpoints, newest_whole, require_usable
 from branchtree.training.rundir import RunDirectory
 
 
@@ -25,7 +25,7 @@ class Subject:
     @property
     def iteration(self) -> int | None:
         """How many iterations the checkpoint was trained for."""
-        return None if self.checkpoint is None else _iteration(self.checkpoint)
+        return None if self.checkpoint is None else iteration_of(self.checkpoint)
 
     @property
     def output(self) -> Path:
@@ -74,17 +74,20 @@ def _alone(recipe: Recipe, iteration: int | None) -> Subject:
 
 
 def _checkpoint(run: RunDirectory, iteration: int | None) -> Path:
-    found = {_iteration(path): path for path in list_checkpoints(run.checkpoints)}
+    """The newest checkpoint that is whole, or that of an iteration, which must be."""
+    newest = newest_whole(run.checkpoints) if iteration is None else None
+    if newest is not None:
+        return newest
+    found = {iteration_of(path): path for path in list_checkpoints(run.checkpoints)}
     if not found:
         raise CheckpointError(
             f"{run.root}: holds no checkpoint yet; one is written every run.checkpoint_every iterations. To judge the "
             f"base model alone, name {run.recipe_file}"
         )
-    if iteration is None:
-        return found[max(found)]
     if iteration not in found:
         there = ", ".join(map(str, sorted(found)))
         raise CheckpointError(f"{run.root}: holds no checkpoint of iteration {iteration}; it has {there}")
+    require_usable(found[iteration])
     return found[iteration]
 
 
@@ -94,7 +97,3 @@ def _check_weights(subject: Subject, trained_by: Recipe) -> None:
         raise CheckpointError(f"{subject.checkpoint}: was trained under another 'lora' section; leave lora as it was")
     if subject.checkpoint and subject.recipe.optim.ema and not (subject.checkpoint / AVERAGE).is_file():
         raise CheckpointError(f"{subject.checkpoint}: holds no averaged weights; leave out optim.ema")
-
-
-def _iteration(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("iteration_"))

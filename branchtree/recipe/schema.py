@@ -265,6 +265,7 @@ class RunSection(Section):
     embeddings_gib: float = Field(default=50.0, gt=0)  # the folder's size, above which the least recently used give way
     checkpoint_every: int = Field(default=40, ge=1)
     keep_checkpoints: int = Field(default=3, ge=1)
+    checkpoint_async: bool = False  # write them while training goes on
     sample_every: int = Field(default=20, ge=1)
     sample_prompts: int = Field(default=8, ge=1)
     tree_every: int = Field(default=20, ge=1)  # iterations between recorded trees

@@ -1,39 +1,41 @@
-"""Checkpoints: written whole or not at all, found again by themselves.
+"""Checkpoints: written whole or not at all, found again by themselves, and checked before they are used.
 
 A checkpoint is a folder ``checkpoints/iteration_000040``: ``model/`` in the layout of the model's own library,
-``optimizer.pt``, ``average.safetensors`` if there is an average, and ``state.json``. All randomness is addressed, so
-no generator state is kept.
+``optimizer.pt``, ``average.safetensors`` if there is an average, ``state.json``, and ``manifest.json``, which is
+written last and holds the size and SHA-256 of all the others. All randomness is addressed, so no generator state is
+kept.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import re
 import shutil
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from branchtree.errors import CheckpointError
 from branchtree.protocols import ModelAdapter
 from branchtree.recipe.schema import Recipe
+from branchtree.training.disk import writing
 from branchtree.training.ema import WeightAverage
+from branchtree.training.guard import UpdateGuard
+from branchtree.training.manifest import require_whole, write_manifest
 from branchtree.training.rundir import write_folder
 
-AVERAGE = "average.safetensors"
-FREE_SECTIONS = ("name", "description", "evaluation", "callbacks", "scoring")
-FREE_RUN_KEYS = (
-    "iterations",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "sample_every",
-    "sample_prompts",
-    "tree_every",
-    "trackers",
-)
-"""What may change when a run is continued: it does not touch what is learnt."""
+log = logging.getLogger("branchtree")
+
+AVERAGE, OPTIMIZER, STATE = "average.safetensors", "optimizer.pt", "state.json"
+NAME = re.compile(r"iteration_\d{6,}")
+DAMAGED = "damaged_"
+"""What a damaged checkpoint's name begins with once training has gone on without it."""
 
 
 @dataclass(frozen=True)
@@ -44,85 +46,158 @@ class Trained:
     optimizer: Any
     scheduler: Any
     average: WeightAverage | None
+    guard: UpdateGuard
 
     def as_exported(self) -> AbstractContextManager[None]:
         """A context in which the model holds the weights that ``final/`` would: the average, where there is one."""
         return nullcontext() if self.average is None else self.average.applied()
 
 
-def save_checkpoint(folder: Path, iteration: int, trained: Trained, recipe: Recipe, keep: int) -> None:
-    """Write the checkpoint of ``iteration`` done iterations, then delete all but the last ``keep``."""
+@dataclass(frozen=True)
+class Snapshot:
+    """What a checkpoint holds, in memory."""
 
-    def fill(path: Path) -> None:
-        trained.model.save(path / "model")
-        torch.save(trained.optimizer.state_dict(), path / "optimizer.pt")
-        if trained.average is not None:
-            from safetensors.torch import save_file
+    weights: Mapping[str, Tensor]  # every trainable parameter, by its name in the denoiser
+    optimizer: Mapping[str, Any]  # its state on the CPU
+    average: Mapping[str, Tensor] | None
+    state: Mapping[str, Any]  # what state.json says
 
-            save_file(trained.average.state(), path / AVERAGE)
-        state = {
+    @property
+    def iteration(self) -> int:
+        """How many iterations were done."""
+        return int(self.state["iteration"])
+
+
+def take_snapshot(
+    trained: Trained, iteration: int, recipe: Recipe, position: Mapping[str, Any], copied: bool
+) -> Snapshot:
+    """What is to be saved after ``iteration`` done iterations.
+
+    ``copied`` puts all of it into host memory of its own, so that training can go on while it is written; without it,
+    the weights are the live ones. ``position`` is for people who read the state.
+    """
+    parameters = {
+        name: value.detach() for name, value in trained.model.denoiser.named_parameters() if value.requires_grad
+    }
+    average = None if trained.average is None else trained.average.state()
+    optimizer = trained.optimizer.state_dict()
+    return Snapshot(
+        weights=_on_host(parameters, copied) if copied else parameters,
+        optimizer=_on_host(optimizer, copied),  # never tagged with a device, so that its bytes do not depend on it
+        average=_on_host(average, copied),
+        state={
             "iteration": iteration,
+            "position": dict(position),
+            "refused_in_a_row": trained.guard.in_a_row,
             "scheduler": trained.scheduler.state_dict(),
             "recipe": recipe.model_dump(mode="json"),
-        }
-        (path / "state.json").write_text(json.dumps(state), encoding="utf-8")
+        },
+    )
 
-    write_folder(folder / f"iteration_{iteration:06d}", fill)
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
+
+def write_checkpoint(folder: Path, snapshot: Snapshot, model: ModelAdapter, keep: int) -> None:
+    """Write a checkpoint, then delete all but the last ``keep``. Raises OutputError if the disk refuses."""
+
+    def fill(path: Path) -> None:
+        model.save(path / "model", snapshot.weights)
+        with (path / OPTIMIZER).open("wb") as file:  # a file of ours, so that its errors are Python's
+            torch.save(dict(snapshot.optimizer), file)
+        if snapshot.average is not None:
+            from safetensors.torch import save_file
+
+            save_file(dict(snapshot.average), path / AVERAGE)
+        (path / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
+        write_manifest(path)
+
+    target = folder / f"iteration_{snapshot.iteration:06d}"
+    with writing(target):
+        write_folder(target, fill)
+        for old in [*list_checkpoints(folder)[:-keep], *folder.glob(".iteration_*")]:
+            shutil.rmtree(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    return sorted(path for path in folder.glob("iteration_*") if (path / "state.json").is_file())
+    """The checkpoints in a folder, oldest first; whether they are whole is another matter."""
+    found = [path for path in folder.glob("iteration_*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=iteration_of)
 
 
-def load_checkpoint(path: Path, trained: Trained, recipe: Recipe) -> int:
-    """Restore a checkpoint in place and return how many iterations were done.
+def iteration_of(path: Path) -> int:
+    """How many iterations a checkpoint was trained for, by its name."""
+    return int(path.name.removeprefix("iteration_"))
 
-    Raises CheckpointError if it is damaged, or was written under a recipe that would learn something else.
+
+def newest_whole(folder: Path) -> Path | None:
+    """The newest checkpoint that is as it was written; None if there are no checkpoints.
+
+    Newer ones that are damaged are told of in the log. Raises CheckpointError if all of them are.
     """
+    checkpoints = list_checkpoints(folder)
+    for path in reversed(checkpoints):
+        try:
+            require_usable(path)
+        except CheckpointError as error:
+            log.warning("the checkpoint %s is damaged and passed over: %s", path.name, error)
+        else:
+            return path
+    if checkpoints:
+        raise CheckpointError(
+            f"{folder}: no checkpoint is whole ({len(checkpoints)} looked at; the log says what is wrong with each). "
+            "Put back a good copy of one, or start again with another --output"
+        )
+    return None
+
+
+def require_usable(path: Path) -> None:
+    """Check all files of a checkpoint. Raises CheckpointError naming the first that is damaged."""
+    require_whole(path)
+    read_state(path)
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json says. Raises CheckpointError if it cannot be read."""
     try:
-        state = json.loads((path / "state.json").read_text(encoding="utf-8"))
-        optimizer = torch.load(path / "optimizer.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file
-        raise CheckpointError(f"{path}: cannot be read: {error}; delete it to use the one before") from error
-    _require_same(state["recipe"], recipe.model_dump(mode="json"), path)
-    restore_weights(path, trained.model, trained.average)
-    trained.optimizer.load_state_dict(optimizer)
-    trained.scheduler.load_state_dict(state["scheduler"])
-    return int(state["iteration"])
+        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if not isinstance(state["recipe"]["optim"], dict) or int(state["iteration"]) != iteration_of(path):
+            raise ValueError("it belongs to another checkpoint")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path / STATE}: cannot be read ({type(error).__name__}: {error})") from error
+    return dict(state)
+
+
+def set_aside_damaged(folder: Path, used: Path) -> list[Path]:
+    """Give another name to the checkpoints that are newer than the one used, so that they never count again."""
+    moved = []
+    for path in list_checkpoints(folder):
+        if iteration_of(path) > iteration_of(used):
+            target = path.with_name(f"{DAMAGED}{path.name}")
+            shutil.rmtree(target, ignore_errors=True)
+            moved.append(path.rename(target))
+    return moved
 
 
 def restore_weights(path: Path, model: ModelAdapter, average: WeightAverage | None) -> None:
-    """Read back a checkpoint's trained weights, and their average where one is wanted."""
+    """Read back a checkpoint's trained weights, and their average where one is wanted.
+
+    An average that the checkpoint does not hold begins at its weights.
+    """
     model.restore(path / "model")
-    if average is not None:
+    if average is None:
+        return
+    if (path / AVERAGE).is_file():
         from safetensors.torch import load_file
 
         average.load(load_file(path / AVERAGE))
+    else:
+        average.restart()
 
 
-def _require_same(before: dict[str, Any], now: dict[str, Any], path: Path) -> None:
-    first, second = _what_is_learnt(before), _what_is_learnt(now)
-    changed = [key for key in {**first, **second} if first.get(key) != second.get(key)]
-    if changed:
-        raise CheckpointError(
-            f"{path} was written under another recipe: {', '.join(changed)} changed; "
-            "use the same recipe, or another --output"
-        )
-
-
-def _what_is_learnt(recipe: dict[str, Any]) -> dict[str, Any]:
-    """The keys of a recipe, dotted, that decide what is learnt."""
-    keys: dict[str, Any] = {}
-    for section, value in recipe.items():
-        if section not in FREE_SECTIONS:
-            keys |= (
-                {f"{section}.{key}": part for key, part in value.items()}
-                if isinstance(value, dict)
-                else {section: value}
-            )
-    # The length of the run shapes every schedule but the constant one.
-    free = [key for key in FREE_RUN_KEYS if key != "iterations" or recipe["optim"]["schedule"] == "constant"]
-    return {key: value for key, value in keys.items() if key.removeprefix("run.") not in free}
+def _on_host(value: Any, copied: bool) -> Any:
+    """Nested tensors on the CPU, those that are there already as they are unless they shall be copied."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=copied)
+    if isinstance(value, Mapping):
+        return {key: _on_host(entry, copied) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_on_host(entry, copied) for entry in value]
+    return value

@@ -102,8 +102,14 @@ class ContinuationWatch:
         self._first: dict[str, float] = {}
         self._warned: set[str] = set()
 
+    def recall(self, rows: Sequence[Mapping[str, float]]) -> None:
+        """Take up the first look of a run that is continued, from its lines of metrics."""
+        for row in rows:
+            for name in (name for name in row if name.startswith(GAP)):
+                self._first.setdefault(name.removeprefix(GAP), row[name])
+
     def look(self, figures: Mapping[str, float]) -> None:
-        """Compare the figures of one look with those of this process's first."""
+        """Compare the figures of one look with those of the run's first."""
         for name in [name for name in figures if name.startswith(GAP)]:
             label = name.removeprefix(GAP)
             drift = figures[name] - self._first.setdefault(label, figures[name])

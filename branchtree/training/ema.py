@@ -50,3 +50,9 @@ class WeightAverage:
         """Continue from a saved state."""
         for name, average in self._average.items():
             average.copy_(state[name])
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Begin again at the weights as they are now."""
+        for name, parameter in self._parameters.items():
+            self._average[name].copy_(parameter.detach())

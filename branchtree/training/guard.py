@@ -9,11 +9,14 @@ from branchtree.recipe.schema import OptimSection
 
 
 class UpdateGuard:
-    """Judges each update by its gradient's norm, which is the same on all processes."""
+    """Judges each update by its gradient's norm, which is the same on all processes.
+
+    ``in_a_row`` counts the updates left out since the last one taken; checkpoints keep it.
+    """
 
     def __init__(self, section: OptimSection) -> None:
         self._limit, self._most = section.refuse_above, section.max_refused
-        self._in_a_row = 0
+        self.in_a_row = 0
 
     def admits(self, norm: float, iteration: int) -> bool:
         """Whether to take an update whose gradient has this norm, before clipping.
@@ -22,12 +25,12 @@ class UpdateGuard:
         """
         reason = self._reason(norm)
         if reason is None:
-            self._in_a_row = 0
+            self.in_a_row = 0
             return True
-        self._in_a_row += 1
-        if self._in_a_row > self._most:
+        self.in_a_row += 1
+        if self.in_a_row > self._most:
             raise BranchTreeError(
-                f"iteration {iteration}: {reason}; with it {self._in_a_row} updates in a row were left out, and "
+                f"iteration {iteration}: {reason}; with it {self.in_a_row} updates in a row were left out, and "
                 f"optim.max_refused allows {self._most}. Lower optim.lr or sampler.eta, or look at the rewards of the "
                 "last iterations"
             )

@@ -129,8 +129,9 @@ class ScoringQueue:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        at_once = kind is not None and not issubclass(kind, Exception)  # a person who interrupts does not wait
         for desk in self._desks:
-            desk.executor.shutdown(wait=True, cancel_futures=True)
+            desk.executor.shutdown(wait=not at_once, cancel_futures=True)
 
     def put(self, piece: Piece) -> None:
         """Hand over a piece; waits while more than ``AHEAD`` earlier ones are not scored."""

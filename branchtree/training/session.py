@@ -161,6 +161,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Sess
     limits = _row_limits(inputs, accelerator, module)
     cache = open_cache(recipe.run, model, accelerator.device)
     average = WeightAverage(parameters, recipe.optim.ema) if recipe.optim.ema else None
+    guard = UpdateGuard(recipe.optim)
     return Session(
         inputs=inputs,
         output=output,
@@ -179,10 +180,10 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Sess
             max_grad_norm=recipe.optim.max_grad_norm,
             limit=limits.update,
             parameters=list(parameters.values()),
-            guard=UpdateGuard(recipe.optim),
+            guard=guard,
             average=average,
         ),
-        trained=Trained(model, optimizer, scheduler, average),
+        trained=Trained(model, optimizer, scheduler, average, guard),
         evaluator=_make_evaluator(inputs, cache, sampler, limits, accelerator),
         failures=FailureWatch(recipe.scoring),
         order=PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle),

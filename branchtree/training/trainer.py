@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,22 @@ import torch
 from torch import Tensor
 
 from branchtree.credit import Credit, assign_credit
-from branchtree.errors import BranchTreeError, CheckpointError, RewardError
+from branchtree.errors import (
+    BranchTreeError,
+    DataError,
+    OutputError,
+    RecipeError,
+    RewardError,
+)
 from branchtree.families import collect
 from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
-from branchtree.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from branchtree.training.continuation import ContinuationWatch, compare_continuation, is_due
+from branchtree.training.disk import writing
 from branchtree.training.evaluation import Figure
 from branchtree.training.growth import grow_and_score
 from branchtree.training.interrupt import StopRequest
+from branchtree.training.keeper import CheckpointKeeper
 from branchtree.training.metrics import ShareRecord, iteration_metrics, merged
 from branchtree.training.policy import velocity_function
 from branchtree.training.rundir import EVALUATION, METRICS, TIMING, RunDirectory, write_atomically, write_folder
@@ -49,20 +57,23 @@ class TrainResult:
     after: dict[str, Figure] | None
 
 
-def train_recipe(recipe: Recipe, output: Path, resume: bool, callbacks: Sequence[Callback] = ()) -> TrainResult:
+def train_recipe(
+    recipe: Recipe, output: Path, resume: bool, callbacks: Sequence[Callback] = (), allow: Sequence[str] = ()
+) -> TrainResult:
     """Run a resolved recipe in a directory; see ``branchtree.train``."""
+    if allow and not resume:
+        raise RecipeError("--allow names keys that may change on --resume; leave it out, or add --resume")
     directory = RunDirectory(output)
     inputs = read_inputs(recipe)
     accelerator = make_accelerator(recipe, directory)
-    if accelerator.is_main_process:
-        directory.claim(resume)
-    try:
-        session = open_session(inputs, directory, accelerator)
-        return Trainer(session, [*inputs.callbacks, *callbacks]).run(resume)
-    except BranchTreeError:
-        if accelerator.is_main_process:
-            directory.discard_untrained()
-        raise
+    with directory.claimed(resume) if accelerator.is_main_process else nullcontext():
+        try:
+            session = open_session(inputs, directory, accelerator)
+            return Trainer(session, [*inputs.callbacks, *callbacks]).run(resume, allow)
+        except (BranchTreeError, KeyboardInterrupt):
+            if accelerator.is_main_process:
+                directory.discard_untrained()
+            raise
 
 
 class Trainer:
@@ -74,20 +85,34 @@ class Trainer:
         self._callbacks = list(callbacks) if self._main else []
         self._warned = False
         self._continuation = ContinuationWatch()
+        self._keeper = CheckpointKeeper(session)
 
-    def run(self, resume: bool) -> TrainResult:
-        """Train to the end, or until asked to stop; then write ``final/``."""
+    def run(self, resume: bool, allow: Sequence[str] = ()) -> TrainResult:
+        """Train to the end, or until asked to stop; then write ``final/``.
+
+        ``allow`` names keys of the recipe that may have changed since the checkpoint. Raises OutputError, which says
+        what is kept, if something cannot be written.
+        """
+        try:
+            with self._keeper:
+                return self._run(resume, allow)
+        except OutputError as error:
+            raise OutputError(f"{error}. {self._keeper.kept()}") from error
+
+    def _run(self, resume: bool, allow: Sequence[str]) -> TrainResult:
         session, recipe = self._session, self._session.recipe
         started = time.perf_counter()
-        done = self._start(resume)
+        done = self._start(resume, allow)
         with StopRequest() as stop:
             for iteration in range(done, recipe.run.iterations):
+                self._keeper.check()
                 self._iteration_or_checkpoint(iteration)
                 done = iteration + 1
                 stopping = self._any_process(stop.requested)
                 self._after(done, stopping)
                 if stopping:
                     break
+        self._keeper.wait()
         finished = done == recipe.run.iterations
         if finished and self._main:
             self._finish(done, time.perf_counter() - started)
@@ -95,12 +120,12 @@ class Trainer:
         return self._result(done, finished)
 
     def _iteration_or_checkpoint(self, iteration: int) -> None:
-        """An iteration; if its rewards fail, which is before its update, what was learnt until then is kept."""
+        """An iteration; if its rewards or data fail, which is before its update, what was learnt until then is kept."""
         try:
             self._iteration(iteration)
-        except RewardError:
+        except (RewardError, DataError):
             if self._main and iteration > 0:
-                self._checkpoint(iteration)
+                self._keeper.save(iteration)
             raise
 
     def _any_process(self, flag: bool) -> bool:
@@ -108,15 +133,16 @@ class Trainer:
         accelerator = self._session.accelerator
         return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum"))
 
-    def _start(self, resume: bool) -> int:
+    def _start(self, resume: bool, allow: Sequence[str]) -> int:
         """Restore or begin; returns the iterations done before."""
         session, recipe = self._session, self._session.recipe
-        done = self._restore() if resume else 0
+        done = self._keeper.restore(allow) if resume else 0
         if resume:
             session.limits.recall(session.output)
         if self._main:
             session.output.rewind(done)
             session.output.write_recipe(recipe)
+            self._continuation.recall(session.output.rows(METRICS))
         session.failures.recall(session.accelerator, session.output)
         if recipe.run.trackers:
             session.accelerator.init_trackers(
@@ -129,24 +155,13 @@ class Trainer:
             self._sample(0)
         return done
 
-    def _restore(self) -> int:
-        session = self._session
-        checkpoints = list_checkpoints(session.output.checkpoints)
-        if not checkpoints:
-            log.warning("no checkpoint in %s: starting from the beginning", session.output.root)
-            return 0
-        done = load_checkpoint(checkpoints[-1], session.trained, session.recipe)
-        if done > session.recipe.run.iterations:
-            raise CheckpointError(f"{checkpoints[-1]}: {done} iterations are done, more than run.iterations asks for")
-        return done
-
     def _iteration(self, iteration: int) -> None:
         session, recipe = self._session, self._session.recipe
         watch = Stopwatch(session.device)
         ids = session.order.batch(iteration, recipe.batch.prompts)[session.share]
         conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
         with watch.phase("encode"):
-            conditioning = dict(session.cache.get(conditions, session.device))
+            conditioning = self._encoded(conditions)
         recorded = session.team.place == 0 and iteration % recipe.run.tree_every == 0
         tree, scores, media = grow_and_score(session, iteration, ids, conditions, conditioning, watch, recorded)
         session.failures.check(session.accelerator, scores)
@@ -165,9 +180,25 @@ class Trainer:
         if self._main:
             if recorded:
                 trees = session.output.root / "trees"
-                prompt = conditions[0].prompt
-                write_tree(trees, iteration, prompt, group.topology, group.scores, credit, group.thumbnails)
+                with writing(trees):
+                    prompt = conditions[0].prompt
+                    write_tree(trees, iteration, prompt, group.topology, group.scores, credit, group.thumbnails)
             self._log(iteration, metrics, watch)
+
+    def _encoded(self, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        """The encoded conditions. Raises DataError, on every process, if one's image or video is gone."""
+        from accelerate.utils import gather_object
+
+        session = self._session
+        encoded, problem = dict[str, Tensor](), None
+        try:
+            encoded = dict(session.cache.get(conditions, session.device))
+        except DataError as error:
+            problem = str(error)
+        problems = [told for told in gather_object([problem]) if told is not None]
+        if problems:
+            raise DataError(problems[0])
+        return encoded
 
     def _continuation_check(
         self,
@@ -256,11 +287,16 @@ class Trainer:
         session = self._session
         session.output.append(METRICS, {"iteration": iteration, **metrics})
         session.output.append(TIMING, {"iteration": iteration, **watch.report()})
-        if session.recipe.run.trackers:
-            session.accelerator.log(metrics, step=iteration)
+        self._track(metrics, iteration)
         self._warn_of_mismatch(metrics)
         for callback in self._callbacks:
             callback.on_iteration(iteration, metrics)
+
+    def _track(self, figures: Mapping[str, float], step: int) -> None:
+        session = self._session
+        if session.recipe.run.trackers:
+            with writing(session.output.root / "trackers"):
+                session.accelerator.log(dict(figures), step=step)
 
     def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
         """Say once that the clip range lies below the numerical noise of densities, which would silence edges."""
@@ -290,12 +326,8 @@ class Trainer:
                 if sampling:
                     self._sample(done)
         if self._main and (last or stopping or done % recipe.run.checkpoint_every == 0):
-            self._checkpoint(done)
+            self._keeper.save(done)
         session.accelerator.wait_for_everyone()
-
-    def _checkpoint(self, done: int) -> None:
-        session, recipe = self._session, self._session.recipe
-        save_checkpoint(session.output.checkpoints, done, session.trained, recipe, recipe.run.keep_checkpoints)
 
     def _evaluate(self, done: int) -> None:
         session = self._session
@@ -307,8 +339,7 @@ class Trainer:
         rows = {label: asdict(figure) for label, figure in figures.items()}
         session.output.append(EVALUATION, {"iteration": done, "figures": rows})
         means = {label: figure.mean for label, figure in figures.items() if figure.mean is not None}
-        if session.recipe.run.trackers:
-            session.accelerator.log({f"evaluation/{label}": mean for label, mean in means.items()}, step=done)
+        self._track({f"evaluation/{label}": mean for label, mean in means.items()}, done)
         for callback in self._callbacks:
             callback.on_evaluation(done, means)
 
@@ -333,16 +364,21 @@ class Trainer:
         media = [part for _, part in decoded]
         inputs.model.release_frozen()
         prompts = [condition.prompt for condition in conditions]
-        write_grid(session.output.root / "samples", done, media, prompts)
+        samples = session.output.root / "samples"
+        with writing(samples):
+            write_grid(samples, done, media, prompts)
 
     def _finish(self, done: int, seconds: float) -> None:
         """Write ``final/`` and the summary."""
         session = self._session
         average = session.trained.average
         weights = None if average is None else average.weights()
-        write_folder(session.output.final, lambda folder: session.inputs.model.export(folder, weights))
+        with writing(session.output.final):
+            write_folder(session.output.final, lambda folder: session.inputs.model.export(folder, weights))
         summary = {"iterations": done, "seconds": seconds, "device": str(session.device)}
-        write_atomically(session.output.root / "summary.json", json.dumps(summary).encode())
+        path = session.output.root / "summary.json"
+        with writing(path):
+            write_atomically(path, json.dumps(summary).encode())
         for callback in self._callbacks:
             callback.on_end(session.output.root)
 

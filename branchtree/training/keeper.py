@@ -1,0 +1,112 @@
+"""A run's checkpoints as the training loop uses them: going on from one, writing others, saying what is kept."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from branchtree.errors import CheckpointError
+from branchtree.training.checkpoint import (
+    list_checkpoints,
+    newest_whole,
+    set_aside_damaged,
+    take_snapshot,
+    write_checkpoint,
+)
+from branchtree.training.disk import writing
+from branchtree.training.position import position
+from branchtree.training.restore import load_checkpoint
+from branchtree.training.rundir import METRICS
+from branchtree.training.session import Session
+from branchtree.training.writer import CheckpointWriter
+
+log = logging.getLogger("branchtree")
+
+
+class CheckpointKeeper:
+    """Restores and saves one session. Used as a context, it is left only when nothing is being written."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._writer = CheckpointWriter(session.recipe.run.checkpoint_async)
+        self._saved: int | None = None  # the iterations done at the checkpoint that was read or written last
+
+    def __enter__(self) -> CheckpointKeeper:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._writer.__exit__(kind, error, at)
+
+    def restore(self, allow: Sequence[str]) -> int:
+        """Go on from the newest checkpoint that is whole; returns the iterations done, 0 without any checkpoint.
+
+        ``allow`` names keys of the recipe that may have changed. Raises CheckpointError or RecipeError.
+        """
+        session = self._session
+        path = self._newest()
+        if path is None:
+            log.warning("no checkpoint in %s: starting from the beginning", session.output.root)
+            return 0
+        done = load_checkpoint(path, session.trained, session.recipe, allow)
+        if done > session.recipe.run.iterations:
+            raise CheckpointError(f"{path}: {done} iterations are done, more than run.iterations asks for")
+        self._saved = done
+        if session.accelerator.is_main_process:
+            with writing(session.output.checkpoints):
+                moved = set_aside_damaged(session.output.checkpoints, path)
+            for damaged in moved:
+                log.warning("going on from iteration %d; the damaged checkpoint is now %s", done, damaged)
+        return done
+
+    def _newest(self) -> Path | None:
+        """The checkpoint to go on from, which the main process looks for and checks; it fails on all or on none."""
+        from accelerate.utils import broadcast_object_list
+
+        found: list[Any] = [None, None]
+        if self._session.accelerator.is_main_process:
+            try:
+                found[0] = newest_whole(self._session.output.checkpoints)
+            except CheckpointError as error:
+                found[1] = str(error)
+        path, problem = broadcast_object_list(found)
+        if problem is not None:
+            raise CheckpointError(problem)
+        return None if path is None else Path(path)
+
+    def save(self, done: int) -> None:
+        """Save what was learnt, unless the last checkpoint holds just that. Raises OutputError."""
+        if done == self._saved:
+            return
+        session, recipe = self._session, self._session.recipe
+        self._writer.wait()  # before the copy: there is never more than one
+        standing = position(recipe, session.inputs.schedule, session.order, done)
+        snapshot = take_snapshot(session.trained, done, recipe, standing, copied=recipe.run.checkpoint_async)
+
+        def write() -> None:
+            output = session.output
+            with writing(output.root):
+                output.sync_logs()
+            write_checkpoint(output.checkpoints, snapshot, session.inputs.model, recipe.run.keep_checkpoints)
+
+        self._writer.put(write)
+        self._saved = done
+
+    def check(self) -> None:
+        """Raise what a write in the background raised that has ended since."""
+        self._writer.check()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written. Raises what the write raised."""
+        self._writer.wait()
+
+    def kept(self) -> str:
+        """What a failed write leaves of the run, and how to go on."""
+        output = self._session.output
+        checkpoints = list_checkpoints(output.checkpoints)
+        if checkpoints:
+            return f"The checkpoint {checkpoints[-1]} is kept: once there can be written again, go on with --resume"
+        again = "begin again with --resume" if (output.root / METRICS).exists() else "begin again"
+        return f"No checkpoint was written before: once there can be written again, {again}"
