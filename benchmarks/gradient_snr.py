@@ -76,7 +76,7 @@ def collect(recipe: str, count: int, rows: int, seed: int) -> Gradients:
         vectors: list[Tensor] = []
 
         def keep(*_: Any) -> None:
-            parts = [p.grad.flatten().cpu() for p in session.updater.parameters if p.grad is not None]
+            parts = [p.grad.flatten().cpu() for p in session.updater.engine.parameters.values() if p.grad is not None]
             vectors.append(torch.cat(parts))
 
         session.updater.optimizer.optimizer.register_step_pre_hook(keep)

@@ -100,6 +100,11 @@ def rollout(
     return BranchTree(topology, sampler.sigmas, tuple(states), tuple(log_prob))
 
 
+def forwards(topology: Topology, max_rows: int | None) -> int:
+    """How often ``rollout`` asks for predictions."""
+    return sum(len(chunks(len(topology.evaluated(step)), max_rows)) for step in range(topology.steps))
+
+
 def chunks(rows: int, limit: int | None) -> list[range]:
     """Cut ``rows`` into runs of at most ``limit``."""
     if limit is not None and limit < 1:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from tiny_flux import tiny_flux
-from training_runs import arguments, largest_difference, metrics, small, weights
+from training_runs import arguments, metrics, small
 
 from branchtree import train
 
@@ -72,30 +72,3 @@ def test_ctrl_c_ends_the_iteration_and_leaves_a_checkpoint(model: Path, tmp_path
     assert "--resume" in output and "Traceback" not in output
     assert (tmp_path / f"run/checkpoints/iteration_{done:06d}/state.json").is_file()
     assert not (tmp_path / "run/final").exists()
-
-
-# The leaves of a prompt without a digit are masked, on the process that has it alone.
-MASKED = {"data__prompts": ["a seven", "a picture", "a one", "a five"], "batch__rollout_prompts": 1}
-
-
-@pytest.mark.parametrize("changes", [MASKED, {"pruning__kind": "parent_top1", "optim__steps_per_iteration": 2}])
-def test_two_processes_learn_what_one_learns(model: Path, tmp_path: Path, changes: dict[str, object]) -> None:
-    evaluation = {"prompts": ["a two", "a six"], "rows": 1, "rewards": [{"reward": "digits"}]}
-    overrides = small(model, batch__prompts=3, run__iterations=3, evaluation=evaluation, **changes)
-    train("quickstart", overrides, output=tmp_path / "one")
-    process = start(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "branchtree", "train",
-        "quickstart", *arguments(overrides), "--output", str(tmp_path / "two"), "--no-report",
-    )  # fmt: skip
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
-    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
-    assert len(one) == len(two) == 3
-    assert any(row["reward/skipped_prompts"] for row in one) == (changes is MASKED)
-    for first, second in zip(one, two, strict=True):
-        assert first.keys() == second.keys()
-        for name in (name for name in first if not name.startswith(("loss", "log_prob/", "ratio/"))):
-            assert second[name] == pytest.approx(first[name], rel=1e-3, abs=1e-5), name
-    assert largest_difference(weights(tmp_path / "one"), weights(tmp_path / "two")) < 2e-4
-    evaluations = [(tmp_path / name / "evaluation.jsonl").read_text().splitlines()[0] for name in ("one", "two")]
-    assert evaluations[0] == evaluations[1]

@@ -30,7 +30,7 @@ from branchtree.training.failures import FailureWatch
 from branchtree.training.rundir import METRICS, RunDirectory
 from branchtree.training.scoring import AHEAD, Piece, ScoringQueue, make_executor
 from branchtree.training.session import make_accelerator, open_session, read_inputs
-from branchtree.training.trainer import Trainer
+from branchtree.training.trainer import Trainer, agreed_checkpoint
 
 CPU = torch.device("cpu")
 THREAD, IN_PLACE = (make_executor(ScoringSection(overlap=overlap), CPU) for overlap in (True, False))
@@ -222,7 +222,9 @@ def train_failing(
     inputs = replace(read_inputs(recipe), rewards=[NamedReward("judge", 1.0, Failing(shares))])
     directory = RunDirectory(output)
     directory.claim(resume)
-    Trainer(open_session(inputs, directory, make_accelerator(recipe, directory)), []).run(resume)
+    accelerator = make_accelerator(recipe, directory)
+    checkpoint = agreed_checkpoint(directory, recipe) if resume else None
+    Trainer(open_session(inputs, directory, accelerator, checkpoint), []).run(resume)
 
 
 def test_a_rising_rate_of_failures_ends_the_run_and_keeps_what_was_learnt(model: Path, tmp_path: Path) -> None:

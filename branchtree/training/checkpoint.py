@@ -12,8 +12,8 @@ import json
 import logging
 import re
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from branchtree.protocols import ModelAdapter
 from branchtree.recipe.schema import Recipe
 from branchtree.training.disk import writing
 from branchtree.training.ema import WeightAverage
+from branchtree.training.engine import Engine
 from branchtree.training.guard import UpdateGuard
 from branchtree.training.manifest import require_whole, write_manifest
 from branchtree.training.rundir import write_folder
@@ -40,17 +41,25 @@ DAMAGED = "damaged_"
 
 @dataclass(frozen=True)
 class Trained:
-    """The parts of a run that training changes."""
+    """The parts of a run that training changes. All processes call its methods together."""
 
     model: ModelAdapter
-    optimizer: Any
+    engine: Engine
     scheduler: Any
     average: WeightAverage | None
     guard: UpdateGuard
 
-    def as_exported(self) -> AbstractContextManager[None]:
+    @contextmanager
+    def as_exported(self) -> Iterator[None]:
         """A context in which the model holds the weights that ``final/`` would: the average, where there is one."""
-        return nullcontext() if self.average is None else self.average.applied()
+        self.engine.settle()
+        with nullcontext() if self.average is None else self.average.applied():
+            yield
+            self.engine.settle()
+
+    def exported(self) -> dict[str, Tensor] | None:
+        """The weights of ``final/``, to be written by the main process; None: those that the model holds."""
+        return self.engine.denoiser_state() if self.average is None else self.average.weights()
 
 
 @dataclass(frozen=True)
@@ -71,18 +80,18 @@ class Snapshot:
 def take_snapshot(
     trained: Trained, iteration: int, recipe: Recipe, position: Mapping[str, Any], copied: bool
 ) -> Snapshot:
-    """What is to be saved after ``iteration`` done iterations.
+    """What is to be saved after ``iteration`` done iterations, to be written by the main process. All must call this.
 
     ``copied`` puts all of it into host memory of its own, so that training can go on while it is written; without it,
     the weights are the live ones. ``position`` is for people who read the state.
     """
-    parameters = {
-        name: value.detach() for name, value in trained.model.denoiser.named_parameters() if value.requires_grad
-    }
+    weights = trained.engine.denoiser_state()
+    if weights is None:
+        weights = {name: value.detach() for name, value in trained.engine.parameters.items()}
     average = None if trained.average is None else trained.average.state()
-    optimizer = trained.optimizer.state_dict()
+    optimizer = trained.engine.optimizer_state()
     return Snapshot(
-        weights=_on_host(parameters, copied) if copied else parameters,
+        weights=_on_host(weights, copied) if copied else weights,
         optimizer=_on_host(optimizer, copied),  # never tagged with a device, so that its bytes do not depend on it
         average=_on_host(average, copied),
         state={
@@ -182,8 +191,12 @@ def restore_weights(path: Path, model: ModelAdapter, average: WeightAverage | No
     An average that the checkpoint does not hold begins at its weights.
     """
     model.restore(path / "model")
-    if average is None:
-        return
+    if average is not None:
+        load_average(path, average)
+
+
+def load_average(path: Path, average: WeightAverage) -> None:
+    """Take up a checkpoint's average; one that it does not hold begins at the weights as they are."""
     if (path / AVERAGE).is_file():
         from safetensors.torch import load_file
 

@@ -16,14 +16,15 @@ from torch import Tensor
 
 from branchtree.noise import NoiseSource
 from branchtree.protocols import Condition, Scores
-from branchtree.rollout import rollout
+from branchtree.rollout import forwards, rollout
 from branchtree.schedule import TreePlan
+from branchtree.training.lockstep import Phase
 from branchtree.training.microbatch import fitted
 from branchtree.training.policy import velocity_function
 from branchtree.training.scoring import InPlace, ScoringQueue, decode_and_put
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
-from branchtree.tree import BranchTree, grow
+from branchtree.tree import BranchTree, Topology, grow
 
 log = logging.getLogger("branchtree")
 
@@ -41,6 +42,7 @@ def compare_continuation(
     scores: Mapping[str, Scores],
     condition: Condition,
     conditioning: Mapping[str, Tensor],
+    phase: Phase,
 ) -> dict[str, float]:
     """Score the first prompt's leaves again, as the whole grid and Euler's method reach them from the same states.
 
@@ -52,11 +54,14 @@ def compare_continuation(
     first = plan.last_stochastic + 1
     leaves = tree.topology.span(0, plan.steps)
     states = tree.states[first][: len(tree.topology.span(0, first))].to(session.device)
-    rest = TreePlan((1,) * (plan.steps - first), (False,) * (plan.steps - first), (False,) * (plan.steps - first))
+    rest = _rest(plan)
     sampler = replace(session.sampler, sigmas=session.sampler.sigmas[first:], solver="euler")
     each = {name: value.expand(len(states), *value.shape[1:]) for name, value in conditioning.items()}
     whole = rollout(
-        fitted(velocity_function(session.inputs.model, each, session.accelerator.autocast), session.limits.rollout),
+        fitted(
+            phase.counted(velocity_function(session.inputs.model, each, session.accelerator.autocast)),
+            session.limits.rollout,
+        ),
         sampler,
         grow([rest] * len(states)),
         states,
@@ -76,6 +81,18 @@ def compare_continuation(
     for label, score in full.items():
         figures |= _compared(label, score, scores[label], slice(leaves.start, leaves.stop))
     return figures
+
+
+def comparing_forwards(topology: Topology, max_rows: int | None) -> int:
+    """How many forwards ``compare_continuation`` makes."""
+    plan = topology.plans[0]
+    return forwards(grow([_rest(plan)] * len(topology.span(0, plan.last_stochastic + 1))), max_rows)
+
+
+def _rest(plan: TreePlan) -> TreePlan:
+    """The whole grid from a plan's last stochastic step on, of one node."""
+    steps = plan.steps - plan.last_stochastic - 1
+    return TreePlan((1,) * steps, (False,) * steps, (False,) * steps)
 
 
 def _compared(label: str, full: Scores, coarse: Scores, rows: slice) -> dict[str, float]:

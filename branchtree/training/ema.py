@@ -1,4 +1,8 @@
-"""An exponential moving average of the trained weights, kept on the CPU."""
+"""An exponential moving average of the trained weights, kept on the CPU.
+
+Where weights are sharded, each process keeps the average of its own part: 4 bytes a weight over all processes, and
+nothing is sent but when it is written.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from branchtree.training.sharding import joined, local, share_of
+
 
 class WeightAverage:
     """average = decay * average + (1 - decay) * weight, after each optimiser step, in float32."""
@@ -15,26 +21,26 @@ class WeightAverage:
     def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
         self._decay = decay
         self._parameters = dict(parameters)
-        self._average = {name: value.detach().float().cpu().clone() for name, value in parameters.items()}
+        self._average = {name: local(value).float().cpu().clone() for name, value in parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
         """Take the weights as they are now into the average."""
         for name, parameter in self._parameters.items():
-            self._average[name].lerp_(parameter.detach().float().cpu(), 1 - self._decay)
+            self._average[name].lerp_(local(parameter).float().cpu(), 1 - self._decay)
 
     def state(self) -> dict[str, Tensor]:
-        """The averages by parameter name, float32."""
-        return dict(self._average)
+        """The whole averages by parameter name, float32. Where weights are sharded, all processes must call this."""
+        return {name: joined(value, self._parameters[name]) for name, value in self._average.items()}
 
     def weights(self) -> dict[str, Tensor]:
         """The averages in the parameters' own dtypes, ready to be written in their place."""
-        return {name: value.to(self._parameters[name].dtype) for name, value in self._average.items()}
+        return {name: value.to(self._parameters[name].dtype) for name, value in self.state().items()}
 
     @contextmanager
     def applied(self) -> Iterator[None]:
         """A context in which the model holds the averages, as ``final/`` will."""
-        originals = {name: parameter.detach().cpu().clone() for name, parameter in self._parameters.items()}
+        originals = {name: local(parameter).cpu().clone() for name, parameter in self._parameters.items()}
         try:
             self._assign(self._average)
             yield
@@ -44,15 +50,15 @@ class WeightAverage:
     @torch.no_grad()
     def _assign(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
-            parameter.copy_(values[name])
+            local(parameter).copy_(values[name])
 
     def load(self, state: Mapping[str, Tensor]) -> None:
-        """Continue from a saved state."""
+        """Continue from a saved state, of any number of processes."""
         for name, average in self._average.items():
-            average.copy_(state[name])
+            average.copy_(local(share_of(state[name], self._parameters[name])))
 
     @torch.no_grad()
     def restart(self) -> None:
         """Begin again at the weights as they are now."""
         for name, parameter in self._parameters.items():
-            self._average[name].copy_(parameter.detach())
+            self._average[name].copy_(local(parameter))

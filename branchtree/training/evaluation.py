@@ -86,6 +86,7 @@ class Evaluator:
     device: torch.device
     limits: RowLimits
     executor: Callable[[], Executor]  # what scores one batch while the next is sampled
+    joint: bool = False  # whether a forward is a call that all processes must make
 
     def figures(self, accelerator: Any) -> dict[str, Figure]:
         """Each reward's figure by label."""
@@ -102,11 +103,18 @@ class Evaluator:
 
         pairs = [(p, draw) for p in range(len(self.conditions)) for draw in range(self.section.noises)]
         # Whole batches are dealt out, so that a sample's batch mates do not depend on the number of processes.
-        batches = chunks(len(pairs), self._rows)[accelerator.process_index :: accelerator.num_processes]
-        everyone: list[Samples] = gather_object(
-            self._score([[pairs[row] for row in span] for span in batches], keep, advance)
-        )
+        batches = [[pairs[row] for row in span] for span in chunks(len(pairs), self._rows)]
+        mine = batches[accelerator.process_index :: accelerator.num_processes]
+        scored = self._score(mine, keep, advance)
+        if self.joint:
+            self._join(batches[0], len(batches[:: accelerator.num_processes]) - len(mine))
+        everyone: list[Samples] = gather_object(scored)
         return Samples.joined(everyone)
+
+    def _join(self, pairs: Sequence[Pair], times: int) -> None:
+        """Sample along with the processes that have more batches than this one; the samples are thrown away."""
+        for _ in range(times):
+            self._sampled(pairs, [self.conditions[prompt] for prompt, _ in pairs])
 
     @property
     def _rows(self) -> int:

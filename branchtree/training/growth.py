@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
+from branchtree.errors import RewardError
 from branchtree.noise import NoiseSource, Purpose, generator
 from branchtree.protocols import Condition, Media, Scores
-from branchtree.rollout import chunks, rollout
+from branchtree.rollout import chunks, forwards, rollout
+from branchtree.training.lockstep import Phase
 from branchtree.training.microbatch import fitted
 from branchtree.training.policy import velocity_function
 from branchtree.training.scoring import ScoringQueue, decode_and_put, make_executor
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
-from branchtree.tree import BranchTree
+from branchtree.tree import BranchTree, Topology
 
 
 def grow_and_score(
@@ -35,12 +38,20 @@ def grow_and_score(
     recipe = session.recipe
     trees: list[BranchTree] = []
     media: list[Media] = []
-    with ScoringQueue(session.inputs.rewards, make_executor(recipe.scoring, session.device), session.limits) as queue:
-        for span in chunks(len(ids), recipe.batch.rollout_prompts):
+    spans = chunks(len(ids), recipe.batch.rollout_prompts)
+    topologies = [
+        session.team.grow([session.inputs.schedule.plan(iteration, ids[place]) for place in span]) for span in spans
+    ]
+    phase = session.lockstep.phase(sum(forwards(topology, session.limits.rollout.rows) for topology in topologies))
+    with (
+        _joining(session, phase, conditioning),
+        ScoringQueue(session.inputs.rewards, make_executor(recipe.scoring, session.device), session.limits) as queue,
+    ):
+        for span, topology in zip(spans, topologies, strict=True):
             part = slice(span.start, span.stop)
             with watch.phase("rollout"):
                 encoded = {name: value[part] for name, value in conditioning.items()}
-                tree = _rollout(session, iteration, ids[part], encoded)
+                tree = _rollout(session, iteration, topology, ids[part], encoded, phase)
             prompts = [span[place] for place in tree.topology.leaf_root.tolist()]
             keep = len(tree.topology.span(0, tree.topology.steps)) if recorded and not trees else 0
             asked = [conditions[prompt] for prompt in prompts]
@@ -56,17 +67,45 @@ def grow_and_score(
     return BranchTree.joined(trees), scores, media
 
 
-def _rollout(session: Session, iteration: int, ids: Sequence[int], conditioning: dict[str, Tensor]) -> BranchTree:
+@contextmanager
+def _joining(session: Session, phase: Phase, conditioning: dict[str, Tensor]) -> Iterator[None]:
+    """A context that ends with the forwards of other processes, even where a reward failed in it."""
+    try:
+        yield
+    except RewardError:
+        join_forwards(session, phase, conditioning)
+        raise
+    join_forwards(session, phase, conditioning)
+
+
+def join_forwards(session: Session, phase: Phase, conditioning: dict[str, Tensor]) -> None:
+    """Make the forwards of a phase that only other processes need."""
+    if phase.done:
+        return
+    model = session.inputs.model
+    row = model.initial_noise(generator(0, 0, 0, 0, 0, Purpose.INITIAL))[None].to(session.device)
+    phase.join(velocity_function(model, conditioning, session.accelerator.autocast), row)
+
+
+def _rollout(
+    session: Session,
+    iteration: int,
+    topology: Topology,
+    ids: Sequence[int],
+    conditioning: dict[str, Tensor],
+    phase: Phase,
+) -> BranchTree:
     recipe = session.recipe
     model = session.inputs.model
     initial = [
         model.initial_noise(generator(recipe.tree.noise_seed, iteration, prompt_id, 0, 0, Purpose.INITIAL))
         for prompt_id in ids
     ]
+    velocity = velocity_function(model, conditioning, session.accelerator.autocast)
     return rollout(
-        fitted(velocity_function(model, conditioning, session.accelerator.autocast), session.limits.rollout),
+        fitted(phase.counted(velocity), session.limits.rollout),
         session.sampler,
-        session.team.grow([session.inputs.schedule.plan(iteration, prompt_id) for prompt_id in ids]),
+        topology,
         torch.stack(initial).to(session.device),
         NoiseSource(recipe.seed, iteration),
         ids,

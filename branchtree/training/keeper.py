@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import Any
 
-from branchtree.errors import CheckpointError
 from branchtree.training.checkpoint import (
     list_checkpoints,
-    newest_whole,
     set_aside_damaged,
     take_snapshot,
     write_checkpoint,
@@ -41,18 +37,15 @@ class CheckpointKeeper:
         self._writer.__exit__(kind, error, at)
 
     def restore(self, allow: Sequence[str]) -> int:
-        """Go on from the newest checkpoint that is whole; returns the iterations done, 0 without any checkpoint.
+        """Go on from the session's checkpoint; returns the iterations done, 0 without any checkpoint.
 
-        ``allow`` names keys of the recipe that may have changed. Raises CheckpointError or RecipeError.
+        ``allow`` names keys of the recipe that may have changed. Raises CheckpointError.
         """
-        session = self._session
-        path = self._newest()
+        session, path = self._session, self._session.checkpoint
         if path is None:
             log.warning("no checkpoint in %s: starting from the beginning", session.output.root)
             return 0
         done = load_checkpoint(path, session.trained, session.recipe, allow)
-        if done > session.recipe.run.iterations:
-            raise CheckpointError(f"{path}: {done} iterations are done, more than run.iterations asks for")
         self._saved = done
         if session.accelerator.is_main_process:
             with writing(session.output.checkpoints):
@@ -61,29 +54,20 @@ class CheckpointKeeper:
                 log.warning("going on from iteration %d; the damaged checkpoint is now %s", done, damaged)
         return done
 
-    def _newest(self) -> Path | None:
-        """The checkpoint to go on from, which the main process looks for and checks; it fails on all or on none."""
-        from accelerate.utils import broadcast_object_list
-
-        found: list[Any] = [None, None]
-        if self._session.accelerator.is_main_process:
-            try:
-                found[0] = newest_whole(self._session.output.checkpoints)
-            except CheckpointError as error:
-                found[1] = str(error)
-        path, problem = broadcast_object_list(found)
-        if problem is not None:
-            raise CheckpointError(problem)
-        return None if path is None else Path(path)
-
     def save(self, done: int) -> None:
-        """Save what was learnt, unless the last checkpoint holds just that. Raises OutputError."""
+        """Save what was learnt, unless the last checkpoint holds just that. All processes must call this.
+
+        Raises OutputError, on the main process, which writes.
+        """
         if done == self._saved:
             return
         session, recipe = self._session, self._session.recipe
+        self._saved = done
         self._writer.wait()  # before the copy: there is never more than one
         standing = position(recipe, session.inputs.schedule, session.order, done)
         snapshot = take_snapshot(session.trained, done, recipe, standing, copied=recipe.run.checkpoint_async)
+        if not session.accelerator.is_main_process:
+            return
 
         def write() -> None:
             output = session.output
@@ -92,7 +76,6 @@ class CheckpointKeeper:
             write_checkpoint(output.checkpoints, snapshot, session.inputs.model, recipe.run.keep_checkpoints)
 
         self._writer.put(write)
-        self._saved = done
 
     def check(self) -> None:
         """Raise what a write in the background raised that has ended since."""

@@ -10,29 +10,61 @@ from typing import Any
 
 import torch
 
-from branchtree.errors import CheckpointError
+from branchtree.errors import BranchTreeError, CheckpointError
 from branchtree.recipe.schema import Recipe
 from branchtree.training.changes import require_same, unused
-from branchtree.training.checkpoint import OPTIMIZER, Trained, read_state, restore_weights
+from branchtree.training.checkpoint import OPTIMIZER, Trained, load_average, newest_whole, read_state
 
 log = logging.getLogger("branchtree")
 
 
-def load_checkpoint(path: Path, trained: Trained, recipe: Recipe, allow: Sequence[str] = ()) -> int:
-    """Restore a checkpoint in place and return how many iterations were done.
+def agreed_checkpoint(accelerator: Any, folder: Path, recipe: Recipe, allow: Sequence[str]) -> Path | None:
+    """``find_checkpoint`` as the main process sees the folder; it gives the same, or fails, on all."""
+    from accelerate.utils import broadcast_object_list
 
-    It is taken to be whole: see ``newest_whole``. Raises CheckpointError if it does not fit, or was written under a
-    recipe that would learn something else in keys that ``allow`` does not name; RecipeError for an allowed key that
-    does not exist.
+    found: list[Any] = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = find_checkpoint(folder, recipe, allow)
+        except BranchTreeError as error:
+            found[1] = error
+    path, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise problem
+    return None if path is None else Path(path)
+
+
+def find_checkpoint(folder: Path, recipe: Recipe, allow: Sequence[str]) -> Path | None:
+    """The newest checkpoint that is whole, if it can be gone on from; None without any checkpoint.
+
+    Raises CheckpointError if none is whole, or it was written under a recipe that would learn something else in keys
+    that ``allow`` does not name; RecipeError for an allowed key that does not exist.
+    """
+    path = newest_whole(folder)
+    if path is None:
+        return None
+    state = read_state(path)
+    require_same(state["recipe"], recipe.model_dump(mode="json"), allow, path)
+    if state["iteration"] > recipe.run.iterations:
+        raise CheckpointError(f"{path}: {state['iteration']} iterations are done, more than run.iterations asks for")
+    return path
+
+
+def load_checkpoint(path: Path, trained: Trained, recipe: Recipe, allow: Sequence[str] = ()) -> int:
+    """Take up what a checkpoint holds beside the weights, and return how many iterations were done.
+
+    The weights are read before this, while they are whole on every process. ``path`` comes from ``find_checkpoint``.
+    Raises CheckpointError if the checkpoint does not fit.
     """
     state = read_state(path)
     now = recipe.model_dump(mode="json")
     changes = require_same(state["recipe"], now, allow, path)
-    fresh = [dict(group) for group in trained.optimizer.param_groups]
-    restore_weights(path, trained.model, trained.average)
+    fresh = [dict(group) for group in trained.engine.optimizer.param_groups]
+    if trained.average is not None:
+        load_average(path, trained.average)
     try:
         optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
-        trained.optimizer.load_state_dict(optimizer)
+        trained.engine.load_optimizer(optimizer)
         trained.scheduler.load_state_dict(state["scheduler"])
         trained.guard.in_a_row = int(state["refused_in_a_row"])
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -51,9 +83,9 @@ def _take_up(trained: Trained, fresh: Sequence[dict[str, Any]]) -> None:
     scheduler = trained.scheduler
     scheduler.base_lrs = [group["initial_lr"] for group in fresh]
     for group, new, base, factor in zip(
-        trained.optimizer.param_groups, fresh, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
+        trained.engine.optimizer.param_groups, fresh, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
     ):
         kept = {"params", "lr"}
         group.update({name: value for name, value in new.items() if name not in kept})
         group["lr"] = base * factor(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in trained.optimizer.param_groups]
+    scheduler._last_lr = [group["lr"] for group in trained.engine.optimizer.param_groups]

@@ -6,6 +6,8 @@ import copy
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,11 +42,13 @@ from branchtree.protocols import (
 from branchtree.recipe.schema import OptimSection, Recipe
 from branchtree.rollout import Sampler
 from branchtree.schedule import Schedule
-from branchtree.training.checkpoint import Trained
+from branchtree.training.checkpoint import Trained, restore_weights
 from branchtree.training.ema import WeightAverage
+from branchtree.training.engine import make_engine
 from branchtree.training.evaluation import Evaluator
 from branchtree.training.failures import FailureWatch
 from branchtree.training.guard import UpdateGuard
+from branchtree.training.lockstep import Lockstep
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import ConditioningCache, open_cache, velocity_function
 from branchtree.training.rundir import RunDirectory
@@ -108,6 +112,7 @@ class Session:
     credit_rule: CreditRule
     pruning_rule: PruningRule
     reference: nn.Module | None  # a frozen copy of the start policy, where KL needs one
+    checkpoint: Path | None  # the one that the weights were taken from
 
     @property
     def recipe(self) -> Recipe:
@@ -119,6 +124,11 @@ class Session:
         """Where the denoiser runs."""
         device: torch.device = self.accelerator.device
         return device
+
+    @property
+    def lockstep(self) -> Lockstep:
+        """The processes, as far as they must keep in step."""
+        return Lockstep(self.accelerator, self.updater.engine.joint)
 
     @property
     def share(self) -> slice:
@@ -142,8 +152,11 @@ class Session:
         return without_lora
 
 
-def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Session:
-    """Load the model and the rewards, and prepare the optimiser."""
+def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpoint: Path | None = None) -> Session:
+    """Load the model and the rewards, and prepare the optimiser.
+
+    ``checkpoint`` is one to take the weights from: before they are sharded, after the start policy was set aside.
+    """
     recipe, model = inputs.recipe, inputs.model
     team = make_team(recipe, inputs.schedule, accelerator)
     load_model(recipe, model, accelerator.device)
@@ -154,13 +167,14 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Sess
     for denoiser in (model.denoiser, reference):
         if denoiser is not None and recipe.run.compile is not None:
             compile_denoiser(model, denoiser, recipe.run.compile)
-    parameters = {name: value for name, value in model.denoiser.named_parameters() if value.requires_grad}
-    optimizer, scheduler = _make_optimizer(recipe.optim, list(parameters.values()), recipe.run.iterations)
-    module, optimizer = accelerator.prepare(model.denoiser, optimizer)
+    if checkpoint is not None:
+        restore_weights(checkpoint, model, None)
+    engine = make_engine(recipe, accelerator, model.denoiser, reference, partial(_make_optimizer, recipe.optim))
+    scheduler = _make_scheduler(recipe, engine.optimizer)
     sampler = make_sampler(recipe, model)
-    limits = _row_limits(inputs, accelerator, module)
+    limits = _row_limits(inputs, accelerator, engine.joint)
     cache = open_cache(recipe.run, model, accelerator.device)
-    average = WeightAverage(parameters, recipe.optim.ema) if recipe.optim.ema else None
+    average = WeightAverage(engine.parameters, recipe.optim.ema) if recipe.optim.ema else None
     guard = UpdateGuard(recipe.optim)
     return Session(
         inputs=inputs,
@@ -172,24 +186,23 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any) -> Sess
         limits=limits,
         updater=Updater(
             accelerator=accelerator,
-            module=module,
-            optimizer=optimizer,
+            engine=engine,
             scheduler=scheduler,
             sampler=sampler,
             loss=recipe.loss,
             max_grad_norm=recipe.optim.max_grad_norm,
             limit=limits.update,
-            parameters=list(parameters.values()),
             guard=guard,
             average=average,
         ),
-        trained=Trained(model, optimizer, scheduler, average, guard),
-        evaluator=_make_evaluator(inputs, cache, sampler, limits, accelerator),
+        trained=Trained(model, engine, scheduler, average, guard),
+        evaluator=_make_evaluator(inputs, cache, sampler, limits, accelerator, engine.joint),
         failures=FailureWatch(recipe.scoring),
         order=PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle),
         credit_rule=make_credit_rule(recipe),
         pruning_rule=make_pruning_rule(recipe),
         reference=reference,
+        checkpoint=checkpoint,
     )
 
 
@@ -207,6 +220,12 @@ def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
         torch.set_num_threads(recipe.run.threads)
     torch.backends.cuda.matmul.allow_tf32 = recipe.run.tf32
     torch.backends.cudnn.allow_tf32 = recipe.run.tf32
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        # Its engine steps inside the backward pass, before an update can be refused, and casts the model by itself.
+        raise RecipeError(
+            "accelerate's configuration: distributed_type DEEPSPEED is not supported; recipes/accelerate/zero2.yaml "
+            "shards what ZeRO-2 shards, and fsdp2.yaml what ZeRO-3 does"
+        )
     # accelerate keeps its precision in a process-wide state; a second run in one process may want another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
@@ -216,6 +235,11 @@ def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
         log_with=list(recipe.run.trackers) or None,
         project_dir=str(output.root / "trackers"),
     )
+    if accelerator.gradient_accumulation_steps != 1:
+        raise RecipeError(
+            "accelerate's configuration: gradient_accumulation_steps must be 1; the recipe's batch.prompts and "
+            "batch.update_rows say how gradients are summed up"
+        )
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != expected:
         raise RecipeError(f"{expected} processes were started, but accelerate joined {accelerator.num_processes}")
@@ -261,10 +285,8 @@ def load_rewards(rewards: Sequence[NamedReward], modality: str, device: torch.de
             raise RewardError(f"reward '{reward.label}' scores {scored}, but the model makes {modality}s")
 
 
-def _make_optimizer(
-    section: OptimSection, parameters: Sequence[nn.Parameter], iterations: int
-) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    optimizer = torch.optim.AdamW(
+def _make_optimizer(section: OptimSection, parameters: Sequence[nn.Parameter]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
         parameters,
         lr=section.lr,
         betas=section.betas,
@@ -272,8 +294,12 @@ def _make_optimizer(
         weight_decay=section.weight_decay,
         fused=True,
     )
-    total = iterations * section.steps_per_iteration
-    return optimizer, torch.optim.lr_scheduler.LambdaLR(optimizer, learning_rate_factor(section, total))
+
+
+def _make_scheduler(recipe: Recipe, optimizer: Any) -> torch.optim.lr_scheduler.LRScheduler:
+    total = recipe.run.iterations * recipe.optim.steps_per_iteration
+    plain = getattr(optimizer, "optimizer", optimizer)  # what accelerate wrapped
+    return torch.optim.lr_scheduler.LambdaLR(plain, learning_rate_factor(recipe.optim, total))
 
 
 def learning_rate_factor(section: OptimSection, total: int) -> Callable[[int], float]:
@@ -290,13 +316,10 @@ def learning_rate_factor(section: OptimSection, total: int) -> Callable[[int], f
     return factor
 
 
-def _row_limits(inputs: Inputs, accelerator: Any, module: nn.Module) -> RowLimits:
+def _row_limits(inputs: Inputs, accelerator: Any, joint: bool) -> RowLimits:
     """The recipe's limits; on a GPU those that it leaves open start from the plan's estimate of what fits."""
-    from torch.distributed.tensor import DTensor
-
     recipe = inputs.recipe
-    sharded = any(isinstance(parameter, DTensor) for parameter in module.parameters())
-    limits = RowLimits(recipe.batch, recipe.evaluation.rows if recipe.evaluation else None, sharded)
+    limits = RowLimits(recipe.batch, recipe.evaluation.rows if recipe.evaluation else None, joint)
     if accelerator.device.type == "cuda":
         _, memory = torch.cuda.mem_get_info(accelerator.device)
         prompts = -(-recipe.batch.prompts // accelerator.num_processes)
@@ -312,6 +335,7 @@ def _make_evaluator(
     sampler: Sampler,
     limits: RowLimits,
     accelerator: Any,
+    joint: bool,
 ) -> Evaluator | None:
     section = inputs.recipe.evaluation
     if section is None:
@@ -327,4 +351,5 @@ def _make_evaluator(
         accelerator.device,
         limits,
         make_executor(inputs.recipe.scoring, accelerator.device),
+        joint,
     )

@@ -25,14 +25,15 @@ from branchtree.errors import (
 from branchtree.families import collect
 from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
-from branchtree.training.continuation import ContinuationWatch, compare_continuation, is_due
+from branchtree.training.continuation import ContinuationWatch, compare_continuation, comparing_forwards, is_due
 from branchtree.training.disk import writing
 from branchtree.training.evaluation import Figure
-from branchtree.training.growth import grow_and_score
+from branchtree.training.growth import grow_and_score, join_forwards
 from branchtree.training.interrupt import StopRequest
 from branchtree.training.keeper import CheckpointKeeper
 from branchtree.training.metrics import ShareRecord, iteration_metrics, merged
 from branchtree.training.policy import velocity_function
+from branchtree.training.restore import agreed_checkpoint
 from branchtree.training.rundir import EVALUATION, METRICS, TIMING, RunDirectory, write_atomically, write_folder
 from branchtree.training.samples import thumbnails, write_grid, write_tree
 from branchtree.training.sampling import sample_latents
@@ -68,7 +69,8 @@ def train_recipe(
     accelerator = make_accelerator(recipe, directory)
     with directory.claimed(resume) if accelerator.is_main_process else nullcontext():
         try:
-            session = open_session(inputs, directory, accelerator)
+            checkpoint = agreed_checkpoint(accelerator, directory.checkpoints, recipe, allow) if resume else None
+            session = open_session(inputs, directory, accelerator, checkpoint)
             return Trainer(session, [*inputs.callbacks, *callbacks]).run(resume, allow)
         except (BranchTreeError, KeyboardInterrupt):
             if accelerator.is_main_process:
@@ -114,7 +116,7 @@ class Trainer:
                     break
         self._keeper.wait()
         finished = done == recipe.run.iterations
-        if finished and self._main:
+        if finished:
             self._finish(done, time.perf_counter() - started)
         session.accelerator.end_training()
         return self._result(done, finished)
@@ -124,7 +126,7 @@ class Trainer:
         try:
             self._iteration(iteration)
         except (RewardError, DataError):
-            if self._main and iteration > 0:
+            if iteration > 0:
                 self._keeper.save(iteration)
             raise
 
@@ -134,7 +136,7 @@ class Trainer:
         return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum"))
 
     def _start(self, resume: bool, allow: Sequence[str]) -> int:
-        """Restore or begin; returns the iterations done before."""
+        """Take up the session's checkpoint or begin; returns the iterations done before."""
         session, recipe = self._session, self._session.recipe
         done = self._keeper.restore(allow) if resume else 0
         if resume:
@@ -163,7 +165,9 @@ class Trainer:
         with watch.phase("encode"):
             conditioning = self._encoded(conditions)
         recorded = session.team.place == 0 and iteration % recipe.run.tree_every == 0
-        tree, scores, media = grow_and_score(session, iteration, ids, conditions, conditioning, watch, recorded)
+        tree, scores, media = session.lockstep.together(
+            lambda: grow_and_score(session, iteration, ids, conditions, conditioning, watch, recorded)
+        )
         session.failures.check(session.accelerator, scores)
         with watch.phase("credit"):
             log_prob, dimensions = self._mean_log_prob(tree)
@@ -211,12 +215,15 @@ class Trainer:
     ) -> dict[str, float]:
         """How far the continuation's rewards are from the whole grid's, of the iteration's first prompt."""
         session = self._session
-        if not self._main or not is_due(session, tree.topology.plans, iteration):
-            return {}
-        with watch.phase("check"):
-            first = {name: value[:1] for name, value in conditioning.items()}
-            figures = compare_continuation(session, tree, scores, condition, first)
-        self._continuation.look(figures)
+        due = self._main and is_due(session, tree.topology.plans, iteration)
+        phase = session.lockstep.phase(comparing_forwards(tree.topology, session.limits.rollout.rows) if due else 0)
+        figures: dict[str, float] = {}
+        first = {name: value[:1] for name, value in conditioning.items()}
+        if due:
+            with watch.phase("check"):
+                figures = compare_continuation(session, tree, scores, condition, first, phase)
+            self._continuation.look(figures)
+        join_forwards(session, phase, first)
         return figures
 
     def _mean_log_prob(self, tree: BranchTree) -> tuple[list[Tensor], int]:
@@ -265,7 +272,7 @@ class Trainer:
         )
         parts = [session.team.own(families, whole, tree.topology) for families in parts]
         trained = velocity_function(
-            session.inputs.model, conditioning, session.accelerator.autocast, session.updater.module
+            session.inputs.model, conditioning, session.accelerator.autocast, session.updater.engine.module
         )
         reference = session.reference_velocity(conditioning, iteration)
         return session.updater.run(tree, parts, Policies(trained, reference), iteration)
@@ -325,7 +332,7 @@ class Trainer:
                     self._evaluate(done)
                 if sampling:
                     self._sample(done)
-        if self._main and (last or stopping or done % recipe.run.checkpoint_every == 0):
+        if last or stopping or done % recipe.run.checkpoint_every == 0:
             self._keeper.save(done)
         session.accelerator.wait_for_everyone()
 
@@ -344,9 +351,9 @@ class Trainer:
             callback.on_evaluation(done, means)
 
     def _sample(self, done: int) -> None:
-        if not self._main:
-            return
         session = self._session
+        if not self._main and not session.lockstep.joint:
+            return
         inputs, count = session.inputs, session.recipe.run.sample_prompts
         conditions = (inputs.held_out_conditions or inputs.conditions)[:count]
         latents = sample_latents(
@@ -360,6 +367,8 @@ class Trainer:
             session.device,
             session.limits.rollout,
         )
+        if not self._main:
+            return
         decoded = session.limits.decode.each(len(latents), lambda rows: inputs.model.decode(latents[rows]))
         media = [part for _, part in decoded]
         inputs.model.release_frozen()
@@ -371,8 +380,9 @@ class Trainer:
     def _finish(self, done: int, seconds: float) -> None:
         """Write ``final/`` and the summary."""
         session = self._session
-        average = session.trained.average
-        weights = None if average is None else average.weights()
+        weights = session.trained.exported()
+        if not self._main:
+            return
         with writing(session.output.final):
             write_folder(session.output.final, lambda folder: session.inputs.model.export(folder, weights))
         summary = {"iterations": done, "seconds": seconds, "device": str(session.device)}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
@@ -18,7 +17,9 @@ from branchtree.protocols import VelocityFunction
 from branchtree.recipe.schema import LossSection
 from branchtree.rollout import Sampler, chunks
 from branchtree.training.ema import WeightAverage
+from branchtree.training.engine import Engine
 from branchtree.training.guard import UpdateGuard
+from branchtree.training.lockstep import Lockstep
 from branchtree.training.microbatch import RowLimit, ran_out_of_memory
 from branchtree.transitions import GaussianTransition
 from branchtree.tree import BranchTree
@@ -58,136 +59,140 @@ class Policies:
 
 
 @dataclass(frozen=True)
+class _Step:
+    """One optimiser step's work."""
+
+    tree: BranchTree
+    policies: Policies
+    families: Families
+    edges: int  # of all processes
+    joins: int  # backwards without an edge of this process's own, which only the others need
+    old: Tensor | None  # densities (E,) before the iteration's first step, where they were computed again
+    first: bool  # of the iteration: the weights are those of the rollout
+
+
+@dataclass(frozen=True)
 class Updater:
-    """Takes the optimiser steps of an iteration. ``accelerator`` is accelerate's, ``module`` the prepared denoiser."""
+    """Takes the optimiser steps of an iteration. ``accelerator`` is accelerate's."""
 
     accelerator: Any
-    module: torch.nn.Module
-    optimizer: Any
+    engine: Engine
     scheduler: Any
     sampler: Sampler
     loss: LossSection
     max_grad_norm: float
     limit: RowLimit  # of families per forward
-    parameters: Sequence[torch.nn.Parameter]
     guard: UpdateGuard
     average: WeightAverage | None
+
+    @property
+    def optimizer(self) -> Any:
+        """The engine's optimiser."""
+        return self.engine.optimizer
 
     def run(self, tree: BranchTree, parts: Sequence[Families], policies: Policies, iteration: int) -> UpdateRecord:
         """One optimiser step per part. Raises BranchTreeError if too many in a row would do harm."""
         record = UpdateRecord()
+        work = self._shared_work(parts)
         # Families of later steps are scored against the weights of the rollout before the first step changes them.
-        old = [self._rescored(tree, part, policies, record) if index else None for index, part in enumerate(parts)]
-        for part, old_log_prob in zip(parts, old, strict=True):
-            self._step(tree, part, policies, old_log_prob, record, iteration)
+        old = [
+            self._rescored(tree, part, policies, record, joins) if index else None
+            for index, (part, (_, joins)) in enumerate(zip(parts, work, strict=True))
+        ]
+        for part, (edges, joins), old_log_prob in zip(parts, work, old, strict=True):
+            if edges == 0:
+                record.skipped_steps += 1
+                continue
+            # Gradients are reduced in a backward, so even a process without an edge needs one.
+            needed = max(joins, 0 if len(part) else 1)
+            step = _Step(tree, policies, part, edges, needed, old_log_prob, first=record.steps == 0)
+            record.add(self._gradient(step))
+            self._take(record, iteration)
         return record
 
-    def _step(
-        self,
-        tree: BranchTree,
-        part: Families,
-        policies: Policies,
-        old: Tensor | None,
-        record: UpdateRecord,
-        iteration: int,
-    ) -> None:
-        edges = int(self.accelerator.reduce(torch.tensor(part.edges, device=self.accelerator.device), "sum"))
-        if edges == 0:
-            record.skipped_steps += 1
-            return
-        if len(part) > 0:
-            record.add(self._gradient(tree, part, policies, old, record.steps == 0, edges))
-        else:
-            self._join_without_edges(tree, policies)
-        norm = float(self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm))
+    def _shared_work(self, parts: Sequence[Families]) -> list[tuple[int, int]]:
+        """Of each part, the edges of all processes, and how many forwards other processes make more than this one."""
+        mine = [count for part in parts for count in (part.edges, len(self._batches(part)))]
+        everyone = Lockstep(self.accelerator, self.engine.joint).counts(mine).reshape(-1, len(parts), 2)
+        edges = everyone[:, :, 0].sum(0).tolist()
+        batches = everyone[:, :, 1].amax(0).tolist() if self.engine.joint else mine[1::2]
+        return [(total, most - own) for total, most, own in zip(edges, batches, mine[1::2], strict=True)]
+
+    def _take(self, record: UpdateRecord, iteration: int) -> None:
+        """Clip the gradient and take the optimiser's step, unless it would do harm."""
+        norm = self.engine.clip(self.max_grad_norm)
         if not self.guard.admits(norm, iteration):
-            self.optimizer.zero_grad()
+            self.engine.discard()
             record.refused_steps += 1
             return
-        self.optimizer.step()
+        self.engine.step()
         self.scheduler.step()
-        self.optimizer.zero_grad()
         if self.average is not None:
             self.average.update()
         record.steps += 1
         record.grad_norms.append(norm)
 
-    def _gradient(
-        self,
-        tree: BranchTree,
-        part: Families,
-        policies: Policies,
-        old: Tensor | None,
-        first: bool,
-        edges: int,
-    ) -> UpdateRecord:
+    def _gradient(self, step: _Step) -> UpdateRecord:
         """Accumulate a step's gradient, and tell what was seen.
 
         Where memory runs out, what has been accumulated may end in the middle of a batch: the step begins again, in
         smaller batches. Raises DeviceMemoryError where it cannot.
         """
         while True:
-            batches, seen, failed, done = list(self._batches(part)), UpdateRecord(), 0, 0
-            for index, families in enumerate(batches):
-                last = index == len(batches) - 1
-                known = None if old is None else old[done : done + families.edges]
-                done += families.edges
-                reason = self._accumulate(tree, families, policies, known, first, edges, last, seen)
-                if reason is not None:
-                    failed = len(families)
-                    break
-            else:
+            seen = UpdateRecord()
+            failure = self._accumulate(step, seen)
+            if failure is None:
                 return seen
-            self.optimizer.zero_grad()
-            self.limit.shrink(failed, reason)
+            self.engine.discard()
+            self.limit.shrink(*failure)
 
-    def _accumulate(
-        self,
-        tree: BranchTree,
-        families: Families,
-        policies: Policies,
-        old: Tensor | None,
-        first: bool,
-        edges: int,
-        last: bool,
-        seen: UpdateRecord,
-    ) -> str | None:
-        """Add the gradient of one batch; returns the reason if memory ran out and the step may begin again."""
-        try:
-            batch = gather(tree, families, self.accelerator.device)
-            with self._sync_only(last):
-                losses = self._losses(batch, policies, old, seen, first)
-                # DDP averages over processes; the loss is the mean over the edges of all of them.
-                self.accelerator.backward(losses.sum() * self.accelerator.num_processes / edges)
-        except RuntimeError as error:
-            if not ran_out_of_memory(error):
-                raise
-            if last and self.accelerator.num_processes > 1:
-                self.limit.refuse(len(families), str(error))  # the others wait in the middle of a reduction
-            return str(error)
+    def _accumulate(self, step: _Step, seen: UpdateRecord) -> tuple[int, str] | None:
+        """Add the gradient of every batch; where one does not fit in memory, returns its rows and the reason."""
+        batches = [*self._batches(step.families), *[None] * step.joins]
+        done = 0
+        for index, families in enumerate(batches):
+            last, edges = index == len(batches) - 1, families.edges if families else 0
+            old = None if step.old is None else step.old[done : done + edges]
+            done += edges
+            try:
+                with self.engine.accumulating(last):
+                    self.engine.backward(self._loss(step, families, old, seen))
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
+                rows = len(families) if families else 1
+                if last and self.accelerator.num_processes > 1:
+                    self.limit.refuse(rows, str(error))  # the others wait in the middle of a reduction
+                return rows, str(error)
         return None
+
+    def _loss(self, step: _Step, families: Families | None, old: Tensor | None, seen: UpdateRecord) -> Tensor:
+        """What one batch adds to the loss: the mean over the edges of all processes, over which the engine averages."""
+        if families is None:
+            return self._loss_without_edges(step.tree, step.policies)
+        batch = gather(step.tree, families, self.accelerator.device)
+        losses = self._losses(batch, step.policies, old, seen, step.first)
+        total: Tensor = losses.sum() * self.accelerator.num_processes / step.edges
+        return total
 
     @cached_property
     def _noise_weights(self) -> Tensor:
         """Weights of the steps, (T,)."""
         return self.sampler.noise_weights()
 
-    def _batches(self, families: Families) -> Iterator[Families]:
-        if len(families) == 0:
-            return
-        for span in chunks(len(families), self.limit.rows):
-            yield families.select(torch.arange(span.start, span.stop))
+    def _batches(self, families: Families) -> list[Families]:
+        spans = chunks(len(families), self.limit.rows) if len(families) else []
+        return [families.select(torch.arange(span.start, span.stop)) for span in spans]
 
-    def _sync_only(self, last: bool) -> AbstractContextManager[None]:
-        """Gradients are reduced once per step: every process makes the same collective calls whatever it trains."""
-        return nullcontext() if last else self.accelerator.no_sync(self.module)
-
-    def _join_without_edges(self, tree: BranchTree, policies: Policies) -> None:
-        """Take part in the reduction with a gradient of zero."""
-        root = torch.zeros(1, dtype=torch.int64)
+    def _loss_without_edges(self, tree: BranchTree, policies: Policies) -> Tensor:
+        """A loss whose gradient is zero, from the same forwards as a batch's."""
         latents = tree.states[0][:1].to(self.accelerator.device)
-        prediction = policies.trained(latents, tree.sigmas[:1].to(latents.device), root.to(latents.device))
-        self.accelerator.backward(prediction.sum() * 0)
+        sigma, root = tree.sigmas[:1].to(latents.device), torch.zeros(1, dtype=torch.int64, device=latents.device)
+        prediction = policies.trained(latents, sigma, root)
+        if policies.reference is not None and self.engine.joint:
+            with torch.no_grad():
+                policies.reference(latents, sigma, root)
+        return prediction.sum() * 0
 
     def _transition(self, velocity: VelocityFunction, batch: FamilyBatch) -> GaussianTransition:
         prediction = velocity(batch.latents, batch.sigma, batch.families.prompt.to(batch.latents.device))
@@ -230,9 +235,11 @@ class Updater:
         return transition.kl(start, self.sampler.reduction)[batch.family]
 
     @torch.no_grad()
-    def _rescored(self, tree: BranchTree, part: Families, policies: Policies, record: UpdateRecord) -> Tensor | None:
+    def _rescored(
+        self, tree: BranchTree, part: Families, policies: Policies, record: UpdateRecord, joins: int
+    ) -> Tensor | None:
         """Old densities (E,) from forwards of the batches that will be trained, under ``old_log_prob: recomputed``."""
-        if self.loss.old_log_prob != "recomputed" or len(part) == 0:
+        if self.loss.old_log_prob != "recomputed":
             return None
 
         def score(rows: slice) -> Tensor:
@@ -241,7 +248,10 @@ class Updater:
             return transition.log_prob(batch.following, self.sampler.reduction)
 
         record.rescored_rows += len(part)
-        return torch.cat([density for _, density in self.limit.each(len(part), score)])
+        densities = [density for _, density in self.limit.each(len(part), score)]
+        for _ in range(joins):
+            self._loss_without_edges(tree, Policies(policies.trained, None))
+        return torch.cat(densities) if densities else None
 
 
 def partition(

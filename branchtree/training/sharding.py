@@ -1,0 +1,209 @@
+"""Weights sharded over processes with torch's ``fully_shard``, as accelerate's FSDP2 settings ask for.
+
+accelerate prepares FSDP only where there is a GPU, and falls back to DDP without one. So its settings are read from
+accelerate and carried out here: one path for CPU and GPU.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from branchtree.errors import RecipeError
+
+
+@dataclass(frozen=True)
+class ShardSettings:
+    """How weights are sharded."""
+
+    blocks: tuple[str, ...] | None  # class names of what is gathered at a time; None: those the model names itself
+    one_unit: bool  # gather all weights at once instead
+    reshard_after_forward: bool
+    offload: OffloadPolicy
+
+
+def sharding_asked() -> bool:
+    """Whether ``accelerate launch`` was told to use FSDP."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
+def read_shard_settings(accelerator: Any) -> ShardSettings:
+    """What accelerate's configuration says. Raises RecipeError for what is not supported rather than ignore it."""
+    from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin
+
+    plugin = FullyShardedDataParallelPlugin()
+    policy = os.environ.get("FSDP_AUTO_WRAP_POLICY", "NO_WRAP").upper()
+    refused = {
+        "fsdp_version: must be 2": plugin.fsdp_version != 2,
+        "fsdp_auto_wrap_policy: must be TRANSFORMER_BASED_WRAP or NO_WRAP": policy == "SIZE_BASED_WRAP",
+        "fsdp_activation_checkpointing: use the recipe's run.gradient_checkpointing": plugin.activation_checkpointing,
+        "fsdp_ignored_modules: not supported": plugin.ignored_modules is not None,
+        "dynamo_backend: not supported together with FSDP": accelerator.state.dynamo_plugin.backend != DynamoBackend.NO,
+        "parallelism_config: not supported": getattr(accelerator, "parallelism_config", None) is not None,
+    }
+    for message, wrong in refused.items():
+        if wrong:
+            raise RecipeError(f"accelerate's configuration: {message}")
+    names = plugin.transformer_cls_names_to_wrap
+    return ShardSettings(
+        blocks=tuple(names) if names else None,
+        one_unit=policy == "NO_WRAP",
+        reshard_after_forward=bool(plugin.reshard_after_forward),
+        offload=plugin.cpu_offload if isinstance(plugin.cpu_offload, OffloadPolicy) else OffloadPolicy(),
+    )
+
+
+def shard(module: nn.Module, settings: ShardSettings, mesh: DeviceMesh, reduced: torch.dtype | None) -> FSDPModule:
+    """Shard a module in place over the processes of ``mesh``; its parameters become DTensors.
+
+    ``reduced`` is the dtype in which weights are gathered where it is less than float32; gradients are always reduced
+    in float32. Raises RecipeError if the model has no block of the named classes.
+    """
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "reshard_after_forward": settings.reshard_after_forward,
+        "offload_policy": settings.offload,
+        # Inputs stay as they are: a time step rounded to bfloat16 would be another one.
+        "mp_policy": MixedPrecisionPolicy(reduced, reduce_dtype=torch.float32, cast_forward_inputs=False),
+    }
+    for block in _blocks(module, settings):
+        fully_shard(block, **options)
+    sharded: FSDPModule = fully_shard(module, **options)
+    return sharded
+
+
+def _blocks(module: nn.Module, settings: ShardSettings) -> list[nn.Module]:
+    if settings.one_unit:
+        return []
+    own: list[str] | None = getattr(module, "_no_split_modules", None)  # how models of Hugging Face's libraries say it
+    names = settings.blocks or tuple(own or ())
+    found = [part for part in module.modules() if type(part).__name__ in names]
+    if not found:
+        wanted = f"no {' or '.join(names)} in the model" if names else "the model does not name its blocks"
+        raise RecipeError(
+            f"accelerate's configuration: fsdp_transformer_layer_cls_to_wrap: {wanted}; name the class of its "
+            "transformer blocks, or set fsdp_auto_wrap_policy to NO_WRAP"
+        )
+    return found
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor, sharing its memory: all of it where it is not sharded."""
+    with torch.no_grad():
+        part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return part.detach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor, on the CPU. Where it is sharded, every process must call this."""
+    with torch.no_grad():
+        full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu()
+
+
+def share_of(full: Tensor, like: Tensor) -> Tensor:
+    """A tensor that every process has in full, laid out as ``like`` is. Nothing is sent."""
+    if not isinstance(like, DTensor):
+        return full
+    shared: Tensor = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    return shared
+
+
+def joined(part: Tensor, like: Tensor) -> Tensor:
+    """All of a tensor of which each process holds the part that it holds of ``like``; on the CPU."""
+    if not isinstance(like, DTensor):
+        return part
+    on_device = part.to(like.device_mesh.device_type)
+    return whole(
+        DTensor.from_local(
+            on_device, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+    )
+
+
+@dataclass(frozen=True)
+class ShardedWeights:
+    """An engine whose weights, gradients and optimiser state are spread over all processes."""
+
+    module: Any  # the sharded denoiser
+    optimizer: torch.optim.Optimizer
+    parameters: Mapping[str, nn.Parameter]  # DTensors
+    main: bool
+    reduce_once: bool  # whether gradients may wait, whole on every device, until the last backward of a step
+
+    joint = True
+
+    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+        """Reduce gradients in the last backward only, if they may wait for it."""
+        return self._unreduced() if self.reduce_once and not last else nullcontext()
+
+    @contextmanager
+    def _unreduced(self) -> Iterator[None]:
+        self.module.set_requires_gradient_sync(False)
+        try:
+            yield
+        finally:
+            self.module.set_requires_gradient_sync(True)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the loss's gradient, averaged over processes."""
+        loss.backward()
+
+    def clip(self, limit: float) -> float:
+        """Scale the gradient to a norm of at most ``limit``; returns the norm before, over all processes."""
+        return float(whole(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)))
+
+    def step(self) -> None:
+        """Take the optimiser's step."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def discard(self) -> None:
+        """Forget the gradient."""
+        self.optimizer.zero_grad()
+
+    def settle(self) -> None:
+        """Give up gathered weights, which a change of the sharded ones would leave behind."""
+        for part in self.module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+    def denoiser_state(self) -> dict[str, Tensor]:
+        """The trained weights, whole, on the main process; empty on the others. Every process must call this."""
+        self.settle()
+        return self._on_main(self.parameters)
+
+    def optimizer_state(self) -> dict[str, Any]:
+        """The optimiser's ``state_dict`` with whole tensors on the main process. Every process must call this."""
+        state = self.optimizer.state_dict()
+        return {**state, "state": {place: self._on_main(entry) for place, entry in state["state"].items()}}
+
+    def _on_main(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        # One at a time, so that a process other than the main one holds no more than one whole tensor.
+        kept: dict[str, Tensor] = {}
+        for name, tensor in tensors.items():
+            full = whole(tensor)
+            if self.main:
+                kept[name] = full.clone()
+        return kept
+
+    def load_optimizer(self, state: dict[str, Any]) -> None:
+        """Take up what ``optimizer_state`` gave, of any number of processes."""
+        parameters = list(self.parameters.values())
+        entries = {
+            place: {
+                name: share_of(value, parameters[place]) if value.shape == parameters[place].shape else value
+                for name, value in entry.items()
+            }
+            for place, entry in state["state"].items()
+        }
+        self.optimizer.load_state_dict({**state, "state": entries})
