@@ -5,6 +5,11 @@ for each trained row. This runs a recipe's iterations and, after each, sends the
 batches through the same denoiser with nothing around it.
 
     python benchmarks/overhead.py quickstart --iterations 20
+    python benchmarks/overhead.py quickstart --iterations 20 --expensive
+
+With ``--expensive`` the decoder is wider and two vision towers, HPS-v2's and PickScore's with small random weights,
+score the leaves; the same decoding and scoring are then part of the bare time too. The ratio is also given in processor
+time, which other programs on the machine do not touch, and which scoring behind a rollout takes as well.
 """
 
 from __future__ import annotations
@@ -15,27 +20,43 @@ import tempfile
 import time
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 
 from branchtree import plan
-from branchtree.protocols import Callback, VelocityFunction
+from branchtree.cli.app import parse_overrides
+from branchtree.protocols import Callback, Condition, VelocityFunction
 from branchtree.recipe import load_recipe
 from branchtree.rollout import chunks
 from branchtree.training.policy import velocity_function
 from branchtree.training.rundir import TIMING, RunDirectory
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
-from branchtree.tree import grow
+from branchtree.tree import Topology, grow
+
+EXPENSIVE_REWARDS = [{"reward": name, "path": "random:small"} for name in ("hps", "pickscore")]
+EXPENSIVE_WIDTH = 8  # of the decoder, times the bundled one's
 
 
 class BareDenoiser(Callback):
-    """After each iteration, times the denoiser alone on the rows that the iteration used."""
+    """After each iteration, times the denoiser alone on the rows that the iteration used.
 
-    def __init__(self, session: Session) -> None:
+    With ``decoding`` it decodes and scores as many leaves as well, in the iteration's batches and nothing beside.
+    """
+
+    def __init__(self, session: Session, decoding: bool = False) -> None:
         self._session = session
+        self._decoding = decoding
         self._noise = self._rows()
         self.seconds: list[float] = []
+        self.cpu: list[float] = []  # the same in processor time
+        self.iteration_cpu: list[float] = []
+        self._mark = 0.0
+
+    def on_start(self, output: Path, iteration: int, iterations: int) -> None:
+        """Processor time of the first iteration counts from here."""
+        self._mark = time.process_time()
 
     def _rows(self) -> torch.Tensor:
         """Distinct latents, as many as the largest batch needs."""
@@ -47,21 +68,36 @@ class BareDenoiser(Callback):
 
     def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Repeat the iteration's forwards and backwards on the same batch sizes."""
+        self.iteration_cpu.append(time.process_time() - self._mark)
         session, batch = self._session, self._session.recipe.batch
         ids = session.order.batch(iteration, batch.prompts)
         topology = grow([session.inputs.schedule.plan(iteration, prompt_id) for prompt_id in ids])
         conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
         conditioning = session.cache.get(conditions, session.device)
         velocity = velocity_function(session.inputs.model, conditioning, session.accelerator.autocast)
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         with torch.no_grad():
             for depth in topology.depths[:-1]:
                 for rows in chunks(len(topology.evaluated(depth)), batch.rollout_rows):
                     self._forward(velocity, len(rows))
         for rows in chunks(int(metrics["rows/gradient"]), batch.update_rows):
             self._forward(velocity, len(rows)).square().mean().backward()
+        if self._decoding:
+            self._decode_and_score(topology, conditions)
         self.seconds.append(time.perf_counter() - start)
+        self.cpu.append(time.process_time() - cpu)
         session.updater.optimizer.zero_grad()
+        self._mark = time.process_time()
+
+    def _decode_and_score(self, topology: Topology, conditions: list[Condition]) -> None:
+        """As many leaves as the iteration had, by every reward in turn."""
+        session = self._session
+        asked = [conditions[prompt] for prompt in topology.leaf_root.tolist()]
+        for rows in chunks(len(asked), session.recipe.batch.decode_rows):
+            media = session.inputs.model.decode(self._noise[: len(rows)])
+            for reward in session.inputs.rewards:
+                with torch.no_grad():
+                    reward.adapter.score(media, asked[rows.start : rows.stop])
 
     def _forward(self, velocity: VelocityFunction, rows: int) -> torch.Tensor:
         session = self._session
@@ -70,23 +106,43 @@ class BareDenoiser(Callback):
         return velocity(latents, torch.linspace(0.1, 1, rows, device=session.device), prompt)
 
 
-def main() -> None:
+def main(words: list[str] | None = None) -> None:
     """Print the ratio's median over iterations, and where the rest of the time goes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", nargs="?", default="quickstart")
     parser.add_argument("--iterations", type=int, default=20)
-    arguments = parser.parse_args()
-    overrides = {"run.iterations": arguments.iterations, "run.checkpoint_every": 10**6, "run.sample_every": 10**6}
-    recipe = load_recipe(arguments.recipe, {**overrides, "run.tree_every": 10**6, "evaluation": None})
+    parser.add_argument("--expensive", action="store_true", help="a wider decoder and two vision towers as rewards")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="of the recipe")
+    arguments = parser.parse_intermixed_args(words)
+    seldom = {f"run.{name}_every": 10**6 for name in ("checkpoint", "sample", "tree")}
+    overrides: dict[str, Any] = {"run.iterations": arguments.iterations, **seldom, "evaluation": None}
+    overrides |= {"rewards": EXPENSIVE_REWARDS} if arguments.expensive else {}
+    recipe = load_recipe(arguments.recipe, overrides | parse_overrides(arguments.overrides))
     with tempfile.TemporaryDirectory() as folder:
         output = RunDirectory(Path(folder) / "run")
         inputs = read_inputs(recipe)
         output.claim(resume=False)
         session = open_session(inputs, output, make_accelerator(recipe, output))
-        bare = BareDenoiser(session)
+        if arguments.expensive:
+            widen_decoder(session)
+        bare = BareDenoiser(session, decoding=arguments.expensive)
         Trainer(session, [bare]).run(resume=False)
         timing = output.rows(TIMING)
     print_table(arguments.recipe, timing, bare.seconds)
+    if arguments.expensive:
+        ratios = [whole / alone for whole, alone in zip(bare.iteration_cpu, bare.cpu, strict=True)][1:]
+        print(f"{'in processor time':28s} median {statistics.median(ratios):.3f}  min {min(ratios):.3f}")
+
+
+def widen_decoder(session: Session) -> None:
+    """Give the model a decoder of the same layout with more channels and random weights."""
+    pipeline = cast(Any, session.inputs.model)._pipeline
+    config = dict(pipeline.vae.config)
+    config["block_out_channels"] = [EXPENSIVE_WIDTH * width for width in config["block_out_channels"]]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        wide = type(pipeline.vae).from_config(config)
+    pipeline.register_modules(vae=wide.eval().requires_grad_(False))
 
 
 def print_table(name: str, timing: list[dict[str, float]], bare: list[float]) -> None:

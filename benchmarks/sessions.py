@@ -1,0 +1,113 @@
+"""What several benchmarks do with a session: change its method, and take an iteration's parts one by one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from torch import Tensor
+
+from branchtree.assembly import make_credit_rule, make_pruning_rule, make_sampler, make_schedule
+from branchtree.credit import assign_credit
+from branchtree.families import Families, collect
+from branchtree.protocols import Condition, Scores
+from branchtree.recipe.schema import Recipe
+from branchtree.training.growth import grow_and_score
+from branchtree.training.policy import velocity_function
+from branchtree.training.rundir import RunDirectory
+from branchtree.training.session import Inputs, Session, make_accelerator, open_session, read_inputs
+from branchtree.training.timing import Stopwatch
+from branchtree.training.update import Policies, UpdateRecord
+from branchtree.tree import BranchTree
+
+QUIET = {"evaluation": None, "run.checkpoint_every": 10**6, "run.sample_every": 10**6, "run.tree_every": 10**6}
+
+
+@contextmanager
+def opened(recipe: Recipe, inputs: Inputs | None = None) -> Iterator[Session]:
+    """A session of one process in a run directory that is gone afterwards."""
+    with TemporaryDirectory() as folder:
+        output = RunDirectory(Path(folder) / "run")
+        accelerator = make_accelerator(recipe, output)
+        output.claim(resume=False)
+        yield open_session(inputs or read_inputs(recipe), output, accelerator)
+
+
+def under(session: Session, recipe: Recipe) -> Session:
+    """The same model, optimiser and update batches under another method, of which ``recipe`` tells."""
+    sampler = make_sampler(recipe, session.inputs.model)
+    return replace(
+        session,
+        inputs=replace(session.inputs, recipe=recipe, schedule=make_schedule(recipe)),
+        sampler=sampler,
+        updater=replace(session.updater, sampler=sampler, loss=recipe.loss),
+        credit_rule=make_credit_rule(recipe),
+        pruning_rule=make_pruning_rule(recipe),
+    )
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """The prompts of an iteration."""
+
+    ids: list[int]
+    conditions: list[Condition]
+    conditioning: dict[str, Tensor]
+
+    @staticmethod
+    def of(session: Session, iteration: int) -> Prompts:
+        """Those that a run would take."""
+        ids = session.order.batch(iteration, session.recipe.batch.prompts)
+        conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
+        return Prompts(ids, conditions, dict(session.cache.get(conditions, session.device)))
+
+
+def grown(session: Session, iteration: int, prompts: Prompts) -> tuple[BranchTree, dict[str, Scores]]:
+    """The iteration's trees and the scores of their leaves."""
+    watch = Stopwatch(session.device)
+    tree, scores, _ = grow_and_score(
+        session, iteration, prompts.ids, prompts.conditions, prompts.conditioning, watch, recorded=False
+    )
+    return tree, scores
+
+
+def credited(session: Session, iteration: int, tree: BranchTree, scores: dict[str, Scores]) -> Families:
+    """The edges that the iteration trains, by parent."""
+    dimensions = tree.leaves[0].numel()
+    divisor = dimensions if session.sampler.reduction == "sum" else 1
+    log_prob = [level / divisor for level in tree.log_prob]
+    weights = dict.fromkeys(scores, 1.0) | {reward.label: reward.weight for reward in session.inputs.rewards}
+    rules = (session.credit_rule, session.pruning_rule)
+    credit = assign_credit(tree.topology, log_prob, scores, weights, *rules, iteration, dimensions)
+    return collect(tree.topology, credit.advantages, credit.keep)
+
+
+def updated(session: Session, iteration: int, tree: BranchTree, families: Families, prompts: Prompts) -> UpdateRecord:
+    """One optimiser step on some families."""
+    velocity = velocity_function(
+        session.inputs.model, prompts.conditioning, session.accelerator.autocast, session.updater.engine.module
+    )
+    return session.updater.run(tree, [families], Policies(velocity, None), iteration)
+
+
+def random_scores(tree: BranchTree, seed: int) -> dict[str, Scores]:
+    """Standard normal rewards of all leaves."""
+    leaves = tree.topology.width(tree.topology.steps)
+    values = torch.randn(leaves, generator=torch.Generator().manual_seed(seed))
+    return {"random": Scores(values, torch.ones(leaves, dtype=torch.bool))}
+
+
+def edge_by_edge(families: Families) -> Families:
+    """The same edges, each in a family of its own: siblings no longer share their parent's forward."""
+    edges = families.family
+    return replace(
+        families,
+        depth=families.depth[edges],
+        parent=families.parent[edges],
+        prompt=families.prompt[edges],
+        family=torch.arange(families.edges),
+    )
