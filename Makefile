@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/branchtree train quickstart --output $(QUICKSTART) $(if $(wildcard $(QUICKSTART)/recipe.yaml),--resume)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -23,6 +23,7 @@ from branchtree.schedule import TreePlan
 from branchtree.training.engine import make_engine
 from branchtree.training.guard import UpdateGuard
 from branchtree.training.lockstep import Lockstep
+from branchtree.training.microbatch import RowLimit
 from branchtree.training.update import Policies, Updater, partition
 from branchtree.transitions import DanceSde
 from branchtree.tree import grow
@@ -144,7 +145,7 @@ def run(accelerator: Any, schedule: Schedule, mine: Schedule) -> dict[str, Any]:
         sampler=sampler,
         loss=LossSection(kl=0.1 * schedule["kl"], old_log_prob=schedule["old_log_prob"], clip_range=0.5),
         max_grad_norm=1.0,
-        rows=schedule["update_rows"],
+        limit=RowLimit("batch.update_rows", schedule["update_rows"]),
         guard=UpdateGuard(OptimSection()),
         average=None,
     )

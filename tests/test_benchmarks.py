@@ -10,6 +10,7 @@ import costs
 import full_size
 import iteration_cost
 import overhead
+import plot_comparison
 import pytest
 import torch
 from branchtree_adapters._wan_layout import WanConfig
@@ -260,6 +261,25 @@ def test_costs_of_processes(words: list[str], monkeypatch: pytest.MonkeyPatch) -
 def test_overhead_with_an_expensive_decoder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     overhead.main(["quickstart", "--iterations", "2", "--expensive", *words])
     assert "in processor time" in capsys.readouterr().out
+
+
+def test_curves_of_a_comparison(tmp_path: Path) -> None:
+    """Two seeds by hand: an iteration that was done twice counts once, with the time of the second go."""
+    (tmp_path / "compare.json").write_text(json.dumps({"asked": {"seeds": [0, 1], "rows": {"a row": {"folder": "a"}}}}))
+    for seed, (seconds, values) in enumerate([([9.0, 2.0, 3.0], [0.0, 1.0]), ([4.0, 4.0, 5.0], [0.0, 3.0])]):
+        run = tmp_path / f"a/seed_{seed}"
+        run.mkdir(parents=True)
+        spent = zip([0, 0, 1], seconds, strict=True)
+        told = zip([0, 2], values, strict=True)
+        (run / "cpu.jsonl").write_text("".join(f'{{"iteration": {i}, "seconds": {each}}}\n' for i, each in spent))
+        (run / "evaluation.jsonl").write_text(
+            "".join(f'{{"iteration": {i}, "figures": {{"x": {{"mean": {value}}}}}}}\n' for i, value in told)
+        )
+    (curve,) = plot_comparison.read_curves(tmp_path, "x")
+    assert (curve.name, curve.iterations, curve.seconds) == ("a row", [0, 2], [0.0, (2 + 3 + 4 + 5) / 2])
+    assert (curve.mean, curve.std) == ([0.0, 2.0], [0.0, pytest.approx(2**0.5)])
+    plot_comparison.main([str(tmp_path), "--figure", "x", "--output", str(tmp_path / "curves.svg")])
+    assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
 
 
 def test_execution_reaches_the_transformer(monkeypatch: pytest.MonkeyPatch) -> None:

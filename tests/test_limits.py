@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
 from typing import Any
@@ -45,7 +45,7 @@ def cli(
     plug: Callable[[Path], None],
     command: Callable[..., Outcome],
     monkeypatch: pytest.MonkeyPatch,
-) -> Iterator[Callable[..., Outcome]]:
+) -> Callable[..., Outcome]:
     """``branchtree train guest`` with settings, in this process; the room for files is given back afterwards."""
     plug(guest_site)
     plug(mishap_site)
@@ -60,8 +60,7 @@ def cli(
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
-    yield run
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    return run
 
 
 def same_end(run: Path, whole: Path) -> bool:
@@ -134,8 +133,13 @@ def test_without_room_for_the_report_the_model_is_there(
 ) -> None:
     run = tmp_path / "run"
     assert cli(run, "--no-report", run__iterations=1).code == 0
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    message = told(command("report", str(run)))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
+    try:
+        done = command("report", str(run))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    message = told(done)
     assert message.startswith(f"{run}/report.html: cannot be written: File too large")
     assert not (run / "report.html").exists() and (run / "final").is_dir()
 

@@ -229,13 +229,13 @@ def first_gradient(session: Session) -> list[Tensor]:
     gradient: list[Tensor] = []
 
     def keep(*_: Any) -> None:
-        gradient.extend(parameter.grad.clone() for parameter in session.updater.parameters)
+        gradient.extend(parameter.grad.clone() for parameter in session.updater.engine.parameters.values())
 
     session.updater.optimizer.optimizer.register_step_pre_hook(keep)
-    weights = [parameter.detach().clone() for parameter in session.updater.parameters]
+    weights = [parameter.detach().clone() for parameter in session.updater.engine.parameters.values()]
     Trainer(session, []).run(resume=False)
     with torch.no_grad():
-        for parameter, before in zip(session.updater.parameters, weights, strict=True):
+        for parameter, before in zip(session.updater.engine.parameters.values(), weights, strict=True):
             parameter.copy_(before)
     return gradient
 
@@ -291,7 +291,7 @@ def test_a_baseline_is_the_baseline(name: str, model: Path, tmp_path: Path) -> N
     torch.testing.assert_close(tree.leaves, leaves, rtol=1e-5, atol=2e-6)
     rewards = scores["digits"].values.double()
     baselines.loss(single, paths, rewards, sigmas, method).backward()
-    expected = [parameter.grad for parameter in session.updater.parameters]
+    expected = [parameter.grad for parameter in session.updater.engine.parameters.values()]
     largest = max(float(part.abs().max()) for part in expected)
     difference = max(float((a - b).abs().max()) for a, b in zip(gradient, expected, strict=True))
     assert largest > 0

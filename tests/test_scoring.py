@@ -27,10 +27,11 @@ from branchtree.protocols import Condition, Media, Scores
 from branchtree.recipe.schema import ScoringSection
 from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.failures import FailureWatch
+from branchtree.training.restore import find_checkpoint
 from branchtree.training.rundir import METRICS, RunDirectory
 from branchtree.training.scoring import AHEAD, Piece, ScoringQueue, make_executor
 from branchtree.training.session import make_accelerator, open_session, read_inputs
-from branchtree.training.trainer import Trainer, agreed_checkpoint
+from branchtree.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 THREAD, IN_PLACE = (make_executor(ScoringSection(overlap=overlap), CPU) for overlap in (True, False))
@@ -223,7 +224,7 @@ def train_failing(
     directory = RunDirectory(output)
     directory.claim(resume)
     accelerator = make_accelerator(recipe, directory)
-    checkpoint = agreed_checkpoint(directory, recipe) if resume else None
+    checkpoint = find_checkpoint(directory.checkpoints, recipe, ()) if resume else None
     Trainer(open_session(inputs, directory, accelerator, checkpoint), []).run(resume)
 
 
