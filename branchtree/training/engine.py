@@ -63,8 +63,23 @@ class Engine(Protocol):
         """Take up what ``optimizer_state`` gave, of any number of processes."""
 
 
+class Stepped:
+    """Steps an optimiser that holds this process's part of the weights, or all of them."""
+
+    optimizer: Any
+
+    def step(self) -> None:
+        """Take the optimiser's step and forget the gradient."""
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def discard(self) -> None:
+        """Forget the gradient."""
+        self.optimizer.zero_grad()
+
+
 @dataclass(frozen=True)
-class WholeWeights:
+class WholeWeights(Stepped):
     """An engine of which every process holds all weights: one process, or DDP."""
 
     accelerator: Any
@@ -86,15 +101,6 @@ class WholeWeights:
     def clip(self, limit: float) -> float:
         """Scale the gradient to a norm of at most ``limit``; returns the norm before."""
         return float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
-
-    def step(self) -> None:
-        """Take the optimiser's step and forget the gradient."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def discard(self) -> None:
-        """Forget the gradient."""
-        self.optimizer.zero_grad()
 
     def settle(self) -> None:
         """There are no copies."""

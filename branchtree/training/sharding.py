@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPoli
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from branchtree.errors import RecipeError
+from branchtree.training.engine import Stepped
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ def joined(part: Tensor, like: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class ShardedWeights:
+class ShardedWeights(Stepped):
     """An engine whose weights, gradients and optimiser state are spread over all processes."""
 
     module: Any  # the sharded denoiser
@@ -161,15 +162,6 @@ class ShardedWeights:
     def clip(self, limit: float) -> float:
         """Scale the gradient to a norm of at most ``limit``; returns the norm before, over all processes."""
         return float(whole(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)))
-
-    def step(self) -> None:
-        """Take the optimiser's step."""
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def discard(self) -> None:
-        """Forget the gradient."""
-        self.optimizer.zero_grad()
 
     def settle(self) -> None:
         """Give up gathered weights, which a change of the sharded ones would leave behind."""
