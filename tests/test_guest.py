@@ -57,9 +57,8 @@ def test_the_guest_is_listed(guest_site: Path) -> None:
 
 
 def test_the_guests_recipe_is_listed(
-    guest_site: Path, plug: Callable[[Path], None], command: Callable[..., Outcome], monkeypatch: pytest.MonkeyPatch
+    guest_site: Path, plug: Callable[[Path], None], command: Callable[..., Outcome]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
     plug(guest_site)
     done = command("recipes")
     assert rows(done.out, "guest") == ["guest", "BranchGRPO teaches a Gaussian to be bright"]

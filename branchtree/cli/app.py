@@ -28,7 +28,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-console = Console(highlight=False)
 
 RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name, or the path of a YAML file.")]
 OverridesArgument = Annotated[
@@ -69,6 +68,7 @@ def train(
     report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
 ) -> None:
     """Train a model by a recipe."""
+    console = Console(highlight=False)
     from branchtree.api import train as run
     from branchtree.cli.display import ProgressDisplay, figures_table
 
@@ -97,6 +97,7 @@ def train(
 @app.command()
 def plan(recipe: RecipeArgument, overrides: OverridesArgument = None, smoke: SmokeOption = False) -> None:
     """Show a recipe's tree, rows and memory, without loading a model."""
+    console = Console(highlight=False)
     from branchtree.api import plan as make_plan
     from branchtree.cli.display import print_plan
 
@@ -106,6 +107,7 @@ def plan(recipe: RecipeArgument, overrides: OverridesArgument = None, smoke: Smo
 @app.command()
 def recipes() -> None:
     """List the recipes that can be named, and the methods that a recipe can be put under, as in RECIPE+METHOD."""
+    console = Console(highlight=False)
     from branchtree.recipe import recipe_names
     from branchtree.recipe.load import METHOD_SIGN, method_names
     from branchtree.recipe.source import read_yaml
@@ -120,6 +122,7 @@ def recipes() -> None:
 @app.command()
 def plugins() -> None:
     """List the installed models, rewards, callbacks and feature spaces, and plug-ins that cannot be loaded."""
+    console = Console(highlight=False)
     from branchtree.plugins import registry
 
     found = registry()
@@ -149,6 +152,7 @@ app.command()(serve_reward)
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
     """Write a run's report.html."""
+    console = Console(highlight=False)
     from branchtree.report import write_report
 
     console.print(f"Report: {write_report(run)}")
