@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -18,7 +19,7 @@ from branchtree_adapters import _trained as trained
 from branchtree_adapters._encoders import EncoderSource, fingerprint
 
 
-class PipelineAdapter:
+class PipelineAdapter(ABC):
     """Base of the adapters: keeps the loaded pipeline, and adds LoRA to, saves and restores its transformer."""
 
     frozen_parts: ClassVar[tuple[str, ...]]  # names of the pipeline's encoders and decoder; it may lack some
@@ -82,9 +83,9 @@ class PipelineAdapter:
         settings = {"family": type(self).__name__, "dtype": str(self._encoders.dtype), **self._encoding_settings()}
         return fingerprint(self._encoders.source, self.encoding_parts, settings)
 
+    @abstractmethod
     def _encoding_settings(self) -> dict[str, object]:
         """The options that an encoding depends on."""
-        raise NotImplementedError
 
     def _frozen(self) -> list[Any]:
         parts = [getattr(self._pipeline, name, None) for name in self.frozen_parts]

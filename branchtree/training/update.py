@@ -112,7 +112,7 @@ class Updater:
 
     def _shared_work(self, parts: Sequence[Families]) -> list[tuple[int, int]]:
         """Of each part, the edges of all processes, and how many forwards other processes make more than this one."""
-        mine = [count for part in parts for count in (part.edges, len(self._batches(part)))]
+        mine = [count for part in parts for count in (part.edges, len(chunks(len(part), self.limit.rows)))]
         everyone = Lockstep(self.accelerator, self.engine.joint).counts(mine).reshape(-1, len(parts), 2)
         edges = everyone[:, :, 0].sum(0).tolist()
         batches = everyone[:, :, 1].amax(0).tolist() if self.engine.joint else mine[1::2]
@@ -181,7 +181,7 @@ class Updater:
         return self.sampler.noise_weights()
 
     def _batches(self, families: Families) -> list[Families]:
-        spans = chunks(len(families), self.limit.rows) if len(families) else []
+        spans = chunks(len(families), self.limit.rows)
         return [families.select(torch.arange(span.start, span.stop)) for span in spans]
 
     def _loss_without_edges(self, tree: BranchTree, policies: Policies) -> Tensor:
