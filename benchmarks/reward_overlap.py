@@ -67,7 +67,7 @@ def grown(session: Session, iteration: int) -> tuple[float, dict[str, float]]:
     conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
     conditioning = dict(session.cache.get(conditions, session.device))
     watch, start = Stopwatch(session.device), time.perf_counter()
-    grow_and_score(session, iteration, ids, conditions, conditioning, watch, recorded=False)
+    grow_and_score(session, iteration, ids, conditions, conditioning, watch)
     return time.perf_counter() - start, watch.report()
 
 

@@ -16,12 +16,12 @@ from branchtree.credit import assign_credit
 from branchtree.families import Families, collect
 from branchtree.protocols import Condition, Scores
 from branchtree.recipe.schema import Recipe
+from branchtree.training.gradient import Objective, Policies, UpdateRecord
 from branchtree.training.growth import grow_and_score
 from branchtree.training.policy import velocity_function
 from branchtree.training.rundir import RunDirectory
 from branchtree.training.session import Inputs, Session, make_accelerator, open_session, read_inputs
 from branchtree.training.timing import Stopwatch
-from branchtree.training.update import Policies, UpdateRecord
 from branchtree.tree import BranchTree
 
 QUIET = {"evaluation": None, "run.checkpoint_every": 10**6, "run.sample_every": 10**6, "run.tree_every": 10**6}
@@ -44,7 +44,7 @@ def under(session: Session, recipe: Recipe) -> Session:
         session,
         inputs=replace(session.inputs, recipe=recipe, schedule=make_schedule(recipe)),
         sampler=sampler,
-        updater=replace(session.updater, sampler=sampler, loss=recipe.loss),
+        updater=replace(session.updater, objective=Objective(sampler, recipe.loss, session.device)),
         credit_rule=make_credit_rule(recipe),
         pruning_rule=make_pruning_rule(recipe),
     )
@@ -69,9 +69,7 @@ class Prompts:
 def grown(session: Session, iteration: int, prompts: Prompts) -> tuple[BranchTree, dict[str, Scores]]:
     """The iteration's trees and the scores of their leaves."""
     watch = Stopwatch(session.device)
-    tree, scores, _ = grow_and_score(
-        session, iteration, prompts.ids, prompts.conditions, prompts.conditioning, watch, recorded=False
-    )
+    tree, scores, _ = grow_and_score(session, iteration, prompts.ids, prompts.conditions, prompts.conditioning, watch)
     return tree, scores
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from branchtree.planning import RunPlan
     from branchtree.protocols import Callback
     from branchtree.scoring import ScoredFile
-    from branchtree.training.trainer import TrainResult
+    from branchtree.training.reporter import TrainResult
 
 
 def train(

@@ -37,7 +37,9 @@ class PromptOrder:
 
     def batch(self, iteration: int, size: int) -> list[int]:
         """The prompt ids of an iteration."""
-        return [self.at(position) for position in range(iteration * size, (iteration + 1) * size)]
+        places = [divmod(place, self.prompts) for place in range(iteration * size, (iteration + 1) * size)]
+        passes = {number: self._pass(number) for number in {number for number, _ in places}}
+        return [number * self.prompts + passes[number][place] for number, place in places]
 
     def index(self, prompt_id: int) -> int:
         """Which prompt an id stands for."""

@@ -216,7 +216,10 @@ class ModelAdapter(Protocol):
         """
 
     def decode(self, latents: Tensor) -> Media:
-        """Decode clean latents (B, *latent) to media in [0, 1], on the CPU or the device."""
+        """Decode clean latents (B, *latent) to media in [0, 1], on the CPU or the device.
+
+        On a CPU another thread may call ``predict`` meanwhile; none calls ``encode``.
+        """
 
     def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
         """Write the trained part in the layout its own library reads.

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,6 +48,31 @@ class Sampler:
         return torch.cat([std / std.mean(), torch.zeros(1)])
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive steps that the nodes of adjoining prompts take in the same batches."""
+
+    steps: range
+    prompts: range
+
+
+def stages(topology: Topology, together: int | None = None) -> list[Stage]:
+    """All prompts' steps up to the last split, then ``together`` prompts at a time to the end; all of them by default.
+
+    Up to the last split a depth has few nodes of each prompt, so a batch wants those of all. After it, prompts that are
+    done first can be decoded and scored while the others go on.
+    """
+    steps, groups = range(topology.steps), chunks(topology.prompts, together)
+    if len(groups) == 1:
+        return [Stage(steps, groups[0])]
+    split = max(plan.last_split for plan in topology.plans) + 1
+    return [Stage(steps[:split], range(topology.prompts)), *(Stage(steps[split:], group) for group in groups)]
+
+
+Finished = Callable[[range, Tensor], None]
+"""Is told of prompts whose leaves are there, and of their clean latents (L, *latent)."""
+
+
 @torch.no_grad()
 def rollout(
     velocity: VelocityFunction,
@@ -57,52 +83,98 @@ def rollout(
     prompt_ids: Sequence[int],
     max_rows: int | None = None,
     store: torch.device | None = None,
+    together: int | None = None,
+    finished: Finished | None = None,
 ) -> BranchTree:
     """Sample a tree for P prompts.
 
     All nodes of a depth are one batch, cut to ``max_rows`` only for memory. ``initial`` (P, *latent) is the
     noise that all leaves of a prompt start from; ``prompt_ids`` (P,) are the prompts' addresses for noise;
-    ``store`` is where states are kept (by default where ``initial`` is). Raises ValueError on a time grid that
-    does not fit the topology.
+    ``store`` is where states are kept (by default where ``initial`` is). After the last split ``together`` prompts at a
+    time go on, and ``finished`` is told as they end. Raises ValueError on a time grid that does not fit the topology.
     """
     check_grid(sampler.sigmas)
     if sampler.sigmas.numel() != topology.steps + 1:
         raise ValueError(f"{topology.steps} steps need {topology.steps + 1} noise levels, not {sampler.sigmas.numel()}")
     if not initial.shape[0] == len(prompt_ids) == topology.prompts:
         raise ValueError(f"{topology.prompts} prompts need as many initial noises and prompt ids")
-    device, store = initial.device, store or initial.device
-    states, log_prob = [initial.float().to(store)], [torch.zeros(topology.prompts)]
+    states, log_prob = [initial.float().to(store or initial.device)], [torch.zeros(topology.prompts)]
     memory = Memory.empty(states[0]) if sampler.solver == "dpm2m" else None
-    for step in range(topology.steps):
-        # A node whose step is skipped has been led to a depth beyond: its only child stands in the same place.
-        following = states[step][topology.parent[step + 1].to(store)]
-        density = torch.zeros(topology.width(step + 1))
-        memory = memory and memory.rows(topology.parent[step + 1].to(store))
-        nodes = topology.evaluated(step)
-        for span in chunks(len(nodes), max_rows):
-            rows = nodes[span.start : span.stop]
-            place = torch.full((topology.width(step),), -1).scatter_(0, rows, torch.arange(len(rows)))
-            family = place[topology.parent[step + 1]]
-            children = torch.nonzero(family >= 0)[:, 0]
-            family = family[children].to(device)
-            latents = fetch_rows(states[step], rows, device)
-            transition, prediction = _transition(velocity, sampler, topology, step, rows, latents)
-            spread = transition.rows(family)
-            base = _noise(sampler.siblings, topology, step, children, noise, prompt_ids, latents)
-            at = children.to(store)
-            following[at] = spread.sample(base).to(store)
-            if memory is not None:
-                _solve(sampler, topology, step, children, (latents[family], prediction[family]), following, memory)
-            # Scored from the stored child, so that the gradient pass scores the very same numbers.
-            density[children] = spread.log_prob(following[at].to(device), sampler.reduction).cpu()
-        states.append(following)
-        log_prob.append(density)
+    growth = _Growth(topology, sampler, velocity, noise, prompt_ids, max_rows, initial.device, states, log_prob)
+    for stage in stages(topology, together):
+        here = topology.block(stage.prompts, stage.steps.start)
+        reached = growth.advance(stage, memory and memory.rows(torch.arange(here.start, here.stop)))
+        if stage.steps.stop < topology.steps:
+            memory = reached
+        elif finished is not None:
+            leaves = topology.block(stage.prompts, topology.steps)
+            finished(stage.prompts, states[-1][leaves.start : leaves.stop])
     return BranchTree(topology, sampler.sigmas, tuple(states), tuple(log_prob))
 
 
-def forwards(topology: Topology, max_rows: int | None) -> int:
+@dataclass(frozen=True)
+class _Growth:
+    """A tree while it grows."""
+
+    topology: Topology
+    sampler: Sampler
+    velocity: VelocityFunction
+    noise: NoiseSource
+    prompt_ids: Sequence[int]
+    max_rows: int | None
+    device: torch.device
+    states: list[Tensor]  # per depth reached by any prompt (N_d, *latent)
+    log_prob: list[Tensor]  # (N_d,)
+
+    def advance(self, stage: Stage, memory: Memory | None) -> Memory | None:
+        """Take a stage's steps; ``memory`` is of its nodes before, and what is returned of those after."""
+        for step in stage.steps:
+            memory = self._step(step, stage.prompts, memory)
+        return memory
+
+    def _step(self, step: int, prompts: range, memory: Memory | None) -> Memory | None:
+        topology, store = self.topology, self.states[0].device
+        above, below = topology.block(prompts, step), topology.block(prompts, step + 1)
+        if step + 1 == len(self.states):
+            self.states.append(self.states[0].new_empty(topology.width(step + 1), *self.states[0].shape[1:]))
+            self.log_prob.append(torch.zeros(topology.width(step + 1)))
+        # A node whose step is skipped has been led to a depth beyond: its only child stands in the same place.
+        parent = topology.parent[step + 1][below.start : below.stop]
+        self.states[step + 1][below.start : below.stop] = self.states[step][parent.to(store)]
+        memory = memory and memory.rows((parent - above.start).to(store))
+        nodes = topology.evaluated(step, prompts)
+        for span in chunks(len(nodes), self.max_rows):
+            self._families(step, nodes[span.start : span.stop], memory, below.start)
+        return memory
+
+    def _families(self, step: int, rows: Tensor, memory: Memory | None, first: int) -> None:
+        """The children of some nodes; ``first`` is the node that the memory's first row is of."""
+        topology, sampler, following = self.topology, self.sampler, self.states[step + 1]
+        place = torch.full((topology.width(step),), -1).scatter_(0, rows, torch.arange(len(rows)))
+        family = place[topology.parent[step + 1]]
+        children = torch.nonzero(family >= 0)[:, 0]
+        family, at = family[children].to(self.device), children.to(following.device)
+        latents = fetch_rows(self.states[step], rows, self.device)
+        transition, prediction = _transition(self.velocity, sampler, topology, step, rows, latents)
+        spread = transition.rows(family)
+        base = _noise(
+            sampler.siblings, topology, step, children.tolist(), self.noise, self.prompt_ids, latents.shape[1:]
+        )
+        following[at] = spread.sample(base.to(self.device)).to(following.device)
+        if memory is not None:
+            _solve(sampler, topology, step, children, (latents[family], prediction[family]), following, memory, first)
+        # Scored from the stored child, so that the gradient pass scores the very same numbers.
+        density = spread.log_prob(following[at].to(self.device), sampler.reduction)
+        self.log_prob[step + 1][children] = density.cpu()
+
+
+def forwards(topology: Topology, max_rows: int | None, together: int | None = None) -> int:
     """How often ``rollout`` asks for predictions."""
-    return sum(len(chunks(len(topology.evaluated(step)), max_rows)) for step in range(topology.steps))
+    return sum(
+        len(chunks(len(topology.evaluated(step, stage.prompts)), max_rows))
+        for stage in stages(topology, together)
+        for step in stage.steps
+    )
 
 
 def chunks(rows: int, limit: int | None) -> list[range]:
@@ -132,11 +204,12 @@ def _solve(
     parents: tuple[Tensor, Tensor],
     following: Tensor,
     memory: Memory,
+    first: int,
 ) -> None:
     """Take the solver's step instead for the children that come after their prompt's last stochastic step.
 
-    ``parents`` are the latents and predictions of the children's parents; ``following`` and ``memory``, by node of the
-    depth after, are changed in place.
+    ``parents`` are the latents and predictions of the children's parents. ``following``, by node of the depth after,
+    and ``memory``, by node from ``first`` on, are changed in place.
     """
     after = topology.per_edge(step, [plan.last_stochastic < step for plan in topology.plans])
     chosen = torch.nonzero(after[children])[:, 0]
@@ -144,36 +217,39 @@ def _solve(
         return
     latents, prediction = (part[chosen.to(part.device)] for part in parents)
     nodes = children[chosen].to(following.device)
+    rows = nodes - first
     target = topology.target(step)[topology.parent[step + 1][children[chosen]]]
     sigma = sampler.sigmas[torch.full_like(target, step)].to(latents.device)
-    before = Memory(memory.clean[nodes].to(latents.device), memory.sigma[nodes].to(latents.device))
+    before = Memory(memory.clean[rows].to(latents.device), memory.sigma[rows].to(latents.device))
     solved, kept = dpm2m(latents, prediction, sigma, sampler.sigmas[target].to(latents.device), before)
     following[nodes] = solved.to(following.device)
-    memory.clean[nodes], memory.sigma[nodes] = kept.clean.to(following.device), kept.sigma.to(following.device)
+    memory.clean[rows], memory.sigma[rows] = kept.clean.to(following.device), kept.sigma.to(following.device)
 
 
 def _noise(
     siblings: Siblings,
     topology: Topology,
     step: int,
-    children: Tensor,
+    children: Sequence[int],
     source: NoiseSource,
     prompt_ids: Sequence[int],
-    latents: Tensor,
+    shape: Sequence[int],
 ) -> Tensor:
-    """Base noise of some children, ascending; zero where the step is deterministic, which needs none drawn."""
-    noise = torch.zeros(len(children), *latents.shape[1:])
+    """Base noise of some children, ascending, on the CPU; zero where the step is deterministic and needs none drawn."""
+    noise = torch.zeros(len(children), *shape)
     for prompt, plan in enumerate(topology.plans):
+        if not plan.stochastic[step]:
+            continue
         nodes = topology.span(prompt, step + 1)
         # A prompt's nodes adjoin and are all evaluated or none: those among the children are a run of them.
-        first, last = torch.searchsorted(children, torch.tensor([nodes.start, nodes.stop])).tolist()
-        if first >= last or not plan.stochastic[step]:
+        first, last = bisect_left(children, nodes.start), bisect_left(children, nodes.stop)
+        if first >= last:
             continue
         # Noise is addressed by places in the whole tree; of its families a part may lack the first or last children.
-        start = int(children[first]) - nodes.start + topology.parts[prompt].held[step + 1].start
+        start = children[first] - nodes.start + topology.parts[prompt].held[step + 1].start
         branches, stop = plan.factors[step], start + last - first
         parents = range(start // branches, -(-stop // branches))
-        families = child_noise(source, siblings, prompt_ids[prompt], step + 1, parents, branches, latents.shape[1:])
+        families = child_noise(source, siblings, prompt_ids[prompt], step + 1, parents, branches, shape)
         skipped = start - parents.start * branches
         noise[first:last] = families[skipped : skipped + last - first]
-    return noise.to(latents.device)
+    return noise

@@ -49,10 +49,11 @@ class Topology:
         """N_d."""
         return self.parent[depth].numel()
 
-    def evaluated(self, depth: int) -> Tensor:
-        """The nodes of a depth that go through the denoiser, ascending."""
+    def evaluated(self, depth: int, prompts: range | None = None) -> Tensor:
+        """The nodes of a depth that go through the denoiser, ascending; those of some adjoining prompts, or all."""
+        here = self.block(range(self.prompts) if prompts is None else prompts, depth)
         walked = torch.tensor([depth not in plan.skipped for plan in self.plans])
-        return torch.nonzero(walked[self.root[depth]])[:, 0]
+        return torch.nonzero(walked[self.root[depth][here.start : here.stop]])[:, 0] + here.start
 
     def target(self, depth: int) -> Tensor:
         """The depth that each node of a depth is led to, (N_d,) int64."""
@@ -94,6 +95,20 @@ class Topology:
         """Where a prompt's nodes lie among those of a depth."""
         start = sum(len(part.held[depth]) for part in self.parts[:prompt])
         return range(start, start + len(self.parts[prompt].held[depth]))
+
+    def block(self, prompts: range, depth: int) -> range:
+        """Where the nodes of some adjoining prompts lie among those of a depth."""
+        return range(self.span(prompts[0], depth).start, self.span(prompts[-1], depth).stop)
+
+    def first(self, prompts: int) -> Topology:
+        """That of the first prompts alone, whose nodes keep their places."""
+        widths = [self.block(range(prompts), depth).stop for depth in self.depths]
+        return Topology(
+            plans=self.plans[:prompts],
+            parent=tuple(level[:width] for level, width in zip(self.parent, widths, strict=True)),
+            root=tuple(level[:width] for level, width in zip(self.root, widths, strict=True)),
+            parts=self.parts[:prompts],
+        )
 
 
 def grow(plans: Sequence[TreePlan]) -> Topology:

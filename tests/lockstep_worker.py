@@ -21,10 +21,11 @@ from branchtree.recipe.schema import LossSection, OptimSection
 from branchtree.rollout import Sampler, forwards, rollout
 from branchtree.schedule import TreePlan
 from branchtree.training.engine import make_engine
+from branchtree.training.gradient import Objective, Policies
 from branchtree.training.guard import UpdateGuard
 from branchtree.training.lockstep import Lockstep
 from branchtree.training.microbatch import RowLimit
-from branchtree.training.update import Policies, Updater, partition
+from branchtree.training.update import Updater, partition
 from branchtree.transitions import DanceSde
 from branchtree.tree import grow
 
@@ -138,12 +139,12 @@ def run(accelerator: Any, schedule: Schedule, mine: Schedule) -> dict[str, Any]:
         flags & (torch.rand(len(flags), generator=source) < mine["kept"]) for flags in trained
     ]
     parts = partition(collect(topology, advantages, keep), schedule["steps"], 0, 0, range(len(plans)), 0)
+    loss = LossSection(kl=0.1 * schedule["kl"], old_log_prob=schedule["old_log_prob"], clip_range=0.5)
     updater = Updater(
         accelerator=accelerator,
         engine=engine,
         scheduler=torch.optim.lr_scheduler.ConstantLR(getattr(engine.optimizer, "optimizer", engine.optimizer)),
-        sampler=sampler,
-        loss=LossSection(kl=0.1 * schedule["kl"], old_log_prob=schedule["old_log_prob"], clip_range=0.5),
+        objective=Objective(sampler, loss, accelerator.device),
         max_grad_norm=1.0,
         limit=RowLimit("batch.update_rows", schedule["update_rows"]),
         guard=UpdateGuard(OptimSection()),

@@ -28,8 +28,8 @@ from branchtree.protocols import Scores
 from branchtree.recipe import Recipe, load_recipe, recipe_names
 from branchtree.recipe.load import builtin_folder, method_names
 from branchtree.schedule import FixedSplits, Schedule
+from branchtree.training.gradient import UpdateRecord
 from branchtree.training.metrics import ShareRecord, iteration_metrics
-from branchtree.training.update import UpdateRecord
 from branchtree.tree import grow
 
 ROOT = Path(__file__).parents[1]

@@ -25,6 +25,7 @@ from mishaps import mishaps
 from PIL import Image
 
 from branchtree.errors import OutputError
+from branchtree.training import policy
 from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.disk import disk_failure, writing
 from branchtree.training.lock import LOCK, sole_process
@@ -252,8 +253,13 @@ def test_a_prompt_file_that_is_gone_is_named_at_the_start_and_on_resume(
     assert not (tmp_path / "new").exists()
 
 
-def test_an_image_that_is_gone_ends_the_run_with_a_checkpoint(cli: Callable[..., Outcome], tmp_path: Path) -> None:
-    """Of four prompts, two are read in the first iteration; one of the others has lost its image by the second."""
+def test_an_image_that_is_gone_ends_the_run_with_a_checkpoint(
+    cli: Callable[..., Outcome], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of four prompts, two are read in the first iteration; one of the others has lost its image by the second.
+
+    With room for the encodings of all, all are read at the start, and nothing is missed.
+    """
     rows = [{"prompt": f"lamp {place}", "image": f"{place}.png"} for place in range(4)]
     (tmp_path / "p.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     for place in range(4):
@@ -269,13 +275,18 @@ def test_an_image_that_is_gone_ends_the_run_with_a_checkpoint(cli: Callable[...,
     assert cli(tmp_path / "whole", "--no-report", **fixed).code == 0
     run, gone = tmp_path / "run", tmp_path / "3.png"
     mishap = {"callback": "mishap", "at": 0, "remove": str(gone)}
-    message = told(cli(run, "--no-report", **fixed, callbacks=[mishap]))
+    with monkeypatch.context() as cramped:
+        cramped.setattr(policy, "CACHE_BYTES", 1)
+        cramped.setattr(policy, "PREPARED", 1)
+        message = told(cli(run, "--no-report", **fixed, callbacks=[mishap]))
     assert str(gone) in message and "p.jsonl:4" in message
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["iteration_000001"]
     assert str(gone) in told(cli(run, "--no-report", "--resume", **fixed))
     Image.new("RGB", (8, 8)).save(gone)
     assert cli(run, "--no-report", "--resume", **fixed).code == 0
     assert same_end(run, tmp_path / "whole")
+    assert cli(tmp_path / "roomy", "--no-report", **fixed, callbacks=[mishap]).code == 0
+    assert same_end(tmp_path / "roomy", tmp_path / "whole") and not gone.exists()
 
 
 # --- a second process ---

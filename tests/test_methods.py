@@ -220,7 +220,7 @@ def first_tree(session: Session) -> tuple[BranchTree, Mapping[str, Scores], dict
     ids = session.order.batch(0, session.recipe.batch.prompts)
     conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
     encoded = dict(session.cache.get(conditions, session.device))
-    tree, scores, _ = grow_and_score(session, 0, ids, conditions, encoded, Stopwatch(session.device), recorded=False)
+    tree, scores, _ = grow_and_score(session, 0, ids, conditions, encoded, Stopwatch(session.device))
     return tree, scores, encoded, list(ids)
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_flux import tiny_flux
 from torch import Tensor, nn
-from training_runs import metrics, small, weights
+from training_runs import largest_difference, metrics, small, weights
 
 from branchtree import load_recipe
 from branchtree.assembly import NamedReward, make_credit_rule, make_pruning_rule, make_schedule
@@ -99,6 +99,23 @@ def test_a_run_out_of_memory_equals_one_that_knew(
     require_same(weights(tmp_path / "hit"), weights(tmp_path / "told"))
 
 
+def test_a_gradient_begun_early_begins_again_where_memory_runs_out(model: Path, tmp_path: Path) -> None:
+    """Three prompts, of which the first is taken up before the others are scored; the second batch does not fit."""
+    keys: dict[str, Any] = {"batch__prompts": 3, "batch__update_rows": None, "run__iterations": 1}
+    once = prepared(model, tmp_path / "roomy", **keys)
+    Trainer(once, []).run(resume=False)
+    rows = metrics(tmp_path / "roomy")[0]["rows/gradient"] / 3
+    device = Device(update=round(rows))  # the first prompt's rows fit
+    session = device.hold(prepared(model, tmp_path / "hit", **keys))
+    Trainer(session, []).run(resume=False)
+    assert session.learns_early and device.failures == ["update"]
+    hit, roomy = metrics(tmp_path / "hit")[0], metrics(tmp_path / "roomy")[0]
+    assert hit.keys() == roomy.keys()
+    for name, value in roomy.items():
+        assert hit[name] == pytest.approx(value, rel=1e-2, abs=1e-4), name
+    assert largest_difference(weights(tmp_path / "hit"), weights(tmp_path / "roomy")) < 1e-4
+
+
 def test_a_resumed_run_starts_with_what_was_found(model: Path, tmp_path: Path) -> None:
     first = Device(update=7)
     Trainer(first.hold(prepared(model, tmp_path / "run", run__iterations=1)), []).run(resume=False)
@@ -145,7 +162,7 @@ def test_other_errors_are_not_taken_for_it() -> None:
 def test_a_step_that_all_processes_share_is_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = Device(update=3).hold(prepared(model, tmp_path / "run", batch__update_rows=None))
+    session = Device(update=3).hold(prepared(model, tmp_path / "run", batch__update_rows=None, batch__prompts=1))
     trainer = Trainer(session, [])
     monkeypatch.setattr(type(session.accelerator), "num_processes", 2)
     # All families in one batch: it is the one whose gradient is reduced.
@@ -183,6 +200,7 @@ def test_a_reward_is_given_what_it_has_memory_for() -> None:
     for _ in range(2):
         with ScoringQueue([NamedReward("mean", 1.0, reward)], InPlace, limits) as queue:
             queue.put(Piece(media, [Condition("a")] * 8, [0] * 8))
+            queue.seal()
             scores = queue.results()["mean"]
         assert torch.equal(scores.values, media.pixels.mean(dim=(1, 2, 3)))
     assert reward.calls == [2] * 8 and limits.found == {"rewards.mean": 2}
@@ -191,6 +209,7 @@ def test_a_reward_is_given_what_it_has_memory_for() -> None:
         queue = ScoringQueue([NamedReward("mean", 1.0, refused)], InPlace)
         with pytest.raises(RewardError, match=told), queue:
             queue.put(Piece(media, [Condition("a")] * 8, [0] * 8))
+            queue.seal()
             queue.results()
 
 

@@ -26,8 +26,9 @@ from branchtree.noise import (
     SimplexSiblings,
     child_noise,
 )
-from branchtree.rollout import Sampler, chunks, rollout
+from branchtree.rollout import Sampler, Stage, chunks, forwards, rollout, stages
 from branchtree.schedule import PRESET_SPLITS, TreePlan
+from branchtree.solvers import Solver
 from branchtree.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel, Ode
 from branchtree.tree import BranchTree, grow
 
@@ -449,3 +450,54 @@ def test_an_ode_chain_is_euler() -> None:
     for here, there in itertools.pairwise(grid):
         x = reference.ode_step(x, 0.5 * x - here, here, there)
     assert tree.leaves.flatten().tolist() == pytest.approx([x, x], rel=1e-5)
+
+
+# --- some prompts reach their leaves before the others ---
+
+
+def mixed_plans() -> list[TreePlan]:
+    """Trees of different splits, one of which skips steps after its last stochastic one."""
+    short = make_plan(8, {1: 2}, stochastic=[1])
+    return [make_plan(8, {0: 2, 3: 3}), replace(short, skipped=frozenset({4, 5})), make_plan(8, {2: 2}, stochastic=[6])]
+
+
+@pytest.mark.parametrize("together", [1, 2, 3, None])
+@pytest.mark.parametrize("max_rows", [None, 2])
+@pytest.mark.parametrize("solver", ["euler", "dpm2m"])
+def test_prompts_that_end_first_change_no_state(together: int | None, max_rows: int | None, solver: Solver) -> None:
+    plans, ids = mixed_plans(), [4, 0, 9]
+    setting = replace(sampler(8), solver=solver)
+    told: list[tuple[range, Tensor]] = []
+    counter = Counter()
+    args = (setting, grow(plans), initial_of(ids), NoiseSource(42, 7), ids)
+
+    def velocity(latents: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        counter(latents, sigma, prompt)
+        return velocity_of(ids)(latents, sigma, prompt)
+
+    def finished(prompts: range, leaves: Tensor) -> None:
+        told.append((prompts, leaves.clone()))
+
+    tree = rollout(velocity, *args, max_rows=max_rows, together=together, finished=finished)
+    assert_same(tree, rollout(velocity_of(ids), *args))
+    assert [prompts for prompts, _ in told] == chunks(3, together)
+    assert torch.equal(torch.cat([leaves for _, leaves in told]), tree.leaves)
+    assert len(counter.batches) == forwards(tree.topology, max_rows, together)
+    assert sum(counter.batches) == tree.topology.rollout_rows
+
+
+def test_prompts_part_only_after_the_last_split() -> None:
+    topology = grow(mixed_plans())
+    assert stages(topology, 2) == [
+        Stage(range(4), range(3)),
+        Stage(range(4, 8), range(2)),
+        Stage(range(4, 8), range(2, 3)),
+    ]
+    assert stages(topology) == stages(topology, 3) == [Stage(range(8), range(3))]
+
+
+def test_the_first_prompts_of_a_topology_keep_their_places() -> None:
+    whole, alone = grow(mixed_plans()).first(2), grow(mixed_plans()[:2])
+    assert whole.plans == alone.plans and whole.parts == alone.parts
+    for first, second in zip((*whole.parent, *whole.root), (*alone.parent, *alone.root), strict=True):
+        assert torch.equal(first, second)

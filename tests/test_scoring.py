@@ -11,6 +11,7 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,23 +19,28 @@ from branchtree_rewards.diversity import Diversity, DiversityConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_flux import tiny_flux
+from torch import Tensor
 from training_runs import largest_difference, metrics, small, weights
 
 from branchtree import load_recipe, train
 from branchtree.assembly import NamedReward
-from branchtree.errors import RewardError
+from branchtree.errors import ModelError, RewardError
+from branchtree.families import Families
 from branchtree.protocols import Condition, Media, Scores
-from branchtree.recipe.schema import ScoringSection
+from branchtree.recipe.schema import BatchSection, ScoringSection
 from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.failures import FailureWatch
+from branchtree.training.gradient import Gradient
+from branchtree.training.microbatch import RowLimits
 from branchtree.training.restore import find_checkpoint
 from branchtree.training.rundir import METRICS, RunDirectory
-from branchtree.training.scoring import AHEAD, Piece, ScoringQueue, make_executor
+from branchtree.training.scorer import Scorer
+from branchtree.training.scoring import AHEAD, Piece, ScoringQueue, make_workers
 from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 
 CPU = torch.device("cpu")
-THREAD, IN_PLACE = (make_executor(ScoringSection(overlap=overlap), CPU) for overlap in (True, False))
+THREAD, IN_PLACE = (make_workers(ScoringSection(overlap=overlap), CPU).scoring for overlap in (True, False))
 
 
 @dataclass
@@ -71,7 +77,10 @@ def scored(pieces: Sequence[Piece], rewards: Sequence[Recorder], executor: Calla
     with ScoringQueue(named, executor) as queue:
         for part in pieces:
             queue.put(part)
-        return queue.results()
+        queue.seal()
+        scores = queue.results()
+        queue.rest()
+        return scores
 
 
 @st.composite
@@ -136,8 +145,83 @@ def test_decoded_pieces_do_not_pile_up() -> None:
         waiting = list(handed)
         go.set()
         giver.join(30)
+        queue.seal()
         assert queue.results()["held"].values.tolist() == list(range(AHEAD + 3))
     assert waiting == list(range(AHEAD))
+
+
+@dataclass
+class Lamp:
+    """A model whose samples bear their latents as pixels."""
+
+    threads: set[int] = field(default_factory=set)
+    rests: int = 0
+    broken: bool = False
+
+    def decode(self, latents: Tensor) -> Media:
+        self.threads.add(threading.get_ident())
+        if self.broken:
+            raise ModelError("the decoder is broken")
+        return Media(images=latents.view(-1, 1, 1, 1).expand(-1, 3, 2, 2))
+
+    def release_frozen(self) -> None:
+        self.rests += 1
+
+
+def scorer(model: Any, reward: Recorder, overlap: bool = True, rows: int | None = None) -> Scorer:
+    workers = make_workers(ScoringSection(overlap=overlap), CPU)
+    limits = RowLimits(BatchSection(decode_rows=rows), None)
+    return Scorer(model, [NamedReward("first pixel", 1.0, reward)], workers, limits, limits.decode, CPU)
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("groupwise", [True, False])
+def test_scores_come_in_the_order_of_what_was_given(overlap: bool, groupwise: bool) -> None:
+    """Five samples of two prompts in one go, then three of another; decoded two at a time."""
+    model, reward = Lamp(), Recorder(groupwise)
+    prompts = [[0, 0, 0, 1, 1], [2, 2, 2]]
+    with scorer(model, reward, overlap, rows=2) as working:
+        kept = [
+            working.put(torch.arange(start, start + len(own)).float(), [Condition(str(p)) for p in own], own, {1, 2})
+            for start, own in zip((0, 5), prompts, strict=True)
+        ]
+        assert working.scores(1)["first pixel"].values.tolist() == [0, 1, 2, 3, 4]
+        assert (model.rests, reward.released) == (0, 0)
+        assert working.scores()["first pixel"].values.tolist() == list(range(8))
+    assert [[float(one.pixels[0, 0, 0, 0]) for one in put.result()] for put in kept] == [[1, 2], [6, 7]]
+    assert (model.rests, reward.released) == (1, 1)
+    sizes = [3, 2, 3] if groupwise else [2, 2, 1, 2, 1]
+    assert [len(call[0]) for call in reward.calls] == sizes
+    here = threading.get_ident()
+    assert (here in model.threads | reward.threads) is not overlap
+    assert set(working.seconds) == {"decode_work", "reward_work"}
+
+
+def test_a_thread_works_with_as_many_threads_as_the_run() -> None:
+    before = torch.get_num_threads()
+    seen: list[int] = []
+
+    class Curious(Recorder):
+        def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+            seen.append(torch.get_num_threads())
+            return super().score(media, conditions)
+
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            with scorer(Lamp(), Curious()) as working:
+                working.put(torch.zeros(1), [Condition("a")], [0])
+                working.scores()
+    finally:
+        torch.set_num_threads(before)
+    assert seen == [1, 2]
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_what_fails_in_a_thread_is_told_by_the_next_call(overlap: bool) -> None:
+    with pytest.raises(ModelError, match="the decoder is broken"), scorer(Lamp(broken=True), Recorder()) as working:
+        working.put(torch.zeros(1), [Condition("a")], [0])
+        working.scores()
 
 
 @pytest.mark.parametrize("executor", [THREAD, IN_PLACE])
@@ -180,6 +264,51 @@ def test_trees_grown_one_prompt_at_a_time_are_those_grown_together(model: Path, 
     assert largest_difference(weights(tmp_path / "together"), weights(tmp_path / "apart")) < 1e-4
 
 
+def test_the_gradient_pass_begins_while_leaves_are_scored(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last prompts' leaves are not scored before a batch of the first prompt's has gone through the denoiser."""
+    begun, waits = threading.Event(), list[bool]()
+
+    class Held(Recorder):
+        def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+            if self.calls:  # the first leaves are those of the first prompt
+                waits.append(begun.wait(60))
+            return super().score(media, conditions)
+
+    add = Gradient.add
+
+    def told(gradient: Gradient, families: Families) -> None:
+        add(gradient, families)
+        begun.set()
+
+    monkeypatch.setattr(Gradient, "add", told)
+    recipe = load_recipe("quickstart", small(model, batch__prompts=3, run__iterations=1))
+    inputs = replace(read_inputs(recipe), rewards=[NamedReward("held", 1.0, Held())])
+    directory = RunDirectory(tmp_path / "run")
+    directory.claim(resume=False)
+    Trainer(open_session(inputs, directory, make_accelerator(recipe, directory)), []).run(resume=False)
+    assert waits and all(waits)
+
+
+@pytest.mark.parametrize(
+    ("changes", "early"),
+    [
+        ({}, True),
+        ({"optim__steps_per_iteration": 2}, False),  # a step's share of families is drawn from all prompts
+    ],
+)
+def test_when_the_gradient_pass_may_begin_early(
+    model: Path, tmp_path: Path, changes: dict[str, Any], early: bool
+) -> None:
+    recipe = load_recipe("quickstart", small(model, **changes))
+    directory = RunDirectory(tmp_path / "run")
+    session = open_session(read_inputs(recipe), directory, make_accelerator(recipe, directory))
+    assert session.learns_early is early
+    sharded = replace(session, team=replace(session.team, members=2))
+    assert not sharded.learns_early
+
+
 def test_a_reward_that_also_judges_held_out_samples_is_loaded_once(model: Path) -> None:
     digits = {"reward": "digits"}
     twice = [{**digits, "label": "again"}, digits, {**digits, "classifier": "heldout", "label": "other"}]
@@ -197,28 +326,30 @@ def test_a_reward_that_also_judges_held_out_samples_is_loaded_once(model: Path) 
 
 @dataclass
 class Failing:
-    """Fails on a set share of each iteration's samples."""
+    """Fails on the first samples of each iteration's eight, a set share of them."""
 
     shares: Sequence[float]
-    calls: int = 0
+    seen: int = 0
     modalities: frozenset[str] = frozenset({"image"})
 
     def load(self, device: torch.device) -> None:
         """Nothing to load."""
 
     def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        share = self.shares[min(self.calls, len(self.shares) - 1)]
-        self.calls += 1
-        failed = round(share * len(media))
+        iteration, place = divmod(self.seen, 8)
+        self.seen += len(media)
+        share = self.shares[min(iteration, len(self.shares) - 1)]
         values = torch.linspace(0, 1, len(media))
-        values[:failed] = math.nan
-        return Scores(values, values.isfinite(), reasons=dict.fromkeys(range(failed), "no answer in 5 s"))
+        failed = torch.arange(place, place + len(media)) < round(share * 8)
+        values[failed] = math.nan
+        reasons = {int(row): "no answer in 5 s" for row in failed.nonzero()}
+        return Scores(values, values.isfinite(), reasons=reasons)
 
 
 def train_failing(
     model: Path, output: Path, shares: Sequence[float], resume: bool = False, **overrides: object
 ) -> None:
-    """A run whose only reward fails; trees of all prompts are scored in one call."""
+    """A run whose only reward fails."""
     recipe = load_recipe("quickstart", small(model, run__iterations=len(shares), **overrides))
     inputs = replace(read_inputs(recipe), rewards=[NamedReward("judge", 1.0, Failing(shares))])
     directory = RunDirectory(output)

@@ -243,5 +243,6 @@ def test_gradients_that_are_not_finite_end_the_run_before_the_weights_change(mod
 def test_a_clip_range_below_the_mismatch_is_warned_about(
     model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run(model, tmp_path / "run", loss__clip_range=1e-12)
+    # Rows in batches of other sizes differ in their last digits.
+    run(model, tmp_path / "run", loss__clip_range=1e-12, batch__rollout_rows=1)
     assert sum("loss.clip_range" in message for message in caplog.messages) == 1

@@ -24,11 +24,12 @@ from training_runs import metrics, small
 
 from branchtree import load_recipe
 from branchtree.assembly import NamedReward
-from branchtree.errors import OutputError, RewardError
+from branchtree.errors import DataError, OutputError, RewardError
 from branchtree.families import collect
 from branchtree.protocols import Condition, Conditioning, Media, Scores
 from branchtree.pruning import trainable
 from branchtree.recipe.schema import OptimSection
+from branchtree.training import policy
 from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.ema import WeightAverage
 from branchtree.training.interrupt import StopRequest
@@ -45,16 +46,19 @@ from branchtree.tree import grow
 
 @dataclass
 class Scripted:
-    """A reward that gives each sample what a function of its place says."""
+    """A reward that gives samples the values in turn, over and over."""
 
     values: Sequence[float]
+    seen: int = 0
     modalities: frozenset[str] = frozenset({"image"})
 
     def load(self, device: torch.device) -> None:
         """Nothing to load."""
 
     def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        values = torch.tensor([self.values[place % len(self.values)] for place in range(len(media))])
+        places = range(self.seen, self.seen + len(media))
+        self.seen = places.stop
+        values = torch.tensor([self.values[place % len(self.values)] for place in places])
         return Scores(values, torch.ones(len(media), dtype=torch.bool))
 
 
@@ -226,6 +230,33 @@ def test_the_cache_forgets_what_was_used_longest_ago() -> None:
     for texts in (("a",), ("bb",), ("a",), ("ccc",), ("a",), ("bb",)):
         cache.get(prompts(*texts), cpu)
     assert encoder.asked == ["a", "bb", "ccc", "bb"]
+
+
+@pytest.mark.parametrize(("room", "encoded"), [(6, 5), (5, 4), (4, 4), (3, 2), (1, 2)])
+def test_what_is_coming_is_encoded_in_its_order_as_far_as_it_fits(
+    room: int, encoded: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at a time, and no more once the next two would be too many."""
+    monkeypatch.setattr(policy, "PREPARED", 2)
+    encoder, texts = Encoder(), ("a", "bb", "ccc", "dddd", "eeeee")
+    cache = ConditioningCache(encoder, limit=room * 8 * 4)  # type: ignore[arg-type]
+    cache.prepare(prompts(*texts))
+    assert encoder.asked == list(texts[:encoded])
+    assert encoder.released == -(-encoded // 2)
+
+
+def test_an_unreadable_image_is_left_for_the_request_that_needs_it() -> None:
+    class Blind(Encoder):
+        def encode(self, conditions: Sequence[Condition]) -> Conditioning:
+            if any(condition.prompt == "gone" for condition in conditions):
+                raise DataError("no image")
+            return super().encode(conditions)
+
+    cache = ConditioningCache(Blind())  # type: ignore[arg-type]
+    cache.prepare(prompts("a", "gone"))
+    assert len(cache.get(prompts("a"), torch.device("cpu"))["embedding"]) == 1
+    with pytest.raises(DataError):
+        cache.get(prompts("gone"), torch.device("cpu"))
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from branchtree.training.evaluation import Evaluator, Pair, Samples
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import open_cache
 from branchtree.training.rundir import RunDirectory
-from branchtree.training.scoring import make_executor
+from branchtree.training.scoring import make_workers
 from branchtree.training.session import load_model, load_rewards, make_accelerator
 
 NOISES_SHOWN = 4
@@ -120,7 +120,7 @@ def _evaluator(request: Request, accelerator: Any) -> Evaluator:
         autocast=accelerator.autocast,
         device=accelerator.device,
         limits=RowLimits(request.recipe.batch, request.draws.rows),
-        executor=make_executor(request.recipe.scoring, accelerator.device),
+        executor=make_workers(request.recipe.scoring, accelerator.device).scoring,
     )
 
 

@@ -214,7 +214,7 @@ class BatchSection(Section):
     rollout_rows: int | None = Field(default=None, ge=1)  # predictions per forward; all of a depth by default
     update_rows: int | None = Field(default=None, ge=1)  # families per forward and backward; all by default
     decode_rows: int | None = Field(default=None, ge=1)  # leaves decoded and scored at a time
-    rollout_prompts: int | None = Field(default=None, ge=1)  # prompts whose trees grow together; all by default
+    rollout_prompts: int | None = Field(default=None, ge=1)  # prompts that go on together after the last split; all by default
     states: Literal["device", "host"] = "device"  # where the tree's states are kept
     processes_per_prompt: int = Field(default=1, ge=1)  # that share each prompt's tree, every one a run of its leaves
 
@@ -222,7 +222,7 @@ class BatchSection(Section):
 class ScoringSection(Section):
     """``scoring``: how leaves are scored, and when failing rewards end the run. Nothing here changes a result."""
 
-    overlap: bool = True  # score while the next trees grow
+    overlap: bool = True  # decode and score while trees grow and the gradient pass begins
     max_invalid: float = Field(default=0.5, ge=0, le=1)  # share of samples a reward may fail on before the run ends
     window: int = Field(default=3, ge=1)  # iterations that the share is taken over
 

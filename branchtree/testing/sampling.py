@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -139,6 +140,16 @@ class SamplingPromises(LoadedOnce):
         together = loaded.decode(latents).pixels
         pieces = torch.cat([loaded.decode(latents[first : first + 1]).pixels for first in range(len(latents))])
         require_close(pieces, together, case.tolerance[torch.float32])
+
+    def test_samples_are_decoded_while_others_are_predicted(self, loaded: ModelAdapter, case: AdapterCase) -> None:
+        """By another thread, as a run decodes the prompts that are done first."""
+        latents, asked = noise(loaded, 2), question(loaded, case.conditions)
+        decoded, answer = loaded.decode(latents).pixels, ask(loaded, asked)
+        with ThreadPoolExecutor(max_workers=1) as executor:
+            beside = [executor.submit(loaded.decode, latents) for _ in range(4)]
+            answers = [ask(loaded, asked) for _ in range(8)]
+            assert all(torch.equal(each.result().pixels, decoded) for each in beside)
+        assert all(torch.equal(each, answer) for each in answers)
 
     def test_frozen_parts_can_be_released_and_used_again(self, case: AdapterCase) -> None:
         """With the same results, to the bit."""

@@ -21,9 +21,9 @@ from branchtree.schedule import TreePlan
 from branchtree.training.lockstep import Phase
 from branchtree.training.microbatch import fitted
 from branchtree.training.policy import velocity_function
-from branchtree.training.scoring import InPlace, ScoringQueue, decode_and_put
+from branchtree.training.scorer import Scorer
+from branchtree.training.scoring import InPlace, Workers
 from branchtree.training.session import Session
-from branchtree.training.timing import Stopwatch
 from branchtree.tree import BranchTree, Topology, grow
 
 log = logging.getLogger("branchtree")
@@ -69,14 +69,11 @@ def compare_continuation(
         range(len(states)),
         max_rows=session.limits.rollout.rows,
     )
-    count = len(leaves)
-    with ScoringQueue(session.inputs.rewards, InPlace, session.limits) as queue:
-        watch, prompts = Stopwatch(session.device), [0] * count
-        decode_and_put(
-            queue, session.inputs.model, whole.leaves, [condition] * count, prompts, session.limits.decode, watch
-        )
-        session.inputs.model.release_frozen()
-        full = queue.results()
+    count, workers = len(leaves), Workers(InPlace, InPlace)
+    inputs, limits = session.inputs, session.limits
+    with Scorer(inputs.model, inputs.rewards, workers, limits, limits.decode, session.device) as scorer:
+        scorer.put(whole.leaves, [condition] * count, [0] * count)
+        full = scorer.scores()
     figures = {"rows/continuation_check": float(whole.topology.rollout_rows * session.inputs.model.rows_per_prediction)}
     for label, score in full.items():
         figures |= _compared(label, score, scores[label], slice(leaves.start, leaves.stop))

@@ -41,6 +41,9 @@ class Engine(Protocol):
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient; the gradient of a step is the mean over processes."""
 
+    def scale(self, factor: float) -> None:
+        """Multiply the gradient."""
+
     def clip(self, limit: float) -> float:
         """Scale the gradient to a norm of at most ``limit``; returns the norm before."""
 
@@ -67,6 +70,14 @@ class Stepped:
     """Steps an optimiser that holds this process's part of the weights, or all of them."""
 
     optimizer: Any
+    parameters: Mapping[str, nn.Parameter]
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiply the gradient."""
+        for parameter in self.parameters.values():
+            if parameter.grad is not None:
+                parameter.grad.mul_(factor)
 
     def step(self) -> None:
         """Take the optimiser's step and forget the gradient."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -18,8 +18,8 @@ from branchtree.rollout import Sampler, chunks
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import ConditioningCache
 from branchtree.training.sampling import sample_latents
-from branchtree.training.scoring import ScoringQueue, decode_and_put
-from branchtree.training.timing import Stopwatch
+from branchtree.training.scorer import Scorer
+from branchtree.training.scoring import InPlace, Workers
 
 Pair = tuple[int, int]
 """Which prompt, and which of its noises."""
@@ -128,22 +128,21 @@ class Evaluator:
         """The samples of all batches as one entry; none if there are no batches."""
         if not batches:
             return []
-        watch, kept = Stopwatch(self.device), dict[Pair, Media]()
-        with ScoringQueue(self.rewards, self.executor, self.limits) as queue:
+        kept: list[Future[list[Media]]] = []
+        # Here prompts are encoded between two batches, and an adapter need not encode while it decodes.
+        workers = Workers(InPlace, self.executor)
+        with Scorer(self.model, self.rewards, workers, self.limits, self.limits.evaluation, self.device) as scorer:
             for pairs in batches:
                 conditions = [self.conditions[prompt] for prompt, _ in pairs]
                 latents = self._sampled(pairs, conditions)
-                # As many as reach the last that is to be kept.
-                reach = max((place + 1 for place, pair in enumerate(pairs) if pair in keep), default=0)
-                prompts = [prompt for prompt, _ in pairs]
-                media = decode_and_put(
-                    queue, self.model, latents, conditions, prompts, self.limits.evaluation, watch, reach
-                )
-                kept |= _chosen(media, pairs[:reach], keep)
+                places = {place for place, pair in enumerate(pairs) if pair in keep}
+                kept.append(scorer.put(latents, conditions, [prompt for prompt, _ in pairs], places))
                 if advance is not None:
                     advance(len(pairs))
-            self.model.release_frozen()
-            return [Samples([pair for pairs in batches for pair in pairs], queue.results(), kept)]
+            scores = scorer.scores()
+        pairs = [pair for batch in batches for pair in batch]
+        media = [single for put in kept for single in put.result()]
+        return [Samples(pairs, scores, dict(zip([pair for pair in pairs if pair in keep], media, strict=True)))]
 
     def _sampled(self, pairs: Sequence[Pair], conditions: Sequence[Condition]) -> Tensor:
         return sample_latents(
@@ -164,12 +163,6 @@ def figure_of(scores: Scores) -> Figure:
     values = scores.values[scores.valid].double()
     mean = float(values.mean()) if values.numel() else None
     return Figure(mean=mean, valid=values.numel(), samples=scores.values.numel())
-
-
-def _chosen(media: Sequence[Media], pairs: Sequence[Pair], keep: AbstractSet[Pair]) -> dict[Pair, Media]:
-    """Those of the samples of ``pairs`` that are to be kept."""
-    singles = (part[row : row + 1] for part in media for row in range(len(part)))
-    return {pair: single for pair, single in zip(pairs, singles, strict=True) if pair in keep}
 
 
 def _taken(scores: Scores, order: Sequence[int]) -> Scores:

@@ -1,8 +1,9 @@
-"""Growing the trees of an iteration and scoring their leaves, some prompts at a time."""
+"""Growing the trees of an iteration and scoring their leaves."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager
 
 import torch
@@ -11,14 +12,16 @@ from torch import Tensor
 from branchtree.errors import RewardError
 from branchtree.noise import NoiseSource, Purpose, generator
 from branchtree.protocols import Condition, Media, Scores
-from branchtree.rollout import chunks, forwards, rollout
+from branchtree.rollout import Finished, chunks, forwards, rollout
 from branchtree.training.lockstep import Phase
 from branchtree.training.microbatch import fitted
 from branchtree.training.policy import velocity_function
-from branchtree.training.scoring import ScoringQueue, decode_and_put, make_executor
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
 from branchtree.tree import BranchTree, Topology
+
+Scored = Callable[[BranchTree, range, dict[str, Scores]], None]
+"""Is told of the tree of all prompts, of the next prompts whose leaves are scored, and of all scores up to theirs."""
 
 
 def grow_and_score(
@@ -28,43 +31,50 @@ def grow_and_score(
     conditions: Sequence[Condition],
     conditioning: dict[str, Tensor],
     watch: Stopwatch,
-    recorded: bool,
+    recorded: bool = False,
+    scored: Scored | None = None,
 ) -> tuple[BranchTree, dict[str, Scores], list[Media]]:
     """The tree of all prompts, its leaves' scores, and, if it is recorded, the media of the first prompt's leaves.
 
-    Of prompts whose trees several processes share it is this process's part.
-    While some prompts' leaves are scored, the trees of the next ones grow.
+    Of prompts whose trees several processes share it is this process's part. While some prompts' leaves are decoded and
+    scored, the others' trees grow on. Then ``scored`` is told of the prompts in turn, but not of the last, while
+    later ones are scored.
     """
-    recipe = session.recipe
-    trees: list[BranchTree] = []
-    media: list[Media] = []
-    spans = chunks(len(ids), recipe.batch.rollout_prompts)
-    topologies = [
-        session.team.grow([session.inputs.schedule.plan(iteration, ids[place]) for place in span]) for span in spans
-    ]
-    phase = session.lockstep.phase(sum(forwards(topology, session.limits.rollout.rows) for topology in topologies))
-    with (
-        _joining(session, phase, conditioning),
-        ScoringQueue(session.inputs.rewards, make_executor(recipe.scoring, session.device), session.limits) as queue,
-    ):
-        for span, topology in zip(spans, topologies, strict=True):
-            part = slice(span.start, span.stop)
-            with watch.phase("rollout"):
-                encoded = {name: value[part] for name, value in conditioning.items()}
-                tree = _rollout(session, iteration, topology, ids[part], encoded, phase)
-            prompts = [span[place] for place in tree.topology.leaf_root.tolist()]
-            keep = len(tree.topology.span(0, tree.topology.steps)) if recorded and not trees else 0
-            asked = [conditions[prompt] for prompt in prompts]
-            media += decode_and_put(
-                queue, session.inputs.model, tree.leaves, asked, prompts, session.limits.decode, watch, keep
-            )
-            trees.append(tree)
-        with watch.phase("decode"):
-            session.inputs.model.release_frozen()
+    topology = session.team.grow([session.inputs.schedule.plan(iteration, prompt_id) for prompt_id in ids])
+    together, limit = session.recipe.batch.rollout_prompts, session.limits.rollout
+    phase = session.lockstep.phase(forwards(topology, limit.rows, together))
+    kept: list[Future[list[Media]]] = []
+    with _joining(session, phase, conditioning), session.scorer() as scorer:
+
+        def decode_and_score(group: range, latents: Tensor) -> None:
+            for prompts in rounds(group):
+                leaves = topology.block(prompts, topology.steps)
+                roots = topology.leaf_root[leaves.start : leaves.stop].tolist()
+                own, latents = latents[: len(leaves)], latents[len(leaves) :]
+                keep = leaves if recorded and 0 in prompts else range(0)
+                with watch.phase("reward"):
+                    kept.append(scorer.put(own, [conditions[root] for root in roots], roots, keep))
+
+        with watch.phase("rollout"):
+            tree = _rollout(session, iteration, topology, ids, conditioning, phase, decode_and_score)
+        if scored is not None:
+            turns = [prompts for group in chunks(len(ids), together) for prompts in rounds(group)]
+            for puts, prompts in enumerate(turns[:-1], start=1):
+                with watch.phase("reward"):
+                    scores = scorer.scores(puts)
+                scored(tree, prompts, scores)
         with watch.phase("reward"):
-            scores = queue.results()
-    watch.background["reward_work"] = queue.seconds
-    return BranchTree.joined(trees), scores, media
+            scores = scorer.scores()
+    watch.background |= scorer.seconds
+    return tree, scores, [media for put in kept for media in put.result()]
+
+
+def rounds(group: range) -> list[range]:
+    """Prompts whose leaves are scored together, of those that were grown together.
+
+    The very first prompt is scored alone: its gradient pass hides the scoring of many more.
+    """
+    return [group[:1], group[1:]] if group.start == 0 and len(group) > 1 else [group]
 
 
 @contextmanager
@@ -94,6 +104,7 @@ def _rollout(
     ids: Sequence[int],
     conditioning: dict[str, Tensor],
     phase: Phase,
+    finished: Finished,
 ) -> BranchTree:
     recipe = session.recipe
     model = session.inputs.model
@@ -111,4 +122,6 @@ def _rollout(
         ids,
         max_rows=session.limits.rollout.rows,
         store=torch.device("cpu") if recipe.batch.states == "host" else None,
+        together=recipe.batch.rollout_prompts,
+        finished=finished,
     )

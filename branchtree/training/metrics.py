@@ -13,7 +13,7 @@ from branchtree.credit import Credit
 from branchtree.protocols import Scores
 from branchtree.schedule import TreePlan
 from branchtree.segments import segment_std, segment_sum
-from branchtree.training.update import UpdateRecord
+from branchtree.training.gradient import UpdateRecord
 from branchtree.tree import Topology
 from branchtree.variance import split_spread, split_variance
 

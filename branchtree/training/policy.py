@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
+from branchtree.errors import DataError
 from branchtree.protocols import Condition, Conditioning, DropsEncoders, ModelAdapter, VelocityFunction
 from branchtree.recipe.schema import RunSection
 from branchtree.training.encodings import Encoding, EncodingStore, open_store
@@ -18,6 +20,8 @@ Key = tuple[object, ...]
 CACHE_BYTES = 4 * 2**30
 """Host memory for encoded prompts: about a thousand of FLUX's in bfloat16."""
 
+PREPARED = 128
+"""Prompts that are encoded ahead in one call."""
 
 IDLE_REQUESTS = 8
 """Requests in a row that need no encoding, after which encoders leave the host too."""
@@ -25,7 +29,7 @@ IDLE_REQUESTS = 8
 
 def open_cache(section: RunSection, model: ModelAdapter, device: torch.device) -> ConditioningCache:
     """The cache of a loaded model's encodings, on disk too where the ``run`` section asks for it."""
-    return ConditioningCache(model, store=open_store(section.embeddings, section.embeddings_gib, model, device))
+    return ConditioningCache(model, CACHE_BYTES, open_store(section.embeddings, section.embeddings_gib, model, device))
 
 
 class ConditioningCache:
@@ -46,14 +50,31 @@ class ConditioningCache:
         """The encoded conditions, P rows on the device. Encoders are released once nothing is missing."""
         keys = [_key(condition) for condition in conditions]
         missing = {key: condition for key, condition in zip(keys, conditions, strict=True) if key not in self._rows}
-        for key, row in self._found(missing).items():
-            self._rows[key] = row
-            self._bytes += _size(row)
+        self._add(self._found(missing))
         rows = [self._rows[key] for key in keys]
         for key in keys:
             self._rows.move_to_end(key)
         self._shrink(keep=len(set(keys)))
         return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+
+    def prepare(self, conditions: Iterable[Condition]) -> None:
+        """Encode what will be asked for, in this order and as far as it fits, so that encoders need not come each time.
+
+        An image or video that cannot be read ends it: the request that needs it will tell.
+        """
+        coming = iter(conditions)
+        while part := {_key(condition): condition for condition in islice(coming, PREPARED)}:
+            try:
+                self._add(self._found({key: condition for key, condition in part.items() if key not in self._rows}))
+            except DataError:
+                return
+            if self._bytes * (1 + len(part) / len(self._rows)) > self._limit:
+                return
+
+    def _add(self, rows: Mapping[Key, Encoding]) -> None:
+        for key, row in rows.items():
+            self._rows[key] = row
+            self._bytes += _size(row)
 
     def _found(self, missing: Mapping[Key, Condition]) -> dict[Key, Encoding]:
         """Encodings from the disk, and made where they are not there."""

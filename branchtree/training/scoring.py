@@ -1,7 +1,6 @@
-"""From leaves to rewards: decoding and scoring in pieces that fit in memory, while the next tree grows.
+"""Scoring samples in the background, by a thread for each reward.
 
-Samples are decoded by the thread that owns the model and scored by others, one for each reward. A reward gets the same
-calls in the same order as it would without threads, so overlap changes nothing but the time.
+A reward gets the same calls in the same order as it would without threads, so overlap changes nothing but the time.
 """
 
 from __future__ import annotations
@@ -20,10 +19,9 @@ from torch import Tensor
 
 from branchtree.assembly import NamedReward
 from branchtree.errors import RewardError
-from branchtree.protocols import Condition, Media, ModelAdapter, ReleasesMemory, Scores
+from branchtree.protocols import Condition, Media, ReleasesMemory, Scores
 from branchtree.recipe.schema import ScoringSection
 from branchtree.training.microbatch import REWARD_REMEDY, RowLimit, RowLimits, ran_out_of_memory
-from branchtree.training.timing import Stopwatch
 
 AHEAD = 2
 """Decoded pieces that may wait to be scored; more would only hold memory."""
@@ -69,17 +67,34 @@ class InPlace(Executor):
         return future
 
 
-def make_executor(section: ScoringSection, device: torch.device) -> Callable[[], Executor]:
-    """What makes the executors of the ``scoring`` section: one thread, whose work is done in order, or none."""
+@dataclass(frozen=True)
+class Workers:
+    """What makes those who decode, and those who score for one reward each."""
 
-    def adopt_device() -> None:
-        if device.type == "cuda":  # a new thread would start on the first GPU
+    decoding: Callable[[], Executor]
+    scoring: Callable[[], Executor]
+
+
+def make_workers(section: ScoringSection, device: torch.device) -> Workers:
+    """Those of the ``scoring`` section: one thread each, whose work is done in order, or none.
+
+    On a GPU decoding would only take turns with the rollout, and their memory would add up: there it has no thread.
+    """
+
+    threads = torch.get_num_threads()
+
+    def adopt_settings() -> None:
+        # A new thread would start on the first GPU, and its convolutions with a thread for every processor.
+        torch.set_num_threads(threads)
+        if device.type == "cuda":
             torch.cuda.set_device(device)
 
     def thread() -> Executor:
-        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="reward", initializer=adopt_device)
+        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring", initializer=adopt_settings)
 
-    return thread if section.overlap else InPlace
+    if not section.overlap:
+        return Workers(InPlace, InPlace)
+    return Workers(thread if device.type == "cpu" else InPlace, thread)
 
 
 @dataclass
@@ -91,6 +106,11 @@ class _Desk:
     limit: RowLimit
     done: list[Future[tuple[Scores, float]]] = field(default_factory=list)
     open_group: list[Piece] = field(default_factory=list)
+    sealed: list[int] = field(default_factory=list)  # how many were done at each seal
+
+    def seal(self) -> None:
+        self.close_group()
+        self.sealed.append(len(self.done))
 
     def take(self, piece: Piece) -> None:
         if not self.reward.groupwise:
@@ -129,9 +149,7 @@ class ScoringQueue:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        at_once = kind is not None and not issubclass(kind, Exception)  # a person who interrupts does not wait
-        for desk in self._desks:
-            desk.executor.shutdown(wait=not at_once, cancel_futures=True)
+        shut_down([desk.executor for desk in self._desks], kind)
 
     def put(self, piece: Piece) -> None:
         """Hand over a piece; waits while more than ``AHEAD`` earlier ones are not scored."""
@@ -145,17 +163,23 @@ class ScoringQueue:
             for future in self._waiting.popleft():
                 future.result()
 
-    def results(self) -> dict[str, Scores]:
-        """Each reward's scores of all pieces, by label."""
+    def seal(self) -> None:
+        """No sample of the prompts so far will follow."""
         for desk in self._desks:
-            desk.close_group()
-        scores = {
-            desk.reward.label: Scores.joined([future.result()[0] for future in desk.done]) for desk in self._desks
+            desk.seal()
+
+    def results(self, seal: int = -1) -> dict[str, Scores]:
+        """Each reward's scores, by label, of the pieces before a seal: by its number, or the last."""
+        return {
+            desk.reward.label: Scores.joined([future.result()[0] for future in desk.done[: desk.sealed[seal]]])
+            for desk in self._desks
         }
+
+    def rest(self) -> None:
+        """Have rewards give their memory back."""
         for desk in self._desks:
             if isinstance(desk.reward.adapter, ReleasesMemory):
                 desk.reward.adapter.release()
-        return scores
 
     @property
     def seconds(self) -> float:
@@ -163,32 +187,11 @@ class ScoringQueue:
         return sum(future.result()[1] for desk in self._desks for future in desk.done)
 
 
-def decode_and_put(
-    queue: ScoringQueue,
-    model: ModelAdapter,
-    latents: Tensor,
-    conditions: Sequence[Condition],
-    prompts: Sequence[int],
-    limit: RowLimit,
-    watch: Stopwatch,
-    keep: int = 0,
-) -> list[Media]:
-    """Decode clean latents (L, *latent), and have sample i scored against condition i.
-
-    As many go at a time as ``limit`` says. Returns the first ``keep`` samples' media in order, on the CPU.
-    """
-    kept: list[Media] = []
-
-    def decode(rows: slice) -> Media:
-        with watch.phase("decode"):
-            return model.decode(latents[rows])
-
-    for piece, media in limit.each(len(latents), decode):
-        if piece.start < keep:
-            kept.append(_on_cpu(media[: keep - piece.start]))
-        with watch.phase("reward"):
-            queue.put(Piece(media, conditions[piece], prompts[piece]))
-    return kept
+def shut_down(executors: Sequence[Executor], kind: type[BaseException] | None) -> None:
+    """End threads, after an exception of that kind or none: a person who interrupts does not wait for them."""
+    at_once = kind is not None and not issubclass(kind, Exception)
+    for executor in executors:
+        executor.shutdown(wait=not at_once, cancel_futures=True)
 
 
 def timed_scores(
@@ -240,9 +243,3 @@ def checked_scores(reward: NamedReward, media: Media, conditions: Sequence[Condi
 
 def _rows(flags: Tensor) -> Iterable[int]:
     return [int(row) for row in flags.nonzero().flatten()]
-
-
-def _on_cpu(media: Media) -> Media:
-    if media.images is None:
-        return Media(videos=media.pixels.cpu(), fps=media.fps)
-    return Media(images=media.pixels.cpu())

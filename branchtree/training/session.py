@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from branchtree.assembly import (
     make_schedule,
 )
 from branchtree.cost import count
-from branchtree.credit import CreditRule, PruningRule
+from branchtree.credit import Credit, CreditRule, PruningRule, assign_credit
 from branchtree.data import PromptOrder, check_conditions, held_out_conditions, training_conditions
 from branchtree.errors import BranchTreeError, ModelError, RecipeError, RewardError
 from branchtree.fitting import open_limits
@@ -36,7 +36,9 @@ from branchtree.protocols import (
     Condition,
     LoraSettings,
     ModelAdapter,
+    ReleasesMemory,
     RewardAdapter,
+    Scores,
     VelocityFunction,
 )
 from branchtree.recipe.schema import OptimSection, Recipe
@@ -47,14 +49,17 @@ from branchtree.training.ema import WeightAverage
 from branchtree.training.engine import make_engine
 from branchtree.training.evaluation import Evaluator
 from branchtree.training.failures import FailureWatch
+from branchtree.training.gradient import Objective
 from branchtree.training.guard import UpdateGuard
 from branchtree.training.lockstep import Lockstep
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import ConditioningCache, open_cache, velocity_function
 from branchtree.training.rundir import RunDirectory
-from branchtree.training.scoring import make_executor
+from branchtree.training.scorer import Scorer
+from branchtree.training.scoring import make_workers
 from branchtree.training.teams import Team, make_team, refuse_whole_groups
 from branchtree.training.update import Updater
+from branchtree.tree import Topology
 
 
 @dataclass(frozen=True)
@@ -135,6 +140,38 @@ class Session:
         """This process's run of an iteration's prompts, which are its team's."""
         return self.team.share(self.recipe.batch.prompts)
 
+    def scorer(self) -> Scorer:
+        """What decodes and scores leaves."""
+        inputs, limits = self.inputs, self.limits
+        workers = make_workers(self.recipe.scoring, self.device)
+        return Scorer(inputs.model, inputs.rewards, workers, limits, limits.decode, self.device)
+
+    def credit(
+        self,
+        topology: Topology,
+        log_prob: Sequence[Tensor],
+        scores: Mapping[str, Scores],
+        iteration: int,
+        dimensions: int,
+    ) -> Credit:
+        """The credit of scored trees; ``log_prob`` are means over ``dimensions``. See ``assign_credit``."""
+        weights = {reward.label: reward.weight for reward in self.inputs.rewards}
+        rules = self.credit_rule, self.pruning_rule
+        return assign_credit(topology, log_prob, scores, weights, *rules, iteration, dimensions)
+
+    @property
+    def learns_early(self) -> bool:
+        """Whether the gradient pass can begin with the prompts that are scored first.
+
+        Not where the families of a step are drawn from all prompts, where processes must know each other's scores
+        first, or where a reward on the same GPU is to make room for the gradient pass.
+        """
+        alone = self.team.members == 1 and not self.updater.engine.joint
+        beside = self.device.type == "cpu" or not any(
+            isinstance(reward.adapter, ReleasesMemory) for reward in self.inputs.rewards
+        )
+        return alone and beside and self.recipe.optim.steps_per_iteration == 1
+
     def reference_velocity(self, conditioning: dict[str, Tensor], iteration: int) -> VelocityFunction | None:
         """The start policy, where the KL has a weight or is measured: the model without its LoRA, or a frozen copy."""
         loss = self.recipe.loss
@@ -188,8 +225,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
             accelerator=accelerator,
             engine=engine,
             scheduler=scheduler,
-            sampler=sampler,
-            loss=recipe.loss,
+            objective=Objective(sampler, recipe.loss, accelerator.device),
             max_grad_norm=recipe.optim.max_grad_norm,
             limit=limits.update,
             guard=guard,
@@ -350,6 +386,6 @@ def _make_evaluator(
         accelerator.autocast,
         accelerator.device,
         limits,
-        make_executor(inputs.recipe.scoring, accelerator.device),
+        make_workers(inputs.recipe.scoring, accelerator.device).scoring,
         joint,
     )

@@ -18,17 +18,20 @@ class Stopwatch:
     seconds: dict[str, float] = field(default_factory=dict)
     background: dict[str, float] = field(default_factory=dict)  # of other threads, not part of the total
     started: float = field(default_factory=time.perf_counter)
+    _inner: float = 0.0  # of the phases inside the one that is under way
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Count the time of a block under a name. Phases do not nest."""
-        start = time.perf_counter()
+        """Count the time of a block under a name. A phase inside another does not count as the outer one's."""
+        start, outer, self._inner = time.perf_counter(), self._inner, 0.0
         try:
             yield
         finally:
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            whole = time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + whole - self._inner
+            self._inner = outer + whole
 
     def report(self) -> dict[str, float]:
         """Seconds by phase, what no phase counted as ``other``, ``total``, and those in the background."""

@@ -1,0 +1,160 @@
+"""What a run tells: its figures, evaluations, samples and result, on disk, to trackers and to callbacks."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from branchtree.protocols import Callback
+from branchtree.training.disk import writing
+from branchtree.training.evaluation import Figure
+from branchtree.training.rundir import EVALUATION, METRICS, TIMING, write_atomically, write_folder
+from branchtree.training.samples import write_grid
+from branchtree.training.sampling import sample_latents
+from branchtree.training.session import Session
+from branchtree.training.timing import Stopwatch
+
+log = logging.getLogger("branchtree")
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """What a run came to."""
+
+    output: Path
+    iterations: int  # done in all
+    finished: bool  # False if it was asked to stop early
+    main_process: bool  # whether this process is the one that reports
+    before: dict[str, Figure] | None  # held-out figures
+    after: dict[str, Figure] | None
+
+
+class Reporter:
+    """Tells of one session's run. The main process writes; evaluations and samples are the work of all."""
+
+    def __init__(self, session: Session, callbacks: Sequence[Callback]) -> None:
+        self._session = session
+        self._main = session.accelerator.is_main_process
+        self._callbacks = list(callbacks) if self._main else []
+        self._warned = False
+
+    def start(self, done: int) -> None:
+        """The run begins, or goes on after ``done`` iterations."""
+        session, recipe = self._session, self._session.recipe
+        if recipe.run.trackers:
+            session.accelerator.init_trackers(
+                recipe.name, config={"recipe": json.dumps(recipe.model_dump(mode="json"))}
+            )
+        for callback in self._callbacks:
+            callback.on_start(session.output.root, done, recipe.run.iterations)
+
+    def iteration(self, iteration: int, metrics: dict[str, float], watch: Stopwatch) -> None:
+        """An iteration's figures."""
+        if not self._main:
+            return
+        session = self._session
+        session.output.append(METRICS, {"iteration": iteration, **metrics})
+        session.output.append(TIMING, {"iteration": iteration, **watch.report()})
+        self._track(metrics, iteration)
+        self._warn_of_mismatch(metrics)
+        for callback in self._callbacks:
+            callback.on_iteration(iteration, metrics)
+
+    def _track(self, figures: Mapping[str, float], step: int) -> None:
+        session = self._session
+        if session.recipe.run.trackers:
+            with writing(session.output.root / "trackers"):
+                session.accelerator.log(dict(figures), step=step)
+
+    def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
+        """Say once that the clip range lies below the numerical noise of densities, which would silence edges."""
+        mismatch, clip = metrics.get("log_prob/mismatch_max", 0.0), self._session.recipe.loss.clip_range
+        if mismatch <= clip or self._warned:
+            return
+        self._warned = True
+        log.warning(
+            "densities of rollout and training differ by up to %.1e, more than loss.clip_range %.1e: from an "
+            "iteration's second optimiser step on, edges are clipped by rounding alone; raise the clip range, set "
+            "loss.old_log_prob to recomputed, or use fp32",
+            mismatch,
+            clip,
+        )
+
+    def evaluate(self, done: int) -> None:
+        """Held-out figures after ``done`` iterations."""
+        session = self._session
+        if session.evaluator is None:
+            return
+        figures = session.evaluator.figures(session.accelerator)
+        if not self._main:
+            return
+        rows = {label: asdict(figure) for label, figure in figures.items()}
+        session.output.append(EVALUATION, {"iteration": done, "figures": rows})
+        means = {label: figure.mean for label, figure in figures.items() if figure.mean is not None}
+        self._track({f"evaluation/{label}": mean for label, mean in means.items()}, done)
+        for callback in self._callbacks:
+            callback.on_evaluation(done, means)
+
+    def sample(self, done: int) -> None:
+        """A grid of samples after ``done`` iterations."""
+        session = self._session
+        if not self._main and not session.lockstep.joint:
+            return
+        inputs, count = session.inputs, session.recipe.run.sample_prompts
+        conditions = (inputs.held_out_conditions or inputs.conditions)[:count]
+        latents = sample_latents(
+            inputs.model,
+            session.cache,
+            session.sampler,
+            session.accelerator.autocast,
+            conditions,
+            [(place, 0) for place in range(len(conditions))],
+            session.recipe.tree.noise_seed,
+            session.device,
+            session.limits.rollout,
+        )
+        if not self._main:
+            return
+        decoded = session.limits.decode.each(len(latents), lambda rows: inputs.model.decode(latents[rows]))
+        media = [part for _, part in decoded]
+        inputs.model.release_frozen()
+        prompts = [condition.prompt for condition in conditions]
+        samples = session.output.root / "samples"
+        with writing(samples):
+            write_grid(samples, done, media, prompts)
+
+    def finish(self, done: int, seconds: float) -> None:
+        """Write ``final/`` and the summary."""
+        session = self._session
+        weights = session.trained.exported()
+        if not self._main:
+            return
+        with writing(session.output.final):
+            write_folder(session.output.final, lambda folder: session.inputs.model.export(folder, weights))
+        summary = {"iterations": done, "seconds": seconds, "device": str(session.device)}
+        path = session.output.root / "summary.json"
+        with writing(path):
+            write_atomically(path, json.dumps(summary).encode())
+        for callback in self._callbacks:
+            callback.on_end(session.output.root)
+
+    def result(self, done: int, finished: bool) -> TrainResult:
+        """What the run came to."""
+        output = self._session.output
+        rows = output.rows(EVALUATION)
+
+        def figures(row: dict[str, Any]) -> dict[str, Figure]:
+            return {label: Figure(**figure) for label, figure in row["figures"].items()}
+
+        return TrainResult(
+            output=output.root,
+            iterations=done,
+            finished=finished,
+            main_process=self._main,
+            before=figures(rows[0]) if rows else None,
+            after=figures(rows[-1]) if len(rows) > 1 else None,
+        )
