@@ -43,6 +43,9 @@ from branchtree.training.session import Session
 
 PRUNING = {"none": "branchgrpo", "parent_top1": "width_pruned", "extreme": "extreme_pruned", "depth": "depth_pruned"}
 COUNTS = (1, 2)  # of processes
+# With --cpu instead of the file accelerate would start a single process, whatever their number.
+TWO_PROCESSES = Path(__file__).parents[1] / "recipes" / "accelerate" / "cpu.yaml"
+LAUNCH = ["-m", "accelerate.commands.launch", "--config_file", str(TWO_PROCESSES), "--main_process_port", "0"]
 CHECKPOINTED = {"run.gradient_checkpointing": True}
 
 
@@ -119,7 +122,7 @@ def processes(recipe: str, overrides: dict[str, Any], rounds: int) -> dict[int, 
     for count in COUNTS:
         with tempfile.TemporaryDirectory() as folder:
             output = Path(folder) / "run"
-            launcher = ["-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(count)] if count > 1 else []
+            launcher = [*LAUNCH, "--num_processes", str(count)] if count > 1 else []
             command = [sys.executable, *launcher, "-m", "branchtree", "train", recipe, "--output", str(output)]
             changes = [f"{key}={json.dumps(value)}" for key, value in words.items()]
             environment = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -1,8 +1,9 @@
 """Trains a recipe once undisturbed and once under SIGKILL again and again, and compares the two byte for byte.
 
-Kills come at random moments (seeded); a share of them is aimed at the writing of a checkpoint, which shows by its
-folder without a name, and another at the first moments of a resumption. After each kill the run is resumed. In the end
-metrics.jsonl, evaluation.jsonl and the trained weights must be those of the run that was never killed.
+The kills are spread evenly over the iterations of the run, each aimed at one phase: a process that starts, iterations,
+the half-written folder of a checkpoint, and in the end that of ``final/``. The moment within the phase is random
+(seeded). After each kill the run is resumed. In the end metrics.jsonl, evaluation.jsonl and the trained weights must be
+those of the run that was never killed.
 
     python benchmarks/kills.py quickstart --kills 30
 """
@@ -14,12 +15,14 @@ import hashlib
 import json
 import multiprocessing
 import random
+import signal
 import statistics
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any, Literal
@@ -27,8 +30,12 @@ from typing import Any, Literal
 from branchtree import train
 from branchtree.recipe.source import parse_value
 
-Aim = Literal["anywhere", "checkpoint", "resume"]
-AIMS: tuple[Aim, ...] = ("anywhere", "checkpoint", "resume")
+Phase = Literal["startup", "training", "checkpoint", "final"]
+PHASES: tuple[Phase, ...] = ("startup", "training", "checkpoint", "final")
+RHYTHM: tuple[Phase, ...] = ("training", "checkpoint", "startup", "startup", "training", "checkpoint")
+"""What kills are aimed at in turn; of two startups in a row the second finds no progress since the first."""
+FINAL_SHARE = 10
+"""Of so many kills one, and one at least, comes in the end for ``final/``."""
 COMPARED = ("metrics.jsonl", "evaluation.jsonl")
 POLL = 0.0005
 """Seconds between two looks: a checkpoint of the small model is written in a few milliseconds."""
@@ -37,13 +44,21 @@ PATIENCE = 900.0
 
 
 @dataclass(frozen=True)
-class Kill:
-    """One SIGKILL: what it was aimed at, when it came, and what it hit."""
+class Target:
+    """Where a kill shall come."""
 
-    aim: Aim
+    aim: Phase
+    iterations: int  # lines of metrics, at least; a startup is struck whatever there is
+
+
+@dataclass(frozen=True)
+class Kill:
+    """One SIGKILL: what it was aimed at, what it hit, and when."""
+
+    aim: Phase
+    hit: Phase
     seconds: float  # after the process was started
     iterations: int  # lines of metrics then
-    writing: bool  # a checkpoint or ``final/`` was half written
 
 
 @dataclass(frozen=True)
@@ -56,10 +71,7 @@ class Job:
 
     def start(self) -> BaseProcess:
         """A process that begins the run, or resumes what there is of it."""
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["branchtree.training.trainer", "diffusers", "transformers", "accelerate"])
-        resume = (self.output / "recipe.yaml").is_file()
-        process = context.Process(target=_train, args=(self, resume))
+        process = _context().Process(target=_train, args=(self, (self.output / "recipe.yaml").is_file()))
         process.start()
         return process
 
@@ -69,10 +81,25 @@ class Job:
         path = self.output / "metrics.jsonl"
         return path.read_bytes().count(b"\n") if path.is_file() else 0
 
-    @property
-    def writing(self) -> bool:
-        """Whether a folder is being written under its temporary name."""
-        return any(any(folder.glob(".*.partial")) for folder in (self.output / "checkpoints", self.output))
+    def phase(self, since: int) -> Phase:
+        """What the process does that was started at ``since`` (time.time_ns), or did when it was killed.
+
+        Times of writing tell its work from what an earlier process left. The recipe is written at every start, once
+        the logs are rewound.
+        """
+        if not _written(self.output / "recipe.yaml", since):
+            return "startup"
+        if _written(self.output / ".final.partial", since):
+            return "final"
+        folders = (self.output / "checkpoints").glob(".iteration_*.partial")
+        return "checkpoint" if any(_written(folder, since) for folder in folders) else "training"
+
+
+def _context() -> ForkServerContext:
+    """Processes that find the large libraries imported."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["branchtree.training.trainer", "diffusers", "transformers", "accelerate"])
+    return context
 
 
 def _train(job: Job, resume: bool) -> None:
@@ -80,48 +107,91 @@ def _train(job: Job, resume: bool) -> None:
     train(job.recipe, job.overrides, output=job.output, resume=resume)
 
 
-def finish(job: Job) -> float:
-    """Train to the end; the seconds it took. Raises RuntimeError if the run fails."""
-    start = time.perf_counter()
+def _written(path: Path, since: int) -> bool:
+    try:
+        return path.stat().st_mtime_ns >= since
+    except FileNotFoundError:
+        return False
+
+
+def watch(job: Job) -> dict[Phase, float]:
+    """Train to the end; the mean seconds of each phase, of ``training`` those of an iteration.
+
+    Raises RuntimeError if the run fails.
+    """
+    warm_up = _context().Process(target=int)  # the imports before the first process are no part of its startup
+    warm_up.start()
+    warm_up.join()
+    seconds, times, before = dict.fromkeys(PHASES, 0.0), Counter[Phase](), None
+    since, looked = time.time_ns(), time.perf_counter()
+    process = job.start()
+    while process.is_alive():
+        phase, now = job.phase(since), time.perf_counter()
+        seconds[phase] += now - looked
+        times[phase] += phase != before
+        before, looked = phase, now
+        time.sleep(POLL)
+    _require_success(job, process)
+    times["training"] = job.iterations
+    return {phase: spent / max(times[phase], 1) for phase, spent in seconds.items()}
+
+
+def finish(job: Job) -> None:
+    """Train to the end. Raises RuntimeError if the run fails."""
     process = job.start()
     process.join()
+    _require_success(job, process)
+
+
+def _require_success(job: Job, process: BaseProcess) -> None:
     if process.exitcode != 0:
         raise RuntimeError(f"{job.output}: the run ended with exit code {process.exitcode}")
-    return time.perf_counter() - start
 
 
-def kill_again_and_again(job: Job, kills: int, seed: int, longest: float) -> list[Kill]:
-    """Start or resume the run and kill it, so many times; a moment is drawn from the first ``longest`` seconds.
+def spread(kills: int, iterations: int, draw: random.Random) -> list[Target]:
+    """Targets in even parts of the run, at a random place in each."""
+    last = max(1, kills // FINAL_SHARE)
+    places = [int(iterations * (part + draw.random()) / (kills - last)) for part in range(kills - last)]
+    spread_out = [Target(RHYTHM[number % len(RHYTHM)], place) for number, place in enumerate(places)]
+    return [*spread_out, *[Target("final", iterations)] * last]
 
-    There are fewer if the run ends before. Raises RuntimeError if it fails.
+
+def kill_again_and_again(
+    job: Job, targets: Sequence[Target], seconds: Mapping[Phase, float], draw: random.Random
+) -> list[Kill]:
+    """Start or resume the run and kill it, once for each target; ``seconds`` are those that a phase takes.
+
+    A process that is done before its kill is started again: even a run that has ended writes ``final/`` again. Raises
+    RuntimeError if the run fails.
     """
-    draw, done = random.Random(seed), list[Kill]()
-    while len(done) < kills:
-        aim = AIMS[len(done) % len(AIMS)]
-        process, start = job.start(), time.perf_counter()
-        moment = draw.uniform(0, longest / 10 if aim == "resume" else longest)
-        struck = _wait(job, process, aim, start, moment)
+    done: list[Kill] = []
+    while len(done) < len(targets):
+        target = targets[len(done)]
+        since, start = time.time_ns(), time.perf_counter()
+        process = job.start()
+        if _reached(job, process, target, since):
+            time.sleep(draw.random() * seconds[target.aim])
         kill_at = time.perf_counter() - start
         process.kill()
         process.join()
-        if not struck and process.exitcode != 0:
-            raise RuntimeError(f"{job.output}: after {len(done)} kills the run ended with code {process.exitcode}")
-        if not struck:
-            break
-        done.append(Kill(aim, kill_at, job.iterations, job.writing))
+        if process.exitcode == -signal.SIGKILL:
+            done.append(Kill(target.aim, job.phase(since), kill_at, job.iterations))
+        else:
+            _require_success(job, process)
     return done
 
 
-def _wait(job: Job, process: BaseProcess, aim: Aim, start: float, moment: float) -> bool:
-    """Wait for the moment of a kill; False if the process ends before. A checkpoint is waited for from then on."""
-    while time.perf_counter() - start < PATIENCE:
-        if time.perf_counter() - start >= moment and (aim != "checkpoint" or job.writing):
-            return process.is_alive()
-        if not process.is_alive():
-            return False
+def _reached(job: Job, process: BaseProcess, target: Target, since: int) -> bool:
+    """Wait until the process is where it shall be killed; False if it ends before."""
+    start = time.perf_counter()
+    while process.is_alive():
+        if job.phase(since) == target.aim and (target.aim == "startup" or job.iterations >= target.iterations):
+            return True
+        if time.perf_counter() - start > PATIENCE:
+            process.kill()
+            raise RuntimeError(f"{job.output}: {target} was not reached in {PATIENCE:.0f} s")
         time.sleep(POLL)
-    process.kill()
-    raise RuntimeError(f"{job.output}: nothing came to an end in {PATIENCE:.0f} s")
+    return False
 
 
 def compare(first: Path, second: Path) -> dict[str, bool]:
@@ -153,25 +223,30 @@ def main() -> None:
     arguments = parser.parse_args()
     given = {key: parse_value(value) for key, value in (word.split("=", 1) for word in arguments.overrides)}
     overrides = {"run.checkpoint_every": arguments.checkpoint_every, **given}
+    draw = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as folder:
         whole = Job(arguments.recipe, overrides, Path(folder) / "whole")
         killed = Job(arguments.recipe, overrides, Path(folder) / "killed")
-        seconds = finish(whole)
-        longest = 2 * seconds / (arguments.kills + 1) + 2
-        kills = kill_again_and_again(killed, arguments.kills, arguments.seed, longest)
+        seconds = watch(whole)
+        print(f"{arguments.recipe}, undisturbed: {whole.iterations} iterations; mean seconds of a phase:")
+        print(", ".join(f"{phase} {spent:.3f}" for phase, spent in seconds.items()), flush=True)
+        targets = spread(arguments.kills, whole.iterations, draw)
+        kills = kill_again_and_again(killed, targets, seconds, draw)
         finish(killed)
-        print_table(arguments.recipe, seconds, kills, compare(whole.output, killed.output), whole.iterations)
-        if not all(compare(whole.output, killed.output).values()):
+        same = compare(whole.output, killed.output)
+        print_table(kills, same)
+        if not all(same.values()):
             raise SystemExit(1)
 
 
-def print_table(name: str, seconds: float, kills: Sequence[Kill], same: Mapping[str, bool], iterations: int) -> None:
+def print_table(kills: Sequence[Kill], same: Mapping[str, bool]) -> None:
     """What was hit, and what came out."""
-    aims = Counter(kill.aim for kill in kills)
-    hit = sum(kill.writing for kill in kills)
-    print(f"{name}: {iterations} iterations, {seconds:.0f} s undisturbed, {len(kills)} kills")
-    print(f"{'aimed at':28s} {json.dumps(aims)}")
-    print(f"{'while a folder was written':28s} {hit}")
+    aimed, hit = Counter(kill.aim for kill in kills), Counter(kill.hit for kill in kills)
+    print(f"{len(kills)} kills:")
+    print(f"{'':28s} {'aimed at':>10s} {'hit':>10s}")
+    for phase in PHASES:
+        print(f"{phase:28s} {aimed[phase]:10d} {hit[phase]:10d}")
+    print(f"{'folder half written':28s} {hit['checkpoint'] + hit['final']}")
     print(f"{'seconds after a start':28s} median {statistics.median(kill.seconds for kill in kills):.1f}")
     print(f"{'iterations logged at a kill':28s} {' '.join(str(kill.iterations) for kill in kills)}")
     for file, equal in same.items():

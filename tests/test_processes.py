@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -13,8 +14,6 @@ from pathlib import Path
 import pytest
 from tiny_flux import tiny_flux
 from training_runs import arguments, metrics, small
-
-from branchtree import train
 
 ENCODERS = tuple(
     f"final/{part}.safetensors"
@@ -45,18 +44,30 @@ def wait_for_lines(process: subprocess.Popen[str], file: Path, lines: int) -> No
 def test_a_run_killed_again_and_again_comes_to_the_same_end(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Four SIGKILLs: at random moments, inside the writing of a checkpoint, and as a resumption begins."""
+    """Five SIGKILLs: in an iteration, a checkpoint's writing, two startups in a row, and the writing of ``final/``."""
     monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
     kills = importlib.import_module("kills")
     overrides = small(model, run__iterations=12, run__checkpoint_every=2)
-    train("quickstart", overrides, output=tmp_path / "whole")
-    job = kills.Job("quickstart", overrides, tmp_path / "killed")
-    struck = kills.kill_again_and_again(job, 4, seed=1, longest=1.5)
-    assert len(struck) > 1
-    kills.finish(job)
-    same = kills.compare(tmp_path / "whole", job.output)
+    whole, killed = (kills.Job("quickstart", overrides, tmp_path / name) for name in ("whole", "killed"))
+    seconds = kills.watch(whole)
+    draw = random.Random(1)
+    struck = kills.kill_again_and_again(killed, kills.spread(5, 12, draw), seconds, draw)
+    assert [kill.aim for kill in struck] == ["training", "checkpoint", "startup", "startup", "final"]
+    assert struck[-1].iterations == 12
+    kills.finish(killed)
+    same = kills.compare(whole.output, killed.output)
     assert set(same) == {"metrics.jsonl", "final/transformer/diffusion_pytorch_model.safetensors", *ENCODERS}
     assert all(same.values()), same
+
+
+def test_kills_are_spread_over_the_whole_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each in its part of the run, and before the end but for those that wait for ``final/``."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    kills = importlib.import_module("kills")
+    targets = kills.spread(30, 60, random.Random(0))
+    places = [target.iterations for target in targets]
+    assert all(part * 60 // 27 <= place < (part + 1) * 60 / 27 for part, place in enumerate(places[:27]))
+    assert [target.aim for target in targets[27:]] == ["final"] * 3 and places[27:] == [60] * 3
 
 
 def test_ctrl_c_ends_the_iteration_and_leaves_a_checkpoint(model: Path, tmp_path: Path) -> None:
