@@ -214,7 +214,7 @@ class BatchSection(Section):
     rollout_rows: int | None = Field(default=None, ge=1)  # predictions per forward; all of a depth by default
     update_rows: int | None = Field(default=None, ge=1)  # families per forward and backward; all by default
     decode_rows: int | None = Field(default=None, ge=1)  # leaves decoded and scored at a time
-    rollout_prompts: int | None = Field(default=None, ge=1)  # prompts that go on together after the last split; all by default
+    rollout_prompts: int | None = Field(default=None, ge=1)  # that go on together after the last split
     states: Literal["device", "host"] = "device"  # where the tree's states are kept
     processes_per_prompt: int = Field(default=1, ge=1)  # that share each prompt's tree, every one a run of its leaves
 
