@@ -1,12 +1,12 @@
-"""How much of a reward's time is hidden behind the growth of the next trees, measured in one run.
+"""How much of a reward's time is hidden behind an iteration's other work, measured in one run.
 
 A stand-in reward takes half as long as a rollout, in one of two ways: it computes on this machine, or it waits, as for
-a server. The same trees are grown and scored with overlap and without, in turn.
+a server. The same iterations are done with overlap and without, in turn.
 
     hidden = (seconds without overlap - seconds with overlap) / the reward's own seconds
 
-The last prompts of an iteration have no rollout left to hide behind, so that P prompts grown one at a time can hide at
-most (P - 1) / P.
+Prompts are finished one at a time, so that the others' rollout hides the first ones' scoring, and the first ones'
+gradient pass that of the last.
 
     python benchmarks/reward_overlap.py quickstart --iterations 8
 """
@@ -22,14 +22,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from sessions import iterated
 
 from branchtree.assembly import NamedReward
 from branchtree.protocols import Condition, Media, Scores
 from branchtree.recipe import load_recipe
-from branchtree.training.growth import grow_and_score
 from branchtree.training.rundir import RunDirectory
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
-from branchtree.training.timing import Stopwatch
 
 
 @dataclass
@@ -61,13 +60,10 @@ def compute(seconds: float) -> None:
 WAYS: dict[str, Callable[[float], None]] = {"computing": compute, "waiting": time.sleep}
 
 
-def grown(session: Session, iteration: int) -> tuple[float, dict[str, float]]:
-    """The seconds that an iteration's trees and scores take, and the phases' seconds."""
-    ids = session.order.batch(iteration, session.recipe.batch.prompts)
-    conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
-    conditioning = dict(session.cache.get(conditions, session.device))
-    watch, start = Stopwatch(session.device), time.perf_counter()
-    grow_and_score(session, iteration, ids, conditions, conditioning, watch)
+def timed(session: Session, iteration: int) -> tuple[float, dict[str, float]]:
+    """The seconds that an iteration takes, and those of its phases."""
+    start = time.perf_counter()
+    watch = iterated(session, iteration)
     return time.perf_counter() - start, watch.report()
 
 
@@ -80,7 +76,9 @@ def main() -> None:
     arguments = parser.parse_args()
     overrides = {"batch.prompts": arguments.prompts, "batch.rollout_prompts": 1, "evaluation": None, "run.threads": 1}
     recipe = load_recipe(arguments.recipe, overrides)
-    print(f"{arguments.recipe}: {arguments.prompts} prompts, grown one at a time; {arguments.iterations} pairs of runs")
+    print(
+        f"{arguments.recipe}: {arguments.prompts} prompts, finished one at a time; {arguments.iterations} pairs of runs"
+    )
     print(f"{'reward':10s}  rollout  reward  without   with  hidden")
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder))
@@ -92,15 +90,15 @@ def main() -> None:
 def print_row(way: str, session: Session, reward: StandIn, iterations: int) -> None:
     """Set the reward to half a rollout, then measure; medians over pairs of runs."""
     alone = with_reward(session, reward, overlap=False)
-    grown(alone, 0)
+    timed(alone, 0)
     samples = sum(alone.inputs.schedule.plan(0, place).leaves for place in range(session.recipe.batch.prompts))
-    rollout = statistics.median(grown(alone, iteration)[1]["rollout"] for iteration in range(3))
+    rollout = statistics.median(timed(alone, iteration)[1]["rollout"] for iteration in range(3))
     reward.seconds_per_sample = rollout / 2 / samples
     together = with_reward(session, reward, overlap=True)
     rows = []
     for iteration in range(iterations):
-        without, phases = grown(alone, iteration)
-        rows.append((phases["rollout"], phases["reward_work"], without, grown(together, iteration)[0]))
+        without, phases = timed(alone, iteration)
+        rows.append((phases["rollout"], phases["reward_work"], without, timed(together, iteration)[0]))
     hidden = statistics.median((without - overlapped) / work for _, work, without, overlapped in rows)
     figures = [statistics.median(column) for column in zip(*rows, strict=True)]
     print(f"{way:10s}  {figures[0]:6.2f}s {figures[1]:6.2f}s {figures[2]:7.2f}s {figures[3]:5.2f}s {hidden:6.0%}")

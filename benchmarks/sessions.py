@@ -18,6 +18,7 @@ from branchtree.protocols import Condition, Scores
 from branchtree.recipe.schema import Recipe
 from branchtree.training.gradient import Objective, Policies, UpdateRecord
 from branchtree.training.growth import grow_and_score
+from branchtree.training.learning import Learning, dimensions, mean_log_prob
 from branchtree.training.policy import velocity_function
 from branchtree.training.rundir import RunDirectory
 from branchtree.training.session import Inputs, Session, make_accelerator, open_session, read_inputs
@@ -75,21 +76,44 @@ def grown(session: Session, iteration: int, prompts: Prompts) -> tuple[BranchTre
 
 def credited(session: Session, iteration: int, tree: BranchTree, scores: dict[str, Scores]) -> Families:
     """The edges that the iteration trains, by parent."""
-    dimensions = tree.leaves[0].numel()
-    divisor = dimensions if session.sampler.reduction == "sum" else 1
-    log_prob = [level / divisor for level in tree.log_prob]
+    log_prob = mean_log_prob(tree, session.sampler)
     weights = dict.fromkeys(scores, 1.0) | {reward.label: reward.weight for reward in session.inputs.rewards}
     rules = (session.credit_rule, session.pruning_rule)
-    credit = assign_credit(tree.topology, log_prob, scores, weights, *rules, iteration, dimensions)
+    credit = assign_credit(tree.topology, log_prob, scores, weights, *rules, iteration, dimensions(tree))
     return collect(tree.topology, credit.advantages, credit.keep)
 
 
 def updated(session: Session, iteration: int, tree: BranchTree, families: Families, prompts: Prompts) -> UpdateRecord:
     """One optimiser step on some families."""
-    velocity = velocity_function(
-        session.inputs.model, prompts.conditioning, session.accelerator.autocast, session.updater.engine.module
+    return session.updater.run(tree, [families], policies(session, prompts), iteration)
+
+
+def policies(session: Session, prompts: Prompts) -> Policies:
+    """The trained policy, and no other."""
+    module = session.updater.engine.module
+    return Policies(
+        velocity_function(session.inputs.model, prompts.conditioning, session.accelerator.autocast, module), None
     )
-    return session.updater.run(tree, [families], Policies(velocity, None), iteration)
+
+
+def iterated(session: Session, iteration: int) -> Stopwatch:
+    """A whole iteration, as a run does it but for its reports; where its time went."""
+    prompts, watch = Prompts.of(session, iteration), Stopwatch(session.device)
+    learning = Learning(session, policies(session, prompts), iteration, prompts.ids, watch)
+    tree, scores, _ = grow_and_score(
+        session,
+        iteration,
+        prompts.ids,
+        prompts.conditions,
+        prompts.conditioning,
+        watch,
+        scored=learning.begin if session.learns_early else None,
+    )
+    with watch.phase("update"):
+        log_prob = mean_log_prob(tree, session.sampler)
+        credit = session.credit(tree.topology, log_prob, scores, iteration, dimensions(tree))
+        learning.finish(tree, tree.topology, credit)
+    return watch
 
 
 def random_scores(tree: BranchTree, seed: int) -> dict[str, Scores]:

@@ -56,13 +56,16 @@ class RunPlan:
     def gradient_flops(self) -> float:
         """The same of its gradient pass: backward is two forwards, checkpointing one, a KL term's reference one more.
 
+        Weights that LoRA freezes need no gradient of their own, so that there only attention goes backward at the cost
+        of two forwards, and the rest at that of one; the low-rank weights' own operations are left out.
         ``loss.old_log_prob: recomputed`` adds a forward of the rows of all optimiser steps but the first.
         """
-        recipe = self.recipe
-        passes = 3.0 + recipe.run.gradient_checkpointing + (recipe.loss.kl > 0)
+        recipe, sizes = self.recipe, self.footprint
+        backward = 2.0 if recipe.lora is None else 1 + sizes.attention_flops_per_row / sizes.forward_flops_per_row
+        passes = 1 + backward + recipe.run.gradient_checkpointing + (recipe.loss.kl > 0)
         if recipe.loss.old_log_prob == "recomputed":
             passes += 1 - 1 / recipe.optim.steps_per_iteration
-        return self.footprint.forward_flops_per_row * passes * self.gradient_rows
+        return sizes.forward_flops_per_row * passes * self.gradient_rows
 
     @property
     def flops(self) -> float:

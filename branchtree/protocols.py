@@ -136,6 +136,7 @@ class Footprint:
     source: str  # where these figures come from
     forward_numbers_per_row: int = 0  # alive at once in one row's forward without gradients; 0 if not known
     conditioning_numbers: int = 0  # of one prompt's encoding; 0 if not known
+    attention_flops_per_row: float = 0.0  # of a forward, those of products in which no weight takes part
 
 
 @dataclass(frozen=True)

@@ -127,6 +127,17 @@ def test_a_backward_pass_costs_two_forward_passes() -> None:
     assert planned(run__gradient_checkpointing=True).rollout_flops == forward * 203
 
 
+@pytest.mark.parametrize(
+    ("recipe", "trained"), [("flux_t2i_branchgrpo", 117.7 / 37.7), ("wan_t2v_motion", 526.9 / 149.5)]
+)
+def test_frozen_weights_need_no_gradient_of_their_own(recipe: str, trained: float) -> None:
+    """Against a trained row's operations over a forward's, under checkpointing, counted on the large models' graphs."""
+    size = {"model.height": 400, "model.width": 640, "model.frames": 53} if recipe == "wan_t2v_motion" else {}
+    result = plan(recipe, {"lora.rank": 64, "run.gradient_checkpointing": True, **size})
+    forward = result.footprint.forward_flops_per_row
+    assert result.gradient_flops / result.gradient_rows / forward == pytest.approx(trained, rel=0.01)
+
+
 def test_a_reference_and_recomputed_densities_cost_forward_passes() -> None:
     forward = planned().footprint.forward_flops_per_row
     assert planned(loss__kl=0.1).gradient_flops == forward * 4 * 187

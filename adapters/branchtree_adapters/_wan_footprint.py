@@ -40,6 +40,7 @@ def footprint(config: WanConfig, lora_targets: tuple[str, ...]) -> Footprint:
         lora_parameters_per_rank=trained.lora_parameters_per_rank(transformer, lora_targets),
         source=origin,
         forward_numbers_per_row=work.forward_peak,
+        attention_flops_per_row=work.attention_flops,
         conditioning_numbers=work.conditioning(config.rows_per_prediction),
     )
 
@@ -104,13 +105,18 @@ class Work:
         """
         sizes, tokens, width = self.sizes, self.layout.tokens, self.width
         context = 4 * width * (self.text * width + self.image * (sizes.added_kv_proj_dim or width))
-        attention = 4 * tokens * width * (tokens + self.text + self.image)
-        block = 12 * tokens * width**2 + 4 * tokens * width * sizes.ffn_dim + context + attention
+        block = 12 * tokens * width**2 + 4 * tokens * width * sizes.ffn_dim + context
         ends = 2 * tokens * width * math.prod(sizes.patch_size) * (sizes.in_channels + sizes.out_channels)
         ends += 2 * self.text * width * (sizes.text_dim + width) + 2 * width * (sizes.freq_dim + 7 * width)
         if self.image:
             ends += 2 * self.image * sizes.image_dim * (sizes.image_dim + width)
-        return float(sizes.num_layers * block + ends)
+        return float(sizes.num_layers * block + ends) + self.attention_flops
+
+    @property
+    def attention_flops(self) -> float:
+        """Of them, those of attention: N 4 S (S + C) D."""
+        tokens = self.layout.tokens
+        return float(self.sizes.num_layers * 4 * tokens * self.width * (tokens + self.text + self.image))
 
     def conditioning(self, texts: int) -> int:
         """Of one encoded condition with ``texts`` texts; the conditioning video is float32, two numbers each."""

@@ -111,6 +111,7 @@ class Flux(PipelineAdapter):
             lora_parameters_per_rank=trained.lora_parameters_per_rank(transformer, LORA_TARGETS),
             source=origin,
             forward_numbers_per_row=unit * (15 if single else 11),
+            attention_flops_per_row=(double + single) * unit * 4 * tokens,
             conditioning_numbers=text * sizes.joint_attention_dim + sizes.pooled_projection_dim,
         )
 

@@ -149,7 +149,7 @@ class Gradient:
         self._tree, self._policies, self._old, self._first = tree, policies, old, first
         self._given: list[Families] = []
         self._waiting: list[Families] = []
-        self._differentiated = 0  # whose loss has been differentiated
+        self._differentiated = 0  # edges
         self.seen = UpdateRecord()
 
     def add(self, families: Families) -> None:
