@@ -23,7 +23,7 @@ from torch import Tensor
 from training_runs import largest_difference, metrics, small, weights
 
 from branchtree import load_recipe, train
-from branchtree.assembly import NamedReward
+from branchtree.assembly import NamedReward, make_schedule
 from branchtree.errors import ModelError, RewardError
 from branchtree.families import Families
 from branchtree.protocols import Condition, Media, Scores
@@ -31,6 +31,7 @@ from branchtree.recipe.schema import BatchSection, ScoringSection
 from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.failures import FailureWatch
 from branchtree.training.gradient import Gradient
+from branchtree.training.growth import rounds
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.restore import find_checkpoint
 from branchtree.training.rundir import METRICS, RunDirectory
@@ -38,6 +39,7 @@ from branchtree.training.scorer import Scorer
 from branchtree.training.scoring import AHEAD, Piece, ScoringQueue, make_workers
 from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
+from branchtree.tree import grow
 
 CPU = torch.device("cpu")
 THREAD, IN_PLACE = (make_workers(ScoringSection(overlap=overlap), CPU).scoring for overlap in (True, False))
@@ -289,6 +291,16 @@ def test_the_gradient_pass_begins_while_leaves_are_scored(
     directory.claim(resume=False)
     Trainer(open_session(inputs, directory, make_accelerator(recipe, directory)), []).run(resume=False)
     assert waits and all(waits)
+
+
+def test_the_first_prompt_is_scored_alone_where_its_gradient_pass_is_long() -> None:
+    """A Dense tree of 16 leaves trains 187 rows, one that splits once a single one."""
+    plans = (make_schedule(load_recipe(f"quickstart+{name}")).plan(0, 0) for name in ("branchgrpo", "single"))
+    dense, single = (grow([plan] * 4) for plan in plans)
+    assert rounds(dense, range(4)) == [range(1), range(1, 4)]
+    assert rounds(dense, range(1)) == [range(1)]
+    assert rounds(dense, range(2, 4)) == [range(2, 4)]
+    assert rounds(single, range(4)) == [range(4)]
 
 
 @pytest.mark.parametrize(

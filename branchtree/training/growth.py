@@ -47,18 +47,18 @@ def grow_and_score(
     with _joining(session, phase, conditioning), session.scorer() as scorer:
 
         def decode_and_score(group: range, latents: Tensor) -> None:
-            for prompts in rounds(group):
+            for prompts in rounds(topology, group):
                 leaves = topology.block(prompts, topology.steps)
                 roots = topology.leaf_root[leaves.start : leaves.stop].tolist()
                 own, latents = latents[: len(leaves)], latents[len(leaves) :]
-                keep = leaves if recorded and 0 in prompts else range(0)
+                keep = topology.span(0, topology.steps) if recorded and 0 in prompts else range(0)
                 with watch.phase("reward"):
                     kept.append(scorer.put(own, [conditions[root] for root in roots], roots, keep))
 
         with watch.phase("rollout"):
             tree = _rollout(session, iteration, topology, ids, conditioning, phase, decode_and_score)
         if scored is not None:
-            turns = [prompts for group in chunks(len(ids), together) for prompts in rounds(group)]
+            turns = [prompts for group in chunks(len(ids), together) for prompts in rounds(topology, group)]
             for puts, prompts in enumerate(turns[:-1], start=1):
                 with watch.phase("reward"):
                     scores = scorer.scores(puts)
@@ -69,12 +69,16 @@ def grow_and_score(
     return tree, scores, [media for put in kept for media in put.result()]
 
 
-def rounds(group: range) -> list[range]:
+def rounds(topology: Topology, group: range) -> list[range]:
     """Prompts whose leaves are scored together, of those that were grown together.
 
-    The very first prompt is scored alone: its gradient pass hides the scoring of many more.
+    The very first prompt is scored alone, for its gradient pass hides the scoring of many more; not where that pass has
+    fewer rows than the prompt has leaves.
     """
-    return [group[:1], group[1:]] if group.start == 0 and len(group) > 1 else [group]
+    plan = topology.plans[0]
+    rows = sum(plan.widths[step] for step in range(plan.steps) if plan.trained[step])
+    apart = group.start == 0 and len(group) > 1 and rows >= plan.leaves
+    return [group[:1], group[1:]] if apart else [group]
 
 
 @contextmanager
