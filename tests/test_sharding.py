@@ -54,7 +54,9 @@ EVALUATED = {
     "tree__continuation": 3,
     "evaluation": {"prompts": ["a two", "a six", "a nine"], "rows": 1, "rewards": [{"reward": "digits"}]},
 }
-CASES = {"full": UNEVEN, "lora": LOW_RANK, "evaluated": EVALUATED}
+# With one step an iteration, the gradient pass of a process that has two prompts begins with the first.
+EARLY = {**UNEVEN, "optim__steps_per_iteration": 1}
+CASES = {"full": UNEVEN, "lora": LOW_RANK, "evaluated": EVALUATED, "early": EARLY}
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +126,7 @@ def alone(other: str) -> str:
     return other.partition("_")[0]
 
 
-PAIRS = ["full_ddp", "full_sharded", "lora_sharded", "evaluated_ddp", "evaluated_sharded"]
+PAIRS = ["full_ddp", "full_sharded", "lora_sharded", "evaluated_ddp", "evaluated_sharded", "early_ddp", "early_sharded"]
 
 
 @pytest.mark.parametrize("other", PAIRS)
