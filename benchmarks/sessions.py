@@ -16,10 +16,9 @@ from branchtree.credit import assign_credit
 from branchtree.families import Families, collect
 from branchtree.protocols import Condition, Scores
 from branchtree.recipe.schema import Recipe
-from branchtree.training.gradient import Objective, Policies, UpdateRecord
+from branchtree.training.gradient import Objective, UpdateRecord
 from branchtree.training.growth import grow_and_score
 from branchtree.training.learning import Learning, dimensions, mean_log_prob
-from branchtree.training.policy import velocity_function
 from branchtree.training.rundir import RunDirectory
 from branchtree.training.session import Inputs, Session, make_accelerator, open_session, read_inputs
 from branchtree.training.timing import Stopwatch
@@ -85,21 +84,13 @@ def credited(session: Session, iteration: int, tree: BranchTree, scores: dict[st
 
 def updated(session: Session, iteration: int, tree: BranchTree, families: Families, prompts: Prompts) -> UpdateRecord:
     """One optimiser step on some families."""
-    return session.updater.run(tree, [families], policies(session, prompts), iteration)
-
-
-def policies(session: Session, prompts: Prompts) -> Policies:
-    """The trained policy, and no other."""
-    module = session.updater.engine.module
-    return Policies(
-        velocity_function(session.inputs.model, prompts.conditioning, session.accelerator.autocast, module), None
-    )
+    return session.updater.run(tree, [families], session.policies(prompts.conditioning, iteration), iteration)
 
 
 def iterated(session: Session, iteration: int) -> Stopwatch:
     """A whole iteration, as a run does it but for its reports; where its time went."""
     prompts, watch = Prompts.of(session, iteration), Stopwatch(session.device)
-    learning = Learning(session, policies(session, prompts), iteration, prompts.ids, watch)
+    learning = Learning(session, session.policies(prompts.conditioning, iteration), iteration, prompts.ids, watch)
     tree, scores, _ = grow_and_score(
         session,
         iteration,

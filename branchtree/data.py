@@ -33,7 +33,7 @@ class PromptOrder:
 
     def at(self, position: int) -> int:
         """The prompt id at a place of the sequence: pass * prompts + index, so that no id comes twice."""
-        return (position // self.prompts) * self.prompts + self._pass(position // self.prompts)[position % self.prompts]
+        return self.batch(position, 1)[0]
 
     def batch(self, iteration: int, size: int) -> list[int]:
         """The prompt ids of an iteration."""

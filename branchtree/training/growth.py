@@ -12,7 +12,7 @@ from torch import Tensor
 from branchtree.errors import RewardError
 from branchtree.noise import NoiseSource, Purpose, generator
 from branchtree.protocols import Condition, Media, Scores
-from branchtree.rollout import Finished, chunks, forwards, rollout
+from branchtree.rollout import Finished, forwards, rollout
 from branchtree.training.lockstep import Phase
 from branchtree.training.microbatch import fitted
 from branchtree.training.policy import velocity_function
@@ -43,7 +43,7 @@ def grow_and_score(
     topology = session.team.grow([session.inputs.schedule.plan(iteration, prompt_id) for prompt_id in ids])
     together, limit = session.recipe.batch.rollout_prompts, session.limits.rollout
     phase = session.lockstep.phase(forwards(topology, limit.rows, together))
-    kept: list[Future[list[Media]]] = []
+    given: list[tuple[range, Future[list[Media]]]] = []
     with _joining(session, phase, conditioning), session.scorer() as scorer:
 
         def decode_and_score(group: range, latents: Tensor) -> None:
@@ -53,20 +53,19 @@ def grow_and_score(
                 own, latents = latents[: len(leaves)], latents[len(leaves) :]
                 keep = topology.span(0, topology.steps) if recorded and 0 in prompts else range(0)
                 with watch.phase("reward"):
-                    kept.append(scorer.put(own, [conditions[root] for root in roots], roots, keep))
+                    given.append((prompts, scorer.put(own, [conditions[root] for root in roots], roots, keep)))
 
         with watch.phase("rollout"):
             tree = _rollout(session, iteration, topology, ids, conditioning, phase, decode_and_score)
         if scored is not None:
-            turns = [prompts for group in chunks(len(ids), together) for prompts in rounds(topology, group)]
-            for puts, prompts in enumerate(turns[:-1], start=1):
+            for puts, (prompts, _) in enumerate(given[:-1], start=1):
                 with watch.phase("reward"):
                     scores = scorer.scores(puts)
                 scored(tree, prompts, scores)
         with watch.phase("reward"):
             scores = scorer.scores()
     watch.background |= scorer.seconds
-    return tree, scores, [media for put in kept for media in put.result()]
+    return tree, scores, [media for _, kept in given for media in kept.result()]
 
 
 def rounds(topology: Topology, group: range) -> list[range]:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
-from collections.abc import Set as AbstractSet
+from collections.abc import Container, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 
@@ -53,7 +52,7 @@ class Scorer:
         latents: Tensor,
         conditions: Sequence[Condition],
         prompts: Sequence[int],
-        keep: AbstractSet[int] | range = frozenset(),
+        keep: Container[int] = frozenset(),
     ) -> Future[list[Media]]:
         """Have clean latents (L, *latent) decoded, and sample i scored against condition i.
 
@@ -74,7 +73,7 @@ class Scorer:
         latents: Tensor,
         conditions: Sequence[Condition],
         prompts: Sequence[int],
-        keep: AbstractSet[int] | range,
+        keep: Container[int],
     ) -> list[Media]:
         kept: list[Media] = []
         for rows, media in self._limit.each(len(latents), lambda rows: self._timed(latents[rows])):

@@ -49,7 +49,7 @@ from branchtree.training.ema import WeightAverage
 from branchtree.training.engine import make_engine
 from branchtree.training.evaluation import Evaluator
 from branchtree.training.failures import FailureWatch
-from branchtree.training.gradient import Objective
+from branchtree.training.gradient import Objective, Policies
 from branchtree.training.guard import UpdateGuard
 from branchtree.training.lockstep import Lockstep
 from branchtree.training.microbatch import RowLimits
@@ -171,6 +171,13 @@ class Session:
             isinstance(reward.adapter, ReleasesMemory) for reward in self.inputs.rewards
         )
         return alone and beside and self.recipe.optim.steps_per_iteration == 1
+
+    def policies(self, conditioning: dict[str, Tensor], iteration: int) -> Policies:
+        """The policy that is trained under some encoded prompts, and the start policy where it is compared with."""
+        trained = velocity_function(
+            self.inputs.model, conditioning, self.accelerator.autocast, self.updater.engine.module
+        )
+        return Policies(trained, self.reference_velocity(conditioning, iteration))
 
     def reference_velocity(self, conditioning: dict[str, Tensor], iteration: int) -> VelocityFunction | None:
         """The start policy, where the KL has a weight or is measured: the model without its LoRA, or a frozen copy."""

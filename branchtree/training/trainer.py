@@ -22,13 +22,11 @@ from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
 from branchtree.training.continuation import ContinuationWatch, compare_continuation, comparing_forwards, is_due
 from branchtree.training.disk import writing
-from branchtree.training.gradient import Policies
 from branchtree.training.growth import grow_and_score, join_forwards
 from branchtree.training.interrupt import StopRequest
 from branchtree.training.keeper import CheckpointKeeper
 from branchtree.training.learning import Learning, dimensions, mean_log_prob
 from branchtree.training.metrics import ShareRecord, iteration_metrics, merged
-from branchtree.training.policy import velocity_function
 from branchtree.training.reporter import Reporter, TrainResult
 from branchtree.training.restore import agreed_checkpoint
 from branchtree.training.rundir import METRICS, RunDirectory
@@ -154,7 +152,7 @@ class Trainer:
         with watch.phase("encode"):
             conditioning = self._encoded(conditions)
         recorded = session.team.place == 0 and iteration % recipe.run.tree_every == 0
-        learning = Learning(session, self._policies(conditioning, iteration), iteration, ids, watch)
+        learning = Learning(session, session.policies(conditioning, iteration), iteration, ids, watch)
         scored = learning.begin if session.learns_early else None
         tree, scores, media = session.lockstep.together(
             lambda: grow_and_score(session, iteration, ids, conditions, conditioning, watch, recorded, scored)
@@ -192,12 +190,6 @@ class Trainer:
         if problems:
             raise DataError(problems[0])
         return encoded
-
-    def _policies(self, conditioning: dict[str, Tensor], iteration: int) -> Policies:
-        session = self._session
-        module = session.updater.engine.module
-        trained = velocity_function(session.inputs.model, conditioning, session.accelerator.autocast, module)
-        return Policies(trained, session.reference_velocity(conditioning, iteration))
 
     def _continuation_check(
         self,
