@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 
+from patience import PATIENCE
+
 GUEST = Path(__file__).parent / "guest_plugin"
 
 
@@ -65,6 +67,6 @@ def _run(arguments: Sequence[str], sites: Sequence[Path]) -> Outcome:
         "OMP_NUM_THREADS": "1",
     }
     done = subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=120, check=False
+        [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False
     )
     return Outcome(done.returncode, done.stdout, done.stderr)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from patience import PATIENCE
 from torch import Tensor
 
 from branchtree.protocols import Condition, Media, RewardAdapter, Scores
@@ -65,11 +66,11 @@ def serving(
     thread = threading.Thread(target=server.run, args=(lambda _: ready.set(),))
     thread.start()
     try:
-        assert not until_ready or ready.wait(30)
+        assert not until_ready or ready.wait(PATIENCE)
         yield server.url
     finally:
         server.stop()
-        thread.join(30)
+        thread.join(PATIENCE)
         assert not thread.is_alive()
 
 
@@ -86,7 +87,7 @@ class Process:
 
     def __exit__(self, *_: object) -> None:
         self._process.kill()
-        self._process.communicate(timeout=30)
+        self._process.communicate(timeout=PATIENCE)
 
     def await_ready(self) -> None:
         """Wait for the line that tells where it serves."""
@@ -105,7 +106,7 @@ class Process:
 
     def ended(self) -> int:
         """Wait for the end, and give the exit code."""
-        self._process.communicate(timeout=60)
+        self._process.communicate(timeout=PATIENCE)
         return self._process.returncode
 
 

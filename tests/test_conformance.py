@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 
 import pytest
 from guests import GUEST, fake_distribution, run_code
+from patience import PATIENCE
 from tiny_flux import tiny_flux
 from tiny_wan import FRAMES, SIZE, Kind, tiny_wan, write_frame
 
@@ -134,7 +135,7 @@ def run_tests(folder: Path, code: str, *sites: Path, only: Sequence[str] = ()) -
     options = ["-q", "-W", "error", "-p", "no:cacheprovider", f"--rootdir={folder}", f"--junitxml={report}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sites))}
     command = [sys.executable, "-m", "pytest", *options, *chosen]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
     assert report.is_file(), done.stdout + done.stderr
     outcomes: dict[str, list[str]] = {"passed": [], "skipped": [], "failure": [], "error": []}
     for test in ElementTree.parse(report).iter("testcase"):

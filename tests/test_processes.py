@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from patience import PATIENCE
 from tiny_flux import tiny_flux
 from training_runs import arguments, metrics, small
 
@@ -34,7 +35,7 @@ def start(*words: str) -> subprocess.Popen[str]:
 
 def wait_for_lines(process: subprocess.Popen[str], file: Path, lines: int) -> None:
     """Wait until a run has logged some iterations."""
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + PATIENCE
     while not file.exists() or file.read_text().count("\n") < lines:
         assert process.poll() is None, process.communicate()[0]
         assert time.monotonic() < deadline, "the run did not get on"
@@ -77,7 +78,7 @@ def test_ctrl_c_ends_the_iteration_and_leaves_a_checkpoint(model: Path, tmp_path
     )  # fmt: skip
     wait_for_lines(process, tmp_path / "run/metrics.jsonl", 1)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    output, _ = process.communicate(timeout=PATIENCE)
     done = len(metrics(tmp_path / "run"))
     assert process.returncode == 0, output
     assert "--resume" in output and "Traceback" not in output

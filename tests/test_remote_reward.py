@@ -22,6 +22,7 @@ from branchtree_rewards.digits import Digits, DigitsConfig
 from branchtree_rewards.hps import Hps, HpsConfig
 from branchtree_rewards.motion import MotionConfig, MotionSmoothness
 from branchtree_rewards.remote import Remote, RemoteConfig
+from patience import PATIENCE
 from PIL import Image
 from reward_servers import CPU, ENVIRONMENT, SERVED, TOKEN, VARIABLE, Mean, Process, parts, samples, serving
 from torch import Tensor
@@ -95,7 +96,7 @@ def test_two_client_processes_get_the_scores_of_the_reward_itself(
             assert not scores.valid.all()
             expected[kind, seed] = (parts(scores), dict(scores.reasons))
     for client in clients:
-        _, said = client.communicate(timeout=120)
+        _, said = client.communicate(timeout=PATIENCE)
         assert client.returncode == 0, said
     for (kind, seed), (tensors, reasons) in expected.items():
         found, found_reasons = torch.load(tmp_path / f"{kind}-{seed}.pt", weights_only=True)
@@ -150,7 +151,7 @@ def test_a_process_refuses_a_wrong_hash_a_missing_token_a_large_body_and_what_is
     # A head that announces more than 256 MiB is enough to be refused.
     lines = [f"{name}: {value}\r\n" for name, value in {**headers, "Content-Length": 2**28 + 1}.items()]
     address = ("127.0.0.1", int(url.rpartition(":")[2]))
-    with socket.create_connection(address, timeout=30) as raw:
+    with socket.create_connection(address, timeout=PATIENCE) as raw:
         raw.sendall(f"POST /score HTTP/1.1\r\nHost: 127.0.0.1\r\n{''.join(lines)}\r\n".encode())
         assert raw.recv(1000).startswith(b"HTTP/1.1 413 ")
 
@@ -244,11 +245,11 @@ def test_a_server_can_be_waited_for() -> None:
     with pytest.raises(RewardError, match=r"no answer from .*start 'branchtree serve-reward' there"):
         loaded(url)
     found: list[Remote] = []
-    waiting = threading.Thread(target=lambda: found.append(loaded(url, wait=30)))
+    waiting = threading.Thread(target=lambda: found.append(loaded(url, wait=PATIENCE)))
     waiting.start()
     time.sleep(0.1)
     with serving(Mean(), port=port):
-        waiting.join(30)
+        waiting.join(PATIENCE)
         assert found
         assert found[0].score(*images(1.0)).valid.all()
 

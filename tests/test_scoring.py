@@ -18,6 +18,7 @@ import torch
 from branchtree_rewards.diversity import Diversity, DiversityConfig
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from patience import PATIENCE
 from tiny_flux import tiny_flux
 from torch import Tensor
 from training_runs import largest_difference, metrics, small, weights
@@ -127,7 +128,7 @@ def test_decoded_pieces_do_not_pile_up() -> None:
 
     class Held(Recorder):
         def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-            assert go.wait(30)
+            assert go.wait(PATIENCE)
             return super().score(media, conditions)
 
     handed: list[int] = []
@@ -140,13 +141,13 @@ def test_decoded_pieces_do_not_pile_up() -> None:
     with ScoringQueue([NamedReward("held", 1.0, Held())], THREAD) as queue:
         giver = threading.Thread(target=hand_over, args=(queue,))
         giver.start()
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + PATIENCE
         while len(handed) < AHEAD and time.monotonic() < deadline:
             time.sleep(0.01)
         giver.join(0.2)
         waiting = list(handed)
         go.set()
-        giver.join(30)
+        giver.join(PATIENCE)
         queue.seal()
         assert queue.results()["held"].values.tolist() == list(range(AHEAD + 3))
     assert waiting == list(range(AHEAD))
@@ -275,7 +276,7 @@ def test_the_gradient_pass_begins_while_leaves_are_scored(
     class Held(Recorder):
         def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
             if self.calls:  # the first leaves are those of the first prompt
-                waits.append(begun.wait(60))
+                waits.append(begun.wait(PATIENCE))
             return super().score(media, conditions)
 
     add = Gradient.add

@@ -18,6 +18,7 @@ import httpx
 import pytest
 import torch
 from guests import Outcome
+from patience import PATIENCE
 from reward_servers import CPU, TOKEN, VARIABLE, Mean, parts, serving
 from safetensors.torch import save
 from torch import Tensor
@@ -42,11 +43,11 @@ TYPE = {"Content-Type": CONTENT_TYPE}
 
 
 def post(url: str, body: Any, **headers: str) -> httpx.Response:
-    return httpx.post(f"{url}/score", content=body, headers=TYPE | headers, timeout=30, trust_env=False)
+    return httpx.post(f"{url}/score", content=body, headers=TYPE | headers, timeout=PATIENCE, trust_env=False)
 
 
 def get(url: str, **headers: str) -> httpx.Response:
-    return httpx.get(url, headers=headers, timeout=30, trust_env=False)
+    return httpx.get(url, headers=headers, timeout=PATIENCE, trust_env=False)
 
 
 def asking(value: float, count: int = 1) -> bytes:
@@ -292,7 +293,7 @@ class Slow(Mean):
         self.order.append(media.pixels.mean().item())
         self.entered.set()
         time.sleep(0.02)
-        assert self.go.wait(30)
+        assert self.go.wait(PATIENCE)
         self.inside -= 1
         return super().score(media, conditions)
 
@@ -324,8 +325,8 @@ def test_a_request_that_nobody_waits_for_is_not_scored() -> None:
     reward = Slow()
     with serving(reward) as url, ThreadPoolExecutor(1) as clients:
         first = clients.submit(post, url, asking(1.0))
-        assert reward.entered.wait(30)
-        impatient = httpx.Timeout(30, read=0.3)
+        assert reward.entered.wait(PATIENCE)
+        impatient = httpx.Timeout(PATIENCE, read=0.3)
         with pytest.raises(httpx.ReadTimeout):
             httpx.post(f"{url}/score", content=asking(99.0), headers=TYPE, timeout=impatient, trust_env=False)
         reward.go.set()
@@ -343,7 +344,7 @@ class Held(Mean):
         self.go, self.fault, self.released = threading.Event(), fault, threading.Event()
 
     def load(self, device: torch.device) -> None:
-        assert self.go.wait(30)
+        assert self.go.wait(PATIENCE)
         if self.fault:
             raise self.fault
 
@@ -387,7 +388,7 @@ def test_an_idle_reward_may_leave_the_device(monkeypatch: pytest.MonkeyPatch) ->
     reward.go.set()
     with serving(reward) as url:
         assert means(post(url, asking(1.0))) == [1.0]
-        assert reward.released.wait(10)
+        assert reward.released.wait(PATIENCE)
 
 
 # How it starts

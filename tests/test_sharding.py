@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from patience import PATIENCE
 from safetensors.torch import load_file
 from tiny_flux import tiny_flux
 from torch import Tensor
@@ -87,7 +88,7 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         capture_output=True,
         text=True,
         env=ENVIRONMENT,
-        timeout=400,
+        timeout=PATIENCE,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     for kind in ("sharded", "ddp"):

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from broken_rewards import Compares, Config, Plain
+from patience import PATIENCE
 from picky_digits import read_picky
 from rich.console import Console
 from safetensors.torch import load_file
@@ -124,7 +125,7 @@ def run_shared(processes: int, overrides: dict[str, Any], output: Path) -> None:
         f"batch.processes_per_prompt={processes}", "--output", str(output), "--no-report",
     ]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
 

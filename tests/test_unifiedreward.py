@@ -26,6 +26,7 @@ from branchtree_rewards._pixels import to_pil
 from branchtree_rewards._small_unifiedreward import numbers, write_silent, write_small
 from branchtree_rewards._unified_templates import FILES, Failure, Spoken, question, read_axes, read_field
 from branchtree_rewards.unifiedreward import UnifiedReward, UnifiedRewardConfig
+from patience import PATIENCE
 from safetensors.torch import load_file, save_file
 
 from branchtree.errors import RewardError
@@ -80,7 +81,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}/v1"
     finally:
         process.terminate()
-        process.wait(20)
+        process.wait(PATIENCE)
 
 
 def pictures(count: int = 5) -> Media:

@@ -16,9 +16,10 @@ from typing import Any
 import pytest
 import torch
 from branchtree_rewards.unifiedreward import UnifiedReward, UnifiedRewardConfig
+from patience import PATIENCE
 from PIL import Image
 from torch import Tensor
-from unified_server import FaultyServer, Question, faulty_server
+from unified_server import Fault, FaultyServer, Question, faulty_server
 
 from branchtree.errors import RewardError
 from branchtree.protocols import Condition, Media, Scores
@@ -36,7 +37,7 @@ def expected(levels: Sequence[int] = LEVELS) -> Tensor:
 
 
 def loaded(server: FaultyServer, **settings: Any) -> UnifiedReward:
-    reward = UnifiedReward(UnifiedRewardConfig(**{"server": server.url, "retries": 0, "timeout": 20, **settings}))
+    reward = UnifiedReward(UnifiedRewardConfig(**{"server": server.url, "retries": 0, "timeout": PATIENCE, **settings}))
     reward.load(CPU)
     return reward
 
@@ -104,7 +105,7 @@ def test_order_is_kept_when_late_questions_are_answered_first() -> None:
     arrived = threading.Barrier(len(levels))
 
     def brighter_is_quicker(question: Question) -> str:
-        arrived.wait(10)
+        arrived.wait(PATIENCE)
         time.sleep(0.3 * (1 - question.brightness))
         return "fine"
 
@@ -115,7 +116,13 @@ def test_order_is_kept_when_late_questions_are_answered_first() -> None:
 
 
 def test_no_more_questions_are_under_way_than_allowed() -> None:
-    with faulty_server("slow", delay=0.05) as server:
+    three = threading.Barrier(3)
+
+    def in_threes(question: Question) -> Fault:
+        three.wait(PATIENCE)
+        return "slow"  # so that one more would be seen
+
+    with faulty_server(in_threes, delay=0.05) as server:
         assert scored(loaded(server, concurrency=3), range(0, 180, 20)).valid.all()
         assert server.most_under_way == 3
 
@@ -154,19 +161,13 @@ def test_a_score_that_was_cut_off_is_no_score() -> None:
 
 
 def test_slow_answers_are_given_up_within_the_timeout() -> None:
-    with faulty_server("slow") as server:
-        reward = loaded(server, timeout=0.3)
-        start = time.monotonic()
-        assert_all_masked(scored(reward), "within 0.3 s")
-        assert time.monotonic() - start < 5
+    with faulty_server("slow", delay=PATIENCE) as server:
+        assert_all_masked(scored(loaded(server, timeout=0.3, wait=PATIENCE)), "within 0.3 s")
 
 
 def test_an_answer_that_comes_drop_by_drop_is_given_up_within_the_timeout() -> None:
     with faulty_server("drips") as server:
-        reward = loaded(server, timeout=0.4)
-        start = time.monotonic()
-        assert_all_masked(scored(reward, [10, 20]), "within 0.4 s")
-        assert time.monotonic() - start < 5
+        assert_all_masked(scored(loaded(server, timeout=0.4, wait=PATIENCE), [10, 20]), "within 0.4 s")
 
 
 @pytest.mark.parametrize("fault", ["500", "dies"])
@@ -223,7 +224,7 @@ def test_a_server_that_is_still_starting_is_waited_for() -> None:
     )
     timer.start()
     try:
-        reward = UnifiedReward(UnifiedRewardConfig(server=f"http://127.0.0.1:{port}/v1", wait=20))
+        reward = UnifiedReward(UnifiedRewardConfig(server=f"http://127.0.0.1:{port}/v1", wait=PATIENCE))
         reward.load(CPU)
         assert scored(reward).valid.all()
     finally:
