@@ -42,13 +42,13 @@ HERE: dict[str, Callable[[], RewardAdapter]] = {
 
 @pytest.fixture(scope="module")
 def processes() -> Iterator[dict[str, Process]]:
-    """A server process for each reward. The last test of a process kills that of digits; the others end in order."""
+    """A server process for each reward; each ends in order by the signal that it is sent."""
     with ExitStack() as ends:
         started = {kind: ends.enter_context(Process(*words)) for kind, words in SERVED.items()}
         for process in started.values():
             process.await_ready()
         yield started
-        told = {"motion": signal.SIGINT, "hps": signal.SIGTERM}
+        told = {"motion": signal.SIGINT, "hps": signal.SIGTERM, "digits": signal.SIGTERM}
         for kind, number in told.items():
             started[kind].send(number)
         codes = {kind: started[kind].ended() for kind in told}
@@ -156,13 +156,15 @@ def test_a_process_refuses_a_wrong_hash_a_missing_token_a_large_body_and_what_is
         assert raw.recv(1000).startswith(b"HTTP/1.1 413 ")
 
 
-def test_a_killed_server_costs_samples_until_it_is_back(processes: dict[str, Process], tmp_path: Path) -> None:
-    url = processes["digits"].url
-    reward, asked = loaded(url, token_env=VARIABLE), samples("digits", 0, tmp_path)
-    before = reward.score(*asked)
-    assert before.valid.tolist() == [True, True, False, False]
-    processes["digits"].send(signal.SIGKILL)
-    processes["digits"].ended()
+def test_a_killed_server_costs_samples_until_it_is_back(tmp_path: Path) -> None:
+    with Process(*SERVED["digits"]) as process:
+        process.await_ready()
+        url = process.url
+        reward, asked = loaded(url, token_env=VARIABLE), samples("digits", 0, tmp_path)
+        before = reward.score(*asked)
+        assert before.valid.tolist() == [True, True, False, False]
+        process.send(signal.SIGKILL)
+        process.ended()
     during = reward.score(*asked)
     assert not during.valid.any()
     assert during.values.isnan().all()
