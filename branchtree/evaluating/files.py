@@ -9,13 +9,13 @@ from typing import Any
 
 from branchtree.evaluating.bootstrap import LEVEL, RESAMPLES
 from branchtree.evaluating.comparison import Comparison
-from branchtree.evaluating.request import RESULT, Request
+from branchtree.evaluating.request import GRID, RESULT, SAMPLES, Request
 from branchtree.scoring.results import FileScore, file_scores
 from branchtree.training.evaluation import Samples
+from branchtree.training.ledger import Ledger
 from branchtree.training.rundir import write_atomically
 from branchtree.training.samples import write_pictures
 
-SAMPLES, GRID = "samples.jsonl", "grid"
 INTERVAL = "studentised bootstrap over prompts, no narrower than Student's t"
 
 
@@ -35,6 +35,7 @@ class Outcome:
 
 def write_files(request: Request, outcome: Outcome) -> None:
     """Write ``samples.jsonl``, the grid, and last ``evaluation.json``, each whole or not at all."""
+    Ledger(request.output).mark()
     (request.output / RESULT).unlink(missing_ok=True)  # those of an earlier evaluation do not go with new samples
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(request, outcome))
     write_atomically(request.output / SAMPLES, lines.encode())
