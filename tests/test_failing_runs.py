@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,13 @@ FAILING: dict[str, tuple[dict[str, Any], dict[str, Any], str, int]] = {
     ),
     "reward": ({"fail": "reward"}, TRAINED_ON, "reward 'brittle' failed: ConnectionError: the judge", 2),
     "out of memory": ({"fail": "memory"}, {}, "evaluation.rows: memory ran out with one row at a time", 2),
-    "trees": ({"block": "trees"}, {"run__tree_every": 2}, "/trees: cannot be written: ", 3),
-    "samples": ({"block": "samples"}, {"run__sample_every": 3}, "/samples: cannot be written: ", 3),
+    "trees": ({"block": "trees/iteration_000002"}, {"run__tree_every": 2}, "/trees: cannot be written: ", 3),
+    "samples": (
+        {"block": "samples/iteration_000003.png/x"},
+        {"run__sample_every": 3},
+        "/samples: cannot be written: ",
+        3,
+    ),
     "callback": ({"error": "no such figure"}, {}, "the callback mishaps_plugin.Mishap failed in on_iteration: Val", 2),
     "callback at an evaluation": (
         {"error": "no such figure", "hook": "on_evaluation"},
@@ -71,6 +77,8 @@ def test_whatever_fails_leaves_a_checkpoint_of_the_last_iteration(
     require_whole(run / f"checkpoints/iteration_{kept:06d}")
     if "block" in mishap:
         (run / mishap["block"]).unlink()
+        with suppress(OSError):
+            (run / mishap["block"]).parent.rmdir()
     assert cli(tmp_path / "whole", "--no-report", **changes).code == 0
     assert cli(run, "--no-report", "--resume", **changes).code == 0
     logs = ("evaluation.jsonl",) if changes["evaluation"] else ()

@@ -17,16 +17,14 @@ EXPLODED = 1e3
 """A sample whose root mean square is more than this many times its noise's is none that a decoder was made for."""
 
 
-def find_divergence(session: Session, conditioning: Mapping[str, Tensor]) -> str | None:
+def find_divergence(session: Session, conditioning: Mapping[str, Tensor], together: bool) -> str | None:
     """What shows that the weights have diverged, or None if they make a sample of an encoded prompt.
 
-    Where weights are sharded, all processes must call this together, and get the same answer.
+    With ``together`` all processes call this, and get the same answer. Sharded weights need that.
     """
     weights, sample = _of_weights(session), _of_sample(session, conditioning)
-    problem = weights or sample
-    if not session.lockstep.joint:
-        return problem
-    return next((found for found in session.lockstep.everyone(problem) if found is not None), None)
+    found = session.lockstep.everyone(weights or sample) if together else [weights or sample]
+    return next((problem for problem in found if problem is not None), None)
 
 
 @torch.no_grad()

@@ -151,8 +151,11 @@ class Trainer:
 
     def _divergence(self, error: Exception | None = None) -> DivergenceError | None:
         """What to raise if the weights have diverged: an ``error`` that ended the run is then only a symptom."""
+        if not self._conditioning:
+            return None
+        together = error is None or self._session.lockstep.joint
         try:
-            problem = find_divergence(self._session, self._conditioning) if self._conditioning else None
+            problem = find_divergence(self._session, self._conditioning, together)
         except Exception as second:
             if error is None:
                 raise
