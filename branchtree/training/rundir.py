@@ -140,7 +140,7 @@ class RunDirectory:
         The message names the process that is writing here already. A directory that was made for it and stays empty is
         not left behind.
         """
-        if not self.root.exists():
+        if resume:
             self.require_usable(resume)
         self._require_empty()  # before even the lock's file is written here
         try:
