@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import suppress
@@ -30,10 +31,11 @@ def everything(folder: Path) -> dict[Path, bytes]:
 
 
 def plant(folder: Path, *names: str) -> dict[Path, bytes]:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(f"a user's {name}")
-    return {folder / name: (folder / name).read_bytes() for name in names}
+    paths = {name: Path(os.path.normpath(folder / name)) for name in names}
+    for name, path in paths.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"a user's {name}")
+    return {path: path.read_bytes() for path in paths.values()}
 
 
 # --- a folder of someone else is no place for a run ---
