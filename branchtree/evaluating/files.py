@@ -12,7 +12,6 @@ from branchtree.evaluating.comparison import Comparison
 from branchtree.evaluating.request import GRID, RESULT, SAMPLES, Request
 from branchtree.scoring.results import FileScore, file_scores
 from branchtree.training.evaluation import Samples
-from branchtree.training.ledger import Ledger
 from branchtree.training.rundir import write_atomically
 from branchtree.training.samples import write_pictures
 
@@ -35,7 +34,6 @@ class Outcome:
 
 def write_files(request: Request, outcome: Outcome) -> None:
     """Write ``samples.jsonl``, the grid, and last ``evaluation.json``, each whole or not at all."""
-    Ledger(request.output).mark()
     (request.output / RESULT).unlink(missing_ok=True)  # those of an earlier evaluation do not go with new samples
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(request, outcome))
     write_atomically(request.output / SAMPLES, lines.encode())

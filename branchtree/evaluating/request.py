@@ -15,12 +15,13 @@ from branchtree.protocols import Condition, ModelAdapter
 from branchtree.recipe.schema import EvaluationSection, Recipe
 from branchtree.scoring.results import check_output
 from branchtree.scoring.specs import Spec, make_named
-from branchtree.training.ledger import require_own_results
+from branchtree.training.disk import require_own_results
 
 RESULT = "evaluation.json"
 SAMPLES, GRID = "samples.jsonl", "grid"
-WRITTEN = (SAMPLES, GRID, *(f"{GRID}{ending}" for ending in (".json", ".png", ".mp4")))
-"""What is written beside the result."""
+WRITTEN = (RESULT, SAMPLES, GRID, *(f"{GRID}{ending}" for ending in (".json", ".png", ".mp4")))
+MARKS = {RESULT: ("figures", "settings"), SAMPLES: ("model", "prompt", "noise", "rewards")}
+"""Files by which an earlier evaluation is known, and keys that they have."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def make_request(subject: Subject, choices: Choices) -> Request:
     check_conditions(model, conditions)
     output = choices.output or subject.output
     check_output(output / RESULT, [])
-    require_own_results(output, RESULT, ("figures", "settings"), WRITTEN)
+    require_own_results(output, WRITTEN, MARKS)
     return Request(subject, model, rewards, conditions, _draws(section, choices), output)
 
 

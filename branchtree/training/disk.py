@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -83,3 +84,26 @@ def free_name(path: Path) -> Path:
         number += 1
         free = path.with_name(f"{path.name}_{number}")
     return free
+
+
+def require_own_results(folder: Path, names: Iterable[str], marks: Mapping[str, Collection[str]]) -> None:
+    """Refuse, before work is done, to replace files that somebody else wrote. Raises OutputError, naming one.
+
+    ``names`` are those that will be written. ``marks`` are JSON files by which earlier results are known, and the keys
+    that they, or their first lines, have.
+    """
+    if not any(_has_keys(folder / name, keys) for name, keys in marks.items()):
+        for path in (folder / name for name in names):
+            if path.exists() or path.is_symlink():
+                raise OutputError(
+                    f"{path}: is in the way, and was not written by this command; choose another --output"
+                )
+
+
+def _has_keys(path: Path, keys: Collection[str]) -> bool:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.keys() >= set(keys)

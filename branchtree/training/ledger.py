@@ -13,7 +13,7 @@ import re
 import shutil
 import threading
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -33,26 +33,6 @@ Identity = tuple[int, ...]
 """A file's number, size and time of change: the same only while nobody else changes it. None stands for a folder."""
 
 
-def require_own_results(folder: Path, result: str, keys: Collection[str], others: Collection[str] = ()) -> None:
-    """Look, before work is done, whether results would replace files of someone else. Raises OutputError, naming one.
-
-    ``result`` is the file that is written last, a JSON object with ``keys``; a folder with it, or with a ledger, holds
-    earlier results. ``others`` are written beside it.
-    """
-    if (folder / LEDGER).is_file():
-        return
-    try:
-        written = set(json.loads((folder / result).read_text(encoding="utf-8"))) >= set(keys)
-    except FileNotFoundError:
-        taken = [folder / name for name in others if (folder / name).exists()]
-    except (OSError, ValueError, TypeError, RecursionError):
-        taken = [folder / result]
-    else:
-        taken = [] if written else [folder / result]
-    if taken:
-        raise OutputError(f"{taken[0]}: is in the way, and was not written by this command; choose another --output")
-
-
 class Ledger:
     """The record of one folder. Several threads may use it, but only one process at a time."""
 
@@ -68,11 +48,6 @@ class Ledger:
     def exists(self) -> bool:
         """Whether a run has claimed the folder."""
         return (self._root / LEDGER).is_file()
-
-    def mark(self) -> None:
-        """Claim the folder, if it is not claimed yet. Raises OSError."""
-        if not self.exists:
-            self._save()
 
     def make(self, folder: Path) -> None:
         """Make a folder and those above it. Raises OSError."""
