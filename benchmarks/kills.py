@@ -89,7 +89,7 @@ class Job:
         """
         if not _written(self.output / "recipe.yaml", since):
             return "startup"
-        if _written(self.output / ".final.partial", since):
+        if any(_written(folder, since) for folder in self.output.glob(".final.*.partial")):
             return "final"
         folders = (self.output / "checkpoints").glob(".iteration_*.partial")
         return "checkpoint" if any(_written(folder, since) for folder in folders) else "training"

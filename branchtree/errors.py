@@ -38,6 +38,14 @@ class OutputError(BranchTreeError):
     """The run directory cannot be written."""
 
 
+class DivergenceError(BranchTreeError):
+    """The weights have grown until the model makes no finite samples."""
+
+
+class CallbackError(BranchTreeError):
+    """A callback failed."""
+
+
 class DeviceMemoryError(BranchTreeError):
     """Memory ran out, and no smaller batch can help."""
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import resource
 import tomllib
 from collections.abc import Callable, Iterator
 from importlib.metadata import entry_points
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from guests import Outcome, install_guest, run_command
+from mishaps import SETTINGS, mishaps
 
 from branchtree.plugins import registry
 
@@ -89,3 +93,33 @@ def command(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     yield run
     log.handlers, log.propagate = before[:2]
     log.setLevel(before[2])
+
+
+@pytest.fixture(scope="session")
+def mishap_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return mishaps(tmp_path_factory.mktemp("mishaps"))
+
+
+@pytest.fixture
+def cli(
+    guest_site: Path,
+    mishap_site: Path,
+    plug: Callable[[Path], None],
+    command: Callable[..., Outcome],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., Outcome]:
+    """``branchtree train guest`` with settings, in this process; the room for files is given back afterwards."""
+    plug(guest_site)
+    plug(mishap_site)
+    monkeypatch.setenv("COLUMNS", "1000")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+
+    def run(output: Path, *flags: str, **changes: Any) -> Outcome:
+        settings = {**SETTINGS, "callbacks": [], **{key.replace("__", "."): value for key, value in changes.items()}}
+        words = [f"{key}={json.dumps(value)}" for key, value in settings.items()]
+        try:
+            return command("train", "guest", *words, "--output", str(output), *flags)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    return run

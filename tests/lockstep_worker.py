@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from branchtree import load_recipe
+from branchtree.errors import RewardError
 from branchtree.families import collect
 from branchtree.noise import IndependentSiblings, NoiseSource
 from branchtree.recipe.schema import LossSection, OptimSection
@@ -86,10 +87,28 @@ def serve(rank: int, port: int) -> None:
         schedule = json.loads(line)
         try:
             calls.clear()
-            answer: Any = {**run(accelerator, schedule, schedule["ranks"][rank]), "collectives": calls}
+            answer: Any = (
+                failed(Lockstep(accelerator, schedule["sharded"]), schedule["errors"][rank])
+                if "errors" in schedule
+                else {**run(accelerator, schedule, schedule["ranks"][rank]), "collectives": calls}
+            )
         except Exception:
             answer = traceback.format_exc()
         print(json.dumps(answer), flush=True)
+
+
+def failed(lockstep: Lockstep, error: str | None) -> dict[str, str]:
+    """What comes of a work that both processes do together, and that raises this kind of error here."""
+
+    def work() -> str:
+        if error is not None:
+            raise {"reward": RewardError, "value": ValueError}[error]("no judge")
+        return "done"
+
+    try:
+        return {"came": lockstep.together(work)}
+    except Exception as raised:
+        return {"came": f"{type(raised).__name__}: {raised}"}
 
 
 def recorded(names: Sequence[str]) -> list[tuple[str, int]]:

@@ -153,3 +153,18 @@ def test_a_process_with_nothing_to_train_learns_what_the_other_does(pair: Pair, 
 
 def _flat(values: list[Any]) -> list[float]:
     return [number for value in values for number in (value if isinstance(value, list) else [value])]
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_what_fails_on_one_process_fails_on_the_other(pair: Pair, sharded: bool) -> None:
+    """So that it does not wait; in a forward that all make together, that holds of rewards alone."""
+    cases = {
+        (None, None): ("done", "done"),
+        (None, "reward"): ("RewardError: no judge", "RewardError: no judge"),
+        ("value", "reward"): ("ValueError: no judge", "RewardError: no judge"),
+        ("value", None): ("ValueError: no judge", "BranchTreeError: another process failed: ValueError: no judge"),
+    }
+    for errors, expected in cases.items():
+        if not (sharded and "value" in errors):
+            answers = pair.run({"errors": errors, "sharded": sharded})
+            assert tuple(answer["came"] for answer in answers) == expected

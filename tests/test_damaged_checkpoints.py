@@ -19,6 +19,7 @@ from branchtree import load_recipe, train
 from branchtree.errors import CheckpointError, OutputError
 from branchtree.evaluating.subject import find_subject
 from branchtree.training.checkpoint import list_checkpoints, newest_whole
+from branchtree.training.ledger import LEDGER
 from branchtree.training.manifest import MANIFEST, require_whole, write_manifest
 from branchtree.training.writer import CheckpointWriter
 
@@ -153,12 +154,18 @@ def test_judging_a_run_takes_a_whole_checkpoint(run: Path) -> None:
         find_subject(run, None, False, 6)
 
 
-def test_leftovers_of_a_kill_are_cleared_away(run: Path) -> None:
-    for name in (".iteration_000004.partial", ".iteration_000006.before"):
+def test_leftovers_of_a_kill_are_cleared_away_and_nothing_else_is(run: Path) -> None:
+    """What a killed process was filling stands in the record; what is merely called like it does not."""
+    left, named_alike = ".iteration_000004.0123abcd.partial", ".iteration_000004.01234567.partial"
+    for name in (left, named_alike):
         (run / "checkpoints" / name / "model").mkdir(parents=True)
+        (run / "checkpoints" / name / "model" / "weights").write_text("half")
+    record = json.loads((run / LEDGER).read_text())
+    record["temporary"] += [f"checkpoints/{left}", "../other", "checkpoints/iteration_000004", "/etc"]
+    (run / LEDGER).write_text(json.dumps(record))
     train("guest", {**SETTINGS, "run.iterations": 7}, output=run, resume=True)
     assert {path.name for path in (run / "checkpoints").iterdir()} == {
-        f"iteration_00000{done}" for done in (4, 6, 7)
+        named_alike, *(f"iteration_00000{done}" for done in (4, 6, 7)),
     }  # fmt: skip
 
 

@@ -33,9 +33,11 @@ from branchtree.training import policy
 from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.ema import WeightAverage
 from branchtree.training.interrupt import StopRequest
+from branchtree.training.ledger import LEDGER, Ledger
+from branchtree.training.manifest import MANIFEST
 from branchtree.training.pictures import fitted, to_image
 from branchtree.training.policy import ConditioningCache
-from branchtree.training.rundir import METRICS, RunDirectory, write_atomically, write_folder
+from branchtree.training.rundir import METRICS, RunDirectory, write_atomically
 from branchtree.training.samples import write_grid
 from branchtree.training.scoring import checked_scores
 from branchtree.training.session import learning_rate_factor, make_accelerator, open_session, read_inputs
@@ -260,19 +262,19 @@ def test_an_unreadable_image_is_left_for_the_request_that_needs_it() -> None:
 
 
 def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
-    target = tmp_path / "folder"
-    write_folder(target, lambda folder: write_atomically(folder / "old", b"1"))
+    ledger, target = Ledger(tmp_path), tmp_path / "folder"
+    ledger.write_folder(target, lambda folder: write_atomically(folder / "old", b"1"))
 
     def fail(folder: Path) -> None:
         (folder / "new").write_text("half")
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"):
-        write_folder(target, fail)
-    assert [path.name for path in target.iterdir()] == ["old"]
-    write_folder(target, lambda folder: write_atomically(folder / "new", b"2"))
-    assert [path.name for path in target.iterdir()] == ["new"]
-    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+        ledger.write_folder(target, fail)
+    assert {path.name for path in target.iterdir()} == {"old", MANIFEST}
+    ledger.write_folder(target, lambda folder: write_atomically(folder / "new", b"2"))
+    assert {path.name for path in target.iterdir()} == {"new", MANIFEST}
+    assert {path.name for path in tmp_path.iterdir()} == {"folder", LEDGER}
 
 
 def test_a_line_that_a_crash_cut_off_is_not_read_and_is_dropped(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from branchtree.comparing.page import render
 from branchtree.comparing.request import Request
 from branchtree.comparing.runs import PlannedRun, plan_runs
 from branchtree.comparing.table import figure, markdown
+from branchtree.training.disk import require_own_results
 from branchtree.training.rundir import write_atomically
 
 TABLE, PAGE = "compare.md", "compare.html"
@@ -29,6 +30,7 @@ def compare(request: Request, output: Path, jobs: int = 1, tell: Tell = lambda l
     plans = plan_runs(request, output)
     now = record.asked(request, plans)
     record.check(output, now)
+    require_own_results(output, (TABLE, PAGE), {record.NAME: ("asked",)})
     left = [run for run in plans.runs if not is_finished(run)]
     if len(left) < len(plans.runs):
         tell(f"{len(plans.runs) - len(left)} of {len(plans.runs)} runs were finished before")

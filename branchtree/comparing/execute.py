@@ -43,7 +43,7 @@ def is_finished(run: PlannedRun) -> bool:
         return False
     try:
         iterations = json.loads(path.read_text(encoding="utf-8"))["iterations"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False  # going on from the last checkpoint writes it again
     if iterations != run.recipe.run.iterations:
         raise OutputError(

@@ -51,4 +51,4 @@ class CpuMeter(Callback):
 def cpu_seconds(folder: Path) -> float | None:
     """The processor time of a run, or None where it was not recorded."""
     rows = RunDirectory(folder).rows(CPU)
-    return float(sum(row["seconds"] for row in rows)) if rows else None
+    return float(sum(row.get("seconds", 0.0) for row in rows)) if rows else None

@@ -18,6 +18,7 @@ from branchtree.protocols import Condition, ModelAdapter
 from branchtree.recipe.schema import Recipe
 from branchtree.recipe.source import parse_value
 from branchtree.scoring.results import check_output
+from branchtree.training.disk import require_own_results
 
 RESULT = "diversity.json"
 GRID_SECTIONS = ("tree.", "sampler.")
@@ -98,6 +99,7 @@ def make_request(find: Find, overrides: Mapping[str, Any], choices: Choices) -> 
     recipe = found.recipe
     output = choices.output or _default_output(found)
     check_output(output / RESULT, [])
+    require_own_results(output, (RESULT,), {RESULT: ("discrepancies", "settings")})
     model = make_model(recipe)
     make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
     spaces = make_spaces(choices.features, model.modality)

@@ -15,8 +15,13 @@ from branchtree.protocols import Condition, ModelAdapter
 from branchtree.recipe.schema import EvaluationSection, Recipe
 from branchtree.scoring.results import check_output
 from branchtree.scoring.specs import Spec, make_named
+from branchtree.training.disk import require_own_results
 
 RESULT = "evaluation.json"
+SAMPLES, GRID = "samples.jsonl", "grid"
+WRITTEN = (RESULT, SAMPLES, GRID, *(f"{GRID}{ending}" for ending in (".json", ".png", ".mp4")))
+MARKS = {RESULT: ("figures", "settings"), SAMPLES: ("model", "prompt", "noise", "rewards")}
+"""Files by which an earlier evaluation is known, and keys that they have."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,7 @@ def make_request(subject: Subject, choices: Choices) -> Request:
     check_conditions(model, conditions)
     output = choices.output or subject.output
     check_output(output / RESULT, [])
+    require_own_results(output, WRITTEN, MARKS)
     return Request(subject, model, rewards, conditions, _draws(section, choices), output)
 
 

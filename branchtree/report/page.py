@@ -17,6 +17,8 @@ from branchtree.report.samples import samples
 from branchtree.report.tree_figure import tree_figures
 
 NAME = "report.html"
+MARK = '<p class="kicker">Run report'
+"""What the template has, and no other page."""
 
 
 def write_report(run: Path) -> Path:
@@ -29,6 +31,8 @@ def write_report(run: Path) -> Path:
     run = Path(run)
     page = render(read_run(run))
     target = run / NAME
+    if target.exists() and not _is_report(target):
+        raise OutputError(f"{target}: is no report that was written by branchtree; give it another name")
     try:
         _replace(target, page)
     except OSError as error:
@@ -36,6 +40,13 @@ def write_report(run: Path) -> Path:
             f"{target}: cannot be written: {error.strerror}; make the directory writable and free some space"
         ) from None
     return target
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return MARK in path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return False
 
 
 def render(run: Run) -> str:

@@ -199,8 +199,8 @@ class TrainingPromises:
         assert torch.equal(ask(adapter, asked), ask(averaged, asked))
 
 
-class _PowerCutError(RuntimeError):
-    pass
+class _PowerCutError(BaseException):
+    """No Exception, after which a run would still write a checkpoint."""
 
 
 class _PowerCut(Callback):

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-import re
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,19 +22,28 @@ from torch import Tensor
 from branchtree.errors import CheckpointError
 from branchtree.protocols import ModelAdapter
 from branchtree.recipe.schema import Recipe
-from branchtree.training.disk import writing
+from branchtree.training.disk import free_name, writing
 from branchtree.training.ema import WeightAverage
 from branchtree.training.engine import Engine
 from branchtree.training.guard import UpdateGuard
-from branchtree.training.manifest import require_whole, write_manifest
-from branchtree.training.rundir import write_folder
+from branchtree.training.ledger import Ledger
+from branchtree.training.manifest import require_whole
+from branchtree.training.rundir import CHECKPOINT
 
 log = logging.getLogger("branchtree")
 
 AVERAGE, OPTIMIZER, STATE = "average.safetensors", "optimizer.pt", "state.json"
-NAME = re.compile(r"iteration_\d{6,}")
 DAMAGED = "damaged_"
 """What a damaged checkpoint's name begins with once training has gone on without it."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where training stands beside the weights and the optimiser's moments."""
+
+    scheduler: Mapping[str, Any]  # its state
+    rates: Sequence[float]  # learning rates of the optimiser's groups
+    refused_in_a_row: int
 
 
 @dataclass(frozen=True)
@@ -54,8 +61,22 @@ class Trained:
         """A context in which the model holds the weights that ``final/`` would: the average, where there is one."""
         self.engine.settle()
         with nullcontext() if self.average is None else self.average.applied():
-            yield
-            self.engine.settle()
+            try:
+                yield
+            finally:
+                self.engine.settle()
+
+    def progress(self) -> Progress:
+        """What training moves along beside the weights."""
+        rates = tuple(group["lr"] for group in self.engine.optimizer.param_groups)
+        return Progress(self.scheduler.state_dict(), rates, self.guard.in_a_row)
+
+    def go_back(self, progress: Progress) -> None:
+        """Put back what was there when the weights were last changed."""
+        self.scheduler.load_state_dict(progress.scheduler)
+        for group, rate in zip(self.engine.optimizer.param_groups, progress.rates, strict=True):
+            group["lr"] = rate
+        self.guard.in_a_row = progress.refused_in_a_row
 
     def exported(self) -> dict[str, Tensor] | None:
         """The weights of ``final/``, to be written by the main process; None: those that the model holds."""
@@ -104,8 +125,11 @@ def take_snapshot(
     )
 
 
-def write_checkpoint(folder: Path, snapshot: Snapshot, model: ModelAdapter, keep: int) -> None:
-    """Write a checkpoint, then delete all but the last ``keep``. Raises OutputError if the disk refuses."""
+def write_checkpoint(ledger: Ledger, folder: Path, snapshot: Snapshot, model: ModelAdapter, keep: int) -> None:
+    """Write a checkpoint, then delete all but the last ``keep`` that the run wrote, by the record of its folder.
+
+    Raises OutputError if the disk refuses.
+    """
 
     def fill(path: Path) -> None:
         model.save(path / "model", snapshot.weights)
@@ -116,18 +140,17 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, model: ModelAdapter, keep
 
             save_file(dict(snapshot.average), path / AVERAGE)
         (path / STATE).write_text(json.dumps(snapshot.state), encoding="utf-8")
-        write_manifest(path)
 
     target = folder / f"iteration_{snapshot.iteration:06d}"
     with writing(target):
-        write_folder(target, fill)
-        for old in [*list_checkpoints(folder)[:-keep], *folder.glob(".iteration_*")]:
-            shutil.rmtree(old)
+        ledger.write_folder(target, fill)
+        for old in [path for path in list_checkpoints(folder) if ledger.owns(path)][:-keep]:
+            ledger.remove_folder(old)
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first; whether they are whole is another matter."""
-    found = [path for path in folder.glob("iteration_*") if NAME.fullmatch(path.name) and path.is_dir()]
+    found = [path for path in folder.glob("iteration_*") if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
     return sorted(found, key=iteration_of)
 
 
@@ -174,14 +197,14 @@ def read_state(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def set_aside_damaged(folder: Path, used: Path) -> list[Path]:
+def set_aside_damaged(ledger: Ledger, folder: Path, used: Path) -> list[Path]:
     """Give another name to the checkpoints that are newer than the one used, so that they never count again."""
     moved = []
     for path in list_checkpoints(folder):
         if iteration_of(path) > iteration_of(used):
-            target = path.with_name(f"{DAMAGED}{path.name}")
-            shutil.rmtree(target, ignore_errors=True)
-            moved.append(path.rename(target))
+            target = free_name(path.with_name(f"{DAMAGED}{path.name}"))
+            ledger.rename(path, target)
+            moved.append(target)
     return moved
 
 

@@ -1,12 +1,14 @@
-"""Writes that fail, told in one way wherever the failure comes from."""
+"""Files written whole or not at all, and writes that fail, reported in one way wherever the failure comes from."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+import uuid
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from branchtree.errors import BranchTreeError, OutputError
@@ -47,3 +49,61 @@ def disk_failure(error: BaseException) -> str | None:
             numbers.append(cause.errno)
         cause = cause.__cause__ or cause.__context__
     return next((os.strerror(number) for number in numbers if number in DISK), None)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a whole file or nothing: under a temporary name, synced, then renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # nobody else's file
+    try:
+        with temporary.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)  # on a full disk, what there is of it is room that someone needs
+        raise
+
+
+def synchronise(paths: Iterable[Path]) -> None:
+    """Have files and folders on the disk."""
+    for path in paths:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def free_name(path: Path) -> Path:
+    """The path itself, or, where something has its name, that name with a number."""
+    number, free = 1, path
+    while free.exists() or free.is_symlink():
+        number += 1
+        free = path.with_name(f"{path.name}_{number}")
+    return free
+
+
+def require_own_results(folder: Path, names: Iterable[str], marks: Mapping[str, Collection[str]]) -> None:
+    """Refuse, before work is done, to replace files that somebody else wrote. Raises OutputError, naming one.
+
+    ``names`` are those that will be written. ``marks`` are JSON files by which earlier results are known, and the keys
+    that they, or their first lines, have.
+    """
+    if not any(_has_keys(folder / name, keys) for name, keys in marks.items()):
+        for path in (folder / name for name in names):
+            if path.exists() or path.is_symlink():
+                raise OutputError(
+                    f"{path}: is in the way, and was not written by this command; choose another --output"
+                )
+
+
+def _has_keys(path: Path, keys: Collection[str]) -> bool:
+    try:
+        text = path.read_text(encoding="utf-8")
+        content = json.loads(text.partition("\n")[0] if path.suffix == ".jsonl" else text)
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(content, dict) and content.keys() >= set(keys)

@@ -11,6 +11,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -29,6 +30,8 @@ USER = "user"
 """What ``run.embeddings`` says for the folder in the user's cache."""
 
 FORMAT = "1"
+ENTRY = re.compile(r"[0-9a-f]{64}")
+"""How an entry is called: a file of another name is not the store's."""
 _DIGEST = "branchtree_digest"
 
 
@@ -121,6 +124,8 @@ class EncodingStore:
         """Time of use, bytes and path of each entry; another process may remove some meanwhile."""
         found = []
         for path in self._root.glob("??/*.safetensors"):
+            if not ENTRY.fullmatch(path.stem) or path.stem[:2] != path.parent.name:
+                continue  # somebody else's
             try:
                 status = path.stat()
             except FileNotFoundError:

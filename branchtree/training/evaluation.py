@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 from branchtree.assembly import NamedReward
+from branchtree.errors import RewardError
 from branchtree.protocols import Condition, Media, ModelAdapter, Scores
 from branchtree.rollout import Sampler, chunks
+from branchtree.training.lockstep import Lockstep
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import ConditioningCache
 from branchtree.training.sampling import sample_latents
@@ -105,15 +107,34 @@ class Evaluator:
         # Whole batches are dealt out, so that a sample's batch mates do not depend on the number of processes.
         batches = [[pairs[row] for row in span] for span in chunks(len(pairs), self._rows)]
         mine = batches[accelerator.process_index :: accelerator.num_processes]
-        scored = self._score(mine, keep, advance)
-        if self.joint:
-            self._join(batches[0], len(batches[:: accelerator.num_processes]) - len(mine))
+        most = len(batches[:: accelerator.num_processes])
+        scored = Lockstep(accelerator, self.joint).together(
+            lambda: self._in_step(mine, batches[0], most, keep, advance)
+        )
         everyone: list[Samples] = gather_object(scored)
         return Samples.joined(everyone)
 
-    def _join(self, pairs: Sequence[Pair], times: int) -> None:
-        """Sample along with the processes that have more batches than this one; the samples are thrown away."""
-        for _ in range(times):
+    def _in_step(
+        self,
+        batches: Sequence[Sequence[Pair]],
+        filler: Sequence[Pair],
+        most: int,
+        keep: AbstractSet[Pair],
+        advance: Callable[[int], None] | None,
+    ) -> list[Samples]:
+        """Score some batches, and sample along with the process that has the ``most``, even if a reward fails."""
+        sampled: list[int] = []
+        try:
+            scored = self._score(batches, keep, sampled, advance)
+        except RewardError:
+            self._fill(filler, most - len(sampled))
+            raise
+        self._fill(filler, most - len(sampled))
+        return scored
+
+    def _fill(self, pairs: Sequence[Pair], times: int) -> None:
+        """Where a forward is a call that all processes make, make those of samples that are thrown away."""
+        for _ in range(times if self.joint else 0):
             self._sampled(pairs, [self.conditions[prompt] for prompt, _ in pairs])
 
     @property
@@ -123,9 +144,13 @@ class Evaluator:
         return max(rows // noises, 1) * noises if any(reward.groupwise for reward in self.rewards) else rows
 
     def _score(
-        self, batches: Sequence[Sequence[Pair]], keep: AbstractSet[Pair], advance: Callable[[int], None] | None
+        self,
+        batches: Sequence[Sequence[Pair]],
+        keep: AbstractSet[Pair],
+        sampled: list[int],
+        advance: Callable[[int], None] | None,
     ) -> list[Samples]:
-        """The samples of all batches as one entry; none if there are no batches."""
+        """The samples of all batches as one entry; none if there are no batches. ``sampled`` gets each one's size."""
         if not batches:
             return []
         kept: list[Future[list[Media]]] = []
@@ -135,6 +160,7 @@ class Evaluator:
             for pairs in batches:
                 conditions = [self.conditions[prompt] for prompt, _ in pairs]
                 latents = self._sampled(pairs, conditions)
+                sampled.append(len(pairs))
                 places = {place for place, pair in enumerate(pairs) if pair in keep}
                 kept.append(scorer.put(latents, conditions, [prompt for prompt, _ in pairs], places))
                 if advance is not None:

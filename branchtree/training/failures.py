@@ -79,9 +79,8 @@ class FailureWatch:
 def _recorded(row: Mapping[str, float]) -> dict[str, Failures]:
     """The failures in a line of the metrics, by label."""
     counts = {name.removesuffix(INVALID): value for name, value in row.items() if name.endswith(INVALID)}
-    return {
-        name.removeprefix(REWARD): Failures(int(value), int(row["leaves/scored"])) for name, value in counts.items()
-    }
+    leaves = int(row.get("leaves/scored", 0))
+    return {name.removeprefix(REWARD): Failures(int(value), leaves) for name, value in counts.items()}
 
 
 def _total(failures: Sequence[Failures]) -> Failures:

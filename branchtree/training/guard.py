@@ -17,6 +17,7 @@ class UpdateGuard:
     def __init__(self, section: OptimSection) -> None:
         self._limit, self._most = section.refuse_above, section.max_refused
         self.in_a_row = 0
+        self.admitted = 0  # updates since this process began: while it stays, so do the weights
 
     def admits(self, norm: float, iteration: int) -> bool:
         """Whether to take an update whose gradient has this norm, before clipping.
@@ -26,13 +27,14 @@ class UpdateGuard:
         reason = self._reason(norm)
         if reason is None:
             self.in_a_row = 0
+            self.admitted += 1
             return True
         self.in_a_row += 1
         if self.in_a_row > self._most:
             raise BranchTreeError(
                 f"iteration {iteration}: {reason}; with it {self.in_a_row} updates in a row were left out, and "
-                f"optim.max_refused allows {self._most}. Lower optim.lr or sampler.eta, or look at the rewards of the "
-                "last iterations"
+                f"optim.max_refused allows {self._most}. Lower optim.lr or sampler.eta"
+                + (", or look at the rewards of the last iterations" if math.isfinite(norm) else "")
             )
         return False
 

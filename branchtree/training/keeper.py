@@ -49,7 +49,7 @@ class CheckpointKeeper:
         self._saved = done
         if session.accelerator.is_main_process:
             with writing(session.output.checkpoints):
-                moved = set_aside_damaged(session.output.checkpoints, path)
+                moved = set_aside_damaged(session.output.ledger, session.output.checkpoints, path)
             for damaged in moved:
                 log.warning("going on from iteration %d; the damaged checkpoint is now %s", done, damaged)
         return done
@@ -59,21 +59,23 @@ class CheckpointKeeper:
 
         Raises OutputError, on the main process, which writes.
         """
+        self._writer.wait()  # before the copy: there is never more than one
         if done == self._saved:
             return
         session, recipe = self._session, self._session.recipe
-        self._saved = done
-        self._writer.wait()  # before the copy: there is never more than one
         standing = position(recipe, session.inputs.schedule, session.order, done)
         snapshot = take_snapshot(session.trained, done, recipe, standing, copied=recipe.run.checkpoint_async)
         if not session.accelerator.is_main_process:
+            self._saved = done
             return
 
         def write() -> None:
             output = session.output
             with writing(output.root):
                 output.sync_logs()
-            write_checkpoint(output.checkpoints, snapshot, session.inputs.model, recipe.run.keep_checkpoints)
+            keep = recipe.run.keep_checkpoints
+            write_checkpoint(output.ledger, output.checkpoints, snapshot, session.inputs.model, keep)
+            self._saved = done
 
         self._writer.put(write)
 
@@ -85,11 +87,11 @@ class CheckpointKeeper:
         """Wait until nothing is being written. Raises what the write raised."""
         self._writer.wait()
 
-    def kept(self) -> str:
-        """What a failed write leaves of the run, and how to go on."""
+    def kept(self, remedy: str, flags: str = "") -> str:
+        """What a failure leaves of the run, and how to go on once the ``remedy`` is applied."""
         output = self._session.output
         checkpoints = list_checkpoints(output.checkpoints)
         if checkpoints:
-            return f"The checkpoint {checkpoints[-1]} is kept: once there can be written again, go on with --resume"
+            return f"The checkpoint {checkpoints[-1]} is kept: {remedy}, go on with --resume{flags}"
         again = "begin again with --resume" if (output.root / METRICS).exists() else "begin again"
-        return f"No checkpoint was written before: once there can be written again, {again}"
+        return f"No checkpoint was written before: {remedy}, {again}"

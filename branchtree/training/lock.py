@@ -15,7 +15,7 @@ from branchtree.errors import OutputError
 
 log = logging.getLogger("branchtree")
 
-LOCK = ".lock"
+LOCK = ".branchtree.lock"
 UNSUPPORTED = frozenset({errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.EINVAL})
 """What a file system without locks answers."""
 
@@ -36,7 +36,8 @@ def sole_process(root: Path) -> Iterator[None]:
         yield
     finally:
         # Whoever waits for this very file finds, by its number, that it is no longer the one of that name.
-        (root / LOCK).unlink(missing_ok=True)
+        if _is_named(descriptor, root / LOCK):
+            (root / LOCK).unlink(missing_ok=True)
         os.close(descriptor)
 
 

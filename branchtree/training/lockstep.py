@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from branchtree.errors import RewardError
+from branchtree.errors import BranchTreeError, DataError, RewardError
 from branchtree.protocols import VelocityFunction
 
 Result = TypeVar("Result")
+Value = TypeVar("Value")
 
 
 class Phase:
@@ -67,20 +68,37 @@ class Lockstep:
         everyone: Tensor = self.accelerator.gather(row)
         return everyone.cpu()
 
-    def together(self, work: Callable[[], Result]) -> Result:
-        """Do ``work``; a RewardError of one process is raised on all, so that none waits for one that has ended."""
+    def everyone(self, mine: Value) -> list[Value]:
+        """What every process has, in order. All must call this."""
         from accelerate.utils import gather_object
 
+        gathered: list[Value] = gather_object([mine])
+        return gathered
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Do ``work``; what one process raises is raised on all, so that none waits for one that has ended.
+
+        ``work`` exchanges nothing between processes but the forwards of sharded weights. Where it makes some, only a
+        RewardError or DataError is raised on all: after it the forwards that are left must have been made.
+        """
         result: list[Result] = []
-        failure: RewardError | None = None
+        failure: Exception | None = None
         try:
             result.append(work())
-        except RewardError as error:
+        except Exception as error:
+            if self.joint and not isinstance(error, RewardError | DataError):
+                raise
             failure = error
-        told: list[str | None] = gather_object([None if failure is None else str(failure)])
+        found = self.everyone(None if failure is None else _described(failure))
         if failure is not None:
             raise failure
-        for message in told:
-            if message is not None:
-                raise RewardError(message)
+        for kind, message in (each for each in found if each is not None):
+            raise kind(message)
         return result[0]
+
+
+def _described(error: Exception) -> tuple[type[BranchTreeError], str]:
+    """What other processes raise."""
+    if isinstance(error, BranchTreeError):
+        return type(error), str(error)
+    return BranchTreeError, f"another process failed: {type(error).__name__}: {error}"

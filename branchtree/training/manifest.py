@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Collection, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,48 @@ def require_whole(folder: Path) -> None:
     for name, path in found.items():
         if digest(path) != expected[name]["sha256"]:
             raise CheckpointError(f"{path}: its content is not what was written (SHA-256 differs)")
+
+
+def first_foreign(folder: Path, known: Collection[str]) -> Path | None:
+    """The first file in a folder that is not as it was written, or None; ``known`` are the digests of its manifests."""
+    if not (folder / MANIFEST).is_file() or digest(folder / MANIFEST) not in known:
+        return next(iter(sorted(path for path in folder.rglob("*") if not path.is_dir())), folder)
+    listed, written = _read(folder), (folder / MANIFEST).lstat().st_ctime_ns
+    files = _files(folder).items()
+    return next((path for name, path in files if not _as_written(path, listed.get(name), written)), None)
+
+
+def remove_listed(folder: Path, known: Collection[str]) -> None:
+    """Delete the files of a folder that are as its manifest says, last the manifest, and folders that are empty then.
+
+    ``known`` are the digests of its manifests. Raises CheckpointError if it has none of them.
+    """
+    if digest(folder / MANIFEST) not in known:
+        raise CheckpointError(f"{folder / MANIFEST}: was not written by this run")
+    listed, written = _read(folder), (folder / MANIFEST).lstat().st_ctime_ns
+    try:
+        for name, path in _files(folder).items():
+            if _as_written(path, listed.get(name), written):
+                path.unlink()
+        if not _files(folder):
+            (folder / MANIFEST).unlink()
+        for inner in sorted((path for path in folder.rglob("*") if path.is_dir()), reverse=True):
+            with suppress(OSError):
+                inner.rmdir()
+        with suppress(OSError):
+            folder.rmdir()
+    except OSError as error:
+        raise CheckpointError(f"{folder}: cannot be deleted: {error.strerror}") from error
+
+
+def _as_written(path: Path, listed: Mapping[str, Any] | None, written: int) -> bool:
+    """Whether a file is the one that was listed. Only one that was changed after the manifest has to be read."""
+    if listed is None or path.is_symlink():
+        return False
+    status = path.lstat()
+    if status.st_size != listed["size"]:
+        return False
+    return status.st_ctime_ns <= written or digest(path) == listed["sha256"]
 
 
 def digest(path: Path) -> str:

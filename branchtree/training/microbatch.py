@@ -149,7 +149,8 @@ class RowLimits:
                 self._lower(found)
         found, file = self.found, output.root / LIMITS
         if found and accelerator.is_main_process and found != _read(file):
-            write_atomically(file, json.dumps(found).encode())
+            with output.writing(LIMITS):
+                write_atomically(file, json.dumps(found).encode())
 
     def _lower(self, found: Mapping[str, int]) -> None:
         for key, rows in found.items():
@@ -166,7 +167,7 @@ def _read(file: Path) -> dict[str, int]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
         return {str(key): int(rows) for key, rows in found.items() if int(rows) >= 1}
-    except (OSError, ValueError, AttributeError, TypeError):
+    except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         return {}
 
 

@@ -9,11 +9,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from branchtree.errors import BranchTreeError, CallbackError
 from branchtree.protocols import Callback
-from branchtree.training.disk import writing
+from branchtree.training.disk import write_atomically
 from branchtree.training.evaluation import Figure
-from branchtree.training.rundir import EVALUATION, METRICS, TIMING, write_atomically, write_folder
-from branchtree.training.samples import write_grid
+from branchtree.training.rundir import EVALUATION, METRICS, SAMPLES, SUMMARY, TIMING, TRACKERS
+from branchtree.training.samples import sample_index, write_grid
 from branchtree.training.sampling import sample_latents
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
@@ -46,28 +47,43 @@ class Reporter:
         """The run begins, or goes on after ``done`` iterations."""
         session, recipe = self._session, self._session.recipe
         if recipe.run.trackers:
-            session.accelerator.init_trackers(
-                recipe.name, config={"recipe": json.dumps(recipe.model_dump(mode="json"))}
-            )
-        for callback in self._callbacks:
-            callback.on_start(session.output.root, done, recipe.run.iterations)
+            with session.output.writing(TRACKERS, growing=True):
+                session.accelerator.init_trackers(
+                    recipe.name, config={"recipe": json.dumps(recipe.model_dump(mode="json"))}
+                )
+        self._call("on_start", session.output.root, done, recipe.run.iterations)
 
-    def iteration(self, iteration: int, metrics: dict[str, float], watch: Stopwatch) -> None:
-        """An iteration's figures."""
+    def record(self, iteration: int, metrics: Mapping[str, float], watch: Stopwatch) -> None:
+        """Write an iteration's figures down, with which it is done."""
+        if self._main:
+            output = self._session.output
+            output.append(METRICS, {"iteration": iteration, **metrics})
+            output.append(TIMING, {"iteration": iteration, **watch.report()})
+
+    def announce(self, iteration: int, metrics: dict[str, float]) -> None:
+        """Give an iteration's figures to trackers and callbacks."""
         if not self._main:
             return
-        session = self._session
-        session.output.append(METRICS, {"iteration": iteration, **metrics})
-        session.output.append(TIMING, {"iteration": iteration, **watch.report()})
         self._track(metrics, iteration)
         self._warn_of_mismatch(metrics)
+        self._call("on_iteration", iteration, metrics)
+
+    def _call(self, hook: str, *arguments: Any) -> None:
+        """Call a hook of every callback. Raises CallbackError, naming the callback, if one raises anything."""
         for callback in self._callbacks:
-            callback.on_iteration(iteration, metrics)
+            try:
+                getattr(callback, hook)(*arguments)
+            except Exception as error:  # somebody else's code can raise anything
+                kind = type(callback)
+                reason = str(error) if isinstance(error, BranchTreeError) else f"{type(error).__name__}: {error}"
+                raise CallbackError(
+                    f"the callback {kind.__module__}.{kind.__qualname__} failed in {hook}: {reason}"
+                ) from error
 
     def _track(self, figures: Mapping[str, float], step: int) -> None:
         session = self._session
         if session.recipe.run.trackers:
-            with writing(session.output.root / "trackers"):
+            with session.output.writing(TRACKERS, growing=True):
                 session.accelerator.log(dict(figures), step=step)
 
     def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
@@ -96,8 +112,7 @@ class Reporter:
         session.output.append(EVALUATION, {"iteration": done, "figures": rows})
         means = {label: figure.mean for label, figure in figures.items() if figure.mean is not None}
         self._track({f"evaluation/{label}": mean for label, mean in means.items()}, done)
-        for callback in self._callbacks:
-            callback.on_evaluation(done, means)
+        self._call("on_evaluation", done, means)
 
     def sample(self, done: int) -> None:
         """A grid of samples after ``done`` iterations."""
@@ -123,24 +138,33 @@ class Reporter:
         media = [part for _, part in decoded]
         inputs.model.release_frozen()
         prompts = [condition.prompt for condition in conditions]
-        samples = session.output.root / "samples"
-        with writing(samples):
-            write_grid(samples, done, media, prompts)
+        with session.output.writing(SAMPLES):
+            write_grid(session.output.root / SAMPLES, done, media, prompts)
 
-    def finish(self, done: int, seconds: float) -> None:
-        """Write ``final/`` and the summary."""
+    def shown(self, done: int) -> tuple[bool, bool]:
+        """Whether this process, the main one, wrote held-out figures and samples after ``done`` iterations."""
+        output = self._session.output
+        evaluated = any(row["iteration"] == done for row in output.rows(EVALUATION))
+        return evaluated, sample_index(output.root / SAMPLES, done).is_file()
+
+    def export(self) -> None:
+        """Write ``final/``."""
         session = self._session
         weights = session.trained.exported()
+        if self._main:
+            output, model = session.output, session.inputs.model
+            with output.writing(output.final.name):
+                output.ledger.write_folder(output.final, lambda folder: model.export(folder, weights))
+
+    def finish(self, done: int, seconds: float) -> None:
+        """Write the summary; with it the run is finished."""
         if not self._main:
             return
-        with writing(session.output.final):
-            write_folder(session.output.final, lambda folder: session.inputs.model.export(folder, weights))
-        summary = {"iterations": done, "seconds": seconds, "device": str(session.device)}
-        path = session.output.root / "summary.json"
-        with writing(path):
-            write_atomically(path, json.dumps(summary).encode())
-        for callback in self._callbacks:
-            callback.on_end(session.output.root)
+        output = self._session.output
+        summary = {"iterations": done, "seconds": seconds, "device": str(self._session.device)}
+        with output.writing(SUMMARY):
+            write_atomically(output.root / SUMMARY, json.dumps(summary).encode())
+        self._call("on_end", output.root)
 
     def result(self, done: int, finished: bool) -> TrainResult:
         """What the run came to."""

@@ -31,9 +31,15 @@ def write_grid(folder: Path, iteration: int, media: Sequence[Media], prompts: Se
     Images are a grid row by row, ``iteration_NNNNNN.png``. Of videos that file has one strip of frames per row; the
     .mp4 beside it is the grid of all samples playing, and ``iteration_NNNNNN/sample_NNN.mp4`` is each by itself.
     """
-    stem = folder / f"iteration_{iteration:06d}"
+    path = sample_index(folder, iteration)
+    stem = path.with_suffix("")
     index = {"iteration": iteration, "prompts": list(prompts), **write_pictures(stem, media)}
-    write_atomically(stem.with_suffix(".json"), json.dumps(index).encode())
+    write_atomically(path, json.dumps(index).encode())
+
+
+def sample_index(folder: Path, iteration: int) -> Path:
+    """The file that is written last of an iteration's samples."""
+    return folder / f"iteration_{iteration:06d}.json"
 
 
 def write_pictures(stem: Path, media: Sequence[Media], columns: int | None = None) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from branchtree.noise import NoiseSource, Purpose, generator
-from branchtree.protocols import Condition, ModelAdapter
+from branchtree.protocols import Condition, ModelAdapter, VelocityFunction
 from branchtree.rollout import Sampler, rollout
 from branchtree.schedule import TreePlan
 from branchtree.training.microbatch import RowLimit, fitted
@@ -29,19 +29,24 @@ def sample_latents(
     limit: RowLimit,
 ) -> Tensor:
     """Clean latents (B, *latent) of B conditions along the ODE; each starts from noise addressed by its own pair."""
-    steps = sampler.sigmas.numel() - 1
-    plan = TreePlan((1,) * steps, (False,) * steps, (False,) * steps)
     initial = torch.stack(
         [model.initial_noise(generator(seed, 0, prompt, 0, draw, Purpose.INITIAL)) for prompt, draw in noise_seeds]
     )
     conditioning = cache.get(conditions, device)
+    return denoise(velocity_function(model, conditioning, autocast), sampler, initial.to(device), limit)
+
+
+def denoise(velocity: VelocityFunction, sampler: Sampler, initial: Tensor, limit: RowLimit) -> Tensor:
+    """Clean latents (B, *latent) along the ODE from noises (B, *latent), each under the prompt of its own number."""
+    steps, rows = sampler.sigmas.numel() - 1, len(initial)
+    plan = TreePlan((1,) * steps, (False,) * steps, (False,) * steps)
     tree = rollout(
-        fitted(velocity_function(model, conditioning, autocast), limit),
+        fitted(velocity, limit),
         sampler,
-        grow([plan] * len(conditions)),
-        initial.to(device),
-        NoiseSource(seed, 0),
-        range(len(conditions)),
+        grow([plan] * rows),
+        initial,
+        NoiseSource(0, 0),  # nothing is drawn
+        range(rows),
         max_rows=limit.rows,
     )
     return tree.leaves

@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from branchtree.credit import Credit
-from branchtree.errors import (
-    BranchTreeError,
-    DataError,
-    OutputError,
-    RecipeError,
-    RewardError,
-)
+from branchtree.errors import CallbackError, DataError, DivergenceError, OutputError, RecipeError, RewardError
 from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
+from branchtree.training.checkpoint import Progress
 from branchtree.training.continuation import ContinuationWatch, compare_continuation, comparing_forwards, is_due
-from branchtree.training.disk import writing
 from branchtree.training.growth import grow_and_score, join_forwards
 from branchtree.training.interrupt import StopRequest
 from branchtree.training.keeper import CheckpointKeeper
@@ -29,12 +25,15 @@ from branchtree.training.learning import Learning, dimensions, mean_log_prob
 from branchtree.training.metrics import ShareRecord, iteration_metrics, merged
 from branchtree.training.reporter import Reporter, TrainResult
 from branchtree.training.restore import agreed_checkpoint
-from branchtree.training.rundir import METRICS, RunDirectory
+from branchtree.training.rundir import METRICS, TREES, RunDirectory
 from branchtree.training.samples import thumbnails, write_tree
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
+from branchtree.training.soundness import find_divergence
 from branchtree.training.teams import GroupRecord
 from branchtree.training.timing import Stopwatch
 from branchtree.tree import BranchTree, Topology, grow
+
+log = logging.getLogger("branchtree")
 
 
 def train_recipe(
@@ -51,10 +50,19 @@ def train_recipe(
             checkpoint = agreed_checkpoint(accelerator, directory.checkpoints, recipe, allow) if resume else None
             session = open_session(inputs, directory, accelerator, checkpoint)
             return Trainer(session, [*inputs.callbacks, *callbacks]).run(resume, allow)
-        except (BranchTreeError, KeyboardInterrupt):
+        except BaseException:
             if accelerator.is_main_process:
                 directory.discard_untrained()
             raise
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where the run was when its last iteration was done."""
+
+    done: int  # iterations
+    updates: int  # that this process had taken
+    progress: Progress
 
 
 class Trainer:
@@ -66,18 +74,30 @@ class Trainer:
         self._reporter = Reporter(session, callbacks)
         self._continuation = ContinuationWatch()
         self._keeper = CheckpointKeeper(session)
+        self._standing = self._stand(0)
+        self._conditioning: Mapping[str, Tensor] = {}  # the first prompt of the last iteration, encoded
 
     def run(self, resume: bool, allow: Sequence[str] = ()) -> TrainResult:
         """Train to the end, or until asked to stop; then write ``final/``.
 
-        ``allow`` names keys of the recipe that may have changed since the checkpoint. Raises OutputError, which says
-        what is kept, if something cannot be written.
+        ``allow`` names keys of the recipe that may have changed since the checkpoint. Whatever fails once an iteration
+        is done, what was learnt until then is saved first. Raises OutputError, CallbackError or DivergenceError, which
+        say what is kept, and whatever else is raised while it trains.
         """
         try:
             with self._keeper:
-                return self._run(resume, allow)
+                try:
+                    return self._run(resume, allow)
+                except Exception as error:
+                    self._keep(error)
+                    raise
         except OutputError as error:
-            raise OutputError(f"{error}. {self._keeper.kept()}") from error
+            raise OutputError(f"{error}. {self._keeper.kept('once there can be written again')}") from error
+        except CallbackError as error:
+            raise CallbackError(f"{error}. {self._keeper.kept('once the callback is corrected')}") from error
+        except DivergenceError as error:
+            remedy = self._keeper.kept("lower optim.lr or optim.max_grad_norm", " and --allow for each key")
+            raise DivergenceError(f"{error}. {remedy}") from error
 
     def _run(self, resume: bool, allow: Sequence[str]) -> TrainResult:
         session, recipe = self._session, self._session.recipe
@@ -86,7 +106,7 @@ class Trainer:
         with StopRequest() as stop:
             for iteration in range(done, recipe.run.iterations):
                 self._keeper.check()
-                self._iteration_or_checkpoint(iteration)
+                self._iteration(iteration)
                 done = iteration + 1
                 stopping = self._any_process(stop.requested)
                 self._after(done, stopping)
@@ -99,14 +119,53 @@ class Trainer:
         session.accelerator.end_training()
         return self._reporter.result(done, finished)
 
-    def _iteration_or_checkpoint(self, iteration: int) -> None:
-        """An iteration; if its rewards or data fail, which is before its update, what was learnt until then is kept."""
+    def _stand(self, done: int) -> Standing:
+        """The weights are those after ``done`` iterations, and all that is logged of them is written."""
+        trained = self._session.trained
+        return Standing(done, trained.guard.admitted, trained.progress())
+
+    def _keep(self, error: Exception) -> None:
+        """Save what was learnt before a run ends by an error. Raises DivergenceError if the weights have diverged.
+
+        Weights in the middle of an iteration's steps are not saved. Where they are sharded, saving takes all processes,
+        and only rewards and data fail on all together.
+        """
+        session, standing = self._session, self._standing
+        trained, joint = session.trained, session.lockstep.joint
+        changed = trained.guard.admitted != standing.updates
+        together = session.accelerator.num_processes == 1 or isinstance(error, RewardError | DataError)
+        if (joint and not together) or not (joint or self._main) or not (changed or standing.done):
+            return
+        if isinstance(error, DivergenceError):
+            return
+        problem = self._divergence(error)
+        if problem is not None and not isinstance(error, OutputError | CallbackError):
+            raise problem from error
+        if changed or problem is not None:
+            return
+        trained.go_back(standing.progress)
         try:
-            self._iteration(iteration)
-        except (RewardError, DataError):
-            if iteration > 0:
-                self._keeper.save(iteration)
-            raise
+            self._keeper.save(standing.done)
+        except Exception as second:  # the first failure is the one to report
+            log.warning("what was learnt since the last checkpoint is lost: %s", second)
+
+    def _divergence(self, error: Exception | None = None) -> DivergenceError | None:
+        """What to raise if the weights have diverged: an ``error`` that ended the run is then only a symptom."""
+        if not self._conditioning:
+            return None
+        together = error is None or self._session.lockstep.joint
+        try:
+            problem = find_divergence(self._session, self._conditioning, together)
+        except Exception as second:
+            if error is None:
+                raise
+            log.warning("whether the weights have diverged cannot be found out: %s", second)
+            return None
+        if problem is None:
+            return None
+        standing = self._standing
+        iteration = standing.done - (self._session.trained.guard.admitted == standing.updates)
+        return DivergenceError(f"the weights have diverged in iteration {iteration}: {problem}")
 
     def _any_process(self, flag: bool) -> bool:
         """Whether the flag is set on any process: a signal may reach them between different iterations."""
@@ -117,6 +176,7 @@ class Trainer:
         """Take up the session's checkpoint or begin; returns the iterations done before."""
         session, recipe = self._session, self._session.recipe
         done = self._keeper.restore(allow) if resume else 0
+        self._standing = self._stand(done)
         if resume:
             session.limits.recall(session.output)
         if self._main:
@@ -126,9 +186,11 @@ class Trainer:
         session.failures.recall(session.accelerator, session.output)
         self._reporter.start(done)
         session.cache.prepare(self._upcoming(done))
-        if done == 0:
-            self._reporter.evaluate(0)
-            self._reporter.sample(0)
+        if done and done == recipe.run.iterations:
+            self._reporter.export()
+        # A run may have stopped between a checkpoint and what was to be shown then.
+        evaluated, sampled = self._reporter.shown(done) if self._main and done else (False, False)
+        self._show(done, not self._any_process(evaluated), not self._any_process(sampled))
         return done
 
     def _upcoming(self, done: int) -> Iterator[Condition]:
@@ -151,6 +213,7 @@ class Trainer:
         conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
         with watch.phase("encode"):
             conditioning = self._encoded(conditions)
+        self._conditioning = {name: value[:1].clone() for name, value in conditioning.items()}
         recorded = session.team.place == 0 and iteration % recipe.run.tree_every == 0
         learning = Learning(session, session.policies(conditioning, iteration), iteration, ids, watch)
         scored = learning.begin if session.learns_early else None
@@ -166,30 +229,22 @@ class Trainer:
         check = self._continuation_check(iteration, tree, scores, conditions[0], conditioning, watch)
         with watch.phase("update"):
             update = learning.finish(tree, group.topology, credit)
-        session.limits.settle(session.accelerator, session.output)
         rows = tree.topology.rollout_rows
         share = ShareRecord(tree.topology.plans, tuple(group.log_prob), dimensions(tree), group.scores, rows, update)
         metrics = {**self._metrics(share, group.topology, credit, iteration), **check}
+        self._reporter.record(iteration, metrics, watch)
+        self._standing = self._stand(iteration + 1)
+        session.limits.settle(session.accelerator, session.output)
         if self._main and recorded:
-            trees, prompt = session.output.root / "trees", conditions[0].prompt
-            with writing(trees):
+            trees, prompt = session.output.root / TREES, conditions[0].prompt
+            with session.output.writing(TREES):
                 write_tree(trees, iteration, prompt, group.topology, group.scores, credit, group.thumbnails)
-        self._reporter.iteration(iteration, metrics, watch)
+        self._reporter.announce(iteration, metrics)
 
     def _encoded(self, conditions: Sequence[Condition]) -> dict[str, Tensor]:
         """The encoded conditions. Raises DataError, on every process, if one's image or video is gone."""
-        from accelerate.utils import gather_object
-
         session = self._session
-        encoded, problem = dict[str, Tensor](), None
-        try:
-            encoded = dict(session.cache.get(conditions, session.device))
-        except DataError as error:
-            problem = str(error)
-        problems = [told for told in gather_object([problem]) if told is not None]
-        if problems:
-            raise DataError(problems[0])
-        return encoded
+        return session.lockstep.together(lambda: dict(session.cache.get(conditions, session.device)))
 
     def _continuation_check(
         self,
@@ -227,18 +282,30 @@ class Trainer:
         return {**metrics, "lr": float(session.updater.optimizer.param_groups[0]["lr"])}
 
     def _after(self, done: int, stopping: bool) -> None:
-        """What happens between iterations: evaluation, samples, checkpoints."""
-        session, recipe = self._session, self._session.recipe
+        """What happens between iterations: a checkpoint first, at the end ``final/``, then what is shown."""
+        recipe = self._session.recipe
         last = done == recipe.run.iterations
+        if last or stopping or done % recipe.run.checkpoint_every == 0:
+            problem = self._divergence()
+            if problem is not None:
+                raise problem
+            self._keeper.save(done)
+        if last:
+            self._keeper.wait()
+            self._reporter.export()
+        self._show(done)
+        self._session.accelerator.wait_for_everyone()
+
+    def _show(self, done: int, evaluation: bool = True, samples: bool = True) -> None:
+        """Held-out figures and samples, if they are wanted and it is their turn."""
+        recipe = self._session.recipe
+        ends = done in (0, recipe.run.iterations)
         every = recipe.evaluation.every if recipe.evaluation else None
-        evaluating = last or bool(every and done % every == 0)
-        sampling = last or done % recipe.run.sample_every == 0
+        evaluating = evaluation and (ends or bool(every and done % every == 0))
+        sampling = samples and (ends or done % recipe.run.sample_every == 0)
         if evaluating or sampling:  # putting the average in and out copies every trained weight
-            with session.trained.as_exported():
+            with self._session.trained.as_exported():
                 if evaluating:
                     self._reporter.evaluate(done)
                 if sampling:
                     self._reporter.sample(done)
-        if last or stopping or done % recipe.run.checkpoint_every == 0:
-            self._keeper.save(done)
-        session.accelerator.wait_for_everyone()
