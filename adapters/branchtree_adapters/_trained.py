@@ -37,9 +37,11 @@ def lora_parameters_per_rank(denoiser: nn.Module, targets: Sequence[str]) -> int
 def add_lora(denoiser: Any, settings: LoraSettings, targets: Sequence[str], seed: int) -> None:
     """Freeze ``denoiser`` (a diffusers model) and put trainable float32 LoRA weights on ``targets``.
 
-    They are initialised from ``seed`` alone, and torch's random state is left as it was. Raises ModelError.
+    They are initialised from ``seed`` alone, and torch's random state is left as it was. What they are applied to keeps
+    its dtype. Raises ModelError.
     """
     from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
     lora_sites(denoiser, targets)
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(targets))
@@ -51,6 +53,27 @@ def add_lora(denoiser: Any, settings: LoraSettings, targets: Sequence[str], seed
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for layer in (module for module in denoiser.modules() if isinstance(module, LoraLayer)):
+        # Otherwise peft would cast every activation to the float32 of the weights.
+        layer.cast_input_dtype_enabled = False
+        for weights in (layer.lora_A, layer.lora_B):
+            for name, linear in weights.items():
+                weights[name] = CastingLinear.sharing(linear)
+
+
+class CastingLinear(nn.Linear):
+    """A linear layer that casts its weight to its input's dtype in each call; the weight's gradient keeps its own."""
+
+    @staticmethod
+    def sharing(linear: nn.Linear) -> CastingLinear:
+        """A layer with the weight of ``linear``, which has no bias."""
+        casting = CastingLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+        casting.weight = linear.weight
+        return casting
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the weight to ``input``."""
+        return nn.functional.linear(input, self.weight.to(input.dtype))
 
 
 @contextmanager
