@@ -120,7 +120,7 @@ class RandomWan(Wan):
         transformer, vae = dict(configs[TRANSFORMER]), dict(configs[VAE])
         self._loaded = WanPipeline(
             transformer=build_at(device, denoiser_dtype, lambda: WanTransformer3DModel.from_config(transformer)),
-            vae=build_at(device, dtype, lambda: AutoencoderKLWan.from_config(vae)).requires_grad_(False),
+            vae=build_at(device, torch.float32, lambda: AutoencoderKLWan.from_config(vae)).requires_grad_(False),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             tokenizer=None,
             text_encoder=None,
