@@ -1,8 +1,8 @@
 """Bytes that a forward moves outside of matrix products and attention: norms, modulation, LoRA's sums, casts, copies.
 
-Nothing is computed and no GPU is needed: torch's fake tensors carry sizes, types and a device, and autocast treats them
-as it treats tensors of that device. FLUX.1-dev at 720 x 720, one row; Wan2.1-T2V-1.3B at 400 x 640 x 53, one prediction,
-which is two rows under guidance. LoRA of rank 64 over bfloat16 weights.
+Nothing is computed and no GPU is needed: torch's fake tensors carry sizes, types and a device, and autocast treats
+them as it treats tensors of that device. FLUX.1-dev at 720 x 720, one row; Wan2.1-T2V-1.3B at 400 x 640 x 53, one
+prediction, which is two rows under guidance. LoRA of rank 64 over bfloat16 weights.
 
     python benchmarks/traffic.py
     python benchmarks/traffic.py --model flux --ways lora
@@ -42,7 +42,12 @@ MODELS: dict[str, Callable[[], PipelineAdapter]] = {
     "flux": lambda: RandomFlux(FluxConfig(path="black-forest-labs/FLUX.1-dev"), Execution()),
     "wan": lambda: RandomWan(
         WanConfig(
-            path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers", task="text_to_video", height=400, width=640, frames=53, guidance=5.0
+            path="Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+            task="text_to_video",
+            height=400,
+            width=640,
+            frames=53,
+            guidance=5.0,
         ),
         Execution(),
     ),

@@ -197,7 +197,7 @@ def deltas(denoiser: nn.Module) -> dict[str, Tensor]:
 def test_every_reader_of_a_lora_file_gets_the_trained_strength(
     folder: Callable[..., Path], tmp_path: Path, method: str, alpha: float
 ) -> None:
-    """By diffusers, with the file's metadata and without; by peft; and by the tensors, alpha being the rank or unknown."""
+    """By diffusers, with the file's metadata and without it; by peft; and by the product of the tensors."""
     adapter = adapter_of_alpha(folder(), alpha)
     expected = deltas(adapter.denoiser)
     (adapter.save if method == "save" else adapter.export)(tmp_path / "written")

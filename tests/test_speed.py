@@ -1,4 +1,4 @@
-"""Attention back-ends and compiled blocks: what they refuse, and that they change nothing but speed; what bf16 moves."""
+"""Attention back-ends and compiled blocks: what they refuse, and that they change nothing but speed; bf16."""
 
 from __future__ import annotations
 
@@ -145,7 +145,9 @@ def random_model(kind: str, folder: Path, attention: str | None = None) -> Pipel
         flux = FluxConfig(path=write_configs(folder, SMALL_FLUX), height=64, width=64, attention=attention)
         return RandomFlux(flux, Execution(attention))
     sizes = {"height": 32, "width": 32, "frames": 5, "task": "text_to_video", "max_sequence_length": 16}
-    return RandomWan(WanConfig.model_validate({"path": write_configs(folder, SMALL_WAN), **sizes}), Execution(attention))
+    return RandomWan(
+        WanConfig.model_validate({"path": write_configs(folder, SMALL_WAN), **sizes}), Execution(attention)
+    )
 
 
 def widened(traffic: Traffic) -> Counter[tuple[int, ...]]:

@@ -134,9 +134,10 @@ def save_lora(
 ) -> None:
     """Write the LoRA weights, or ``replacement``, as ``pipeline.load_lora_weights`` reads them.
 
-    B is multiplied by the scale, alpha over rank, and the file says that alpha is the rank: readers of the tensors alone
-    get the trained strength too. Under ``exact`` a scale that is no power of two, whose product would be rounded, stays
-    beside the weights, in the file's metadata. Raises CheckpointError if ``replacement`` belongs to another model.
+    B is multiplied by the scale, alpha over rank, and the file says that alpha is the rank: readers of the tensors
+    alone get the trained strength too. Under ``exact`` a scale that is no power of two, whose product would be rounded,
+    stays beside the weights, in the file's metadata. Raises CheckpointError if ``replacement`` belongs to another
+    model.
     """
     from peft import get_peft_model_state_dict
 
@@ -146,9 +147,7 @@ def save_lora(
     if not exact or math.frexp(scale)[0] == 0.5:
         weights = {name: value * scale if _is_output(name) else value for name, value in weights.items()}
         metadata["lora_alpha"] = config.r
-    pipeline.save_lora_weights(
-        directory, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata
-    )
+    pipeline.save_lora_weights(directory, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata)
 
 
 def _is_output(name: str) -> bool:
