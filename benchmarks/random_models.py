@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from branchtree_adapters import _diffusers as shared
+from branchtree_adapters import _speed as speed
 from branchtree_adapters._wan_layout import TRANSFORMER, VAE, WanConfig, read_configs
 from branchtree_adapters.flux import FLUX_DEV, Flux, FluxConfig
 from branchtree_adapters.wan import Wan
@@ -65,8 +66,7 @@ def embeddings(conditions: Sequence[Condition], shape: tuple[int, ...], dtype: t
 
 
 def _run_as(transformer: Any, execution: Execution) -> None:
-    if execution.attention:
-        transformer.set_attention_backend(execution.attention)
+    speed.set_attention(transformer, execution.attention)
     if execution.compiled:
         transformer.compile_repeated_blocks()
 
@@ -120,7 +120,7 @@ class RandomWan(Wan):
         transformer, vae = dict(configs[TRANSFORMER]), dict(configs[VAE])
         self._loaded = WanPipeline(
             transformer=build_at(device, denoiser_dtype, lambda: WanTransformer3DModel.from_config(transformer)),
-            vae=build_at(device, dtype, lambda: AutoencoderKLWan.from_config(vae)).requires_grad_(False),
+            vae=build_at(device, torch.float32, lambda: AutoencoderKLWan.from_config(vae)).requires_grad_(False),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             tokenizer=None,
             text_encoder=None,

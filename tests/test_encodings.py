@@ -239,3 +239,24 @@ def test_a_run_whose_prompts_are_cached_needs_no_encoders(hub: Path, tmp_path: P
     for name in ("filling", "cached"):
         assert metrics(tmp_path / name) == metrics(tmp_path / "plain")
         require_same(weights(tmp_path / name), weights(tmp_path / "plain"))
+
+
+def test_encoders_come_once_in_an_evaluation(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many batches it has; the prompts of the training are kept."""
+    calls: list[str] = []
+    encode, release = Flux.encode, Flux.release_frozen
+
+    def encoding(self: Flux, conditions: Sequence[Condition]) -> Any:
+        calls.append(f"encode {len(conditions)}")
+        return encode(self, conditions)
+
+    def releasing(self: Flux) -> None:
+        calls.append("release")
+        release(self)
+
+    monkeypatch.setattr(Flux, "encode", encoding)
+    monkeypatch.setattr(Flux, "release_frozen", releasing)
+    evaluated = {"prompts": ["a two", "a six", "a nine"], "rows": 1, "noises": 2, "rewards": [{"reward": "digits"}]}
+    train("quickstart", small(model, evaluation=evaluated, run__iterations=1), output=tmp_path / "run")
+    assert [call for call in calls if call != "release"] == ["encode 2", "encode 3"]
+    assert calls[:5] == ["encode 2", "release", "encode 3", "release", "release"]  # at last the decoder's

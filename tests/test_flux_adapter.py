@@ -1,5 +1,6 @@
 import gc
 import itertools
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -13,7 +14,11 @@ from branchtree_adapters import flux
 from branchtree_adapters.flux import FLUX_DEV, LORA_TARGETS, Flux, FluxConfig, register_models
 from diffusers import FluxPipeline
 from peak_memory import PeakMemory
+from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_flux import T5_TOKENS, tiny_flux
 from torch import Tensor, nn
 
@@ -171,6 +176,76 @@ def test_a_saved_lora_acts_in_a_fresh_pipeline(folder: Callable[..., Path], tmp_
     difference = (prediction(adapter, pipeline.transformer) - prediction(adapter)).abs().max()
     assert difference <= 1e-6
     assert [file.name for file in tmp_path.iterdir()] == [shared.LORA_FILE]
+
+
+def adapter_of_alpha(path: Path, alpha: float, seed: int = 5) -> Flux:
+    adapter = load(path)
+    adapter.add_lora(LoraSettings(rank=4, alpha=alpha), seed=0)
+    randomise(adapter.denoiser, seed)
+    return adapter
+
+
+def deltas(denoiser: nn.Module) -> dict[str, Tensor]:
+    """What LoRA adds to each weight, by the weight's layer, as peft works it out."""
+    layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, LoraLayer)}
+    return {name: layer.get_delta_weight(layer.active_adapters[0]).detach() for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize(
+    ("method", "alpha"), [("save", 8.0), ("save", 4.0), ("save", 2.0), *(("export", a) for a in (8.0, 4.0, 3.0, 7.3))]
+)
+def test_every_reader_of_a_lora_file_gets_the_trained_strength(
+    folder: Callable[..., Path], tmp_path: Path, method: str, alpha: float
+) -> None:
+    """By diffusers, with the file's metadata and without it; by peft; and by the product of the tensors."""
+    adapter = adapter_of_alpha(folder(), alpha)
+    expected = deltas(adapter.denoiser)
+    (adapter.save if method == "save" else adapter.export)(tmp_path / "written")
+    file = tmp_path / "written" / shared.LORA_FILE
+    tensors = load_file(file)
+    for name, delta in expected.items():
+        a, b = (tensors[f"transformer.{name}.lora_{half}.weight"] for half in "AB")
+        torch.testing.assert_close(b @ a, delta)
+    (tmp_path / "bare").mkdir()
+    save_file(tensors, tmp_path / "bare" / shared.LORA_FILE)
+    for written in (file.parent, tmp_path / "bare"):
+        pipeline = FluxPipeline.from_pretrained(folder())
+        pipeline.load_lora_weights(written)
+        assert (prediction(adapter, pipeline.transformer) - prediction(adapter)).abs().max() <= 1e-6
+    with safe_open(file, framework="pt") as content:
+        kept = json.loads(content.metadata()["lora_adapter_metadata"])
+    fresh = FluxPipeline.from_pretrained(folder()).transformer
+    config = LoraConfig(
+        r=kept["transformer.r"],
+        lora_alpha=kept["transformer.lora_alpha"],
+        target_modules=kept["transformer.target_modules"],
+    )
+    inject_adapter_in_model(config, fresh)
+    set_peft_model_state_dict(fresh, {name.removeprefix("transformer."): value for name, value in tensors.items()})
+    for name, delta in deltas(fresh).items():
+        torch.testing.assert_close(delta, expected[name])
+
+
+@pytest.mark.parametrize("alpha", [8.0, 4.0, 1.0, 3.0, 7.3])
+def test_lora_of_any_alpha_is_restored_to_the_bit(folder: Callable[..., Path], tmp_path: Path, alpha: float) -> None:
+    adapter, fresh = (adapter_of_alpha(folder(), alpha, seed) for seed in (5, 9))
+    adapter.save(tmp_path)
+    fresh.restore(tmp_path)
+    require_same(state(fresh), state(adapter))
+
+
+def test_lora_of_a_checkpoint_that_keeps_alpha_beside_the_weights_is_restored(
+    folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """As earlier versions wrote it for every alpha."""
+    adapter, fresh = (adapter_of_alpha(folder(), 8.0, seed) for seed in (5, 9))
+    adapter._pipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(adapter.denoiser),
+        transformer_lora_adapter_metadata=adapter.denoiser.peft_config["default"].to_dict(),  # type: ignore[union-attr]
+    )
+    fresh.restore(tmp_path)
+    require_same(state(fresh), state(adapter))
 
 
 def test_exported_replacement_weights(adapter: Flux, tmp_path: Path) -> None:

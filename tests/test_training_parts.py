@@ -234,6 +234,30 @@ def test_the_cache_forgets_what_was_used_longest_ago() -> None:
     assert encoder.asked == ["a", "bb", "ccc", "bb"]
 
 
+def test_encoders_leave_once_after_all_that_is_coming(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "PREPARED", 2)
+    encoder = Encoder()
+    cache = ConditioningCache(encoder)  # type: ignore[arg-type]
+    cache.prepare(prompts("a", "b", "c", "d", "e"))
+    assert (encoder.asked, encoder.released) == (["a", "b", "c", "d", "e"], 1)
+    cache.prepare(prompts("e", "a"))
+    assert encoder.released == 1
+
+
+def test_what_is_kept_gives_way_to_what_is_coming_where_that_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As far as it fits by itself; what is kept and comes is not encoded again."""
+    monkeypatch.setattr(policy, "PREPARED", 2)
+    encoder = Encoder()
+    cache = ConditioningCache(encoder, limit=4 * 8 * 4)  # type: ignore[arg-type]
+    cache.prepare(prompts("a", "b", "c", "d"))
+    coming = prompts("x", "d", "y", "z", "v", "w")
+    cache.prepare(coming)
+    assert encoder.asked[4:] == ["x"]  # one part, and no room for the next
+    cache.prepare(coming, replace=True)
+    assert encoder.asked[5:] == ["y", "z"] and encoder.released == 3
+    assert cache.holds(coming[:4]) and not cache.holds(coming[:5]) and not cache.holds(prompts("a"))
+
+
 @pytest.mark.parametrize(("room", "encoded"), [(6, 5), (5, 4), (4, 4), (3, 2), (1, 2)])
 def test_what_is_coming_is_encoded_in_its_order_as_far_as_it_fits(
     room: int, encoded: int, monkeypatch: pytest.MonkeyPatch
@@ -244,7 +268,7 @@ def test_what_is_coming_is_encoded_in_its_order_as_far_as_it_fits(
     cache = ConditioningCache(encoder, limit=room * 8 * 4)  # type: ignore[arg-type]
     cache.prepare(prompts(*texts))
     assert encoder.asked == list(texts[:encoded])
-    assert encoder.released == -(-encoded // 2)
+    assert encoder.released == 1
 
 
 def test_an_unreadable_image_is_left_for_the_request_that_needs_it() -> None:

@@ -250,6 +250,26 @@ def test_encoding_knows_no_neighbours_and_no_random_state(
         assert not torch.equal(rows[0], rows[1]), name
 
 
+def test_video_and_image_parts_are_float32_beside_bf16_as_in_the_pipelines_example(
+    folder: Callable[[Kind], Path], conditions: list[Condition]
+) -> None:
+    whole, half = load(folder(SAME[1])), load(folder(SAME[1]), dtype=torch.bfloat16)
+    exact, encoded = whole.encode(conditions), half.encode(conditions)
+    parts = half._with_encoders()
+    dtypes = {name: getattr(parts, name).dtype for name in ("vae", "image_encoder", "text_encoder", "transformer")}
+    assert dtypes == {
+        "vae": torch.float32,
+        "image_encoder": torch.float32,
+        "text_encoder": torch.bfloat16,
+        "transformer": torch.bfloat16,
+    }
+    assert torch.equal(encoded["condition"], exact["condition"])
+    assert torch.equal(encoded["image_embeds"], exact["image_embeds"].bfloat16())
+    latents = noise(whole)
+    assert torch.equal(half.decode(latents).pixels, whole.decode(latents).pixels)
+    assert half.encoding_fingerprint() != whole.encoding_fingerprint()
+
+
 def test_a_text_is_encoded_once(folder: Callable[[Kind], Path], conditions: list[Condition]) -> None:
     adapter, calls = load(folder(SAME[0])), []
     adapter._with_encoders().text_encoder.register_forward_hook(lambda *_: calls.append(1))

@@ -25,6 +25,7 @@ class PipelineAdapter(ABC):
     frozen_parts: ClassVar[tuple[str, ...]]  # names of the pipeline's encoders and decoder; it may lack some
     encoders: ClassVar[tuple[str, ...]]  # those of them that ``encode`` alone needs: read when it first does
     encoding_parts: ClassVar[tuple[str, ...]]  # folders of all that an encoding depends on
+    float32_parts: ClassVar[tuple[str, ...]] = ()  # frozen parts that are in float32 whatever the others are in
     lora_targets: ClassVar[tuple[str, ...]]  # endings of the names of the layers that get LoRA by default
 
     def __init__(self) -> None:
@@ -46,8 +47,11 @@ class PipelineAdapter(ABC):
 
     def _read(self, pipeline: Any, source: shared.ModelSource, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> Any:
         """All of a pipeline, of a diffusers class, but its encoders. Raises ModelError."""
-        self._encoders = EncoderSource.of(pipeline, source, dtype, self.encoders)
-        return shared.load_pipeline(pipeline, source, dtype, "transformer", denoiser_dtype, self._encoders.names)
+        dtypes = dict.fromkeys(self.float32_parts, torch.float32)
+        self._encoders = EncoderSource.of(pipeline, source, dtype, dtypes, self.encoders)
+        return shared.load_pipeline(
+            pipeline, source, dtype, {**dtypes, "transformer": denoiser_dtype}, self._encoders.names
+        )
 
     def _keep(self, loaded: Any, device: torch.device, denoiser_dtype: torch.dtype) -> None:
         """Take a pipeline that was read: the transformer to ``device``, frozen parts to the CPU until needed."""
@@ -80,7 +84,9 @@ class PipelineAdapter(ABC):
         """A digest of the files, settings and libraries that encodings depend on; None if no file is known."""
         if self._encoders is None:
             raise ModelError("the model is not loaded; call load first.")
-        settings = {"family": type(self).__name__, "dtype": str(self._encoders.dtype), **self._encoding_settings()}
+        dtypes = {f"dtype of {name}": str(dtype) for name, dtype in self._encoders.others.items()}
+        settings = {"family": type(self).__name__, "dtype": str(self._encoders.dtype), **dtypes}
+        settings |= self._encoding_settings()
         return fingerprint(self._encoders.source, self.encoding_parts, settings)
 
     @abstractmethod
@@ -126,14 +132,17 @@ class PipelineAdapter(ABC):
         which stay as they are. Raises CheckpointError if its names or shapes are not the transformer's.
         """
         if trained.has_lora(self.denoiser):
-            trained.save_lora(self._pipeline, self.denoiser, directory, denoiser_state)
+            trained.save_lora(self._pipeline, self.denoiser, directory, denoiser_state, exact=True)
         else:
             trained.with_weights(self.denoiser, denoiser_state).save_pretrained(directory / "transformer")
 
     def export(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
-        """Write what a user loads: the LoRA file, or without LoRA a complete pipeline folder. See ``save``."""
+        """Write what a user loads: the LoRA file, or without LoRA a complete pipeline folder. See ``save``.
+
+        The LoRA file gives every reader the trained strength, whether it knows of alpha or not.
+        """
         if trained.has_lora(self.denoiser):
-            self.save(directory, denoiser_state)
+            trained.save_lora(self._pipeline, self.denoiser, directory, denoiser_state, exact=False)
         else:
             trained_part = trained.with_weights(self.denoiser, denoiser_state)
             parts = {**self._pipeline.components, **self._absent_encoders(), "transformer": trained_part}

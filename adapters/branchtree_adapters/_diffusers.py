@@ -118,14 +118,13 @@ def load_pipeline(
     pipeline: Any,
     source: ModelSource,
     dtype: torch.dtype,
-    denoiser: str,
-    denoiser_dtype: torch.dtype,
+    others: Mapping[str, torch.dtype],
     without: Iterable[str] = (),
 ) -> Any:
     """Load ``pipeline`` (a diffusers class) on the CPU from safetensors files, with no code from the source.
 
-    The part named ``denoiser`` is in ``denoiser_dtype``, the others in ``dtype``. The files of the parts named in
-    ``without`` are neither read nor downloaded; the pipeline has None in their place. Raises ModelError.
+    Its parts are in ``dtype``, but for those that ``others`` names. The files of the parts named in ``without`` are
+    neither read nor downloaded; the pipeline has None in their place. Raises ModelError.
     """
     absent = dict.fromkeys(without)
     try:
@@ -133,7 +132,7 @@ def load_pipeline(
             return pipeline.from_pretrained(
                 source.location,
                 revision=source.revision,
-                dtype={denoiser: denoiser_dtype, "default": dtype},
+                dtype={**others, "default": dtype},
                 use_safetensors=True,
                 **absent,
             )

@@ -29,24 +29,31 @@ class EncoderSource:
     pipeline: Any
     source: shared.ModelSource
     dtype: torch.dtype
+    others: Mapping[str, torch.dtype]  # of parts that are not in ``dtype``
     names: tuple[str, ...]
 
     @staticmethod
-    def of(pipeline: Any, source: shared.ModelSource, dtype: torch.dtype, encoders: Iterable[str]) -> EncoderSource:
+    def of(
+        pipeline: Any,
+        source: shared.ModelSource,
+        dtype: torch.dtype,
+        others: Mapping[str, torch.dtype],
+        encoders: Iterable[str],
+    ) -> EncoderSource:
         """Those of ``encoders`` that the pipeline's class has a place for."""
         places = inspect.signature(pipeline.__init__).parameters
-        return EncoderSource(pipeline, source, dtype, tuple(name for name in encoders if name in places))
+        return EncoderSource(pipeline, source, dtype, others, tuple(name for name in encoders if name in places))
 
     def read(self, parts: Iterable[str]) -> dict[str, Any]:
         """The encoders by name, on the CPU; None where the model has none.
 
         ``parts`` are the names of all the pipeline's parts. Raises ModelError.
         """
-        others = [name for name in parts if name not in self.names]
+        absent = [name for name in parts if name not in self.names]
         # The commit that the other parts are of, whatever the hub has by now.
         commit = _commit(self.source)
         source = self.source if commit is None else replace(self.source, revision=commit)
-        found = shared.load_pipeline(self.pipeline, source, self.dtype, "transformer", self.dtype, others)
+        found = shared.load_pipeline(self.pipeline, source, self.dtype, self.others, absent)
         return {name: getattr(found, name) for name in self.names}
 
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from branchtree.errors import ModelError, nearest
 
@@ -42,10 +42,25 @@ def check_attention(backend: str | None) -> None:
 
 
 def set_attention(denoiser: Any, backend: str | None) -> None:
-    """Have ``denoiser`` (a diffusers model) use an attention back-end; None leaves its own."""
-    if backend is not None:
-        with _only_here():
-            denoiser.set_attention_backend(backend)
+    """Have ``denoiser`` (a diffusers model) use an attention back-end; None leaves its own.
+
+    Queries and keys then keep their dtype in their norms: under autocast RMSNorm returns float32, which most back-ends
+    refuse. torch's own attention casts them back.
+    """
+    if backend is None:
+        return
+    from diffusers.models.attention import AttentionModuleMixin
+
+    with _only_here():
+        denoiser.set_attention_backend(backend)
+    for attention in (module for module in denoiser.modules() if isinstance(module, AttentionModuleMixin)):
+        for name, norm in attention.named_children():
+            if name.startswith("norm_"):
+                norm.register_forward_hook(_in_the_dtype_of_its_input)
+
+
+def _in_the_dtype_of_its_input(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    return output.to(inputs[0].dtype)
 
 
 def compile_blocks(denoiser: nn.Module, backend: str) -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -37,9 +40,11 @@ def lora_parameters_per_rank(denoiser: nn.Module, targets: Sequence[str]) -> int
 def add_lora(denoiser: Any, settings: LoraSettings, targets: Sequence[str], seed: int) -> None:
     """Freeze ``denoiser`` (a diffusers model) and put trainable float32 LoRA weights on ``targets``.
 
-    They are initialised from ``seed`` alone, and torch's random state is left as it was. Raises ModelError.
+    They are initialised from ``seed`` alone, and torch's random state is left as it was. What they are applied to keeps
+    its dtype. Raises ModelError.
     """
     from peft import LoraConfig
+    from peft.tuners.lora import LoraLayer
 
     lora_sites(denoiser, targets)
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules=list(targets))
@@ -51,6 +56,27 @@ def add_lora(denoiser: Any, settings: LoraSettings, targets: Sequence[str], seed
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    for layer in (module for module in denoiser.modules() if isinstance(module, LoraLayer)):
+        # Otherwise peft would cast every activation to the float32 of the weights.
+        layer.cast_input_dtype_enabled = False
+        for weights in (layer.lora_A, layer.lora_B):
+            for name, linear in weights.items():
+                weights[name] = CastingLinear.sharing(linear)
+
+
+class CastingLinear(nn.Linear):
+    """A linear layer that casts its weight to its input's dtype in each call; the weight's gradient keeps its own."""
+
+    @staticmethod
+    def sharing(linear: nn.Linear) -> CastingLinear:
+        """A layer with the weight of ``linear``, which has no bias."""
+        casting = CastingLinear(linear.in_features, linear.out_features, bias=False, device="meta")
+        casting.weight = linear.weight
+        return casting
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Apply the weight to ``input``."""
+        return nn.functional.linear(input, self.weight.to(input.dtype))
 
 
 @contextmanager
@@ -103,18 +129,30 @@ def has_lora(denoiser: nn.Module) -> bool:
     return any("lora_" in name for name, _ in denoiser.named_parameters())
 
 
-def save_lora(pipeline: Any, denoiser: Any, directory: Path, replacement: Mapping[str, Tensor] | None) -> None:
-    """Write the LoRA weights, or ``replacement``, and their alpha, as ``pipeline.load_lora_weights`` reads them.
+def save_lora(
+    pipeline: Any, denoiser: Any, directory: Path, replacement: Mapping[str, Tensor] | None, exact: bool
+) -> None:
+    """Write the LoRA weights, or ``replacement``, as ``pipeline.load_lora_weights`` reads them.
 
-    Raises CheckpointError if ``replacement`` belongs to another model.
+    B is multiplied by the scale, alpha over rank, and the file says that alpha is the rank: readers of the tensors
+    alone get the trained strength too. Under ``exact`` a scale that is no power of two, whose product would be rounded,
+    stays beside the weights, in the file's metadata. Raises CheckpointError if ``replacement`` belongs to another
+    model.
     """
     from peft import get_peft_model_state_dict
 
-    pipeline.save_lora_weights(
-        directory,
-        transformer_lora_layers=get_peft_model_state_dict(denoiser, state_dict=trained_state(denoiser, replacement)),
-        transformer_lora_adapter_metadata=denoiser.peft_config["default"].to_dict(),
-    )
+    config = denoiser.peft_config["default"]
+    weights = get_peft_model_state_dict(denoiser, state_dict=trained_state(denoiser, replacement))
+    scale, metadata = config.lora_alpha / config.r, config.to_dict()
+    if not exact or math.frexp(scale)[0] == 0.5:
+        weights = {name: value * scale if _is_output(name) else value for name, value in weights.items()}
+        metadata["lora_alpha"] = config.r
+    pipeline.save_lora_weights(directory, transformer_lora_layers=weights, transformer_lora_adapter_metadata=metadata)
+
+
+def _is_output(name: str) -> bool:
+    """Whether a LoRA weight is B, the one that is applied last."""
+    return ".lora_B." in name
 
 
 def with_weights(denoiser: Any, replacement: Mapping[str, Tensor] | None) -> Any:
@@ -132,8 +170,23 @@ def restore_lora(denoiser: Any, directory: Path) -> None:
     """Read into ``denoiser`` what ``save_lora`` wrote. Raises CheckpointError if it is missing or another's."""
     from peft import get_peft_model_state_dict
 
+    file, config = directory / LORA_FILE, denoiser.peft_config["default"]
     live = get_peft_model_state_dict(denoiser, state_dict=trained_state(denoiser, None))
-    _copy_exactly({f"transformer.{name}": tensor for name, tensor in live.items()}, [directory / LORA_FILE])
+    named = {f"transformer.{name}": tensor for name, tensor in live.items()}
+    factor = _scale_beside(file) / (config.lora_alpha / config.r)
+    _copy_exactly(named, [file], {name: factor for name in named if _is_output(name)})
+
+
+def _scale_beside(file: Path) -> float:
+    """Alpha over rank by the metadata of a LoRA file; 1 where it says nothing. Raises CheckpointError."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as content:
+            found = json.loads((content.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (OSError, SafetensorError, ValueError) as error:
+        raise CheckpointError(f"cannot read trained weights from '{file}': {error}") from error
+    return float(found.get("transformer.lora_alpha", 1) / found.get("transformer.r", 1))
 
 
 def restore_denoiser(denoiser: nn.Module, folder: Path) -> None:
@@ -142,7 +195,10 @@ def restore_denoiser(denoiser: nn.Module, folder: Path) -> None:
 
 
 @torch.no_grad()
-def _copy_exactly(live: Mapping[str, Tensor], files: Sequence[Path]) -> None:
+def _copy_exactly(
+    live: Mapping[str, Tensor], files: Sequence[Path], factors: Mapping[str, float] = MappingProxyType({})
+) -> None:
+    """Read files into tensors, some of them multiplied by a factor. Raises CheckpointError for what does not fit."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
@@ -160,4 +216,4 @@ def _copy_exactly(live: Mapping[str, Tensor], files: Sequence[Path]) -> None:
             dtypes = f"{saved[name].dtype} in the checkpoint and {tensor.dtype} in the model"
             raise CheckpointError(f"'{name}' is {dtypes}; load the model in the checkpoint's precision.")
     for name, tensor in live.items():
-        tensor.copy_(saved[name])
+        tensor.copy_(saved[name] * factors[name] if name in factors else saved[name])

@@ -43,6 +43,7 @@ class Wan(PipelineAdapter):
     frozen_parts = ("vae", "text_encoder", "image_encoder")
     encoders = ("text_encoder", "image_encoder")
     encoding_parts = ("text_encoder", "tokenizer", "image_encoder", "image_processor", "vae")
+    float32_parts = ("vae", "image_encoder")  # as in diffusers' own example of the pipeline
     lora_targets = LORA_TARGETS
 
     def __init__(self, config: WanConfig) -> None:
@@ -110,7 +111,7 @@ class Wan(PipelineAdapter):
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
         """Load the pipeline: the transformer to ``device``, the VAE to the CPU until it is needed.
 
-        Encoders are read when ``encode`` first needs them.
+        Encoders are read when ``encode`` first needs them. VAE and image encoder are in float32 always.
         The weights that diffusers keeps in float32 (time embedding, norms, modulation) stay so. Raises ModelError if
         the source cannot be read, or for a video or task that the model is not made for.
         """
@@ -149,7 +150,7 @@ class Wan(PipelineAdapter):
         if self._layout.images:
             shared.on_device(self._with_encoders().image_encoder, self._device)
             embedded = [self._pipeline.encode_image(images[: self._layout.images], self._device) for images in frames]
-            encoded["image_embeds"] = torch.stack([rows.cpu() for rows in embedded])
+            encoded["image_embeds"] = torch.stack([rows.cpu() for rows in embedded]).to(encoded["prompt_embeds"].dtype)
         return encoded
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:

@@ -88,6 +88,7 @@ def draw_samples(
     policy: Policy, kind: Kind, deal: Deal, spaces: Sequence[NamedSpace], advance: Advance | None = None
 ) -> Samples:
     """Roll out a set, some groups at a time, and keep its features. Raises RewardError for features not finite."""
+    policy.cache.prepare(deal.conditions, replace=True)
     parts: dict[str, list[Tensor]] = {named.label: [] for named in spaces}
     distances: list[Tensor] = []
     for span in chunks(deal.groups, policy.batch.rollout_prompts or policy.batch.prompts):

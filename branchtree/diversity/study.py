@@ -108,7 +108,7 @@ def _load(request: Request) -> Policy:
         restore_weights(request.subject.checkpoint, model, None)  # the policy's own weights, not their average
 
     def autocast() -> contextlib.AbstractContextManager[None]:
-        return torch.autocast(device.type, torch.bfloat16, enabled=recipe.run.precision == "bf16")
+        return torch.autocast(device.type, torch.bfloat16, enabled=recipe.autocast)
 
     return Policy(
         model=model,

@@ -313,3 +313,11 @@ class Recipe(Section):
         if not all(isinstance(keys, dict) for keys in given.values()):
             return data
         return {**data, **{section: {**SINGLE[section], **keys} for section, keys in given.items()}}
+
+    @property
+    def autocast(self) -> bool:
+        """Whether the denoiser runs under autocast: in bfloat16 with float32 weights, which are trained in full.
+
+        A base that LoRA freezes is in bfloat16 itself.
+        """
+        return self.run.precision == "bf16" and self.lora is None

@@ -156,7 +156,7 @@ def _sharded(
 
     settings = read_shard_settings(accelerator)
     mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    reduced = torch.bfloat16 if recipe.run.precision == "bf16" else None
+    reduced = torch.bfloat16 if recipe.autocast else None
     if reference is not None:
         shard(reference, settings, mesh, reduced)
     module = shard(denoiser, settings, mesh, reduced)

@@ -157,8 +157,10 @@ class Evaluator:
         # Here prompts are encoded between two batches, and an adapter need not encode while it decodes.
         workers = Workers(InPlace, self.executor)
         with Scorer(self.model, self.rewards, workers, self.limits, self.limits.evaluation, self.device) as scorer:
-            for pairs in batches:
+            for done, pairs in enumerate(batches):
                 conditions = [self.conditions[prompt] for prompt, _ in pairs]
+                if not self.cache.holds(conditions):
+                    self.cache.prepare(self._coming(batches[done:]), replace=True)
                 latents = self._sampled(pairs, conditions)
                 sampled.append(len(pairs))
                 places = {place for place, pair in enumerate(pairs) if pair in keep}
@@ -169,6 +171,10 @@ class Evaluator:
         pairs = [pair for batch in batches for pair in batch]
         media = [single for put in kept for single in put.result()]
         return [Samples(pairs, scores, dict(zip([pair for pair in pairs if pair in keep], media, strict=True)))]
+
+    def _coming(self, batches: Sequence[Sequence[Pair]]) -> list[Condition]:
+        """The conditions of some batches, each once."""
+        return [self.conditions[prompt] for prompt in dict.fromkeys(prompt for pairs in batches for prompt, _ in pairs)]
 
     def _sampled(self, pairs: Sequence[Pair], conditions: Sequence[Condition]) -> Tensor:
         return sample_latents(

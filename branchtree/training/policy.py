@@ -45,31 +45,54 @@ class ConditioningCache:
         self._idle = 0
         self._rows: OrderedDict[Key, Encoding] = OrderedDict()
         self._bytes = 0
+        self._encoding = False  # whether encoders may be on the device
 
     def get(self, conditions: Sequence[Condition], device: torch.device) -> Conditioning:
         """The encoded conditions, P rows on the device. Encoders are released once nothing is missing."""
         keys = [_key(condition) for condition in conditions]
         missing = {key: condition for key, condition in zip(keys, conditions, strict=True) if key not in self._rows}
-        self._add(self._found(missing))
+        try:
+            self._add(self._found(missing))
+        finally:
+            self._release()
         rows = [self._rows[key] for key in keys]
         for key in keys:
             self._rows.move_to_end(key)
         self._shrink(keep=len(set(keys)))
         return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
 
-    def prepare(self, conditions: Iterable[Condition]) -> None:
-        """Encode what will be asked for, in this order and as far as it fits, so that encoders need not come each time.
+    def holds(self, conditions: Iterable[Condition]) -> bool:
+        """Whether all of these are encoded."""
+        return all(_key(condition) in self._rows for condition in conditions)
 
-        An image or video that cannot be read ends it: the request that needs it will tell.
+    def prepare(self, conditions: Iterable[Condition], replace: bool = False) -> None:
+        """Encode what will be asked for, in this order and as far as it fits, so that encoders come once for all of it.
+
+        Under ``replace`` what is kept and not asked for gives way. An image or video that cannot be read ends it: the
+        request that needs it will report it.
         """
-        coming = iter(conditions)
-        while part := {_key(condition): condition for condition in islice(coming, PREPARED)}:
-            try:
+        coming, asked = iter(conditions), set[Key]()
+        try:
+            while part := {_key(condition): condition for condition in islice(coming, PREPARED)}:
                 self._add(self._found({key: condition for key, condition in part.items() if key not in self._rows}))
-            except DataError:
-                return
-            if self._bytes * (1 + len(part) / len(self._rows)) > self._limit:
-                return
+                asked |= part.keys()
+                for key in part:
+                    self._rows.move_to_end(key)
+                if replace:
+                    self._shrink(keep=len(asked))
+                kept = len(asked) if replace else len(self._rows)
+                if self._bytes / len(self._rows) * (kept + len(part)) > self._limit:
+                    return
+        except DataError:
+            return
+        finally:
+            self._release()
+
+    def _release(self) -> None:
+        """Have encoders that have worked leave the device."""
+        if self._encoding:
+            self._encoding = False
+            self._model.release_frozen()
 
     def _add(self, rows: Mapping[Key, Encoding]) -> None:
         for key, row in rows.items():
@@ -85,8 +108,8 @@ class ConditioningCache:
         self._rest(bool(unknown))
         if not unknown:
             return rows
+        self._encoding = True
         encoded = self._model.encode(list(unknown.values()))
-        self._model.release_frozen()
         for place, (key, condition) in enumerate(unknown.items()):
             rows[key] = {name: value[place].clone() for name, value in encoded.items()}
             if store is not None:

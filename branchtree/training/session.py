@@ -274,7 +274,7 @@ def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
     accelerator = Accelerator(
         # Told so only because several processes without a GPU would otherwise each train alone.
         cpu=not torch.accelerator.is_available(),
-        mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.run.precision],
+        mixed_precision="bf16" if recipe.autocast else "no",
         log_with=list(recipe.run.trackers) or None,
         project_dir=str(output.root / "trackers"),
     )

@@ -66,20 +66,54 @@ def read_shard_settings(accelerator: Any) -> ShardSettings:
 def shard(module: nn.Module, settings: ShardSettings, mesh: DeviceMesh, reduced: torch.dtype | None) -> FSDPModule:
     """Shard a module in place over the processes of ``mesh``; its parameters become DTensors.
 
-    ``reduced`` is the dtype in which weights are gathered where it is less than float32; gradients are always reduced
-    in float32. Raises RecipeError if the model has no block of the named classes.
+    ``reduced`` is the dtype in which float32 weights are gathered, but for those that the model keeps in float32 when
+    it is loaded in less; None gathers each weight as it is. Gradients are always reduced in float32. Raises
+    RecipeError if the model has no block of the named classes.
     """
+    kept = _kept_in_float32(module) if reduced else frozenset[nn.Parameter]()
     options: dict[str, Any] = {
         "mesh": mesh,
         "reshard_after_forward": settings.reshard_after_forward,
         "offload_policy": settings.offload,
-        # Inputs stay as they are: a time step rounded to bfloat16 would be another one.
-        "mp_policy": MixedPrecisionPolicy(reduced, reduce_dtype=torch.float32, cast_forward_inputs=False),
     }
     for block in _blocks(module, settings):
-        fully_shard(block, **options)
-    sharded: FSDPModule = fully_shard(module, **options)
-    return sharded
+        _shard_unit(block, kept, reduced, options)
+    return _shard_unit(module, kept, reduced, options)
+
+
+def _shard_unit(
+    unit: nn.Module, kept: frozenset[nn.Parameter], reduced: torch.dtype | None, options: Mapping[str, Any]
+) -> FSDPModule:
+    """Shard a unit that is gathered at a time; where it holds weights kept in float32, those apart from the others."""
+
+    def sharded(module: nn.Module, dtype: torch.dtype | None) -> FSDPModule:
+        # Inputs stay as they are: a time step rounded to bfloat16 would be another one.
+        policy = MixedPrecisionPolicy(dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+        result: FSDPModule = fully_shard(module, mp_policy=policy, **options)
+        return result
+
+    if kept.isdisjoint(unit.parameters()):
+        return sharded(unit, reduced)
+    for part in _parts_without(unit, kept):  # one dtype is all that torch gathers a unit's trained weights in
+        sharded(part, reduced)
+    return sharded(unit, None)
+
+
+def _kept_in_float32(module: nn.Module) -> frozenset[nn.Parameter]:
+    """The parameters that a model of diffusers names as too delicate for half precision."""
+    names = frozenset[str](getattr(module, "_keep_in_fp32_modules", None) or ())
+    return frozenset(value for name, value in module.named_parameters() if names.intersection(name.split(".")))
+
+
+def _parts_without(unit: nn.Module, kept: frozenset[nn.Parameter]) -> Iterator[nn.Module]:
+    """The largest modules inside a unit that hold weights, none of ``kept`` among them, and are not sharded."""
+    for part in unit.children():
+        if isinstance(part, FSDPModule) or next(part.parameters(), None) is None:
+            continue
+        if isinstance(part, nn.ModuleList | nn.ModuleDict) or not kept.isdisjoint(part.parameters()):
+            yield from _parts_without(part, kept)
+        else:
+            yield part
 
 
 def _blocks(module: nn.Module, settings: ShardSettings) -> list[nn.Module]:
