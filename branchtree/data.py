@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,7 +12,7 @@ import torch
 
 from branchtree.errors import DataError
 from branchtree.noise import Purpose, generator
-from branchtree.protocols import Condition, ModelAdapter
+from branchtree.protocols import Condition, ModelAdapter, NamesItsMedia
 
 if TYPE_CHECKING:
     from branchtree.recipe.schema import DataSection, EvaluationSection
@@ -54,39 +54,52 @@ class PromptOrder:
         return order
 
 
-def training_conditions(section: DataSection) -> list[Condition]:
-    """The prompts to train on. Raises DataError."""
-    return load_conditions(section.prompts, section.column, section.split, section.folder, "data")
+def training_conditions(section: DataSection, model: ModelAdapter | None = None) -> list[Condition]:
+    """The prompts to train ``model`` on. Raises DataError."""
+    return load_conditions(section.prompts, section.column, section.split, section.folder, "data", media_of(model))
 
 
-def held_out_conditions(section: EvaluationSection | None) -> list[Condition]:
-    """The prompts of an evaluation, at most ``limit``; none without one. Raises DataError."""
+def held_out_conditions(section: EvaluationSection | None, model: ModelAdapter | None = None) -> list[Condition]:
+    """The prompts of an evaluation of ``model``, at most ``limit``; none without one. Raises DataError."""
     if section is None:
         return []
-    prompts = load_conditions(section.prompts, section.column, section.split, section.folder, "evaluation")
+    media = media_of(model)
+    prompts = load_conditions(section.prompts, section.column, section.split, section.folder, "evaluation", media)
     return prompts[: section.limit]
 
 
+def media_of(model: ModelAdapter | None) -> Collection[str]:
+    """Keys of images and videos that a model may look at: all of them, unless it says which."""
+    return model.media if isinstance(model, NamesItsMedia) else MEDIA
+
+
 def load_conditions(
-    prompts: str | Sequence[str], column: str, split: str, folder: str | None = None, section: str = "data"
+    prompts: str | Sequence[str],
+    column: str,
+    split: str,
+    folder: str | None = None,
+    section: str = "data",
+    media: Collection[str] = MEDIA,
 ) -> list[Condition]:
     """Read prompts from a list, a .txt, .jsonl or .parquet file, or ``hub:org/name``.
 
     ``folder`` is the data folder, which images and videos lie in and are named from; by default that of the file
-    that names them. ``section`` is the part of the recipe that asks, for messages. Raises DataError naming file and
+    that names them. ``section`` is the part of the recipe that asks, for messages. ``media`` are the keys of images and
+    videos that are wanted; a dataset of the hub is read without the others. Raises DataError naming file and
     line if something is missing, unreadable or empty, or if a path leads out of the data folder.
     """
-    media = None if folder is None else Path(folder).expanduser()
-    if media is not None and not media.is_dir():
-        raise DataError(f"{section}.folder: no folder {media}")
+    files = None if folder is None else Path(folder).expanduser()
+    if files is not None and not files.is_dir():
+        raise DataError(f"{section}.folder: no folder {files}")
     if not isinstance(prompts, str):
-        reader = _Reader(column, media, section)
+        reader = _Reader(column, files, section)
         conditions = [reader.condition({column: text}, f"{section}.prompts.{i}") for i, text in enumerate(prompts)]
     elif prompts.startswith(HUB):
-        conditions = _Reader(column, media, section).rows(_hub_rows(prompts, split), prompts)
+        rows, name = _hub_rows(prompts, split, media, section)
+        conditions = _Reader(column, files, section).rows(rows, name)
     else:
         path = Path(prompts)
-        conditions = _from_file(path, _Reader(column, path.parent if media is None else media, section))
+        conditions = _from_file(path, _Reader(column, path.parent if files is None else files, section))
     if not conditions:
         place = prompts if isinstance(prompts, str) else "the list of prompts"
         raise DataError(f"{place}: holds no prompts; write at least one")
@@ -223,12 +236,49 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         raise DataError(f"{path}: not a readable parquet file: {error}") from None
 
 
-def _hub_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:
+def _hub_rows(name: str, split: str, media: Collection[str], section: str) -> tuple[Iterable[Mapping[str, Any]], str]:
+    """The rows of a dataset of the hub, and how messages name it.
+
+    Columns of media that are not wanted are left out, and so are those that hold pictures, sounds or videos rather
+    than their paths: nothing of them is decoded.
+    """
+    datasets = _datasets(name)
+    try:
+        data = datasets.load_dataset(name.removeprefix(HUB), split=split)
+    except Exception as error:  # the library raises many kinds; each means that the dataset cannot be had
+        if "scripts are no longer supported" in str(error):
+            hub_id = name.removeprefix(HUB)
+            raise DataError(
+                f"{name}: this dataset is a loading script, a program that 'datasets' no longer runs; download the "
+                f"file that holds its prompts (hf download {hub_id} FILE --repo-type dataset), write them to a .txt "
+                f"file, one a line, and set {section}.prompts to it"
+            ) from None
+        raise DataError(f"{name}: split '{split}' cannot be loaded: {error}") from error
+    unwanted = set(MEDIA) - set(media)
+    embedded = {column for column, feature in data.features.items() if _holds_media(feature)}
+    rows = data.remove_columns([column for column in data.column_names if column in unwanted | embedded])
+    missed = " and ".join(f"'{column}'" for column in MEDIA if column in embedded - unwanted)
+    return rows.to_list(), f"{name} (without {missed}, no paths of files)" if missed else name
+
+
+def _datasets(name: str) -> Any:
+    """The library 'datasets'. Raises DataError where it is missing, or so old that it may run a dataset's own code."""
     try:
         import datasets
     except ImportError:
         raise DataError(f"{name}: reading hub datasets needs the 'datasets' package; install the 'hub' extra") from None
-    try:
-        yield from datasets.load_dataset(name.removeprefix(HUB), split=split)
-    except Exception as error:  # the library raises many kinds; each means that the dataset cannot be had
-        raise DataError(f"{name}: split '{split}' cannot be loaded: {error}") from error
+    if int(datasets.__version__.partition(".")[0]) < 4:
+        raise DataError(
+            f"{name}: reading hub datasets needs version 4 or later of 'datasets', and {datasets.__version__} is "
+            "installed; install the 'hub' extra again"
+        )
+    return datasets
+
+
+def _holds_media(feature: object) -> bool:
+    """Whether a column's type, of the library 'datasets', is one whose values it would decode, or is made of such."""
+    if isinstance(feature, Mapping):
+        return any(map(_holds_media, feature.values()))
+    if isinstance(feature, list | tuple):
+        return any(map(_holds_media, feature))
+    return hasattr(feature, "decode_example") or _holds_media(getattr(feature, "feature", ()))

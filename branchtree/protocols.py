@@ -151,8 +151,8 @@ class LoraSettings:
 class ModelAdapter(Protocol):
     """A model family. Built from its own configuration; nothing is loaded before ``load``.
 
-    Further abilities are declared by further methods: see ``FingerprintedEncodings``, ``DropsEncoders`` and
-    ``CompilesBlocks``.
+    Further abilities are declared by further methods: see ``NamesItsMedia``, ``FingerprintedEncodings``,
+    ``DropsEncoders`` and ``CompilesBlocks``.
     """
 
     @property
@@ -238,6 +238,15 @@ class ModelAdapter(Protocol):
 
         Raises CheckpointError if they do not fit.
         """
+
+
+@runtime_checkable
+class NamesItsMedia(Protocol):
+    """A model that says which images and videos of a condition it looks at; others may look at all."""
+
+    @property
+    def media(self) -> frozenset[str]:
+        """Some of ``image``, ``last_image`` and ``video``, or none; known before ``load``."""
 
 
 @runtime_checkable

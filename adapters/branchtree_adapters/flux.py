@@ -68,6 +68,7 @@ class Flux(PipelineAdapter):
     modality = "image"
     prediction = "velocity"
     rows_per_prediction = 1
+    media: frozenset[str] = frozenset()
     frozen_parts = ("vae", "text_encoder", "text_encoder_2")
     encoders = ("text_encoder", "text_encoder_2")
     encoding_parts = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from branchtree.data import MEDIA
 from branchtree.errors import DataError, ModelError
 from branchtree.frames import first_frame, last_frame
 from branchtree.hookspecs import Register, hookimpl
@@ -54,6 +55,11 @@ class Wan(PipelineAdapter):
     def rows_per_prediction(self) -> int:
         """2 under classifier-free guidance: one row with the prompt and one with the negative prompt."""
         return self.config.rows_per_prediction
+
+    @property
+    def media(self) -> frozenset[str]:
+        """What ``image_to_video`` begins with; nothing for ``text_to_video``."""
+        return frozenset(MEDIA) if self.config.task == "image_to_video" else frozenset()
 
     @cached_property
     def _layout(self) -> Layout:

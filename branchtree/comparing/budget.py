@@ -16,7 +16,7 @@ from branchtree.training.metrics import GRADIENT_COST
 def iteration_costs(recipe: Recipe) -> Iterator[Cost]:
     """The cost of iteration 0, 1, ... without end. Raises a BranchTreeError if prompts or rules cannot be had."""
     schedule, rule, pruning = make_schedule(recipe), make_credit_rule(recipe), make_pruning_rule(recipe)
-    order = PromptOrder(len(training_conditions(recipe.data)), recipe.seed, recipe.data.shuffle)
+    order = PromptOrder(len(training_conditions(recipe.data, make_model(recipe))), recipe.seed, recipe.data.shuffle)
     known: dict[object, Cost] = {}
     iteration = 0
     while True:

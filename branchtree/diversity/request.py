@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from branchtree.assembly import make_kernel, make_model, make_schedule
-from branchtree.data import check_conditions, load_conditions, training_conditions
+from branchtree.data import check_conditions, load_conditions, media_of, training_conditions
 from branchtree.diversity.sampling import Deal
 from branchtree.diversity.spaces import NamedSpace, make_spaces
 from branchtree.errors import RecipeError
@@ -103,7 +103,7 @@ def make_request(find: Find, overrides: Mapping[str, Any], choices: Choices) -> 
     model = make_model(recipe)
     make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
     spaces = make_spaces(choices.features, model.modality)
-    conditions = _conditions(recipe, choices)
+    conditions = _conditions(recipe, choices, model)
     cells: list[Cell] = []
     for changes in grid_cells(choices.grid):
         changed = find({**overrides, **changes}).recipe
@@ -146,10 +146,10 @@ def _default_output(subject: Subject) -> Path:
     return Path("runs") / f"diversity-{subject.recipe.name}" if subject.run is None else subject.run / "diversity"
 
 
-def _conditions(recipe: Recipe, choices: Choices) -> list[Condition]:
+def _conditions(recipe: Recipe, choices: Choices, model: ModelAdapter) -> list[Condition]:
     if choices.prompts is None:
-        return training_conditions(recipe.data)
-    return load_conditions(str(choices.prompts), recipe.data.column, recipe.data.split)
+        return training_conditions(recipe.data, model)
+    return load_conditions(str(choices.prompts), recipe.data.column, recipe.data.split, media=media_of(model))
 
 
 def _deal(recipe: Recipe, subject: Subject, conditions: Sequence[Condition], choices: Choices) -> Deal:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from branchtree.assembly import NamedReward, make_kernel, make_model, make_rewards
-from branchtree.data import check_conditions, load_conditions
+from branchtree.data import check_conditions, load_conditions, media_of
 from branchtree.errors import RecipeError
 from branchtree.evaluating.subject import Subject
 from branchtree.protocols import Condition, ModelAdapter
@@ -75,7 +75,7 @@ def make_request(subject: Subject, choices: Choices) -> Request:
     model = make_model(recipe)
     make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
     rewards = _rewards(section, choices, model.modality)
-    conditions = _conditions(section, choices)
+    conditions = _conditions(section, choices, model)
     check_conditions(model, conditions)
     output = choices.output or subject.output
     check_output(output / RESULT, [])
@@ -96,18 +96,19 @@ def _rewards(section: EvaluationSection | None, choices: Choices, modality: str)
     return named
 
 
-def _conditions(section: EvaluationSection | None, choices: Choices) -> list[Condition]:
+def _conditions(section: EvaluationSection | None, choices: Choices, model: ModelAdapter) -> list[Condition]:
     """The prompts; files of the user's own are read as the section says, but as a whole and from their own folder."""
     default = EvaluationSection.model_fields
+    media = media_of(model)
     column = section.column if section else str(default["column"].default)
     split = section.split if section else str(default["split"].default)
     if choices.prompts is not None:
         given = str(choices.prompts) if isinstance(choices.prompts, str | Path) else list(choices.prompts)
-        return load_conditions(given, column, split, None, "evaluation")[: choices.limit]
+        return load_conditions(given, column, split, None, "evaluation", media)[: choices.limit]
     if section is None:
         return []
     limit = section.limit if choices.limit is None else choices.limit
-    return load_conditions(section.prompts, column, split, section.folder, "evaluation")[:limit]
+    return load_conditions(section.prompts, column, split, section.folder, "evaluation", media)[:limit]
 
 
 def _draws(section: EvaluationSection | None, choices: Choices) -> Draws:

@@ -84,7 +84,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     rewards = make_rewards(recipe.rewards, ("rewards",), model.modality)
     built = {reward.described: reward.adapter for reward in rewards}
     held_out = make_rewards(section.rewards, ("evaluation", "rewards"), model.modality, built) if section else []
-    conditions, unseen = training_conditions(recipe.data), held_out_conditions(section)
+    conditions, unseen = training_conditions(recipe.data, model), held_out_conditions(section, model)
     check_conditions(model, [*conditions, *unseen])
     return Inputs(
         recipe=recipe,
