@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -96,7 +97,8 @@ def _conditions(section: EvaluationSection | None, choices: Choices) -> list[Con
     column = section.column if section else str(default["column"].default)
     split = section.split if section else str(default["split"].default)
     if choices.prompts is not None:
-        given = str(choices.prompts) if isinstance(choices.prompts, str | Path) else list(choices.prompts)
+        one = isinstance(choices.prompts, str | Path)
+        given = os.path.expanduser(choices.prompts) if one else list(choices.prompts)
         return load_conditions(given, column, split, None, "evaluation")[: choices.limit]
     if section is None:
         return []

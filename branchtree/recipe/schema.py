@@ -6,9 +6,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from branchtree.paths import LocalPath, PathKey
 from branchtree.schedule import PRESET_SPLITS
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+PromptFile = Annotated[str, PathKey(always=True, names=("hub:",))]
 
 
 class Section(BaseModel):
@@ -230,20 +232,20 @@ class ScoringSection(Section):
 class DataSection(Section):
     """``data``: the prompts."""
 
-    prompts: str | tuple[str, ...]  # a .txt, .jsonl or .parquet file, hub:org/name, or the prompts themselves
+    prompts: PromptFile | tuple[str, ...]  # a .txt, .jsonl or .parquet file, hub:org/name, or the prompts themselves
     column: str = "prompt"
     split: str = "train"
-    folder: str | None = None  # where images and videos lie; by default the folder of the prompt file
+    folder: LocalPath | None = None  # where images and videos lie; by default the folder of the prompt file
     shuffle: bool = True
 
 
 class EvaluationSection(Section):
     """``evaluation``: held-out figures, from deterministic samples of fixed noises, before and after training."""
 
-    prompts: str | tuple[str, ...]
+    prompts: PromptFile | tuple[str, ...]
     column: str = "prompt"
     split: str = "test"
-    folder: str | None = None
+    folder: LocalPath | None = None
     rewards: tuple[RewardSection, ...] = Field(min_length=1)
     limit: int | None = Field(default=None, ge=1)  # use only the first prompts
     noises: int = Field(default=1, ge=1)  # samples per prompt
@@ -261,7 +263,7 @@ class RunSection(Section):
     gradient_checkpointing: bool = False
     compile: str | None = None  # torch.compile's back-end for the denoiser's blocks, such as inductor; none by default
     # Keep encoded prompts for later runs: in a folder, or, by the word user, in the user's cache folder.
-    embeddings: str | None = None
+    embeddings: Annotated[str, PathKey(always=True, names=("user",))] | None = None
     embeddings_gib: float = Field(default=50.0, gt=0)  # the folder's size, above which the least recently used give way
     checkpoint_every: int = Field(default=40, ge=1)
     keep_checkpoints: int = Field(default=3, ge=1)

@@ -22,6 +22,7 @@ class Origin:
     """Where a key was written: a file and line, or an override."""
 
     place: str
+    folder: Path | None = None  # of the file; an override has none
 
     def __str__(self) -> str:
         return self.place
@@ -122,11 +123,11 @@ def _record(node: yaml.Node, at: KeyPath, path: Path, origins: dict[KeyPath, Ori
             if name in seen:
                 raise RecipeError(f"{path}:{line}: key '{name}' is written twice in one mapping")
             seen.add(name)
-            origins[(*at, name)] = Origin(f"{path}:{line}")
+            origins[(*at, name)] = Origin(f"{path}:{line}", path.parent)
             _record(value, (*at, name), path, origins)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            origins[(*at, index)] = Origin(f"{path}:{value.start_mark.line + 1}")
+            origins[(*at, index)] = Origin(f"{path}:{value.start_mark.line + 1}", path.parent)
             _record(value, (*at, index), path, origins)
 
 
