@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from branchtree.names import folder_name
 from branchtree.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -37,7 +38,9 @@ def train(
     from branchtree.training.trainer import train_recipe
 
     resolved = _resolve(recipe, overrides, smoke)
-    return train_recipe(resolved, Path(output or Path("runs") / resolved.name).expanduser(), resume, callbacks, allow)
+    return train_recipe(
+        resolved, Path(output or Path("runs") / folder_name(resolved.name)).expanduser(), resume, callbacks, allow
+    )
 
 
 def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None, *, smoke: bool = False) -> RunPlan:

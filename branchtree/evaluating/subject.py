@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.errors import CheckpointError, RecipeError
+from branchtree.names import folder_name
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.load import SUFFIXES, recipe_names
 from branchtree.training.checkpoint import AVERAGE, iteration_of, list_checkpoints, newest_whole, require_usable
@@ -30,7 +31,11 @@ class Subject:
     @property
     def output(self) -> Path:
         """Where its evaluation is written unless someone says otherwise."""
-        return Path("runs") / f"evaluation-{self.recipe.name}" if self.run is None else self.run / "evaluation"
+        return (
+            Path("runs") / f"evaluation-{folder_name(self.recipe.name)}"
+            if self.run is None
+            else self.run / "evaluation"
+        )
 
 
 def find_subject(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from branchtree.names import checked_name
 from branchtree.paths import LocalPath, PathKey
 from branchtree.schedule import PRESET_SPLITS
 
@@ -285,7 +286,7 @@ SINGLE: dict[str, dict[str, Any]] = {
 class Recipe(Section):
     """A whole recipe."""
 
-    name: str
+    name: Annotated[str, AfterValidator(checked_name)]
     description: str = ""
     seed: Seed = 42
     model: ModelSection
