@@ -24,6 +24,7 @@ NOTES: Mapping[str, str] = {
     "seed": "Seed of everything drawn but the initial noise: edges, drawn splits, prompt order, LoRA's start.",
     "model": "The model and its options.",
     "model.adapter": "The model family's name; `branchtree plugins` lists them.",
+    "model.start": "",
     "lora": "Train low-rank weights; the whole denoiser by default.",
     "lora.rank": "Rank of the update.",
     "lora.alpha": "Its scale,",

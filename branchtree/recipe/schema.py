@@ -35,6 +35,7 @@ class ModelSection(PluginSection):
     """``model``: which model family; its other keys (path, size, guidance) belong to the adapter."""
 
     adapter: str
+    start: LocalPath | None = None  # weights to start from: a run, one of its checkpoints, a LoRA's file or folder
 
 
 class RewardSection(PluginSection):

@@ -24,6 +24,7 @@ from torch import Tensor
 from branchtree.errors import CheckpointError
 from branchtree.protocols import ModelAdapter
 from branchtree.recipe.schema import Recipe
+from branchtree.training.contents import Contents
 from branchtree.training.disk import writing
 from branchtree.training.ema import WeightAverage
 from branchtree.training.engine import Engine
@@ -35,8 +36,8 @@ log = logging.getLogger("branchtree")
 
 AVERAGE, OPTIMIZER, STATE = "average.safetensors", "optimizer.pt", "state.json"
 NAME = re.compile(r"iteration_\d{6,}")
-DAMAGED = "damaged_"
-"""What a damaged checkpoint's name begins with once training has gone on without it."""
+DAMAGED, LATER = "damaged_", "later_"
+"""What a checkpoint's name begins with once training has gone on without it: a damaged one, or one not chosen."""
 
 
 @dataclass(frozen=True)
@@ -78,12 +79,18 @@ class Snapshot:
 
 
 def take_snapshot(
-    trained: Trained, iteration: int, recipe: Recipe, position: Mapping[str, Any], copied: bool
+    trained: Trained,
+    iteration: int,
+    recipe: Recipe,
+    position: Mapping[str, Any],
+    copied: bool,
+    contents: Contents,
 ) -> Snapshot:
     """What is to be saved after ``iteration`` done iterations, to be written by the main process. All must call this.
 
     ``copied`` puts all of it into host memory of its own, so that training can go on while it is written; without it,
-    the weights are the live ones. ``position`` is for people who read the state.
+    the weights are the live ones. ``position`` is for people who read the state, and ``contents`` are the digests of
+    the files that the run reads.
     """
     weights = trained.engine.denoiser_state()
     if weights is None:
@@ -100,6 +107,7 @@ def take_snapshot(
             "refused_in_a_row": trained.guard.in_a_row,
             "scheduler": trained.scheduler.state_dict(),
             "recipe": recipe.model_dump(mode="json"),
+            "contents": contents,
         },
     )
 
@@ -157,6 +165,16 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
+def chosen_checkpoint(folder: Path, iteration: int) -> Path:
+    """Return the checkpoint of ``iteration`` done iterations. Raises CheckpointError if it is not there or damaged."""
+    found = {iteration_of(path): path for path in list_checkpoints(folder)}
+    if iteration not in found:
+        there = ", ".join(map(str, sorted(found))) or "none"
+        raise CheckpointError(f"{folder.parent}: holds no checkpoint of iteration {iteration}; it has {there}")
+    require_usable(found[iteration])
+    return found[iteration]
+
+
 def require_usable(path: Path) -> None:
     """Check all files of a checkpoint. Raises CheckpointError naming the first that is damaged."""
     require_whole(path)
@@ -174,13 +192,15 @@ def read_state(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def set_aside_damaged(folder: Path, used: Path) -> list[Path]:
+def set_aside(folder: Path, used: Path, prefix: str) -> list[Path]:
     """Give another name to the checkpoints that are newer than the one used, so that they never count again."""
     moved = []
     for path in list_checkpoints(folder):
         if iteration_of(path) > iteration_of(used):
-            target = path.with_name(f"{DAMAGED}{path.name}")
-            shutil.rmtree(target, ignore_errors=True)
+            target, copies = path.with_name(f"{prefix}{path.name}"), 1
+            while target.exists():
+                copies += 1
+                target = path.with_name(f"{prefix}{path.name}_{copies}")
             moved.append(path.rename(target))
     return moved
 

@@ -51,6 +51,19 @@ class Reporter:
             )
         for callback in self._callbacks:
             callback.on_start(session.output.root, done, recipe.run.iterations)
+        if self._main and session.base is not None:
+            self._write_evaluation(0, session.base)
+
+    def lacks_evaluation(self, done: int) -> bool:
+        """Whether the run has no held-out figures after ``done`` iterations. All processes must call this."""
+        from accelerate.utils import broadcast_object_list
+
+        session = self._session
+        if session.evaluator is None:
+            return False
+        lacking = [self._main and not session.output.evaluated(done, session.inputs.identity)]
+        broadcast_object_list(lacking)
+        return bool(lacking[0])
 
     def iteration(self, iteration: int, metrics: dict[str, float], watch: Stopwatch) -> None:
         """An iteration's figures."""
@@ -92,12 +105,18 @@ class Reporter:
         figures = session.evaluator.figures(session.accelerator)
         if not self._main:
             return
-        rows = {label: asdict(figure) for label, figure in figures.items()}
-        session.output.append(EVALUATION, {"iteration": done, "figures": rows})
-        means = {label: figure.mean for label, figure in figures.items() if figure.mean is not None}
+        means = self._write_evaluation(done, figures)
         self._track({f"evaluation/{label}": mean for label, mean in means.items()}, done)
+
+    def _write_evaluation(self, done: int, figures: Mapping[str, Figure]) -> dict[str, float]:
+        """Write held-out figures with what they depend on, and hand the means to the callbacks; returns the means."""
+        session = self._session
+        rows = {label: asdict(figure) for label, figure in figures.items()}
+        session.output.append(EVALUATION, {"iteration": done, "identity": session.inputs.identity, "figures": rows})
+        means = {label: figure.mean for label, figure in figures.items() if figure.mean is not None}
         for callback in self._callbacks:
             callback.on_evaluation(done, means)
+        return means
 
     def sample(self, done: int) -> None:
         """A grid of samples after ``done`` iterations."""
@@ -135,7 +154,12 @@ class Reporter:
             return
         with writing(session.output.final):
             write_folder(session.output.final, lambda folder: session.inputs.model.export(folder, weights))
-        summary = {"iterations": done, "seconds": seconds, "device": str(session.device)}
+        summary: dict[str, Any] = {"iterations": done, "seconds": seconds, "device": str(session.device)}
+        if session.recipe.model.start is not None:
+            summary["start"] = {
+                "path": session.recipe.model.start,
+                "files": session.inputs.contents.get("model.start"),
+            }
         path = session.output.root / "summary.json"
         with writing(path):
             write_atomically(path, json.dumps(summary).encode())
@@ -143,18 +167,21 @@ class Reporter:
             callback.on_end(session.output.root)
 
     def result(self, done: int, finished: bool) -> TrainResult:
-        """What the run came to."""
+        """What the run came to: held-out figures before and after are those of the recipe's prompts and rewards."""
         output = self._session.output
-        rows = output.rows(EVALUATION)
-
-        def figures(row: dict[str, Any]) -> dict[str, Figure]:
-            return {label: Figure(**figure) for label, figure in row["figures"].items()}
+        found: dict[bool, dict[str, Figure]] = {}
+        if self._main:
+            identity = self._session.inputs.identity
+            for row in output.rows(EVALUATION):
+                if row.get("identity") == identity:
+                    figures = {label: Figure(**figure) for label, figure in row["figures"].items()}
+                    found[row["iteration"] > 0] = figures
 
         return TrainResult(
             output=output.root,
             iterations=done,
             finished=finished,
             main_process=self._main,
-            before=figures(rows[0]) if rows else None,
-            after=figures(rows[-1]) if len(rows) > 1 else None,
+            before=found.get(False),
+            after=found.get(True),
         )

@@ -110,6 +110,10 @@ class RunDirectory:
         """The whole lines of a .jsonl file; one that a crash cut off is left out."""
         return [json.loads(line) for line in self._lines(name)]
 
+    def evaluated(self, iteration: int, identity: Mapping[str, Any] | None) -> bool:
+        """Whether held-out figures of that identity were written after ``iteration`` iterations."""
+        return any(row["iteration"] == iteration and row.get("identity") == identity for row in self.rows(EVALUATION))
+
     def _lines(self, name: str) -> list[str]:
         """Those lines, with their ends, as they were written."""
         path = self.root / name

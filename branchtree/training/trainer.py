@@ -38,19 +38,27 @@ from branchtree.tree import BranchTree, Topology, grow
 
 
 def train_recipe(
-    recipe: Recipe, output: Path, resume: bool, callbacks: Sequence[Callback] = (), allow: Sequence[str] = ()
+    recipe: Recipe,
+    output: Path,
+    resume: bool,
+    callbacks: Sequence[Callback] = (),
+    allow: Sequence[str] = (),
+    chosen: int | None = None,
 ) -> TrainResult:
-    """Run a resolved recipe in a directory; see ``branchtree.train``."""
+    """Run a resolved recipe in a directory; see ``branchtree.train``. ``chosen`` is the checkpoint to go on from."""
     if allow and not resume:
         raise RecipeError("--allow names keys that may change on --resume; leave it out, or add --resume")
+    if chosen is not None and not resume:
+        raise RecipeError("--checkpoint names the one to --resume from; add --resume, or start from it with --from")
     directory = RunDirectory(output)
     inputs = read_inputs(recipe)
     accelerator = make_accelerator(recipe, directory)
     with directory.claimed(resume) if accelerator.is_main_process else nullcontext():
         try:
-            checkpoint = agreed_checkpoint(accelerator, directory.checkpoints, recipe, allow) if resume else None
-            session = open_session(inputs, directory, accelerator, checkpoint)
-            return Trainer(session, [*inputs.callbacks, *callbacks]).run(resume, allow)
+            checkpoints = directory.checkpoints
+            found = agreed_checkpoint(accelerator, checkpoints, inputs, allow, chosen) if resume else None
+            session = open_session(inputs, directory, accelerator, found)
+            return Trainer(session, [*inputs.callbacks, *callbacks]).run(resume, chosen is not None)
         except (BranchTreeError, KeyboardInterrupt):
             if accelerator.is_main_process:
                 directory.discard_untrained()
@@ -67,22 +75,22 @@ class Trainer:
         self._continuation = ContinuationWatch()
         self._keeper = CheckpointKeeper(session)
 
-    def run(self, resume: bool, allow: Sequence[str] = ()) -> TrainResult:
+    def run(self, resume: bool, chosen: bool = False) -> TrainResult:
         """Train to the end, or until asked to stop; then write ``final/``.
 
-        ``allow`` names keys of the recipe that may have changed since the checkpoint. Raises OutputError, which says
-        what is kept, if something cannot be written.
+        ``chosen`` says that a person chose the checkpoint to go on from. Raises OutputError, which says what is kept,
+        if something cannot be written.
         """
         try:
             with self._keeper:
-                return self._run(resume, allow)
+                return self._run(resume, chosen)
         except OutputError as error:
             raise OutputError(f"{error}. {self._keeper.kept()}") from error
 
-    def _run(self, resume: bool, allow: Sequence[str]) -> TrainResult:
+    def _run(self, resume: bool, chosen: bool) -> TrainResult:
         session, recipe = self._session, self._session.recipe
         started = time.perf_counter()
-        done = self._start(resume, allow)
+        done = self._start(resume, chosen)
         with StopRequest() as stop:
             for iteration in range(done, recipe.run.iterations):
                 self._keeper.check()
@@ -113,10 +121,10 @@ class Trainer:
         accelerator = self._session.accelerator
         return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum"))
 
-    def _start(self, resume: bool, allow: Sequence[str]) -> int:
+    def _start(self, resume: bool, chosen: bool) -> int:
         """Take up the session's checkpoint or begin; returns the iterations done before."""
         session, recipe = self._session, self._session.recipe
-        done = self._keeper.restore(allow) if resume else 0
+        done = self._keeper.restore(chosen) if resume else 0
         if resume:
             session.limits.recall(session.output)
         if self._main:
@@ -129,6 +137,9 @@ class Trainer:
         if done == 0:
             self._reporter.evaluate(0)
             self._reporter.sample(0)
+        elif done == recipe.run.iterations and self._reporter.lacks_evaluation(done):
+            with session.trained.as_exported():
+                self._reporter.evaluate(done)
         return done
 
     def _upcoming(self, done: int) -> Iterator[Condition]:
