@@ -97,8 +97,8 @@ def _conditions(section: EvaluationSection | None, choices: Choices) -> list[Con
     column = section.column if section else str(default["column"].default)
     split = section.split if section else str(default["split"].default)
     if choices.prompts is not None:
-        one = isinstance(choices.prompts, str | Path)
-        given = os.path.expanduser(choices.prompts) if one else list(choices.prompts)
+        asked = choices.prompts
+        given = os.path.expanduser(asked) if isinstance(asked, str | Path) else list(asked)
         return load_conditions(given, column, split, None, "evaluation")[: choices.limit]
     if section is None:
         return []

@@ -17,6 +17,7 @@ from branchtree.training.samples import write_grid
 from branchtree.training.sampling import sample_latents
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
+from branchtree.training.tracking import Trackers
 
 log = logging.getLogger("branchtree")
 
@@ -36,23 +37,26 @@ class TrainResult:
 class Reporter:
     """Tells of one session's run. The main process writes; evaluations and samples are the work of all."""
 
-    def __init__(self, session: Session, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, session: Session, callbacks: Sequence[Callback], trackers: Trackers) -> None:
         self._session = session
         self._main = session.accelerator.is_main_process
         self._callbacks = list(callbacks) if self._main else []
+        self._trackers = trackers
         self._warned = False
 
     def start(self, done: int) -> None:
         """The run begins, or goes on after ``done`` iterations."""
         session, recipe = self._session, self._session.recipe
-        if recipe.run.trackers:
-            session.accelerator.init_trackers(
-                recipe.name, config={"recipe": json.dumps(recipe.model_dump(mode="json"))}
-            )
         for callback in self._callbacks:
             callback.on_start(session.output.root, done, recipe.run.iterations)
-        if self._main and session.base is not None:
+        if not self._main:
+            return
+        if session.base is not None:
             self._write_evaluation(0, session.base)
+        for row in session.output.rows(EVALUATION):
+            if row["iteration"] == done > 0 and row.get("identity") == session.inputs.identity:
+                means = {label: figure["mean"] for label, figure in row["figures"].items()}
+                self._trackers.evaluation({label: mean for label, mean in means.items() if mean is not None})
 
     def lacks_evaluation(self, done: int) -> bool:
         """Whether the run has no held-out figures after ``done`` iterations. All processes must call this."""
@@ -72,16 +76,10 @@ class Reporter:
         session = self._session
         session.output.append(METRICS, {"iteration": iteration, **metrics})
         session.output.append(TIMING, {"iteration": iteration, **watch.report()})
-        self._track(metrics, iteration)
+        self._trackers.iteration(iteration, metrics)
         self._warn_of_mismatch(metrics)
         for callback in self._callbacks:
             callback.on_iteration(iteration, metrics)
-
-    def _track(self, figures: Mapping[str, float], step: int) -> None:
-        session = self._session
-        if session.recipe.run.trackers:
-            with writing(session.output.root / "trackers"):
-                session.accelerator.log(dict(figures), step=step)
 
     def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
         """Say once that the clip range lies below the numerical noise of densities, which would silence edges."""
@@ -105,8 +103,7 @@ class Reporter:
         figures = session.evaluator.figures(session.accelerator)
         if not self._main:
             return
-        means = self._write_evaluation(done, figures)
-        self._track({f"evaluation/{label}": mean for label, mean in means.items()}, done)
+        self._trackers.evaluation(self._write_evaluation(done, figures))
 
     def _write_evaluation(self, done: int, figures: Mapping[str, Figure]) -> dict[str, float]:
         """Write held-out figures with what they depend on, and hand the means to the callbacks; returns the means."""
@@ -163,6 +160,7 @@ class Reporter:
         path = session.output.root / "summary.json"
         with writing(path):
             write_atomically(path, json.dumps(summary).encode())
+        self._trackers.complete(done)
         for callback in self._callbacks:
             callback.on_end(session.output.root)
 

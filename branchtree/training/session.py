@@ -295,8 +295,6 @@ def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
         # Told so only because several processes without a GPU would otherwise each train alone.
         cpu=not torch.accelerator.is_available(),
         mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.run.precision],
-        log_with=list(recipe.run.trackers) or None,
-        project_dir=str(output.root / "trackers"),
     )
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError(

@@ -22,12 +22,11 @@ def with_start(recipe: Recipe, start: Path | None, resumed: RunDirectory | None)
     ``resumed`` keeps the start that it had. Raises RecipeError or CheckpointError if there are no weights.
     """
     named = start or (Path(recipe.model.start) if recipe.model.start is not None else None)
+    found: str | None = None
     if named is not None:
         found = str(find_start(named.expanduser()).absolute())
     elif resumed is not None and resumed.recipe_file.is_file():
         found = (read_yaml(resumed.recipe_file).data.get("model") or {}).get("start")
-    else:
-        found = None
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"start": found})})
 
 

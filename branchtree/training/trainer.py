@@ -20,6 +20,7 @@ from branchtree.errors import (
 )
 from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
+from branchtree.training.checkpoint import iteration_of
 from branchtree.training.continuation import ContinuationWatch, compare_continuation, comparing_forwards, is_due
 from branchtree.training.disk import writing
 from branchtree.training.growth import grow_and_score, join_forwards
@@ -34,6 +35,7 @@ from branchtree.training.samples import thumbnails, write_tree
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.teams import GroupRecord
 from branchtree.training.timing import Stopwatch
+from branchtree.training.tracking import Trackers, running_trackers
 from branchtree.tree import BranchTree, Topology, grow
 
 
@@ -57,8 +59,10 @@ def train_recipe(
         try:
             checkpoints = directory.checkpoints
             found = agreed_checkpoint(accelerator, checkpoints, inputs, allow, chosen) if resume else None
-            session = open_session(inputs, directory, accelerator, found)
-            return Trainer(session, [*inputs.callbacks, *callbacks]).run(resume, chosen is not None)
+            resumed_at = (iteration_of(found) if found else 0) if resume else None
+            with running_trackers(recipe, directory, accelerator, resumed_at) as trackers:
+                session = open_session(inputs, directory, accelerator, found)
+                return Trainer(session, [*inputs.callbacks, *callbacks], trackers).run(resume, chosen is not None)
         except (BranchTreeError, KeyboardInterrupt):
             if accelerator.is_main_process:
                 directory.discard_untrained()
@@ -68,10 +72,10 @@ def train_recipe(
 class Trainer:
     """Runs the iterations of one session."""
 
-    def __init__(self, session: Session, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, session: Session, callbacks: Sequence[Callback], trackers: Trackers | None = None) -> None:
         self._session = session
         self._main = session.accelerator.is_main_process
-        self._reporter = Reporter(session, callbacks)
+        self._reporter = Reporter(session, callbacks, trackers or Trackers())
         self._continuation = ContinuationWatch()
         self._keeper = CheckpointKeeper(session)
 
