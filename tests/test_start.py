@@ -62,8 +62,9 @@ def test_it_is_resumed_to_the_bit_without_naming_the_start_again(model: Path, fi
     train("quickstart", changes, output=parted, resume=True)
     assert (whole / "metrics.jsonl").read_bytes() == (parted / "metrics.jsonl").read_bytes()
     assert largest_difference(weights(whole), weights(parted)) == 0
-    with pytest.raises(CheckpointError, match=r"model\.start was .*iteration_000002/model.* and is .*first"):
-        train("quickstart", {**changes, "run.iterations": 3}, output=parted, resume=True, start=first)
+    with pytest.raises(CheckpointError, match=r"model\.start was .*iteration_000002/model\" and is .*iteration_000001"):
+        again = first / "checkpoints/iteration_000001"
+        train("quickstart", {**changes, "run.iterations": 3}, output=parted, resume=True, start=again)
 
 
 def test_the_start_of_a_run_is_told_by_the_command_and_from_a_recipe(
@@ -109,7 +110,7 @@ def change(adapter: Any) -> dict[str, torch.Tensor]:
     from peft.tuners.lora import Linear
 
     layers = {name: module for name, module in adapter.denoiser.named_modules() if isinstance(module, Linear)}
-    return {name: layer.get_delta_weight("default") for name, layer in layers.items()}
+    return {name: layer.get_delta_weight("default").detach() for name, layer in layers.items()}
 
 
 def test_a_lora_of_another_precision_and_scale_acts_as_its_file_says(model: Path, first: Path, tmp_path: Path) -> None:
@@ -124,7 +125,8 @@ def test_a_lora_of_another_precision_and_scale_acts_as_its_file_says(model: Path
     assert recipe_alpha is not None
     factor = 1 / ((recipe_alpha.alpha or flux(model).denoiser.peft_config["default"].lora_alpha) / recipe_alpha.rank)
     bare = change(flux(model, model__start=str(tmp_path / "bare.safetensors")))
-    assert all(torch.allclose(bare[name], wanted[name] * factor, rtol=2e-2, atol=1e-6) for name in wanted)
+    for name, delta in wanted.items():
+        assert float((bare[name] - delta * factor).norm()) <= 0.02 * float((delta * factor).norm())
     with_alpha = {
         f"{name.removesuffix('.lora_A.weight')}.alpha": torch.tensor(6.0) for name in plain if "lora_A" in name
     }
@@ -167,7 +169,9 @@ def test_all_weights_start_from_a_full_fine_tune(model: Path, tmp_path: Path) ->
     ):
         began = flux(model, model__start=str(start), lora=None).denoiser.state_dict()
         assert largest_difference(weights(tmp_path / "first"), dict(began)) == 0
-    with pytest.raises(CheckpointError, match=r"model\.start: the weights in .* do not belong to this model: '"):
+    with pytest.raises(
+        CheckpointError, match=r"model\.start: the weights in .* do not belong to this model: 0 missing"
+    ):
         flux(tiny_flux(tmp_path / "other", guidance_embeds=False), model__start=str(tmp_path / "first"), lora=None)
 
 

@@ -148,4 +148,5 @@ def _shown(value: Any) -> str:
     if value is ABSENT:
         return "absent"
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    # Both ends: paths differ in the last of their names.
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2 - 3]}...{text[-SHOWN // 2 :]}"

@@ -78,10 +78,7 @@ class Trackers:
             if tracker.name != TENSORBOARD and step <= self._sent:
                 continue
             try:
-                with writing(self._folder):
-                    tracker.log(dict(figures), step=step)
-            except OutputError:
-                raise
+                tracker.log(dict(figures), step=step)
             except Exception as error:  # a tracker can raise anything
                 raise OutputError(f"run.trackers: '{tracker.name}' failed: {_told(error)}") from error
 
