@@ -197,6 +197,19 @@ def test_other_weights_in_the_models_folder_are_refused_by_name(guest: None, tmp
         longer(tmp_path / "run", **{"model.path": str(model)})
 
 
+def test_an_evaluation_warns_of_another_model_than_was_trained(
+    guest: None, tmp_path: Path, command: Callable[..., Any]
+) -> None:
+    train("guest", SMALL, output=tmp_path / "base")
+    model = tmp_path / "base/final"
+    train("guest", {**SMALL, "model.path": str(model)}, output=tmp_path / "run")
+    assert "since then" not in command("evaluate", str(tmp_path / "run")).err
+    weights = load_file(model / "denoiser.safetensors")
+    save_file({name: value + 1e-3 for name, value in weights.items()}, model / "denoiser.safetensors")
+    told = command("evaluate", str(tmp_path / "run"))
+    assert told.code == 0 and "since then, model.path: denoiser.safetensors changed" in " ".join(told.err.split())
+
+
 def test_a_checkpoint_without_digests_is_gone_on_from_with_a_warning(
     guest: None, tmp_path: Path, texts: Path, command: Callable[..., Any]
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +17,10 @@ from branchtree.protocols import Condition, ModelAdapter
 from branchtree.recipe.schema import EvaluationSection, Recipe
 from branchtree.scoring.results import check_output
 from branchtree.scoring.specs import Spec, make_named
+from branchtree.training.checkpoint import read_state
+from branchtree.training.contents import changed_files, read_contents
+
+log = logging.getLogger("branchtree")
 
 RESULT = "evaluation.json"
 
@@ -75,6 +80,11 @@ def make_request(subject: Subject, choices: Choices) -> Request:
     check_conditions(model, conditions)
     output = choices.output or subject.output
     check_output(output / RESULT, [])
+    if subject.checkpoint is not None:
+        before = read_state(subject.checkpoint).get("contents", {})
+        for change in changed_files(before, read_contents(recipe, [], [])):
+            if change.key.startswith("model."):
+                log.warning("%s: since then, %s", subject.checkpoint, change)
     return Request(subject, model, rewards, conditions, _draws(section, choices), output)
 
 
