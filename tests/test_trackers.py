@@ -172,7 +172,7 @@ def test_a_tracker_that_fails_to_start_on_resume_leaves_the_run_as_it_was(
     before = {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()}
     recorder.fails = "start"
     with pytest.raises(RecipeError, match="'recorder' cannot start"):
-        train("guest", {**SMALL, "run.trackers": ["recorder"]}, output=run, resume=True)
+        train("guest", {**SMALL, "run.trackers": ["tensorboard", "recorder"]}, output=run, resume=True)
     assert {path.relative_to(run): path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 

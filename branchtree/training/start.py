@@ -21,13 +21,20 @@ def with_start(recipe: Recipe, start: Path | None, resumed: RunDirectory | None)
     ``start`` is what a person names in place of the recipe's ``model.start``; without either, a run that is
     ``resumed`` keeps the start that it had. Raises RecipeError or CheckpointError if there are no weights.
     """
+    found = None if resumed is None or start is not None else _recorded(resumed)
     named = start or (Path(recipe.model.start) if recipe.model.start is not None else None)
-    found: str | None = None
-    if named is not None:
+    if named is not None and not (found is not None and Path(found).is_relative_to(named)):
         found = str(find_start(named.expanduser()).absolute())
-    elif resumed is not None and resumed.recipe_file.is_file():
-        found = (read_yaml(resumed.recipe_file).data.get("model") or {}).get("start")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"start": found})})
+
+
+def _recorded(run: RunDirectory) -> str | None:
+    """Return where a run said that it started."""
+    if not run.recipe_file.is_file():
+        return None
+    model = read_yaml(run.recipe_file).data.get("model")
+    start = model.get("start") if isinstance(model, dict) else None
+    return start if isinstance(start, str) else None
 
 
 def find_start(path: Path) -> Path:

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import logging
-import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Set as AbstractSet
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,7 @@ def _start(recipe: Recipe, output: RunDirectory, resumed_at: int | None) -> Trac
     folder = output.root / FOLDER
     run, sent = (uuid.uuid4().hex, -1) if resumed_at is None else _state(folder, output)
     started: list[Any] = []
-    new = not folder.exists()
+    before = {folder, *folder.rglob("*")} if folder.exists() else set()
     try:
         with writing(folder):
             folder.mkdir(exist_ok=True)
@@ -123,10 +123,20 @@ def _start(recipe: Recipe, output: RunDirectory, resumed_at: int | None) -> Trac
         trackers.write_state()
     except BaseException:
         Trackers(started).close()
-        if new:  # all in it is ours
-            shutil.rmtree(folder, ignore_errors=True)
+        _remove_new(folder, before)
         raise
     return trackers
+
+
+def _remove_new(folder: Path, before: AbstractSet[Path]) -> None:
+    """Remove what came into a folder since ``before``: this process alone writes to the run."""
+    now = sorted([folder, *folder.rglob("*")], reverse=True) if folder.exists() else []
+    for path in (path for path in now if path not in before):
+        with suppress(OSError):
+            if path.is_dir() and not path.is_symlink():
+                path.rmdir()
+            else:
+                path.unlink()
 
 
 def _state(folder: Path, output: RunDirectory) -> tuple[str, int]:

@@ -57,6 +57,8 @@ def train_recipe(
     accelerator = make_accelerator(recipe, directory)
     with directory.claimed(resume) if accelerator.is_main_process else nullcontext():
         try:
+            if accelerator.is_main_process:
+                _ = inputs.contents  # of the files as they are now, not when the first checkpoint is written
             checkpoints = directory.checkpoints
             found = agreed_checkpoint(accelerator, checkpoints, inputs, allow, chosen) if resume else None
             resumed_at = (iteration_of(found) if found else 0) if resume else None
