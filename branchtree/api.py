@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from branchtree.names import folder_name
 from branchtree.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ def train(
     smoke: bool = False,
     resume: bool = False,
     allow: Sequence[str] = (),
+    checkpoint: int | None = None,
+    start: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Train a model by a recipe.
@@ -31,13 +34,19 @@ def train(
     ``recipe`` is a name, a YAML path, or a loaded Recipe; ``overrides`` maps dotted keys to values, as in
     ``{"optim.lr": 2e-5}``. The run is written to ``output``, by default ``runs/<recipe name>``; ``resume`` continues
     the one that is there, under the same recipe but for keys that do not touch what is learnt and those that ``allow``
-    names, as in ``("optim.lr", "rewards.0.url")``. ``smoke`` swaps in the recipe's small models and rewards. Raises a
-    BranchTreeError, with what is wrong and where, before work is done that it would cost.
+    names, as in ``("optim.lr", "rewards.0.url")``; it goes on from the newest checkpoint, or from that of
+    ``checkpoint`` iterations. ``start`` begins a new run with the weights of a run, a checkpoint, or a LoRA's file or
+    folder. ``smoke`` swaps in the recipe's small models and rewards. Raises a BranchTreeError, with what is wrong and
+    where, before work is done that it would cost.
     """
+    from branchtree.training.rundir import RunDirectory
+    from branchtree.training.start import with_start
     from branchtree.training.trainer import train_recipe
 
     resolved = _resolve(recipe, overrides, smoke)
-    return train_recipe(resolved, Path(output or Path("runs") / resolved.name).expanduser(), resume, callbacks, allow)
+    root = Path(output or Path("runs") / folder_name(resolved.name)).expanduser()
+    begun = with_start(resolved, None if start is None else Path(start), RunDirectory(root) if resume else None)
+    return train_recipe(begun, root, resume, callbacks, allow, checkpoint)
 
 
 def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None, *, smoke: bool = False) -> RunPlan:

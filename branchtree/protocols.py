@@ -152,7 +152,7 @@ class ModelAdapter(Protocol):
     """A model family. Built from its own configuration; nothing is loaded before ``load``.
 
     Further abilities are declared by further methods: see ``NamesItsMedia``, ``FingerprintedEncodings``,
-    ``DropsEncoders`` and ``CompilesBlocks``.
+    ``DropsEncoders``, ``CompilesBlocks`` and ``StartsFromWeights``.
     """
 
     @property
@@ -277,6 +277,17 @@ class CompilesBlocks(Protocol):
         """Compile the repeated blocks of ``denoiser``, the model's own or a copy, with a back-end of torch.compile.
 
         Called after ``add_lora`` and ``enable_gradient_checkpointing``; nothing is compiled before the first forward.
+        """
+
+
+@runtime_checkable
+class StartsFromWeights(Protocol):
+    """A model that takes up weights of another origin than ``save``; without this, ``restore`` reads them."""
+
+    def start_from(self, source: Path) -> None:
+        """Put weights, from a file or a folder, in place of those to be trained, after ``add_lora``, before sharding.
+
+        Their precision and the scale of a LoRA may be others. Raises CheckpointError, which says what would fit.
         """
 
 

@@ -12,7 +12,7 @@ import tokenize
 import types
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -24,6 +24,7 @@ NOTES: Mapping[str, str] = {
     "seed": "Seed of everything drawn but the initial noise: edges, drawn splits, prompt order, LoRA's start.",
     "model": "The model and its options.",
     "model.adapter": "The model family's name; `branchtree plugins` lists them.",
+    "model.start": "",
     "lora": "Train low-rank weights; the whole denoiser by default.",
     "lora.rank": "Rank of the update.",
     "lora.alpha": "Its scale,",
@@ -259,6 +260,8 @@ def _type(field: FieldInfo) -> str:
 
 
 def _words(annotation: Any) -> str:
+    if get_origin(annotation) is Annotated:
+        annotation = get_args(annotation)[0]
     origin, parts = get_origin(annotation), get_args(annotation)
     if annotation in PLAIN:
         return PLAIN[annotation]
@@ -266,6 +269,8 @@ def _words(annotation: Any) -> str:
         return ", ".join(f"`{part}`" for part in parts)
     if origin in (Union, types.UnionType):
         return " or ".join(_words(part) for part in parts)
+    if origin is Mapping:
+        return f"mapping to {_words(parts[1])}"
     if origin is tuple:
         return f"{'list of' if parts[-1] is Ellipsis else len(parts)} {_words(parts[0])}s"
     return "section" if _section(annotation) is not None else str(annotation)

@@ -170,7 +170,7 @@ def test_a_data_folder_is_relative_to_the_recipe_that_names_it(section: str, tmp
     other = load_recipe(child, {f"{section}.folder": "here"}, folders=[])
     chosen = other.data if section == "data" else other.evaluation
     assert chosen is not None
-    assert chosen.folder == "here"
+    assert chosen.folder == str(Path.cwd() / "here")
 
 
 def test_absolute_prompt_files_hub_names_and_lists_are_left_alone(tmp_path: Path) -> None:
@@ -182,7 +182,7 @@ def test_absolute_prompt_files_hub_names_and_lists_are_left_alone(tmp_path: Path
 
 
 def test_a_prompt_file_in_an_override_is_relative_to_the_working_folder(tmp_path: Path) -> None:
-    assert load(tmp_path, "", {"data.prompts": "p.txt"}).data.prompts == "p.txt"
+    assert load(tmp_path, "", {"data.prompts": "p.txt"}).data.prompts == str(Path.cwd() / "p.txt")
 
 
 # --- smoke ---

@@ -17,6 +17,7 @@ from branchtree_adapters import _diffusers as shared
 from branchtree_adapters import _speed as speed
 from branchtree_adapters import _trained as trained
 from branchtree_adapters._encoders import EncoderSource, fingerprint
+from branchtree_adapters._start import start_denoiser, start_lora
 
 
 class PipelineAdapter(ABC):
@@ -155,6 +156,16 @@ class PipelineAdapter(ABC):
             trained.restore_lora(self.denoiser, directory)
         else:
             trained.restore_denoiser(self.denoiser, directory / "transformer")
+
+    def start_from(self, source: Path) -> None:
+        """Take up a LoRA's file or folder, or without LoRA a folder of all weights, before sharding.
+
+        Raises CheckpointError if they do not fit.
+        """
+        if trained.has_lora(self.denoiser):
+            start_lora(self.denoiser, source)
+        else:
+            start_denoiser(self.denoiser, source)
 
 
 def _own(parts: Sequence[Any]) -> None:

@@ -107,11 +107,12 @@ def trained_state(denoiser: nn.Module, replacement: Mapping[str, Tensor] | None)
     live = {name: p.detach() for name, p in denoiser.named_parameters() if p.requires_grad}
     if replacement is None:
         return live
-    _require_same("the weights to save", live, replacement)
+    require_same("the weights to save", live, replacement)
     return {name: replacement[name].detach().to(live[name].dtype) for name in live}
 
 
-def _require_same(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+def require_same(what: str, expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    """Raise CheckpointError unless both have the same names and shapes; ``what`` begins the message."""
     if expected.keys() != found.keys():
         lacking, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
         raise CheckpointError(
@@ -210,7 +211,7 @@ def _copy_exactly(
         raise CheckpointError(f"cannot read trained weights from '{file}': {error}") from error
     if not files:
         raise CheckpointError("the checkpoint holds no safetensors file of trained weights.")
-    _require_same(f"the trained weights in '{files[0].parent}'", live, saved)
+    require_same(f"the trained weights in '{files[0].parent}'", live, saved)
     for name, tensor in live.items():
         if tensor.dtype != saved[name].dtype:
             dtypes = f"{saved[name].dtype} in the checkpoint and {tensor.dtype} in the model"

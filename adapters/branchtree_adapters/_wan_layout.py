@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 import pydantic
 
 from branchtree.errors import ModelError
+from branchtree.paths import PathOrName
 from branchtree_adapters import _diffusers as shared
 
 INDEX, TRANSFORMER, VAE = "model_index.json", "transformer/config.json", "vae/config.json"
@@ -65,7 +66,7 @@ class WanConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     ``attention`` is an attention back-end of diffusers, such as ``flash``.
     """
 
-    path: str
+    path: PathOrName
     task: Literal["image_to_video", "text_to_video"] = "image_to_video"
     height: int = pydantic.Field(default=480, gt=0)
     width: int = pydantic.Field(default=832, gt=0)

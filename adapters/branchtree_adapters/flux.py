@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from branchtree.errors import DataError
 from branchtree.hookspecs import Register, hookimpl
+from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Conditioning, Footprint, Media
 from branchtree_adapters import _diffusers as shared
 from branchtree_adapters import _speed as speed
@@ -53,7 +54,7 @@ class FluxConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     back-end of diffusers, such as ``flash``.
     """
 
-    path: str
+    path: PathOrName
     height: int = pydantic.Field(default=720, gt=0)
     width: int = pydantic.Field(default=720, gt=0)
     guidance: float = pydantic.Field(default=3.5, ge=0)

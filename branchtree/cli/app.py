@@ -64,6 +64,12 @@ def train(
     allow: Annotated[
         list[str] | None, typer.Option(metavar="KEY", help="With --resume: a key that may have changed; repeatable.")
     ] = None,
+    checkpoint: Annotated[
+        int | None, typer.Option(metavar="N", help="With --resume: go on from this iteration's checkpoint.")
+    ] = None,
+    start: Annotated[
+        Path | None, typer.Option("--from", help="Start from the weights of a run, a checkpoint, or a LoRA.")
+    ] = None,
     output: Annotated[Path | None, typer.Option(help="The run's directory; runs/<recipe name> by default.")] = None,
     report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
 ) -> None:
@@ -76,14 +82,22 @@ def train(
     try:
         with ProgressDisplay(console) as display:
             result = run(
-                recipe, changes, output=output, smoke=smoke, resume=resume, allow=allow or (), callbacks=[display]
+                recipe,
+                changes,
+                output=output,
+                smoke=smoke,
+                resume=resume,
+                allow=allow or (),
+                checkpoint=checkpoint,
+                start=start,
+                callbacks=[display],
             )
     except KeyboardInterrupt:
         leave_at_once("stopped at once; --resume goes on from the last checkpoint")
     if not result.main_process:
         return
-    if result.before and result.after:
-        console.print(figures_table(result.before, result.after))
+    if result.after:
+        console.print(figures_table(result.before or {}, result.after))
     if not result.finished:
         console.print(f"Stopped after {result.iterations} iterations; continue with --resume --output {result.output}")
         return

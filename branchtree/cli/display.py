@@ -74,12 +74,12 @@ def _is_mean(name: str) -> bool:
 
 
 def figures_table(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> Table:
-    """Held-out figures before and after training."""
+    """Held-out figures before and after training; of a label that only ``after`` has there is no change to show."""
     table = Table("Held out", "Before", "After", "Change", "Samples", header_style="bold")
-    for label, start in before.items():
-        end = after[label]
-        change = "-" if start.mean is None or end.mean is None else f"{end.mean - start.mean:+.4f}"
-        table.add_row(label, _shown(start.mean), _shown(end.mean), change, str(end.samples))
+    for label, end in after.items():
+        start = before[label].mean if label in before else None
+        change = "-" if start is None or end.mean is None else f"{end.mean - start:+.4f}"
+        table.add_row(label, _shown(start), _shown(end.mean), change, str(end.samples))
     return table
 
 

@@ -23,6 +23,10 @@ WORK = {
 """Figures of the table that are means of a metric over a run's iterations."""
 
 
+JUDGED_BY = ("prompts", "rewards", "weights", "noises", "seed")
+"""What the held-out figures of all runs have in common, in the words of their identities."""
+
+
 @dataclass(frozen=True)
 class RunFigures:
     """One run, finished or not; figures are there once it is finished."""
@@ -89,14 +93,19 @@ class Comparison:
 
 def collect(plans: RunPlans, outcomes: Mapping[tuple[str, int], Outcome]) -> Comparison:
     """Read every run. ``outcomes`` are those of the runs that were tried now, by row and seed."""
-    rows, read = [], {}
+    rows, read = [], dict[tuple[str, int], Run]()
     for name in dict.fromkeys(run.row for run in plans.runs):
         figures = []
         for planned in plans.of(name):
             key = (name, planned.seed)
             if is_finished(planned):
-                read[key] = read_run(planned.folder)
-                figures.append(run_figures(planned, read[key]))
+                run = read_run(planned.folder)
+                unlike = _unlike(run, next(iter(read.values()), run))
+                if unlike:
+                    figures.append(RunFigures(planned.seed, "failed", unlike))
+                    continue
+                read[key] = run
+                figures.append(run_figures(planned, run))
             else:
                 outcome = outcomes.get(key)
                 status, message = (outcome.status, outcome.message) if outcome else ("waiting", "")
@@ -105,10 +114,23 @@ def collect(plans: RunPlans, outcomes: Mapping[tuple[str, int], Outcome]) -> Com
     return Comparison(tuple(rows), read)
 
 
+def _unlike(run: Run, first: Run) -> str:
+    """Return why a run's held-out figures do not compare with another's; nothing if they do."""
+    one, other = (each.evaluations[-1].identity if each.evaluations else None for each in (run, first))
+    if one is None or other is None:
+        return ""
+    different = [key for key in JUDGED_BY if one.get(key) != other.get(key)]
+    if not different:
+        return ""
+    return (
+        f"{run.path} was judged by other {' and '.join(different)} than {first.path}; do it again in another --output"
+    )
+
+
 def run_figures(planned: PlannedRun, run: Run) -> RunFigures:
     """The figures of a finished run."""
     work = {key: value for key, metric in WORK.items() if (value := mean(run.metrics, metric)) is not None}
-    first, last = (run.evaluations[0], run.evaluations[-1]) if run.evaluations else (None, None)
+    first, last = (run.evaluations[0], run.evaluations[-1]) if len(run.evaluations) > 1 else (None, None)
     return RunFigures(
         seed=planned.seed,
         status="finished",

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.errors import RecipeError
+from branchtree.names import folder_name
 from branchtree.recipe.load import SUFFIXES
 from branchtree.recipe.source import parse_value
 
@@ -34,7 +35,7 @@ class Row:
     def folder(self) -> str:
         """The name as one folder's name."""
         plain = re.sub(r"[\[\]{}'\"]", "", self.name)
-        return re.sub(r"[^\w.+=,@-]+", "_", plain).strip("_.")[:120] or "row"
+        return folder_name(re.sub(r"[^\w.+=,@-]+", "_", plain).strip("_.")[:120] or "row")
 
 
 @dataclass(frozen=True)

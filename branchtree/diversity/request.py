@@ -14,6 +14,7 @@ from branchtree.data import check_conditions, load_conditions, media_of, trainin
 from branchtree.diversity.sampling import Deal
 from branchtree.diversity.spaces import NamedSpace, make_spaces
 from branchtree.errors import RecipeError
+from branchtree.names import folder_name
 from branchtree.protocols import Condition, ModelAdapter
 from branchtree.recipe.schema import Recipe
 from branchtree.recipe.source import parse_value
@@ -143,7 +144,9 @@ def split_values(text: str) -> list[str]:
 
 
 def _default_output(subject: Subject) -> Path:
-    return Path("runs") / f"diversity-{subject.recipe.name}" if subject.run is None else subject.run / "diversity"
+    if subject.run is not None:
+        return subject.run / "diversity"
+    return Path("runs") / f"diversity-{folder_name(subject.recipe.name)}"
 
 
 def _conditions(recipe: Recipe, choices: Choices, model: ModelAdapter) -> list[Condition]:

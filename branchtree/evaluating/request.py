@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +17,11 @@ from branchtree.protocols import Condition, ModelAdapter
 from branchtree.recipe.schema import EvaluationSection, Recipe
 from branchtree.scoring.results import check_output
 from branchtree.scoring.specs import Spec, make_named
+from branchtree.training.checkpoint import read_state
+from branchtree.training.contents import changed_files, read_contents
 from branchtree.training.disk import require_own_results
+
+log = logging.getLogger("branchtree")
 
 RESULT = "evaluation.json"
 SAMPLES, GRID = "samples.jsonl", "grid"
@@ -80,6 +86,11 @@ def make_request(subject: Subject, choices: Choices) -> Request:
     output = choices.output or subject.output
     check_output(output / RESULT, [])
     require_own_results(output, WRITTEN, MARKS)
+    if subject.checkpoint is not None:
+        before = read_state(subject.checkpoint).get("contents", {})
+        for change in changed_files(before, read_contents(recipe, [], [])):
+            if change.key.startswith("model."):
+                log.warning("%s: since then, %s", subject.checkpoint, change)
     return Request(subject, model, rewards, conditions, _draws(section, choices), output)
 
 
@@ -103,7 +114,8 @@ def _conditions(section: EvaluationSection | None, choices: Choices, model: Mode
     column = section.column if section else str(default["column"].default)
     split = section.split if section else str(default["split"].default)
     if choices.prompts is not None:
-        given = str(choices.prompts) if isinstance(choices.prompts, str | Path) else list(choices.prompts)
+        asked = choices.prompts
+        given = os.path.expanduser(asked) if isinstance(asked, str | Path) else list(asked)
         return load_conditions(given, column, split, None, "evaluation", media)[: choices.limit]
     if section is None:
         return []

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.errors import CheckpointError, RecipeError
+from branchtree.names import folder_name
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.load import SUFFIXES, recipe_names
-from branchtree.training.checkpoint import AVERAGE, iteration_of, list_checkpoints, newest_whole, require_usable
+from branchtree.training.checkpoint import AVERAGE, chosen_checkpoint, iteration_of, list_checkpoints, newest_whole
 from branchtree.training.rundir import RunDirectory
 
 
@@ -30,7 +31,11 @@ class Subject:
     @property
     def output(self) -> Path:
         """Where its evaluation is written unless someone says otherwise."""
-        return Path("runs") / f"evaluation-{self.recipe.name}" if self.run is None else self.run / "evaluation"
+        return (
+            Path("runs") / f"evaluation-{folder_name(self.recipe.name)}"
+            if self.run is None
+            else self.run / "evaluation"
+        )
 
 
 def find_subject(
@@ -78,17 +83,12 @@ def _checkpoint(run: RunDirectory, iteration: int | None) -> Path:
     newest = newest_whole(run.checkpoints) if iteration is None else None
     if newest is not None:
         return newest
-    found = {iteration_of(path): path for path in list_checkpoints(run.checkpoints)}
-    if not found:
+    if iteration is None or not list_checkpoints(run.checkpoints):
         raise CheckpointError(
             f"{run.root}: holds no checkpoint yet; one is written every run.checkpoint_every iterations. To judge the "
             f"base model alone, name {run.recipe_file}"
         )
-    if iteration not in found:
-        there = ", ".join(map(str, sorted(found)))
-        raise CheckpointError(f"{run.root}: holds no checkpoint of iteration {iteration}; it has {there}")
-    require_usable(found[iteration])
-    return found[iteration]
+    return chosen_checkpoint(run.checkpoints, iteration)
 
 
 def _check_weights(subject: Subject, trained_by: Recipe) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from branchtree.errors import RecipeError, nearest
+from branchtree.recipe.paths import make_absolute
 from branchtree.recipe.schema import PluginSection, Recipe, RewardSection
 from branchtree.recipe.source import KeyPath, Origin, Source, override, read_yaml
 
@@ -19,9 +20,6 @@ if TYPE_CHECKING:
 SUFFIXES = (".yaml", ".yml")
 METHOD_SIGN = "+"
 METHODS = "methods"  # the folder, beside recipes, of settings that make any recipe follow one method
-FILE_KEYS: tuple[KeyPath, ...] = (("data", "prompts"), ("evaluation", "prompts"))
-FOLDER_KEYS: tuple[KeyPath, ...] = (("data", "folder"), ("evaluation", "folder"))
-PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 
 
 def load_recipe(
@@ -33,7 +31,8 @@ def load_recipe(
     """Load a recipe by name or YAML path; ``quickstart+mixgrpo`` is ``quickstart`` under that method's settings.
 
     ``overrides`` maps dotted keys to values; ``smoke`` applies the recipe's own ``smoke:`` section, which swaps in
-    small models and rewards. ``folders`` are where names are looked up: by default those of the installed plug-ins
+    small models and rewards. Paths are made absolute: in a file they are relative to its folder, in an override to the
+    working directory. ``folders`` are where names are looked up: by default those of the installed plug-ins
     and the library's own. Raises RecipeError with the file and line of what is wrong.
     """
     base, methods = split_methods(str(recipe))
@@ -48,6 +47,7 @@ def load_recipe(
         source.update(_smoke(swaps, source, recipe))
     source.origins = {path: origin for path, origin in source.origins.items() if path[:1] != ("smoke",)}
     override(source, overrides or {})
+    make_absolute(source)
     return validate(source)
 
 
@@ -122,12 +122,11 @@ def _extended(path: Path, folders: Sequence[Path] | None, below: tuple[Path, ...
     if path.resolve() in below:
         raise RecipeError(f"{path}: extends itself through {' -> '.join(str(step) for step in below)}")
     source = read_yaml(path)
-    _absolute_files(source, path.parent)
     merged = Source()
     for file in _bases(source, path, folders):
         merged.update(_extended(file, folders, (*below, path.resolve())))
     merged.update(source)
-    merged.origins[()] = Origin(str(path))
+    merged.origins[()] = Origin(str(path), path.parent)
     # A recipe's name and description are its own; a base's would be wrong for it.
     merged.data["name"] = source.data.get("name", path.stem)
     merged.data["description"] = source.data.get("description", "")
@@ -144,19 +143,6 @@ def _bases(source: Source, path: Path, folders: Sequence[Path] | None) -> list[P
         return [find_recipe(path.parent / name if name.endswith(SUFFIXES) else name, folders) for name in names]
     except RecipeError as error:
         raise RecipeError(f"{place}: extends: {error}") from None
-
-
-def _absolute_files(source: Source, folder: Path) -> None:
-    """Read relative prompt files and data folders as relative to the recipe that names them, also inside ``smoke``."""
-    for keys in (*FILE_KEYS, *FOLDER_KEYS):
-        for path in (keys, ("smoke", *keys)):
-            *sections, last = path
-            place: Any = source.data
-            for section in sections:
-                place = place.get(section) if isinstance(place, dict) else None
-            value = place.get(last) if isinstance(place, dict) else None
-            if isinstance(value, str) and (keys in FOLDER_KEYS or value.endswith(PROMPT_SUFFIXES)):
-                place[last] = str((folder / Path(value).expanduser()).absolute())
 
 
 def _smoke(swaps: Any, source: Source, recipe: str | Path) -> Source:

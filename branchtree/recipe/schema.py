@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from branchtree.names import checked_name
+from branchtree.paths import LocalPath, PathKey
 from branchtree.schedule import PRESET_SPLITS
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+PromptFile = Annotated[str, PathKey(always=True, names=("hub:",))]
 
 
 class Section(BaseModel):
@@ -32,6 +35,7 @@ class ModelSection(PluginSection):
     """``model``: which model family; its other keys (path, size, guidance) belong to the adapter."""
 
     adapter: str
+    start: LocalPath | None = None  # weights to start from: a run, one of its checkpoints, a LoRA's file or folder
 
 
 class RewardSection(PluginSection):
@@ -230,20 +234,20 @@ class ScoringSection(Section):
 class DataSection(Section):
     """``data``: the prompts."""
 
-    prompts: str | tuple[str, ...]  # a .txt, .jsonl or .parquet file, hub:org/name, or the prompts themselves
+    prompts: PromptFile | tuple[str, ...]  # a .txt, .jsonl or .parquet file, hub:org/name, or the prompts themselves
     column: str = "prompt"
     split: str = "train"
-    folder: str | None = None  # where images and videos lie; by default the folder of the prompt file
+    folder: LocalPath | None = None  # where images and videos lie; by default the folder of the prompt file
     shuffle: bool = True
 
 
 class EvaluationSection(Section):
     """``evaluation``: held-out figures, from deterministic samples of fixed noises, before and after training."""
 
-    prompts: str | tuple[str, ...]
+    prompts: PromptFile | tuple[str, ...]
     column: str = "prompt"
     split: str = "test"
-    folder: str | None = None
+    folder: LocalPath | None = None
     rewards: tuple[RewardSection, ...] = Field(min_length=1)
     limit: int | None = Field(default=None, ge=1)  # use only the first prompts
     noises: int = Field(default=1, ge=1)  # samples per prompt
@@ -261,7 +265,7 @@ class RunSection(Section):
     gradient_checkpointing: bool = False
     compile: str | None = None  # torch.compile's back-end for the denoiser's blocks, such as inductor; none by default
     # Keep encoded prompts for later runs: in a folder, or, by the word user, in the user's cache folder.
-    embeddings: str | None = None
+    embeddings: Annotated[str, PathKey(always=True, names=("user",))] | None = None
     embeddings_gib: float = Field(default=50.0, gt=0)  # the folder's size, above which the least recently used give way
     checkpoint_every: int = Field(default=40, ge=1)
     keep_checkpoints: int = Field(default=3, ge=1)
@@ -283,7 +287,7 @@ SINGLE: dict[str, dict[str, Any]] = {
 class Recipe(Section):
     """A whole recipe."""
 
-    name: str
+    name: Annotated[str, AfterValidator(checked_name)]
     description: str = ""
     seed: Seed = 42
     model: ModelSection

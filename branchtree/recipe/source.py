@@ -15,6 +15,8 @@ import yaml
 from branchtree.errors import RecipeError
 
 KeyPath = tuple[str | int, ...]
+SHOWN = 100
+"""Letters of an override's value in a message."""
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class Origin:
     """Where a key was written: a file and line, or an override."""
 
     place: str
+    folder: Path | None = None  # of the file; an override has none
 
     def __str__(self) -> str:
         return self.place
@@ -122,11 +125,11 @@ def _record(node: yaml.Node, at: KeyPath, path: Path, origins: dict[KeyPath, Ori
             if name in seen:
                 raise RecipeError(f"{path}:{line}: key '{name}' is written twice in one mapping")
             seen.add(name)
-            origins[(*at, name)] = Origin(f"{path}:{line}")
+            origins[(*at, name)] = Origin(f"{path}:{line}", path.parent)
             _record(value, (*at, name), path, origins)
     elif isinstance(node, yaml.SequenceNode):
         for index, value in enumerate(node.value):
-            origins[(*at, index)] = Origin(f"{path}:{value.start_mark.line + 1}")
+            origins[(*at, index)] = Origin(f"{path}:{value.start_mark.line + 1}", path.parent)
             _record(value, (*at, index), path, origins)
 
 
@@ -155,7 +158,7 @@ def override(source: Source, overrides: Mapping[str, Any]) -> None:
     for dotted, value in overrides.items():
         *parents, last = [int(part) if part.isdecimal() else part for part in dotted.split(".")]
         place: Any = source.data
-        origin = Origin(f"override {dotted}={value}")
+        origin = Origin(f"override {dotted}={_shown(value)}")
         for depth, part in enumerate(parents):
             if isinstance(place, dict) and place.get(str(part)) is None:
                 place[str(part)] = {}
@@ -171,6 +174,13 @@ def override(source: Source, overrides: Mapping[str, Any]) -> None:
             raise RecipeError(f"override {dotted}: '{dotted.rsplit('.', 1)[0]}' holds a plain value, not keys")
         source.forget(path)
         source.origins[path] = origin
+
+
+def _shown(value: Any) -> str:
+    """Return a value in one short line that any terminal can print."""
+    text = str(value)
+    plain = text if text.isprintable() else ascii(text)[1:-1]
+    return plain if len(plain) <= SHOWN else f"{plain[:SHOWN]}..."
 
 
 def _enter(place: Any, part: str | int, dotted: str, depth: int) -> Any:

@@ -41,6 +41,7 @@ class Evaluation(Part):
     """The held-out figures by label after so many iterations; 0 is before training."""
 
     iteration: int
+    identity: dict[str, Any] | None = None  # what they depend on but the weights
     figures: dict[str, Figure] = {}
 
 
@@ -197,7 +198,10 @@ def _recipe(path: Path) -> tuple[str, Mapping[str, Any]]:
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file by iteration; the last one counts where an iteration was run again."""
+    """The objects of a .jsonl file by iteration; the last one counts where an iteration was run again.
+
+    Those that name what they depend on count if it is the same as in the last one.
+    """
     if not path.is_file():
         return []
     try:
@@ -205,18 +209,23 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
     except OSError as error:
         notes.append(f"{path.name} cannot be read: {error.strerror}.")
         return []
-    found: dict[int, dict[str, Any]] = {}
+    rows: list[dict[str, Any]] = []
     skipped: list[int] = []
     for number, line in enumerate(lines, 1):
         row = _json(line)
         if isinstance(row, dict) and type(row.get("iteration")) is int:
-            found[row["iteration"]] = row
+            rows.append(row)
         else:
             skipped.append(number)
     if skipped == [len(lines)]:
         notes.append(f"The last line of {path.name} is incomplete and was left out.")
     elif skipped:
         notes.append(f"{len(skipped)} unreadable lines of {path.name} were left out.")
+    alike = [row for row in rows if row.get("identity") == rows[-1].get("identity")]
+    if len(alike) < len(rows):
+        other = len(rows) - len(alike)
+        notes.append(f"{other} lines of {path.name} are of other prompts or rewards than the last: they were left out.")
+    found = {row["iteration"]: row for row in alike}
     return [found[iteration] for iteration in sorted(found)]
 
 

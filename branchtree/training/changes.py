@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.errors import CheckpointError, RecipeError, nearest
+from branchtree.training.contents import Contents, FileChange, changed_files, same_files
 
 FREE_SECTIONS = ("name", "description", "evaluation", "callbacks", "scoring")
 FREE_RUN_KEYS = (
@@ -47,28 +48,46 @@ class Change:
         return f"{self.key} was {_shown(self.before)} and is {_shown(self.now)}"
 
 
-def require_same(before: Mapping[str, Any], now: Mapping[str, Any], allow: Sequence[str], path: Path) -> list[Change]:
+def require_same(
+    before: Mapping[str, Any],
+    now: Mapping[str, Any],
+    allow: Sequence[str],
+    path: Path,
+    files: tuple[Contents, Contents] = ({}, {}),
+) -> list[Change | FileChange]:
     """The changes between two recipes, written as JSON, that touch what is learnt; all are allowed.
 
-    ``allow`` names keys, or sections with all that is in them. Raises CheckpointError that names the keys that changed
-    without being allowed to, and RecipeError for an allowed key that neither recipe has.
+    ``allow`` names keys, or sections with all that is in them. ``files`` are the digests of the files that both name:
+    a path to the same files is no change, and other files under the same path are one. Raises CheckpointError that
+    names the keys and files that changed without being allowed to, and RecipeError for an allowed key that neither
+    recipe has.
     """
     _require_known(allow, [before, now])
-    # The length of the run shapes every schedule but the constant one.
-    constant = before["optim"]["schedule"] == now["optim"]["schedule"] == "constant"
-    free = [*FREE_SECTIONS, *(f"run.{key}" for key in FREE_RUN_KEYS if constant or key != "iterations")]
-    changes = [change for change in differences(before, now) if not _covered(change.key, free)]
+    moved = same_files(*files)
+    changes: list[Change | FileChange] = [change for change in learning(before, now) if change.key not in moved]
+    keys = [change.key for change in changes]
+    changes += [change for change in changed_files(*files) if not _covered(change.key, [*FREE_SECTIONS, *keys])]
     refused = [change for change in changes if not _covered(change.key, allow)]
     if refused:
         flags = " ".join(f"--allow {change.key}" for change in refused)
+        what = "another recipe" if any(isinstance(change, Change) for change in refused) else "other files"
         raise CheckpointError(
-            f"{path} was written under another recipe: {'; '.join(map(str, refused))}. Use the same recipe, or "
-            f"another --output, or, to go on with what changed, add {flags}"
+            f"{path} was written under {what}: {'; '.join(map(str, refused))}. Use the same "
+            f"{what.removeprefix('another ').removeprefix('other ')}, or another --output, or, to go on with what "
+            f"changed, add {flags}"
         )
     return changes
 
 
-def unused(allow: Sequence[str], changes: Sequence[Change]) -> list[str]:
+def learning(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """Return the changes between two recipes, written as JSON, that touch what is learnt."""
+    # The length of the run shapes every schedule but the constant one.
+    constant = before["optim"]["schedule"] == now["optim"]["schedule"] == "constant"
+    free = [*FREE_SECTIONS, *(f"run.{key}" for key in FREE_RUN_KEYS if constant or key != "iterations")]
+    return [change for change in differences(before, now) if not _covered(change.key, free)]
+
+
+def unused(allow: Sequence[str], changes: Sequence[Change | FileChange]) -> list[str]:
     """The allowed keys under which nothing changed."""
     return [key for key in allow if not any(_covered(change.key, [key]) for change in changes)]
 
@@ -129,4 +148,5 @@ def _shown(value: Any) -> str:
     if value is ABSENT:
         return "absent"
     text = json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    # Both ends: paths differ in the last of their names.
+    return text if len(text) <= SHOWN else f"{text[: SHOWN // 2 - 3]}...{text[-SHOWN // 2 :]}"

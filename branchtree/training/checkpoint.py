@@ -22,6 +22,7 @@ from torch import Tensor
 from branchtree.errors import CheckpointError
 from branchtree.protocols import ModelAdapter
 from branchtree.recipe.schema import Recipe
+from branchtree.training.contents import Contents
 from branchtree.training.disk import free_name, writing
 from branchtree.training.ema import WeightAverage
 from branchtree.training.engine import Engine
@@ -33,8 +34,8 @@ from branchtree.training.rundir import CHECKPOINT
 log = logging.getLogger("branchtree")
 
 AVERAGE, OPTIMIZER, STATE = "average.safetensors", "optimizer.pt", "state.json"
-DAMAGED = "damaged_"
-"""What a damaged checkpoint's name begins with once training has gone on without it."""
+DAMAGED, LATER = "damaged_", "later_"
+"""What a checkpoint's name begins with once training has gone on without it: a damaged one, or one not chosen."""
 
 
 @dataclass(frozen=True)
@@ -99,12 +100,18 @@ class Snapshot:
 
 
 def take_snapshot(
-    trained: Trained, iteration: int, recipe: Recipe, position: Mapping[str, Any], copied: bool
+    trained: Trained,
+    iteration: int,
+    recipe: Recipe,
+    position: Mapping[str, Any],
+    copied: bool,
+    contents: Contents,
 ) -> Snapshot:
     """What is to be saved after ``iteration`` done iterations, to be written by the main process. All must call this.
 
     ``copied`` puts all of it into host memory of its own, so that training can go on while it is written; without it,
-    the weights are the live ones. ``position`` is for people who read the state.
+    the weights are the live ones. ``position`` is for people who read the state, and ``contents`` are the digests of
+    the files that the run reads.
     """
     weights = trained.engine.denoiser_state()
     if weights is None:
@@ -121,6 +128,7 @@ def take_snapshot(
             "refused_in_a_row": trained.guard.in_a_row,
             "scheduler": trained.scheduler.state_dict(),
             "recipe": recipe.model_dump(mode="json"),
+            "contents": contents,
         },
     )
 
@@ -180,6 +188,16 @@ def newest_whole(folder: Path) -> Path | None:
     return None
 
 
+def chosen_checkpoint(folder: Path, iteration: int) -> Path:
+    """Return the checkpoint of ``iteration`` done iterations. Raises CheckpointError if it is not there or damaged."""
+    found = {iteration_of(path): path for path in list_checkpoints(folder)}
+    if iteration not in found:
+        there = ", ".join(map(str, sorted(found))) or "none"
+        raise CheckpointError(f"{folder.parent}: holds no checkpoint of iteration {iteration}; it has {there}")
+    require_usable(found[iteration])
+    return found[iteration]
+
+
 def require_usable(path: Path) -> None:
     """Check all files of a checkpoint. Raises CheckpointError naming the first that is damaged."""
     require_whole(path)
@@ -197,12 +215,12 @@ def read_state(path: Path) -> dict[str, Any]:
     return dict(state)
 
 
-def set_aside_damaged(ledger: Ledger, folder: Path, used: Path) -> list[Path]:
+def set_aside(ledger: Ledger, folder: Path, used: Path, prefix: str) -> list[Path]:
     """Give another name to the checkpoints that are newer than the one used, so that they never count again."""
     moved = []
     for path in list_checkpoints(folder):
         if iteration_of(path) > iteration_of(used):
-            target = free_name(path.with_name(f"{DAMAGED}{path.name}"))
+            target = free_name(path.with_name(f"{prefix}{path.name}"))
             ledger.rename(path, target)
             moved.append(target)
     return moved

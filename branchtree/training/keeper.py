@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from types import TracebackType
 
 from branchtree.training.checkpoint import (
+    DAMAGED,
+    LATER,
     list_checkpoints,
-    set_aside_damaged,
+    set_aside,
     take_snapshot,
     write_checkpoint,
 )
@@ -36,22 +37,23 @@ class CheckpointKeeper:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self._writer.__exit__(kind, error, at)
 
-    def restore(self, allow: Sequence[str]) -> int:
+    def restore(self, chosen: bool = False) -> int:
         """Go on from the session's checkpoint; returns the iterations done, 0 without any checkpoint.
 
-        ``allow`` names keys of the recipe that may have changed. Raises CheckpointError.
+        Newer ones are set aside: they are damaged, unless this one was ``chosen``. Raises CheckpointError.
         """
         session, path = self._session, self._session.checkpoint
         if path is None:
             log.warning("no checkpoint in %s: starting from the beginning", session.output.root)
             return 0
-        done = load_checkpoint(path, session.trained, session.recipe, allow)
+        done = load_checkpoint(path, session.trained, session.recipe)
         self._saved = done
         if session.accelerator.is_main_process:
             with writing(session.output.checkpoints):
-                moved = set_aside_damaged(session.output.ledger, session.output.checkpoints, path)
-            for damaged in moved:
-                log.warning("going on from iteration %d; the damaged checkpoint is now %s", done, damaged)
+                moved = set_aside(session.output.ledger, session.output.checkpoints, path, LATER if chosen else DAMAGED)
+            for aside in moved:
+                what = "later" if chosen else "damaged"
+                log.warning("going on from iteration %d; the %s checkpoint is now %s", done, what, aside)
         return done
 
     def save(self, done: int) -> None:
@@ -64,8 +66,11 @@ class CheckpointKeeper:
             return
         session, recipe = self._session, self._session.recipe
         standing = position(recipe, session.inputs.schedule, session.order, done)
-        snapshot = take_snapshot(session.trained, done, recipe, standing, copied=recipe.run.checkpoint_async)
-        if not session.accelerator.is_main_process:
+        main = session.accelerator.is_main_process
+        contents = session.inputs.contents if main else {}
+        copied = recipe.run.checkpoint_async
+        snapshot = take_snapshot(session.trained, done, recipe, standing, copied, contents)
+        if not main:
             self._saved = done
             return
 

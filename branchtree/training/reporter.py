@@ -13,11 +13,12 @@ from branchtree.errors import BranchTreeError, CallbackError
 from branchtree.protocols import Callback
 from branchtree.training.disk import write_atomically
 from branchtree.training.evaluation import Figure
-from branchtree.training.rundir import EVALUATION, METRICS, SAMPLES, SUMMARY, TIMING, TRACKERS
+from branchtree.training.rundir import EVALUATION, METRICS, SAMPLES, SUMMARY, TIMING
 from branchtree.training.samples import sample_index, write_grid
 from branchtree.training.sampling import sample_latents
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
+from branchtree.training.tracking import Trackers
 
 log = logging.getLogger("branchtree")
 
@@ -37,21 +38,25 @@ class TrainResult:
 class Reporter:
     """Tells of one session's run. The main process writes; evaluations and samples are the work of all."""
 
-    def __init__(self, session: Session, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, session: Session, callbacks: Sequence[Callback], trackers: Trackers) -> None:
         self._session = session
         self._main = session.accelerator.is_main_process
         self._callbacks = list(callbacks) if self._main else []
+        self._trackers = trackers
         self._warned = False
 
     def start(self, done: int) -> None:
         """The run begins, or goes on after ``done`` iterations."""
         session, recipe = self._session, self._session.recipe
-        if recipe.run.trackers:
-            with session.output.writing(TRACKERS, growing=True):
-                session.accelerator.init_trackers(
-                    recipe.name, config={"recipe": json.dumps(recipe.model_dump(mode="json"))}
-                )
         self._call("on_start", session.output.root, done, recipe.run.iterations)
+        if not self._main:
+            return
+        if session.base is not None:
+            self._write_evaluation(0, session.base)
+        for row in session.output.rows(EVALUATION):
+            if row["iteration"] == done > 0 and row.get("identity") == session.inputs.identity:
+                means = {label: figure["mean"] for label, figure in row["figures"].items()}
+                self._trackers.evaluation({label: mean for label, mean in means.items() if mean is not None})
 
     def record(self, iteration: int, metrics: Mapping[str, float], watch: Stopwatch) -> None:
         """Write an iteration's figures down, with which it is done."""
@@ -64,7 +69,7 @@ class Reporter:
         """Give an iteration's figures to trackers and callbacks."""
         if not self._main:
             return
-        self._track(metrics, iteration)
+        self._trackers.iteration(iteration, metrics)
         self._warn_of_mismatch(metrics)
         self._call("on_iteration", iteration, metrics)
 
@@ -79,12 +84,6 @@ class Reporter:
                 raise CallbackError(
                     f"the callback {kind.__module__}.{kind.__qualname__} failed in {hook}: {reason}"
                 ) from error
-
-    def _track(self, figures: Mapping[str, float], step: int) -> None:
-        session = self._session
-        if session.recipe.run.trackers:
-            with session.output.writing(TRACKERS, growing=True):
-                session.accelerator.log(dict(figures), step=step)
 
     def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:
         """Say once that the clip range lies below the numerical noise of densities, which would silence edges."""
@@ -108,11 +107,16 @@ class Reporter:
         figures = session.evaluator.figures(session.accelerator)
         if not self._main:
             return
+        self._trackers.evaluation(self._write_evaluation(done, figures))
+
+    def _write_evaluation(self, done: int, figures: Mapping[str, Figure]) -> dict[str, float]:
+        """Write held-out figures with what they depend on, and hand the means to the callbacks; returns the means."""
+        session = self._session
         rows = {label: asdict(figure) for label, figure in figures.items()}
-        session.output.append(EVALUATION, {"iteration": done, "figures": rows})
+        session.output.append(EVALUATION, {"iteration": done, "identity": session.inputs.identity, "figures": rows})
         means = {label: figure.mean for label, figure in figures.items() if figure.mean is not None}
-        self._track({f"evaluation/{label}": mean for label, mean in means.items()}, done)
         self._call("on_evaluation", done, means)
+        return means
 
     def sample(self, done: int) -> None:
         """A grid of samples after ``done`` iterations."""
@@ -144,8 +148,9 @@ class Reporter:
     def shown(self, done: int) -> tuple[bool, bool]:
         """Whether this process, the main one, wrote held-out figures and samples after ``done`` iterations."""
         output = self._session.output
-        evaluated = any(row["iteration"] == done for row in output.rows(EVALUATION))
-        return evaluated, sample_index(output.root / SAMPLES, done).is_file()
+        return output.evaluated(done, self._session.inputs.identity), sample_index(
+            output.root / SAMPLES, done
+        ).is_file()
 
     def export(self) -> None:
         """Write ``final/``."""
@@ -160,25 +165,32 @@ class Reporter:
         """Write the summary; with it the run is finished."""
         if not self._main:
             return
-        output = self._session.output
-        summary = {"iterations": done, "seconds": seconds, "device": str(self._session.device)}
+        output, recipe = self._session.output, self._session.recipe
+        summary: dict[str, Any] = {"iterations": done, "seconds": seconds, "device": str(self._session.device)}
+        if recipe.model.start is not None:
+            files = self._session.inputs.contents.get("model.start")
+            summary["start"] = {"path": recipe.model.start, "files": files}
         with output.writing(SUMMARY):
             write_atomically(output.root / SUMMARY, json.dumps(summary).encode())
+        self._trackers.complete(done)
         self._call("on_end", output.root)
 
     def result(self, done: int, finished: bool) -> TrainResult:
-        """What the run came to."""
+        """What the run came to: held-out figures before and after are those of the recipe's prompts and rewards."""
         output = self._session.output
-        rows = output.rows(EVALUATION)
-
-        def figures(row: dict[str, Any]) -> dict[str, Figure]:
-            return {label: Figure(**figure) for label, figure in row["figures"].items()}
+        found: dict[bool, dict[str, Figure]] = {}
+        if self._main:
+            identity = self._session.inputs.identity
+            for row in output.rows(EVALUATION):
+                if row.get("identity") == identity:
+                    figures = {label: Figure(**figure) for label, figure in row["figures"].items()}
+                    found[row["iteration"] > 0] = figures
 
         return TrainResult(
             output=output.root,
             iterations=done,
             finished=finished,
             main_process=self._main,
-            before=figures(rows[0]) if rows else None,
-            after=figures(rows[-1]) if len(rows) > 1 else None,
+            before=found.get(False),
+            after=found.get(True),
         )

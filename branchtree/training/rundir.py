@@ -195,6 +195,10 @@ class RunDirectory:
                 log.warning("%s:%d is damaged and left out: %s", self.root / name, line.number, line.problem)
         return [line.row for line in lines if line.row is not None]
 
+    def evaluated(self, iteration: int, identity: Mapping[str, Any] | None) -> bool:
+        """Whether held-out figures of that identity were written after ``iteration`` iterations."""
+        return any(row["iteration"] == iteration and row.get("identity") == identity for row in self.rows(EVALUATION))
+
     def rewind(self, iteration: int) -> None:
         """Forget what was logged at or after an iteration that will be done again. Raises OutputError.
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,10 +43,12 @@ from branchtree.protocols import (
 from branchtree.recipe.schema import OptimSection, Recipe
 from branchtree.rollout import Sampler
 from branchtree.schedule import Schedule
+from branchtree.training.baseline import make_evaluator, missing_base
 from branchtree.training.checkpoint import Trained, restore_weights
+from branchtree.training.contents import Contents, evaluation_identity, read_contents
 from branchtree.training.ema import WeightAverage
 from branchtree.training.engine import make_engine
-from branchtree.training.evaluation import Evaluator
+from branchtree.training.evaluation import Evaluator, Figure
 from branchtree.training.failures import FailureWatch
 from branchtree.training.gradient import Objective, Policies
 from branchtree.training.guard import UpdateGuard
@@ -57,6 +58,7 @@ from branchtree.training.policy import ConditioningCache, open_cache, velocity_f
 from branchtree.training.rundir import RunDirectory
 from branchtree.training.scorer import Scorer
 from branchtree.training.scoring import make_workers
+from branchtree.training.start import frozen_copy, load_start
 from branchtree.training.teams import Team, make_team, refuse_whole_groups
 from branchtree.training.update import Updater
 from branchtree.tree import Topology
@@ -74,6 +76,18 @@ class Inputs:
     held_out_conditions: list[Condition]
     schedule: Schedule
     callbacks: list[Callback]
+
+    @cached_property
+    def contents(self) -> Contents:
+        """Digests of the files that the run reads, as they were when this was first asked for."""
+        return read_contents(self.recipe, self.conditions, self.held_out_conditions)
+
+    @cached_property
+    def identity(self) -> dict[str, Any] | None:
+        """What held-out figures depend on but the trained weights; None without an evaluation."""
+        if self.recipe.evaluation is None:
+            return None
+        return evaluation_identity(self.recipe, self.held_out, len(self.held_out_conditions), self.contents)
 
 
 def read_inputs(recipe: Recipe) -> Inputs:
@@ -118,6 +132,7 @@ class Session:
     pruning_rule: PruningRule
     reference: nn.Module | None  # a frozen copy of the start policy, where KL needs one
     checkpoint: Path | None  # the one that the weights were taken from
+    base: dict[str, Figure] | None  # held-out figures of the start policy, where a run that goes on had none
 
     @property
     def recipe(self) -> Recipe:
@@ -206,18 +221,22 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
     load_model(recipe, model, accelerator.device)
     load_rewards([*inputs.rewards, *inputs.held_out], model.modality, accelerator.device)
     refuse_whole_groups(team, inputs.rewards)
-    compared = bool(recipe.loss.kl or recipe.loss.kl_every) and not recipe.lora
-    reference = copy.deepcopy(model.denoiser).requires_grad_(False) if compared else None
+    # Without a start of its own, a LoRA's start policy is the model with it switched off.
+    kept = not recipe.lora or recipe.model.start is not None
+    compared = bool(recipe.loss.kl or recipe.loss.kl_every) and kept
+    reference = frozen_copy(model.denoiser) if compared else None
+    sampler, cache = make_sampler(recipe, model), open_cache(recipe.run, model, accelerator.device)
     for denoiser in (model.denoiser, reference):
         if denoiser is not None and recipe.run.compile is not None:
             compile_denoiser(model, denoiser, recipe.run.compile)
+    base = None
     if checkpoint is not None:
+        first = make_evaluator(inputs, cache, sampler, _row_limits(inputs, accelerator, False), accelerator, False)
+        base = missing_base(inputs, output, first, accelerator)
         restore_weights(checkpoint, model, None)
     engine = make_engine(recipe, accelerator, model.denoiser, reference, partial(_make_optimizer, recipe.optim))
     scheduler = _make_scheduler(recipe, engine.optimizer)
-    sampler = make_sampler(recipe, model)
     limits = _row_limits(inputs, accelerator, engine.joint)
-    cache = open_cache(recipe.run, model, accelerator.device)
     average = WeightAverage(engine.parameters, recipe.optim.ema) if recipe.optim.ema else None
     guard = UpdateGuard(recipe.optim)
     return Session(
@@ -239,13 +258,14 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
             average=average,
         ),
         trained=Trained(model, engine, scheduler, average, guard),
-        evaluator=_make_evaluator(inputs, cache, sampler, limits, accelerator, engine.joint),
+        evaluator=make_evaluator(inputs, cache, sampler, limits, accelerator, engine.joint),
         failures=FailureWatch(recipe.scoring),
         order=PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle),
         credit_rule=make_credit_rule(recipe),
         pruning_rule=make_pruning_rule(recipe),
         reference=reference,
         checkpoint=checkpoint,
+        base=base,
     )
 
 
@@ -275,8 +295,6 @@ def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
         # Told so only because several processes without a GPU would otherwise each train alone.
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if recipe.autocast else "no",
-        log_with=list(recipe.run.trackers) or None,
-        project_dir=str(output.root / "trackers"),
     )
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError(
@@ -290,7 +308,10 @@ def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
 
 
 def load_model(recipe: Recipe, model: ModelAdapter, device: torch.device) -> None:
-    """Load the model in the recipe's precision, ready to be trained: all its weights, or fresh low-rank ones."""
+    """Load the model in the recipe's precision, ready to be trained: all its weights, or low-rank ones.
+
+    They are the model's own, or fresh, unless the recipe names others to start from.
+    """
     reduced = torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
     # Weights that are trained stay in float32; those that LoRA freezes need not.
     model.load(device, dtype=reduced, denoiser_dtype=reduced if recipe.lora else torch.float32)
@@ -300,6 +321,8 @@ def load_model(recipe: Recipe, model: ModelAdapter, device: torch.device) -> Non
         model.add_lora(LoraSettings(recipe.lora.rank, alpha, recipe.lora.targets), recipe.seed)
     else:
         model.denoiser.requires_grad_(True)
+    if recipe.model.start is not None:
+        load_start(model, Path(recipe.model.start))
     if recipe.run.gradient_checkpointing:
         model.enable_gradient_checkpointing()
 
@@ -370,29 +393,3 @@ def _row_limits(inputs: Inputs, accelerator: Any, joint: bool) -> RowLimits:
         cost = count(plans, make_credit_rule(recipe), make_pruning_rule(recipe), 0)
         limits.start_at(open_limits(recipe, inputs.model.footprint(), cost, int(memory * USABLE)))
     return limits
-
-
-def _make_evaluator(
-    inputs: Inputs,
-    cache: ConditioningCache,
-    sampler: Sampler,
-    limits: RowLimits,
-    accelerator: Any,
-    joint: bool,
-) -> Evaluator | None:
-    section = inputs.recipe.evaluation
-    if section is None:
-        return None
-    return Evaluator(
-        section,
-        inputs.held_out_conditions,
-        inputs.held_out,
-        inputs.model,
-        cache,
-        sampler,
-        accelerator.autocast,
-        accelerator.device,
-        limits,
-        make_workers(inputs.recipe.scoring, accelerator.device).scoring,
-        joint,
-    )

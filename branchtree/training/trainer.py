@@ -16,7 +16,7 @@ from branchtree.credit import Credit
 from branchtree.errors import CallbackError, DataError, DivergenceError, OutputError, RecipeError, RewardError
 from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
-from branchtree.training.checkpoint import Progress
+from branchtree.training.checkpoint import Progress, iteration_of
 from branchtree.training.continuation import ContinuationWatch, compare_continuation, comparing_forwards, is_due
 from branchtree.training.growth import grow_and_score, join_forwards
 from branchtree.training.interrupt import StopRequest
@@ -31,25 +31,38 @@ from branchtree.training.session import Session, make_accelerator, open_session,
 from branchtree.training.soundness import find_divergence
 from branchtree.training.teams import GroupRecord
 from branchtree.training.timing import Stopwatch
+from branchtree.training.tracking import Trackers, running_trackers
 from branchtree.tree import BranchTree, Topology, grow
 
 log = logging.getLogger("branchtree")
 
 
 def train_recipe(
-    recipe: Recipe, output: Path, resume: bool, callbacks: Sequence[Callback] = (), allow: Sequence[str] = ()
+    recipe: Recipe,
+    output: Path,
+    resume: bool,
+    callbacks: Sequence[Callback] = (),
+    allow: Sequence[str] = (),
+    chosen: int | None = None,
 ) -> TrainResult:
-    """Run a resolved recipe in a directory; see ``branchtree.train``."""
+    """Run a resolved recipe in a directory; see ``branchtree.train``. ``chosen`` is the checkpoint to go on from."""
     if allow and not resume:
         raise RecipeError("--allow names keys that may change on --resume; leave it out, or add --resume")
+    if chosen is not None and not resume:
+        raise RecipeError("--checkpoint names the one to --resume from; add --resume, or start from it with --from")
     directory = RunDirectory(output)
     inputs = read_inputs(recipe)
     accelerator = make_accelerator(recipe, directory)
     with directory.claimed(resume) if accelerator.is_main_process else nullcontext():
         try:
-            checkpoint = agreed_checkpoint(accelerator, directory.checkpoints, recipe, allow) if resume else None
-            session = open_session(inputs, directory, accelerator, checkpoint)
-            return Trainer(session, [*inputs.callbacks, *callbacks]).run(resume, allow)
+            if accelerator.is_main_process:
+                _ = inputs.contents  # of the files as they are now, not when the first checkpoint is written
+            checkpoints = directory.checkpoints
+            found = agreed_checkpoint(accelerator, checkpoints, inputs, allow, chosen) if resume else None
+            resumed_at = (iteration_of(found) if found else 0) if resume else None
+            with running_trackers(recipe, directory, accelerator, resumed_at) as trackers:
+                session = open_session(inputs, directory, accelerator, found)
+                return Trainer(session, [*inputs.callbacks, *callbacks], trackers).run(resume, chosen is not None)
         except BaseException:
             if accelerator.is_main_process:
                 directory.discard_untrained()
@@ -68,26 +81,26 @@ class Standing:
 class Trainer:
     """Runs the iterations of one session."""
 
-    def __init__(self, session: Session, callbacks: Sequence[Callback]) -> None:
+    def __init__(self, session: Session, callbacks: Sequence[Callback], trackers: Trackers | None = None) -> None:
         self._session = session
         self._main = session.accelerator.is_main_process
-        self._reporter = Reporter(session, callbacks)
+        self._reporter = Reporter(session, callbacks, trackers or Trackers())
         self._continuation = ContinuationWatch()
         self._keeper = CheckpointKeeper(session)
         self._standing = self._stand(0)
         self._conditioning: Mapping[str, Tensor] = {}  # the first prompt of the last iteration, encoded
 
-    def run(self, resume: bool, allow: Sequence[str] = ()) -> TrainResult:
+    def run(self, resume: bool, chosen: bool = False) -> TrainResult:
         """Train to the end, or until asked to stop; then write ``final/``.
 
-        ``allow`` names keys of the recipe that may have changed since the checkpoint. Whatever fails once an iteration
-        is done, what was learnt until then is saved first. Raises OutputError, CallbackError or DivergenceError, which
-        say what is kept, and whatever else is raised while it trains.
+        ``chosen`` says that a person chose the checkpoint to go on from. Whatever fails once an iteration is done, what
+        was learnt until then is saved first. Raises OutputError, CallbackError or DivergenceError, which say what is
+        kept, and whatever else is raised while it trains.
         """
         try:
             with self._keeper:
                 try:
-                    return self._run(resume, allow)
+                    return self._run(resume, chosen)
                 except Exception as error:
                     self._keep(error)
                     raise
@@ -99,10 +112,10 @@ class Trainer:
             remedy = self._keeper.kept("lower optim.lr or optim.max_grad_norm", " and --allow for each key")
             raise DivergenceError(f"{error}. {remedy}") from error
 
-    def _run(self, resume: bool, allow: Sequence[str]) -> TrainResult:
+    def _run(self, resume: bool, chosen: bool) -> TrainResult:
         session, recipe = self._session, self._session.recipe
         started = time.perf_counter()
-        done = self._start(resume, allow)
+        done = self._start(resume, chosen)
         with StopRequest() as stop:
             for iteration in range(done, recipe.run.iterations):
                 self._keeper.check()
@@ -172,10 +185,10 @@ class Trainer:
         accelerator = self._session.accelerator
         return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum"))
 
-    def _start(self, resume: bool, allow: Sequence[str]) -> int:
+    def _start(self, resume: bool, chosen: bool) -> int:
         """Take up the session's checkpoint or begin; returns the iterations done before."""
         session, recipe = self._session, self._session.recipe
-        done = self._keeper.restore(allow) if resume else 0
+        done = self._keeper.restore(chosen) if resume else 0
         self._standing = self._stand(done)
         if resume:
             session.limits.recall(session.output)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from branchtree.paths import PathOrName
 from branchtree_rewards._clip_cosine import image_features
 from branchtree_rewards._clip_folder import load_clip
 from branchtree_rewards._feature_frames import NetworkFeatures, digest
@@ -28,7 +29,7 @@ class ClipFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
         frames: Frames that a video's features are averaged over.
     """
 
-    path: str = "openai/clip-vit-base-patch32"
+    path: PathOrName = "openai/clip-vit-base-patch32"
     revision: str | None = None
     normalize: bool = False
     batch: int = pydantic.Field(default=32, ge=1)

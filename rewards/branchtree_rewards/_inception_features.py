@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import RewardError
+from branchtree.paths import LocalPath
 from branchtree_rewards._feature_frames import NetworkFeatures, digest
 from branchtree_rewards._pixels import to_rgb, to_uint8
 from branchtree_rewards._source import sha256
@@ -33,7 +34,7 @@ class InceptionFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
         frames: Frames that a video's features are averaged over.
     """
 
-    path: str
+    path: LocalPath
     batch: int = pydantic.Field(default=32, ge=1)
     frames: int = pydantic.Field(default=8, ge=1)
 

@@ -17,6 +17,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, Scores
 from branchtree_rewards._scale import ScaleName, transform
 from branchtree_rewards._source import sha256, verify
@@ -35,7 +36,7 @@ class ModelRewardConfig(pydantic.BaseModel, extra="forbid", frozen=True):
         offload: Leave the device after scoring, and return when needed.
     """
 
-    path: str
+    path: PathOrName
     revision: str | None = None
     sha256: str | dict[str, str] | None = None
     scale: ScaleName = "raw"

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from branchtree.paths import PathOrName
 from branchtree_rewards._clip_cosine import image_features
 from branchtree_rewards._clip_folder import load_clip
 from branchtree_rewards._model_reward import Opened
@@ -67,7 +68,7 @@ class VBenchBackgroundConfig(VBenchConfig, frozen=True):
         path: A hub id or a folder of a CLIP, or "random:small".
     """
 
-    path: str = HUB_CLIP
+    path: PathOrName = HUB_CLIP
 
 
 class VBenchBackground(VBenchReward[VBenchBackgroundConfig]):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import RewardError
+from branchtree.paths import PathOrName
 from branchtree_rewards._model_reward import Opened
 from branchtree_rewards._raft import largest_motions, load_raft
 from branchtree_rewards._small_vbench import RAFT_FILE, write_small_raft
@@ -42,7 +43,7 @@ class VBenchDynamicConfig(VBenchConfig, frozen=True):
         frames: Pairs of frames sent through RAFT at a time. At 480x832 a pair takes about 0.4 GB, at 720x1280 1.8.
     """
 
-    path: str = RAFT_FILE
+    path: PathOrName = RAFT_FILE
     measure: Literal["dynamic", "share"] = "dynamic"
     fps: float | None = pydantic.Field(default=None, gt=0)
     updates: int = pydantic.Field(default=20, ge=1)

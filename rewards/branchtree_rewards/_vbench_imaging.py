@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import RewardError
+from branchtree.paths import PathOrName
 from branchtree_rewards._model_reward import Opened
 from branchtree_rewards._musiq import Musiq, MusiqSizes
 from branchtree_rewards._small_vbench import MUSIQ_FILE, SIZES_FILE, write_small_musiq
@@ -34,7 +35,7 @@ class VBenchImagingConfig(VBenchConfig, frozen=True):
         frames: Frames sent through MUSIQ at a time.
     """
 
-    path: str = MUSIQ_FILE
+    path: PathOrName = MUSIQ_FILE
     frames: int = pydantic.Field(default=4, ge=1)
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import RewardError
+from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, Scores
 from branchtree_rewards._scale import ScaleName, transform
 from branchtree_rewards._vbench_config import Figure, gathered, spans
@@ -65,7 +66,7 @@ class VBenchSmoothnessConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     """
 
     interpolator: Annotated[str, pydantic.AfterValidator(_known)]
-    options: Mapping[str, str | int | float | bool] = pydantic.Field(default_factory=dict)
+    options: Mapping[str, PathOrName | int | float | bool] = pydantic.Field(default_factory=dict)
     scale: ScaleName = "raw"
     frames: int = pydantic.Field(default=1, ge=1)
 

@@ -22,6 +22,7 @@ from torch.nn.utils import skip_init
 
 from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
+from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
 from branchtree_rewards._clip_folder import load_clip
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
@@ -46,8 +47,8 @@ class AestheticConfig(ModelRewardConfig, frozen=True):
         revision: Branch, tag or commit of the CLIP's hub id.
     """
 
-    path: str = HEAD
-    clip: str | None = None
+    path: PathOrName = HEAD
+    clip: PathOrName | None = None
 
 
 class AestheticPredictor(nn.Module):

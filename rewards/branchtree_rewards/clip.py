@@ -11,6 +11,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from branchtree.hookspecs import hookimpl
+from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
 from branchtree_rewards._clip_cosine import cosine
 from branchtree_rewards._clip_folder import load_clip
@@ -43,9 +44,9 @@ class ClipConfig(ModelRewardConfig, frozen=True):
         tokenizer: Hub id or folder of the CLIP tokenizer; by default the one that comes with the weights.
     """
 
-    path: str = ""
+    path: PathOrName = ""
     variant: Literal["openai-b32", "openai-l14", "dfn5b"] = "openai-b32"
-    tokenizer: str | None = None
+    tokenizer: PathOrName | None = None
 
 
 class Clip(ModelReward[ClipConfig]):

@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
+from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
 from branchtree_rewards._clip_cosine import cosine
 from branchtree_rewards._clip_text import as_open_clip, check_end, cleaned, load_own_tokenizer, token_ids
@@ -40,9 +41,9 @@ class HpsConfig(ModelRewardConfig, frozen=True):
             model HPS was tuned from.
     """
 
-    path: str = "xswu/HPSv2"
+    path: PathOrName = "xswu/HPSv2"
     version: Literal["v2.1", "v2.0"] = "v2.1"
-    tokenizer: str | None = None
+    tokenizer: PathOrName | None = None
 
 
 class Hps(ModelReward[HpsConfig]):

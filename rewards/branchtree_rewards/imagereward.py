@@ -17,6 +17,7 @@ from torch import nn
 
 from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
+from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
 from branchtree_rewards._blip import BlipReward, build_network
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
@@ -39,8 +40,8 @@ class ImageRewardConfig(ModelRewardConfig, frozen=True):
             or a tokenizer.json, and otherwise "bert-base-uncased".
     """
 
-    path: str = "THUDM/ImageReward"
-    tokenizer: str | None = None
+    path: PathOrName = "THUDM/ImageReward"
+    tokenizer: PathOrName | None = None
 
 
 class ImageReward(ModelReward[ImageRewardConfig]):

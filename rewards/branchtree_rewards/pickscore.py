@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any
 
 from branchtree.hookspecs import hookimpl
+from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
 from branchtree_rewards._clip_cosine import cosine
 from branchtree_rewards._clip_folder import load_clip
@@ -35,8 +36,8 @@ class PickScoreConfig(ModelRewardConfig, frozen=True):
             otherwise that of "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", which the model card names.
     """
 
-    path: str = "yuvalkirstain/PickScore_v1"
-    tokenizer: str | None = None
+    path: PathOrName = "yuvalkirstain/PickScore_v1"
+    tokenizer: PathOrName | None = None
 
 
 class PickScore(ModelReward[PickScoreConfig]):

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from branchtree.hookspecs import hookimpl
+from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard, Scores
 from branchtree_rewards._model_reward import ModelRewardConfig
 from branchtree_rewards._pixels import to_pil
@@ -71,7 +72,7 @@ class UnifiedRewardConfig(ModelRewardConfig, frozen=True):
         resize: Width and height that pictures are resized to first; None leaves them as they are.
     """
 
-    path: str = CHECKPOINT
+    path: PathOrName = CHECKPOINT
     batch: int = pydantic.Field(default=8, ge=1)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     server: str | None = None

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
+from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards._small_videoalign import write_small
@@ -61,9 +62,9 @@ class VideoAlignConfig(ModelRewardConfig, frozen=True):
         batch: Videos sent through the model at a time.
     """
 
-    path: str = "KlingTeam/VideoReward"
+    path: PathOrName = "KlingTeam/VideoReward"
     checkpoint: int | None = pydantic.Field(default=None, ge=0)
-    base: str = "Qwen/Qwen2-VL-2B-Instruct"
+    base: PathOrName = "Qwen/Qwen2-VL-2B-Instruct"
     measure: Annotated[str, pydantic.AfterValidator(_known)] = "MQ"
     fps: float | None = pydantic.Field(default=None, gt=0)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
