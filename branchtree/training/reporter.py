@@ -148,9 +148,8 @@ class Reporter:
     def shown(self, done: int) -> tuple[bool, bool]:
         """Whether this process, the main one, wrote held-out figures and samples after ``done`` iterations."""
         output = self._session.output
-        return output.evaluated(done, self._session.inputs.identity), sample_index(
-            output.root / SAMPLES, done
-        ).is_file()
+        sampled = sample_index(output.root / SAMPLES, done).is_file()
+        return output.evaluated(done, self._session.inputs.identity), sampled
 
     def export(self) -> None:
         """Write ``final/``."""
