@@ -123,9 +123,30 @@ def make_sampler(recipe: Recipe, model: ModelAdapter) -> Sampler:
 
 
 def make_credit_rule(recipe: Recipe) -> CreditRule:
-    """The ``credit`` section."""
+    """The ``credit`` section, and whether the loss has a KL term."""
     credit = recipe.credit
-    return CreditRule(credit.beta, credit.path_scale, credit.advantage, credit.combine, credit.eps, credit.clip)
+    return CreditRule(
+        credit.beta,
+        credit.path_scale,
+        credit.advantage,
+        credit.combine,
+        credit.eps,
+        credit.clip,
+        regularised=recipe.loss.kl > 0,
+    )
+
+
+def planned_steps(recipe: Recipe) -> int:
+    """Return the optimiser steps that a whole run plans. Raises RecipeError if its warm-up is longer."""
+    optim, iterations = recipe.optim, recipe.run.iterations
+    total = iterations * optim.steps_per_iteration
+    if optim.warmup > total:
+        raise RecipeError(
+            f"optim.warmup: the learning rate rises over {optim.warmup} optimiser steps, more than the {total} of the "
+            f"run (run.iterations {iterations} x optim.steps_per_iteration {optim.steps_per_iteration}); lower it, or "
+            "train for longer"
+        )
+    return total
 
 
 def make_pruning_rule(recipe: Recipe) -> PruningRule:

@@ -33,12 +33,13 @@ from branchtree.training import policy
 from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.ema import WeightAverage
 from branchtree.training.interrupt import StopRequest
+from branchtree.training.learning_rate import learning_rate_factor
 from branchtree.training.pictures import fitted, to_image
 from branchtree.training.policy import ConditioningCache
 from branchtree.training.rundir import METRICS, RunDirectory, write_atomically, write_folder
 from branchtree.training.samples import write_grid
 from branchtree.training.scoring import checked_scores
-from branchtree.training.session import learning_rate_factor, make_accelerator, open_session, read_inputs
+from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 from branchtree.training.update import partition
 from branchtree.tree import grow

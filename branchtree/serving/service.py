@@ -16,7 +16,8 @@ import torch
 
 import branchtree
 from branchtree.errors import BranchTreeError, RewardError
-from branchtree.protocols import Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter, Scores
+from branchtree.protocols import Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter
+from branchtree.scores import check_scores
 from branchtree.serving.wire import Info, WireError, decode_request, encode_scores
 
 IDLE = 10.0  # seconds without a request before the reward is told that it may leave the device
@@ -93,15 +94,7 @@ class Service:
                 raise WireError(f"reward '{self._reward.name}' scores {scored}, not {request.media.modality}s")
             with torch.no_grad():
                 scores = adapter.score(request.media, request.conditions)
-        _require_shapes(scores, len(request.media))
-        return encode_scores(scores)
-
-
-def _require_shapes(scores: Scores, count: int) -> None:
-    tensors = {"values": scores.values, "valid": scores.valid, "raw": scores.raw, **scores.details}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape != (count,):
-            raise RewardError(f"the reward gave '{name}' of shape {tuple(tensor.shape)} for {count} samples")
+        return encode_scores(check_scores(self._reward.name, scores, len(request.media)))
 
 
 def _identity(reward: NamedAdapter, fingerprint: str | None) -> str:

@@ -98,7 +98,7 @@ def take_snapshot(
             "iteration": iteration,
             "position": dict(position),
             "refused_in_a_row": trained.guard.in_a_row,
-            "scheduler": trained.scheduler.state_dict(),
+            "average_steps": None if trained.average is None else trained.average.steps,
             "recipe": recipe.model_dump(mode="json"),
         },
     )
@@ -200,7 +200,9 @@ def load_average(path: Path, average: WeightAverage) -> None:
     if (path / AVERAGE).is_file():
         from safetensors.torch import load_file
 
-        average.load(load_file(path / AVERAGE))
+        state = read_state(path)
+        planned = state["iteration"] * state["recipe"]["optim"]["steps_per_iteration"]
+        average.load(load_file(path / AVERAGE), state.get("average_steps", planned))  # older checkpoints do not say
     else:
         average.restart()
 
