@@ -35,7 +35,7 @@ class VBenchImagingConfig(VBenchConfig, frozen=True):
     """
 
     path: str = MUSIQ_FILE
-    frames: int = pydantic.Field(default=4, ge=1)
+    frames: int = pydantic.Field(default=4, ge=1, le=10_000)
 
 
 class VBenchImaging(VBenchReward[VBenchImagingConfig]):
