@@ -1,17 +1,27 @@
-"""What a reward returned, checked: a reward is a plug-in, and can return anything."""
+"""Asking a reward for scores, and checking them: a reward is a plug-in, and can raise and return anything."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from numbers import Integral
 
 import torch
 from torch import Tensor
 
 from branchtree.errors import RewardError
-from branchtree.protocols import Scores
+from branchtree.protocols import Condition, Media, RewardAdapter, Scores
 
 NOT_FINITE = "the value is not finite"
+
+
+def ask(label: str, adapter: RewardAdapter, media: Media, conditions: Sequence[Condition]) -> Scores:
+    """Return a reward's checked scores of some samples. Raises RewardError, naming the reward, if it fails."""
+    try:
+        with torch.no_grad():
+            returned = adapter.score(media, conditions)
+    except Exception as error:
+        raise RewardError(f"reward '{label}' failed: {type(error).__name__}: {error}") from error
+    return check_scores(label, returned, len(media))
 
 
 def check_scores(label: str, returned: object, count: int) -> Scores:

@@ -175,7 +175,8 @@ def test_average_is_the_recursion_and_is_put_on_and_off() -> None:
     for value in (2.0, 4.0):
         parameter.data.fill_(value)
         average.update()
-    assert average.state()["w"].item() == pytest.approx(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 4)
+    # The first step begins the average; the second is taken in with the decay (1 + 1) / (10 + 1).
+    assert average.state()["w"].item() == pytest.approx(2 / 11 * 2 + 9 / 11 * 4)
     with average.applied():
         assert parameter.item() == average.state()["w"].item()
     assert parameter.item() == 4.0

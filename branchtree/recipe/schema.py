@@ -99,7 +99,7 @@ class TreeSection(Section):
     branches: int | tuple[int, ...] = 2  # children at a split: for all, or one number per split
     draw: DrawSection = DrawSection()
     siblings: Literal["correlated", "independent", "simplex"] = "correlated"
-    strength: float = Field(default=4.0, ge=1e-3, le=1e3)  # s of correlated siblings
+    strength: float = Field(default=4.0, gt=0, le=1e3)  # s of correlated siblings
     sde: Literal["all", "splits", "window"] = "all"  # stochastic steps beside the splits
     window: WindowSection = WindowSection()
     # Steps of the grid that are walked after a prompt's last stochastic one, evenly spread; all of them by default.
@@ -167,7 +167,7 @@ class TreeSection(Section):
         leaves = math.prod(factors)
         if leaves > MOST_LEAVES:
             product = " x ".join(map(str, factors[:6])) + (" x ..." if len(factors) > 6 else "")
-            shown = f"{product} = {leaves}" if leaves < 10**15 else product
+            shown = f"{product} = {leaves}" if len(factors) > 1 and leaves < 10**15 else product
             raise ValueError(f"branches: {shown} leaves for each prompt are too many; at most {MOST_LEAVES}")
         return self
 
@@ -249,7 +249,7 @@ class LossSection(Section):
 class OptimSection(Section):
     """``optim``: AdamW and what surrounds it."""
 
-    lr: float = Field(default=1e-5, gt=0, le=1)
+    lr: float = Field(default=1e-5, gt=0, le=10)
     weight_decay: float = Field(default=1e-4, ge=0, le=10)
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     eps: float = Field(default=1e-8, ge=1e-30, le=1)
@@ -358,13 +358,6 @@ class Recipe(Section):
     evaluation: EvaluationSection | None = None
     run: RunSection = RunSection()
     callbacks: tuple[CallbackSection, ...] = ()
-
-    @field_validator("rewards")
-    @classmethod
-    def _one_has_weight(cls, rewards: tuple[RewardSection, ...]) -> tuple[RewardSection, ...]:
-        if all(reward.weight == 0 for reward in rewards):
-            raise ValueError("every weight is 0, so that there is nothing to learn from")
-        return rewards
 
     @model_validator(mode="after")
     def _trees_of_bearable_size(self) -> Recipe:

@@ -20,7 +20,7 @@ from branchtree.assembly import NamedReward
 from branchtree.errors import RewardError
 from branchtree.protocols import Condition, Media, ReleasesMemory, Scores
 from branchtree.recipe.schema import ScoringSection
-from branchtree.scores import check_scores, failed_scores
+from branchtree.scores import ask, failed_scores
 from branchtree.training.microbatch import REWARD_REMEDY, RowLimit, RowLimits, ran_out_of_memory
 
 AHEAD = 2
@@ -231,11 +231,5 @@ def _scores(reward: NamedReward, media: Media, conditions: Sequence[Condition], 
 
 
 def checked_scores(reward: NamedReward, media: Media, conditions: Sequence[Condition]) -> Scores:
-    """One reward's scores, as ``check_scores`` gives them. Raises RewardError, naming the reward, if it fails."""
-    try:
-        with torch.no_grad():
-            scores = reward.adapter.score(media, conditions)
-    except Exception as error:
-        # A reward is a plug-in and can raise anything; the run must end with a message that names it.
-        raise RewardError(f"reward '{reward.label}' failed: {type(error).__name__}: {error}") from error
-    return check_scores(reward.label, scores, len(media))
+    """One reward's scores; see ``ask``."""
+    return ask(reward.label, reward.adapter, media, conditions)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from branchtree.assembly import (
     NamedReward,
+    check_learns,
     make_callbacks,
     make_credit_rule,
     make_kernel,
@@ -82,7 +83,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     """Look up plug-ins, read prompts and have the model check them. Raises a BranchTreeError naming what is wrong."""
     model = make_model(recipe)
     make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
-    planned_steps(recipe)
+    check_learns(recipe)
     section = recipe.evaluation
     rewards = make_rewards(recipe.rewards, ("rewards",), model.modality)
     built = {reward.described: reward.adapter for reward in rewards}

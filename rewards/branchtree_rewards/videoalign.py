@@ -62,7 +62,7 @@ class VideoAlignConfig(ModelRewardConfig, frozen=True):
     """
 
     path: str = "KlingTeam/VideoReward"
-    checkpoint: int | None = pydantic.Field(default=None, ge=0)
+    checkpoint: int | None = pydantic.Field(default=None, ge=0, lt=2**31)
     base: str = "Qwen/Qwen2-VL-2B-Instruct"
     measure: Annotated[str, pydantic.AfterValidator(_known)] = "MQ"
     fps: float | None = pydantic.Field(default=None, ge=0.1, le=1000)
