@@ -25,7 +25,7 @@ FOLDER_KEYS: tuple[KeyPath, ...] = (("data", "folder"), ("evaluation", "folder")
 PROMPT_SUFFIXES = (".txt", ".jsonl", ".parquet")
 LARGEST = 2**63
 """Integers below this fit where tensors and files keep them."""
-SHOWN = 200
+VALUE_SHOWN = 200
 """Characters of a wrong value in a message."""
 
 
@@ -317,7 +317,7 @@ def _shown(value: Any) -> str:
         text = repr(value)
     except ValueError:  # Python writes no number of thousands of digits
         text = "a number of thousands of digits"
-    return text if len(text) <= SHOWN else f"{text[: SHOWN - 3]}..."
+    return text if len(text) <= VALUE_SHOWN else f"{text[: VALUE_SHOWN - 3]}..."
 
 
 def _fields(model: type[BaseModel], path: KeyPath) -> list[str]:
