@@ -13,7 +13,7 @@ from torch import Tensor
 
 from branchtree.assembly import make_credit_rule, make_pruning_rule, make_sampler, make_schedule
 from branchtree.credit import assign_credit
-from branchtree.families import Families, collect
+from branchtree.families import Families
 from branchtree.protocols import Condition, Scores
 from branchtree.recipe.schema import Recipe
 from branchtree.training.gradient import Objective, UpdateRecord
@@ -79,7 +79,7 @@ def credited(session: Session, iteration: int, tree: BranchTree, scores: dict[st
     weights = dict.fromkeys(scores, 1.0) | {reward.label: reward.weight for reward in session.inputs.rewards}
     rules = (session.credit_rule, session.pruning_rule)
     credit = assign_credit(tree.topology, log_prob, scores, weights, *rules, iteration, dimensions(tree))
-    return collect(tree.topology, credit.advantages, credit.keep)
+    return credit.families(tree.topology)
 
 
 def updated(session: Session, iteration: int, tree: BranchTree, families: Families, prompts: Prompts) -> UpdateRecord:

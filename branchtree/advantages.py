@@ -1,7 +1,8 @@
 """From node values to the advantage of the edge into each node.
 
 Three estimators share one signature: per depth (N_d,) float64, 0 for roots, for nodes without a value, and
-wherever there is nothing to compare with. An edge takes the advantage of the node it leads to.
+wherever there is nothing to compare with: a single node, or a tie, values that differ by no more than the rounding of
+the scores (``NodeValues.rounding``). An edge takes the advantage of the node it leads to.
 """
 
 from __future__ import annotations
@@ -29,13 +30,14 @@ Estimator = Callable[[Topology, NodeValues, float], Advantages]
 def depth_advantages(topology: Topology, values: NodeValues, eps: float) -> Advantages:
     """A(n) = (V(n) - mean_d) / (std_d + eps) over one prompt's valid nodes at depth d (arXiv 2509.06040, eq. 4).
 
-    std is the sample deviation. A depth with one node, or with no spread, gives 0.
+    std is the sample deviation. A depth with one node, or with a tie, gives 0.
     """
+    rounding = values.rounding(topology)
 
     def at(depth: int) -> Tensor:
         valid = values.valid[depth]
         value, prompt = values.value[depth][valid], topology.root[depth][valid]
-        return _spread(valid, segment_standardised(value, prompt, topology.prompts, eps))
+        return _spread(valid, segment_standardised(value, prompt, topology.prompts, eps, rounding))
 
     return _at_every_depth(topology, at)
 
@@ -51,7 +53,7 @@ def leaf_advantages(topology: Topology, values: NodeValues, eps: float) -> Advan
     reward = reward[valid_leaf]
     total = segment_sum(reward, leaf_root, topology.prompts)
     count = segment_count(leaf_root, topology.prompts)
-    std = segment_std(reward, leaf_root, topology.prompts)
+    std = segment_std(reward, leaf_root, topology.prompts, values.rounding(topology))
 
     def at(depth: int) -> Tensor:
         nodes, prompt = topology.ancestor[depth][valid_leaf], topology.root[depth]
@@ -68,16 +70,18 @@ def leaf_advantages(topology: Topology, values: NodeValues, eps: float) -> Advan
 def sibling_advantages(topology: Topology, values: NodeValues, eps: float) -> Advantages:
     """A(n) = (V(n) - mean over n and its valid siblings) / (std_d + eps), std_d as in ``depth_advantages``.
 
-    The sibling baseline (arXiv 2509.06040, appendix B.3). An only child gets 0.
+    The sibling baseline (arXiv 2509.06040, appendix B.3). An only child gets 0, and so do siblings that tie.
     """
+    rounding = values.rounding(topology)
     advantages = [torch.zeros(topology.prompts, dtype=torch.float64)]
     for depth in topology.depths[1:]:
         valid = values.valid[depth]
         value, prompt = values.value[depth][valid], topology.root[depth][valid]
         family, families = topology.parent[depth][valid], topology.width(depth - 1)
-        std = segment_std(value, prompt, topology.prompts)[prompt]
+        std = segment_std(value, prompt, topology.prompts, rounding)[prompt]
+        apart = segment_std(value, family, families, rounding[topology.root[depth - 1]])[family] > 0
         centred = value - segment_mean(value, family, families)[family]
-        advantages.append(_spread(valid, over_spread(centred, std, eps)))
+        advantages.append(_spread(valid, over_spread(centred, std * apart, eps)))
     return tuple(advantages)
 
 

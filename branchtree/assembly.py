@@ -123,9 +123,38 @@ def make_sampler(recipe: Recipe, model: ModelAdapter) -> Sampler:
 
 
 def make_credit_rule(recipe: Recipe) -> CreditRule:
-    """The ``credit`` section."""
+    """The ``credit`` section, and whether the loss has a KL term."""
     credit = recipe.credit
-    return CreditRule(credit.beta, credit.path_scale, credit.advantage, credit.combine, credit.eps, credit.clip)
+    return CreditRule(
+        credit.beta,
+        credit.path_scale,
+        credit.advantage,
+        credit.combine,
+        credit.eps,
+        credit.clip,
+        regularised=recipe.loss.kl > 0,
+    )
+
+
+def planned_steps(recipe: Recipe) -> int:
+    """Return the optimiser steps that a whole run plans."""
+    return recipe.run.iterations * recipe.optim.steps_per_iteration
+
+
+def check_learns(recipe: Recipe) -> None:
+    """Refuse a recipe that would not learn as it says. Raises RecipeError.
+
+    Beside the checks of the schema, for a run that was made before these were here can still be evaluated.
+    """
+    if all(reward.weight == 0 for reward in recipe.rewards):
+        raise RecipeError("rewards: every weight is 0, so that there is nothing to learn from; give one a weight")
+    optim, iterations, total = recipe.optim, recipe.run.iterations, planned_steps(recipe)
+    if optim.warmup > total:
+        raise RecipeError(
+            f"optim.warmup: the learning rate rises over {optim.warmup} optimiser steps, more than the {total} of the "
+            f"run (run.iterations {iterations} x optim.steps_per_iteration {optim.steps_per_iteration}); lower it, or "
+            "train for longer"
+        )
 
 
 def make_pruning_rule(recipe: Recipe) -> PruningRule:

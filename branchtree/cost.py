@@ -8,7 +8,6 @@ from dataclasses import dataclass
 import torch
 
 from branchtree.credit import CreditRule, PruningRule, assign_credit
-from branchtree.families import collect
 from branchtree.protocols import Scores
 from branchtree.schedule import TreePlan
 from branchtree.tree import grow
@@ -45,7 +44,7 @@ def count(plans: Sequence[TreePlan], rule: CreditRule, pruning: PruningRule, ite
     flat = [torch.zeros(width) for width in widths]
     scores = {"made up": Scores(rewards, torch.ones(leaves, dtype=torch.bool))}
     credit = assign_credit(topology, flat, scores, {"made up": 1.0}, rule, pruning, iteration, dimensions=1)
-    families = collect(topology, credit.advantages, credit.keep)
+    families = credit.families(topology)
     return Cost(
         nodes=sum(widths),
         edges=sum(widths) - topology.prompts,

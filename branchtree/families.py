@@ -52,17 +52,23 @@ class Families:
         )
 
 
-def trained_edges(topology: Topology, advantages: Advantages, keep: EdgeMask) -> EdgeMask:
-    """Kept edges with an advantage: an edge of advantage 0 has no gradient and costs no compute."""
+def trained_edges(topology: Topology, advantages: Advantages, keep: EdgeMask, regularised: bool = False) -> EdgeMask:
+    """Kept edges with an advantage: an edge of advantage 0 has no gradient and costs no compute.
+
+    Under a KL term, ``regularised``, all kept edges: it pulls the policy back wherever it was followed, whatever the
+    rewards said there, also above a leaf whose reward failed.
+    """
+    if regularised:
+        return keep
     return tuple(mask & (advantage != 0) for mask, advantage in zip(keep, advantages, strict=True))
 
 
-def collect(topology: Topology, advantages: Advantages, keep: EdgeMask) -> Families:
-    """Gather the trained edges of a tree into families."""
+def collect(topology: Topology, advantages: Advantages, keep: EdgeMask, regularised: bool = False) -> Families:
+    """Gather the trained edges of a tree into families; ``regularised`` as in ``trained_edges``."""
     none = torch.zeros(0, dtype=torch.int64)
     levels = [Families(none, none, none, none, none, none.float())]
     families = 0
-    for below, edges in enumerate(trained_edges(topology, advantages, keep)):
+    for below, edges in enumerate(trained_edges(topology, advantages, keep, regularised)):
         children = torch.nonzero(edges)[:, 0]
         parents, place = torch.unique(topology.parent[below][children], return_inverse=True)
         if parents.numel() > 0:  # roots have no edge, so from here on there is a depth above

@@ -9,10 +9,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from branchtree.segments import segment_count, segment_max, segment_standardised, segment_sum
+from branchtree.segments import segment_count, segment_max, segment_size, segment_standardised, segment_sum
 from branchtree.tree import Topology
 
 PathScale = Literal["mean", "sum", "standardised"]
+
+TIE = 1e-6
+"""Scores that differ by no more than this, as a fraction of their size, differ by the rounding of float32 alone."""
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,18 @@ class NodeValues:
 
     value: tuple[Tensor, ...]  # per depth (N_d,) float64; 0 where not valid
     valid: tuple[Tensor, ...]  # per depth (N_d,) bool
+    # (P,) size of what the leaves' scores were added up from; the largest magnitude among them by default.
+    size: Tensor | None = None
+
+    def rounding(self, topology: Topology) -> Tensor:
+        """Return the spread (P,) up to which a prompt's values are a tie: the rounding of its scores.
+
+        It follows the scores' size and not their spread: fused values are means of leaves, and may lie close together.
+        """
+        if self.size is not None:
+            return TIE * self.size
+        valid = self.valid[-1]
+        return TIE * segment_size(self.value[-1][valid], topology.leaf_root[valid], topology.prompts)
 
 
 def path_log_prob(topology: Topology, log_prob: Sequence[Tensor]) -> list[Tensor]:
@@ -41,6 +56,7 @@ def fuse(
     beta: float = 1.0,
     scale: PathScale = "mean",
     dimensions: int = 1,
+    size: Tensor | None = None,
 ) -> NodeValues:
     """V(n) = sum over valid leaves l below n of w_l * r_l, w = softmax of beta * log p(path from n to l).
 
@@ -51,7 +67,7 @@ def fuse(
     - ``sum``: the true densities; nearly one-hot when dimensions are many;
     - ``standardised``: zero mean and unit sample deviation over the valid leaves below each node.
 
-    ``rewards`` (L,) and ``valid`` (L,); an invalid leaf's reward is never read.
+    ``rewards`` (L,) and ``valid`` (L,); an invalid leaf's reward is never read. ``size`` is that of ``NodeValues``.
     """
     if rewards.shape != valid.shape or rewards.numel() != topology.width(topology.steps):
         raise ValueError(f"{topology.width(topology.steps)} leaves need as many rewards, not {tuple(rewards.shape)}")
@@ -70,7 +86,7 @@ def fuse(
         weight = _softmax(beta * path, nodes, width)
         values.append(segment_sum(weight * worth, nodes, width))
         alive.append(segment_count(nodes, width) > 0)
-    return NodeValues(value=tuple(reversed(values)), valid=tuple(reversed(alive)))
+    return NodeValues(value=tuple(reversed(values)), valid=tuple(reversed(alive)), size=size)
 
 
 def _scaled(path: Tensor, nodes: Tensor, width: int, scale: PathScale, dimensions: int) -> Tensor:

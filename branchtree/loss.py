@@ -20,4 +20,4 @@ def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
 
 def clipped_away(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
     """Which edges the clip silences, (E,) bool: those whose ratio has gone past it in the favoured direction."""
-    return torch.where(advantage > 0, ratio > 1 + clip, ratio < 1 - clip)
+    return ((advantage > 0) & (ratio > 1 + clip)) | ((advantage < 0) & (ratio < 1 - clip))

@@ -4,7 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from branchtree.assembly import make_credit_rule, make_kernel, make_model, make_parts, make_pruning_rule, make_schedule
+from branchtree.assembly import (
+    check_learns,
+    make_credit_rule,
+    make_kernel,
+    make_model,
+    make_parts,
+    make_pruning_rule,
+    make_schedule,
+)
 from branchtree.cost import Cost, count
 from branchtree.data import HUB, PromptOrder, check_conditions, held_out_conditions, training_conditions
 from branchtree.fitting import Fit, find_fits
@@ -77,6 +85,7 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
     """Plan the first iteration. Raises a BranchTreeError if the recipe's model or prompts cannot be found."""
     model = make_model(recipe)
     make_kernel(recipe.sampler, model.prediction)  # refuses what training would
+    check_learns(recipe)
     schedule, rule, pruning = make_schedule(recipe), make_credit_rule(recipe), make_pruning_rule(recipe)
     plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe, model)]
     footprint = model.footprint()

@@ -65,16 +65,19 @@ def parent_top1(topology: Topology, values: NodeValues) -> EdgeMask:
     """At the last split, per parent, only the child with the highest value keeps the edges below it.
 
     BranchGRPO's "Parent-Top1" width pruning (arXiv 2509.06040, section 4.3). The first of equal children wins;
-    a child without a value never does.
+    a child without a value never does. A tree without a split keeps all its edges.
     """
     chosen = torch.zeros(topology.width(topology.steps), dtype=torch.bool)
     for prompt, plan in enumerate(topology.plans):
         depth = plan.last_split + 1
         nodes = topology.span(prompt, depth)
+        if depth == 0:
+            chosen |= topology.leaf_root == prompt
+            continue
         winners = _first_best(
             values.value[depth].where(values.valid[depth], torch.tensor(-torch.inf, dtype=torch.float64)),
-            topology.parent[depth] if depth else topology.root[0],
-            topology.width(max(depth - 1, 0)),
+            topology.parent[depth],
+            topology.width(depth - 1),
         )
         inside = torch.zeros_like(winners)
         inside[nodes.start : nodes.stop] = True

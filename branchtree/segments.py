@@ -27,16 +27,23 @@ def segment_mean(values: Tensor, group: Tensor, groups: int) -> Tensor:
     return segment_sum(values, group, groups) / segment_count(group, groups).clamp_min(1)
 
 
-def segment_std(values: Tensor, group: Tensor, groups: int) -> Tensor:
+def segment_std(values: Tensor, group: Tensor, groups: int, floor: Tensor | None = None) -> Tensor:
     """Sample standard deviation in each group: (groups,).
 
-    0 in a group of fewer than two members, and in one whose spread is no more than rounding.
+    0 in a group of fewer than two members, and in one whose spread is no more than ``floor`` (groups,): by default
+    the rounding of sums of float64 numbers.
     """
     mean = segment_mean(values, group, groups)
     squares = segment_sum((values - mean[group]).square(), group, groups)
     std = (squares / (segment_count(group, groups) - 1).clamp_min(1)).sqrt()
-    largest = segment_max(values.abs(), group, groups).clamp_min(0)
-    return torch.where(std > 1e-12 * largest, std, torch.zeros_like(std))
+    if floor is None:
+        floor = 1e-12 * segment_size(values, group, groups)
+    return torch.where(std > floor, std, torch.zeros_like(std))
+
+
+def segment_size(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    """Largest magnitude in each group; 0 in an empty one: (groups,)."""
+    return segment_max(values.abs(), group, groups).clamp_min(0)
 
 
 def over_spread(centred: Tensor, std: Tensor, eps: float = 0.0) -> Tensor:
@@ -44,7 +51,12 @@ def over_spread(centred: Tensor, std: Tensor, eps: float = 0.0) -> Tensor:
     return torch.where(std > 0, centred / (std + eps), torch.zeros_like(centred))
 
 
-def segment_standardised(values: Tensor, group: Tensor, groups: int, eps: float = 0.0) -> Tensor:
-    """``values`` (N,) less their group's mean, over its sample deviation + eps; 0 in a group without spread: (N,)."""
+def segment_standardised(
+    values: Tensor, group: Tensor, groups: int, eps: float = 0.0, floor: Tensor | None = None
+) -> Tensor:
+    """``values`` (N,) less their group's mean, over its sample deviation + eps; 0 in a group without spread: (N,).
+
+    ``floor`` is that of ``segment_std``.
+    """
     centred = values - segment_mean(values, group, groups)[group]
-    return over_spread(centred, segment_std(values, group, groups)[group], eps)
+    return over_spread(centred, segment_std(values, group, groups, floor)[group], eps)

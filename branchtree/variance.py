@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from branchtree.fusion import NodeValues
+from branchtree.fusion import TIE, NodeValues
 from branchtree.segments import segment_count, segment_std, segment_sum
 from branchtree.tree import Topology
 
@@ -54,7 +54,7 @@ def split_variance(topology: Topology, rewards: Tensor, valid: Tensor) -> SplitV
         total.squares[rows] += levels.squares
         total.freedom[rows] += levels.freedom
         total.coefficient[rows, rows] += levels.coefficient
-    rounding = 1e-24 * float(rewards.double()[valid].square().sum())  # means of equal rewards differ by this much
+    rounding = TIE**2 * float(rewards.double()[valid].square().sum())
     if float(total.squares.sum()) <= rounding or bool((total.freedom <= 0).any()):
         return None
     component = torch.linalg.solve_triangular(total.coefficient, total.squares.unsqueeze(1), upper=True)[:, 0]
@@ -103,19 +103,21 @@ class SplitSpread:
     """One entry per split, in order, over the parents that split there and have at least two valid children."""
 
     spread: Tensor  # (S,) mean sample deviation of siblings' values
-    ties: Tensor  # (S,) part of the parents whose children's values are all equal
+    ties: Tensor  # (S,) part of the parents whose children's values are all equal, but for the scores' rounding
 
 
 def split_spread(topology: Topology, values: NodeValues) -> SplitSpread:
     """How far siblings' values lie apart at each split; an entry is NaN where no parent can be compared."""
     splits = max(len(plan.splits) for plan in topology.plans)
     spread: list[list[Tensor]] = [[] for _ in range(splits)]
+    rounding = values.rounding(topology)
     for steps, prompts in _alike([plan.splits for plan in topology.plans]):
         for place, step in enumerate(steps):
             mine = values.valid[step + 1] & prompts[topology.root[step + 1]]
             family, parents = topology.parent[step + 1][mine], topology.width(step)
             compared = segment_count(family, parents) > 1
-            spread[place].append(segment_std(values.value[step + 1][mine], family, parents)[compared])
+            floor = rounding[topology.root[step]]
+            spread[place].append(segment_std(values.value[step + 1][mine], family, parents, floor)[compared])
     levels = [torch.cat(level) for level in spread]
     return SplitSpread(
         spread=torch.stack([level.mean() for level in levels]) if levels else torch.zeros(0),

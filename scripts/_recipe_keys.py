@@ -10,9 +10,9 @@ import re
 import textwrap
 import tokenize
 import types
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -51,13 +51,13 @@ NOTES: Mapping[str, str] = {
     "tree.noise_seed": "Seed",
     "sampler": "The stochastic step and the time grid.",
     "sampler.kind": "The transition kernel. `ddim` is for models that predict noise or v, the others for velocity.",
-    "sampler.eta": "The noise level of a stochastic step.",
+    "sampler.eta": "The noise level of a stochastic step;",
     "sampler.grid": "`linear` is an even grid, shifted;",
     "sampler.shift": "The time shift s",
     "sampler.log_prob": "An edge's log-density is averaged or summed",
     "rewards": "What is optimised; at least one.",
     "rewards.reward": "The reward's name; `branchtree plugins` lists them.",
-    "rewards.weight": "Its weight when advantages, or raw rewards, are added.",
+    "rewards.weight": "Its weight when advantages, or raw rewards, are added;",
     "rewards.label": "Unique within its list;",
     "credit": "From leaf rewards to advantages.",
     "credit.beta": "Fusion's temperature; 0 is the plain mean over leaves.",
@@ -86,10 +86,11 @@ NOTES: Mapping[str, str] = {
     "optim.max_grad_norm": "The gradient is scaled down to this norm.",
     "optim.refuse_above": "",
     "optim.max_refused": "",
-    "optim.schedule": "From `lr` down to 0 at the last optimiser step, or constant.",
-    "optim.warmup": "Linear warm-up in",
+    "optim.schedule": "From `lr` down to 0 at the last planned optimiser step, taken or not, or constant.",
+    "optim.warmup": "Linear warm-up, no longer than the run, in",
     "optim.steps_per_iteration": "Optimiser steps that one rollout's edges are dealt out to.",
-    "optim.ema": "Decay of a moving average of the trained weights; with one, `final/` holds the average.",
+    "optim.ema": "Decay of a moving average of the trained weights, reached over the first steps; `final/`, held-out "
+    "figures and sample grids are of the average.",
     "batch": "How much at a time.",
     "batch.prompts": "Prompts",
     "batch.rollout_rows": "Rollout:",
@@ -250,30 +251,40 @@ def _meaning(key: str, comment: str) -> str:
 
 
 def _type(field: FieldInfo) -> str:
-    limits = [
+    return ", ".join([_words(field.annotation), *_limits(field.metadata)])
+
+
+def _limits(metadata: Iterable[Any]) -> list[str]:
+    """Each bound in words."""
+    marks = [mark for entry in metadata for mark in getattr(entry, "metadata", [entry])]
+    return [
         f"{words} {_plain(getattr(mark, attribute))}"
-        for mark in field.metadata
+        for mark in marks
         for attribute, words in (("ge", "from"), ("gt", "above"), ("lt", "below"), ("le", "to"))
         if getattr(mark, attribute, None) is not None
     ]
-    return ", ".join([_words(field.annotation), *limits])
 
 
 def _words(annotation: Any) -> str:
-    if get_origin(annotation) is Annotated:
-        annotation = get_args(annotation)[0]
     origin, parts = get_origin(annotation), get_args(annotation)
-    if annotation in PLAIN:
-        return PLAIN[annotation]
+    if origin is None:
+        return PLAIN.get(annotation) or ("section" if _section(annotation) is not None else str(annotation))
+    if origin is tuple:
+        return _words_of_list(parts)
     if origin is Literal:
         return ", ".join(f"`{part}`" for part in parts)
     if origin in (Union, types.UnionType):
         return " or ".join(_words(part) for part in parts)
-    if origin is Mapping:
+    if origin in (Mapping, dict):
         return f"mapping to {_words(parts[1])}"
-    if origin is tuple:
-        return f"{'list of' if parts[-1] is Ellipsis else len(parts)} {_words(parts[0])}s"
-    return "section" if _section(annotation) is not None else str(annotation)
+    return ", ".join([_words(parts[0]), *_limits(parts[1:])])  # what is annotated
+
+
+def _words_of_list(parts: Sequence[Any]) -> str:
+    if parts[-1] is Ellipsis:
+        return f"list of {_words(parts[0])}s"
+    kind, *limits = _words(parts[0]).split(", ")
+    return ", ".join([f"{len(parts)} {kind}s", *limits])
 
 
 def _default(field: FieldInfo) -> str:
@@ -292,4 +303,6 @@ def _plain(value: Any) -> str:
         return json.dumps(value)
     if isinstance(value, float) and 0 < value < 1e-3:
         return f"{value:.0e}".replace("e-0", "e-")
+    if isinstance(value, float) and value.is_integer() and abs(value) >= 1e3:
+        return f"{value:g}".replace("e+0", "e").replace("e+", "e")
     return json.dumps(value) if value == "" else str(value)

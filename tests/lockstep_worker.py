@@ -24,6 +24,7 @@ from branchtree.schedule import TreePlan
 from branchtree.training.engine import make_engine
 from branchtree.training.gradient import Objective, Policies
 from branchtree.training.guard import UpdateGuard
+from branchtree.training.learning_rate import LearningRate
 from branchtree.training.lockstep import Lockstep
 from branchtree.training.microbatch import RowLimit
 from branchtree.training.update import Updater, partition
@@ -162,7 +163,7 @@ def run(accelerator: Any, schedule: Schedule, mine: Schedule) -> dict[str, Any]:
     updater = Updater(
         accelerator=accelerator,
         engine=engine,
-        scheduler=torch.optim.lr_scheduler.ConstantLR(getattr(engine.optimizer, "optimizer", engine.optimizer)),
+        scheduler=LearningRate(engine.optimizer, OptimSection(), schedule["steps"]),
         objective=Objective(sampler, loss, accelerator.device),
         max_grad_norm=1.0,
         limit=RowLimit("batch.update_rows", schedule["update_rows"]),

@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 ROUNDING = 1e-12
 """A spread below this part of the largest value is rounding, and counts as none."""
+SCORE_ROUNDING = 1e-6
+"""The same of values that scores in float32 were fused to, as a part of the largest score of the prompt."""
 
 
 @dataclass(eq=False)
@@ -100,13 +102,15 @@ def mean(values: Sequence[float]) -> float:
     return math.fsum(values) / len(values)
 
 
-def sample_std(values: Sequence[float]) -> float:
+def sample_std(values: Sequence[float], rounding: float | None = None) -> float:
     """Sample standard deviation; 0 for fewer than two values and where only rounding differs."""
     if len(values) < 2:
         return 0.0
     centre = mean(values)
     std = math.sqrt(math.fsum((value - centre) ** 2 for value in values) / (len(values) - 1))
-    return std if std > ROUNDING * max(abs(value) for value in values) else 0.0
+    if rounding is None:
+        rounding = ROUNDING * max(abs(value) for value in values)
+    return std if std > rounding else 0.0
 
 
 # Transitions: one coordinate at a time, in double precision.
@@ -219,11 +223,16 @@ def _level_values(root: Node, depth: int) -> list[float]:
     return [node.value for node in level([root], depth) if node.value is not None]
 
 
+def score_rounding(root: Node) -> float:
+    """How far apart the rounding of the prompt's scores alone may bring values that should be equal."""
+    return SCORE_ROUNDING * max(abs(float(leaf.reward or 0.0)) for leaf in valid_leaves(root))
+
+
 def depth_advantage(root: Node, node: Node, eps: float) -> float:
     if node.value is None:
         return 0.0
     peers = _level_values(root, node.depth)
-    std = sample_std(peers)
+    std = sample_std(peers, score_rounding(root))
     return (node.value - mean(peers)) / (std + eps) if std > 0 else 0.0
 
 
@@ -231,8 +240,10 @@ def leaf_advantage(root: Node, node: Node, eps: float) -> float:
     """Against the mean reward of the prompt's other leaves, over the deviation of all of them."""
     below = valid_leaves(node)
     others = [leaf.reward for leaf in valid_leaves(root) if leaf not in below and leaf.reward is not None]
-    std = sample_std([leaf.reward for leaf in valid_leaves(root) if leaf.reward is not None])
-    if node.value is None or not others or std == 0:
+    if node.value is None or not others:
+        return 0.0
+    std = sample_std([leaf.reward for leaf in valid_leaves(root) if leaf.reward is not None], score_rounding(root))
+    if std == 0:
         return 0.0
     return (node.value - mean(others)) / (std + eps)
 
@@ -242,8 +253,10 @@ def sibling_advantage(root: Node, node: Node, eps: float) -> float:
     if node.value is None or node.parent is None:
         return 0.0
     family = [child.value for child in node.parent.children if child.value is not None]
-    std = sample_std(_level_values(root, node.depth))
-    return (node.value - mean(family)) / (std + eps) if len(family) > 1 and std > 0 else 0.0
+    std = sample_std(_level_values(root, node.depth), score_rounding(root))
+    if std == 0 or sample_std(family, score_rounding(root)) == 0:
+        return 0.0
+    return (node.value - mean(family)) / (std + eps)
 
 
 ESTIMATORS: dict[str, Callable[[Node, Node, float], float]] = {
@@ -316,19 +329,19 @@ def outside_depth_window(roots: Sequence[Node], size: int, every: int, stop: int
 # Families, and the loss.
 
 
-def trained_edges(roots: Sequence[Node], keep: Keep) -> list[Node]:
-    """The nodes whose incoming edge is trained, by depth: stochastic, allowed, kept, and with an advantage."""
+def trained_edges(roots: Sequence[Node], keep: Keep, kl: bool = False) -> list[Node]:
+    """The nodes whose incoming edge is trained, by depth: stochastic, allowed, kept, and with an advantage or a KL."""
     chosen = []
     for depth in range(1, height(roots[0]) + 1):
         for node in level(roots, depth):
-            if node.stochastic and node.trained and keep(node) and node.advantage != 0:
+            if node.stochastic and node.trained and keep(node) and (kl or node.advantage != 0):
                 chosen.append(node)
     return chosen
 
 
-def families(roots: Sequence[Node], keep: Keep) -> list[tuple[Node, list[Node]]]:
+def families(roots: Sequence[Node], keep: Keep, kl: bool = False) -> list[tuple[Node, list[Node]]]:
     """The trained edges by parent, parents ordered by depth and place."""
-    chosen = trained_edges(roots, keep)
+    chosen = trained_edges(roots, keep, kl)
     parents: list[Node] = []
     for node in chosen:
         assert node.parent is not None

@@ -160,8 +160,43 @@ def test_one_valid_leaf_or_none_has_nothing_to_compare_with(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["depth", "leaf", "sibling"])
 def test_small_but_real_spread_counts(name: str) -> None:
-    """Rewards that differ in the sixth digit are not ties."""
-    assert float(named(name, 1.0, 1.000001, 1.0, 1.0)[2].abs().max()) > 0.5
+    """Rewards that differ in the fifth digit are not ties."""
+    assert float(named(name, 1.0, 1.00001, 1.0, 1.0)[2].abs().max()) > 0.5
+
+
+@given(
+    forest=strategies.forests(),
+    name=names,
+    size=st.floats(1e-3, 1e3).map(lambda size: float(torch.tensor(size))),
+    shuffler=st.randoms(use_true_random=False),
+)
+@strategies.thorough
+def test_a_spread_of_rounding_is_a_tie(forest: Forest, name: str, size: float, shuffler: random.Random) -> None:
+    """Scores that are neighbours in float32 are one score with rounding, whatever their size, at every depth."""
+    last = float(torch.nextafter(torch.tensor(size), torch.tensor(math.inf)))
+    close = forest.with_rewards([shuffler.choice([-size, -last]) for _ in forest.rewards])
+    for level in estimated(close, name):
+        assert torch.equal(level, torch.zeros_like(level))
+
+
+@pytest.mark.parametrize("name", ["depth", "leaf", "sibling"])
+def test_scores_around_zero_are_held_to_their_own_size(name: str) -> None:
+    """Small scores are no ties: the bound is relative."""
+    assert float(named(name, 1e-5, 2e-5, -1e-5, 0.0)[2].abs().max()) > 0.3
+
+
+@pytest.mark.parametrize("name", ["depth", "sibling"])
+def test_means_that_only_rounding_tells_apart_are_a_tie(name: str) -> None:
+    """Leaves far apart, whose means are 0 but for float32: the size is the leaves', not that of the means."""
+    above, below = 0.7, float(torch.nextafter(torch.tensor(-0.7), torch.tensor(0.0)))
+    levels = named(name, above, -0.7, above, below)
+    assert levels[1].tolist() == [0, 0]
+    assert levels[2].abs().min() > 0.5
+
+
+def test_siblings_that_tie_have_no_advantage_among_others_that_do_not() -> None:
+    close = float(torch.nextafter(torch.tensor(0.3), torch.tensor(1.0)))
+    assert named("sibling", 0.3, close, 0.9, 0.1)[2][:2].tolist() == [0, 0]
 
 
 def test_values_of_no_node_are_no_error() -> None:

@@ -73,6 +73,7 @@ rules = st.builds(
     scale=st.sampled_from(["mean", "sum", "standardised"]),
     estimator=st.sampled_from(["depth", "leaf", "sibling"]),
     clip=st.sampled_from([1.0, 5.0]),
+    regularised=st.booleans(),
 )
 prunings = st.builds(
     PruningRule,
@@ -97,8 +98,8 @@ def test_trained_edges_and_advantages_equal_the_reference(
     for depth in forest.topology.depths:
         expected = [node.advantage for node in reference.level(roots, depth)]
         assert credit.advantages[depth].tolist() == pytest.approx(expected, rel=1e-5, abs=1e-5)
-    families = collect(forest.topology, credit.advantages, credit.keep)
-    expected_families = reference.families(roots, reference_keep(roots, pruning))
+    families = credit.families(forest.topology)
+    expected_families = reference.families(roots, reference_keep(roots, pruning), rule.regularised)
     assert families.depth.tolist() == [parent.depth for parent, _ in expected_families]
     assert families.parent.tolist() == [parent.place for parent, _ in expected_families]
     assert families.child.tolist() == [child.place for _, kids in expected_families for child in kids]
@@ -166,6 +167,44 @@ def test_a_value_that_is_not_finite_is_masked_even_if_called_valid() -> None:
     assert credit.valid.tolist() == [True, False, False, True]
     assert credit.rewards["reward"].tolist() == [1, 0, 0, 3]
     assert credit.advantages[1].tolist() == pytest.approx([-math.sqrt(0.5), 0, 0, math.sqrt(0.5)])
+
+
+def test_scores_that_cancel_keep_their_rounding() -> None:
+    """Two rewards of size 1000 that add up to rounding are a tie, though their sum is small."""
+    plan = make_plan(2, {0: 4})
+    forest = Forest((plan,), ((0.0,), (0.0,) * 4, (0.0,) * 4), (0.0,) * 4, (True,) * 4)
+    first = torch.tensor([1000.0, 1001.0, 1002.0, 1003.0])
+    second = torch.nextafter(first, torch.tensor([0.0, 2000.0, 0.0, 2000.0]))
+    given_scores = {name: scores(reward, forest.valid_tensor) for name, reward in (("a", first), ("b", second))}
+    rule = CreditRule(combine="rewards")
+    assert credit_of(forest, rule, None, given_scores, {"a": 1.0, "b": -1.0}).advantages[1].tolist() == [0] * 4
+    assert float(credit_of(forest, rule, None, given_scores, {"a": 1.0, "b": -0.5}).advantages[1].abs().min()) > 0.3
+
+
+def test_a_tie_has_no_say_in_what_is_pruned() -> None:
+    """A reward whose spread is rounding ranks no leaf, beside one that does."""
+    plan = make_plan(3, {0: 4})
+    forest = Forest((plan,), ((0.0,), *[(0.0,) * 4] * 3), (0.0,) * 4, (True,) * 4)
+    rounding = torch.nextafter(torch.full((4,), 0.5), torch.tensor([0.0, 0.0, 1.0, 1.0]))
+    told_apart = scores(torch.tensor([0.1, 0.2, 0.3, 0.4]), forest.valid_tensor)
+    by_name = {"close": scores(rounding, forest.valid_tensor), "apart": told_apart}
+    rule = PruningRule("extreme", count=1)
+    both = credit_of(forest, None, rule, by_name, {"close": -5.0, "apart": 1.0})
+    alone = credit_of(forest, None, rule, {"apart": told_apart}, {"apart": 1.0})
+    assert all(torch.equal(a, b) for a, b in zip(both.keep, alone.keep, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(both.advantages, alone.advantages, strict=True))
+
+
+def test_a_reward_of_weight_0_neither_masks_nor_counts() -> None:
+    forest = Forest((make_plan(2, {0: 4}),), ((0.0,), (0.0,) * 4, (0.0,) * 4), (0.0,) * 4, (True,) * 4)
+    good = scores(torch.tensor([0.1, 0.2, 0.3, 0.4]), forest.valid_tensor)
+    failed = scores(torch.full((4,), math.nan), torch.zeros(4, dtype=torch.bool))
+    for combine in ("advantages", "rewards"):
+        rule = CreditRule(combine=combine)  # type: ignore[arg-type]
+        both = credit_of(forest, rule, by_name={"failed": failed, "good": good}, weights={"failed": 0.0, "good": 1.0})
+        alone = credit_of(forest, rule, by_name={"good": good}, weights={"good": 1.0})
+        assert bool(both.valid.all())
+        assert torch.equal(both.advantages[1], alone.advantages[1])
 
 
 def test_advantages_are_clipped_before_they_are_weighted() -> None:
@@ -308,7 +347,7 @@ def test_ragged_costs_equal_the_reference(plans: tuple[TreePlan, ...], rule: Cre
     widths = [len(reference.level(roots, depth)) for depth in range(plans[0].steps + 1)]
     assert (cost.nodes, cost.edges, cost.leaves) == (sum(widths), sum(widths) - len(plans), widths[-1])
     assert cost.rollout_rows == sum(widths[:-1])
-    assert cost.gradient_rows == len(reference.families(roots, reference_keep(roots, pruning)))
+    assert cost.gradient_rows == len(reference.families(roots, reference_keep(roots, pruning), rule.regularised))
 
 
 def test_a_mix_window_trains_only_its_own_steps_and_the_splits() -> None:

@@ -65,6 +65,18 @@ def test_families_equal_the_reference(forest: Forest, seed: int, sparsity: float
 
 @given(*cases)
 @strategies.thorough
+def test_under_a_kl_all_kept_edges_are_gathered(forest: Forest, seed: int, sparsity: float) -> None:
+    """Those without an advantage too, with advantage 0; pruned ones stay out."""
+    roots, advantages, keep = credited(forest, seed, sparsity)
+    for depth in forest.topology.depths:  # the reference trains only stochastic edges; so does a mask of a real tree
+        stochastic = torch.tensor([node.stochastic for node in reference.level(roots, depth)])
+        assert not bool((keep[depth] & ~stochastic).any())
+    expected = reference.families(roots, lambda node: bool(keep[node.depth][node.place]), kl=True)
+    assert_families(collect(forest.topology, advantages, keep, regularised=True), expected)
+
+
+@given(*cases)
+@strategies.thorough
 def test_a_selection_keeps_each_family_whole(forest: Forest, seed: int, sparsity: float) -> None:
     roots, advantages, keep = credited(forest, seed, sparsity)
     expected = expected_families(roots, keep)
@@ -153,6 +165,7 @@ def test_the_loss_equals_the_reference(edges: list[tuple[float, float, float]], 
         (0.5, -2.0, 1.8, True),  # already less likely than the clip allows
         (1.5, -2.0, 3.0, False),
         (1.05, 2.0, -2.1, False),
+        (0.5, 0.0, 0.0, False),  # no advantage: nothing to silence
     ],
 )
 def test_worked_losses(ratio: float, advantage: float, loss: float, silenced: bool) -> None:

@@ -514,6 +514,8 @@ def rewritten(recipe: Recipe, folder: Path) -> Recipe:
 texts = st.text(max_size=12) | st.sampled_from(["1e5", "1.5e3", "0e0", ".5e1", "12", "null", "yes", "2024-01-01", "~"])
 names = st.text(min_size=1, max_size=8)
 positive = st.floats(1e-12, 1e12)
+rates = positive.map(lambda rate: min(rate, 10.0))
+decays = st.floats(0, 1).map(lambda decay: min(decay, 0.999))
 plain = st.none() | st.booleans() | st.integers() | positive | texts
 own_keys = st.dictionaries(st.sampled_from(["path", "size", "1", "é"]), plain | st.lists(plain, max_size=2), max_size=2)
 prompts = texts.filter(lambda text: not text.endswith((".txt", ".jsonl", ".parquet"))) | st.lists(texts, max_size=3)
@@ -555,7 +557,7 @@ recipes = st.fixed_dictionaries(
     optional={
         "seed": st.integers(0, 2**63 - 1),
         "lora": st.none() | st.fixed_dictionaries({"rank": st.integers(1, 99), "targets": st.none() | st.lists(texts)}),
-        "optim": st.fixed_dictionaries({"lr": positive, "betas": st.tuples(st.floats(0, 1), st.floats(0, 1))}),
+        "optim": st.fixed_dictionaries({"lr": rates, "betas": st.tuples(decays, decays)}),
         "evaluation": st.none() | st.fixed_dictionaries({"prompts": prompts, "rewards": rewards}),
         "callbacks": st.lists(entries("callback"), max_size=2),
         "run": st.fixed_dictionaries({"trackers": st.lists(texts, max_size=2), "precision": st.just("bf16")}),

@@ -269,7 +269,11 @@ def test_a_failing_reward_is_reported_and_the_server_lives_on() -> None:
     with serving(Failing()) as url:
         for prompt, reason in (
             ("raise", "reward 'mean' failed: ZeroDivisionError: one line and another"),
-            ("short", "reward 'mean' failed: RewardError: the reward gave 'values' of shape (3,) for 1 samples"),
+            (
+                "short",
+                "reward 'mean' must give 1 values and valid flags for as many samples, as "
+                "branchtree.protocols.Scores says, but its 'values' has the shape (3,), not (1,)",
+            ),
         ):
             answer = post(url, encode_request(torch.zeros(1, 1, 2, 2), None, [Condition(prompt)]))
             assert (answer.status_code, answer.json()["detail"]) == (500, reason)

@@ -33,6 +33,7 @@ from branchtree.training import policy
 from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.ema import WeightAverage
 from branchtree.training.interrupt import StopRequest
+from branchtree.training.learning_rate import learning_rate_factor
 from branchtree.training.ledger import LEDGER, Ledger
 from branchtree.training.manifest import MANIFEST
 from branchtree.training.pictures import fitted, to_image
@@ -40,7 +41,7 @@ from branchtree.training.policy import ConditioningCache
 from branchtree.training.rundir import METRICS, RunDirectory, write_atomically
 from branchtree.training.samples import write_grid
 from branchtree.training.scoring import checked_scores
-from branchtree.training.session import learning_rate_factor, make_accelerator, open_session, read_inputs
+from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 from branchtree.training.update import partition
 from branchtree.tree import grow
@@ -176,7 +177,8 @@ def test_average_is_the_recursion_and_is_put_on_and_off() -> None:
     for value in (2.0, 4.0):
         parameter.data.fill_(value)
         average.update()
-    assert average.state()["w"].item() == pytest.approx(0.9 * (0.9 * 1 + 0.1 * 2) + 0.1 * 4)
+    # The first step begins the average; the second is taken in with the decay (1 + 1) / (10 + 1).
+    assert average.state()["w"].item() == pytest.approx(2 / 11 * 2 + 9 / 11 * 4)
     with average.applied():
         assert parameter.item() == average.state()["w"].item()
     assert parameter.item() == 4.0

@@ -68,14 +68,14 @@ class WanConfig(pydantic.BaseModel, extra="forbid", frozen=True):
 
     path: PathOrName
     task: Literal["image_to_video", "text_to_video"] = "image_to_video"
-    height: int = pydantic.Field(default=480, gt=0)
-    width: int = pydantic.Field(default=832, gt=0)
-    frames: int = pydantic.Field(default=81, gt=0)
-    fps: float = pydantic.Field(default=16.0, gt=0)
-    guidance: float = pydantic.Field(default=5.0, ge=0)
+    height: int = pydantic.Field(default=480, gt=0, le=8192)
+    width: int = pydantic.Field(default=832, gt=0, le=8192)
+    frames: int = pydantic.Field(default=81, gt=0, le=10_000)
+    fps: float = pydantic.Field(default=16.0, ge=0.1, le=1000)
+    guidance: float = pydantic.Field(default=5.0, ge=0, le=100)
     negative_prompt: str = ""
     image_fit: Literal["exact", "crop"] = "exact"
-    flow_shift: float | None = pydantic.Field(default=None, gt=0)
+    flow_shift: float | None = pydantic.Field(default=None, ge=0.01, le=100)
     max_sequence_length: int = pydantic.Field(default=ATTENDED_TEXT_TOKENS, gt=0, le=ATTENDED_TEXT_TOKENS)
     revision: str | None = None
     attention: str | None = None

@@ -55,9 +55,9 @@ class FluxConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     """
 
     path: PathOrName
-    height: int = pydantic.Field(default=720, gt=0)
-    width: int = pydantic.Field(default=720, gt=0)
-    guidance: float = pydantic.Field(default=3.5, ge=0)
+    height: int = pydantic.Field(default=720, gt=0, le=8192)
+    width: int = pydantic.Field(default=720, gt=0, le=8192)
+    guidance: float = pydantic.Field(default=3.5, ge=0, le=100)
     max_sequence_length: int = pydantic.Field(default=512, gt=0, le=512)
     revision: str | None = None
     attention: str | None = None

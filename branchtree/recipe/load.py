@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
 SUFFIXES = (".yaml", ".yml")
 METHOD_SIGN = "+"
 METHODS = "methods"  # the folder, beside recipes, of settings that make any recipe follow one method
+LARGEST = 2**63
+"""Integers below this fit where tensors and files keep them."""
+VALUE_SHOWN = 200
+"""Characters of a wrong value in a message."""
 
 
 def load_recipe(
@@ -163,6 +168,7 @@ def validate(source: Source) -> Recipe:
         recipe = Recipe.model_validate(source.data)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(detail, source, Recipe) for detail in _one_per_key(error))) from None
+    _require_plain(source.data, recipe, source)
     _check_options(recipe, source)
     return recipe
 
@@ -193,11 +199,64 @@ def validate_options(
     config: type[BaseModel], options: Mapping[str, Any], at: KeyPath, source: Source | None = None
 ) -> BaseModel:
     """Check a plug-in's own keys, which stand in the section ``at``. Raises RecipeError naming each wrong one."""
+    source = source or Source()
     try:
-        return config.model_validate(dict(options))
+        checked = config.model_validate(dict(options))
     except ValidationError as error:
-        details = [_explain(detail, source or Source(), config, at) for detail in _one_per_key(error)]
+        details = [_explain(detail, source, config, at) for detail in _one_per_key(error)]
         raise RecipeError("\n".join(details)) from None
+    _require_plain(options, checked, source, at)
+    return checked
+
+
+def _require_plain(given: Mapping[str, Any], checked: BaseModel, source: Source, at: KeyPath = ()) -> None:
+    """Refuse what pydantic would bend to fit, and numbers that nothing can work with, in the section ``at``.
+
+    A quoted number is no number, and neither is ``true``. Raises RecipeError naming each wrong key and its place.
+    """
+    problems = [
+        f"{_where(source, (*at, *path))}{_dotted((*at, *path))}: {problem} (it is {_shown(value)})"
+        for path, value, problem in _bent(given, checked, ())
+    ]
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def _bent(given: Any, checked: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any, str]]:
+    """Yield each value of another kind than was asked for, or out of all bounds: its path, and what is wrong."""
+    if isinstance(given, Mapping):
+        entries: Iterator[tuple[str | int, Any]] = iter(given.items())
+    elif isinstance(given, list | tuple):
+        entries = iter(enumerate(given))
+    else:
+        if (kind := _kind(checked)) and _kind(given) not in {kind, None}:
+            yield path, given, f"input should be {kind}"
+        elif isinstance(given, int) and not -LARGEST <= given < LARGEST:
+            yield path, given, "the number is too large"
+        elif isinstance(given, float) and not math.isfinite(given):
+            yield path, given, "the number should be finite"
+        return
+    for name, value in entries:
+        inner = _inner(checked, name)
+        if inner is not None:
+            yield from _bent(value, inner, (*path, name))
+
+
+def _inner(checked: Any, name: str | int) -> Any:
+    """Return the entry of a section, mapping or list; None if it has no such one."""
+    if isinstance(checked, BaseModel):
+        return getattr(checked, str(name), None)
+    if isinstance(checked, Mapping):
+        return checked.get(name)
+    return checked[int(name)] if isinstance(checked, list | tuple) and int(name) < len(checked) else None
+
+
+def _kind(value: Any) -> str | None:
+    if isinstance(value, bool):
+        return "true or false, without quotes"
+    if isinstance(value, int | float):
+        return "a number, without quotes"
+    return "a text" if isinstance(value, str) else None
 
 
 def _one_per_key(error: ValidationError) -> list[ErrorDetails]:
@@ -218,17 +277,33 @@ def _is_union_tag(part: str | int) -> bool:
 
 def _explain(detail: ErrorDetails, source: Source, root: type[BaseModel], at: KeyPath = ()) -> str:
     path: KeyPath = tuple(part for part in detail["loc"] if not _is_union_tag(part))
-    key = ".".join(str(part) for part in (*at, *path)) or "recipe"
-    origin = source.origin((*at, *path))
-    where = f"{origin}: " if origin else ""
+    key, where = _dotted((*at, *path)), _where(source, (*at, *path))
     if detail["type"] == "extra_forbidden":
         return f"{where}{key}: unknown key '{path[-1]}'{nearest(str(path[-1]), _fields(root, path[:-1]))}"
     if detail["type"] == "missing":
         return f"{where}{key}: is missing"
     message = detail["msg"].removeprefix("Value error, ")
     value = detail["input"]
-    shown = f" (it is {value!r})" if isinstance(value, str | int | float | bool | list | tuple | None) else ""
+    shown = f" (it is {_shown(value)})" if isinstance(value, str | int | float | bool | list | tuple | None) else ""
     return f"{where}{key}: {message[0].lower()}{message[1:]}{shown}"
+
+
+def _dotted(path: KeyPath) -> str:
+    return ".".join(str(part) for part in path) or "recipe"
+
+
+def _where(source: Source, path: KeyPath) -> str:
+    origin = source.origin(path)
+    return f"{origin}: " if origin else ""
+
+
+def _shown(value: Any) -> str:
+    """A value as a message shows it, cut where it is long."""
+    try:
+        text = repr(value)
+    except ValueError:  # Python writes no number of thousands of digits
+        text = "a number of thousands of digits"
+    return text if len(text) <= VALUE_SHOWN else f"{text[: VALUE_SHOWN - 3]}..."
 
 
 def _fields(model: type[BaseModel], path: KeyPath) -> list[str]:

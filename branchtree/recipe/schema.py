@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from branchtree.names import checked_name
 from branchtree.paths import LocalPath, PathKey
@@ -12,6 +13,12 @@ from branchtree.schedule import PRESET_SPLITS
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PromptFile = Annotated[str, PathKey(always=True, names=("hub:",))]
+Momentum = Annotated[float, Field(ge=0, lt=1)]
+
+MOST_LEAVES = 2**16
+"""Of one prompt's tree."""
+MOST_NODES = 2**19
+"""Of all trees of an iteration; their indices alone are worked with before anything is planned."""
 
 
 class Section(BaseModel):
@@ -42,7 +49,7 @@ class RewardSection(PluginSection):
     """An entry of ``rewards``: a reward by name and its weight; other keys belong to the reward."""
 
     reward: str
-    weight: float = 1.0
+    weight: float = Field(default=1.0, ge=-1e6, le=1e6)  # at 0 the reward is only looked at
     label: str | None = None  # its name in metrics; the reward's by default
 
 
@@ -55,8 +62,8 @@ class CallbackSection(PluginSection):
 class LoraSection(Section):
     """``lora``: train low-rank weights; leave the section out, or null, to train the whole denoiser."""
 
-    rank: int = Field(ge=1)
-    alpha: float | None = Field(default=None, gt=0)  # twice the rank by default
+    rank: int = Field(ge=1, le=4096)
+    alpha: float | None = Field(default=None, gt=0, le=1e6)  # twice the rank by default
     targets: tuple[str, ...] | None = None  # module names; the adapter's own by default
 
 
@@ -91,12 +98,12 @@ class WindowSection(Section):
 class TreeSection(Section):
     """``tree``: the shape of the tree."""
 
-    steps: int = Field(default=20, ge=2)
+    steps: int = Field(default=20, ge=2, le=1000)
     splits: str | tuple[int, ...] = "dense"  # dense, mixed, sparse, single, window, or a list of steps
     branches: int | tuple[int, ...] = 2  # children at a split: for all, or one number per split
     draw: DrawSection = DrawSection()
     siblings: Literal["correlated", "independent", "simplex"] = "correlated"
-    strength: float = Field(default=4.0, gt=0)  # s of correlated siblings
+    strength: float = Field(default=4.0, gt=0, le=1e3)  # s of correlated siblings
     sde: Literal["all", "splits", "window"] = "all"  # stochastic steps beside the splits
     window: WindowSection = WindowSection()
     # Steps of the grid that are walked after a prompt's last stochastic one, evenly spread; all of them by default.
@@ -140,9 +147,49 @@ class TreeSection(Section):
                 f"a window of {self.window.size} steps from step {self.window.start} does not fit: "
                 f"{self.steps - 1} steps can be stochastic"
             )
+        if self.sde == "window" and self.window.stop is not None and self.window.stop > self.steps - 2:
+            raise ValueError(
+                f"a window cannot slide down to step {self.window.stop}: steps 0 to {self.steps - 2} can be stochastic"
+            )
         if not isinstance(self.branches, int) and len(self.branches) != max(len(splits), 1):
             raise ValueError(f"{len(splits)} splits need as many branch factors, not {len(self.branches)}")
         return self
+
+    @model_validator(mode="after")
+    def _trains_something(self) -> TreeSection:
+        count = {"all": self.steps - 1, "splits": max(len(self.split_steps), 1), "window": self.window.size}[self.sde]
+        if int(self.timestep_fraction * count) == 0:
+            raise ValueError(
+                f"timestep_fraction {self.timestep_fraction} of a trajectory's {count} stochastic steps is less than "
+                "one: nothing would be trained"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _of_bearable_size(self) -> TreeSection:
+        factors = list(self.factors.values())
+        leaves = math.prod(factors)
+        if leaves > MOST_LEAVES:
+            product = " x ".join(map(str, factors[:6])) + (" x ..." if len(factors) > 6 else "")
+            shown = f"{product} = {leaves}" if len(factors) > 1 and leaves < 10**15 else product
+            raise ValueError(f"branches: {shown} leaves for each prompt are too many; at most {MOST_LEAVES}")
+        return self
+
+    @property
+    def factors(self) -> dict[int, int]:
+        """The split steps and their branch factors; one that is drawn or slides stands at the first step."""
+        steps = self.split_steps or (() if self.splits == () else (0,))
+        branches = (self.branches,) * len(steps) if isinstance(self.branches, int) else self.branches
+        return dict(zip(steps, branches, strict=False))
+
+    @property
+    def most_nodes(self) -> int:
+        """The nodes of one prompt's tree, or as many as it can have where its split is drawn or slides."""
+        factors, width, nodes = self.factors, 1, 1
+        for step in range(self.steps):
+            width *= factors.get(step, 1)
+            nodes += width
+        return nodes
 
     @property
     def split_steps(self) -> tuple[int, ...]:
@@ -156,21 +203,29 @@ class SamplerSection(Section):
     """``sampler``: the stochastic step and the time grid."""
 
     kind: Literal["dance", "flow", "cps", "ddim"] = "dance"
-    eta: float = Field(default=0.3, gt=0)
+    eta: float = Field(default=0.3, ge=1e-8, le=10)  # under cps and ddim at most 1
     grid: Literal["linear", "pipeline"] = "linear"  # pipeline: the model's own schedule, shift included
-    shift: float = Field(default=3.0, gt=0)  # of the linear grid
+    shift: float = Field(default=3.0, ge=0.01, le=100)  # of the linear grid
     log_prob: Literal["mean", "sum"] = "mean"  # over latent dimensions
+
+    @field_validator("eta")
+    @classmethod
+    def _at_most_all_noise(cls, eta: float, info: ValidationInfo) -> float:
+        kind = info.data.get("kind")
+        if kind in {"cps", "ddim"} and eta > 1:
+            raise ValueError(f"{kind} takes an eta up to 1, at which all noise of a step is fresh")
+        return eta
 
 
 class CreditSection(Section):
     """``credit``: from leaf rewards to advantages."""
 
-    beta: float = Field(default=1.0, ge=0)
+    beta: float = Field(default=1.0, ge=0, le=1e6)
     path_scale: Literal["mean", "sum", "standardised"] = "mean"
     advantage: Literal["depth", "leaf", "sibling"] = "depth"
     combine: Literal["advantages", "rewards"] = "advantages"
-    eps: float = Field(default=1e-8, gt=0)
-    clip: float = Field(default=5.0, gt=0)
+    eps: float = Field(default=1e-8, gt=0, le=1e6)
+    clip: float = Field(default=5.0, gt=0, le=1e6)
 
 
 class PruningSection(Section):
@@ -186,8 +241,8 @@ class PruningSection(Section):
 class LossSection(Section):
     """``loss``: the clipped objective."""
 
-    clip_range: float = Field(default=1e-4, gt=0)
-    kl: float = Field(default=0.0, ge=0)  # weight of the KL to the start policy
+    clip_range: float = Field(default=1e-4, gt=0, le=1e6)
+    kl: float = Field(default=0.0, ge=0, le=1e6)  # weight of the KL to the start policy
     kl_every: int | None = Field(default=None, ge=1)  # iterations between measurements of it where it has no weight
     weighting: Literal["none", "noise"] = "none"  # noise: each step by its noise, of mean 1 over the grid
     # Behaviour densities after an iteration's first optimiser step: those of the rollout, or computed again, at the
@@ -198,16 +253,17 @@ class LossSection(Section):
 class OptimSection(Section):
     """``optim``: AdamW and what surrounds it."""
 
-    lr: float = Field(default=1e-5, gt=0)
-    weight_decay: float = Field(default=1e-4, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, gt=0)
-    max_grad_norm: float = Field(default=1.0, gt=0)
-    refuse_above: float | None = Field(default=None, gt=0)  # norm before clipping above which an update is left out
+    lr: float = Field(default=1e-5, gt=0, le=10)
+    weight_decay: float = Field(default=1e-4, ge=0, le=10)
+    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, ge=1e-30, le=1)
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e12)
+    # Norm before clipping above which an update is left out.
+    refuse_above: float | None = Field(default=None, gt=0, le=1e12)
     max_refused: int = Field(default=3, ge=0)  # updates left out in a row, for this or for not being finite
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup: int = Field(default=0, ge=0)  # optimiser steps
-    steps_per_iteration: int = Field(default=1, ge=1)
+    steps_per_iteration: int = Field(default=1, ge=1, le=1000)
     ema: float | None = Field(default=None, gt=0, lt=1)
 
 
@@ -228,7 +284,7 @@ class ScoringSection(Section):
 
     overlap: bool = True  # decode and score while trees grow and the gradient pass begins
     max_invalid: float = Field(default=0.5, ge=0, le=1)  # share of samples a reward may fail on before the run ends
-    window: int = Field(default=3, ge=1)  # iterations that the share is taken over
+    window: int = Field(default=3, ge=1, le=10_000)  # iterations that the share is taken over
 
 
 class DataSection(Section):
@@ -250,7 +306,7 @@ class EvaluationSection(Section):
     folder: LocalPath | None = None
     rewards: tuple[RewardSection, ...] = Field(min_length=1)
     limit: int | None = Field(default=None, ge=1)  # use only the first prompts
-    noises: int = Field(default=1, ge=1)  # samples per prompt
+    noises: int = Field(default=1, ge=1, le=1000)  # samples per prompt
     every: int | None = Field(default=None, ge=1)  # iterations; only before and after by default
     rows: int = Field(default=64, ge=1)  # samples at a time
     seed: Seed = 7
@@ -259,14 +315,15 @@ class EvaluationSection(Section):
 class RunSection(Section):
     """``run``: length, precision, and what is written when."""
 
-    iterations: int = Field(default=300, ge=1)
+    iterations: int = Field(default=300, ge=1, le=10**7)
     precision: Literal["fp32", "bf16"] = "fp32"
     tf32: bool = True
     gradient_checkpointing: bool = False
     compile: str | None = None  # torch.compile's back-end for the denoiser's blocks, such as inductor; none by default
     # Keep encoded prompts for later runs: in a folder, or, by the word user, in the user's cache folder.
     embeddings: Annotated[str, PathKey(always=True, names=("user",))] | None = None
-    embeddings_gib: float = Field(default=50.0, gt=0)  # the folder's size, above which the least recently used give way
+    # The folder's size, above which the least recently used give way.
+    embeddings_gib: float = Field(default=50.0, gt=0, le=1e6)
     checkpoint_every: int = Field(default=40, ge=1)
     keep_checkpoints: int = Field(default=3, ge=1)
     checkpoint_async: bool = False  # write them while training goes on
@@ -274,7 +331,7 @@ class RunSection(Section):
     sample_prompts: int = Field(default=8, ge=1)
     tree_every: int = Field(default=20, ge=1)  # iterations between recorded trees
     trackers: tuple[str, ...] = ()  # accelerate's: tensorboard, wandb, ...
-    threads: int | None = Field(default=None, ge=1)
+    threads: int | None = Field(default=None, ge=1, le=256)
 
 
 SINGLE: dict[str, dict[str, Any]] = {
@@ -305,6 +362,16 @@ class Recipe(Section):
     evaluation: EvaluationSection | None = None
     run: RunSection = RunSection()
     callbacks: tuple[CallbackSection, ...] = ()
+
+    @model_validator(mode="after")
+    def _trees_of_bearable_size(self) -> Recipe:
+        prompts, nodes = self.batch.prompts, self.tree.most_nodes
+        if prompts * nodes > MOST_NODES:
+            raise ValueError(
+                f"batch.prompts {prompts} x {nodes} nodes of a tree = {prompts * nodes} are too many for one "
+                f"iteration; at most {MOST_NODES}"
+            )
+        return self
 
     @model_validator(mode="before")
     @classmethod

@@ -4,6 +4,7 @@
 import asyncio
 from typing import TYPE_CHECKING
 
+from branchtree.errors import RewardError
 from branchtree.serving.access import admits
 from branchtree.serving.service import Service
 from branchtree.serving.wire import CONTENT_TYPE, EXPECTS, MEBIBYTE, Info, WireError
@@ -60,9 +61,9 @@ def make_app(service: Service, token: str | None) -> "FastAPI":
                 return Response(await service.score(body), media_type=CONTENT_TYPE)
             except WireError as error:
                 raise HTTPException(400, str(error)) from None
-            except Exception as error:  # a reward can raise anything; the server lives on
-                reason = " ".join(f"{type(error).__name__}: {error}".split())[:SHOWN]
-                raise HTTPException(500, f"reward '{found.reward}' failed: {reason}") from None
+            except Exception as error:  # whatever it is, the server lives on
+                told = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+                raise HTTPException(500, " ".join(told.split())[:SHOWN]) from None
 
     return app
 

@@ -16,7 +16,8 @@ import torch
 
 import branchtree
 from branchtree.errors import BranchTreeError, RewardError
-from branchtree.protocols import Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter, Scores
+from branchtree.protocols import Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter
+from branchtree.scores import ask
 from branchtree.serving.wire import Info, WireError, decode_request, encode_scores
 
 IDLE = 10.0  # seconds without a request before the reward is told that it may leave the device
@@ -53,7 +54,7 @@ class Service:
         return self.info
 
     async def score(self, body: bytes) -> bytes:
-        """Answer one request, after those that came before. Raises WireError, or whatever the reward raises."""
+        """Answer one request, after those that came before. Raises WireError, or RewardError if the reward fails."""
         loop = asyncio.get_running_loop()
         if self._idle:
             self._idle.cancel()
@@ -91,17 +92,7 @@ class Service:
             if request.media.modality not in adapter.modalities:
                 scored = " and ".join(f"{modality}s" for modality in sorted(adapter.modalities))
                 raise WireError(f"reward '{self._reward.name}' scores {scored}, not {request.media.modality}s")
-            with torch.no_grad():
-                scores = adapter.score(request.media, request.conditions)
-        _require_shapes(scores, len(request.media))
-        return encode_scores(scores)
-
-
-def _require_shapes(scores: Scores, count: int) -> None:
-    tensors = {"values": scores.values, "valid": scores.valid, "raw": scores.raw, **scores.details}
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape != (count,):
-            raise RewardError(f"the reward gave '{name}' of shape {tuple(tensor.shape)} for {count} samples")
+            return encode_scores(ask(self._reward.name, adapter, request.media, request.conditions))
 
 
 def _identity(reward: NamedAdapter, fingerprint: str | None) -> str:

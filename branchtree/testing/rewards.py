@@ -15,9 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from branchtree.assembly import make_reward
-from branchtree.errors import BranchTreeError
+from branchtree.errors import BranchTreeError, RewardError
 from branchtree.plugins import registry
 from branchtree.protocols import Condition, Fingerprinted, GroupReward, Media, ReleasesMemory, RewardAdapter, Scores
+from branchtree.scores import check_scores
 
 CPU = torch.device("cpu")
 REFUSED = (ValueError, BranchTreeError)
@@ -149,11 +150,12 @@ class RewardPromises:
         """float32 and bool (B,), on one device, without gradients; the case's samples are valid and told apart."""
         for media in case.samples():
             scores = _score(loaded, case, media)
-            shape = (len(media),)
+            try:
+                check_scores(case.reward["reward"], scores, len(media))
+            except RewardError as error:
+                pytest.fail(str(error))
             numbers = [scores.values, *([] if scores.raw is None else [scores.raw])]
-            assert all(number.shape == shape and number.dtype == torch.float32 for number in numbers)
-            assert all(figure.shape == shape for figure in scores.details.values())
-            assert (scores.valid.shape, scores.valid.dtype) == (shape, torch.bool)
+            assert all(number.dtype == torch.float32 for number in numbers)
             assert {tensor.device for tensor in (*numbers, *scores.details.values(), scores.valid)} == {CPU}
             assert not any(tensor.requires_grad for tensor in (*numbers, *scores.details.values()))
             assert bool(scores.valid.all()), scores.reasons

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,7 @@ from branchtree.training.disk import free_name, writing
 from branchtree.training.ema import WeightAverage
 from branchtree.training.engine import Engine
 from branchtree.training.guard import UpdateGuard
+from branchtree.training.learning_rate import LearningRate
 from branchtree.training.ledger import Ledger
 from branchtree.training.manifest import require_whole
 from branchtree.training.rundir import CHECKPOINT
@@ -42,8 +43,7 @@ DAMAGED, LATER = "damaged_", "later_"
 class Progress:
     """Where training stands beside the weights and the optimiser's moments."""
 
-    scheduler: Mapping[str, Any]  # its state
-    rates: Sequence[float]  # learning rates of the optimiser's groups
+    planned_steps: int  # of the optimiser so far, taken or not
     refused_in_a_row: int
 
 
@@ -53,7 +53,7 @@ class Trained:
 
     model: ModelAdapter
     engine: Engine
-    scheduler: Any
+    scheduler: LearningRate
     average: WeightAverage | None
     guard: UpdateGuard
 
@@ -69,14 +69,11 @@ class Trained:
 
     def progress(self) -> Progress:
         """What training moves along beside the weights."""
-        rates = tuple(group["lr"] for group in self.engine.optimizer.param_groups)
-        return Progress(self.scheduler.state_dict(), rates, self.guard.in_a_row)
+        return Progress(self.scheduler.planned, self.guard.in_a_row)
 
     def go_back(self, progress: Progress) -> None:
         """Put back what was there when the weights were last changed."""
-        self.scheduler.load_state_dict(progress.scheduler)
-        for group, rate in zip(self.engine.optimizer.param_groups, progress.rates, strict=True):
-            group["lr"] = rate
+        self.scheduler.begin(progress.planned_steps)
         self.guard.in_a_row = progress.refused_in_a_row
 
     def exported(self) -> dict[str, Tensor] | None:
@@ -126,7 +123,7 @@ def take_snapshot(
             "iteration": iteration,
             "position": dict(position),
             "refused_in_a_row": trained.guard.in_a_row,
-            "scheduler": trained.scheduler.state_dict(),
+            "average_steps": None if trained.average is None else trained.average.steps,
             "recipe": recipe.model_dump(mode="json"),
             "contents": contents,
         },
@@ -241,7 +238,9 @@ def load_average(path: Path, average: WeightAverage) -> None:
     if (path / AVERAGE).is_file():
         from safetensors.torch import load_file
 
-        average.load(load_file(path / AVERAGE))
+        state = read_state(path)
+        planned = state["iteration"] * state["recipe"]["optim"]["steps_per_iteration"]
+        average.load(load_file(path / AVERAGE), state.get("average_steps", planned))  # older checkpoints do not say
     else:
         average.restart()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -38,10 +38,13 @@ def _count(scores: Scores) -> Failures:
 
 
 class FailureWatch:
-    """Adds up failures over all processes and ends the run when they pass ``scoring.max_invalid``."""
+    """Adds up failures over all processes and ends the run when they pass ``scoring.max_invalid``.
 
-    def __init__(self, section: ScoringSection) -> None:
-        self._section = section
+    Rewards whose labels are in ``ignored``, as those of weight 0, may fail as they like.
+    """
+
+    def __init__(self, section: ScoringSection, ignored: Container[str] = ()) -> None:
+        self._section, self._ignored = section, ignored
         self._past: deque[Mapping[str, Failures]] = deque(maxlen=section.window)
 
     def recall(self, accelerator: Any, output: RunDirectory) -> None:
@@ -58,7 +61,7 @@ class FailureWatch:
 
         everyone: list[dict[str, Failures]] = gather_object([count_failures(scores)])
         self._past.append({label: _total([share[label] for share in everyone]) for label in scores})
-        for label in scores:
+        for label in (label for label in scores if label not in self._ignored):
             window = [past[label] for past in self._past if label in past]
             total = _total(window)
             if total.invalid > self._section.max_invalid * total.samples:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from branchtree.credit import Credit
-from branchtree.families import Families, collect
+from branchtree.families import Families
 from branchtree.protocols import Scores
 from branchtree.rollout import Sampler
 from branchtree.training.gradient import Gradient, Policies, UpdateRecord
@@ -45,14 +45,14 @@ class Learning:
         with self._watch.phase("update"):
             if self._gradient is None:
                 self._gradient = self._session.updater.begin(tree, self._policies)
-            self._gradient.add(self._new(collect(topology, credit.advantages, credit.keep)))
+            self._gradient.add(self._new(credit.families(topology)))
         self._begun = prompts.stop
 
     def finish(self, tree: BranchTree, whole: Topology, credit: Credit) -> UpdateRecord:
         """Take up what is left, and take the optimiser's steps. ``whole`` is the team's topology, with its credit."""
         session = self._session
         parts = partition(
-            self._new(collect(whole, credit.advantages, credit.keep)),
+            self._new(credit.families(whole)),
             session.recipe.optim.steps_per_iteration,
             session.recipe.seed,
             self._iteration,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from branchtree.credit import Credit
+from branchtree.fusion import TIE
 from branchtree.protocols import Scores
 from branchtree.schedule import TreePlan
-from branchtree.segments import segment_std, segment_sum
+from branchtree.segments import segment_count, segment_size, segment_std, segment_sum
 from branchtree.training.gradient import UpdateRecord
 from branchtree.tree import Topology
 from branchtree.variance import split_spread, split_variance
@@ -87,6 +88,10 @@ def _reward_metrics(topology: Topology, scores: Mapping[str, Scores], credit: Cr
             continue
         metrics[f"reward/{label}/mean"] = float(values.mean())
         metrics[f"reward/{label}/std"] = float(segment_std(values, prompts, topology.prompts).mean())
+        rounding = TIE * segment_size(values, prompts, topology.prompts)
+        tied = segment_std(values, prompts, topology.prompts, rounding) == 0
+        compared = segment_count(prompts, topology.prompts) > 1
+        metrics[f"reward/{label}/tied_prompts"] = float((tied & compared).sum())
         further = {"raw": score.raw, **score.details}
         for name, figure in further.items():
             if figure is not None:
@@ -149,7 +154,7 @@ def _depth_metrics(credit: Credit, update: UpdateRecord) -> dict[str, float]:
 
 
 def _split_metrics(topology: Topology, credit: Credit) -> dict[str, float]:
-    """Where the variance of the first reward arises, and how far siblings lie apart."""
+    """Where the variance of the first reward that has a weight arises, and how far siblings lie apart."""
     label = next(iter(credit.rewards))
     spread = split_spread(topology, credit.values[label])
     figures = {"spread": spread.spread, "ties": spread.ties}

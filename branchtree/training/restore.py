@@ -97,30 +97,20 @@ def load_checkpoint(path: Path, trained: Trained, recipe: Recipe) -> int:
     Raises CheckpointError if the checkpoint does not fit.
     """
     state = read_state(path)
-    now = recipe.model_dump(mode="json")
-    fresh = [dict(group) for group in trained.engine.optimizer.param_groups]
+    settings = [
+        {name: value for name, value in group.items() if name != "params"}
+        for group in trained.engine.optimizer.param_groups
+    ]
     if trained.average is not None:
         load_average(path, trained.average)
     try:
         optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
         trained.engine.load_optimizer(optimizer)
-        trained.scheduler.load_state_dict(state["scheduler"])
         trained.guard.in_a_row = int(state["refused_in_a_row"])
     except Exception as error:  # torch raises many kinds for a file that it cannot read
         raise CheckpointError(f"{path}: does not fit this run: {type(error).__name__}: {error}") from error
-    if state["recipe"]["optim"] != now["optim"] or state["recipe"]["run"]["iterations"] != recipe.run.iterations:
-        _take_up(trained, fresh)
+    # The settings are those of the recipe of today, and the schedule stands where its steps so far put it.
+    for group, own in zip(trained.engine.optimizer.param_groups, settings, strict=True):
+        group.update(own)
+    trained.scheduler.begin(state["iteration"] * recipe.optim.steps_per_iteration)
     return int(state["iteration"])
-
-
-def _take_up(trained: Trained, fresh: Sequence[dict[str, Any]]) -> None:
-    """Give the optimiser the settings of the recipe of today: those that came with the checkpoint are of its own."""
-    scheduler = trained.scheduler
-    scheduler.base_lrs = [group["initial_lr"] for group in fresh]
-    for group, new, base, factor in zip(
-        trained.engine.optimizer.param_groups, fresh, scheduler.base_lrs, scheduler.lr_lambdas, strict=True
-    ):
-        kept = {"params", "lr"}
-        group.update({name: value for name, value in new.items() if name not in kept})
-        group["lr"] = base * factor(scheduler.last_epoch)
-    scheduler._last_lr = [group["lr"] for group in trained.engine.optimizer.param_groups]

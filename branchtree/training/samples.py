@@ -12,7 +12,6 @@ from typing import Any
 from torch import Tensor
 
 from branchtree.credit import Credit
-from branchtree.families import trained_edges
 from branchtree.protocols import Media, Scores
 from branchtree.training.pictures import THUMBNAIL, TILE, fitted, png, tiled, to_image
 from branchtree.training.rundir import write_atomically
@@ -138,7 +137,7 @@ def _offsets(topology: Topology) -> list[int]:
 def _nodes(topology: Topology, credit: Credit) -> list[dict[str, Any]]:
     plan, offsets = topology.plans[0], _offsets(topology)
     values = next(iter(credit.values.values()))
-    trained = trained_edges(topology, credit.advantages, credit.keep)
+    trained = credit.trained(topology)
     return [
         {
             "id": offsets[depth] + node,

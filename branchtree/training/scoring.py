@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -15,12 +15,12 @@ from types import TracebackType
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from branchtree.assembly import NamedReward
 from branchtree.errors import RewardError
 from branchtree.protocols import Condition, Media, ReleasesMemory, Scores
 from branchtree.recipe.schema import ScoringSection
+from branchtree.scores import ask, failed_scores
 from branchtree.training.microbatch import REWARD_REMEDY, RowLimit, RowLimits, ran_out_of_memory
 
 AHEAD = 2
@@ -197,8 +197,22 @@ def shut_down(executors: Sequence[Executor], kind: type[BaseException] | None) -
 def timed_scores(
     reward: NamedReward, media: Media, conditions: Sequence[Condition], limit: RowLimit
 ) -> tuple[Scores, float]:
-    """One reward's checked scores, and the seconds they took."""
+    """One reward's checked scores, and the seconds they took.
+
+    A reward of weight 0 is only looked at: where it fails, its samples are invalid, and nothing is raised.
+    """
     start = time.perf_counter()
+    try:
+        scores = _scores(reward, media, conditions, limit)
+    except RewardError as error:
+        if reward.weight != 0:
+            raise
+        scores = failed_scores(len(media), str(error))
+    return scores, time.perf_counter() - start
+
+
+def _scores(reward: NamedReward, media: Media, conditions: Sequence[Condition], limit: RowLimit) -> Scores:
+    """One reward's checked scores, of as many samples at once as its memory allows."""
 
     def score(rows: slice) -> Scores:
         try:
@@ -212,34 +226,10 @@ def timed_scores(
             raise cause from None  # fewer samples at once may do
 
     if reward.groupwise:  # a group cannot be cut
-        return score(slice(None)), time.perf_counter() - start
-    parts = [part for _, part in limit.each(len(media), score)]
-    return Scores.joined(parts), time.perf_counter() - start
+        return score(slice(None))
+    return Scores.joined([scores for _, scores in limit.each(len(media), score)])
 
 
 def checked_scores(reward: NamedReward, media: Media, conditions: Sequence[Condition]) -> Scores:
-    """One reward's scores on the CPU; a value that is not finite is marked invalid."""
-    try:
-        with torch.no_grad():
-            scores = reward.adapter.score(media, conditions)
-    except Exception as error:
-        # A reward is a plug-in and can raise anything; the run must end with a message that names it.
-        raise RewardError(f"reward '{reward.label}' failed: {type(error).__name__}: {error}") from error
-    if scores.values.shape != (len(media),) or scores.valid.shape != (len(media),):
-        raise RewardError(
-            f"reward '{reward.label}' must give {len(media)} values and valid flags for as many samples, "
-            f"not {tuple(scores.values.shape)} and {tuple(scores.valid.shape)}"
-        )
-    values = scores.values.detach().float().cpu()
-    finite = values.isfinite()
-    return Scores(
-        values=values,
-        valid=scores.valid.detach().cpu() & finite,
-        raw=None if scores.raw is None else scores.raw.detach().float().cpu(),
-        details={name: figure.detach().float().cpu() for name, figure in scores.details.items()},
-        reasons={**dict.fromkeys(_rows(~finite), "the value is not finite"), **scores.reasons},
-    )
-
-
-def _rows(flags: Tensor) -> Iterable[int]:
-    return [int(row) for row in flags.nonzero().flatten()]
+    """One reward's scores; see ``ask``."""
+    return ask(reward.label, reward.adapter, media, conditions)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from branchtree.assembly import (
     NamedReward,
+    check_learns,
     make_callbacks,
     make_credit_rule,
     make_kernel,
@@ -22,6 +23,7 @@ from branchtree.assembly import (
     make_rewards,
     make_sampler,
     make_schedule,
+    planned_steps,
 )
 from branchtree.cost import count
 from branchtree.credit import Credit, CreditRule, PruningRule, assign_credit
@@ -52,6 +54,7 @@ from branchtree.training.evaluation import Evaluator, Figure
 from branchtree.training.failures import FailureWatch
 from branchtree.training.gradient import Objective, Policies
 from branchtree.training.guard import UpdateGuard
+from branchtree.training.learning_rate import LearningRate
 from branchtree.training.lockstep import Lockstep
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import ConditioningCache, open_cache, velocity_function
@@ -94,6 +97,7 @@ def read_inputs(recipe: Recipe) -> Inputs:
     """Look up plug-ins, read prompts and have the model check them. Raises a BranchTreeError naming what is wrong."""
     model = make_model(recipe)
     make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
+    check_learns(recipe)
     section = recipe.evaluation
     rewards = make_rewards(recipe.rewards, ("rewards",), model.modality)
     built = {reward.described: reward.adapter for reward in rewards}
@@ -235,7 +239,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
         base = missing_base(inputs, output, first, accelerator)
         restore_weights(checkpoint, model, None)
     engine = make_engine(recipe, accelerator, model.denoiser, reference, partial(_make_optimizer, recipe.optim))
-    scheduler = _make_scheduler(recipe, engine.optimizer)
+    scheduler = LearningRate(engine.optimizer, recipe.optim, planned_steps(recipe))
     limits = _row_limits(inputs, accelerator, engine.joint)
     average = WeightAverage(engine.parameters, recipe.optim.ema) if recipe.optim.ema else None
     guard = UpdateGuard(recipe.optim)
@@ -259,7 +263,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
         ),
         trained=Trained(model, engine, scheduler, average, guard),
         evaluator=make_evaluator(inputs, cache, sampler, limits, accelerator, engine.joint),
-        failures=FailureWatch(recipe.scoring),
+        failures=FailureWatch(recipe.scoring, {reward.label for reward in inputs.rewards if reward.weight == 0}),
         order=PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle),
         credit_rule=make_credit_rule(recipe),
         pruning_rule=make_pruning_rule(recipe),
@@ -360,26 +364,6 @@ def _make_optimizer(section: OptimSection, parameters: Sequence[nn.Parameter]) -
         weight_decay=section.weight_decay,
         fused=True,
     )
-
-
-def _make_scheduler(recipe: Recipe, optimizer: Any) -> torch.optim.lr_scheduler.LRScheduler:
-    total = recipe.run.iterations * recipe.optim.steps_per_iteration
-    plain = getattr(optimizer, "optimizer", optimizer)  # what accelerate wrapped
-    return torch.optim.lr_scheduler.LambdaLR(plain, learning_rate_factor(recipe.optim, total))
-
-
-def learning_rate_factor(section: OptimSection, total: int) -> Callable[[int], float]:
-    """The learning rate's factor at each optimiser step: a linear warm-up, then the schedule down to 0 at ``total``."""
-
-    def factor(step: int) -> float:
-        if step < section.warmup:
-            return (step + 1) / section.warmup
-        progress = min((step - section.warmup) / max(total - section.warmup, 1), 1.0)
-        if section.schedule == "linear":
-            return 1 - progress
-        return 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * progress)))) if section.schedule == "cosine" else 1.0
-
-    return factor
 
 
 def _row_limits(inputs: Inputs, accelerator: Any, joint: bool) -> RowLimits:

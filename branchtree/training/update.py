@@ -66,14 +66,15 @@ class Updater:
         for part, (edges, joins), old_log_prob in zip(parts, work, old, strict=True):
             if edges == 0:
                 record.skipped_steps += 1
-                continue
-            gradient = begun or self.begin(tree, policies, old_log_prob, first=record.steps == 0)
-            gradient.add(part)
-            record.add(gradient.finish(joins))
-            # The loss is the mean over the edges of all processes, and the engine averages over processes.
-            self.engine.scale(self.accelerator.num_processes / edges)
-            self._take(record, iteration)
-            begun = None
+            else:
+                gradient = begun or self.begin(tree, policies, old_log_prob, first=record.steps == 0)
+                gradient.add(part)
+                record.add(gradient.finish(joins))
+                # The loss is the mean over the edges of all processes, and the engine averages over processes.
+                self.engine.scale(self.accelerator.num_processes / edges)
+                self._take(record, iteration)
+                begun = None
+            self.scheduler.step()  # taken or not
         return record
 
     def _shared_work(self, parts: Sequence[Families], begun: Gradient | None) -> list[tuple[int, int]]:
@@ -113,7 +114,6 @@ class Updater:
             record.refused_steps += 1
             return
         self.engine.step()
-        self.scheduler.step()
         if self.average is not None:
             self.average.update()
         record.steps += 1

@@ -32,8 +32,8 @@ class ClipFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     path: PathOrName = "openai/clip-vit-base-patch32"
     revision: str | None = None
     normalize: bool = False
-    batch: int = pydantic.Field(default=32, ge=1)
-    frames: int = pydantic.Field(default=8, ge=1)
+    batch: int = pydantic.Field(default=32, ge=1, le=10_000)
+    frames: int = pydantic.Field(default=8, ge=1, le=10_000)
 
 
 class ClipFeatures(NetworkFeatures[ClipFeaturesConfig]):

@@ -35,8 +35,8 @@ class InceptionFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     """
 
     path: LocalPath
-    batch: int = pydantic.Field(default=32, ge=1)
-    frames: int = pydantic.Field(default=8, ge=1)
+    batch: int = pydantic.Field(default=32, ge=1, le=10_000)
+    frames: int = pydantic.Field(default=8, ge=1, le=10_000)
 
 
 class InceptionFeatures(NetworkFeatures[InceptionFeaturesConfig]):

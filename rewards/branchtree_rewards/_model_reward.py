@@ -40,7 +40,7 @@ class ModelRewardConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     revision: str | None = None
     sha256: str | dict[str, str] | None = None
     scale: ScaleName = "raw"
-    batch: int = pydantic.Field(default=16, ge=1)
+    batch: int = pydantic.Field(default=16, ge=1, le=10_000)
     offload: bool = False
 
 

@@ -79,7 +79,7 @@ class PixelsFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
         size: Pixels that the longer side is shrunk to.
     """
 
-    size: int = pydantic.Field(default=16, ge=1)
+    size: int = pydantic.Field(default=16, ge=1, le=1024)
 
 
 class PixelsFeatures:

@@ -40,8 +40,8 @@ class VBenchAestheticConfig(AestheticConfig, frozen=True):
         frames: Frames sent through the model at a time.
     """
 
-    batch: int = pydantic.Field(default=1, ge=1)
-    frames: int = pydantic.Field(default=32, ge=1)
+    batch: int = pydantic.Field(default=1, ge=1, le=10_000)
+    frames: int = pydantic.Field(default=32, ge=1, le=10_000)
 
 
 class VBenchAesthetic(VBenchReward[VBenchAestheticConfig]):

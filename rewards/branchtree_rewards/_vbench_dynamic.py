@@ -45,9 +45,9 @@ class VBenchDynamicConfig(VBenchConfig, frozen=True):
 
     path: PathOrName = RAFT_FILE
     measure: Literal["dynamic", "share"] = "dynamic"
-    fps: float | None = pydantic.Field(default=None, gt=0)
-    updates: int = pydantic.Field(default=20, ge=1)
-    frames: int = pydantic.Field(default=1, ge=1)
+    fps: float | None = pydantic.Field(default=None, ge=0.1, le=1000)
+    updates: int = pydantic.Field(default=20, ge=1, le=1000)
+    frames: int = pydantic.Field(default=1, ge=1, le=10_000)
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ class VBenchImagingConfig(VBenchConfig, frozen=True):
     """
 
     path: PathOrName = MUSIQ_FILE
-    frames: int = pydantic.Field(default=4, ge=1)
+    frames: int = pydantic.Field(default=4, ge=1, le=10_000)
 
 
 class VBenchImaging(VBenchReward[VBenchImagingConfig]):

@@ -68,7 +68,7 @@ class VBenchSmoothnessConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     interpolator: Annotated[str, pydantic.AfterValidator(_known)]
     options: Mapping[str, PathOrName | int | float | bool] = pydantic.Field(default_factory=dict)
     scale: ScaleName = "raw"
-    frames: int = pydantic.Field(default=1, ge=1)
+    frames: int = pydantic.Field(default=1, ge=1, le=10_000)
 
 
 class VBenchSmoothness:

@@ -25,7 +25,7 @@ class DiversityConfig(pydantic.BaseModel, extra="forbid", frozen=True):
             and colour, larger ones at texture and noise too.
     """
 
-    size: int = pydantic.Field(default=32, ge=1)
+    size: int = pydantic.Field(default=32, ge=1, le=1024)
 
 
 class Diversity:

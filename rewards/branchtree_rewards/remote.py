@@ -61,9 +61,9 @@ class RemoteConfig(pydantic.BaseModel, extra="forbid", frozen=True):
 
     url: Annotated[str, pydantic.AfterValidator(_of_http)]
     token_env: str | None = None
-    timeout: float = pydantic.Field(default=600, gt=0)
-    retries: int = pydantic.Field(default=3, ge=0)
-    wait: float = pydantic.Field(default=0, ge=0)
+    timeout: float = pydantic.Field(default=600, gt=0, le=1e6)
+    retries: int = pydantic.Field(default=3, ge=0, le=100)
+    wait: float = pydantic.Field(default=0, ge=0, le=1e6)
     serves: str | None = None
     fingerprint: str | None = pydantic.Field(default=None, min_length=12)
     check_version: bool = True

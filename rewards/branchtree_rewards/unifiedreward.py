@@ -73,20 +73,20 @@ class UnifiedRewardConfig(ModelRewardConfig, frozen=True):
     """
 
     path: PathOrName = CHECKPOINT
-    batch: int = pydantic.Field(default=8, ge=1)
+    batch: int = pydantic.Field(default=8, ge=1, le=10_000)
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
     server: str | None = None
     model: str | None = None
     api_key_env: str | None = None
     concurrency: int = pydantic.Field(default=8, ge=1, le=256)
-    timeout: float = pydantic.Field(default=120.0, gt=0, allow_inf_nan=False)
+    timeout: float = pydantic.Field(default=120.0, gt=0, le=1e6)
     retries: int = pydantic.Field(default=4, ge=0, le=20)
-    wait: float = pydantic.Field(default=0.0, ge=0, allow_inf_nan=False)
+    wait: float = pydantic.Field(default=0.0, ge=0, le=1e6)
     image_format: ImageFormat = "jpeg"
     template: TemplateName = "semantic"
     field: FieldName | None = None
-    max_tokens: int = pydantic.Field(default=4096, ge=1)
-    resize: int | None = pydantic.Field(default=None, ge=1)
+    max_tokens: int = pydantic.Field(default=4096, ge=1, le=1_000_000)
+    resize: int | None = pydantic.Field(default=None, ge=1, le=8192)
 
     @pydantic.field_validator("server")
     @classmethod

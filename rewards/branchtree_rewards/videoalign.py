@@ -63,12 +63,12 @@ class VideoAlignConfig(ModelRewardConfig, frozen=True):
     """
 
     path: PathOrName = "KlingTeam/VideoReward"
-    checkpoint: int | None = pydantic.Field(default=None, ge=0)
+    checkpoint: int | None = pydantic.Field(default=None, ge=0, lt=2**31)
     base: PathOrName = "Qwen/Qwen2-VL-2B-Instruct"
     measure: Annotated[str, pydantic.AfterValidator(_known)] = "MQ"
-    fps: float | None = pydantic.Field(default=None, gt=0)
+    fps: float | None = pydantic.Field(default=None, ge=0.1, le=1000)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
-    batch: int = pydantic.Field(default=2, ge=1)
+    batch: int = pydantic.Field(default=2, ge=1, le=10_000)
 
 
 class VideoAlign(ModelReward[VideoAlignConfig]):
