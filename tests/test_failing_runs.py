@@ -183,7 +183,7 @@ def test_diverged_weights_are_called_so_and_the_good_checkpoint_is_kept(
     changes = {"optim__lr": rate, "run__checkpoint_every": every, "run__keep_checkpoints": 1}
     message = told(cli(run, "--no-report", "--resume", "--allow", "optim.lr", **changes))
     assert "the weights have diverged in iteration " in message
-    assert f"The checkpoint {run}/checkpoints/iteration_000003 is kept: lower optim.lr" in message
+    assert f"The last good checkpoint {run}/checkpoints/iteration_000003 is kept: with a lower optim.lr" in message
     assert "reward" not in message.lower()
     assert [path.name for path in list_checkpoints(run / "checkpoints")] == ["iteration_000003"]
     if every == 1:

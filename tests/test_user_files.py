@@ -279,7 +279,7 @@ def test_results_of_other_commands_replace_only_their_own(
     for name in ("samples.jsonl", "grid.png", "evaluation.json"):
         folder = tmp_path / f"mine-{name}"
         before = plant(folder, name, "prompts.txt")
-        with pytest.raises(OutputError, match="is in the way, and not written by this command"):
+        with pytest.raises(OutputError, match="is in the way, and was not written by this command"):
             evaluate(run, noises=1, output=folder)
         assert everything(folder) == before
     free = tmp_path / "free"

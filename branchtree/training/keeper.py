@@ -92,11 +92,11 @@ class CheckpointKeeper:
         """Wait until nothing is being written. Raises what the write raised."""
         self._writer.wait()
 
-    def kept(self, remedy: str, flags: str = "") -> str:
+    def kept(self, remedy: str, flags: str = "", good: str = "") -> str:
         """What a failure leaves of the run, and how to go on once the ``remedy`` is applied."""
         output = self._session.output
         checkpoints = list_checkpoints(output.checkpoints)
         if checkpoints:
-            return f"The checkpoint {checkpoints[-1]} is kept: {remedy}, go on with --resume{flags}"
+            return f"The {good}checkpoint {checkpoints[-1]} is kept: {remedy}, go on with --resume{flags}"
         again = "begin again with --resume" if (output.root / METRICS).exists() else "begin again"
         return f"No checkpoint was written before: {remedy}, {again}"

@@ -109,8 +109,8 @@ class Trainer:
         except CallbackError as error:
             raise CallbackError(f"{error}. {self._keeper.kept('once the callback is corrected')}") from error
         except DivergenceError as error:
-            remedy = self._keeper.kept("lower optim.lr or optim.max_grad_norm", " and --allow for each key")
-            raise DivergenceError(f"{error}. {remedy}") from error
+            remedy, flags = "with a lower optim.lr or optim.max_grad_norm", " and --allow with the key that is changed"
+            raise DivergenceError(f"{error}. {self._keeper.kept(remedy, flags, 'last good ')}") from error
 
     def _run(self, resume: bool, chosen: bool) -> TrainResult:
         session, recipe = self._session, self._session.recipe
