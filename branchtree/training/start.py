@@ -30,7 +30,7 @@ def with_start(recipe: Recipe, start: Path | None, resumed: RunDirectory | None)
 
 def _recorded(run: RunDirectory) -> str | None:
     """Return where a run said that it started."""
-    if not run.recipe_file.is_file():
+    if not run.holds_run:
         return None
     model = read_yaml(run.recipe_file).data.get("model")
     start = model.get("start") if isinstance(model, dict) else None
