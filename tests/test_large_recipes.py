@@ -15,6 +15,7 @@ from branchtree.assembly import make_schedule
 from branchtree.cli.app import parse_overrides
 from branchtree.families import collect
 from branchtree.gpus import GPUS
+from branchtree.pruning import trainable
 from branchtree.recipe import load_recipe, recipe_names
 from branchtree.recipe.load import builtin_folder
 from branchtree.recipe.source import parse_value
@@ -32,25 +33,34 @@ HEADROOM = 0.85
 """The part of a card that a plan may take: rewards and the decoder at work need the rest."""
 
 
+def said(name: str) -> str:
+    """What a description ends with: the hardware that the recipe needs."""
+    return load_recipe(name).description.rpartition("; ")[2]
+
+
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_description_says_what_hardware_is_needed(name: str) -> None:
-    said = load_recipe(name).description.rpartition("; ")[2]
     if name not in LARGE:
-        assert said == "minutes on two CPU cores"
-        return
-    needs = re.findall(r"(?:(one|eight) (\d+) GB GPUs?|one with (\S+)=(\S+))", said)
-    assert needs, said
-    size = "80"
+        assert said(name) == "minutes on two CPU cores"
+    elif name.startswith("flux_"):  # the same model in batches of the same size
+        assert said(name) == said("flux_t2i_branchgrpo")
+
+
+@pytest.mark.parametrize("name", ["flux_t2i_branchgrpo", *(name for name in LARGE if name.startswith("wan_"))])
+def test_the_hardware_is_enough_by_the_plan(name: str) -> None:
+    needs = re.findall(r"(?:(one|eight) (\d+) GB GPUs?|one with (\S+)=(\S+))", said(name))
+    assert needs
+    size = ""
     for number, memory, key, value in needs:
         size = memory or size
-        plan = branchtree.plan(name, {key: parse_value(value)} if key else {})
+        memory_of = branchtree.plan(name, {key: parse_value(value)} if key else {}).memory
         if number == "eight":
+            sharded = (memory_of.weights + memory_of.optimizer) / 8 + memory_of.activations + memory_of.forward
             # Whole weights pass through each device before they are sharded.
-            sharded = (plan.memory.weights + plan.memory.optimizer) / 8 + plan.memory.activations + plan.memory.forward
-            assert max(plan.memory.weights, sharded) < USABLE_BYTES[size], said
-            assert "(FSDP2)" in said
+            assert max(memory_of.weights, sharded) < USABLE_BYTES[size]
+            assert "(FSDP2)" in said(name)
         else:
-            assert plan.memory.device < HEADROOM * USABLE_BYTES[size], said
+            assert memory_of.device < HEADROOM * USABLE_BYTES[size]
 
 
 def comment(name: str, key: str) -> str:
@@ -86,12 +96,8 @@ def test_the_released_settings_are_those_of_the_script() -> None:
 def test_each_released_step_has_about_twelve_edges() -> None:
     recipe = load_recipe("flux_t2i_branchgrpo_released")
     topology = grow([make_schedule(recipe).plan(0, prompt) for prompt in range(2)])
-    widths = [topology.width(depth) for depth in topology.depths]
-    advantages, keep = (
-        [torch.ones(width) for width in widths],
-        [torch.ones(width, dtype=torch.bool) for width in widths],
-    )
-    families = collect(topology, advantages, keep)
+    advantages = [torch.ones(topology.width(depth)) for depth in topology.depths]
+    families = collect(topology, advantages, trainable(topology))
     steps = partition(families, recipe.optim.steps_per_iteration, recipe.seed, 0, [0, 1], 0)
     edges = [step.edges for step in steps]
     assert sum(edges) == 404

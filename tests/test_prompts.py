@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
+import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -87,3 +91,30 @@ def test_the_wheel_ships_what_the_recipes_name(tmp_path: Path) -> None:
         for source in (recipe.data.prompts, recipe.evaluation.prompts if recipe.evaluation else ""):
             if isinstance(source, str) and source:
                 assert f"branchtree/recipes/prompts/{Path(source).name}" in shipped
+
+
+def test_the_page_shows_how_to_take_the_prompts_of_hpdv2(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[1] / "docs" / "first_run.md").read_text(encoding="utf-8")
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("python -c")]
+    # As the publisher describes its files: several rows for a prompt, each a comparison of pictures.
+    train = [
+        {"human_preference": [1, 0], "prompt": 'A cat, "asleep"', "file_path": ["0.jpg", "1.jpg"]},
+        {"human_preference": [0, 1], "prompt": 'A cat, "asleep"', "file_path": ["2.jpg", "3.jpg"]},
+        {"human_preference": [0, 1], "prompt": "une île\nau loin", "file_path": ["4.jpg", "5.jpg"]},
+    ]
+    test = [{"prompt": "A dog", "image_path": ["6.jpg"], "rank": [1], "raw_annotations": []}]
+    (tmp_path / "hpdv2").mkdir()
+    for name, rows in (("train", train), ("test", test)):
+        (tmp_path / "hpdv2" / f"{name}.json").write_text(json.dumps(rows), encoding="utf-8")
+    assert len(commands) == 2
+    for command in commands:
+        subprocess.run([sys.executable, *command[1:]], cwd=tmp_path, check=True)
+    recipe = load_recipe(
+        "flux_t2i_branchgrpo",
+        {
+            "data.prompts": str(tmp_path / "hpdv2/train.jsonl"),
+            "evaluation.prompts": str(tmp_path / "hpdv2/test.jsonl"),
+        },
+    )
+    assert [one.prompt for one in training_conditions(recipe.data)] == ['A cat, "asleep"', "une île\nau loin"]
+    assert [one.prompt for one in held_out_conditions(recipe.evaluation)] == ["A dog"]

@@ -6,7 +6,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -92,6 +92,18 @@ def read_configs(source: ModelSource, assumed: Configs, model: str) -> tuple[Con
     return configs, f"configuration files of '{source.name}'"
 
 
+def fetch_configs(source: ModelSource, names: Iterable[str]) -> None:
+    """Download those of a hub id's JSON files that it has, so that it can be refused before its weights come.
+
+    What cannot be had is left to the loading of weights, which says why.
+    """
+    from huggingface_hub import hf_hub_download
+
+    for name in names if source.folder is None else ():
+        with suppress(Exception):  # the hub's client has many exceptions for one matter
+            hf_hub_download(source.name, name, revision=source.revision)
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -138,8 +150,8 @@ def load_pipeline(
             )
     except Exception as error:  # every library below has exceptions of its own for a file that is not right
         remedy = (
-            "check the hub id, the network and, for a gated model, that you are logged in; "
-            "or download the model and give its folder"
+            "check the hub id, the network and, for a gated model, that its licence is accepted on its page and that "
+            "you are logged in (hf auth login); or download the model and give its folder"
             if source.folder is None
             else "give a complete folder of this model family with its weights as safetensors"
         )

@@ -18,7 +18,17 @@ from branchtree_adapters import _diffusers as shared
 from branchtree_adapters import _speed as speed
 from branchtree_adapters._adapter import PipelineAdapter
 from branchtree_adapters._wan_footprint import footprint
-from branchtree_adapters._wan_layout import INDEX, TRANSFORMER, VAE, Layout, WanConfig, lay_out, read_configs
+from branchtree_adapters._wan_layout import (
+    IMAGE_ENCODER,
+    INDEX,
+    TEXT_ENCODER,
+    TRANSFORMER,
+    VAE,
+    Layout,
+    WanConfig,
+    lay_out,
+    read_configs,
+)
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -123,9 +133,10 @@ class Wan(PipelineAdapter):
         """
         from diffusers import WanImageToVideoPipeline, WanPipeline
 
+        source = shared.locate(self.config.path, self.config.revision)
+        shared.fetch_configs(source, (INDEX, TRANSFORMER, VAE, TEXT_ENCODER, IMAGE_ENCODER))
         lay_out(self.config, read_configs(self.config)[0])  # before weights are read
         pipeline = WanPipeline if self.config.task == "text_to_video" else WanImageToVideoPipeline
-        source = shared.locate(self.config.path, self.config.revision)
         speed.check_attention(self.config.attention)
         loaded = self._read(pipeline, source, dtype, denoiser_dtype)
         index = shared.read_configs(source, {INDEX: loaded.config}, "")[0]  # the pipeline's own lacks the encoders
