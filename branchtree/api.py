@@ -25,19 +25,22 @@ def train(
     resume: bool = False,
     allow: Sequence[str] = (),
     callbacks: Sequence[Callback] = (),
+    force: bool = False,
 ) -> TrainResult:
     """Train a model by a recipe.
 
     ``recipe`` is a name, a YAML path, or a loaded Recipe; ``overrides`` maps dotted keys to values, as in
     ``{"optim.lr": 2e-5}``. The run is written to ``output``, by default ``runs/<recipe name>``; ``resume`` continues
     the one that is there, under the same recipe but for keys that do not touch what is learnt and those that ``allow``
-    names, as in ``("optim.lr", "rewards.0.url")``. ``smoke`` swaps in the recipe's small models and rewards. Raises a
-    BranchTreeError, with what is wrong and where, before work is done that it would cost.
+    names, as in ``("optim.lr", "rewards.0.url")``. ``smoke`` swaps in the recipe's small models and rewards. On a GPU
+    whose free memory is less than the plan's estimate nothing is downloaded or loaded, unless ``force`` is true. Raises
+    a BranchTreeError, with what is wrong and where, before work is done that it would cost.
     """
     from branchtree.training.trainer import train_recipe
 
     resolved = _resolve(recipe, overrides, smoke)
-    return train_recipe(resolved, Path(output or Path("runs") / resolved.name).expanduser(), resume, callbacks, allow)
+    directory = Path(output or Path("runs") / resolved.name).expanduser()
+    return train_recipe(resolved, directory, resume, callbacks, allow, force)
 
 
 def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None, *, smoke: bool = False) -> RunPlan:
@@ -58,6 +61,7 @@ def evaluate(
     checkpoint: int | None = None,
     output: str | Path | None = None,
     smoke: bool = False,
+    force: bool = False,
 ) -> EvaluationResult:
     """Judge a run's model against its base on held-out prompts, or a recipe's base model alone.
 
@@ -66,14 +70,14 @@ def evaluate(
     noise, and each reward's difference comes with an interval over prompts. ``rewards``, named as ``score`` names
     them, ``prompts`` (a file, or texts), ``noises`` per prompt and ``limit``, of prompts, stand in for what the
     recipe's ``evaluation`` section says. Figures, every sample's scores and pictures are written to ``output``, by
-    default ``evaluation`` in the run's directory, or ``runs/evaluation-<recipe name>``. Raises a BranchTreeError, with
-    what is wrong and where, before anything is loaded if it can be known then.
+    default ``evaluation`` in the run's directory, or ``runs/evaluation-<recipe name>``. ``force`` is as in ``train``.
+    Raises a BranchTreeError, with what is wrong and where, before anything is loaded if it can be known then.
     """
     from branchtree.evaluating import evaluate_subject
     from branchtree.evaluating.request import Choices
 
     written = None if output is None else Path(output).expanduser()
-    choices = Choices(rewards, prompts, noises, limit, written)
+    choices = Choices(rewards, prompts, noises, limit, written, force)
     return evaluate_subject(run_or_recipe, overrides, choices, smoke=smoke, checkpoint=checkpoint)
 
 

@@ -11,6 +11,7 @@ from branchtree.assembly import NamedReward, make_kernel, make_model, make_rewar
 from branchtree.data import check_conditions, load_conditions
 from branchtree.errors import RecipeError
 from branchtree.evaluating.subject import Subject
+from branchtree.preflight import require_evaluation_memory
 from branchtree.protocols import Condition, ModelAdapter
 from branchtree.recipe.schema import EvaluationSection, Recipe
 from branchtree.scoring.results import check_output
@@ -28,6 +29,7 @@ class Choices:
     noises: int | None = None
     limit: int | None = None
     output: Path | None = None
+    force: bool = False  # start even where the device's memory is too small by the estimate
 
 
 @dataclass(frozen=True)
@@ -69,12 +71,13 @@ def make_request(subject: Subject, choices: Choices) -> Request:
             raise RecipeError(f"{name}: at least 1 is needed, not {number}")
     model = make_model(recipe)
     make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
-    rewards = _rewards(section, choices, model.modality)
+    rewards, draws = _rewards(section, choices, model.modality), _draws(section, choices)
+    require_evaluation_memory(recipe, model, rewards, draws.rows, choices.force)
     conditions = _conditions(section, choices)
     check_conditions(model, conditions)
     output = choices.output or subject.output
     check_output(output / RESULT, [])
-    return Request(subject, model, rewards, conditions, _draws(section, choices), output)
+    return Request(subject, model, rewards, conditions, draws, output)
 
 
 def _rewards(section: EvaluationSection | None, choices: Choices, modality: str) -> list[NamedReward]:

@@ -18,6 +18,7 @@ from branchtree.errors import (
     RecipeError,
     RewardError,
 )
+from branchtree.preflight import require_memory
 from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
 from branchtree.training.continuation import ContinuationWatch, compare_continuation, comparing_forwards, is_due
@@ -38,11 +39,17 @@ from branchtree.tree import BranchTree, Topology, grow
 
 
 def train_recipe(
-    recipe: Recipe, output: Path, resume: bool, callbacks: Sequence[Callback] = (), allow: Sequence[str] = ()
+    recipe: Recipe,
+    output: Path,
+    resume: bool,
+    callbacks: Sequence[Callback] = (),
+    allow: Sequence[str] = (),
+    force: bool = False,
 ) -> TrainResult:
     """Run a resolved recipe in a directory; see ``branchtree.train``."""
     if allow and not resume:
         raise RecipeError("--allow names keys that may change on --resume; leave it out, or add --resume")
+    require_memory(recipe, force)
     directory = RunDirectory(output)
     inputs = read_inputs(recipe)
     accelerator = make_accelerator(recipe, directory)
