@@ -32,6 +32,8 @@ FSDP2 = "recipes/accelerate/fsdp2.yaml"
 PROCESSES = (2, 4, 8, 16, 32, 64)
 """Numbers of GPUs that weights may be sharded over, in the order they are tried."""
 NAMED = 4  # needs that a message names
+RELIEF = 0.9
+"""Of what stays on the device by the estimate, what must be left where that did not fit after all."""
 NOTHING = "nothing that is known here; take a larger device"
 
 
@@ -203,8 +205,8 @@ class TrainingNeed:
 def step_shortage(recipe: Recipe) -> str:
     """What to change where memory ran out in the optimiser's step, whose activations are gone already."""
     memory, need = device_memory(), TrainingNeed.of(recipe)
-    resident = need.estimate().resident - 1  # it did not fit, whatever the estimate says
-    return need.remedy(resident if memory is None else min(resident, memory.usable))
+    budget = int(need.estimate().resident * RELIEF)
+    return need.remedy(budget if memory is None else min(budget, memory.usable))
 
 
 def _asked(variable: str, default: str) -> bool:

@@ -50,7 +50,7 @@ from branchtree.training.evaluation import Evaluator
 from branchtree.training.failures import FailureWatch
 from branchtree.training.gradient import Objective, Policies
 from branchtree.training.guard import UpdateGuard
-from branchtree.training.lockstep import Lockstep
+from branchtree.training.lockstep import Lockstep, process_group
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import ConditioningCache, open_cache, velocity_function
 from branchtree.training.rundir import RunDirectory
@@ -277,6 +277,7 @@ def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
         mixed_precision={"fp32": "no", "bf16": "bf16"}[recipe.run.precision],
         log_with=list(recipe.run.trackers) or None,
         project_dir=str(output.root / "trackers"),
+        kwargs_handlers=[process_group(recipe.run.timeout)],
     )
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError(
