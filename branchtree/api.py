@@ -28,6 +28,7 @@ def train(
     checkpoint: int | None = None,
     start: str | Path | None = None,
     callbacks: Sequence[Callback] = (),
+    force: bool = False,
 ) -> TrainResult:
     """Train a model by a recipe.
 
@@ -36,7 +37,8 @@ def train(
     the one that is there, under the same recipe but for keys that do not touch what is learnt and those that ``allow``
     names, as in ``("optim.lr", "rewards.0.url")``; it goes on from the newest checkpoint, or from that of
     ``checkpoint`` iterations. ``start`` begins a new run with the weights of a run, a checkpoint, or a LoRA's file or
-    folder. ``smoke`` swaps in the recipe's small models and rewards. Raises a BranchTreeError, with what is wrong and
+    folder. ``smoke`` swaps in the recipe's small models and rewards. On a GPU whose free memory is less than the plan's
+    estimate nothing is downloaded or loaded, unless ``force`` is true. Raises a BranchTreeError, with what is wrong and
     where, before work is done that it would cost.
     """
     from branchtree.training.rundir import RunDirectory
@@ -46,7 +48,7 @@ def train(
     resolved = _resolve(recipe, overrides, smoke)
     root = Path(output or Path("runs") / folder_name(resolved.name)).expanduser()
     begun = with_start(resolved, None if start is None else Path(start), RunDirectory(root) if resume else None)
-    return train_recipe(begun, root, resume, callbacks, allow, checkpoint)
+    return train_recipe(begun, root, resume, callbacks, allow, checkpoint, force)
 
 
 def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None, *, smoke: bool = False) -> RunPlan:
@@ -67,6 +69,7 @@ def evaluate(
     checkpoint: int | None = None,
     output: str | Path | None = None,
     smoke: bool = False,
+    force: bool = False,
 ) -> EvaluationResult:
     """Judge a run's model against its base on held-out prompts, or a recipe's base model alone.
 
@@ -75,14 +78,14 @@ def evaluate(
     noise, and each reward's difference comes with an interval over prompts. ``rewards``, named as ``score`` names
     them, ``prompts`` (a file, or texts), ``noises`` per prompt and ``limit``, of prompts, stand in for what the
     recipe's ``evaluation`` section says. Figures, every sample's scores and pictures are written to ``output``, by
-    default ``evaluation`` in the run's directory, or ``runs/evaluation-<recipe name>``. Raises a BranchTreeError, with
-    what is wrong and where, before anything is loaded if it can be known then.
+    default ``evaluation`` in the run's directory, or ``runs/evaluation-<recipe name>``. ``force`` is as in ``train``.
+    Raises a BranchTreeError, with what is wrong and where, before anything is loaded if it can be known then.
     """
     from branchtree.evaluating import evaluate_subject
     from branchtree.evaluating.request import Choices
 
     written = None if output is None else Path(output).expanduser()
-    choices = Choices(rewards, prompts, noises, limit, written)
+    choices = Choices(rewards, prompts, noises, limit, written, force)
     return evaluate_subject(run_or_recipe, overrides, choices, smoke=smoke, checkpoint=checkpoint)
 
 

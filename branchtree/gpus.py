@@ -1,8 +1,11 @@
-"""Well-known GPUs and their memory, to say which of them a plan fits on."""
+"""GPUs and their memory: well-known ones, to say which of them a plan fits on, and the one that is here."""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
+
+import torch
 
 GIB = 2**30
 
@@ -34,3 +37,33 @@ GPUS = (
     Gpu("B200 (180 GB)", 178.3),
 )
 """From the smallest to the largest. Memory: "total capacity" in PyTorch's out-of-memory messages, rounded down."""
+
+
+@dataclass(frozen=True)
+class DeviceMemory:
+    """The memory of an accelerator, in bytes."""
+
+    name: str
+    total: int
+    free: int  # with what this process has taken and can use again
+
+    @property
+    def usable(self) -> int:
+        """The free bytes that a plan may fill."""
+        return int(self.free * USABLE)
+
+
+def device_memory() -> DeviceMemory | None:
+    """The memory of the accelerator that this process will work on; None without one, or where it cannot be asked."""
+    if not torch.accelerator.is_available():
+        return None
+    accelerator = torch.accelerator.current_accelerator()
+    assert accelerator is not None
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    library = torch.get_device_module(accelerator)
+    try:
+        free, total = library.mem_get_info(index)
+        kept = library.memory_reserved(index) - library.memory_allocated(index)
+    except (AttributeError, RuntimeError):  # not every kind of device can tell
+        return None
+    return DeviceMemory(f"{accelerator.type}:{index}", total, free + kept)

@@ -16,7 +16,9 @@ from branchtree.assembly import (
 from branchtree.cost import Cost, count
 from branchtree.data import HUB, PromptOrder, check_conditions, held_out_conditions, training_conditions
 from branchtree.fitting import Fit, find_fits
+from branchtree.gpus import GPUS
 from branchtree.memory import MemoryEstimate, estimate_memory
+from branchtree.preflight import RewardSizes, reward_sizes
 from branchtree.protocols import Footprint, ModelAdapter
 from branchtree.recipe.schema import DataSection, EvaluationSection, Recipe
 from branchtree.schedule import TreePlan
@@ -43,6 +45,7 @@ class RunPlan:
     rows_per_prediction: int
     footprint: Footprint
     memory: MemoryEstimate
+    rewards: RewardSizes
     fits: tuple[Fit, ...]  # well-known GPUs, from the smallest
 
     @property
@@ -76,6 +79,12 @@ class RunPlan:
         return sizes.forward_flops_per_row * passes * self.gradient_rows
 
     @property
+    def decoder_flops(self) -> float:
+        """Operations of decoding an iteration's leaves; 0 where the decoder's are not known."""
+        decoder = self.footprint.decoder
+        return decoder.flops_per_row * self.iteration.leaves if decoder else 0.0
+
+    @property
     def flops(self) -> float:
         """Floating-point operations of one iteration in the denoiser."""
         return self.rollout_flops + self.gradient_flops
@@ -90,6 +99,8 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
     plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe, model)]
     footprint = model.footprint()
     iteration = count(plans, rule, pruning, 0)
+    rewards = reward_sizes(recipe)
+    around = rewards.around()
     return RunPlan(
         recipe=recipe,
         tree=plans[0],
@@ -100,8 +111,9 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
         iteration=iteration,
         rows_per_prediction=model.rows_per_prediction,
         footprint=footprint,
-        memory=estimate_memory(recipe, footprint, iteration),
-        fits=find_fits(recipe, footprint, iteration),
+        memory=estimate_memory(recipe, footprint, iteration, around),
+        rewards=rewards,
+        fits=find_fits(recipe, footprint, iteration, GPUS, around),
     )
 
 

@@ -122,6 +122,18 @@ class RewardCard:
 
 
 @dataclass(frozen=True)
+class DecoderFootprint:
+    """Sizes of a model's decoder at work."""
+
+    parameters: int
+    numbers_per_row: int  # alive at once while one row is decoded, beside the weights
+    flops_per_row: float
+    media_numbers_per_row: int  # of one decoded sample, which is float32
+    rows: int | None = None  # that go through it at once, at most; all that it is given by default
+    number_bytes: int | None = None  # of its weights and activations, where they do not follow the run's precision
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Sizes of a model, known without loading its weights; the plan's memory estimate is made of them."""
 
@@ -137,6 +149,23 @@ class Footprint:
     forward_numbers_per_row: int = 0  # alive at once in one row's forward without gradients; 0 if not known
     conditioning_numbers: int = 0  # of one prompt's encoding; 0 if not known
     attention_flops_per_row: float = 0.0  # of a forward, those of products in which no weight takes part
+    frozen_float32_parameters: int = 0  # of the frozen ones, those that stay in float32 whatever the precision
+    largest_block_parameters: int = 0  # what sharding gathers at a time; 0 if not known
+    decoder: DecoderFootprint | None = None  # None if not known
+    assumed: bool = False  # whether the figures are another model's, since this one's are not known
+
+    def frozen_bytes(self, size: int) -> int:
+        """Bytes of the frozen parts where a number of the run's precision takes ``size`` bytes."""
+        return self.frozen_parameters * size + self.frozen_float32_parameters * (4 - size)
+
+
+@dataclass(frozen=True)
+class RewardFootprint:
+    """Memory of a reward on an accelerator, known without loading its weights."""
+
+    weights: int  # bytes
+    offloads: bool = False  # whether they are there only while the reward scores
+    assumed: str = ""  # whose size this is, where that of the checkpoint that is named is not known
 
 
 @dataclass(frozen=True)
@@ -296,7 +325,7 @@ class RewardAdapter(Protocol):
     """A scorer of media. Built from its own configuration; nothing is loaded before ``load``.
 
     ``score`` may be called from another thread than ``load``, but never from two at once. Further abilities are
-    declared by further methods: see ``GroupReward``, ``ReleasesMemory`` and ``Fingerprinted``.
+    declared by further methods: see ``GroupReward``, ``ReleasesMemory``, ``SizedReward`` and ``Fingerprinted``.
     """
 
     @property
@@ -325,6 +354,14 @@ class ReleasesMemory(Protocol):
 
     def release(self) -> None:
         """Leave the device, if the reward's settings ask for it, until the next ``score``."""
+
+
+@runtime_checkable
+class SizedReward(Protocol):
+    """A reward that can say how much memory its weights take, so that a plan can count them."""
+
+    def footprint(self) -> RewardFootprint | None:
+        """The memory of its weights, from configuration files alone; None if it cannot be told before loading."""
 
 
 @runtime_checkable

@@ -136,6 +136,7 @@ NOTES: Mapping[str, str] = {
     "run.tree_every": "",
     "run.trackers": "Experiment trackers,",
     "run.threads": "CPU threads of PyTorch; its own choice by default.",
+    "run.timeout": "",
     "callbacks": "Callbacks by name.",
     "callbacks.callback": "The callback's name; `branchtree plugins` lists them.",
 }

@@ -23,7 +23,8 @@ from branchtree.fitting import Fit, find_fits
 from branchtree.gpus import GIB, GPUS, Gpu
 from branchtree.memory import estimate_memory
 from branchtree.planning import RunPlan, draw_tree
-from branchtree.protocols import Footprint
+from branchtree.preflight import RewardSize, RewardSizes
+from branchtree.protocols import DecoderFootprint, Footprint, RewardFootprint
 from branchtree.recipe import Recipe
 from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, SplitAtWindow
 from branchtree.training.rundir import METRICS, RunDirectory
@@ -487,8 +488,36 @@ def test_predictions_and_rows_are_told_apart_under_guidance() -> None:
 def test_what_is_not_counted_is_said() -> None:
     one = planned()
     whole = replace(one.footprint, forward_numbers_per_row=1, conditioning_numbers=1)
-    assert "Not counted: the reward models, the decoder's own activations, activations of the rollout" in shown(one)
-    assert "Not counted: the reward models, the decoder's own activations. " in shown(replace(one, footprint=whole))
+    never = "kernels' workspaces, activations of encoders and reward models. "
+    reward = "Not counted: reward models whose size is not known (guest_brightness), "
+    rollout = "activations of the rollout (batch.rollout_rows), encoded prompts"
+    assert f"{reward}the decoder's own activations, {rollout}, {never}" in shown(one)
+    assert f"{reward}the decoder's own activations, {never}" in shown(replace(one, footprint=whole))
+    decoder = DecoderFootprint(parameters=1, numbers_per_row=1, flops_per_row=1.0, media_numbers_per_row=1)
+    known = replace(one, footprint=replace(whole, decoder=decoder), rewards=RewardSizes(()))
+    assert f"Not counted: {never}" in shown(known)
+
+
+def test_reward_models_are_named_with_their_size() -> None:
+    kept, offloaded = RewardFootprint(3 * GIB), RewardFootprint(GIB, offloads=True, assumed="org/known")
+    sizes = RewardSizes((RewardSize("a", kept),), (RewardSize("b", offloaded), RewardSize("c", RewardFootprint(0))))
+    text = shown(replace(planned(), rewards=sizes))
+    assert "Reward models: a 3 GiB, b 1 GiB (leaves the device between its calls). " in text
+    assert "Warning: the size of the reward 'b' is assumed to be that of org/known; the figures above may" in text
+
+
+def test_decoding_has_a_share_of_the_time() -> None:
+    """A decoder in float32 is taken to go half as fast as a denoiser in bf16."""
+    one = planned()
+    assert one.decoder_flops == 0
+    decoder = DecoderFootprint(1, numbers_per_row=1, flops_per_row=4e14, media_numbers_per_row=1)
+    sizes = replace(one.footprint, forward_flops_per_row=4e12, decoder=decoder)
+    same = replace(one, footprint=sizes)
+    assert same.decoder_flops == 16 * 4e14
+    assert "23.6 s, of which rollout 2.03 s, gradient pass 5.61 s and decoding 16 s (67.7%)" in shown(same)
+    kept = replace(sizes, decoder=replace(decoder, number_bytes=4))
+    reduced = replace(planned(run__precision="bf16"), footprint=kept)
+    assert "decoding 32 s (80.7%)" in shown(reduced) and "half of it for a decoder in float32" in shown(reduced)
 
 
 def test_the_time_is_an_estimate_at_a_stated_rate() -> None:

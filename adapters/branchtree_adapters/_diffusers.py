@@ -20,6 +20,7 @@ from branchtree.errors import ModelError, nearest
 BUNDLED = "bundled:"
 Configs = Mapping[str, Mapping[str, Any]]
 Built = TypeVar("Built")
+ASSUMED = "assumed"
 LORA_FILE = "pytorch_lora_weights.safetensors"
 
 
@@ -85,7 +86,7 @@ def read_configs(source: ModelSource, assumed: Configs, model: str) -> tuple[Con
         cached = [try_to_load_from_cache(source.name, name, revision=source.revision) for name in assumed]
         files = [Path(file) for file in cached if isinstance(file, str)]
         if len(files) < len(assumed):
-            return assumed, f"assumed to be those of {model}, since '{source.name}' is not in the local cache"
+            return assumed, f"{ASSUMED} to be those of {model}, since '{source.name}' is not in the local cache"
     else:
         files = [source.folder / name for name in assumed]
     configs = {name: _read_json(file) for name, file in zip(assumed, files, strict=True)}
@@ -104,6 +105,14 @@ def fetch_configs(source: ModelSource, names: Iterable[str]) -> None:
             hf_hub_download(source.name, name, revision=source.revision)
 
 
+def is_assumed(path: str, origin: str, known: Iterable[str]) -> bool:
+    """Whether figures are those of a model that ``path`` need not be, by where ``read_configs`` says they are from.
+
+    ``known`` are hub ids whose sizes are the assumed ones.
+    """
+    return origin.startswith(ASSUMED) and path not in known
+
+
 def _read_json(file: Path) -> dict[str, Any]:
     try:
         content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
@@ -119,6 +128,13 @@ def on_meta(build: Callable[[], Built]) -> Built:
             return build()
     except (TypeError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"the model's config.json describes no model that can be built: {error}") from error
+
+
+def largest_block(denoiser: Any) -> int:
+    """Parameters of what sharding gathers at a time: a block that a diffusers model names, or all the rest."""
+    names = denoiser._no_split_modules or ()
+    blocks = [count_parameters(part) for part in denoiser.modules() if type(part).__name__ in names]
+    return max([count_parameters(denoiser) - sum(blocks), *blocks])
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -11,13 +11,16 @@ from torch import nn
 from branchtree.protocols import Footprint
 from branchtree_adapters import _diffusers as shared
 from branchtree_adapters import _trained as trained
+from branchtree_adapters._decoders import decoder_of_videos
 from branchtree_adapters._wan_layout import (
     IMAGE_ENCODER,
+    KNOWN,
     TEXT_ENCODER,
     TRANSFORMER,
     VAE,
     Layout,
     WanConfig,
+    decoded_at_once,
     lay_out,
     read_configs,
 )
@@ -42,6 +45,11 @@ def footprint(config: WanConfig, lora_targets: tuple[str, ...]) -> Footprint:
         forward_numbers_per_row=work.forward_peak,
         attention_flops_per_row=work.attention_flops,
         conditioning_numbers=work.conditioning(config.rows_per_prediction),
+        # The VAE and the image encoder, as in diffusers' own examples.
+        frozen_float32_parameters=sum(shared.count_parameters(part) for part in (frozen[0], *frozen[2:])),
+        largest_block_parameters=shared.largest_block(transformer),
+        decoder=decoder_of_videos(frozen[0], layout.latent, decoded_at_once(config)),
+        assumed=shared.is_assumed(config.path, origin, KNOWN),
     )
 
 

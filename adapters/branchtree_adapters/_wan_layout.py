@@ -27,6 +27,12 @@ _MODELS = {
     ("text_to_video", "14B"): "Wan2.1-T2V-14B",
     ("text_to_video", "1.3B"): "Wan2.1-T2V-1.3B",
 }
+KNOWN = (
+    *(f"Wan-AI/Wan2.1-{name}-Diffusers" for name in ("T2V-1.3B", "T2V-14B", "I2V-14B-480P", "I2V-14B-720P")),
+    "engineerA314/Wan2.1-Fun-V1.1-1.3B-InP-Diffusers",
+)
+"""Hub ids whose sizes are those of the model that is assumed for them."""
+DECODE_PIXELS = 16 * 1024**2  # frames x height x width sent through the VAE at once; a longer video goes alone
 _UMT5_XXL = {
     "vocab_size": 256384,
     "d_model": 4096,
@@ -95,6 +101,11 @@ class WanConfig(pydantic.BaseModel, extra="forbid", frozen=True):
         if self.negative_prompt and not self.guided:
             raise ValueError("negative_prompt is used by guidance above 1 alone; raise guidance or remove it")
         return self
+
+
+def decoded_at_once(config: WanConfig) -> int:
+    """Videos that go through the VAE at once."""
+    return max(1, DECODE_PIXELS // (config.frames * config.height * config.width))
 
 
 @dataclass(frozen=True)

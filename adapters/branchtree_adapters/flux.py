@@ -17,11 +17,14 @@ from branchtree_adapters import _diffusers as shared
 from branchtree_adapters import _speed as speed
 from branchtree_adapters import _trained as trained
 from branchtree_adapters._adapter import PipelineAdapter
+from branchtree_adapters._decoders import decoder_of_images
 
 _PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 LORA_TARGETS = tuple(f"attn.{name}" for name in _PROJECTIONS)
 
 DECODE_PIXELS = 8 * 1024**2  # sent through the VAE at once
+KNOWN = tuple(f"black-forest-labs/FLUX.1-{name}" for name in ("dev", "schnell", "Krea-dev", "Kontext-dev"))
+"""Hub ids whose sizes are FLUX.1-dev's, or hardly less."""
 FLUX_DEV: shared.Configs = {
     "transformer/config.json": {"guidance_embeds": True},
     "vae/config.json": {
@@ -115,7 +118,14 @@ class Flux(PipelineAdapter):
             forward_numbers_per_row=unit * (15 if single else 11),
             attention_flops_per_row=(double + single) * unit * 4 * tokens,
             conditioning_numbers=text * sizes.joint_attention_dim + sizes.pooled_projection_dim,
+            largest_block_parameters=shared.largest_block(transformer),
+            decoder=decoder_of_images(frozen[0], self.config.height, self.config.width, self._decoded_at_once),
+            assumed=shared.is_assumed(self.config.path, origin, KNOWN),
         )
+
+    @property
+    def _decoded_at_once(self) -> int:
+        return max(1, DECODE_PIXELS // (self.config.height * self.config.width))
 
     def _grid(self, vae_scale: int) -> tuple[int, int]:
         """Rows and columns of latent tokens. Raises ModelError for a size that is no multiple of the patch."""
@@ -231,7 +241,7 @@ class Flux(PipelineAdapter):
         pipeline = self._pipeline
         vae = shared.on_device(pipeline.vae, self._device)
         size = (self.config.height, self.config.width, pipeline.vae_scale_factor)
-        rows = max(1, DECODE_PIXELS // (self.config.height * self.config.width))
+        rows = self._decoded_at_once
         images = []
         for first in range(0, len(latents), rows):
             packed = latents[first : first + rows].to(self._device)

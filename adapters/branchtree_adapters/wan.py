@@ -26,6 +26,7 @@ from branchtree_adapters._wan_layout import (
     VAE,
     Layout,
     WanConfig,
+    decoded_at_once,
     lay_out,
     read_configs,
 )
@@ -42,8 +43,6 @@ LORA_TARGETS = (
     "ffn.net.0.proj",
     "ffn.net.2",
 )
-
-DECODE_PIXELS = 16 * 1024**2  # frames x height x width sent through the VAE at once; a longer video goes alone
 
 
 class Wan(PipelineAdapter):
@@ -268,12 +267,12 @@ class Wan(PipelineAdapter):
     def decode(self, latents: Tensor) -> Media:
         """Decode latents (B, *latent) to videos (B, F, 3, H, W), float32 in [0, 1], on the device.
 
-        As many rows go through the VAE at once as ``DECODE_PIXELS`` allows.
+        As many rows go through the VAE at once as ``decoded_at_once`` says.
         """
         vae = shared.on_device(self._pipeline.vae, self._device)
         statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=self._device)
         mean, std = statistics.view(2, -1, 1, 1, 1)
-        rows = max(1, DECODE_PIXELS // (self.config.frames * self.config.height * self.config.width))
+        rows = decoded_at_once(self.config)
         videos = []
         for part in latents.split(rows):
             pixels = vae.decode((part.to(self._device) * std + mean).to(vae.dtype), return_dict=False)[0]

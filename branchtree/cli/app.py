@@ -16,7 +16,7 @@ from rich.table import Table
 
 from branchtree.cli.compare import compare
 from branchtree.cli.diversity import diversity
-from branchtree.cli.evaluate import evaluate
+from branchtree.cli.evaluate import ForceOption, evaluate
 from branchtree.cli.score import rewards, score
 from branchtree.cli.serve import serve_reward
 from branchtree.errors import BranchTreeError, RecipeError
@@ -72,6 +72,7 @@ def train(
     ] = None,
     output: Annotated[Path | None, typer.Option(help="The run's directory; runs/<recipe name> by default.")] = None,
     report: Annotated[bool, typer.Option(help="Write report.html at the end.")] = True,
+    force: ForceOption = False,
 ) -> None:
     """Train a model by a recipe."""
     console = Console(highlight=False)
@@ -91,6 +92,7 @@ def train(
                 checkpoint=checkpoint,
                 start=start,
                 callbacks=[display],
+                force=force,
             )
     except KeyboardInterrupt:
         leave_at_once("stopped at once; --resume goes on from the last checkpoint")

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from branchtree.fitting import Fit
+from branchtree.fitting import Fit, in_words
 from branchtree.gpus import GIB, USABLE
 from branchtree.planning import RunPlan, draw_tree
 from branchtree.protocols import Callback
@@ -18,6 +18,8 @@ from branchtree.training.evaluation import Figure
 
 RATE = 4e14
 """Operations a second that the time estimate assumes."""
+UNCOUNTED = ("kernels' workspaces", "activations of encoders and reward models")
+"""What no plan counts."""
 
 
 class ProgressDisplay(Callback):
@@ -97,20 +99,38 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     console.print(_memory(plan))
     for line in (
         *_shared(plan),
+        *_rewards(plan),
         _not_counted(plan),
         *fits_lines(plan.fits),
         f"Model sizes: {plan.footprint.source}.",
         _time(plan),
     ):
         console.print(line, markup=False, soft_wrap=True)
+    for line in _assumptions(plan):
+        console.print(f"Warning: {line}", style="yellow", markup=False, soft_wrap=True)
 
 
 def _time(plan: RunPlan) -> str:
-    whole, rollout, gradient = (_figure(f / RATE) for f in (plan.flops, plan.rollout_flops, plan.gradient_flops))
+    rollout, gradient, decoding = plan.rollout_flops / RATE, plan.gradient_flops / RATE, _decoding_seconds(plan)
+    whole = rollout + gradient + decoding
+    parts = [f"rollout {_figure(rollout)} s", f"gradient pass {_figure(gradient)} s"]
+    if decoding:
+        parts = [", ".join(parts), f"decoding {_figure(decoding)} s ({decoding / whole:.1%})"]
+    slower = ", half of it for a decoder in float32" if _decodes_in_float32(plan) else ""
     return (
-        f"Denoiser work: {_figure(plan.flops / 1e15)} PFLOP an iteration. Estimated time: {whole} s, of which rollout "
-        f"{rollout} s and gradient pass {gradient} s, assuming {RATE / 1e12:.0f} TFLOP/s (40% of an H100's bf16 peak)."
+        f"Denoiser work: {_figure(plan.flops / 1e15)} PFLOP an iteration. Estimated time: {_figure(whole)} s, of which "
+        f"{' and '.join(parts)}, assuming {RATE / 1e12:.0f} TFLOP/s (40% of an H100's bf16 peak{slower})."
     )
+
+
+def _decoding_seconds(plan: RunPlan) -> float:
+    """By a rate that is half the denoiser's where the decoder works in float32 (TF32) beside a bf16 denoiser."""
+    return plan.decoder_flops / (RATE / 2 if _decodes_in_float32(plan) else RATE)
+
+
+def _decodes_in_float32(plan: RunPlan) -> bool:
+    decoder = plan.footprint.decoder
+    return bool(decoder and decoder.number_bytes == 4 and plan.recipe.run.precision == "bf16")
 
 
 def _figure(value: float) -> str:
@@ -151,39 +171,54 @@ def _shared(plan: RunPlan) -> list[str]:
 def _memory(plan: RunPlan) -> Table:
     memory = plan.memory
     table = Table("Memory estimate, one process", "GiB", header_style="bold")
-    place = "host" if memory.states_on_host else "device"
-    rows = {
-        "denoiser weights": memory.weights,
-        "gradients and optimiser": memory.optimizer,
-        "start policy, for the KL term": memory.reference,
-        f"tree states, on the {place}": memory.states,
-        "encoded prompts": memory.conditioning,
-        "activations of a gradient batch": memory.activations,
-        "activations of a rollout or evaluation batch": memory.forward,
-        "encoders and decoder, on the device while they work": memory.frozen,
-    }
-    for name, size in rows.items():
-        if size:
-            table.add_row(name, _figure(size / GIB))
+    for name, size in memory.needs.items():
+        table.add_row(name, _figure(size / GIB))
+    if memory.states_on_host and memory.states:
+        table.add_row("tree states, on the host", _figure(memory.states / GIB))
     table.add_row("device, peak", _figure(memory.device / GIB))
     table.add_row("host", _figure(memory.host / GIB))
     return table
 
 
+def _rewards(plan: RunPlan) -> list[str]:
+    """The reward models' memory, one by one."""
+    named = [
+        f"{size.label} {_figure(size.footprint.weights / GIB)} GiB"
+        + (" (leaves the device between its calls)" if size.footprint.offloads else "")
+        for size in plan.rewards.all
+        if size.footprint and size.footprint.weights
+    ]
+    return [f"Reward models: {', '.join(named)}."] if named else []
+
+
 def _not_counted(plan: RunPlan) -> str:
-    parts = ["the reward models, the decoder's own activations"]
+    unknown = dict.fromkeys(size.label for size in plan.rewards.all if size.footprint is None)
+    missing = [f"reward models whose size is not known ({', '.join(unknown)})"] if unknown else []
+    if plan.footprint.decoder is None:
+        missing.append("the decoder's own activations")
     if not plan.footprint.forward_numbers_per_row:
-        parts.append("activations of the rollout (batch.rollout_rows)")
+        missing.append("activations of the rollout (batch.rollout_rows)")
     if not plan.footprint.conditioning_numbers:
-        parts.append("encoded prompts")
-    return f"Not counted: {', '.join(parts)}."
+        missing.append("encoded prompts")
+    return f"Not counted: {', '.join([*missing, *UNCOUNTED])}."
+
+
+def _assumptions(plan: RunPlan) -> list[str]:
+    """What the figures stand on that may not be so."""
+    lines = [f"the model's sizes are {plan.footprint.source}"] if plan.footprint.assumed else []
+    lines += [
+        f"the size of the reward '{size.label}' is assumed to be that of {size.footprint.assumed}"
+        for size in plan.rewards.all
+        if size.footprint and size.footprint.assumed
+    ]
+    return [f"{line}; the figures above may be wrong." for line in lines]
 
 
 def fits_lines(fits: Sequence[Fit]) -> list[str]:
     """Which GPUs a plan fits on as it is, which after changes, and which not."""
     groups: dict[str | None, list[str]] = {"": [], None: []}
     for fit in fits:
-        words = None if fit.changes is None else " ".join(f"{key}={_word(value)}" for key, value in fit.changes.items())
+        words = None if fit.changes is None else in_words(fit.changes)
         groups.setdefault(words, []).append(fit.gpu.name)
     suffice, lacking = groups.pop(""), groups.pop(None)
     none = "Fits on none of the GPUs known here." + (" What to change:" if groups else "")
@@ -193,7 +228,3 @@ def fits_lines(fits: Sequence[Fit]) -> list[str]:
         setting = "states, batches, gradient checkpointing, precision and LoRA"
         lines.append(f"Too small, however {setting} are set: {', '.join(lacking)}.")
     return [*lines, f"({USABLE:.0%} of a GPU's memory is taken to be usable; leave room for what is not counted.)"]
-
-
-def _word(value: str | int | bool) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

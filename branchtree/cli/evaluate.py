@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from branchtree.evaluating import Comparison, EvaluationResult, Interval
 
 
+ForceOption = Annotated[
+    bool, typer.Option("--force", help="Start even if the device has less free memory than the plan's estimate.")
+]
+
+
 def evaluate(
     subject: Annotated[str, typer.Argument(metavar="RUN_OR_RECIPE", help="A run's directory, or a recipe.")],
     overrides: Annotated[
@@ -35,13 +40,14 @@ def evaluate(
         Path | None, typer.Option("--output", "-o", help="Where files go; RUN/evaluation by default.")
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Use the recipe's bundled small model and rewards.")] = False,
+    force: ForceOption = False,
 ) -> None:
     """Judge a run's model against its base on held-out prompts, or a recipe's base model alone."""
     from branchtree.cli.app import parse_overrides
     from branchtree.evaluating import evaluate_subject
     from branchtree.evaluating.request import Choices
 
-    choices = Choices(reward or None, prompts, noises, limit, output)
+    choices = Choices(reward or None, prompts, noises, limit, output, force)
     changes = parse_overrides(overrides or [])
     with late_progress("evaluating") as advance:
         result = evaluate_subject(subject, changes, choices, smoke=smoke, checkpoint=checkpoint, advance=advance)

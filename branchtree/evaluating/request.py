@@ -13,6 +13,7 @@ from branchtree.assembly import NamedReward, make_kernel, make_model, make_rewar
 from branchtree.data import check_conditions, load_conditions, media_of
 from branchtree.errors import RecipeError
 from branchtree.evaluating.subject import Subject
+from branchtree.preflight import require_evaluation_memory
 from branchtree.protocols import Condition, ModelAdapter
 from branchtree.recipe.schema import EvaluationSection, Recipe
 from branchtree.scoring.results import check_output
@@ -39,6 +40,7 @@ class Choices:
     noises: int | None = None
     limit: int | None = None
     output: Path | None = None
+    force: bool = False  # start even where the device's memory is too small by the estimate
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,8 @@ def make_request(subject: Subject, choices: Choices) -> Request:
             raise RecipeError(f"{name}: at least 1 is needed, not {number}")
     model = make_model(recipe)
     make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
-    rewards = _rewards(section, choices, model.modality)
+    rewards, draws = _rewards(section, choices, model.modality), _draws(section, choices)
+    require_evaluation_memory(recipe, model, rewards, draws.rows, choices.force)
     conditions = _conditions(section, choices, model)
     check_conditions(model, conditions)
     output = choices.output or subject.output
@@ -91,7 +94,7 @@ def make_request(subject: Subject, choices: Choices) -> Request:
         for change in changed_files(before, read_contents(recipe, [], [])):
             if change.key.startswith("model."):
                 log.warning("%s: since then, %s", subject.checkpoint, change)
-    return Request(subject, model, rewards, conditions, _draws(section, choices), output)
+    return Request(subject, model, rewards, conditions, draws, output)
 
 
 def _rewards(section: EvaluationSection | None, choices: Choices, modality: str) -> list[NamedReward]:

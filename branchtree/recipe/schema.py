@@ -332,6 +332,7 @@ class RunSection(Section):
     tree_every: int = Field(default=20, ge=1)  # iterations between recorded trees
     trackers: tuple[str, ...] = ()  # accelerate's: tensorboard, wandb, ...
     threads: int | None = Field(default=None, ge=1, le=256)
+    timeout: float = Field(default=120.0, gt=0, le=10080)  # minutes that processes wait for each other, at most
 
 
 SINGLE: dict[str, dict[str, Any]] = {

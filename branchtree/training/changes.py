@@ -23,6 +23,7 @@ FREE_RUN_KEYS = (
     "trackers",
     "embeddings",
     "embeddings_gib",
+    "timeout",
 )
 """What may change when a run is continued: it does not touch what is learnt."""
 SHOWN = 60

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -20,6 +21,14 @@ from branchtree.protocols import VelocityFunction
 
 Result = TypeVar("Result")
 Value = TypeVar("Value")
+
+
+def process_group(minutes: float) -> Any:
+    """accelerate's settings of the process group: how long a process waits for the others in a collective call."""
+    from accelerate.utils import InitProcessGroupKwargs
+
+    # The microsecond, since accelerate leaves out a timeout that is its own default, and gloo's default is another.
+    return InitProcessGroupKwargs(timeout=timedelta(minutes=minutes, microseconds=1))
 
 
 class Phase:

@@ -79,7 +79,7 @@ class RowLimit:
         if self._fixed:
             self.refuse(rows, reason)
         if rows <= 1:
-            told = _first_line(reason)
+            told = first_line(reason)
             remedy = _REMEDIES.get(self.key, REWARD_REMEDY)
             raise DeviceMemoryError(f"{self.key}: memory ran out with one row at a time; {remedy}. {told}")
         from accelerate.utils.memory import clear_device_cache
@@ -97,7 +97,7 @@ class RowLimit:
         """Raise DeviceMemoryError: some rows did not fit where no process can begin again by itself."""
         raise DeviceMemoryError(
             f"{self.key}: memory ran out with {rows} rows at once, in a step that all processes take together; "
-            f"set {self.key} to less than {rows}. {_first_line(reason)}"
+            f"set {self.key} to less than {rows}. {first_line(reason)}"
         )
 
     def lower(self, rows: int) -> None:
@@ -158,7 +158,8 @@ class RowLimits:
             limit.lower(rows)
 
 
-def _first_line(text: str) -> str:
+def first_line(text: str) -> str:
+    """A library's message without what follows its first line."""
     return text.strip().partition("\n")[0]
 
 

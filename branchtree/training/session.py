@@ -25,12 +25,11 @@ from branchtree.assembly import (
     make_schedule,
     planned_steps,
 )
-from branchtree.cost import count
 from branchtree.credit import Credit, CreditRule, PruningRule, assign_credit
 from branchtree.data import PromptOrder, check_conditions, held_out_conditions, training_conditions
 from branchtree.errors import BranchTreeError, ModelError, RecipeError, RewardError
-from branchtree.fitting import open_limits
-from branchtree.gpus import USABLE
+from branchtree.gpus import USABLE, device_memory
+from branchtree.preflight import TrainingNeed, step_shortage
 from branchtree.protocols import (
     Callback,
     CompilesBlocks,
@@ -55,7 +54,7 @@ from branchtree.training.failures import FailureWatch
 from branchtree.training.gradient import Objective, Policies
 from branchtree.training.guard import UpdateGuard
 from branchtree.training.learning_rate import LearningRate
-from branchtree.training.lockstep import Lockstep
+from branchtree.training.lockstep import Lockstep, process_group
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import ConditioningCache, open_cache, velocity_function
 from branchtree.training.rundir import RunDirectory
@@ -260,6 +259,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
             limit=limits.update,
             guard=guard,
             average=average,
+            remedy=partial(step_shortage, recipe),
         ),
         trained=Trained(model, engine, scheduler, average, guard),
         evaluator=make_evaluator(inputs, cache, sampler, limits, accelerator, engine.joint),
@@ -299,6 +299,7 @@ def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
         # Told so only because several processes without a GPU would otherwise each train alone.
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if recipe.autocast else "no",
+        kwargs_handlers=[process_group(recipe.run.timeout)],
     )
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError(
@@ -370,10 +371,7 @@ def _row_limits(inputs: Inputs, accelerator: Any, joint: bool) -> RowLimits:
     """The recipe's limits; on a GPU those that it leaves open start from the plan's estimate of what fits."""
     recipe = inputs.recipe
     limits = RowLimits(recipe.batch, recipe.evaluation.rows if recipe.evaluation else None, joint)
-    if accelerator.device.type == "cuda":
-        _, memory = torch.cuda.mem_get_info(accelerator.device)
-        prompts = -(-recipe.batch.prompts // accelerator.num_processes)
-        plans = [inputs.schedule.plan(0, place) for place in range(prompts)]
-        cost = count(plans, make_credit_rule(recipe), make_pruning_rule(recipe), 0)
-        limits.start_at(open_limits(recipe, inputs.model.footprint(), cost, int(memory * USABLE)))
+    memory = None if accelerator.device.type == "cpu" else device_memory()
+    if memory is not None:
+        limits.start_at(TrainingNeed.of(recipe, inputs.model).open_limits(int(memory.total * USABLE)))
     return limits

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from branchtree.credit import Credit
 from branchtree.errors import CallbackError, DataError, DivergenceError, OutputError, RecipeError, RewardError
+from branchtree.preflight import require_memory
 from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
 from branchtree.training.checkpoint import Progress, iteration_of
@@ -44,12 +45,14 @@ def train_recipe(
     callbacks: Sequence[Callback] = (),
     allow: Sequence[str] = (),
     chosen: int | None = None,
+    force: bool = False,
 ) -> TrainResult:
     """Run a resolved recipe in a directory; see ``branchtree.train``. ``chosen`` is the checkpoint to go on from."""
     if allow and not resume:
         raise RecipeError("--allow names keys that may change on --resume; leave it out, or add --resume")
     if chosen is not None and not resume:
         raise RecipeError("--checkpoint names the one to --resume from; add --resume, or start from it with --from")
+    require_memory(recipe, force)
     directory = RunDirectory(output)
     inputs = read_inputs(recipe)
     accelerator = make_accelerator(recipe, directory)

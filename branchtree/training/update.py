@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from branchtree.errors import DeviceMemoryError
 from branchtree.families import Families
 from branchtree.noise import Purpose, generator
 from branchtree.rollout import chunks
@@ -17,8 +18,12 @@ from branchtree.training.engine import Engine
 from branchtree.training.gradient import Gradient, Objective, Policies, UpdateRecord
 from branchtree.training.guard import UpdateGuard
 from branchtree.training.lockstep import Lockstep
-from branchtree.training.microbatch import RowLimit
+from branchtree.training.microbatch import RowLimit, first_line, ran_out_of_memory
 from branchtree.tree import BranchTree
+
+
+def _general_remedy() -> str:
+    return "train fewer weights (lora.rank), shard them (FSDP2), or take a larger device"
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Updater:
     limit: RowLimit  # of families per forward
     guard: UpdateGuard
     average: WeightAverage | None
+    remedy: Callable[[], str] = _general_remedy  # what to change where memory runs out in an optimiser's step
 
     @property
     def optimizer(self) -> Any:
@@ -113,11 +119,23 @@ class Updater:
             self.engine.discard()
             record.refused_steps += 1
             return
-        self.engine.step()
+        self._step()
         if self.average is not None:
             self.average.update()
         record.steps += 1
         record.grad_norms.append(norm)
+
+    def _step(self) -> None:
+        """The optimiser's step, which makes its moments when it is the first. Raises DeviceMemoryError."""
+        try:
+            self.engine.step()
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            raise DeviceMemoryError(
+                "memory ran out in the optimiser's step, which needs the gradients and two moments beside the weights. "
+                f"What would fit: {self.remedy()}. {first_line(str(error))}"
+            ) from error
 
 
 def partition(

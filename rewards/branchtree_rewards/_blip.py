@@ -48,6 +48,19 @@ TEXT_SIZES = (
     "layer_norm_eps",
     "hidden_act",
 )
+BERT_BASE: Mapping[str, Any] = {
+    "vocab_size": 30524,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+}
+"""The published med_config.json, as far as it is used."""
+VISION_WIDTH = 1024
+HEAD_WIDTHS = (1024, 128, 64, 16, 1)
 HEAD_PLACES = (0, 2, 4, 6, 7)  # of the linear layers in the published head; dropouts stand between the first four
 
 
@@ -101,6 +114,22 @@ def build_network(published: Mapping[str, Tensor], med_config: Mapping[str, Any]
     positions = torch.arange(med_config["max_position_embeddings"])[None]
     network.text.get_submodule("embeddings").register_buffer("position_ids", positions, persistent=False)
     return network
+
+
+def published_skeleton(med_config: Mapping[str, Any] | None) -> BlipReward:
+    """The published network without weights: BLIP's ViT-L/16 at 224 pixels, and BERT's base size by default."""
+    width = VISION_WIDTH
+    shapes = {
+        "vision.embeddings.position_embedding": (1, (224 // 16) ** 2 + 1, width),
+        "vision.embeddings.patch_embedding.weight": (width, 3, 16, 16),
+        "vision.encoder.layers.0.mlp.fc1.weight": (4 * width, width),
+        "vision.encoder.layers.23.mlp.fc1.weight": (4 * width, width),
+    }
+    text = med_config or BERT_BASE
+    widths = (text["hidden_size"], *HEAD_WIDTHS)
+    shapes |= {f"head.{place}.weight": (widths[at + 1], widths[at]) for at, place in enumerate(HEAD_PLACES)}
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return skeleton(state, text, "the published checkpoint")
 
 
 def skeleton(state: Mapping[str, Tensor], med_config: Mapping[str, Any], where: str) -> BlipReward:

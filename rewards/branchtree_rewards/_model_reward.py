@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.paths import PathOrName
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.protocols import Condition, Media, RewardFootprint, Scores
+from branchtree_rewards._footprints import Skeleton
 from branchtree_rewards._scale import ScaleName, transform
-from branchtree_rewards._source import sha256, verify
+from branchtree_rewards._source import RANDOM_SMALL, sha256, verify
 
 
 class ModelRewardConfig(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -83,6 +84,20 @@ class ModelReward(ABC, Generic[Config]):
     @abstractmethod
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
         """Score at most ``batch`` samples. ``network`` and the finite pixels of ``media`` are on the device."""
+
+    def _skeleton(self) -> Skeleton | None:
+        """The network without weights, of configuration files alone; None if it cannot be told before loading."""
+        return None
+
+    def footprint(self) -> RewardFootprint | None:
+        """The memory of the weights on an accelerator; None if it is not known, or configuration files are damaged."""
+        if self._config.path == RANDOM_SMALL:
+            return RewardFootprint(0, self._config.offload)
+        try:
+            skeleton = self._skeleton()
+        except Exception:  # the libraries below have exceptions of their own; loading will say what is wrong
+            return None
+        return None if skeleton is None else skeleton.footprint(self._config.offload)
 
     def load(self, device: torch.device) -> None:
         """Load the model and put it on ``device``, or keep it off until it is needed under ``offload``.

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import RewardError
+from branchtree_rewards._footprints import Skeleton, on_meta, settings_file
 from branchtree_rewards._weights import State, build_pretrained, check_fit, without
 
 CONFIG_FILE = "open_clip_config.json"
@@ -73,6 +74,15 @@ def read_config(file: Path) -> OpenClipConfig:
         raise RewardError(
             f"'{file}' does not describe a CLIP of two plain transformers ({type(error).__name__}: {reason})"
         ) from error
+
+
+def open_clip_skeleton(path: str, revision: str | None, published: OpenClipConfig) -> Skeleton:
+    """The network of the configuration beside the weights, or of the ``published`` one where none is there."""
+    from transformers import CLIPModel
+
+    file = settings_file(path, revision, CONFIG_FILE)
+    config = clip_config(read_config(file) if file else published)
+    return Skeleton(on_meta(lambda: CLIPModel(config)))
 
 
 def load_open_clip(state: State, config: OpenClipConfig, where: str) -> Any:

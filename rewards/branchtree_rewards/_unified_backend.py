@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
+from branchtree.protocols import RewardFootprint
 from branchtree_rewards._unified_templates import Failure, Spoken
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
 
 class Backend(Protocol):
     """Answers questions about pictures, one each. Nothing is loaded or asked before ``load``."""
+
+    def footprint(self) -> RewardFootprint | None:
+        """The memory of weights in this process; None if it is not known."""
 
     def load(self, device: torch.device) -> None:
         """Make ready to answer. Raises RewardError that says what is missing and what to do."""

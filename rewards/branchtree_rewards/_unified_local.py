@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from branchtree.errors import RewardError
+from branchtree.protocols import RewardFootprint
+from branchtree_rewards._footprints import QWEN2_5_VL_7B, build_answering, skeleton
 from branchtree_rewards._small_unifiedreward import write_small
-from branchtree_rewards._source import Source, locate, sha256, verify
+from branchtree_rewards._source import RANDOM_SMALL, Source, locate, sha256, verify
 from branchtree_rewards._unified_templates import Failure, Spoken
 from branchtree_rewards._weights import from_pretrained, quiet
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+PUBLISHED = "CodeGoat24/UnifiedReward-qwen-7b"
 INDEX = "model.safetensors.index.json"
 
 
@@ -51,6 +55,17 @@ class LocalModel:
         self._model: Any = None
         self._processor: Any = None
         self._device = torch.device("cpu")
+
+    def footprint(self) -> RewardFootprint | None:
+        """The memory of the weights, of CodeGoat24's 7B models where the model's own configuration is not here."""
+        if self._path == RANDOM_SMALL:
+            return RewardFootprint(0, self._offload)
+        try:
+            found = skeleton(build_answering, self._path, self._revision, (PUBLISHED, QWEN2_5_VL_7B))
+        except Exception:  # transformers has exceptions of its own for a damaged file; loading will say what is wrong
+            return None
+        number = (self._dtype or torch.bfloat16).itemsize
+        return replace(found, number_bytes=number).footprint(self._offload)
 
     def load(self, device: torch.device) -> None:
         """Load the model strictly.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from branchtree.errors import RewardError
+from branchtree.protocols import RewardFootprint
 from branchtree_rewards._http import Caller, CallError
 from branchtree_rewards._unified_templates import Failure, Spoken
 
@@ -58,6 +59,10 @@ class ChatServer:
         self._concurrency, self._timeout, self._retries, self._wait = concurrency, timeout, retries, wait
         self._max_tokens, self._image_format = max_tokens, image_format
         self._caller: Caller | None = None
+
+    def footprint(self) -> RewardFootprint:
+        """No weights in this process."""
+        return RewardFootprint(0)
 
     def load(self, device: torch.device) -> None:
         """Find the server in good health and its model's name; nothing is put on ``device``. Raises RewardError."""

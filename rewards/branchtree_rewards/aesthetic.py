@@ -25,6 +25,7 @@ from branchtree.hookspecs import hookimpl
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
 from branchtree_rewards._clip_folder import load_clip
+from branchtree_rewards._footprints import CLIP_L_14, Skeleton, build_clip_vision, skeleton
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
 from branchtree_rewards._small_aesthetic import CLIP, HEAD, SEED, write_small
@@ -71,6 +72,12 @@ class Aesthetic(ModelReward[AestheticConfig]):
 
     def _open(self) -> Opened:
         return open_predictor(self._config)
+
+    def _skeleton(self) -> Skeleton:
+        config = self._config
+        beside = Path(config.path).expanduser() / CLIP
+        chosen = config.clip or (str(beside) if beside.is_dir() else HUB_CLIP)
+        return skeleton(build_clip_vision, chosen, config.revision, (HUB_CLIP, CLIP_L_14))
 
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
         predictor = cast(AestheticPredictor, network)

@@ -16,8 +16,15 @@ from branchtree.protocols import Condition, Media, RewardCard
 from branchtree_rewards._clip_cosine import cosine
 from branchtree_rewards._clip_folder import load_clip
 from branchtree_rewards._clip_text import as_open_clip, check_end, cleaned, load_own_tokenizer, token_ids
+from branchtree_rewards._footprints import CLIP_B_32, CLIP_L_14, Skeleton, build_clip, skeleton
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
-from branchtree_rewards._open_clip import CONFIG_FILE, VIT_H_14_378, load_open_clip, read_config
+from branchtree_rewards._open_clip import (
+    CONFIG_FILE,
+    VIT_H_14_378,
+    load_open_clip,
+    open_clip_skeleton,
+    read_config,
+)
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
 from branchtree_rewards._small_clip import write_clip_folder, write_open_clip
 from branchtree_rewards._source import locate
@@ -86,6 +93,13 @@ class Clip(ModelReward[ClipConfig]):
         network = load_open_clip(state_dict(read_weights(file), file), architecture, str(file))
         tokenizer = load_own_tokenizer(source, self._config.tokenizer, DFN5B_TOKENIZER)
         return Opened(network, {DFN5B_FILE: file}, (described,) if described else ()), as_open_clip(tokenizer)
+
+    def _skeleton(self) -> Skeleton:
+        revision = self._config.revision
+        if self._by_open_clip:
+            return open_clip_skeleton(self._path, revision, VIT_H_14_378)
+        published = CLIP_L_14 if self._config.variant == "openai-l14" else CLIP_B_32
+        return skeleton(build_clip, self._path, revision, (HUB[self._config.variant], published))
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
         config, device = network.config, media.pixels.device

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from branchtree.hookspecs import hookimpl
-from branchtree.protocols import Condition, Media, RewardCard, Scores
+from branchtree.protocols import Condition, Media, RewardCard, RewardFootprint, Scores
 from branchtree_rewards._digit_classifier import ClassifierName, DigitClassifier, load_classifier, to_network_input
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -56,6 +56,10 @@ class Digits:
     def __init__(self, config: DigitsConfig) -> None:
         self._config = config
         self._networks: dict[str, DigitClassifier] = {}
+
+    def footprint(self) -> RewardFootprint:
+        """No weights to speak of."""
+        return RewardFootprint(0)
 
     def load(self, device: torch.device) -> None:
         """Put the classifiers of images and of video frames on `device`; call once before `score`."""

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from branchtree.hookspecs import hookimpl
-from branchtree.protocols import Condition, Media, RewardCard, Scores
+from branchtree.protocols import Condition, Media, RewardCard, RewardFootprint, Scores
 
 
 class DiversityConfig(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -43,6 +43,10 @@ class Diversity:
     def __init__(self, config: DiversityConfig) -> None:
         self._config = config
         self._device: torch.device | None = None
+
+    def footprint(self) -> RewardFootprint:
+        """No weights to speak of."""
+        return RewardFootprint(0)
 
     def load(self, device: torch.device) -> None:
         """Compare on `device`; call once before `score`."""

@@ -19,8 +19,9 @@ from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
 from branchtree_rewards._clip_cosine import cosine
 from branchtree_rewards._clip_text import as_open_clip, check_end, cleaned, load_own_tokenizer, token_ids
+from branchtree_rewards._footprints import Skeleton
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
-from branchtree_rewards._open_clip import CONFIG_FILE, VIT_H_14, load_open_clip, read_config
+from branchtree_rewards._open_clip import CONFIG_FILE, VIT_H_14, load_open_clip, open_clip_skeleton, read_config
 from branchtree_rewards._pixels import normalised, to_rgb, to_uint8
 from branchtree_rewards._small_clip import write_open_clip
 from branchtree_rewards._source import locate
@@ -69,6 +70,9 @@ class Hps(ModelReward[HpsConfig]):
         check_end(tokenizer, network.config.text_config, str(file))
         self._tokenizer = as_open_clip(tokenizer)
         return Opened(network, {name: file}, (described,) if described else ())
+
+    def _skeleton(self) -> Skeleton:
+        return open_clip_skeleton(self._config.path, self._config.revision, VIT_H_14)
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
         config = network.config

@@ -19,7 +19,8 @@ from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
-from branchtree_rewards._blip import BlipReward, build_network
+from branchtree_rewards._blip import BlipReward, build_network, published_skeleton
+from branchtree_rewards._footprints import Skeleton, settings_file
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
 from branchtree_rewards._small_imagereward import write_small
@@ -61,6 +62,10 @@ class ImageReward(ModelReward[ImageRewardConfig]):
         if len(self._tokenizer) > (entries := med_config["vocab_size"]):
             raise RewardError(f"the tokenizer has {len(self._tokenizer)} entries and '{source.name}' only {entries}")
         return Opened(network, {WEIGHTS: file}, (described,))
+
+    def _skeleton(self) -> Skeleton:
+        file = settings_file(self._config.path, self._config.revision, SETTINGS)
+        return Skeleton(published_skeleton(_read_settings(file) if file else None))
 
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
         blip = cast(BlipReward, network)

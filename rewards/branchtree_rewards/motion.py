@@ -19,7 +19,7 @@ from torch import Tensor
 
 from branchtree.frames import first_frame
 from branchtree.hookspecs import hookimpl
-from branchtree.protocols import Condition, Media, RewardCard, Scores
+from branchtree.protocols import Condition, Media, RewardCard, RewardFootprint, Scores
 from branchtree_rewards._directions import named_direction
 from branchtree_rewards._motion import Measure, agreement, match, smooth_motion, windows
 from branchtree_rewards._sampling import blur, capped
@@ -66,6 +66,10 @@ class _MotionReward(ABC):
     def __init__(self, config: MotionConfig) -> None:
         self._config = config
         self._device: torch.device | None = None
+
+    def footprint(self) -> RewardFootprint:
+        """No weights to speak of."""
+        return RewardFootprint(0)
 
     def load(self, device: torch.device) -> None:
         """Measure on `device`; call once before `score`."""

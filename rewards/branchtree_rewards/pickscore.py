@@ -19,11 +19,14 @@ from branchtree.protocols import Condition, Media, RewardCard
 from branchtree_rewards._clip_cosine import cosine
 from branchtree_rewards._clip_folder import load_clip
 from branchtree_rewards._clip_text import check_end, load_own_tokenizer, token_ids
+from branchtree_rewards._footprints import Skeleton, build_clip, skeleton
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards._open_clip import VIT_H_14, clip_config
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
 from branchtree_rewards._small_clip import write_clip_folder
 from branchtree_rewards._source import locate
 
+HUB_ID = "yuvalkirstain/PickScore_v1"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the model card's processor
 SEED = 20230502  # of the small random checkpoint
 
@@ -36,7 +39,7 @@ class PickScoreConfig(ModelRewardConfig, frozen=True):
             otherwise that of "laion/CLIP-ViT-H-14-laion2B-s32B-b79K", which the model card names.
     """
 
-    path: PathOrName = "yuvalkirstain/PickScore_v1"
+    path: PathOrName = HUB_ID
     tokenizer: PathOrName | None = None
 
 
@@ -53,6 +56,10 @@ class PickScore(ModelReward[PickScoreConfig]):
         self._tokenizer = load_own_tokenizer(source, self._config.tokenizer, TOKENIZER)
         check_end(self._tokenizer, network.config.text_config, source.name)
         return Opened(network, {file.name: file})
+
+    def _skeleton(self) -> Skeleton:
+        published = clip_config(VIT_H_14).to_dict()
+        return skeleton(build_clip, self._config.path, self._config.revision, (HUB_ID, published))
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
         config, device = network.config, media.pixels.device

@@ -17,7 +17,7 @@ import torch
 import branchtree
 from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
-from branchtree.protocols import Condition, Media, RewardCard, Scores
+from branchtree.protocols import Condition, Media, RewardCard, RewardFootprint, Scores
 from branchtree.serving.access import authorization, read_token
 from branchtree.serving.wire import (
     CONTENT_TYPE,
@@ -93,6 +93,10 @@ class Remote:
     def groupwise(self) -> bool:
         """Whether the served reward must see a prompt's whole group at once; known after `load`."""
         return self._info is not None and self._info.groupwise
+
+    def footprint(self) -> RewardFootprint:
+        """No weights to speak of."""
+        return RewardFootprint(0)
 
     def load(self, device: torch.device) -> None:
         """Ask the server what it serves, and compare that with the settings; `device` is the server's own affair.

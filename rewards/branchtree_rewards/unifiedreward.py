@@ -18,13 +18,13 @@ from torch import Tensor
 
 from branchtree.hookspecs import hookimpl
 from branchtree.paths import PathOrName
-from branchtree.protocols import Condition, Media, RewardCard, Scores
+from branchtree.protocols import Condition, Media, RewardCard, RewardFootprint, Scores
 from branchtree_rewards._model_reward import ModelRewardConfig
 from branchtree_rewards._pixels import to_pil
 from branchtree_rewards._scale import transform
 from branchtree_rewards._source import RANDOM_SMALL
 from branchtree_rewards._unified_backend import Backend
-from branchtree_rewards._unified_local import LocalModel
+from branchtree_rewards._unified_local import PUBLISHED, LocalModel
 from branchtree_rewards._unified_server import ChatServer, ImageFormat
 from branchtree_rewards._unified_templates import (
     AXES,
@@ -41,7 +41,7 @@ from branchtree_rewards._unified_templates import (
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-CHECKPOINT = "CodeGoat24/UnifiedReward-qwen-7b"
+CHECKPOINT = PUBLISHED
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LOCAL = ("path", "revision", "sha256", "batch", "offload", "dtype")
 REMOTE = ("model", "api_key_env", "concurrency", "timeout", "retries", "wait", "image_format")
@@ -131,6 +131,10 @@ class UnifiedReward:
         self._scale = transform(config.scale)
         self._backend = _backend(config)
         self._loaded = False
+
+    def footprint(self) -> RewardFootprint | None:
+        """The memory of the weights on an accelerator, none of a server's; None where the configuration is damaged."""
+        return self._backend.footprint()
 
     def load(self, device: torch.device) -> None:
         """Load the model to ``device``, or find the server in good health. Raises RewardError."""

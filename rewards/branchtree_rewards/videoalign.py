@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,6 +21,7 @@ from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
+from branchtree_rewards._footprints import QWEN2_VL_2B, Skeleton, build_qwen2_vl, settings_file, skeleton
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards._small_videoalign import write_small
 from branchtree_rewards._source import Source, locate
@@ -30,6 +32,7 @@ from branchtree_rewards._videoalign_text import Questions, open_tokenizer
 from branchtree_rewards._videoalign_weights import reward_weights
 from branchtree_rewards._weights import build_pretrained, read_weights, state_dict
 
+BASE = "Qwen/Qwen2-VL-2B-Instruct"
 PUBLISHED_STEP = 11352
 
 
@@ -64,7 +67,7 @@ class VideoAlignConfig(ModelRewardConfig, frozen=True):
 
     path: PathOrName = "KlingTeam/VideoReward"
     checkpoint: int | None = pydantic.Field(default=None, ge=0, lt=2**31)
-    base: PathOrName = "Qwen/Qwen2-VL-2B-Instruct"
+    base: PathOrName = BASE
     measure: Annotated[str, pydantic.AfterValidator(_known)] = "MQ"
     fps: float | None = pydantic.Field(default=None, ge=0.1, le=1000)
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -108,6 +111,13 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
     def fingerprint(self) -> str:
         """A digest of the weights and of all settings that change a score, those of `model_config.json` included."""
         return hashlib.sha256(f"{super().fingerprint()} {self._settings} {self._dtype}".encode()).hexdigest()
+
+    def _skeleton(self) -> Skeleton:
+        config = self._config
+        own = settings_file(config.path, None, "config.json")
+        path = config.path if own else config.base
+        found = skeleton(build_qwen2_vl, path, None, (BASE, QWEN2_VL_2B))
+        return replace(found, number_bytes=4 if config.dtype == "float32" else 2)
 
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
         reasons: dict[int, str] = {}
