@@ -213,8 +213,9 @@ class ModelAdapter(Protocol):
         """The model's prediction for latents (B, *latent) at sigma (B,), float32 (B, *latent).
 
         It is computed in the dtype that the denoiser was loaded in; a run calls it under autocast where it trains
-        float32 weights in bfloat16, and never with low-rank weights. ``conditioning`` has B rows. ``denoiser`` is the module to send them through: the adapter's own by
-        default, or the same one wrapped for distributed training, or a frozen copy.
+        float32 weights in bfloat16, and never with low-rank weights. ``conditioning`` has B rows. ``denoiser`` is the
+        module to send them through: the adapter's own by default, or the same one wrapped for distributed training, or
+        a frozen copy.
         """
 
     def decode(self, latents: Tensor) -> Media:
