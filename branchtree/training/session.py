@@ -27,6 +27,7 @@ from branchtree.assembly import (
 from branchtree.cost import count
 from branchtree.credit import Credit, CreditRule, PruningRule, assign_credit
 from branchtree.data import PromptOrder, check_conditions, held_out_conditions, training_conditions
+from branchtree.devices import indexed
 from branchtree.errors import BranchTreeError, ModelError, RecipeError, RewardError
 from branchtree.fitting import open_limits
 from branchtree.gpus import USABLE
@@ -251,7 +252,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
 
 def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
     """accelerate's engine for the recipe. Raises RecipeError for a tracker that is not installed."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
     from accelerate.tracking import get_available_trackers
 
@@ -278,6 +279,8 @@ def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
         log_with=list(recipe.run.trackers) or None,
         project_dir=str(output.root / "trackers"),
     )
+    for state in (PartialState(), accelerator.state):
+        state.device = indexed(state.device)  # a process that is alone is given CUDA without an index
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError(
             "accelerate's configuration: gradient_accumulation_steps must be 1; the recipe's batch.prompts and "
