@@ -12,6 +12,7 @@ from branchtree.noise import NoiseSource, Purpose, generator
 from branchtree.protocols import Condition, ModelAdapter
 from branchtree.rollout import Sampler, rollout
 from branchtree.schedule import TreePlan
+from branchtree.staging import send
 from branchtree.training.microbatch import RowLimit, fitted
 from branchtree.training.policy import ConditioningCache, velocity_function
 from branchtree.tree import grow
@@ -39,7 +40,7 @@ def sample_latents(
         fitted(velocity_function(model, conditioning, autocast), limit),
         sampler,
         grow([plan] * len(conditions)),
-        initial.to(device),
+        send(initial, device),
         NoiseSource(seed, 0),
         range(len(conditions)),
         max_rows=limit.rows,

@@ -164,16 +164,42 @@ def _set_data(func: Any, args: Any, kwargs: Any) -> None:
 def _new_tensor(func: Any, args: Any, kwargs: Any) -> Any:
     if not isinstance(args[0], PretendTensor):
         return func(*args, **kwargs)
-    return torch.tensor(args[1], **{"dtype": args[0].dtype, **kwargs, "device": DEVICE})
+    GPU.wait(Event.TO_DEVICE)
+    return _on_device(args[1], kwargs.get("dtype") or args[0].dtype)
+
+
+def _on_device(value: Any, dtype: torch.dtype | None = None) -> PretendTensor:
+    """Numbers of the host as a tensor on the device, which C++ would put on the meta device and lose."""
+    return PretendTensor(torch.tensor(value, dtype=dtype))
+
+
+def _index(index: Any) -> Any:
+    """An index, whose lists are sent to the device."""
+    items = index if isinstance(index, tuple) else (index,)
+    if any(isinstance(item, list) for item in items):
+        GPU.wait(Event.TO_DEVICE)
+    items = tuple(_on_device(item) if isinstance(item, list) else item for item in items)
+    return items if isinstance(index, tuple) else items[0]
+
+
+def _get_item(func: Any, args: Any, kwargs: Any) -> Any:
+    tensor, index = args
+    return func(tensor, _index(index) if isinstance(tensor, PretendTensor) else index)
+
+
+def _set_item(func: Any, args: Any, kwargs: Any) -> None:
+    tensor, index, value = args
+    if isinstance(tensor, PretendTensor):
+        index = _index(index)
+        value = value if isinstance(value, Tensor) else _on_device(value, tensor.dtype)
+    func(tensor, index, value)
 
 
 def _where(func: Any, args: Any, kwargs: Any) -> Any:
     """``torch.where``, whose numbers C++ would put on the meta device."""
     if len(args) == 3 and any(isinstance(value, PretendTensor) for value in args):
         like = next(value for value in args[1:] if isinstance(value, Tensor))
-        args = [
-            value if isinstance(value, Tensor) else PretendTensor(torch.tensor(value, dtype=like.dtype)) for value in args
-        ]
+        args = [value if isinstance(value, Tensor) else _on_device(value, like.dtype) for value in args]
     return func(*args, **kwargs)
 
 
@@ -219,6 +245,8 @@ SPECIAL: dict[Any, Callable[[Any, Any, Any], Any]] = {
     Tensor.is_pinned: _is_pinned,
     Tensor.data.__set__: _set_data,  # type: ignore[attr-defined]
     Tensor.new_tensor: _new_tensor,
+    Tensor.__getitem__: _get_item,
+    Tensor.__setitem__: _set_item,
     torch.where: _where,
     Tensor.where: _where_method,
     torch.nn.functional.scaled_dot_product_attention: _attention,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -168,16 +169,17 @@ class PretendBackward(TorchDispatchMode):
 
 def operate(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """Carry an operation out on the tensors' numbers, or refuse it as CUDA does."""
-    name = func._schema.name[6:]  # without "aten::"
+    name, mutable = _described(func)
     if name in COPIES:
         return _copied(func, name, args, kwargs)
-    tensors: list[Tensor] = []
-    host_args, host_kwargs = _lowered(args, tensors), _lowered(kwargs, tensors)
-    on_device = any(isinstance(tensor, PretendTensor) for tensor in tensors)
+    kinds: set[type] = set()
+    host_args = _lowered(args, kinds)
+    host_kwargs = {key: _lowered(value, kinds) for key, value in kwargs.items()}
+    on_device = PretendTensor in kinds
     if name in INDEXING:
         on_device = _check_index(name, args)
-    elif on_device:
-        _check_same_device(name, tensors)
+    elif on_device and Tensor in kinds:
+        _refuse(name)
     if on_device and name in WAITS:
         GPU.wait(Event.SYNCHRONISE)
     if host_kwargs.get("device") is not None:  # a factory, "like" a tensor or not
@@ -185,30 +187,38 @@ def operate(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         host_kwargs["device"] = torch.device("cpu")
     host_kwargs.pop("pin_memory", None)
     result = func(*host_args, **host_kwargs)
-    if func._schema.is_mutable:
+    if mutable:
         return _same(result, args, kwargs)
     return _raised(result) if on_device else result
 
 
-def _lowered(value: Any, tensors: list[Tensor]) -> Any:
-    """A value with the numbers of pretended tensors in their place; all tensors met are noted in ``tensors``."""
+@cache
+def _described(func: Any) -> tuple[str, bool]:
+    """An operation's name without its library, and whether it changes its arguments."""
+    return func._schema.name.split("::")[1], func._schema.is_mutable
+
+
+def _lowered(value: Any, kinds: set[type]) -> Any:
+    """A value with the numbers of pretended tensors in their place.
+
+    Notes in ``kinds`` what was met: tensors of the device, and tensors of the host but for single numbers.
+    """
+    kind = type(value)
+    if kind is PretendTensor:
+        kinds.add(PretendTensor)
+        return value.host
+    if kind is tuple or kind is list:
+        return [_lowered(item, kinds) for item in value]
     if isinstance(value, Tensor):
-        tensors.append(value)
-        if isinstance(value, PretendTensor):
-            return value.host
-        if value.is_meta:
-            raise NotImplementedError("the pretended GPU has lost a number that C++ put on the meta device")
-        return value
-    if isinstance(value, list | tuple):
-        return type(value)(_lowered(item, tensors) for item in value)
-    if isinstance(value, dict):
-        return {key: _lowered(item, tensors) for key, item in value.items()}
+        _refuse_lost(value)
+        if value.dim() > 0:
+            kinds.add(Tensor)
     return value
 
 
 def _raised(value: Any) -> Any:
     """A result as tensors on the device."""
-    if type(value) is Tensor:
+    if isinstance(value, Tensor):
         return PretendTensor(value)
     if isinstance(value, list | tuple):
         return type(value)(_raised(item) for item in value)
@@ -236,6 +246,7 @@ def _copied(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     """A copy between dtypes or devices."""
     if name == "copy_":
         target, source = args[0], args[1]
+        _refuse_lost(source)
         if isinstance(target, PretendTensor) == isinstance(source, PretendTensor):
             number = source.host if isinstance(source, PretendTensor) else source
         elif isinstance(target, PretendTensor):
@@ -270,9 +281,9 @@ def _check_index(name: str, args: Any) -> bool:
     return on_device
 
 
-def _check_same_device(name: str, tensors: Sequence[Tensor]) -> None:
-    if any(tensor.dim() > 0 and not isinstance(tensor, PretendTensor) for tensor in tensors):
-        _refuse(name)
+def _refuse_lost(tensor: Tensor) -> None:
+    if tensor.is_meta and not isinstance(tensor, PretendTensor):
+        raise NotImplementedError("the pretended GPU has lost a number that C++ put on the meta device")
 
 
 def _refuse(name: str) -> None:
