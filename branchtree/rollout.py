@@ -216,8 +216,8 @@ def _solve(
 ) -> None:
     """Take the solver's step instead for the children that come after their prompt's last stochastic step.
 
-    ``parents`` are the parents' latents and predictions, and ``family`` says which of them is each child's. ``reached``,
-    by child, and ``memory``, by node from ``first`` on, are changed in place.
+    ``parents`` are the parents' latents and predictions, and ``family`` says which of them is each child's.
+    ``reached``, by child, and ``memory``, by node from ``first`` on, are changed in place.
     """
     after = topology.per_edge(step, [plan.last_stochastic < step for plan in topology.plans])
     chosen = torch.nonzero(after[children])[:, 0]

@@ -20,7 +20,6 @@ from branchtree.training.microbatch import RowLimit, ran_out_of_memory
 from branchtree.transitions import GaussianTransition
 from branchtree.tree import BranchTree
 
-
 _ON_HOST = ("grad_norms", "depth")
 """Lists of an UpdateRecord that are never on the device."""
 
@@ -55,7 +54,8 @@ class UpdateRecord:
         tensors = [tensor for name in names for tensor in getattr(self, name)]
         if not tensors or tensors[0].device.type == "cpu":
             return self
-        copied = torch.cat([tensor.float() for tensor in tensors]).cpu().split([len(tensor) for tensor in tensors])
+        flat = [tensor.float() for tensor in tensors]
+        copied = torch.cat(flat).cpu().split([len(tensor) for tensor in tensors])
         back = iter([copy.to(tensor.dtype) for copy, tensor in zip(copied, tensors, strict=True)])
         return replace(self, **{name: [next(back) for _ in getattr(self, name)] for name in names})
 

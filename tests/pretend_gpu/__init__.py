@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+
 from pretend_gpu.counts import Counts, Event, Site
 from pretend_gpu.cuda import ACCELERATOR, CUDA, PretendGenerator
 from pretend_gpu.functions import PretendFunctions
@@ -33,7 +34,8 @@ def pretend_gpu(device: str = "cuda") -> Iterator[Counts]:
             run(thread)
 
     def backward_pretending(*args: Any, **options: Any) -> Any:
-        with PretendFunctions(), PretendBackward():  # a function that is intercepted runs without the mode, and blocks are computed again
+        # It is called where calls are not seen, since it is one itself; blocks that are computed again must be.
+        with PretendFunctions(), PretendBackward():
             return backward(*args, **options)
 
     swapped = torch.__future__.get_swap_module_params_on_conversion()

@@ -1,6 +1,6 @@
 """Train a recipe's small version on the pretended GPU and print what was counted.
 
-    PYTHONPATH=tests python -m pretend_gpu RECIPE [cuda|cuda:0] [key=value ...]
+PYTHONPATH=tests python -m pretend_gpu RECIPE [cuda|cuda:0] [key=value ...]
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ import tempfile
 from pathlib import Path
 
 import yaml
-from pretend_gpu import pretend_gpu
 
 from branchtree import train
+from pretend_gpu import pretend_gpu
 
 
 def main(recipe: str, device: str = "cuda", *words: str) -> None:

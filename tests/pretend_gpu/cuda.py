@@ -6,9 +6,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
+from torch._utils import _get_device_index
+
 from pretend_gpu.counts import Event
 from pretend_gpu.tensor import DEVICE, GPU
-from torch._utils import _get_device_index
 
 MEMORY = 80 * 2**30
 NAME = "NVIDIA H100 80GB HBM3"

@@ -6,20 +6,22 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from pretend_gpu.counts import Event
-from pretend_gpu.tensor import DEVICE, GPU, PretendTensor
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pretend_gpu.counts import Event
+from pretend_gpu.tensor import DEVICE, GPU, PretendTensor
+
 HALF = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d prelu addmm addmv addr matmul einsum mm mv "
-    "linear addbmm baddbmm bmm chain_matmul multi_dot scaled_dot_product_attention __matmul__ __rmatmul__".split()
+    """conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d prelu addmm addmv addr matmul einsum mm
+    mv linear addbmm baddbmm bmm chain_matmul multi_dot scaled_dot_product_attention __matmul__
+    __rmatmul__""".split()  # noqa: SIM905
 )
 FLOAT = frozenset(
-    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus "
-    "layer_norm group_norm norm cosine_similarity nll_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss "
-    "binary_cross_entropy_with_logits cross_entropy dist cdist logsumexp prod softmax log_softmax cumprod cumsum "
-    "vector_norm sum interpolate".split()
+    """acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ softplus
+    layer_norm group_norm norm cosine_similarity nll_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss
+    binary_cross_entropy_with_logits cross_entropy dist cdist logsumexp prod softmax log_softmax cumprod cumsum
+    vector_norm sum interpolate""".split()  # noqa: SIM905
 )
 """Functions that CUDA's autocast runs in the reduced dtype, and in float32 (torch's "CUDA Ops" lists)."""
 
@@ -66,9 +68,9 @@ def _check_generator(args: Any, kwargs: Any) -> None:
     target = args[0] if args and isinstance(args[0], Tensor) else None
     device = kwargs.get("device")
     on_device = _is_cuda(device) if device is not None else isinstance(target, PretendTensor)
-    found = kwargs["generator"].device.type
-    if on_device != (found == "cuda"):
-        raise RuntimeError(f"Expected a '{'cuda' if on_device else 'cpu'}' device type for generator but found '{found}'")
+    wanted, found = "cuda" if on_device else "cpu", kwargs["generator"].device.type
+    if wanted != found:
+        raise RuntimeError(f"Expected a '{wanted}' device type for generator but found '{found}'")
 
 
 def _autocast(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
@@ -231,7 +233,7 @@ def _attention(func: Any, args: Any, kwargs: Any) -> Any:
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(mask.logical_not(), -torch.inf)
     options = {"attn_mask": mask, "scale": scale}
-    if kernel == torch._C._SDPBackend.FLASH_ATTENTION.value:
+    if kernel == torch._C._SDPBackend.FLASH_ATTENTION.value and query.dim() == 4:
         flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
         return flash(query, key, value, dropout, causal, **options)[0]
     return torch._scaled_dot_product_attention_math(query, key, value, mask, dropout, causal, scale=scale)[0]

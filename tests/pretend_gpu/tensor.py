@@ -9,9 +9,10 @@ from functools import cache
 from typing import Any
 
 import torch
-from pretend_gpu.counts import Counts, Event
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from pretend_gpu.counts import Counts, Event
 
 DEVICE = torch.device("cuda", 0)
 COPIES = {"_to_copy", "to", "copy_"}
@@ -260,7 +261,7 @@ def _copied(func: Any, name: str, args: Any, kwargs: Any) -> Any:
     tensor, device = args[0], kwargs.get("device")
     to_device = device is None or torch.device(device).type in ("cuda", "meta")
     if isinstance(tensor, PretendTensor) and not to_device:
-        return func(GPU.download(tensor, bool(kwargs.get("non_blocking"))), **options)
+        return GPU.download(PretendTensor(func(tensor.host, **options)), bool(kwargs.get("non_blocking")))
     if not isinstance(tensor, PretendTensor):  # in the backward of a copy to the host
         return GPU.upload(func(tensor, **options), bool(kwargs.get("non_blocking")))
     return PretendTensor(func(tensor.host, **options))
