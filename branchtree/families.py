@@ -10,7 +10,7 @@ from torch import Tensor
 
 from branchtree.advantages import Advantages
 from branchtree.pruning import EdgeMask
-from branchtree.staging import fetch_rows
+from branchtree.staging import fetch_rows, send
 from branchtree.tree import BranchTree, Topology
 
 
@@ -103,11 +103,11 @@ def gather(tree: BranchTree, families: Families, device: torch.device) -> Family
     return FamilyBatch(
         families=families,
         latents=_rows(tree.states, families.depth, families.parent, device),
-        sigma=tree.sigmas[families.depth].to(device),
+        sigma=send(tree.sigmas[families.depth], device),
         following=_rows(tree.states, families.edge_depth, families.child, device),
         log_prob=_rows(tree.log_prob, families.edge_depth, families.child, device),
-        family=families.family.to(device),
-        advantage=families.advantage.to(device),
+        family=send(families.family, device),
+        advantage=send(families.advantage, device),
     )
 
 

@@ -13,7 +13,7 @@ from branchtree.grid import check_grid
 from branchtree.noise import NoiseSource, Siblings, child_noise
 from branchtree.protocols import VelocityFunction
 from branchtree.solvers import Memory, Solver, dpm2m
-from branchtree.staging import fetch_rows
+from branchtree.staging import fetch_rows, send
 from branchtree.transitions import GaussianTransition, Kernel, Reduction
 from branchtree.tree import BranchTree, Topology
 
@@ -33,8 +33,8 @@ class Sampler:
     ) -> GaussianTransition:
         """The transitions of rows at their own depths (B,), each to its ``target`` depth, by default the one after."""
         target = depth + 1 if target is None else target
-        sigma, sigma_next = (self.sigmas[d].to(latents.device) for d in (depth, target))
-        return self.kernel(latents, prediction, sigma, sigma_next, active.to(latents.device))
+        sigma, sigma_next = (send(self.sigmas[d], latents.device) for d in (depth, target))
+        return self.kernel(latents, prediction, sigma, sigma_next, send(active, latents.device))
 
     def noise_weights(self) -> Tensor:
         """Each step's noise std over the mean of all steps' that can be stochastic, (T,) float32; 0 for the last.
@@ -98,7 +98,8 @@ def rollout(
         raise ValueError(f"{topology.steps} steps need {topology.steps + 1} noise levels, not {sampler.sigmas.numel()}")
     if not initial.shape[0] == len(prompt_ids) == topology.prompts:
         raise ValueError(f"{topology.prompts} prompts need as many initial noises and prompt ids")
-    states, log_prob = [initial.float().to(store or initial.device)], [torch.zeros(topology.prompts)]
+    states = [initial.float().to(store or initial.device)]
+    log_prob = [torch.zeros(topology.prompts, device=initial.device)]
     memory = Memory.empty(states[0]) if sampler.solver == "dpm2m" else None
     growth = _Growth(topology, sampler, velocity, noise, prompt_ids, max_rows, initial.device, states, log_prob)
     for stage in stages(topology, together):
@@ -109,7 +110,9 @@ def rollout(
         elif finished is not None:
             leaves = topology.block(stage.prompts, topology.steps)
             finished(stage.prompts, states[-1][leaves.start : leaves.stop])
-    return BranchTree(topology, sampler.sigmas, tuple(states), tuple(log_prob))
+    # One copy of all densities: each would make the host wait for the device.
+    densities = torch.cat(log_prob).cpu().split([len(level) for level in log_prob])
+    return BranchTree(topology, sampler.sigmas, tuple(states), densities)
 
 
 @dataclass(frozen=True)
@@ -124,7 +127,7 @@ class _Growth:
     max_rows: int | None
     device: torch.device
     states: list[Tensor]  # per depth reached by any prompt (N_d, *latent)
-    log_prob: list[Tensor]  # (N_d,)
+    log_prob: list[Tensor]  # (N_d,), on the device
 
     def advance(self, stage: Stage, memory: Memory | None) -> Memory | None:
         """Take a stage's steps; ``memory`` is of its nodes before, and what is returned of those after."""
@@ -137,35 +140,39 @@ class _Growth:
         above, below = topology.block(prompts, step), topology.block(prompts, step + 1)
         if step + 1 == len(self.states):
             self.states.append(self.states[0].new_empty(topology.width(step + 1), *self.states[0].shape[1:]))
-            self.log_prob.append(torch.zeros(topology.width(step + 1)))
-        # A node whose step is skipped has been led to a depth beyond: its only child stands in the same place.
-        parent = topology.parent[step + 1][below.start : below.stop]
-        self.states[step + 1][below.start : below.stop] = self.states[step][parent.to(store)]
-        memory = memory and memory.rows((parent - above.start).to(store))
-        nodes = topology.evaluated(step, prompts)
+            self.log_prob.append(torch.zeros(topology.width(step + 1), device=self.device))
+        parent, nodes = topology.parent[step + 1][below.start : below.stop], topology.evaluated(step, prompts)
+        if len(nodes) < len(above):
+            # A node whose step is skipped has been led to a depth beyond: its only child stands in the same place.
+            self.states[step + 1][below.start : below.stop] = self.states[step][send(parent, store)]
+        memory = memory and memory.rows(parent - above.start)
         for span in chunks(len(nodes), self.max_rows):
             self._families(step, nodes[span.start : span.stop], memory, below.start)
         return memory
 
     def _families(self, step: int, rows: Tensor, memory: Memory | None, first: int) -> None:
-        """The children of some nodes; ``first`` is the node that the memory's first row is of."""
+        """The children of some nodes; ``first`` is the node that the memory's first row is of.
+
+        Nothing here but a copy of states to the host waits for the device, so that noise is drawn while it computes.
+        """
         topology, sampler, following = self.topology, self.sampler, self.states[step + 1]
         place = torch.full((topology.width(step),), -1).scatter_(0, rows, torch.arange(len(rows)))
         family = place[topology.parent[step + 1]]
         children = torch.nonzero(family >= 0)[:, 0]
-        family, at = family[children].to(self.device), children.to(following.device)
+        family = family[children]
         latents = fetch_rows(self.states[step], rows, self.device)
         transition, prediction = _transition(self.velocity, sampler, topology, step, rows, latents)
-        spread = transition.rows(family)
         base = _noise(
             sampler.siblings, topology, step, children.tolist(), self.noise, self.prompt_ids, latents.shape[1:]
         )
-        following[at] = spread.sample(base.to(self.device)).to(following.device)
+        spread = transition.rows(send(family, self.device))
+        reached = spread.sample(torch.zeros_like(spread.mean) if base is None else send(base, self.device))
         if memory is not None:
-            _solve(sampler, topology, step, children, (latents[family], prediction[family]), following, memory, first)
-        # Scored from the stored child, so that the gradient pass scores the very same numbers.
-        density = spread.log_prob(following[at].to(self.device), sampler.reduction)
-        self.log_prob[step + 1][children] = density.cpu()
+            _solve(sampler, topology, step, children, family, (latents, prediction), reached, memory, first)
+        at = send(children, self.device)
+        # The states keep these very numbers, so that the gradient pass scores the same.
+        self.log_prob[step + 1][at] = spread.log_prob(reached, sampler.reduction)
+        following[send(children, following.device)] = reached.to(following.device)
 
 
 def forwards(topology: Topology, max_rows: int | None, together: int | None = None) -> int:
@@ -190,8 +197,8 @@ def _transition(
 ) -> tuple[GaussianTransition, Tensor]:
     """The transitions of some nodes, and the predictions that they come from."""
     depth = torch.full((len(rows),), step)
-    sigma = sampler.sigmas[depth].to(latents.device)
-    prediction = velocity(latents, sigma, topology.root[step][rows].to(latents.device))
+    sigma, root = (send(each, latents.device) for each in (sampler.sigmas[depth], topology.root[step][rows]))
+    prediction = velocity(latents, sigma, root)
     active, target = topology.stochastic(step)[rows], topology.target(step)[rows]
     return sampler.transition(latents, prediction, depth, active, target), prediction
 
@@ -201,29 +208,32 @@ def _solve(
     topology: Topology,
     step: int,
     children: Tensor,
+    family: Tensor,
     parents: tuple[Tensor, Tensor],
-    following: Tensor,
+    reached: Tensor,
     memory: Memory,
     first: int,
 ) -> None:
     """Take the solver's step instead for the children that come after their prompt's last stochastic step.
 
-    ``parents`` are the latents and predictions of the children's parents. ``following``, by node of the depth after,
-    and ``memory``, by node from ``first`` on, are changed in place.
+    ``parents`` are the parents' latents and predictions, and ``family`` says which of them is each child's.
+    ``reached``, by child, and ``memory``, by node from ``first`` on, are changed in place.
     """
     after = topology.per_edge(step, [plan.last_stochastic < step for plan in topology.plans])
     chosen = torch.nonzero(after[children])[:, 0]
     if not len(chosen):
         return
-    latents, prediction = (part[chosen.to(part.device)] for part in parents)
-    nodes = children[chosen].to(following.device)
-    rows = nodes - first
-    target = topology.target(step)[topology.parent[step + 1][children[chosen]]]
-    sigma = sampler.sigmas[torch.full_like(target, step)].to(latents.device)
-    before = Memory(memory.clean[rows].to(latents.device), memory.sigma[rows].to(latents.device))
-    solved, kept = dpm2m(latents, prediction, sigma, sampler.sigmas[target].to(latents.device), before)
-    following[nodes] = solved.to(following.device)
-    memory.clean[rows], memory.sigma[rows] = kept.clean.to(following.device), kept.sigma.to(following.device)
+    device, kept_on = reached.device, memory.clean.device
+    row = send(family[chosen], device)
+    latents, prediction = (part[row] for part in parents)
+    nodes = children[chosen]
+    target = topology.target(step)[topology.parent[step + 1][nodes]]
+    level, level_next = (sampler.sigmas[depth] for depth in (torch.full_like(target, step), target))
+    before = Memory(*(fetch_rows(part, nodes - first, device) for part in (memory.clean, memory.sigma)))
+    solved, kept = dpm2m(latents, prediction, send(level, device), send(level_next, device), before)
+    reached[send(chosen, device)] = solved
+    rows = send(nodes - first, kept_on)
+    memory.clean[rows], memory.sigma[rows] = kept.clean.to(kept_on), send(level, kept_on)
 
 
 def _noise(
@@ -234,8 +244,13 @@ def _noise(
     source: NoiseSource,
     prompt_ids: Sequence[int],
     shape: Sequence[int],
-) -> Tensor:
-    """Base noise of some children, ascending, on the CPU; zero where the step is deterministic and needs none drawn."""
+) -> Tensor | None:
+    """Base noise of some children, ascending, on the CPU; zero where the step is deterministic and needs none drawn.
+
+    None if it is so for all prompts.
+    """
+    if not any(plan.stochastic[step] for plan in topology.plans):
+        return None
     noise = torch.zeros(len(children), *shape)
     for prompt, plan in enumerate(topology.plans):
         if not plan.stochastic[step]:

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from branchtree.staging import send
 from branchtree.transitions import like
 
 Solver = Literal["euler", "dpm2m"]
@@ -26,7 +27,8 @@ class Memory:
         return Memory(torch.zeros_like(latents), torch.full((len(latents),), torch.nan, device=latents.device))
 
     def rows(self, index: Tensor) -> Memory:
-        """The memory of some rows, with repetition."""
+        """The memory of some rows, with repetition; ``index`` (B,) is on the host."""
+        index = send(index, self.clean.device)
         return Memory(self.clean[index], self.sigma[index])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
 import torch
@@ -14,10 +14,14 @@ from branchtree.loss import clipped_away, clipped_loss, probability_ratio
 from branchtree.protocols import VelocityFunction
 from branchtree.recipe.schema import LossSection
 from branchtree.rollout import Sampler, chunks
+from branchtree.staging import send
 from branchtree.training.engine import Engine
 from branchtree.training.microbatch import RowLimit, ran_out_of_memory
 from branchtree.transitions import GaussianTransition
 from branchtree.tree import BranchTree
+
+_ON_HOST = ("grad_norms", "depth")
+"""Lists of an UpdateRecord that are never on the device."""
 
 
 @dataclass
@@ -44,6 +48,17 @@ class UpdateRecord:
         for each in fields(self):
             setattr(self, each.name, getattr(self, each.name) + getattr(other, each.name))
 
+    def on_host(self) -> UpdateRecord:
+        """The same, off the device: in one copy, for each makes the host wait until the device has done all before."""
+        names = [name for name, kept in vars(self).items() if isinstance(kept, list) and name not in _ON_HOST]
+        tensors = [tensor for name in names for tensor in getattr(self, name)]
+        if not tensors or tensors[0].device.type == "cpu":
+            return self
+        flat = [tensor.float() for tensor in tensors]
+        copied = torch.cat(flat).cpu().split([len(tensor) for tensor in tensors])
+        back = iter([copy.to(tensor.dtype) for copy, tensor in zip(copied, tensors, strict=True)])
+        return replace(self, **{name: [next(back) for _ in getattr(self, name)] for name in names})
+
 
 @dataclass(frozen=True)
 class Policies:
@@ -67,7 +82,7 @@ class Objective:
         return self.sampler.noise_weights()
 
     def _transition(self, velocity: VelocityFunction, batch: FamilyBatch) -> GaussianTransition:
-        prediction = velocity(batch.latents, batch.sigma, batch.families.prompt.to(batch.latents.device))
+        prediction = velocity(batch.latents, batch.sigma, send(batch.families.prompt, batch.latents.device))
         active = torch.ones(len(batch.families), dtype=torch.bool)
         return self.sampler.transition(batch.latents, prediction, batch.families.depth, active)
 
@@ -80,23 +95,24 @@ class Objective:
         if first:
             # The weights are still those of the rollout, so the behaviour policy's density is this very number.
             old = log_prob.detach()
-            record.mismatch.append((old - batch.log_prob).abs().cpu())
+            record.mismatch.append((old - batch.log_prob).abs())
         ratio = probability_ratio(log_prob, batch.log_prob if old is None else old)
         losses = clipped_loss(ratio, batch.advantage, self.loss.clip_range)
         if self.loss.weighting == "noise":
-            losses = losses * self._noise_weights[batch.families.depth][batch.families.family].to(losses.device)
+            weights = self._noise_weights[batch.families.depth][batch.families.family]
+            losses = losses * send(weights, losses.device)
         record.rows += len(batch.families)
-        record.loss.append(losses.detach().cpu())
+        record.loss.append(losses.detach())
         record.depth.append(batch.families.edge_depth)
-        deviation = (ratio.detach() - 1).abs().cpu()
+        deviation = (ratio.detach() - 1).abs()
         record.deviation.append(deviation)
         if first:
             record.first_deviation.append(deviation)
-        record.clipped.append(clipped_away(ratio.detach(), batch.advantage, self.loss.clip_range).cpu())
+        record.clipped.append(clipped_away(ratio.detach(), batch.advantage, self.loss.clip_range))
         if policies.reference is not None:
             divergence = self._divergence(policies.reference, batch, transition)
             record.reference_rows += len(batch.families)
-            record.kl.append(divergence.detach().cpu())
+            record.kl.append(divergence.detach())
             losses = losses + self.loss.kl * divergence
         return losses
 
@@ -170,7 +186,7 @@ class Gradient:
         if self._processes > 1 and not self._waiting:
             joins = max(joins, 1)  # gradients are reduced in a backward, so even a process without an edge needs one
         self._accumulate([], ending=True, joins=joins)
-        return self.seen
+        return self.seen.on_host()
 
     def _batches(self, given: Sequence[Families]) -> list[Families]:
         return [

@@ -13,6 +13,7 @@ from branchtree.errors import RewardError
 from branchtree.noise import NoiseSource, Purpose, generator
 from branchtree.protocols import Condition, Media, Scores
 from branchtree.rollout import Finished, forwards, rollout
+from branchtree.staging import send
 from branchtree.training.lockstep import Phase
 from branchtree.training.microbatch import fitted
 from branchtree.training.policy import velocity_function
@@ -120,7 +121,7 @@ def _rollout(
         fitted(phase.counted(velocity), session.limits.rollout),
         session.sampler,
         topology,
-        torch.stack(initial).to(session.device),
+        send(torch.stack(initial), session.device),
         NoiseSource(recipe.seed, iteration),
         ids,
         max_rows=session.limits.rollout.rows,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from branchtree.errors import DataError
 from branchtree.protocols import Condition, Conditioning, DropsEncoders, ModelAdapter, VelocityFunction
 from branchtree.recipe.schema import RunSection
+from branchtree.staging import send
 from branchtree.training.encodings import Encoding, EncodingStore, open_store
 
 Key = tuple[object, ...]
@@ -59,7 +60,7 @@ class ConditioningCache:
         for key in keys:
             self._rows.move_to_end(key)
         self._shrink(keep=len(set(keys)))
-        return {name: torch.stack([row[name] for row in rows]).to(device) for name in rows[0]}
+        return {name: send(torch.stack([row[name] for row in rows]), device) for name in rows[0]}
 
     def holds(self, conditions: Iterable[Condition]) -> bool:
         """Whether all of these are encoded."""

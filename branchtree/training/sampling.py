@@ -12,6 +12,7 @@ from branchtree.noise import NoiseSource, Purpose, generator
 from branchtree.protocols import Condition, ModelAdapter, VelocityFunction
 from branchtree.rollout import Sampler, rollout
 from branchtree.schedule import TreePlan
+from branchtree.staging import send
 from branchtree.training.microbatch import RowLimit, fitted
 from branchtree.training.policy import ConditioningCache, velocity_function
 from branchtree.tree import grow
@@ -33,7 +34,7 @@ def sample_latents(
         [model.initial_noise(generator(seed, 0, prompt, 0, draw, Purpose.INITIAL)) for prompt, draw in noise_seeds]
     )
     conditioning = cache.get(conditions, device)
-    return denoise(velocity_function(model, conditioning, autocast), sampler, initial.to(device), limit)
+    return denoise(velocity_function(model, conditioning, autocast), sampler, send(initial, device), limit)
 
 
 def denoise(velocity: VelocityFunction, sampler: Sampler, initial: Tensor, limit: RowLimit) -> Tensor:

@@ -27,6 +27,7 @@ from branchtree.assembly import (
 )
 from branchtree.credit import Credit, CreditRule, PruningRule, assign_credit
 from branchtree.data import PromptOrder, check_conditions, held_out_conditions, training_conditions
+from branchtree.devices import indexed
 from branchtree.errors import BranchTreeError, ModelError, RecipeError, RewardError
 from branchtree.gpus import USABLE, device_memory
 from branchtree.preflight import TrainingNeed, step_shortage
@@ -275,7 +276,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
 
 def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
     """accelerate's engine for the recipe. Raises RecipeError for a tracker that is not installed."""
-    from accelerate import Accelerator
+    from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
     from accelerate.tracking import get_available_trackers
 
@@ -301,6 +302,8 @@ def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
         mixed_precision="bf16" if recipe.autocast else "no",
         kwargs_handlers=[process_group(recipe.run.timeout)],
     )
+    for state in (PartialState(), accelerator.state):
+        state.device = indexed(state.device)  # a process that is alone is given CUDA without an index
     if accelerator.gradient_accumulation_steps != 1:
         raise RecipeError(
             "accelerate's configuration: gradient_accumulation_steps must be 1; the recipe's batch.prompts and "

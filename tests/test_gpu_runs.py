@@ -1,0 +1,125 @@
+"""Whole runs on the pretended GPU (tests/pretend_gpu): every recipe, every method, and what a run can be asked for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pretend_gpu import pretend_gpu
+from tiny_flux import tiny_flux
+from tiny_wan import tiny_wan
+from training_runs import metrics, small
+
+from branchtree import evaluate, load_recipe, train
+from branchtree.recipe.load import method_names
+
+RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+NAMES = ("cuda", "cuda:0")  # as accelerate gives it, without an index, and with one
+BOTH = {"quickstart", "wan_quickstart", "flux_t2i_single"}
+
+
+def shortened(name: str) -> dict[str, Any]:
+    """Overrides that make a recipe's small version as short as can be: the work on a GPU is of the same kinds."""
+    recipe = load_recipe(name, smoke=True)
+    changes: dict[str, Any] = {"run.iterations": 1, "run.sample_prompts": 1, "batch.prompts": 2, "tree.steps": 5}
+    if recipe.tree.split_steps:
+        changes["tree.splits"] = list(range(min(len(recipe.tree.split_steps), 2)))
+    if recipe.evaluation:
+        changes |= {"evaluation.limit": 1, "evaluation.noises": 1}
+    return changes
+
+
+@pytest.mark.parametrize(
+    ("recipe", "device"),
+    [
+        (recipe, device)
+        for place, recipe in enumerate(RECIPES)
+        for device in (NAMES if recipe in BOTH else (NAMES[place % 2],))
+    ],
+)
+def test_a_recipe_trains_and_is_evaluated_on_a_gpu(recipe: str, device: str, tmp_path: Path) -> None:
+    with pretend_gpu(device):
+        result = train(recipe, shortened(recipe), smoke=True, output=tmp_path / "run")
+    assert result.finished and result.iterations == 1
+    (row,) = metrics(tmp_path / "run")
+    assert row["steps/taken"] == 1 and row["ratio/first_step_max_deviation"] == 0
+
+
+@pytest.fixture(scope="module")
+def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_flux(tmp_path_factory.mktemp("flux"))
+
+
+def on_both(recipe: str, changes: dict[str, Any], folder: Path, device: str = "cuda") -> None:
+    """Train on the CPU and on the pretended GPU, whose arithmetic is the same: so are all figures, to the bit."""
+    train(recipe, changes, output=folder / "cpu")
+    with pretend_gpu(device):
+        train(recipe, changes, output=folder / "gpu")
+    assert metrics(folder / "gpu") == metrics(folder / "cpu")
+
+
+@pytest.mark.parametrize("method", method_names())
+def test_a_method_gives_the_same_figures_on_a_gpu(method: str, flux: Path, tmp_path: Path) -> None:
+    changes = small(flux, run__iterations=1, run__sample_prompts=1, run__checkpoint_every=9)
+    del changes["tree.splits"]
+    tree = load_recipe(f"quickstart+{method}").tree
+    if tree.split_steps:
+        changes["tree.splits"] = list(range(min(len(tree.split_steps), 2)))
+    on_both(f"quickstart+{method}", changes, tmp_path, NAMES[len(method) % 2])
+
+
+FEATURES: dict[str, dict[str, Any]] = {
+    "states on the host, several steps": {"batch__states": "host", "optim__steps_per_iteration": 2},
+    "a KL to a frozen copy, and an average": {"loss__kl": 0.1, "optim__ema": 0.9},
+    "LoRA, a KL to the model without it, and checkpointed blocks": {
+        "lora__rank": 2,
+        "loss__kl": 0.1,
+        "run__gradient_checkpointing": True,
+    },
+    "a solver on states on the host, in small batches": {
+        "tree__solver": "dpm2m",
+        "tree__sde": "splits",
+        "tree__continuation": 3,
+        "tree__steps": 8,
+        "batch__states": "host",
+        "batch__rollout_rows": 3,
+        "batch__update_rows": 3,
+    },
+}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_a_feature_gives_the_same_figures_on_a_gpu(feature: str, flux: Path, tmp_path: Path) -> None:
+    changes = small(flux, run__sample_prompts=1, run__checkpoint_every=9, **FEATURES[feature])
+    on_both("quickstart", changes, tmp_path)
+
+
+@pytest.mark.parametrize("lora", [None, {"rank": 2}])
+def test_bfloat16_trains_on_a_gpu(lora: dict[str, int] | None, flux: Path, tmp_path: Path) -> None:
+    """Not compared: CUDA's autocast runs other functions in float32 than the CPU's."""
+    changes = small(flux, run__precision="bf16", lora=lora, run__iterations=1, run__sample_prompts=1)
+    with pretend_gpu():
+        train("quickstart", changes, output=tmp_path / "run")
+    (row,) = metrics(tmp_path / "run")
+    assert row["steps/taken"] == 1 and row["ratio/first_step_max_deviation"] == 0
+
+
+def test_a_run_is_resumed_and_evaluated_on_a_gpu_by_its_other_name(flux: Path, tmp_path: Path) -> None:
+    changes = small(flux, run__sample_prompts=1)
+    train("quickstart", changes, output=tmp_path / "cpu")
+    with pretend_gpu("cuda"):
+        train("quickstart", {**changes, "run.iterations": 1}, output=tmp_path / "run")
+    with pretend_gpu("cuda:0"):
+        train("quickstart", changes, output=tmp_path / "run", resume=True, allow=["run.iterations"])
+        rewards = [{"reward": "digits"}]
+        evaluate(tmp_path / "run", rewards=rewards, prompts=["a six"], noises=2, output=tmp_path / "evaluation")
+    assert metrics(tmp_path / "run") == metrics(tmp_path / "cpu")
+
+
+def test_a_small_wan_gives_the_same_figures_on_a_gpu(tmp_path: Path) -> None:
+    changes = {
+        **small(tiny_wan(tmp_path / "wan"), run__iterations=1, run__sample_prompts=1),
+        "model.frames": 5,
+    }
+    on_both("wan_quickstart", changes, tmp_path)
