@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from branchtree.reading import user_path
 from branchtree.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ def train(
     from branchtree.training.trainer import train_recipe
 
     resolved = _resolve(recipe, overrides, smoke)
-    return train_recipe(resolved, Path(output or Path("runs") / resolved.name).expanduser(), resume, callbacks, allow)
+    return train_recipe(resolved, user_path(output or Path("runs") / resolved.name), resume, callbacks, allow)
 
 
 def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None, *, smoke: bool = False) -> RunPlan:
@@ -72,7 +73,7 @@ def evaluate(
     from branchtree.evaluating import evaluate_subject
     from branchtree.evaluating.request import Choices
 
-    written = None if output is None else Path(output).expanduser()
+    written = None if output is None else user_path(output)
     choices = Choices(rewards, prompts, noises, limit, written)
     return evaluate_subject(run_or_recipe, overrides, choices, smoke=smoke, checkpoint=checkpoint)
 

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from branchtree.errors import ModelError, nearest
+from branchtree.reading import user_path
 
 BUNDLED = "bundled:"
 Configs = Mapping[str, Mapping[str, Any]]
@@ -43,7 +44,7 @@ def locate(path: str, revision: str | None = None) -> ModelSource:
     A path that exists or begins with ``/``, ``./``, ``../`` or ``~`` is a folder; ``org/name`` is a hub id.
     Raises ModelError for a missing folder, an unknown bundled name, a revision of a folder, or anything else.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if path.startswith(BUNDLED):
         folder = _bundled(path.removeprefix(BUNDLED))
     elif not folder.exists() and not path.startswith(("/", "./", "../", "~")):

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import RewardError
+from branchtree.reading import user_path
 from branchtree_rewards._feature_frames import NetworkFeatures, digest
 from branchtree_rewards._pixels import to_rgb, to_uint8
 from branchtree_rewards._source import sha256
@@ -53,7 +54,7 @@ class InceptionFeatures(NetworkFeatures[InceptionFeaturesConfig]):
 
     def load(self, device: torch.device) -> None:
         """Load the network. Raises RewardError without torch-fidelity, or if the file is missing or does not fit."""
-        file = Path(self._config.path).expanduser()
+        file = user_path(self._config.path)
         if not file.is_file():
             raise RewardError(f"no weights file '{file}'; give torch-fidelity's {WEIGHTS} as 'path'")
         self._network = open_inception(file).to(device)

@@ -7,7 +7,6 @@ width.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import pydantic
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import RewardError
+from branchtree.reading import user_path
 from branchtree_rewards._model_reward import Opened
 from branchtree_rewards._raft import largest_motions, load_raft
 from branchtree_rewards._small_vbench import RAFT_FILE, write_small_raft
@@ -79,7 +79,7 @@ class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
 
     def _open(self) -> Opened:
         path = self._config.path
-        if path != RANDOM_SMALL and not Path(path).expanduser().exists():
+        if path != RANDOM_SMALL and not user_path(path).exists():
             raise RewardError(
                 f"'{path}' is no existing file or folder; RAFT is not on the hub: download {PUBLISHED}, or "
                 f"'{PRINCETON_FILE}' as in https://github.com/princeton-vl/RAFT, and give its path, or '{RANDOM_SMALL}'"

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import RewardError
+from branchtree.reading import user_path
 from branchtree_rewards._model_reward import Opened
 from branchtree_rewards._musiq import Musiq, MusiqSizes
 from branchtree_rewards._small_vbench import MUSIQ_FILE, SIZES_FILE, write_small_musiq
@@ -46,7 +47,7 @@ class VBenchImaging(VBenchReward[VBenchImagingConfig]):
 
     def _open(self) -> Opened:
         path = self._config.path
-        if path != RANDOM_SMALL and not Path(path).expanduser().exists():
+        if path != RANDOM_SMALL and not user_path(path).exists():
             raise RewardError(
                 f"'{path}' is no existing file or folder; these weights are not on the hub: download {PUBLISHED} and "
                 f"give its path, or '{RANDOM_SMALL}'"

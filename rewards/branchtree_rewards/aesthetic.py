@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from torch.nn.utils import skip_init
 from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
 from branchtree.protocols import Condition, Media, RewardCard
+from branchtree.reading import user_path
 from branchtree_rewards._clip_folder import load_clip
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
@@ -79,7 +79,7 @@ class Aesthetic(ModelReward[AestheticConfig]):
 
 def open_predictor(config: AestheticConfig) -> Opened:
     """Load the head and the CLIP that ``config`` names into an AestheticPredictor. Raises RewardError."""
-    if config.path != RANDOM_SMALL and not Path(config.path).expanduser().exists():
+    if config.path != RANDOM_SMALL and not user_path(config.path).exists():
         raise RewardError(
             f"'{config.path}' is no existing file or folder; the aesthetic head is not on the hub: download '{HEAD}' "
             f"from {HEAD_SOURCE} and give its path, or '{RANDOM_SMALL}'"
