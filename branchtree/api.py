@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from branchtree.reading import user_path
+from branchtree.errors import OutputError
+from branchtree.reading import require_name, user_path
 from branchtree.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -38,7 +39,9 @@ def train(
     from branchtree.training.trainer import train_recipe
 
     resolved = _resolve(recipe, overrides, smoke)
-    return train_recipe(resolved, user_path(output or Path("runs") / resolved.name), resume, callbacks, allow)
+    folder = user_path(output or Path("runs") / resolved.name)
+    require_name(folder, OutputError)
+    return train_recipe(resolved, folder, resume, callbacks, allow)
 
 
 def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None, *, smoke: bool = False) -> RunPlan:

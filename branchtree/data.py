@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -146,8 +148,8 @@ class _Reader:
 
     def _instead(self, row: Mapping[str, Any]) -> str:
         """What a row holds where its prompt should be."""
-        value = row.get(self.column)
-        if value is not None:
+        if self.column in row:
+            value = row[self.column]
             return "it is empty" if isinstance(value, str) else f"it is {_kind(value)}"
         return f"it has {shortened(', '.join(map(str, row))) or 'nothing'}"
 
@@ -192,6 +194,7 @@ def _kind(value: object) -> str:
         int: "a number",
         float: "a number",
         bytes: "bytes",
+        type(None): "null",
     }
     return names.get(type(value), f"a {type(value).__name__}")
 
@@ -215,12 +218,32 @@ def _from_file(path: Path, reader: _Reader) -> list[Condition]:
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     import pyarrow.parquet
 
+    column = ""
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
-            rows: list[dict[str, Any]] = file.read().to_pylist()
+            table = file.read()
+        columns = []
+        for name, values in zip(table.column_names, table.columns, strict=True):
+            column = f"column '{name}': "
+            columns.append([_json_value(value) for value in values.to_pylist()])
     except Exception as error:  # of damaged bytes, the library raises many kinds, and OSError and ValueError among them
-        raise DataError(f"{path}: not a readable parquet file: {shortened(str(error))}") from None
-    yield from rows
+        reason = shortened(" ".join(str(error).split()))
+        raise DataError(f"{path}: not a readable parquet file: {column}{reason}") from None
+    for row in zip(*columns, strict=True):
+        yield dict(zip(table.column_names, row, strict=True))
+
+
+def _json_value(value: Any) -> Any:
+    """A value of a table as JSON has it, where it can: times as texts, and null for what is no number."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _json_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(inner) for inner in value]
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date too
+        return value.isoformat()
+    return value if isinstance(value, str | int | bytes | None) else str(value)
 
 
 def _hub_rows(name: str, split: str) -> Iterator[Mapping[str, Any]]:

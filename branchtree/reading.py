@@ -56,6 +56,16 @@ def require_file(path: Path, missing: BranchTreeError) -> None:
         raise kind(f"{path}: is no regular file but a pipe, a socket or a device; copy its content into a file")
 
 
+def require_name(path: Path, kind: type[BranchTreeError]) -> None:
+    """Raise an error of ``kind`` for a path that the system takes for nothing, as one whose name is too long."""
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        raise kind(f"{shortened(str(path))}: cannot be used: {failure_reason(error)}; name another") from None
+
+
 def read_text(path: Path, kind: type[BranchTreeError]) -> str:
     """The text of a regular UTF-8 file, with line feeds at its ends of lines and without a byte order mark.
 

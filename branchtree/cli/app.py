@@ -171,12 +171,13 @@ def leave_at_once(message: str) -> NoReturn:
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
     """``key=value`` words as a mapping. Raises RecipeError for a word without '='."""
+    from branchtree.reading import shortened
     from branchtree.recipe.source import parse_value
 
     changes: dict[str, Any] = {}
     for word in overrides:
         key, separator, value = word.partition("=")
         if not separator or not key:
-            raise RecipeError(f"override '{word}': write it as key=value, for example optim.lr=2e-5")
-        changes[key] = parse_value(value)
+            raise RecipeError(f"override '{shortened(word)}': write it as key=value, for example optim.lr=2e-5")
+        changes[key] = parse_value(value, f"override {shortened(key)}:")
     return changes

@@ -181,7 +181,7 @@ def _key(node: yaml.Node) -> str:
     """A key as it is written: 3, true and null are texts here, as in JSON."""
     if not isinstance(node, yaml.ScalarNode):
         raise _refused(node, f"found unhashable key: a key is a text, not a {node.id}")
-    return _text(node.value) if node.tag in {*_SCALARS, MERGE} else str(_scalar(node))
+    return _text(node.value) if node.tag in _SCALARS else str(_scalar(node))
 
 
 def _scalar(node: yaml.ScalarNode) -> Any:
@@ -220,6 +220,7 @@ _SCALARS: Mapping[str, Callable[[str], Any]] = {
     f"{TAG}int": _integer,
     f"{TAG}float": _float,
     f"{TAG}str": _text,
+    MERGE: _text,
 }
 
 

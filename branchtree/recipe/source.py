@@ -16,6 +16,9 @@ from branchtree.recipe.plain_yaml import MOST_LEVELS, KeyPath, NotPlainError, re
 __all__ = ["KeyPath", "Origin", "Source", "override", "parse_plugin", "parse_value", "read_yaml", "write_yaml"]
 
 
+NO_TEXT = "holds bytes that are no text in this terminal's encoding; write it in UTF-8, as under LANG=C.UTF-8"
+
+
 @dataclass(frozen=True)
 class Origin:
     """Where a key was written: a file and line, or an override."""
@@ -56,12 +59,16 @@ class Source:
             del self.origins[known]
 
 
-def parse_value(text: str) -> Any:
-    """One YAML value, as on the right of ``key=value``."""
+def parse_value(text: str, name: str = "override value") -> Any:
+    """One YAML value, as on the right of ``key=value``. Raises RecipeError, beginning with the name of the value."""
+    if half_character(text):
+        raise RecipeError(f"{name} {shortened(text)!r}: {NO_TEXT}")
     try:
         return read_plain(text).data
     except NotPlainError as error:
-        raise RecipeError(f"override value {shortened(text)!r} is not YAML: {error}") from None
+        raise RecipeError(
+            f"{name} {shortened(text)!r} is not YAML: {error} (quotes around a text keep it one: '\"[a] b\"')"
+        ) from None
 
 
 def read_yaml(path: Path) -> Source:
@@ -93,7 +100,7 @@ def parse_plugin(kind: str, text: str, example: str) -> tuple[str, dict[str, Any
                 f"{kind} '{shortened(text)}': '{shortened(word)}' is no setting; write it as key=value, all between "
                 "one pair of quotes"
             )
-        settings[key] = parse_value(value)
+        settings[key] = parse_value(value, f"{kind} '{name}': {shortened(key)}:")
     return name, settings
 
 
@@ -102,7 +109,7 @@ def override(source: Source, overrides: Mapping[str, Any]) -> None:
     for dotted, value in overrides.items():
         written = f"{shortened(dotted)}={shown(value, str)}"
         if half_character(written):
-            raise RecipeError(f"override {written}: holds bytes that are not UTF-8; write it in UTF-8")
+            raise RecipeError(f"override {written}: {NO_TEXT}")
         parts = dotted.split(".")
         if len(parts) > MOST_LEVELS:
             raise RecipeError(f"override {written}: a key has at most {MOST_LEVELS} parts, not {len(parts)}")

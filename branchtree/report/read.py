@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from branchtree.errors import OutputError
-from branchtree.reading import read_text
+from branchtree.reading import read_text, require_name
 from branchtree.recipe.plain_yaml import NotPlainError, read_plain
 
 RECIPE, METRICS, TIMING = "recipe.yaml", "metrics.jsonl", "timing.jsonl"
@@ -152,6 +152,7 @@ def finite(value: Any) -> float | None:
 
 def read_run(path: Path) -> Run:
     """Read a run directory. Raises OutputError if it is none."""
+    require_name(path, OutputError)
     for name in (RECIPE, METRICS):
         if not (path / name).is_file():
             raise OutputError(

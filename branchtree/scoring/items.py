@@ -47,6 +47,8 @@ def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]
     for number, entry in enumerate(entries, 1):
         if isinstance(entry, Mapping):
             items.append(_row_item(entry, Path(), f"item {number}", default))
+        elif not str(entry).strip():
+            raise DataError(f"file {number} is named by an empty text; name an image, video, folder or .jsonl file")
         else:
             items.extend(_path_items(user_path(entry), default))
     if not items:

@@ -6,14 +6,13 @@ import json
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from branchtree.errors import OutputError
 from branchtree.protocols import Scores
-from branchtree.reading import failure_reason, shortened
+from branchtree.reading import require_name
 from branchtree.training.rundir import write_atomically
 
 
@@ -62,17 +61,15 @@ def _number(value: Any) -> float | None:
 
 def check_output(output: Path, inputs: Iterable[Path]) -> None:
     """Refuse, before the work is done, a file that cannot be written or that is itself an input. Raises OutputError."""
+    require_name(output, OutputError)
     if os.path.isdir(output):
         raise OutputError(f"output '{output}' is a folder; name a file in it, for example {output / 'scores.jsonl'}")
     if os.path.realpath(output) in {os.path.realpath(path) for path in inputs}:
         raise OutputError(f"output '{output}' would replace a file that is to be read; give it another name")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):
-            output.lstat()  # a name that the system does not take is found out before the work
-    except (OSError, ValueError) as error:
-        reason = failure_reason(error)
-        raise OutputError(f"output '{shortened(str(output))}': its folder cannot be made: {reason}") from None
+    except OSError as error:
+        raise OutputError(f"output '{output}': its folder cannot be made: {error.strerror}") from None
     if not os.access(output.parent, os.W_OK | os.X_OK):
         raise OutputError(f"output '{output}': its folder cannot be written to")
 

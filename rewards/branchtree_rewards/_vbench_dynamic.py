@@ -6,6 +6,7 @@ width.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -79,7 +80,7 @@ class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
 
     def _open(self) -> Opened:
         path = self._config.path
-        if path != RANDOM_SMALL and not user_path(path).exists():
+        if path != RANDOM_SMALL and not os.path.exists(user_path(path)):
             raise RewardError(
                 f"'{path}' is no existing file or folder; RAFT is not on the hub: download {PUBLISHED}, or "
                 f"'{PRINCETON_FILE}' as in https://github.com/princeton-vl/RAFT, and give its path, or '{RANDOM_SMALL}'"

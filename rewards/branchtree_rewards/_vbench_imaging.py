@@ -5,6 +5,7 @@ The frames are those of imaging_quality.py in Vchitect/VBench (arXiv 2311.17982)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -47,7 +48,7 @@ class VBenchImaging(VBenchReward[VBenchImagingConfig]):
 
     def _open(self) -> Opened:
         path = self._config.path
-        if path != RANDOM_SMALL and not user_path(path).exists():
+        if path != RANDOM_SMALL and not os.path.exists(user_path(path)):
             raise RewardError(
                 f"'{path}' is no existing file or folder; these weights are not on the hub: download {PUBLISHED} and "
                 f"give its path, or '{RANDOM_SMALL}'"

@@ -11,6 +11,7 @@ resizes float tensors without antialiasing and divides by 10: its figures are no
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, cast
@@ -79,7 +80,7 @@ class Aesthetic(ModelReward[AestheticConfig]):
 
 def open_predictor(config: AestheticConfig) -> Opened:
     """Load the head and the CLIP that ``config`` names into an AestheticPredictor. Raises RewardError."""
-    if config.path != RANDOM_SMALL and not user_path(config.path).exists():
+    if config.path != RANDOM_SMALL and not os.path.exists(user_path(config.path)):
         raise RewardError(
             f"'{config.path}' is no existing file or folder; the aesthetic head is not on the hub: download '{HEAD}' "
             f"from {HEAD_SOURCE} and give its path, or '{RANDOM_SMALL}'"
