@@ -57,7 +57,11 @@ class ProgressDisplay(Callback):
 
     def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Move the bar."""
-        rewards = [f"{name.split('/')[1]} {value:.3f}" for name, value in metrics.items() if _is_mean(name)]
+        rewards = [
+            f"{name.removeprefix('reward/').removesuffix('/mean')} {value:.3f}"
+            for name, value in metrics.items()
+            if _is_mean(name)
+        ]
         if self._task is not None:
             self._progress.update(self._task, completed=iteration + 1, figures="  ".join(rewards))
 

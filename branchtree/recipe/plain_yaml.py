@@ -51,6 +51,12 @@ class _Loader(yaml.SafeLoader):
 
     depth = 0
 
+    def fetch_flow_collection_start(self, token_class: Any) -> None:
+        # The scanner looks far ahead of the composer, and its work grows with the square of the open brackets.
+        if self.flow_level >= MOST_LEVELS:
+            raise ComposerError(None, None, _TOO_DEEP, self.get_mark())
+        super().fetch_flow_collection_start(token_class)
+
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         self.depth += 1
         if self.depth > MOST_LEVELS:

@@ -108,7 +108,7 @@ def override(source: Source, overrides: Mapping[str, Any]) -> None:
     """Set dotted keys (``optim.lr``, ``rewards.0.weight``) in place."""
     for dotted, value in overrides.items():
         written = f"{shortened(dotted)}={shown(value, str)}"
-        if half_character(written):
+        if half_character(dotted) or (isinstance(value, str) and half_character(value)):
             raise RecipeError(f"override {written}: {NO_TEXT}")
         parts = dotted.split(".")
         if len(parts) > MOST_LEVELS:
