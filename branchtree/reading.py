@@ -78,24 +78,19 @@ def read_text(path: Path, kind: type[BranchTreeError]) -> str:
         raise kind(f"{path}: cannot be read: {failure_reason(error)}") from None
     if content.startswith(UTF_16):
         raise kind(f"{path}: is UTF-16 or UTF-32 text; save it as UTF-8")
+    content = content.removeprefix(codecs.BOM_UTF8).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode()
     except UnicodeDecodeError as error:
-        before = content[: error.start].decode("utf-8-sig")
-        line = before.count("\n") + 1
+        *lines, last = content[: error.start].decode().split("\n")
         raise kind(
-            f"{path}:{line}: is not UTF-8 text: byte 0x{content[error.start]:02x} after {shortened_end(before)!r}, as "
+            f"{path}:{len(lines) + 1}: is not UTF-8 text: byte 0x{content[error.start]:02x} after {last[-20:]!r}, as "
             "in Windows' or another older encoding; save it as UTF-8"
         ) from None
     if "\0" in text:
         line = text.count("\n", 0, text.index("\0")) + 1
         raise kind(f"{path}:{line}: holds NUL characters, as UTF-16 and binary files do; save it as UTF-8 text")
-    return text.replace("\r\n", "\n").replace("\r", "\n")
-
-
-def shortened_end(text: str) -> str:
-    """The last few characters of a text's last line."""
-    return text.rpartition("\n")[2][-20:]
+    return text
 
 
 def half_character(text: str) -> str | None:
