@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from branchtree.errors import OutputError
 from branchtree.names import folder_name
+from branchtree.reading import require_name, user_path
 from branchtree.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
@@ -46,7 +48,8 @@ def train(
     from branchtree.training.trainer import train_recipe
 
     resolved = _resolve(recipe, overrides, smoke)
-    root = Path(output or Path("runs") / folder_name(resolved.name)).expanduser()
+    root = user_path(output or Path("runs") / folder_name(resolved.name))
+    require_name(root, OutputError)
     begun = with_start(resolved, None if start is None else Path(start), RunDirectory(root) if resume else None)
     return train_recipe(begun, root, resume, callbacks, allow, checkpoint, force)
 
@@ -84,7 +87,7 @@ def evaluate(
     from branchtree.evaluating import evaluate_subject
     from branchtree.evaluating.request import Choices
 
-    written = None if output is None else Path(output).expanduser()
+    written = None if output is None else user_path(output)
     choices = Choices(rewards, prompts, noises, limit, written, force)
     return evaluate_subject(run_or_recipe, overrides, choices, smoke=smoke, checkpoint=checkpoint)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import datetime
+import math
+import os
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from branchtree.errors import DataError
+from branchtree.json_lines import json_object, numbered_lines
 from branchtree.noise import Purpose, generator
 from branchtree.protocols import Condition, ModelAdapter, NamesItsMedia
+from branchtree.reading import half_character, require_file, shortened, user_path
 
 if TYPE_CHECKING:
     from branchtree.recipe.schema import DataSection, EvaluationSection
@@ -88,9 +92,9 @@ def load_conditions(
     videos that are wanted; a dataset of the hub is read without the others. Raises DataError naming file and
     line if something is missing, unreadable or empty, or if a path leads out of the data folder.
     """
-    files = None if folder is None else Path(folder).expanduser()
-    if files is not None and not files.is_dir():
-        raise DataError(f"{section}.folder: no folder {files}")
+    files = None if folder is None else user_path(folder)
+    if files is not None and not os.path.isdir(files):
+        raise DataError(f"{section}.folder: no folder {shortened(str(files))}")
     if not isinstance(prompts, str):
         reader = _Reader(column, files, section)
         conditions = [reader.condition({column: text}, f"{section}.prompts.{i}") for i, text in enumerate(prompts)]
@@ -140,10 +144,11 @@ class _Reader:
     def condition(self, row: Mapping[str, Any], place: str) -> Condition:
         prompt, negative = row.get(self.column), row.get("negative_prompt")
         if not isinstance(prompt, str) or not prompt.strip():
-            has = ", ".join(row) or "nothing"
-            raise DataError(f"{place}: needs a non-empty text under '{self.column}'; it has {has}")
+            raise DataError(f"{place}: needs a non-empty text under '{self.column}'; {self._instead(row)}")
         if not isinstance(negative, str | None):
             raise DataError(f"{place}: negative_prompt: write a text or null, not {_kind(negative)}")
+        require_characters(prompt, f"{place}: {self.column}")
+        require_characters(negative or "", f"{place}: negative_prompt")
         return Condition(
             prompt=prompt.strip(),
             negative_prompt=negative,
@@ -153,6 +158,13 @@ class _Reader:
             metadata={key: row[key] for key in row if key not in (self.column, "negative_prompt", *MEDIA)},
             place=place,
         )
+
+    def _instead(self, row: Mapping[str, Any]) -> str:
+        """What a row holds where its prompt should be."""
+        if self.column in row:
+            value = row[self.column]
+            return "it is empty" if isinstance(value, str) else f"it is {_kind(value)}"
+        return f"it has {shortened(', '.join(map(str, row))) or 'nothing'}"
 
     def _file(self, row: Mapping[str, Any], key: str, place: str) -> Path | None:
         """The path under ``key``, which must stay inside the data folder once links are followed."""
@@ -179,6 +191,13 @@ class _Reader:
         return path
 
 
+def require_characters(text: str, place: str) -> None:
+    """Raise DataError, beginning with the place, for a text that no tokenizer and no file takes as it stands."""
+    wrong = "a NUL character" if "\0" in text else half_character(text)
+    if wrong:
+        raise DataError(f"{place}: holds {wrong}, which stands for nothing that can be shown; leave it out")
+
+
 def _kind(value: object) -> str:
     """What a value is, in the words of JSON and Parquet where they have one."""
     names = {
@@ -188,52 +207,56 @@ def _kind(value: object) -> str:
         int: "a number",
         float: "a number",
         bytes: "bytes",
+        type(None): "null",
     }
     return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _from_file(path: Path, reader: _Reader) -> list[Condition]:
-    if not path.is_file():
-        raise DataError(f"no prompt file {path}; set {reader.section}.prompts to a .txt, .jsonl or .parquet file")
-    if path.suffix == ".parquet":
+    suffix = path.suffix.lower()
+    name = shortened(str(path))
+    require_file(
+        path, DataError(f"no prompt file {name}; set {reader.section}.prompts to a .txt, .jsonl or .parquet file")
+    )
+    if suffix == ".parquet":
         return reader.rows(_parquet_rows(path), str(path))
-    if path.suffix not in {".txt", ".jsonl"}:
+    if suffix not in {".txt", ".jsonl"}:
         raise DataError(f"{path}: prompts are read from .txt, .jsonl and .parquet files")
     numbered = numbered_lines(path)
-    if path.suffix == ".txt":
+    if suffix == ".txt":
         return [Condition(prompt=line.strip(), place=place) for place, line in numbered]
     return [reader.condition(json_object(line, place), place) for place, line in numbered]
 
 
-def numbered_lines(path: Path) -> list[tuple[str, str]]:
-    """A text file's lines that are not blank, each with file and number. Raises DataError."""
-    try:
-        # Lines end at line feeds alone: str.splitlines would also cut at separators that a prompt may hold.
-        lines = path.read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read: {error}") from None
-    return [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
-
-
-def json_object(line: str, place: str) -> Mapping[str, Any]:
-    """The object in a line of a .jsonl file. Raises DataError that names the ``place``."""
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{place}: not valid JSON: {error.msg}") from None
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: each line is one JSON object")
-    return row
-
-
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
-    import pyarrow.lib
     import pyarrow.parquet
 
+    column = ""
     try:
-        yield from pyarrow.parquet.read_table(path).to_pylist()
-    except pyarrow.lib.ArrowException as error:
-        raise DataError(f"{path}: not a readable parquet file: {error}") from None
+        with pyarrow.parquet.ParquetFile(path) as file:
+            table = file.read()
+        columns = []
+        for name, values in zip(table.column_names, table.columns, strict=True):
+            column = f"column '{name}': "
+            columns.append([_json_value(value) for value in values.to_pylist()])
+    except Exception as error:  # of damaged bytes, the library raises many kinds, and OSError and ValueError among them
+        reason = shortened(" ".join(str(error).split()))
+        raise DataError(f"{path}: not a readable parquet file: {column}{reason}") from None
+    for row in zip(*columns, strict=True):
+        yield dict(zip(table.column_names, row, strict=True))
+
+
+def _json_value(value: Any) -> Any:
+    """A value of a table as JSON has it, where it can: times as texts, and null for what is no number."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _json_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(inner) for inner in value]
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date too
+        return value.isoformat()
+    return value if isinstance(value, str | int | bytes | None) else str(value)
 
 
 def _hub_rows(name: str, split: str, media: Collection[str], section: str) -> tuple[Iterable[Mapping[str, Any]], str]:

@@ -15,6 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
+from branchtree.reading import shortened
+
 Conditioning = Mapping[str, Tensor]
 """Encoded conditions of P prompts: named tensors whose first axis is P."""
 
@@ -33,7 +35,8 @@ class Condition:
 
     def __str__(self) -> str:
         """How a message names it: by its place and its prompt."""
-        return f"{self.place}: '{self.prompt}'" if self.place else f"'{self.prompt}'"
+        prompt = shortened(self.prompt)
+        return f"{self.place}: '{prompt}'" if self.place else f"'{prompt}'"
 
 
 @dataclass(frozen=True)

@@ -140,7 +140,7 @@ def test_a_dataset_of_the_hub_that_cannot_be_had_is_named(tmp_path: Path, monkey
         ("p.txt", b" \n\n", "{path}: holds no prompts"),
         ("p.jsonl", b"\n", "{path}: holds no prompts"),
         ("p.csv", b"a", "{path}: prompts are read from .txt, .jsonl and .parquet files"),
-        ("p.txt", b"caf\xe9", "{path}: cannot be read: 'utf-8' codec"),
+        ("p.txt", b"caf\xe9", "{path}:1: is not UTF-8 text: byte 0xe9 after 'caf', as in"),
         ("p.jsonl", b'{"prompt": "a"}\n\n{"prompt": ', "{path}:3: not valid JSON"),
         ("p.jsonl", b'{"prompt": "a"}\n["b"]', "{path}:2: each line is one JSON object"),
         ("p.jsonl", b'{"text": "a", "id": 1}', "{path}:1: needs a non-empty text under 'prompt'; it has text, id"),

@@ -217,7 +217,7 @@ def test_it_is_refused_with_place_and_remedy(arguments: list[str], message: str,
         ("p.txt", "", "p.txt: holds no prompts; write at least one"),
         ("p.jsonl", '{"prompt": "a"}\n{"prompt": \n', "p.jsonl:2: not valid JSON"),
         ("p.jsonl", '{"text": "a"}\n', "p.jsonl:1: needs a non-empty text under 'prompt'; it has text"),
-        ("p.txt", b"\xff\n", "p.txt: cannot be read"),
+        ("p.txt", b"\xff\n", "p.txt:1: is not UTF-8 text: byte 0xff"),
     ],
 )
 def test_a_bad_prompt_file_is_placed(name: str, content: str | bytes, message: str, desk: Desk) -> None:

@@ -314,12 +314,12 @@ def test_what_is_no_input_is_refused(here: Path) -> None:
     Path("notes.txt").write_text("no picture")
     Path("empty").mkdir()
     Path("empty.jsonl").write_text("\n\n")
-    Path("latin.jsonl").write_bytes(b"\xff\xfe\xff")
+    Path("latin.jsonl").write_bytes(b"caf\xe9")
     for given, said in {
         "notes.txt": "is neither an image nor a video by its name; known are .avi",
         "empty": "folder 'empty' holds no images or videos",
         "empty.jsonl": "empty.jsonl: is empty; write lines such as",
-        "latin.jsonl": "latin.jsonl: cannot be read",
+        "latin.jsonl": "latin.jsonl:1: is not UTF-8 text: byte 0xe9 after 'caf'",
         "none.jsonl": "there is no file 'none.jsonl'",
         "none": "there is no file 'none'",
     }.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
@@ -16,6 +17,7 @@ import torch
 from torch import nn
 
 from branchtree.errors import ModelError, nearest
+from branchtree.reading import user_path
 
 BUNDLED = "bundled:"
 Configs = Mapping[str, Mapping[str, Any]]
@@ -44,17 +46,17 @@ def locate(path: str, revision: str | None = None) -> ModelSource:
     A path that exists or begins with ``/``, ``./``, ``../`` or ``~`` is a folder; ``org/name`` is a hub id.
     Raises ModelError for a missing folder, an unknown bundled name, a revision of a folder, or anything else.
     """
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if path.startswith(BUNDLED):
         folder = _bundled(path.removeprefix(BUNDLED))
-    elif not folder.exists() and not path.startswith(("/", "./", "../", "~")):
+    elif not os.path.exists(folder) and not path.startswith(("/", "./", "../", "~")):
         if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
             return ModelSource(path, None, revision)
         raise ModelError(
             f"model path '{path}' is neither an existing folder nor a hub id; "
             f"give a folder such as './my-model', a hub id such as 'org/name', or '{BUNDLED}NAME'."
         )
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ModelError(f"model folder '{folder}' does not exist; give a folder written by save_pretrained.")
     if not (folder / "model_index.json").is_file():
         raise ModelError(

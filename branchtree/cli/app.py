@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
 import typer
-from rich.console import Console
 from rich.logging import RichHandler
 from rich.table import Table
 
 from branchtree.cli.compare import compare
+from branchtree.cli.console import make_console, replace_unencodable, visible
 from branchtree.cli.diversity import diversity
 from branchtree.cli.evaluate import ForceOption, evaluate
 from branchtree.cli.score import rewards, score
@@ -39,16 +39,17 @@ SmokeOption = Annotated[bool, typer.Option("--smoke", help="Use the recipe's bun
 
 def main() -> None:
     """Run a command; an expected error is one message on standard error and exit code 2."""
+    replace_unencodable()
     try:
         app()
     except BranchTreeError as error:
-        Console(stderr=True, highlight=False, soft_wrap=True).print(f"error: {error}", style="red", markup=False)
+        make_console(stderr=True, soft_wrap=True).print(f"error: {visible(str(error))}", style="red")
         sys.exit(2)
 
 
 @app.callback()
 def _options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log more.")] = False) -> None:
-    handler = RichHandler(console=Console(stderr=True), show_path=False, show_time=False)
+    handler = RichHandler(console=make_console(stderr=True), show_path=False, show_time=False)
     handler.setFormatter(logging.Formatter("%(message)s"))
     log = logging.getLogger("branchtree")
     log.handlers = [handler]
@@ -75,7 +76,7 @@ def train(
     force: ForceOption = False,
 ) -> None:
     """Train a model by a recipe."""
-    console = Console(highlight=False)
+    console = make_console()
     from branchtree.api import train as run
     from branchtree.cli.display import ProgressDisplay, figures_table
 
@@ -101,19 +102,22 @@ def train(
     if result.after:
         console.print(figures_table(result.before or {}, result.after))
     if not result.finished:
-        console.print(f"Stopped after {result.iterations} iterations; continue with --resume --output {result.output}")
+        console.print(
+            f"Stopped after {result.iterations} iterations; continue with --resume --output {result.output}",
+            soft_wrap=True,
+        )
         return
-    console.print(f"Trained model: {result.output / 'final'}")
+    console.print(f"Trained model: {result.output / 'final'}", soft_wrap=True)
     if report:
         from branchtree.report import write_report
 
-        console.print(f"Report: {write_report(result.output)}")
+        console.print(f"Report: {write_report(result.output)}", soft_wrap=True)
 
 
 @app.command()
 def plan(recipe: RecipeArgument, overrides: OverridesArgument = None, smoke: SmokeOption = False) -> None:
     """Show a recipe's tree, rows and memory, without loading a model."""
-    console = Console(highlight=False)
+    console = make_console()
     from branchtree.api import plan as make_plan
     from branchtree.cli.display import print_plan
 
@@ -123,7 +127,7 @@ def plan(recipe: RecipeArgument, overrides: OverridesArgument = None, smoke: Smo
 @app.command()
 def recipes() -> None:
     """List the recipes that can be named, and the methods that a recipe can be put under, as in RECIPE+METHOD."""
-    console = Console(highlight=False)
+    console = make_console()
     from branchtree.recipe import recipe_names
     from branchtree.recipe.load import METHOD_SIGN, method_names
     from branchtree.recipe.source import read_yaml
@@ -138,7 +142,7 @@ def recipes() -> None:
 @app.command()
 def plugins() -> None:
     """List the installed models, rewards, callbacks and feature spaces, and plug-ins that cannot be loaded."""
-    console = Console(highlight=False)
+    console = make_console()
     from branchtree.plugins import registry
 
     found = registry()
@@ -154,7 +158,7 @@ def plugins() -> None:
             table.add_row(kind, entry.name, entry.summary, entry.distribution)
     console.print(table)
     for broken in found.broken:
-        console.print(str(broken), style="red", markup=False)
+        console.print(str(broken), style="red")
 
 
 app.command()(evaluate)
@@ -168,27 +172,28 @@ app.command()(serve_reward)
 @app.command()
 def report(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
     """Write a run's report.html."""
-    console = Console(highlight=False)
+    console = make_console()
     from branchtree.report import write_report
 
-    console.print(f"Report: {write_report(run)}")
+    console.print(f"Report: {write_report(run)}", soft_wrap=True)
 
 
 def leave_at_once(message: str) -> NoReturn:
     """End the process as an interrupted one, without waiting for threads that still score or write."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    make_console(stderr=True, soft_wrap=True).print(message)
     sys.stdout.flush()
     os._exit(INTERRUPTED)
 
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
     """``key=value`` words as a mapping. Raises RecipeError for a word without '='."""
+    from branchtree.reading import shortened
     from branchtree.recipe.source import parse_value
 
     changes: dict[str, Any] = {}
     for word in overrides:
         key, separator, value = word.partition("=")
         if not separator or not key:
-            raise RecipeError(f"override '{word}': write it as key=value, for example optim.lr=2e-5")
-        changes[key] = parse_value(value)
+            raise RecipeError(f"override '{shortened(word)}': write it as key=value, for example optim.lr=2e-5")
+        changes[key] = parse_value(value, f"override {shortened(key)}:")
     return changes

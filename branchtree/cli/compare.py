@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
+
+from branchtree.cli.console import make_console
+from branchtree.reading import user_path
 
 
 def compare(
@@ -40,7 +42,7 @@ def compare(
     from branchtree.comparing.request import multiply, parse_grid, parse_seeds, parse_words
     from branchtree.comparing.table import reward_sheet, terminal, troubles, work_sheet
 
-    console = Console(highlight=False, soft_wrap=True)
+    console = make_console(soft_wrap=True)
     named, shared = parse_words(recipes)
     request = Request(
         rows=tuple(multiply(named, [parse_grid(text) for text in grid or []])),
@@ -50,14 +52,14 @@ def compare(
         smoke=smoke,
         title=title,
     )
-    comparison = run(request, output.expanduser(), jobs, lambda line: console.print(line, markup=False))
+    comparison = run(request, user_path(output), jobs, console.print)
     for sheet in [
         *work_sheet(comparison).parts(6),
         *(reward_sheet(comparison, [label]) for label in comparison.labels),
     ]:
         console.print(terminal(sheet), soft_wrap=False)
     for trouble in troubles(comparison):
-        console.print(f"Not finished: {trouble}", style="red", markup=False)
-    console.print(f"Table: {output / TABLE}\nPage: {output / PAGE}", markup=False)
+        console.print(f"Not finished: {trouble}", style="red")
+    console.print(f"Table: {output / TABLE}\nPage: {output / PAGE}")
     if not comparison.complete:
         raise typer.Exit(1)

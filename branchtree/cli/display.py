@@ -16,6 +16,8 @@ from branchtree.planning import RunPlan, draw_tree
 from branchtree.protocols import Callback
 from branchtree.training.evaluation import Figure
 
+ASCII_LINES = str.maketrans("━─│├└┬", "=-|+++")
+"""The lines of a drawn tree for a terminal that has no others."""
 RATE = 4e14
 """Operations a second that the time estimate assumes."""
 UNCOUNTED = ("kernels' workspaces", "activations of encoders and reward models")
@@ -32,7 +34,7 @@ class ProgressDisplay(Callback):
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
+            TextColumn("{task.fields[figures]}", markup=False),
             console=console,
         )
         self._task: TaskID | None = None
@@ -51,20 +53,24 @@ class ProgressDisplay(Callback):
 
     def on_start(self, output: Path, iteration: int, iterations: int) -> None:
         """Show where the run is written and start the bar."""
-        self._console.print(f"Run directory: {output}")
+        self._console.print(f"Run directory: {output}", soft_wrap=True)
         self._task = self._progress.add_task("training", total=iterations, completed=iteration, figures="")
         self._progress.start()
 
     def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Move the bar."""
-        rewards = [f"{name.split('/')[1]} {value:.3f}" for name, value in metrics.items() if _is_mean(name)]
+        rewards = [
+            f"{name.removeprefix('reward/').removesuffix('/mean')} {value:.3f}"
+            for name, value in metrics.items()
+            if _is_mean(name)
+        ]
         if self._task is not None:
             self._progress.update(self._task, completed=iteration + 1, figures="  ".join(rewards))
 
     def on_evaluation(self, iteration: int, figures: Mapping[str, float]) -> None:
         """Print held-out figures."""
         shown = "  ".join(f"{label} {value:.4f}" for label, value in figures.items())
-        self._console.print(f"Held out after {iteration} iterations: {shown}")
+        self._console.print(f"Held out after {iteration} iterations: {shown}", soft_wrap=True)
 
     def on_end(self, output: Path) -> None:
         """Leave the bar full."""
@@ -92,9 +98,11 @@ def _shown(value: float | None) -> str:
 def print_plan(console: Console, plan: RunPlan) -> None:
     """A plan: the tree, the counts, the memory, which GPUs it fits on, the time."""
     recipe = plan.recipe
-    console.print(f"{recipe.name}: {recipe.description}", markup=False)
-    console.print("\nTree of the first prompt (heavy: stochastic steps, light: deterministic)")
-    console.print(draw_tree(plan.tree), markup=False, soft_wrap=True)
+    ascii_only = console.options.ascii_only
+    heavy, light, lines = ("=", "-", ASCII_LINES) if ascii_only else ("heavy", "light", {})
+    console.print(f"{recipe.name}: {recipe.description}", soft_wrap=True)
+    console.print(f"\nTree of the first prompt ({heavy}: stochastic steps, {light}: deterministic)")
+    console.print(draw_tree(plan.tree).translate(lines), soft_wrap=True)
     console.print(_counts(plan))
     console.print(_memory(plan))
     for line in (
@@ -105,9 +113,9 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         f"Model sizes: {plan.footprint.source}.",
         _time(plan),
     ):
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     for line in _assumptions(plan):
-        console.print(f"Warning: {line}", style="yellow", markup=False, soft_wrap=True)
+        console.print(f"Warning: {line}", style="yellow", soft_wrap=True)
 
 
 def _time(plan: RunPlan) -> str:

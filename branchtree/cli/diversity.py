@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from branchtree.cli.console import make_console
 from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def diversity(
     with late_progress("sampling") as advance:
         study = run_study(request, advance)
     write_study(study)
-    _report(Console(highlight=False), study)
+    _report(make_console(), study)
 
 
 def _report(console: Console, study: Study) -> None:
@@ -72,12 +73,12 @@ def _report(console: Console, study: Study) -> None:
         *(f"{label}: {backend}" for label, backend in study.backends.items()),
     ]
     for line in lines:
-        console.print(line, markup=False, soft_wrap=True)
+        console.print(line, soft_wrap=True)
     for label in study.backends:
         console.print(discrepancy_table(label, [one for one in study.discrepancies if one.features == label]))
     console.print("KID, unbiased and biased take samples of a group as independent; 'groups apart' does not.")
     console.print(group_table(study))
-    console.print(f"Files: {request.output}", markup=False, soft_wrap=True)
+    console.print(f"Files: {request.output}", soft_wrap=True)
 
 
 def discrepancy_table(label: str, found: Sequence[Discrepancy]) -> Table:

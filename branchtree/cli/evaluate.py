@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from branchtree.cli.console import make_console
 from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
@@ -52,18 +53,16 @@ def evaluate(
     with late_progress("evaluating") as advance:
         result = evaluate_subject(subject, changes, choices, smoke=smoke, checkpoint=checkpoint, advance=advance)
     if result.main_process:
-        _report(Console(highlight=False), result)
+        _report(make_console(), result)
 
 
 def _report(console: Console, result: EvaluationResult) -> None:
     what = "the base model alone" if result.iteration is None else f"{result.iteration} iterations against the base"
-    console.print(
-        f"{result.recipe}: {what}, {result.prompts} prompts x {result.noises} noises", markup=False, soft_wrap=True
-    )
+    console.print(f"{result.recipe}: {what}, {result.prompts} prompts x {result.noises} noises", soft_wrap=True)
     console.print(comparison_table(result))
     if any(one.interval is None for one in result.rewards.values()):
         console.print("An interval needs valid samples of at least 2 prompts.")
-    console.print(f"Files: {result.output}", markup=False, soft_wrap=True)
+    console.print(f"Files: {result.output}", soft_wrap=True)
 
 
 def comparison_table(result: EvaluationResult) -> Table:

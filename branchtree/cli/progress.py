@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import Progress
+
+from branchtree.cli.console import make_console
 
 Advance = Callable[[int, int], None]
 """Told how much is done, and how much there will be."""
@@ -18,7 +19,7 @@ def late_progress(what: str) -> Iterator[Advance]:
 
     Until then an error in an input is all there is to read.
     """
-    progress = Progress(console=Console(stderr=True), transient=True)
+    progress = Progress(console=make_console(stderr=True), transient=True)
     bar = progress.add_task(what, total=None)
 
     def advance(done: int, total: int) -> None:

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from branchtree.cli.console import make_console, visible
 from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
@@ -39,21 +39,21 @@ def score(
 
     with late_progress("scoring") as advance:
         scored = score_files(files, reward, prompt=prompt, device=device, batch=batch, output=output, advance=advance)
-    console = Console(highlight=False)
+    console = make_console()
     console.print(score_table(scored))
     if output is not None:
         write_jsonl(output, scored)
-        console.print(f"Scores: {output}", markup=False, soft_wrap=True)
+        console.print(f"Scores: {output}", soft_wrap=True)
 
 
 def rewards() -> None:
     """List the installed rewards: what they score, their weights, and the licence of these."""
     from branchtree.plugins import registry
 
-    console = Console(highlight=False)
+    console = make_console()
     console.print(reward_table(list(registry().rewards.values())))
     for broken in registry().broken:
-        console.print(str(broken), style="red", markup=False)
+        console.print(str(broken), style="red")
 
 
 def score_table(scored: Sequence[ScoredFile]) -> Table:
@@ -65,7 +65,11 @@ def score_table(scored: Sequence[ScoredFile]) -> Table:
     for column in table.columns:
         column.overflow = "fold"
     for one in scored:
-        table.add_row(Text(one.file), Text(_shortened(one.prompt)), *(_shown(one.scores[label]) for label in labels))
+        table.add_row(
+            Text(visible(one.file)),
+            Text(visible(_shortened(one.prompt))),
+            *(_shown(one.scores[label]) for label in labels),
+        )
     table.columns[0].footer = "mean"
     return table
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
+
+from branchtree.cli.console import make_console
 
 if TYPE_CHECKING:
     from branchtree.serving.service import NamedAdapter
-
-console = Console(highlight=False, soft_wrap=True)
 
 
 def serve_reward(
@@ -42,7 +41,7 @@ def serve_reward(
 
     def announce(info: Info) -> None:
         told = f"fingerprint {info.fingerprint[:12]}" if info.fingerprint else "no fingerprint"
-        console.print(f"Serving {reward} at {server.url} ({told})", markup=False)
+        make_console(soft_wrap=True).print(f"Serving {reward} at {server.url} ({told})")
 
     server.run(announce)
 

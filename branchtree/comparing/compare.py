@@ -12,6 +12,8 @@ from branchtree.comparing.page import render
 from branchtree.comparing.request import Request
 from branchtree.comparing.runs import PlannedRun, plan_runs
 from branchtree.comparing.table import figure, markdown
+from branchtree.errors import OutputError
+from branchtree.reading import require_name
 from branchtree.training.disk import require_own_results
 from branchtree.training.rundir import write_atomically
 
@@ -27,6 +29,7 @@ def compare(request: Request, output: Path, jobs: int = 1, tell: Tell = lambda l
     from their last checkpoint. ``tell`` gets a line for every run. A run that fails is told of in the result, and the
     others go on. Raises a BranchTreeError if a recipe is wrong or the directory holds another comparison.
     """
+    require_name(output, OutputError)
     plans = plan_runs(request, output)
     now = record.asked(request, plans)
     record.check(output, now)

@@ -100,7 +100,7 @@ def parse_words(words: Sequence[str]) -> tuple[list[Row], dict[str, Any]]:
     for word in words:
         if KEY.match(word):
             key, _, value = word.partition("=")
-            shared[key] = parse_value(value)
+            shared[key] = parse_value(value, f"override {key}:")
         else:
             rows.append(parse_recipe(word))
     return rows, shared
@@ -118,7 +118,7 @@ def parse_recipe(word: str) -> Row:
         if key == "name":
             name = value
         else:
-            overrides[key] = parse_value(value)
+            overrides[key] = parse_value(value, f"'{recipe}': override {key}:")
     plain = "+".join(Path(part).stem if part.endswith(SUFFIXES) else part for part in recipe.split("+"))
     return Row(name or (f"{plain} {changes}" if changes else plain), recipe, overrides)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +14,7 @@ from branchtree.errors import RecipeError
 from branchtree.evaluating.subject import Subject
 from branchtree.preflight import require_evaluation_memory
 from branchtree.protocols import Condition, ModelAdapter
+from branchtree.reading import user_path
 from branchtree.recipe.schema import EvaluationSection, Recipe
 from branchtree.scoring.results import check_output
 from branchtree.scoring.specs import Spec, make_named
@@ -118,7 +118,7 @@ def _conditions(section: EvaluationSection | None, choices: Choices, model: Mode
     split = section.split if section else str(default["split"].default)
     if choices.prompts is not None:
         asked = choices.prompts
-        given = os.path.expanduser(asked) if isinstance(asked, str | Path) else list(asked)
+        given = str(user_path(asked)) if isinstance(asked, str | Path) else list(asked)
         return load_conditions(given, column, split, None, "evaluation", media)[: choices.limit]
     if section is None:
         return []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 from branchtree.errors import CheckpointError, RecipeError
 from branchtree.names import folder_name
+from branchtree.reading import shortened, user_path
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.load import SUFFIXES, recipe_names
 from branchtree.training.checkpoint import AVERAGE, chosen_checkpoint, iteration_of, list_checkpoints, newest_whole
@@ -49,8 +51,8 @@ def find_subject(
         if overrides or smoke:
             raise TypeError("a loaded recipe takes neither overrides nor smoke: give them to load_recipe")
         return _alone(subject, iteration)
-    run = RunDirectory(Path(subject).expanduser())
-    if run.recipe_file.is_file():
+    run = RunDirectory(user_path(subject))
+    if os.path.isfile(run.recipe_file):
         if smoke:
             raise RecipeError(f"{run.root} is a run, which is judged with the model it trained; leave out --smoke")
         chosen = Subject(load_recipe(run.recipe_file, overrides), run.root, _checkpoint(run, iteration))
@@ -59,8 +61,9 @@ def find_subject(
     if _is_no_recipe(subject, run.root):
         raise RecipeError(
             f"{run.root} is no run's directory: it holds no {run.recipe_file.name}"
-            if run.root.is_dir()
-            else f"there is no run's directory {run.root}, and a recipe is given by its name or as a .yaml file"
+            if os.path.isdir(run.root)
+            else f"there is no run's directory {shortened(str(run.root))}, and a recipe is given by its name or as a "
+            ".yaml file"
         )
     return _alone(load_recipe(subject, overrides, smoke=smoke), iteration)
 
@@ -69,7 +72,7 @@ def _is_no_recipe(subject: str | Path, path: Path) -> bool:
     """Whether it can only have been meant as a run's directory: it is a folder, or is written as one lies in others."""
     if path.suffix.partition("+")[0] in SUFFIXES or str(subject) in recipe_names():
         return False
-    return path.is_dir() or len(path.parts) > 1
+    return os.path.isdir(path) or len(path.parts) > 1
 
 
 def _alone(recipe: Recipe, iteration: int | None) -> Subject:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -11,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from branchtree.errors import RecipeError, nearest
+from branchtree.reading import require_file, shortened, shown, user_path
 from branchtree.recipe.paths import make_absolute
 from branchtree.recipe.schema import PluginSection, Recipe, RewardSection
 from branchtree.recipe.source import KeyPath, Origin, Source, override, read_yaml
@@ -23,8 +26,8 @@ METHOD_SIGN = "+"
 METHODS = "methods"  # the folder, beside recipes, of settings that make any recipe follow one method
 LARGEST = 2**63
 """Integers below this fit where tensors and files keep them."""
-VALUE_SHOWN = 200
-"""Characters of a wrong value in a message."""
+SHOWN = 20
+"""How many mistakes, or steps of a circle, one message lists."""
 
 
 def load_recipe(
@@ -41,10 +44,10 @@ def load_recipe(
     and the library's own. Raises RecipeError with the file and line of what is wrong.
     """
     base, methods = split_methods(str(recipe))
-    source = _extended(find_recipe(base, folders), folders, ())
+    source = _extended(find_recipe(base, folders), folders)
     for method in methods:
         name, description = source.data["name"], source.data["description"]
-        source.update(_extended(find_method(method, folders), folders, ()))
+        source.update(_extended(find_method(method, folders), folders))
         source.data["name"] = f"{name}{METHOD_SIGN}{method}"
         source.data["description"] = f"{description}; {source.data['description']}"
     swaps = source.data.pop("smoke", None)
@@ -79,7 +82,7 @@ def recipe_names(folders: Sequence[Path] | None = None) -> dict[str, Path]:
     """Every recipe that can be named, and its file."""
     names: dict[str, Path] = {}
     for folder in recipe_folders() if folders is None else folders:
-        for path in sorted(folder.glob("*.yaml")):
+        for path in sorted(path for path in folder.glob("*.yaml") if path.is_file()):
             if path.stem in names:
                 raise RecipeError(f"two recipes are named '{path.stem}': {names[path.stem]} and {path}")
             names[path.stem] = path
@@ -88,15 +91,15 @@ def recipe_names(folders: Sequence[Path] | None = None) -> dict[str, Path]:
 
 def find_recipe(recipe: str | Path, folders: Sequence[Path] | None = None) -> Path:
     """The file of a recipe given by name or path."""
-    path = Path(recipe).expanduser()
+    path = user_path(recipe)
     if path.suffix in SUFFIXES:
-        if not path.is_file():
-            raise RecipeError(f"no recipe file {path}")
+        require_file(path, RecipeError(f"no recipe file {path}"))
         return path
     names = recipe_names(folders)
     if str(recipe) not in names:
         failures = _plugin_failures() if folders is None else ""
-        raise RecipeError(f"no recipe '{recipe}'{nearest(str(recipe), names)} A path must end in .yaml.{failures}")
+        hint = nearest(shortened(str(recipe)), names)
+        raise RecipeError(f"no recipe '{shortened(str(recipe))}'{hint} A path must end in .yaml.{failures}")
     return names[str(recipe)]
 
 
@@ -118,24 +121,46 @@ def find_method(method: str, folders: Sequence[Path] | None = None) -> Path:
     """The file of a method given by name. Raises RecipeError."""
     names = method_names(folders)
     if method not in names:
-        raise RecipeError(f"no method '{method}'{nearest(method, names)}")
+        raise RecipeError(f"no method '{shortened(method)}'{nearest(shortened(method), names)}")
     return names[method]
 
 
-def _extended(path: Path, folders: Sequence[Path] | None, below: tuple[Path, ...]) -> Source:
-    """A file merged over what it extends."""
-    if path.resolve() in below:
-        raise RecipeError(f"{path}: extends itself through {' -> '.join(str(step) for step in below)}")
-    source = read_yaml(path)
-    merged = Source()
-    for file in _bases(source, path, folders):
-        merged.update(_extended(file, folders, (*below, path.resolve())))
-    merged.update(source)
-    merged.origins[()] = Origin(str(path), path.parent)
+def _extended(path: Path, folders: Sequence[Path] | None) -> Source:
+    """A file merged over what it extends, each file of the chain read once."""
+    files: dict[Path, tuple[Path, Source, list[Path]]] = {}
+    waiting = [path]
+    while waiting:
+        file = waiting.pop()
+        if file.resolve() not in files:
+            source = read_yaml(file)
+            files[file.resolve()] = (file, source, _bases(source, file, folders))
+            waiting += files[file.resolve()][2]
+    graph = {resolved: [base.resolve() for base in bases] for resolved, (_, _, bases) in files.items()}
+    try:
+        order = list(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        circle = [str(step) for step in reversed(error.args[1])]
+        shown_steps = circle if len(circle) <= SHOWN else [*circle[: SHOWN - 1], "...", circle[-1]]
+        raise RecipeError(f"{path}: extends itself through {' -> '.join(shown_steps)}") from None
+    merged: dict[Path, Source] = {}
+    for resolved in order:
+        merged[resolved] = _over_bases(*files[resolved][:2], [merged[base] for base in graph[resolved]])
+    return merged[path.resolve()]
+
+
+def _over_bases(path: Path, source: Source, bases: Sequence[Source]) -> Source:
+    """One file's keys over those of the files that it extends."""
+    whole = Source()
+    for base in bases:
+        whole.update(copy.deepcopy(base))  # several files may extend it
+    whole.update(source)
+    whole.origins[()] = Origin(str(path), path.parent)
     # A recipe's name and description are its own; a base's would be wrong for it.
-    merged.data["name"] = source.data.get("name", path.stem)
-    merged.data["description"] = source.data.get("description", "")
-    return merged
+    for key, default in (("name", path.stem), ("description", "")):
+        whole.data[key] = source.data.get(key, default)
+        if not isinstance(whole.data[key], str):
+            raise RecipeError(f"{whole.origin((key,))}: {key}: write a text (it is {shown(whole.data[key])})")
+    return whole
 
 
 def _bases(source: Source, path: Path, folders: Sequence[Path] | None) -> list[Path]:
@@ -143,9 +168,11 @@ def _bases(source: Source, path: Path, folders: Sequence[Path] | None) -> list[P
     place, bases = source.origin(("extends",)), source.data.pop("extends", [])
     names = [bases] if isinstance(bases, str) else bases
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise RecipeError(f"{place}: extends: write a recipe's name or path, or a list of them (it is {bases!r})")
+        raise RecipeError(f"{place}: extends: write a recipe's name or path, or a list of them (it is {shown(bases)})")
     try:
-        return [find_recipe(path.parent / name if name.endswith(SUFFIXES) else name, folders) for name in names]
+        return [
+            find_recipe(path.parent / user_path(name) if name.endswith(SUFFIXES) else name, folders) for name in names
+        ]
     except RecipeError as error:
         raise RecipeError(f"{place}: extends: {error}") from None
 
@@ -167,7 +194,7 @@ def validate(source: Source) -> Recipe:
     try:
         recipe = Recipe.model_validate(source.data)
     except ValidationError as error:
-        raise RecipeError("\n".join(_explain(detail, source, Recipe) for detail in _one_per_key(error))) from None
+        raise RecipeError(_explain_all(error, source.data, source, Recipe)) from None
     _require_plain(source.data, recipe, source)
     _check_options(recipe, source)
     return recipe
@@ -203,8 +230,7 @@ def validate_options(
     try:
         checked = config.model_validate(dict(options))
     except ValidationError as error:
-        details = [_explain(detail, source, config, at) for detail in _one_per_key(error)]
-        raise RecipeError("\n".join(details)) from None
+        raise RecipeError(_explain_all(error, options, source, config, at)) from None
     _require_plain(options, checked, source, at)
     return checked
 
@@ -215,11 +241,11 @@ def _require_plain(given: Mapping[str, Any], checked: BaseModel, source: Source,
     A quoted number is no number, and neither is ``true``. Raises RecipeError naming each wrong key and its place.
     """
     problems = [
-        f"{_where(source, (*at, *path))}{_dotted((*at, *path))}: {problem} (it is {_shown(value)})"
+        f"{_where(source, (*at, *path))}{_dotted((*at, *path))}: {problem} (it is {shown(value)})"
         for path, value, problem in _bent(given, checked, ())
     ]
     if problems:
-        raise RecipeError("\n".join(problems))
+        raise RecipeError(_listed(problems))
 
 
 def _bent(given: Any, checked: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any, str]]:
@@ -259,37 +285,54 @@ def _kind(value: Any) -> str | None:
     return "a text" if isinstance(value, str) else None
 
 
-def _one_per_key(error: ValidationError) -> list[ErrorDetails]:
-    """A union reports each of its members, a list its length beside its entries: the innermost message is enough."""
+def _explain_all(
+    error: ValidationError, data: Mapping[str, Any], source: Source, root: type[BaseModel], at: KeyPath = ()
+) -> str:
+    """A line for each wrong key, or for the first of very many.
+
+    A union reports each of its members, a list its length beside its entries: the innermost message is enough.
+    """
     first: dict[KeyPath, ErrorDetails] = {}
     for detail in error.errors(include_url=False):
-        first.setdefault(tuple(part for part in detail["loc"] if not _is_union_tag(part)), detail)
-    return [
-        detail
-        for path, detail in first.items()
-        if not any(len(other) > len(path) and other[: len(path)] == path for other in first)
-    ]
+        first.setdefault(_written_path(detail["loc"], data), detail)
+    outer = {path[:length] for path in first for length in range(len(path))}
+    wrong = [path for path in first if path not in outer]
+    return _listed([_explain(first[path], path, source, root, at) for path in wrong])
 
 
-def _is_union_tag(part: str | int) -> bool:
-    return isinstance(part, str) and (part in {"int", "float", "str", "bool"} or "[" in part)
+def _listed(problems: Sequence[str]) -> str:
+    """A line for each problem, or for the first of very many."""
+    more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
+    return "\n".join([*problems[:SHOWN], *more])
 
 
-def _explain(detail: ErrorDetails, source: Source, root: type[BaseModel], at: KeyPath = ()) -> str:
-    path: KeyPath = tuple(part for part in detail["loc"] if not _is_union_tag(part))
+def _written_path(location: KeyPath, data: Any) -> KeyPath:
+    """The key path of an error, without the names of a union's members, which pydantic puts between the keys."""
+    path: KeyPath = ()
+    for part in location:
+        written = part in data if isinstance(data, Mapping) else False
+        if written or isinstance(part, int) or not (part in {"int", "float", "str", "bool"} or "[" in part):
+            path = (*path, part)
+            entry = isinstance(data, Sequence) and isinstance(part, int) and part < len(data)
+            data = data[part] if written or entry else None
+    return path
+
+
+def _explain(detail: ErrorDetails, path: KeyPath, source: Source, root: type[BaseModel], at: KeyPath) -> str:
     key, where = _dotted((*at, *path)), _where(source, (*at, *path))
     if detail["type"] == "extra_forbidden":
-        return f"{where}{key}: unknown key '{path[-1]}'{nearest(str(path[-1]), _fields(root, path[:-1]))}"
+        name = shortened(str(path[-1]))
+        return f"{where}{key}: unknown key '{name}'{nearest(name, _fields(root, path[:-1]))}"
     if detail["type"] == "missing":
         return f"{where}{key}: is missing"
     message = detail["msg"].removeprefix("Value error, ")
     value = detail["input"]
-    shown = f" (it is {_shown(value)})" if isinstance(value, str | int | float | bool | list | tuple | None) else ""
-    return f"{where}{key}: {message[0].lower()}{message[1:]}{shown}"
+    given = f" (it is {shown(value)})" if isinstance(value, str | int | float | bool | list | tuple | None) else ""
+    return f"{where}{key}: {message[:1].lower()}{message[1:]}{given}"
 
 
 def _dotted(path: KeyPath) -> str:
-    return ".".join(str(part) for part in path) or "recipe"
+    return shortened(".".join(str(part) for part in path)) or "recipe"
 
 
 def _where(source: Source, path: KeyPath) -> str:
@@ -297,25 +340,18 @@ def _where(source: Source, path: KeyPath) -> str:
     return f"{origin}: " if origin else ""
 
 
-def _shown(value: Any) -> str:
-    """A value as a message shows it, cut where it is long."""
-    try:
-        text = repr(value)
-    except ValueError:  # Python writes no number of thousands of digits
-        text = "a number of thousands of digits"
-    return text if len(text) <= VALUE_SHOWN else f"{text[: VALUE_SHOWN - 3]}..."
-
-
 def _fields(model: type[BaseModel], path: KeyPath) -> list[str]:
-    """The keys that the section at ``path`` knows."""
+    """The keys that the section at ``path`` knows; none where that cannot be told."""
+    section: type[BaseModel] | None = model
     for part in path:
         if isinstance(part, str):
-            model = _section(model.model_fields[part].annotation)
-    return list(model.model_fields)
+            field = section.model_fields.get(part) if section else None
+            section = _section(field.annotation) if field else None
+    return list(section.model_fields) if section else []
 
 
-def _section(annotation: Any) -> type[BaseModel]:
+def _section(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    sections = [_section(part) for part in get_args(annotation) if part not in (type(None), Ellipsis)]
-    return sections[0]
+    inside = (_section(part) for part in get_args(annotation))
+    return next((section for section in inside if section), None)

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import copy
-import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from branchtree.errors import RecipeError
+from branchtree.reading import half_character, read_text, shortened, shown
+from branchtree.recipe.plain_yaml import MOST_LEVELS, KeyPath, NotPlainError, read_plain, write_yaml
 
-KeyPath = tuple[str | int, ...]
-SHOWN = 100
-"""Letters of an override's value in a message."""
+__all__ = ["KeyPath", "Origin", "Source", "override", "parse_plugin", "parse_value", "read_yaml", "write_yaml"]
+
+
+NO_TEXT = "holds bytes that are no text in this terminal's encoding; write it in UTF-8, as under LANG=C.UTF-8"
 
 
 @dataclass(frozen=True)
@@ -60,77 +60,28 @@ class Source:
             del self.origins[known]
 
 
-class _Loader(yaml.SafeLoader):
-    """SafeLoader that reads 1e-5 as a number (YAML 1.2)."""
-
-
-class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes a text which ``_Loader`` would read as a number."""
-
-
-for _reader_or_writer in (_Loader, _Dumper):
-    _reader_or_writer.yaml_implicit_resolvers = {
-        first: [(tag, regexp) for tag, regexp in resolvers if tag != "tag:yaml.org,2002:float"]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    _reader_or_writer.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\d[\d_]*\.?[\d_]*([eE][-+]?\d+)?|\.\d[\d_]*([eE][-+]?\d+)?|\.inf|\.nan)$"),
-        list("-+0123456789."),
-    )
-
-
-def write_yaml(data: Mapping[str, Any]) -> str:
-    """Plain data as YAML that ``read_yaml`` reads back the same."""
-    text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
-    return text
-
-
-def parse_value(text: str) -> Any:
-    """One YAML value, as on the right of ``key=value``."""
+def parse_value(text: str, name: str = "override value") -> Any:
+    """One YAML value, as on the right of ``key=value``. Raises RecipeError, beginning with the name of the value."""
+    if half_character(text):
+        raise RecipeError(f"{name} {shortened(text)!r}: {NO_TEXT}")
     try:
-        return yaml.load(text, _Loader)
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"override value {text!r} is not YAML: {error}") from None
+        return read_plain(text).data
+    except NotPlainError as error:
+        raise RecipeError(
+            f"{name} {shortened(text)!r} is not YAML: {error} (quotes around a text keep it one: '\"[a] b\"')"
+        ) from None
 
 
 def read_yaml(path: Path) -> Source:
     """Read a recipe file. Raises RecipeError, naming file and line, if it is not a YAML mapping."""
+    text = read_text(path, RecipeError)
     try:
-        text = path.read_text(encoding="utf-8")
-        root = yaml.compose(text, _Loader)
-        data = yaml.load(text, _Loader)
-    except OSError as error:
-        raise RecipeError(f"{path}: cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RecipeError(f"{path}: is not UTF-8 text") from None
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError(f"{path}:{line}: not valid YAML: {error.problem}") from None
-    except (yaml.YAMLError, ValueError) as error:
-        raise RecipeError(f"{path}: not valid YAML: {error}") from None
-    if not isinstance(root, yaml.MappingNode):
+        plain = read_plain(text)
+    except NotPlainError as error:
+        raise RecipeError(f"{path}:{error.line}: not valid YAML: {error}") from None
+    if not isinstance(plain.data, dict):
         raise RecipeError(f"{path}:1: a recipe is a mapping of keys to values")
-    source = Source(data)
-    _record(root, (), path, source.origins)
-    return source
-
-
-def _record(node: yaml.Node, at: KeyPath, path: Path, origins: dict[KeyPath, Origin]) -> None:
-    """Note the line of every key below a node."""
-    if isinstance(node, yaml.MappingNode):
-        seen: set[str] = set()
-        for key, value in node.value:
-            name, line = str(key.value), key.start_mark.line + 1
-            if name in seen:
-                raise RecipeError(f"{path}:{line}: key '{name}' is written twice in one mapping")
-            seen.add(name)
-            origins[(*at, name)] = Origin(f"{path}:{line}", path.parent)
-            _record(value, (*at, name), path, origins)
-    elif isinstance(node, yaml.SequenceNode):
-        for index, value in enumerate(node.value):
-            origins[(*at, index)] = Origin(f"{path}:{value.start_mark.line + 1}", path.parent)
-            _record(value, (*at, index), path, origins)
+    return Source(plain.data, {at: Origin(f"{path}:{line}", path.parent) for at, line in plain.lines.items()})
 
 
 def parse_plugin(kind: str, text: str, example: str) -> tuple[str, dict[str, Any]]:
@@ -140,55 +91,54 @@ def parse_plugin(kind: str, text: str, example: str) -> tuple[str, dict[str, Any
     except ValueError as error:
         reason = "it is empty" if not text.strip() else str(error).lower()
         raise RecipeError(
-            f"{kind} '{text}' cannot be read: {reason}; write NAME key=value, for example \"{example}\""
+            f"{kind} '{shortened(text)}' cannot be read: {reason}; write NAME key=value, for example \"{example}\""
         ) from None
     settings: dict[str, Any] = {}
     for word in words:
         key, separator, value = word.partition("=")
         if not separator or not key:
             raise RecipeError(
-                f"{kind} '{text}': '{word}' is no setting; write it as key=value, all between one pair of quotes"
+                f"{kind} '{shortened(text)}': '{shortened(word)}' is no setting; write it as key=value, all between "
+                "one pair of quotes"
             )
-        settings[key] = parse_value(value)
+        settings[key] = parse_value(value, f"{kind} '{name}': {shortened(key)}:")
     return name, settings
 
 
 def override(source: Source, overrides: Mapping[str, Any]) -> None:
     """Set dotted keys (``optim.lr``, ``rewards.0.weight``) in place."""
     for dotted, value in overrides.items():
-        *parents, last = [int(part) if part.isdecimal() else part for part in dotted.split(".")]
+        written = f"{shortened(dotted)}={shown(value, str)}"
+        if half_character(dotted) or (isinstance(value, str) and half_character(value)):
+            raise RecipeError(f"override {written}: {NO_TEXT}")
+        parts = dotted.split(".")
+        if len(parts) > MOST_LEVELS:
+            raise RecipeError(f"override {written}: a key has at most {MOST_LEVELS} parts, not {len(parts)}")
         place: Any = source.data
-        origin = Origin(f"override {dotted}={_shown(value)}")
-        for depth, part in enumerate(parents):
-            if isinstance(place, dict) and place.get(str(part)) is None:
-                place[str(part)] = {}
-                source.origins[tuple(parents[: depth + 1])] = origin
-            place = _enter(place, part, dotted, depth)
-        path: KeyPath = (*parents, last)
-        if isinstance(place, list):
-            _enter(place, last, dotted, len(parents))
-            place[int(last)] = copy.deepcopy(value)  # later overrides may reach into it
-        elif isinstance(place, dict):
-            place[str(last)] = copy.deepcopy(value)
-        else:
-            raise RecipeError(f"override {dotted}: '{dotted.rsplit('.', 1)[0]}' holds a plain value, not keys")
-        source.forget(path)
-        source.origins[path] = origin
+        origin = Origin(f"override {written}")
+        path: KeyPath = ()
+        for depth, part in enumerate(parts):
+            key = _key_of(place, part, dotted, depth)
+            path = (*path, key)
+            if depth == len(parts) - 1:
+                place[key] = copy.deepcopy(value)  # later overrides may reach into it
+                source.forget(path)
+                source.origins[path] = origin
+            elif isinstance(place, dict) and place.get(key) is None:
+                place[key] = {}
+                source.origins[path] = origin
+            place = place[key]
 
 
-def _shown(value: Any) -> str:
-    """Return a value in one short line that any terminal can print."""
-    text = str(value)
-    plain = text if text.isprintable() else ascii(text)[1:-1]
-    return plain if len(plain) <= SHOWN else f"{plain[:SHOWN]}..."
-
-
-def _enter(place: Any, part: str | int, dotted: str, depth: int) -> Any:
-    inside = ".".join(dotted.split(".")[:depth])
+def _key_of(place: Any, part: str, dotted: str, depth: int) -> str | int:
+    """What a part of a dotted key stands for in the list or mapping that it leads into."""
+    inside = shortened(".".join(dotted.split(".")[:depth]))
     if isinstance(place, list):
-        if not isinstance(part, int) or part >= len(place):
-            raise RecipeError(f"override {dotted}: '{inside}' is a list of {len(place)}; write an index from 0")
-        return place[part]
+        if not part.isdecimal() or len(part) > len(str(len(place))) or int(part) >= len(place):
+            raise RecipeError(
+                f"override {shortened(dotted)}: '{inside}' is a list of {len(place)}; write an index from 0"
+            )
+        return int(part)
     if not isinstance(place, dict):
-        raise RecipeError(f"override {dotted}: '{inside}' holds a plain value, not keys")
-    return place[str(part)]
+        raise RecipeError(f"override {shortened(dotted)}: '{inside}' holds a plain value, not keys")
+    return part

@@ -9,10 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from branchtree.errors import OutputError
+from branchtree.reading import read_text, require_name
+from branchtree.recipe.plain_yaml import NotPlainError, read_plain
 
 RECIPE, METRICS, TIMING = "recipe.yaml", "metrics.jsonl", "timing.jsonl"
 EVALUATION, SUMMARY, SAMPLES, TREES = "evaluation.jsonl", "summary.json", "samples", "trees"
@@ -152,6 +153,7 @@ def finite(value: Any) -> float | None:
 
 def read_run(path: Path) -> Run:
     """Read a run directory. Raises OutputError if it is none."""
+    require_name(path, OutputError)
     for name in (RECIPE, METRICS):
         if not (path / name).is_file():
             raise OutputError(
@@ -187,10 +189,12 @@ def _with_totals(metrics: Sequence[Row]) -> list[Row]:
 
 def _recipe(path: Path) -> tuple[str, Mapping[str, Any]]:
     try:
-        text = path.read_text(encoding="utf-8")
-        recipe = yaml.safe_load(text)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())
+        text = read_text(path, OutputError)
+        recipe = read_plain(text).data
+    except OutputError as error:
+        raise OutputError(f"{error}; restore the recipe that the run wrote") from None
+    except NotPlainError as error:
+        reason = f"line {error.line}: {error}"
         raise OutputError(f"{path}: cannot be read: {reason}; restore the recipe that the run wrote") from None
     if not isinstance(recipe, dict):
         raise OutputError(f"{path}: is not a recipe, it holds no keys; restore the recipe that the run wrote")

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from branchtree.data import json_object, numbered_lines
+from branchtree.data import require_characters
 from branchtree.errors import DataError
+from branchtree.json_lines import json_object, numbered_lines
 from branchtree.protocols import Condition
+from branchtree.reading import failure_reason, require_file, shortened, user_path
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"})
@@ -39,20 +42,26 @@ def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]
     """
     entries: Sequence[Given] = [given] if isinstance(given, str | Path | Mapping) else given
     default = (prompt or "").strip()
+    require_characters(default, "prompt")
     items: list[Item] = []
     for number, entry in enumerate(entries, 1):
         if isinstance(entry, Mapping):
             items.append(_row_item(entry, Path(), f"item {number}", default))
+        elif not str(entry).strip():
+            raise DataError(f"file {number} is named by an empty text; name an image, video, folder or .jsonl file")
         else:
-            items.extend(_path_items(Path(entry).expanduser(), default))
+            items.extend(_path_items(user_path(entry), default))
     if not items:
         raise DataError("there is nothing to score; give at least one image, video, folder or .jsonl file")
     return items
 
 
 def _path_items(path: Path, prompt: str) -> Iterator[Item]:
-    if path.is_dir():
-        inside = [file for file in sorted(path.iterdir()) if file.is_file() and _kind(file)]
+    if os.path.isdir(path):
+        try:
+            inside = [file for file in sorted(path.iterdir()) if _kind(file) and os.path.isfile(file)]
+        except OSError as error:
+            raise DataError(f"folder '{path}' cannot be read: {failure_reason(error)}") from None
         if not inside:
             raise DataError(f"folder '{path}' holds no images or videos ({_known()})")
         yield from (Item(file, _kind(file), Condition(prompt)) for file in inside)
@@ -60,9 +69,8 @@ def _path_items(path: Path, prompt: str) -> Iterator[Item]:
         yield from _listed(path, prompt)
     elif kind := _kind(path):
         yield Item(path, kind, Condition(prompt))
-    elif not path.exists():
-        raise DataError(f"there is no file '{path}'")
     else:
+        require_file(path, DataError(f"there is no file '{shortened(str(path))}'"))
         raise DataError(f"file '{path}' is neither an image nor a video by its name; known are {_known()}, and {LIST}")
 
 
@@ -76,8 +84,7 @@ def _known() -> str:
 
 
 def _listed(path: Path, prompt: str) -> Iterator[Item]:
-    if not path.exists():
-        raise DataError(f"there is no file '{path}'")
+    require_file(path, DataError(f"there is no file '{shortened(str(path))}'"))
     numbered = numbered_lines(path)
     if not numbered:
         raise DataError(f'{path}: is empty; write lines such as {{"image": "a.png", "prompt": "a cat"}}')
@@ -97,5 +104,6 @@ def _row_item(row: Mapping[str, Any], folder: Path, place: str, default: str) ->
     if not isinstance(prompt, str | None):
         raise DataError(f"{place}: prompt: write a text, or leave it out")
     text = default if prompt is None else prompt.strip()
+    require_characters(text, f"{place}: prompt")
     metadata = {key: value for key, value in row.items() if key not in {"image", "video", "prompt"}}
-    return Item(folder / Path(file).expanduser(), kind, Condition(text, metadata=metadata, place=place))
+    return Item(folder / user_path(file), kind, Condition(text, metadata=metadata, place=place))

@@ -12,6 +12,7 @@ from typing import Any
 
 from branchtree.errors import OutputError
 from branchtree.protocols import Scores
+from branchtree.reading import require_name
 from branchtree.training.rundir import write_atomically
 
 
@@ -60,9 +61,10 @@ def _number(value: Any) -> float | None:
 
 def check_output(output: Path, inputs: Iterable[Path]) -> None:
     """Refuse, before the work is done, a file that cannot be written or that is itself an input. Raises OutputError."""
-    if output.is_dir():
+    require_name(output, OutputError)
+    if os.path.isdir(output):
         raise OutputError(f"output '{output}' is a folder; name a file in it, for example {output / 'scores.jsonl'}")
-    if output.resolve() in {path.resolve() for path in inputs}:
+    if os.path.realpath(output) in {os.path.realpath(path) for path in inputs}:
         raise OutputError(f"output '{output}' would replace a file that is to be read; give it another name")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from branchtree.errors import RewardError
+from branchtree.reading import shortened
 from branchtree.serving.service import Service
 from branchtree.serving.wire import Info
 
@@ -36,8 +37,11 @@ def bind(host: str, port: int, token: str | None) -> socket.socket:
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    except OSError as error:
-        raise RewardError(f"host '{host}' is not known ({error.strerror}); give an address of this machine") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no name of a machine"
+        raise RewardError(
+            f"host '{shortened(host)}' is not known ({reason}); give an address of this machine"
+        ) from None
     if token is None and not all(ipaddress.ip_address(entry[4][0]).is_loopback for entry in found):
         raise RewardError(
             f"host '{host}' can be reached from other machines: give --token-env NAME, the environment variable that "

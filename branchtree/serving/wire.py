@@ -106,10 +106,19 @@ def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condi
     try:
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
+        at = next((f"{one.place}: " for one in conditions if one.place and not _is_json(one.metadata)), "")
         raise RewardError(
-            f"the conditions' metadata cannot be sent to a remote reward: {error}; keep to JSON"
+            f"{at}the conditions' metadata cannot be sent to a remote reward: {error}; keep to JSON"
         ) from None
     return _save({"pixels": pixels, **_files(places)}, {"request": text})
+
+
+def _is_json(metadata: Mapping[str, Any]) -> bool:
+    try:
+        json.dumps(dict(metadata))
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def _files(places: Mapping[Path, int]) -> dict[str, Tensor]:

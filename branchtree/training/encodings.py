@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from branchtree.protocols import Condition, FingerprintedEncodings, ModelAdapter
+from branchtree.reading import user_path
 
 log = logging.getLogger("branchtree")
 
@@ -42,7 +43,7 @@ def open_store(folder: str | None, gibibytes: float, model: ModelAdapter, device
     fingerprint = model.encoding_fingerprint()
     if fingerprint is None:
         return None
-    root = user_folder() if folder == USER else Path(folder).expanduser()
+    root = user_folder() if folder == USER else user_path(folder)
     return EncodingStore(root, [FORMAT, fingerprint, *arithmetic(device)], int(gibibytes * 2**30))
 
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from branchtree.errors import CheckpointError, RecipeError
 from branchtree.protocols import ModelAdapter, StartsFromWeights
+from branchtree.reading import user_path
 from branchtree.recipe.schema import Recipe
 from branchtree.recipe.source import read_yaml
 from branchtree.training.checkpoint import STATE, newest_whole, require_usable
@@ -24,7 +25,7 @@ def with_start(recipe: Recipe, start: Path | None, resumed: RunDirectory | None)
     found = None if resumed is None or start is not None else _recorded(resumed)
     named = start or (Path(recipe.model.start) if recipe.model.start is not None else None)
     if named is not None and not (found is not None and Path(found).is_relative_to(named)):
-        found = str(find_start(named.expanduser()).absolute())
+        found = str(find_start(user_path(named)).absolute())
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"start": found})})
 
 

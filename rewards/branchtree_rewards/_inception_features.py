@@ -6,6 +6,7 @@ is another network than torchvision's `inception_v3`, and figures of the two can
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from branchtree.errors import RewardError
 from branchtree.paths import LocalPath
+from branchtree.reading import user_path
 from branchtree_rewards._feature_frames import NetworkFeatures, digest
 from branchtree_rewards._pixels import to_rgb, to_uint8
 from branchtree_rewards._source import sha256
@@ -54,8 +56,8 @@ class InceptionFeatures(NetworkFeatures[InceptionFeaturesConfig]):
 
     def load(self, device: torch.device) -> None:
         """Load the network. Raises RewardError without torch-fidelity, or if the file is missing or does not fit."""
-        file = Path(self._config.path).expanduser()
-        if not file.is_file():
+        file = user_path(self._config.path)
+        if not os.path.isfile(file):
             raise RewardError(f"no weights file '{file}'; give torch-fidelity's {WEIGHTS} as 'path'")
         self._network = open_inception(file).to(device)
         self._device, self._digest = device, sha256(file)

@@ -86,16 +86,16 @@ def locate(path: str, revision: str | None, write_small: Callable[[Path], None])
     for a revision of something that is not on the hub, and for anything else.
     """
     local = Path(os.path.expanduser(path))  # which leaves an unknown "~user" as it is
-    if revision is not None and (path == RANDOM_SMALL or local.exists()):
+    if revision is not None and (path == RANDOM_SMALL or os.path.exists(local)):
         raise RewardError(f"revision '{revision}' belongs to a hub id, and '{path}' is none; remove it")
     if path == RANDOM_SMALL:
         folder = Path(tempfile.mkdtemp(prefix="branchtree-small-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)  # a fingerprint reads the files long after loading
         write_small(folder)
         return Source(path, folder)
-    if path and local.is_dir():
+    if path and os.path.isdir(local):
         return Source(path, local)
-    if local.is_file():
+    if os.path.isfile(local):
         return Source(path, local.parent, only=local)
     if path.startswith(("/", "./", "../", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise RewardError(

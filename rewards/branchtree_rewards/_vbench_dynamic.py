@@ -6,8 +6,8 @@ width.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import pydantic
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from branchtree.errors import RewardError
 from branchtree.paths import PathOrName
+from branchtree.reading import user_path
 from branchtree_rewards._model_reward import Opened
 from branchtree_rewards._raft import largest_motions, load_raft
 from branchtree_rewards._small_vbench import RAFT_FILE, write_small_raft
@@ -80,7 +81,7 @@ class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
 
     def _open(self) -> Opened:
         path = self._config.path
-        if path != RANDOM_SMALL and not Path(path).expanduser().exists():
+        if path != RANDOM_SMALL and not os.path.exists(user_path(path)):
             raise RewardError(
                 f"'{path}' is no existing file or folder; RAFT is not on the hub: download {PUBLISHED}, or "
                 f"'{PRINCETON_FILE}' as in https://github.com/princeton-vl/RAFT, and give its path, or '{RANDOM_SMALL}'"

@@ -5,6 +5,7 @@ The frames are those of imaging_quality.py in Vchitect/VBench (arXiv 2311.17982)
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 
 from branchtree.errors import RewardError
 from branchtree.paths import PathOrName
+from branchtree.reading import user_path
 from branchtree_rewards._model_reward import Opened
 from branchtree_rewards._musiq import Musiq, MusiqSizes
 from branchtree_rewards._small_vbench import MUSIQ_FILE, SIZES_FILE, write_small_musiq
@@ -47,7 +49,7 @@ class VBenchImaging(VBenchReward[VBenchImagingConfig]):
 
     def _open(self) -> Opened:
         path = self._config.path
-        if path != RANDOM_SMALL and not Path(path).expanduser().exists():
+        if path != RANDOM_SMALL and not os.path.exists(user_path(path)):
             raise RewardError(
                 f"'{path}' is no existing file or folder; these weights are not on the hub: download {PUBLISHED} and "
                 f"give its path, or '{RANDOM_SMALL}'"

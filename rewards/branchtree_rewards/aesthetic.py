@@ -11,9 +11,9 @@ resizes float tensors without antialiasing and divides by 10: its figures are no
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
+from branchtree.reading import user_path
 from branchtree_rewards._clip_folder import load_clip
 from branchtree_rewards._footprints import CLIP_L_14, Skeleton, build_clip_vision, skeleton
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
@@ -75,7 +76,7 @@ class Aesthetic(ModelReward[AestheticConfig]):
 
     def _skeleton(self) -> Skeleton:
         config = self._config
-        beside = Path(config.path).expanduser() / CLIP
+        beside = user_path(config.path) / CLIP
         chosen = config.clip or (str(beside) if beside.is_dir() else HUB_CLIP)
         return skeleton(build_clip_vision, chosen, config.revision, (HUB_CLIP, CLIP_L_14))
 
@@ -87,7 +88,7 @@ class Aesthetic(ModelReward[AestheticConfig]):
 
 def open_predictor(config: AestheticConfig) -> Opened:
     """Load the head and the CLIP that ``config`` names into an AestheticPredictor. Raises RewardError."""
-    if config.path != RANDOM_SMALL and not Path(config.path).expanduser().exists():
+    if config.path != RANDOM_SMALL and not os.path.exists(user_path(config.path)):
         raise RewardError(
             f"'{config.path}' is no existing file or folder; the aesthetic head is not on the hub: download '{HEAD}' "
             f"from {HEAD_SOURCE} and give its path, or '{RANDOM_SMALL}'"
