@@ -32,7 +32,7 @@ from branchtree.tree import grow
 LIMIT = 3
 """Times that the host may wait for each forward of the rollout and of the gradient pass."""
 
-STEPS = 10
+STEPS = 8
 
 ON_THE_DEVICE = {
     "branchtree/rollout.py: densities = torch.cat(log_prob).cpu().split([len(level) for level in log_prob])": 1,

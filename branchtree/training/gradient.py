@@ -57,7 +57,10 @@ class UpdateRecord:
         flat = [tensor.float() for tensor in tensors]
         copied = torch.cat(flat).cpu().split([len(tensor) for tensor in tensors])
         back = iter([copy.to(tensor.dtype) for copy, tensor in zip(copied, tensors, strict=True)])
-        return replace(self, **{name: [next(back) for _ in getattr(self, name)] for name in names})
+        record = replace(self)
+        for name in names:
+            setattr(record, name, [next(back) for _ in getattr(self, name)])
+        return record
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,8 @@ FLOAT = frozenset(
 )
 """Functions that CUDA's autocast runs in the reduced dtype, and in float32 (torch's "CUDA Ops" lists)."""
 
+CAST = HALF | FLOAT
+
 
 class PretendFunctions(TorchFunctionMode):
     """While it is entered, a thread's calls of torch see the pretended GPU."""
@@ -41,7 +43,7 @@ class PretendFunctions(TorchFunctionMode):
                 return GPU.pin(func(*args, **{**kwargs, "pin_memory": False}))
             if _is_cuda(kwargs.get("device")):
                 return _made(func, args, kwargs)
-        if torch.is_autocast_enabled("cuda"):
+        if getattr(func, "__name__", None) in CAST and torch.is_autocast_enabled("cuda"):
             args, kwargs = _autocast(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -75,10 +77,9 @@ def _check_generator(args: Any, kwargs: Any) -> None:
 
 def _autocast(func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
     """The arguments in the dtype that CUDA's autocast runs the function in."""
-    name = getattr(func, "__name__", "")
-    if name in HALF:
+    if func.__name__ in HALF:
         dtype = torch.get_autocast_dtype("cuda")
-    elif name in FLOAT and kwargs.get("dtype") is None:
+    elif kwargs.get("dtype") is None:
         dtype = torch.float32
     else:
         return args, kwargs
