@@ -59,7 +59,7 @@ def device_memory() -> DeviceMemory | None:
         return None
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
-    index = int(os.environ.get("LOCAL_RANK", "0"))
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()  # as accelerate deals them out
     library = torch.get_device_module(accelerator)
     try:
         free, total = library.mem_get_info(index)

@@ -26,7 +26,8 @@ from branchtree.memory import (
     prompts_each,
 )
 from branchtree.protocols import Footprint, ModelAdapter, RewardAdapter, RewardFootprint, SizedReward
-from branchtree.recipe.schema import Recipe
+from branchtree.recipe.schema import Recipe, RewardSection
+from branchtree.recipe.source import KeyPath
 
 FSDP2 = "recipes/accelerate/fsdp2.yaml"
 PROCESSES = (2, 4, 8, 16, 32, 64)
@@ -79,7 +80,7 @@ def reward_sizes(recipe: Recipe) -> RewardSizes:
     """
     found: list[list[RewardSize]] = []
     seen: dict[str, int] = {}
-    groups = [(("rewards",), recipe.rewards)]
+    groups: list[tuple[KeyPath, tuple[RewardSection, ...]]] = [(("rewards",), recipe.rewards)]
     if recipe.evaluation is not None:
         groups.append((("evaluation", "rewards"), recipe.evaluation.rewards))
     for at, sections in groups:

@@ -156,8 +156,9 @@ def test_free_memory_is_asked_of_the_processs_own_device(monkeypatch: pytest.Mon
     library = SimpleNamespace(mem_get_info=tell(60, 80), memory_reserved=tell(9), memory_allocated=tell(2))
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
     monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda: torch.device("xpu"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 4)
     monkeypatch.setattr(torch, "get_device_module", lambda device: library)
-    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setenv("LOCAL_RANK", "7")
     assert device_memory() == DeviceMemory("xpu:3", 80, 67)
     assert set(asked) == {3}
     monkeypatch.setattr(torch, "get_device_module", lambda device: SimpleNamespace())
