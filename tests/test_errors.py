@@ -276,7 +276,7 @@ def test_bad_files_are_told_together(desk: Desk) -> None:
 def test_a_data_folder_that_is_missing_is_named(desk: Desk) -> None:
     prompts = desk.write("p.jsonl", '{"prompt": "a"}\n')
     message = desk.refused("guest", f"data.prompts={prompts}", "data.folder=nowhere")
-    assert message == f"data.folder: no folder {Path.cwd() / 'nowhere'}"
+    assert message.startswith("data.folder: no folder /") and message.endswith("/nowhere")
 
 
 def test_a_model_that_takes_no_negative_prompt_says_where_one_is(desk: Desk) -> None:
