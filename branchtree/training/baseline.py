@@ -33,7 +33,8 @@ def missing_base(
     broadcast_object_list(lacking)
     if not lacking[0]:
         return None
-    log.warning("the run has no held-out figures of these prompts and rewards: the start policy is evaluated on them")
+    if accelerator.is_main_process:
+        log.warning("the run has no held-out figures of these prompts and rewards: evaluating the start policy")
     return evaluator.figures(accelerator)
 
 

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from branchtree.errors import OutputError, RecipeError
+from branchtree.errors import BranchTreeError, OutputError, RecipeError
 from branchtree.names import project_name
 from branchtree.recipe.schema import Recipe
 from branchtree.training.disk import write_atomically
@@ -94,12 +94,20 @@ def running_trackers(
 ) -> Iterator[Trackers]:
     """A block in which the recipe's trackers run, for a new run or one ``resumed_at`` so many iterations.
 
-    Raises RecipeError, having removed what it wrote, if one cannot start.
+    Raises RecipeError on all processes, having removed what it wrote, if one cannot start.
     """
-    if not recipe.run.trackers or not accelerator.is_main_process:
-        yield Trackers()
-        return
-    trackers = _start(recipe, output, resumed_at)
+    from accelerate.utils import broadcast_object_list
+
+    trackers, problem = Trackers(), None
+    if recipe.run.trackers:
+        if accelerator.is_main_process:
+            try:
+                trackers = _start(recipe, output, resumed_at)
+            except BranchTreeError as error:
+                problem = error
+        [problem] = broadcast_object_list([problem])
+        if problem is not None:
+            raise problem
     try:
         yield trackers
     except Exception:
