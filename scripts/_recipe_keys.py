@@ -274,11 +274,9 @@ def _words(annotation: Any) -> str:
         return " or ".join(_words(part) for part in parts)
     if origin is Annotated:
         return ", ".join([_words(parts[0]), *_limits(parts[1:])])
-    if origin is tuple and parts[-1] is not Ellipsis:
-        kind, *limits = _words(parts[0]).split(", ")
-        return ", ".join([f"{len(parts)} {kind}s", *limits])
     if origin is tuple:
-        return f"list of {_words(parts[0])}s"
+        kind, *limits = _words(parts[0]).split(", ")
+        return ", ".join([f"{'list of' if parts[-1] is Ellipsis else len(parts)} {kind}s", *limits])
     return "section" if _section(annotation) is not None else str(annotation)
 
 
