@@ -282,10 +282,8 @@ def _words(annotation: Any) -> str:
 
 
 def _words_of_list(parts: Sequence[Any]) -> str:
-    if parts[-1] is Ellipsis:
-        return f"list of {_words(parts[0])}s"
     kind, *limits = _words(parts[0]).split(", ")
-    return ", ".join([f"{len(parts)} {kind}s", *limits])
+    return ", ".join([f"{'list of' if parts[-1] is Ellipsis else len(parts)} {kind}s", *limits])
 
 
 def _default(field: FieldInfo) -> str:

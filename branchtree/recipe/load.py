@@ -255,8 +255,8 @@ def _bent(given: Any, checked: Any, path: KeyPath) -> Iterator[tuple[KeyPath, An
     elif isinstance(given, list | tuple):
         entries = iter(enumerate(given))
     else:
-        if (kind := _kind(checked)) and _kind(given) not in {kind, None}:
-            yield path, given, f"input should be {kind}"
+        if (expected := _expected(given, checked)) is not None:
+            yield path, given, f"input should be {expected}"
         elif isinstance(given, int) and not -LARGEST <= given < LARGEST:
             yield path, given, "the number is too large"
         elif isinstance(given, float) and not math.isfinite(given):
@@ -277,12 +277,13 @@ def _inner(checked: Any, name: str | int) -> Any:
     return checked[int(name)] if isinstance(checked, list | tuple) and int(name) < len(checked) else None
 
 
-def _kind(value: Any) -> str | None:
-    if isinstance(value, bool):
-        return "true or false, without quotes"
-    if isinstance(value, int | float):
+def _expected(given: Any, checked: Any) -> str | None:
+    """Say what would have been right for a value that pydantic took for one of another kind; None if it did not."""
+    if isinstance(checked, bool):
+        return None if isinstance(given, bool) else "true or false, without quotes"
+    if isinstance(checked, int | float) and isinstance(given, bool | str):
         return "a number, without quotes"
-    return "a text" if isinstance(value, str) else None
+    return None
 
 
 def _explain_all(
