@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from branchtree.errors import CheckpointError, RecipeError
-from branchtree.reading import shortened, user_path
+from branchtree.errors import CheckpointError, RecipeError, shortened
+from branchtree.reading import user_path
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.load import SUFFIXES, recipe_names
 from branchtree.training.checkpoint import AVERAGE, iteration_of, list_checkpoints, newest_whole, require_usable

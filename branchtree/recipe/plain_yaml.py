@@ -16,7 +16,8 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 from yaml.reader import ReaderError
 
-from branchtree.reading import half_character, shortened
+from branchtree.errors import shortened
+from branchtree.reading import half_character
 
 KeyPath = tuple[str | int, ...]
 
