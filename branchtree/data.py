@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from branchtree.errors import DataError
+from branchtree.errors import DataError, shortened
 from branchtree.json_lines import json_object, numbered_lines
 from branchtree.noise import Purpose, generator
 from branchtree.protocols import Condition, ModelAdapter, NamesItsMedia
-from branchtree.reading import half_character, require_file, shortened, user_path
+from branchtree.reading import half_character, require_file, user_path
 
 if TYPE_CHECKING:
     from branchtree.recipe.schema import DataSection, EvaluationSection

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+
+SHOWN_CHARACTERS = 200
+"""How much of a user's text a message repeats."""
 
 
 class BranchTreeError(Exception):
@@ -56,3 +59,16 @@ def nearest(name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     guess = f"; did you mean '{close[0]}'?" if close else "."
     return f"{guess} Known: {', '.join(names) or 'none'}."
+
+
+def shortened(text: str, characters: int = SHOWN_CHARACTERS) -> str:
+    """The beginning of a text, and how long it is where it goes on."""
+    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
+
+
+def shown(value: object, write: Callable[[object], str] = repr) -> str:
+    """A value as a message repeats it; what Python itself refuses to write, such as a huge integer, by its type."""
+    try:
+        return shortened(write(value))
+    except (ValueError, RecursionError):
+        return f"a value of type {type(value).__name__} that is too large to show"

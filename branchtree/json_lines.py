@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from branchtree.errors import DataError
-from branchtree.reading import half_character, read_text, shortened
+from branchtree.errors import DataError, shortened
+from branchtree.reading import half_character, read_text
 
 MOST_DIGITS = 300
 """Of a whole number; a longer one is no float either, and Python refuses to print the longest ones."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-from branchtree.reading import shortened
+from branchtree.errors import shortened
 
 Conditioning = Mapping[str, Tensor]
 """Encoded conditions of P prompts: named tensors whose first axis is P."""

@@ -1,36 +1,20 @@
-"""What users name and write: files, read as UTF-8 or refused with a reason, and texts, as messages show them."""
+"""Files that users name: found, told apart from folders and devices, and read as UTF-8 text or refused."""
 
 from __future__ import annotations
 
 import codecs
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 
-from branchtree.errors import BranchTreeError
+from branchtree.errors import BranchTreeError, shortened
 
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # those of UTF-32 begin with them too, or with NUL
-SHOWN_CHARACTERS = 200
-"""How much of a user's text a message repeats."""
 
 
 def user_path(path: str | Path) -> Path:
     """A path with ``~`` and ``~name`` replaced by the home folder; one of an unknown user stays as it is written."""
     return Path(os.path.expanduser(path))
-
-
-def shortened(text: str, characters: int = SHOWN_CHARACTERS) -> str:
-    """The beginning of a text, and how long it is where it goes on."""
-    return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
-
-
-def shown(value: object, write: Callable[[object], str] = repr) -> str:
-    """A value as a message repeats it; what Python itself refuses to write, such as a huge integer, by its type."""
-    try:
-        return shortened(write(value))
-    except (ValueError, RecursionError):
-        return f"a value of type {type(value).__name__} that is too large to show"
 
 
 def failure_reason(error: OSError | ValueError) -> str:

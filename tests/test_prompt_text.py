@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from strategies import thorough
 
 from branchtree.data import load_conditions
-from branchtree.errors import DataError, RewardError
+from branchtree.errors import DataError, RewardError, shortened
 from branchtree.protocols import Condition
-from branchtree.reading import read_text, shortened
+from branchtree.reading import read_text
 from branchtree.recipe import load_recipe
 from branchtree.scoring.items import list_items
 from branchtree.serving.wire import encode_request

@@ -187,7 +187,7 @@ def leave_at_once(message: str) -> NoReturn:
 
 def parse_overrides(overrides: list[str]) -> dict[str, Any]:
     """``key=value`` words as a mapping. Raises RecipeError for a word without '='."""
-    from branchtree.reading import shortened
+    from branchtree.errors import shortened
     from branchtree.recipe.source import parse_value
 
     changes: dict[str, Any] = {}

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from branchtree.errors import CheckpointError, RecipeError
+from branchtree.errors import CheckpointError, RecipeError, shortened
 from branchtree.names import folder_name
-from branchtree.reading import shortened, user_path
+from branchtree.reading import user_path
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.load import SUFFIXES, recipe_names
 from branchtree.training.checkpoint import AVERAGE, chosen_checkpoint, iteration_of, list_checkpoints, newest_whole

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from branchtree.errors import RecipeError, nearest
-from branchtree.reading import require_file, shortened, shown, user_path
+from branchtree.errors import RecipeError, nearest, shortened, shown
+from branchtree.reading import require_file, user_path
 from branchtree.recipe.paths import make_absolute
 from branchtree.recipe.schema import PluginSection, Recipe, RewardSection
 from branchtree.recipe.source import KeyPath, Origin, Source, override, read_yaml

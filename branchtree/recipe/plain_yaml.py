@@ -16,7 +16,8 @@ from yaml.composer import ComposerError
 from yaml.constructor import ConstructorError
 from yaml.reader import ReaderError
 
-from branchtree.reading import half_character, shortened
+from branchtree.errors import shortened
+from branchtree.reading import half_character
 
 KeyPath = tuple[str | int, ...]
 
@@ -60,7 +61,8 @@ class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: Any, index: Any) -> yaml.Node | None:
         self.depth += 1
         if self.depth > MOST_LEVELS:
-            raise ComposerError(None, None, _TOO_DEEP, self.peek_event().start_mark)
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise ComposerError(None, None, _TOO_DEEP, mark)
         try:
             return super().compose_node(parent, index)
         finally:
@@ -155,7 +157,9 @@ class _Builder:
         if isinstance(node, yaml.ScalarNode) and node.tag in _SCALARS:
             return _scalar(node)
         written = node.tag.replace(TAG, "!!")
-        raise _refused(node, f"could not determine a constructor for the tag '{written}' on a {node.id}; leave it out")
+        raise _refused(
+            node, f"could not determine a constructor for the tag '{written}' on a {_kind(node)}; leave it out"
+        )
 
     def _mapping(self, node: yaml.MappingNode, at: KeyPath) -> dict[str, Any]:
         data: dict[str, Any] = {}
@@ -178,7 +182,7 @@ class _Builder:
         data: dict[str, Any] = {}
         for each in reversed(node.value) if isinstance(node, yaml.SequenceNode) else [node]:
             if not isinstance(each, yaml.MappingNode):
-                raise _refused(each, f"'<<' takes a mapping or a list of mappings, not a {each.id}")
+                raise _refused(each, f"'<<' takes a mapping or a list of mappings, not a {_kind(each)}")
             data.update(self.build(each, at))
         return data
 
@@ -186,7 +190,7 @@ class _Builder:
 def _key(node: yaml.Node) -> str:
     """A key as it is written: 3, true and null are texts here, as in JSON."""
     if not isinstance(node, yaml.ScalarNode):
-        raise _refused(node, f"found unhashable key: a key is a text, not a {node.id}")
+        raise _refused(node, f"found unhashable key: a key is a text, not a {_kind(node)}")
     return _text(node.value) if node.tag in _SCALARS else str(_scalar(node))
 
 
@@ -228,6 +232,11 @@ _SCALARS: Mapping[str, Callable[[str], Any]] = {
     f"{TAG}str": _text,
     MERGE: _text,
 }
+
+
+def _kind(node: yaml.Node) -> str:
+    """A node's kind in YAML's words: scalar, sequence or mapping."""
+    return type(node).__name__.removesuffix("Node").lower()
 
 
 def _refused(node: yaml.Node, problem: str) -> ConstructorError:

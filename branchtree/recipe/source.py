@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from branchtree.errors import RecipeError
-from branchtree.reading import half_character, read_text, shortened, shown
+from branchtree.errors import RecipeError, shortened, shown
+from branchtree.reading import half_character, read_text
 from branchtree.recipe.plain_yaml import MOST_LEVELS, KeyPath, NotPlainError, read_plain, write_yaml
 
 __all__ = ["KeyPath", "Origin", "Source", "override", "parse_plugin", "parse_value", "read_yaml", "write_yaml"]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.data import require_characters
-from branchtree.errors import DataError
+from branchtree.errors import DataError, shortened
 from branchtree.json_lines import json_object, numbered_lines
 from branchtree.protocols import Condition
-from branchtree.reading import failure_reason, require_file, shortened, user_path
+from branchtree.reading import failure_reason, require_file, user_path
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"})

@@ -10,8 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from branchtree.errors import RewardError
-from branchtree.reading import shortened
+from branchtree.errors import RewardError, shortened
 from branchtree.serving.service import Service
 from branchtree.serving.wire import Info
 
