@@ -14,11 +14,9 @@ import argparse
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any
 
 import torch
-from branchtree_adapters._adapter import PipelineAdapter
 from branchtree_adapters._wan_layout import WanConfig
 from branchtree_adapters.flux import FluxConfig
 from random_models import Execution, RandomFlux, RandomWan
@@ -29,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from branchtree.protocols import Condition, LoraSettings
+from branchtree.protocols import Condition, LoraSettings, ModelAdapter
 
 GPU, META = torch.device("cuda"), torch.device("meta")
 NOT_COUNTED = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", "empty", "empty_like", "empty_strided"})
@@ -38,7 +36,7 @@ WAYS = {
     "autocast": "LoRA under autocast",
     "base": "without LoRA",
 }
-MODELS: dict[str, Callable[[], PipelineAdapter]] = {
+MODELS: dict[str, Callable[[], ModelAdapter]] = {
     "flux": lambda: RandomFlux(FluxConfig(path="black-forest-labs/FLUX.1-dev"), Execution()),
     "wan": lambda: RandomWan(
         WanConfig(
@@ -73,7 +71,7 @@ class Traffic(TorchDispatchMode):
     """Records every operation that moves memory, outside of products and attention."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.operations: list[Operation] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -132,7 +130,7 @@ def autocast(enabled: bool) -> Iterator[None]:
 
 @torch.no_grad()
 def forward_traffic(
-    model: PipelineAdapter, rank: int | None, under_autocast: bool, dtype: torch.dtype = torch.bfloat16
+    model: ModelAdapter, rank: int | None, under_autocast: bool, dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Traffic, AttentionInputs]:
     """What one prediction of ``model``, which is loaded here in ``dtype``, moves on a GPU."""
     model.load(META, torch.bfloat16, dtype)
@@ -163,7 +161,7 @@ def main() -> None:
             rank = None if way == "base" else arguments.rank
             traffic, attention = forward_traffic(MODELS[name](), rank, under_autocast=way == "autocast")
             casts = sum(operation.bytes for operation in traffic.operations if operation.name == "_to_copy")
-            kinds = reduce(lambda kept, new: kept if new in kept else [*kept, new], attention.dtypes, [])
+            kinds = dict.fromkeys(attention.dtypes)
             shown = "; ".join(", ".join(str(dtype).removeprefix("torch.") for dtype in kind) for kind in kinds)
             print(f"| {name} | {WAYS[way]} | {traffic.bytes / 1e9:.1f} | {casts / 1e9:.1f} | {shown} |", flush=True)
 

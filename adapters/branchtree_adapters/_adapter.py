@@ -86,8 +86,12 @@ class PipelineAdapter(ABC):
         if self._encoders is None:
             raise ModelError("the model is not loaded; call load first.")
         dtypes = {f"dtype of {name}": str(dtype) for name, dtype in self._encoders.others.items()}
-        settings = {"family": type(self).__name__, "dtype": str(self._encoders.dtype), **dtypes}
-        settings |= self._encoding_settings()
+        settings = {
+            "family": type(self).__name__,
+            "dtype": str(self._encoders.dtype),
+            **dtypes,
+            **self._encoding_settings(),
+        }
         return fingerprint(self._encoders.source, self.encoding_parts, settings)
 
     @abstractmethod
