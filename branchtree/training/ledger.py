@@ -41,7 +41,7 @@ class Ledger:
         self._lock = threading.RLock()
         self._files: dict[Path, Identity] = {}  # made by this process
         self._made: set[Path] = set()  # folders made by this process
-        self._recorded: dict[str, list[str]] = {}  # by a folder's path in the root, the digests of its manifests
+        self._recorded: dict[str, list[str]] | None = None  # digests of manifests, by folder; None: not read
         self._temporary: set[str] = set()  # folders that are being filled or deleted
 
     @property
@@ -96,30 +96,40 @@ class Ledger:
 
         ``adopted`` gives the folders to record where a run of an earlier version kept no record.
         """
-        path = self._root / LEDGER
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            self._recorded = {str(name): list(map(str, known)) for name, known in content["folders"].items()}
-            self._temporary = {name for name in map(str, content["temporary"]) if TEMPORARY.fullmatch(name)}
-        except FileNotFoundError:
+        if not self.exists:
             self._recorded = {self._name(folder): [digest(folder / MANIFEST)] for folder in adopted()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            log.warning("%s: cannot be read (%s): folders that it named are left as they are from now on", path, error)
+        known = self._known()
         for name in self._temporary:
             shutil.rmtree(self._root / name, ignore_errors=True)
         self._temporary.clear()
-        with self.noting(path):
-            self._save()
+        with self.noting(self._root / LEDGER):
+            self._save(known)
+
+    def _known(self) -> dict[str, list[str]]:
+        """The record, which is read once."""
+        if self._recorded is not None:
+            return self._recorded
+        self._recorded, path = {}, self._root / LEDGER
+        if not self.exists:
+            return self._recorded
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            known = {str(name): list(map(str, digests)) for name, digests in content["folders"].items()}
+            self._temporary |= {name for name in map(str, content["temporary"]) if TEMPORARY.fullmatch(name)}
+            self._recorded = known
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            log.warning("%s: cannot be read (%s): folders that it named are left as they are from now on", path, error)
+        return self._recorded
 
     def owns(self, folder: Path) -> bool:
         """Whether this run wrote a folder of that name."""
-        return self._name(folder) in self._recorded
+        return self._name(folder) in self._known()
 
     def require_own(self, folder: Path) -> None:
         """Raises OutputError if a folder holds anything that this run did not write, naming the first such file."""
         if not folder.exists() and not folder.is_symlink():
             return
-        foreign = first_foreign(folder, self._recorded.get(self._name(folder), []))
+        foreign = first_foreign(folder, self._known().get(self._name(folder), []))
         if foreign is not None:
             raise OutputError(
                 f"{foreign}: was not written by this run, or was changed since, and a run replaces only what it "
@@ -146,45 +156,47 @@ class Ledger:
             self._forget(names)
             raise
         written = digest(temporary / MANIFEST)
-        with self._changing():
-            self._recorded.setdefault(self._name(path), []).append(written)
+        with self._changing() as known:
+            known.setdefault(self._name(path), []).append(written)
         if path.exists():
             path.rename(before)
         temporary.replace(path)
         synchronise([path.parent])
         shutil.rmtree(before, ignore_errors=True)
-        with self._changing():
-            self._recorded[self._name(path)] = [written]
+        with self._changing() as known:
+            known[self._name(path)] = [written]
             self._temporary -= names
 
     def remove_folder(self, folder: Path) -> None:
         """Delete the files of a recorded folder that are as they were written, and with the last of them the folder."""
         try:
-            remove_listed(folder, self._recorded.get(self._name(folder), []))
+            remove_listed(folder, self._known().get(self._name(folder), []))
         except CheckpointError as error:
             log.warning("%s is left where it is: %s", folder, error)
         if not folder.exists():
-            with self._changing():
-                self._recorded.pop(self._name(folder), None)
+            with self._changing() as known:
+                known.pop(self._name(folder), None)
 
     def rename(self, folder: Path, target: Path) -> None:
         """Give a folder another name, under which it is no longer the run's to delete."""
         folder.rename(target)
-        with self._changing():
-            self._recorded.pop(self._name(folder), None)
+        with self._changing() as known:
+            known.pop(self._name(folder), None)
 
     def _forget(self, names: set[str]) -> None:
         with suppress(OSError), self._changing():  # where nothing can be written, this cannot either
             self._temporary -= names
 
     @contextmanager
-    def _changing(self) -> Iterator[None]:
+    def _changing(self) -> Iterator[dict[str, list[str]]]:
+        """A block that changes the record, which is written after it."""
         with self._lock:
-            yield
-            self._save()
+            known = self._known()
+            yield known
+            self._save(known)
 
-    def _save(self) -> None:
-        record = {"format": FORMAT, "folders": self._recorded, "temporary": sorted(self._temporary)}
+    def _save(self, known: Mapping[str, list[str]]) -> None:
+        record = {"format": FORMAT, "folders": known, "temporary": sorted(self._temporary)}
         write_atomically(self._root / LEDGER, json.dumps(record, indent=1).encode())
 
     def _name(self, folder: Path) -> str:
