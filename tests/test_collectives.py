@@ -16,9 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import Phase as Stage
 from hypothesis import strategies as st
-
-PATIENCE = 60
-"""Seconds after which two processes that wait for each other are said to hang."""
+from patience import PATIENCE
 
 
 class Pair:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict
 from strategies import thorough
 
 from branchtree.errors import RecipeError
+from branchtree.names import checked_name
 from branchtree.recipe import Recipe, find_recipe, load_recipe, recipe_names, validate_options
 from branchtree.recipe.load import builtin_folder
 from branchtree.recipe.schema import TreeSection
@@ -521,7 +522,15 @@ rates = positive.map(lambda rate: min(rate, 10.0))
 decays = st.floats(0, 1).map(lambda decay: min(decay, 0.999))
 plain = st.none() | st.booleans() | st.integers() | positive | texts
 own_keys = st.dictionaries(st.sampled_from(["path", "size", "1", "é"]), plain | st.lists(plain, max_size=2), max_size=2)
-prompts = texts.filter(lambda text: not text.endswith((".txt", ".jsonl", ".parquet"))) | st.lists(texts, max_size=3)
+prompts = texts.map(lambda text: f"hub:{text}") | st.lists(texts, max_size=3)
+
+
+def is_name(text: str) -> bool:
+    """Whether a recipe may be named so."""
+    try:
+        return checked_name(text) == text
+    except ValueError:
+        return False
 
 
 def entries(key: str, **more: st.SearchStrategy[Any]) -> st.SearchStrategy[dict[str, Any]]:
@@ -550,7 +559,7 @@ trees = st.one_of(
 )
 recipes = st.fixed_dictionaries(
     {
-        "name": texts,
+        "name": texts.filter(is_name),
         "description": texts,
         "model": entries("adapter"),
         "rewards": rewards,

@@ -71,11 +71,12 @@ def require_same(
     refused = [change for change in changes if not _covered(change.key, allow)]
     if refused:
         flags = " ".join(f"--allow {change.key}" for change in refused)
-        what = "another recipe" if any(isinstance(change, Change) for change in refused) else "other files"
+        under, same = "was written under other files", "files"
+        if any(isinstance(change, Change) for change in refused):
+            under, same = "was written under another recipe", "recipe"
         raise CheckpointError(
-            f"{path} was written under {what}: {'; '.join(map(str, refused))}. Use the same "
-            f"{what.removeprefix('another ').removeprefix('other ')}, or another --output, or, to go on with what "
-            f"changed, add {flags}"
+            f"{path} {under}: {'; '.join(map(str, refused))}. Use the same {same}, or another --output, or, to go on "
+            f"with what changed, add {flags}"
         )
     return changes
 
