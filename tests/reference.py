@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 ROUNDING = 1e-12
 """A spread below this part of the largest value is rounding, and counts as none."""
-SCORE_ROUNDING = 1e-6
+SCORE_ROUNDING = 2e-6
 """The same of values that scores in float32 were fused to, as a part of the largest score of the prompt."""
 
 

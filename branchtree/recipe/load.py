@@ -269,9 +269,9 @@ def _bent(given: Any, checked: Any, path: KeyPath) -> Iterator[tuple[KeyPath, An
 
 
 def _inner(checked: Any, name: str | int) -> Any:
-    """Return the entry of a section, mapping or list; None if it has no such one."""
+    """Return the entry of a section, mapping or list; None if it has no such one, or it is a plug-in's."""
     if isinstance(checked, BaseModel):
-        return getattr(checked, str(name), None)
+        return getattr(checked, str(name)) if name in type(checked).model_fields else None
     if isinstance(checked, Mapping):
         return checked.get(name)
     return checked[int(name)] if isinstance(checked, list | tuple) and int(name) < len(checked) else None
