@@ -242,6 +242,9 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
     except Exception as error:  # of damaged bytes, the library raises many kinds, and OSError and ValueError among them
         reason = shortened(" ".join(str(error).split()))
         raise DataError(f"{path}: not a readable parquet file: {column}{reason}") from None
+    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: two columns are named '{twice[0]}'; rename one")
     for row in zip(*columns, strict=True):
         yield dict(zip(table.column_names, row, strict=True))
 

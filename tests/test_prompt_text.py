@@ -310,6 +310,12 @@ def test_a_column_that_python_cannot_hold_is_named(tmp_path: Path) -> None:
     assert refusal(path).startswith(f"{path}: not a readable parquet file: column 'at': ")
 
 
+def test_two_columns_of_one_name_are_refused(tmp_path: Path) -> None:
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["prompt", "prompt"])
+    path = write_table(tmp_path / "p.parquet", table)
+    assert refusal(path) == f"{path}: two columns are named 'prompt'; rename one"
+
+
 def test_a_folder_named_like_a_key_brings_no_column(tmp_path: Path) -> None:
     (tmp_path / "lang=en").mkdir()
     (condition,) = read(write_table(tmp_path / "lang=en" / "p.parquet", pyarrow.table({"prompt": ["a"]})))
