@@ -222,9 +222,10 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
     """
     recipe, model = inputs.recipe, inputs.model
     team = make_team(recipe, inputs.schedule, accelerator)
-    load_model(recipe, model, accelerator.device)
+    # Rewards first: they are the smaller download, and one that is missing is named before the model's begins.
     load_rewards([*inputs.rewards, *inputs.held_out], model.modality, accelerator.device)
     refuse_whole_groups(team, inputs.rewards)
+    load_model(recipe, model, accelerator.device)
     # Without a start of its own, a LoRA's start policy is the model with it switched off.
     kept = not recipe.lora or recipe.model.start is not None
     compared = bool(recipe.loss.kl or recipe.loss.kl_every) and kept
