@@ -12,7 +12,6 @@ import av
 import numpy as np
 import pytest
 import torch
-from branchtree_adapters import wan
 from branchtree_adapters.wan import LORA_TARGETS, Wan, WanConfig, register_models
 from diffusers import DDIMScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
 from peak_memory import PeakMemory
@@ -210,7 +209,7 @@ def test_decoding_in_slices(folder: Callable[[Kind], Path], monkeypatch: pytest.
     together = adapter.decode(latents).pixels
     adapter._pipeline.vae.decoder.register_forward_hook(lambda module, inputs, _: rows.append(len(inputs[0])))
     for pixels, slices in ((2 * FRAMES * SIZE**2, [2, 2, 1]), (1, [1] * 5)):
-        monkeypatch.setattr(wan, "DECODE_PIXELS", pixels)
+        monkeypatch.setattr("branchtree_adapters._wan_layout.DECODE_PIXELS", pixels)
         rows.clear()
         torch.testing.assert_close(adapter.decode(latents).pixels, together)
         assert rows == [count for count in slices for _ in range(LATENT[1])]
