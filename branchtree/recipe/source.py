@@ -80,6 +80,15 @@ for _reader_or_writer in (_Loader, _Dumper):
     )
 
 
+def _write_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    """Quote a text with line breaks of Unicode, which YAML would fold, so that they are written as escapes."""
+    style = '"' if any(letter in text for letter in "\x85\u2028\u2029") else None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _write_text)
+
+
 def write_yaml(data: Mapping[str, Any]) -> str:
     """Plain data as YAML that ``read_yaml`` reads back the same."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
