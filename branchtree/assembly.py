@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ from branchtree.recipe.source import KeyPath
 from branchtree.rollout import Sampler
 from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, SplitAtWindow, Splits, TreePlan
 from branchtree.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel
+
+log = logging.getLogger("branchtree")
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ def planned_steps(recipe: Recipe) -> int:
 
 
 def check_learns(recipe: Recipe) -> None:
-    """Refuse a recipe that would not learn as it says. Raises RecipeError.
+    """Refuse a recipe that has nothing to learn from, and warn of one whose warm-up outlasts it. Raises RecipeError.
 
     Beside the checks of the schema, for a run that was made before these were here can still be evaluated.
     """
@@ -150,10 +153,13 @@ def check_learns(recipe: Recipe) -> None:
         raise RecipeError("rewards: every weight is 0, so that there is nothing to learn from; give one a weight")
     optim, iterations, total = recipe.optim, recipe.run.iterations, planned_steps(recipe)
     if optim.warmup > total:
-        raise RecipeError(
-            f"optim.warmup: the learning rate rises over {optim.warmup} optimiser steps, more than the {total} of the "
-            f"run (run.iterations {iterations} x optim.steps_per_iteration {optim.steps_per_iteration}); lower it, or "
-            "train for longer"
+        log.warning(
+            "optim.warmup: the learning rate rises over %d optimiser steps, more than the %d of the run "
+            "(run.iterations %d x optim.steps_per_iteration %d), and never reaches optim.lr; lower it, or train longer",
+            optim.warmup,
+            total,
+            iterations,
+            optim.steps_per_iteration,
         )
 
 

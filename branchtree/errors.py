@@ -49,6 +49,10 @@ class CallbackError(BranchTreeError):
     """A callback failed."""
 
 
+class TrackerError(BranchTreeError):
+    """An experiment tracker failed."""
+
+
 class DeviceMemoryError(BranchTreeError):
     """Memory ran out, and no smaller batch can help."""
 
@@ -67,8 +71,12 @@ def shortened(text: str, characters: int = SHOWN_CHARACTERS) -> str:
 
 
 def shown(value: object, write: Callable[[object], str] = repr) -> str:
-    """A value as a message repeats it; what Python itself refuses to write, such as a huge integer, by its type."""
+    """A value as a message repeats it, with codes for what no terminal prints.
+
+    What Python itself refuses to write, such as a huge integer, stands by its type.
+    """
     try:
-        return shortened(write(value))
+        text = write(value)
+        return shortened(text if text.isprintable() else ascii(text)[1:-1])
     except (ValueError, RecursionError):
         return f"a value of type {type(value).__name__} that is too large to show"

@@ -100,7 +100,7 @@ def test_a_message_can_be_printed_in_any_encoding(foreign: Path) -> None:
     done = run("plan", "猫", encoding="cp1252")
     assert done.code == 2 and done.err.startswith("error: no recipe '\\u732b'.")
     done = run("plan", "r.yaml", "data.prompts=猫.txt", encoding="ascii")
-    assert done.code == 2 and done.err.startswith("error: no prompt file \\u732b.txt; ")
+    assert done.code == 2 and done.err.startswith("error: no prompt file ") and "\\u732b.txt; " in done.err
 
 
 def test_the_stream_of_a_c_locale_can_show_a_plan(foreign: Path) -> None:
@@ -145,7 +145,8 @@ def test_names_and_descriptions_of_recipes_are_no_markup(
 ) -> None:
     folder = tmp_path / "recipes"
     (folder / "methods").mkdir(parents=True)
-    (folder / "[mine].yaml").write_text(f"extends: quickstart\nname: '{MARKUP}'\ndescription: '{MARKUP}'\n")
+    name = "[bold]x[red] :cat: a"  # a name holds no slash
+    (folder / "[mine].yaml").write_text(f"extends: quickstart\nname: '{name}'\ndescription: '{MARKUP}'\n")
     (folder / "methods" / "[its].yaml").write_text(f"description: '{MARKUP}'\n")
     (folder / "folder.yaml").mkdir()
     code = f"""
@@ -168,7 +169,7 @@ def test_names_and_descriptions_of_recipes_are_no_markup(
     assert "[mine]" in listed.out and "+[its]" in listed.out
     assert listed.out.count(MARKUP) == 2
     planned = command("plan", "[mine]+[its]")
-    assert planned.out.startswith(f"{MARKUP}+[its]: {MARKUP}; {MARKUP}\n"), planned
+    assert planned.out.startswith(f"{name}+[its]: {MARKUP}; {MARKUP}\n"), planned
     plugins = command("plugins")
     assert "[red]" in plugins.out and MARKUP in plugins.out
     assert f"plug-in '[broken]' of marked cannot be loaded: ValueError: {MARKUP}" in plugins.out
@@ -208,7 +209,7 @@ def test_a_message_names_a_long_prompt_in_part(tmp_path: Path) -> None:
     [
         (("plan", "quickstart", f"model.path={'x' * 5000}"), "is neither an existing folder nor a hub id"),
         (("plan", "quickstart", "model.path=~nosuchuser/x"), "model folder '~nosuchuser/x' does not exist"),
-        (("plan", "quickstart", f"data.folder={'x' * 300}"), "data.folder: no folder xxx"),
+        (("plan", "quickstart", f"data.folder={'x' * 300}"), "data.folder: no folder "),
         (("plan", f"{'x' * 300}.yaml"), "cannot be read: File name too long"),
         (("report", "x" * 300), "cannot be used: File name too long"),
         (("evaluate", "x/" * 3000), "there is no run's directory x/x"),

@@ -331,7 +331,7 @@ def test_a_run_is_continued_by_its_own_recipe_alone(desk: Desk, guest_run: tuple
     [
         ("raises", "reward 'failing_raises' failed: ConnectionError: the judge does not answer"),
         ("nan", "reward 'failing_nan' gave no valid value for 16 of 16 samples of the last iteration (100%; "),
-        ("short", "reward 'failing_short' must give 8 values and valid flags for as many samples, not (1,) and (1,)"),
+        ("short", "its 'values' has the shape (1,), not (8,)"),
     ],
 )
 def test_a_reward_that_fails_ends_the_run_and_can_be_put_right(reward: str, message: str, desk: Desk) -> None:

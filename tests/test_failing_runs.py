@@ -15,7 +15,7 @@ from tiny_flux import tiny_flux
 from training_runs import small
 
 from branchtree import load_recipe, train
-from branchtree.errors import BranchTreeError
+from branchtree.errors import BranchTreeError, TrackerError
 from branchtree.training.checkpoint import list_checkpoints, read_state
 from branchtree.training.manifest import require_whole
 from branchtree.training.rundir import RunDirectory
@@ -131,7 +131,7 @@ def test_so_does_an_exception_that_nobody_foresaw(
             log(self, values, step, **further)
 
         monkeypatch.setattr(accelerate.tracking.TensorBoardTracker, "log", broken)
-    with pytest.raises(ZeroDivisionError if case == "decoder" else AssertionError, match="broke"):
+    with pytest.raises(ZeroDivisionError if case == "decoder" else TrackerError, match="broke"):
         trained(tmp_path / "run", {**changes, **failing})
     assert [path.name for path in list_checkpoints(tmp_path / "run/checkpoints")] == [f"iteration_{kept:06d}"]
     monkeypatch.setenv("FAIL", "")
@@ -173,7 +173,7 @@ def test_half_an_iteration_is_not_saved(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("every", [1, 100], ids=["found before a checkpoint", "found by its samples"])
-@pytest.mark.parametrize("rate", [1e5, 1e30], ids=["exploded", "not finite"])
+@pytest.mark.parametrize("rate", [1e5, 1e6])
 def test_diverged_weights_are_called_so_and_the_good_checkpoint_is_kept(
     rate: float, every: int, cli: Callable[..., Outcome], tmp_path: Path
 ) -> None:
@@ -193,7 +193,7 @@ def test_diverged_weights_are_called_so_and_the_good_checkpoint_is_kept(
 
 
 def test_weights_that_diverge_at_once_leave_nothing_to_go_on_from(cli: Callable[..., Outcome], tmp_path: Path) -> None:
-    message = told(cli(tmp_path / "run", "--no-report", optim__lr=1e30))
+    message = told(cli(tmp_path / "run", "--no-report", optim__lr=1e6))
     assert "the weights have diverged in iteration 0: " in message and "No checkpoint was written before" in message
     assert cli(tmp_path / "run", "--no-report", "--resume", run__iterations=1).code == 0
 
@@ -205,7 +205,7 @@ def test_rewards_of_a_diverged_policy_are_not_blamed(
     monkeypatch.setenv("FAIL", "")
     changes = {"rewards__0__reward": "brittle", "run__checkpoint_every": 100}
     failing = [{"callback": "mishap", "at": 0, "fail": "reward"}]
-    message = told(cli(tmp_path / "run", "--no-report", **changes, callbacks=failing, optim__lr=1e30))
+    message = told(cli(tmp_path / "run", "--no-report", **changes, callbacks=failing, optim__lr=1e6))
     assert "the weights have diverged in iteration 0" in message and "brittle" not in message
     monkeypatch.setenv("FAIL", "")
     assert told(cli(tmp_path / "other", "--no-report", **changes, callbacks=failing)).startswith("reward 'brittle'")

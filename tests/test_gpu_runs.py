@@ -22,7 +22,8 @@ BOTH = {"quickstart", "wan_quickstart"}
 def shortened(name: str) -> dict[str, Any]:
     """Overrides that make a recipe's small version as short as can be: the work on a GPU is of the same kinds."""
     recipe = load_recipe(name, smoke=True)
-    changes: dict[str, Any] = {"run.iterations": 1, "run.sample_prompts": 1, "batch.prompts": 2, "tree.steps": 4}
+    changes: dict[str, Any] = {"run.iterations": 1, "run.sample_prompts": 1, "batch.prompts": 2, "tree.steps": 5}
+    changes["optim.steps_per_iteration"] = 1
     if recipe.tree.split_steps:
         changes["tree.splits"] = list(range(min(len(recipe.tree.split_steps), 2)))
     if recipe.evaluation:
@@ -61,7 +62,7 @@ def on_both(recipe: str, changes: dict[str, Any], folder: Path, device: str = "c
 
 @pytest.mark.parametrize("method", method_names())
 def test_a_method_gives_the_same_figures_on_a_gpu(method: str, flux: Path, tmp_path: Path) -> None:
-    changes = small(flux, tree__steps=4, run__iterations=1, run__sample_prompts=1, run__checkpoint_every=9)
+    changes = small(flux, tree__steps=5, run__iterations=1, run__sample_prompts=1, run__checkpoint_every=9)
     del changes["tree.splits"]
     tree = load_recipe(f"quickstart+{method}").tree
     if tree.split_steps:

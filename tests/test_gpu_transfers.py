@@ -52,7 +52,13 @@ ON_THE_HOST = {
 }
 """The same under ``batch.states: host``."""
 
-ELSEWHERE = ("adapters/", "rewards/", "branchtree/training/scorer.py", "branchtree/training/scoring.py")
+ELSEWHERE = (
+    "adapters/",
+    "rewards/",
+    "branchtree/scores.py",
+    "branchtree/training/scorer.py",
+    "branchtree/training/scoring.py",
+)
 """What decodes and scores."""
 
 

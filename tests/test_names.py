@@ -12,7 +12,7 @@ from strategies import thorough
 from branchtree import load_recipe, train
 from branchtree.comparing import Request
 from branchtree.comparing.request import Row
-from branchtree.errors import RecipeError
+from branchtree.errors import OutputError, RecipeError
 from branchtree.evaluating.subject import find_subject
 from branchtree.names import LONGEST, PROJECT_LENGTH, checked_name, folder_name, project_name
 
@@ -81,7 +81,7 @@ def test_the_default_output_is_the_names_folder(tmp_path: Path, monkeypatch: pyt
     monkeypatch.chdir(tmp_path)
     (tmp_path / "runs/a_b").mkdir(parents=True)
     (tmp_path / "runs/a_b/recipe.yaml").write_text("")
-    with pytest.raises(Exception, match=r"runs/a_b: already holds a run"):
+    with pytest.raises(OutputError, match=r"runs/a_b: is not empty, and holds no run"):
         train("quickstart", {"name": "a:b"})
 
 

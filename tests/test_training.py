@@ -168,13 +168,14 @@ def test_a_strong_kl_term_holds_the_policy_back(model: Path, tmp_path: Path) -> 
 
 
 def test_average_is_what_final_holds(model: Path, tmp_path: Path) -> None:
-    """decay 0.5 after one step from w0 to w1 is the midpoint."""
-    train("quickstart", small(model, run__iterations=1, optim__ema=0.5, optim__lr=1e-2), output=tmp_path / "averaged")
-    train("quickstart", small(model, run__iterations=1, optim__lr=1e-2), output=tmp_path / "plain")
-    start = FluxPipeline.from_pretrained(model).transformer.state_dict()
-    averaged, plain = weights(tmp_path / "averaged"), weights(tmp_path / "plain")
+    """Its decay is 0 at the first step and 2/11 at the second."""
+    train("quickstart", small(model, run__iterations=2, optim__ema=0.5, optim__lr=1e-2), output=tmp_path / "averaged")
+    for iterations in (1, 2):
+        changes = small(model, run__iterations=iterations, optim__lr=1e-2)
+        train("quickstart", changes, output=tmp_path / str(iterations))
+    averaged, first, second = (weights(tmp_path / name) for name in ("averaged", "1", "2"))
     for name, value in averaged.items():
-        assert torch.allclose(value, (start[name] + plain[name]) / 2, atol=1e-6), name
+        assert torch.allclose(value, (2 * first[name] + 9 * second[name]) / 11, atol=1e-6), name
 
 
 def test_gradient_checkpointing_changes_nothing(model: Path, tmp_path: Path) -> None:

@@ -253,7 +253,7 @@ class LossSection(Section):
 class OptimSection(Section):
     """``optim``: AdamW and what surrounds it."""
 
-    lr: float = Field(default=1e-5, gt=0, le=10)
+    lr: float = Field(default=1e-5, gt=0, le=1e6)
     weight_decay: float = Field(default=1e-4, ge=0, le=10)
     betas: tuple[Momentum, Momentum] = (0.9, 0.999)
     eps: float = Field(default=1e-8, ge=1e-30, le=1)

@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from branchtree.errors import BranchTreeError, OutputError, RecipeError
+from branchtree.errors import BranchTreeError, RecipeError, TrackerError
 from branchtree.names import project_name
 from branchtree.recipe.schema import Recipe
 from branchtree.training.disk import write_atomically
@@ -46,7 +46,7 @@ class Trackers:
         self._waiting: dict[str, float] = {}
 
     def iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
-        """Send an iteration's metrics. Raises OutputError if a tracker fails."""
+        """Send an iteration's metrics. Raises TrackerError if a tracker fails."""
         self._send({**self._waiting, **metrics}, iteration)
         self._waiting = {}
 
@@ -55,7 +55,7 @@ class Trackers:
         self._waiting = {f"evaluation/{label}": mean for label, mean in means.items()}
 
     def complete(self, done: int) -> None:
-        """Send what is left when all ``done`` iterations of the run are done. Raises OutputError."""
+        """Send what is left when all ``done`` iterations of the run are done. Raises TrackerError."""
         if self._running and self._waiting:
             self._send(self._waiting, done)
             self._sent = max(self._sent, done)
@@ -85,7 +85,7 @@ class Trackers:
             try:
                 tracker.log(dict(figures), step=step)
             except Exception as error:  # a tracker can raise anything
-                raise OutputError(f"run.trackers: '{tracker.name}' failed: {_told(error)}") from error
+                raise TrackerError(f"run.trackers: '{tracker.name}' failed: {_told(error)}") from error
 
 
 @contextmanager

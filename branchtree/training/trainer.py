@@ -13,7 +13,16 @@ import torch
 from torch import Tensor
 
 from branchtree.credit import Credit
-from branchtree.errors import CallbackError, DataError, DivergenceError, OutputError, RecipeError, RewardError
+from branchtree.errors import (
+    BranchTreeError,
+    CallbackError,
+    DataError,
+    DivergenceError,
+    OutputError,
+    RecipeError,
+    RewardError,
+    TrackerError,
+)
 from branchtree.preflight import require_memory
 from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
@@ -36,6 +45,13 @@ from branchtree.training.tracking import Trackers, running_trackers
 from branchtree.tree import BranchTree, Topology, grow
 
 log = logging.getLogger("branchtree")
+
+REMEDIES: dict[type[BranchTreeError], str] = {
+    OutputError: "once there can be written again",
+    CallbackError: "once the callback is corrected",
+    TrackerError: "once the tracker works again",
+}
+"""What must come before a run goes on that ended by such an error."""
 
 
 def train_recipe(
@@ -97,7 +113,7 @@ class Trainer:
         """Train to the end, or until asked to stop; then write ``final/``.
 
         ``chosen`` says that a person chose the checkpoint to go on from. Whatever fails once an iteration is done, what
-        was learnt until then is saved first. Raises OutputError, CallbackError or DivergenceError, which say what is
+        was learnt until then is saved first. Raises one of ``REMEDIES`` or DivergenceError, which say what is
         kept, and whatever else is raised while it trains.
         """
         try:
@@ -107,10 +123,8 @@ class Trainer:
                 except Exception as error:
                     self._keep(error)
                     raise
-        except OutputError as error:
-            raise OutputError(f"{error}. {self._keeper.kept('once there can be written again')}") from error
-        except CallbackError as error:
-            raise CallbackError(f"{error}. {self._keeper.kept('once the callback is corrected')}") from error
+        except tuple(REMEDIES) as error:
+            raise type(error)(f"{error}. {self._keeper.kept(REMEDIES[type(error)])}") from error
         except DivergenceError as error:
             remedy, flags = "with a lower optim.lr or optim.max_grad_norm", " and --allow with the key that is changed"
             raise DivergenceError(f"{error}. {self._keeper.kept(remedy, flags, 'last good ')}") from error
@@ -155,7 +169,7 @@ class Trainer:
         if isinstance(error, DivergenceError):
             return
         problem = self._divergence(error)
-        if problem is not None and not isinstance(error, OutputError | CallbackError):
+        if problem is not None and not isinstance(error, tuple(REMEDIES)):
             raise problem from error
         if changed or problem is not None:
             return
