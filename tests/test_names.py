@@ -52,7 +52,7 @@ def test_a_name_that_is_no_folders_name_is_refused_before_anything_is_written(
 ) -> None:
     (tmp_path / "in/it").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "in/it")
-    with pytest.raises(RecipeError, match=r"^override name=.*: name: a name ") as told:
+    with pytest.raises(RecipeError, match=r"^override name=.*: (name: a name |holds bytes that are no text)") as told:
         train("quickstart", {"name": name})
     assert str(told.value).isprintable()
     assert [path.name for path in tmp_path.rglob("*")] == ["in", "it"]

@@ -40,7 +40,7 @@ def run(model: Path, output: Path, **overrides: Any) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("name", recipe_names(folders=[builtin_folder()]))
 def test_every_recipe_trains_its_small_version(name: str, tmp_path: Path) -> None:
-    changes = {"run.iterations": 1, "evaluation.limit": 2, "evaluation.noises": 1, "run.sample_prompts": 2}
+    changes = {"run.iterations": 1, "evaluation.limit": 1, "evaluation.noises": 1, "run.sample_prompts": 1}
     full, recipe = load_recipe(name), load_recipe(name, smoke=True)
     result = train(name, changes, smoke=True, output=tmp_path / "run")
     assert result.finished and result.before is not None
