@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import costs
 import full_size
@@ -36,6 +39,13 @@ SMALLEST = {
     "data.prompts": ["a seven", "a three"],
 }
 META = torch.device("meta")
+
+
+@pytest.fixture(autouse=True)
+def environment() -> Iterator[None]:
+    """A benchmark may tell accelerate to stay on the CPU; what comes after it shall not."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def shortened(name: str) -> dict[str, Any]:
 def test_a_recipe_trains_and_is_evaluated_on_a_gpu(recipe: str, device: str, tmp_path: Path) -> None:
     with pretend_gpu(device):
         result = train(recipe, shortened(recipe), smoke=True, output=tmp_path / "run")
-    assert result.finished and result.iterations == 1
+    assert result.finished and result.iterations == 1 and device_of(tmp_path / "run") == "cuda:0"
     (row,) = metrics(tmp_path / "run")
     assert row["steps/taken"] == 1 and row["ratio/first_step_max_deviation"] == 0
 
@@ -53,12 +54,17 @@ def flux(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_flux(tmp_path_factory.mktemp("flux"))
 
 
+def device_of(run: Path) -> str:
+    return str(json.loads((run / "summary.json").read_text())["device"])
+
+
 def on_both(recipe: str, changes: dict[str, Any], folder: Path, device: str = "cuda") -> None:
     """Train on the CPU and on the pretended GPU, whose arithmetic is the same: so are all figures, to the bit."""
     train(recipe, changes, output=folder / "cpu")
     with pretend_gpu(device):
         train(recipe, changes, output=folder / "gpu")
     assert metrics(folder / "gpu") == metrics(folder / "cpu")
+    assert (device_of(folder / "gpu"), device_of(folder / "cpu")) == ("cuda:0", "cpu")
 
 
 @pytest.mark.parametrize("method", method_names())

@@ -13,7 +13,7 @@ import pytest
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from branchtree import train
-from branchtree.errors import OutputError, RecipeError
+from branchtree.errors import RecipeError, TrackerError
 from branchtree.protocols import Callback
 from branchtree.training.tracking import STATE, Trackers
 
@@ -178,7 +178,7 @@ def test_a_tracker_that_fails_to_start_on_resume_leaves_the_run_as_it_was(
 
 def test_a_tracker_that_fails_later_ends_the_run_with_its_name(recorder: type[Recorder], tmp_path: Path) -> None:
     recorder.fails = "log"
-    with pytest.raises(OutputError, match=r"run\.trackers: 'recorder' failed: ConnectionError: gone\."):
+    with pytest.raises(TrackerError, match=r"run\.trackers: 'recorder' failed: ConnectionError: gone\."):
         train("guest", {**SMALL, "run.trackers": ["recorder"]}, output=tmp_path / "run")
     assert recorder.closed == 1
     recorder.fails = ""

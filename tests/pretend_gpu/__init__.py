@@ -39,8 +39,9 @@ def pretend_gpu(device: str = "cuda") -> Iterator[Counts]:
             return backward(*args, **options)
 
     swapped = torch.__future__.get_swap_module_params_on_conversion()
+    named = {} if device == "cuda" else {"ACCELERATE_TORCH_DEVICE": device}
     patches = [
-        mock.patch.dict("os.environ", {} if device == "cuda" else {"ACCELERATE_TORCH_DEVICE": device}),
+        mock.patch.dict("os.environ", {"ACCELERATE_USE_CPU": "false", **named}),
         mock.patch.multiple(torch.cuda, **CUDA),
         mock.patch.multiple(torch.accelerator, **ACCELERATOR),
         mock.patch.object(torch, "Generator", PretendGenerator),
