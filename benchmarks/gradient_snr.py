@@ -72,7 +72,7 @@ def collect(recipe: str, count: int, rows: int, seed: int) -> Gradients:
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder) / "run")
         directory.claim(resume=False)
-        session = open_session(read_inputs(loaded), directory, make_accelerator(loaded, directory))
+        session = open_session(read_inputs(loaded), directory, make_accelerator(loaded))
         vectors: list[Tensor] = []
 
         def keep(*_: Any) -> None:

@@ -110,7 +110,7 @@ def main(words: list[str] | None = None) -> None:
         output = RunDirectory(Path(folder) / "run")
         inputs = read_inputs(recipe)
         output.claim(resume=False)
-        session = open_session(inputs, output, make_accelerator(recipe, output))
+        session = open_session(inputs, output, make_accelerator(recipe))
         if arguments.expensive:
             widen_decoder(session)
         bare = BareDenoiser(session)

@@ -82,7 +82,7 @@ def main() -> None:
     print(f"{'reward':10s}  rollout  reward  without   with  hidden")
     with tempfile.TemporaryDirectory() as folder:
         directory = RunDirectory(Path(folder))
-        session = open_session(read_inputs(recipe), directory, make_accelerator(recipe, directory))
+        session = open_session(read_inputs(recipe), directory, make_accelerator(recipe))
         for way, spend in WAYS.items():
             print_row(way, session, StandIn(spend), arguments.iterations)
 

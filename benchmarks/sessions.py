@@ -32,7 +32,7 @@ def opened(recipe: Recipe, inputs: Inputs | None = None) -> Iterator[Session]:
     """A session of one process in a run directory that is gone afterwards."""
     with TemporaryDirectory() as folder:
         output = RunDirectory(Path(folder) / "run")
-        accelerator = make_accelerator(recipe, output)
+        accelerator = make_accelerator(recipe)
         output.claim(resume=False)
         yield open_session(inputs or read_inputs(recipe), output, accelerator)
 

@@ -65,6 +65,11 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f"{guess} Known: {', '.join(names) or 'none'}."
 
 
+def reason_of(error: Exception) -> str:
+    """The message of an error that was raised on purpose; of another one, its kind too."""
+    return str(error) if isinstance(error, BranchTreeError) else f"{type(error).__name__}: {error}"
+
+
 def shortened(text: str, characters: int = SHOWN_CHARACTERS) -> str:
     """The beginning of a text, and how long it is where it goes on."""
     return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"

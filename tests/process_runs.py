@@ -45,7 +45,7 @@ def compute_in_bf16(run: dict[str, Any]) -> None:
     os.environ["ACCELERATE_USE_FSDP"] = "true"
     lora = run["precision"] == "lora"
     recipe = load_recipe("quickstart", {"run.precision": "bf16", **({"lora.rank": 2} if lora else {})})
-    accelerator = make_accelerator(recipe, RunDirectory(Path(run["output"])))
+    accelerator = make_accelerator(recipe)
     sizes = {"height": SIZE, "width": SIZE, "frames": FRAMES, "task": "text_to_video", "guidance": 1.0}
     model = Wan(WanConfig.model_validate({"path": run["path"], **sizes}))
     load_model(recipe, model, accelerator.device)
@@ -89,7 +89,7 @@ def look(run: dict[str, object]) -> None:
     """Write how a session of this run lays out its weights on this process."""
     recipe = load_recipe("quickstart", run["overrides"])  # type: ignore[arg-type]
     output = Path(str(run["output"]))
-    accelerator = make_accelerator(recipe, RunDirectory(output))
+    accelerator = make_accelerator(recipe)
     session = open_session(read_inputs(recipe), RunDirectory(output), accelerator)
     parameters = dict(session.inputs.model.denoiser.named_parameters())
     facts = {

@@ -155,7 +155,7 @@ def test_half_an_iteration_is_not_saved(tmp_path: Path) -> None:
     recipe = load_recipe("quickstart", small(model, optim__steps_per_iteration=2, run__checkpoint_every=100))
     output = RunDirectory(tmp_path / "run")
     output.claim(resume=False)
-    session = open_session(read_inputs(recipe), output, make_accelerator(recipe, output))
+    session = open_session(read_inputs(recipe), output, make_accelerator(recipe))
     step, steps = session.updater.engine.optimizer.step, list[int]()
 
     def failing(*arguments: Any, **further: Any) -> Any:

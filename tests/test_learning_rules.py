@@ -74,7 +74,7 @@ def opened(
     directory.claim(resume)
     allowed = ["run.iterations"] if resume else []
     checkpoint = find_checkpoint(directory.checkpoints, recipe, allowed) if resume else None
-    return open_session(inputs, directory, make_accelerator(recipe, directory), checkpoint)
+    return open_session(inputs, directory, make_accelerator(recipe), checkpoint)
 
 
 def trained(

@@ -212,7 +212,7 @@ def opened(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Session:
     loaded = load_recipe(recipe, overrides)
     directory = RunDirectory(folder)
     directory.claim(resume=False)
-    return open_session(read_inputs(loaded), directory, make_accelerator(loaded, directory))
+    return open_session(read_inputs(loaded), directory, make_accelerator(loaded))
 
 
 def first_tree(session: Session) -> tuple[BranchTree, Mapping[str, Scores], dict[str, Tensor], list[int]]:

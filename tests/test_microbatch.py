@@ -42,7 +42,7 @@ def prepared(model: Path, output: Path, **overrides: Any) -> Session:
     recipe = load_recipe("quickstart", small(model, **overrides))
     directory = RunDirectory(output)
     directory.claim(resume=False)
-    return open_session(read_inputs(recipe), directory, make_accelerator(recipe, directory))
+    return open_session(read_inputs(recipe), directory, make_accelerator(recipe))
 
 
 @dataclass
@@ -123,7 +123,7 @@ def test_a_resumed_run_starts_with_what_was_found(model: Path, tmp_path: Path) -
     again = Device(update=7)
     recipe = load_recipe("quickstart", small(model))
     directory = RunDirectory(tmp_path / "run")
-    session = open_session(read_inputs(recipe), directory, make_accelerator(recipe, directory))
+    session = open_session(read_inputs(recipe), directory, make_accelerator(recipe))
     Trainer(again.hold(session), []).run(resume=True)
     assert again.failures == [] and len(metrics(tmp_path / "run")) == 2
     (tmp_path / "run" / LIMITS).write_text("damaged")

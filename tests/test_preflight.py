@@ -338,7 +338,7 @@ def test_the_timeout_reaches_the_process_group() -> None:
         from branchtree.training.session import make_accelerator
         from pathlib import Path
         for changes in ({}, {"run.timeout": 10}, {"run.timeout": 0.5}):
-            make_accelerator(load_recipe("quickstart", changes), RunDirectory(Path("none")))
+            make_accelerator(load_recipe("quickstart", changes))
             group = torch.distributed.group.WORLD
             print(round(group._get_backend(torch.device("cpu")).options._timeout.total_seconds()))
             torch.distributed.destroy_process_group()

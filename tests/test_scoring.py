@@ -290,7 +290,7 @@ def test_the_gradient_pass_begins_while_leaves_are_scored(
     inputs = replace(read_inputs(recipe), rewards=[NamedReward("held", 1.0, Held())])
     directory = RunDirectory(tmp_path / "run")
     directory.claim(resume=False)
-    Trainer(open_session(inputs, directory, make_accelerator(recipe, directory)), []).run(resume=False)
+    Trainer(open_session(inputs, directory, make_accelerator(recipe)), []).run(resume=False)
     assert waits and all(waits)
 
 
@@ -316,7 +316,7 @@ def test_when_the_gradient_pass_may_begin_early(
 ) -> None:
     recipe = load_recipe("quickstart", small(model, **changes))
     directory = RunDirectory(tmp_path / "run")
-    session = open_session(read_inputs(recipe), directory, make_accelerator(recipe, directory))
+    session = open_session(read_inputs(recipe), directory, make_accelerator(recipe))
     assert session.learns_early is early
     sharded = replace(session, team=replace(session.team, members=2))
     assert not sharded.learns_early
@@ -367,7 +367,7 @@ def train_failing(
     inputs = replace(read_inputs(recipe), rewards=[NamedReward("judge", 1.0, Failing(shares))])
     directory = RunDirectory(output)
     directory.claim(resume)
-    accelerator = make_accelerator(recipe, directory)
+    accelerator = make_accelerator(recipe)
     checkpoint = find_checkpoint(directory.checkpoints, recipe, ()) if resume else None
     Trainer(open_session(inputs, directory, accelerator, checkpoint), []).run(resume)
 

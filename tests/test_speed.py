@@ -111,7 +111,7 @@ def test_autocast_is_for_float32_weights_alone(model: Path, tmp_path: Path, lora
     recipe, directory = load_recipe("quickstart", {**small(model), **changes}), RunDirectory(tmp_path / "run")
     inputs = read_inputs(recipe)
     directory.claim(resume=False)
-    session = open_session(inputs, directory, make_accelerator(recipe, directory))
+    session = open_session(inputs, directory, make_accelerator(recipe))
     seen: set[tuple[bool, bool, torch.dtype]] = set()
     denoiser: Any = inputs.model.denoiser
     denoiser.single_transformer_blocks[0].norm.register_forward_pre_hook(

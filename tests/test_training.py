@@ -99,7 +99,7 @@ def test_rows_through_the_denoiser_are_those_of_the_plan(
     output = RunDirectory(tmp_path / "run")
     inputs = read_inputs(recipe)
     output.claim(resume=False)
-    session = open_session(inputs, output, make_accelerator(recipe, output))
+    session = open_session(inputs, output, make_accelerator(recipe))
     trainer = Trainer(session, [])
     with counted_rows(session.inputs.model.denoiser) as rows:
         trainer._iteration(0)
@@ -231,7 +231,7 @@ def test_gradients_that_are_not_finite_end_the_run_before_the_weights_change(mod
     inputs = read_inputs(recipe)
     output = RunDirectory(tmp_path / "run")
     output.claim(resume=False)
-    session = open_session(inputs, output, make_accelerator(recipe, output))
+    session = open_session(inputs, output, make_accelerator(recipe))
     before = {name: value.clone() for name, value in inputs.model.denoiser.state_dict().items()}
     poisoned = next(session.inputs.model.denoiser.parameters())
     poisoned.register_hook(lambda gradient: gradient * math.nan)

@@ -31,6 +31,7 @@ from branchtree.pruning import trainable
 from branchtree.recipe.schema import OptimSection
 from branchtree.training import policy
 from branchtree.training.checkpoint import list_checkpoints
+from branchtree.training.disk import write_atomically
 from branchtree.training.ema import WeightAverage
 from branchtree.training.interrupt import StopRequest
 from branchtree.training.learning_rate import learning_rate_factor
@@ -38,7 +39,7 @@ from branchtree.training.ledger import LEDGER, Ledger
 from branchtree.training.manifest import MANIFEST
 from branchtree.training.pictures import fitted, to_image
 from branchtree.training.policy import ConditioningCache
-from branchtree.training.rundir import METRICS, RunDirectory, write_atomically
+from branchtree.training.rundir import METRICS, RunDirectory
 from branchtree.training.samples import write_grid
 from branchtree.training.scoring import checked_scores
 from branchtree.training.session import make_accelerator, open_session, read_inputs
@@ -76,7 +77,7 @@ def train_scripted(model: Path, output: Path, values: Sequence[float], **overrid
     inputs = replace(read_inputs(recipe), rewards=[NamedReward("scripted", 1.0, Scripted(values))])
     directory = RunDirectory(output)
     directory.claim(resume=False)
-    Trainer(open_session(inputs, directory, make_accelerator(recipe, directory)), []).run(resume=False)
+    Trainer(open_session(inputs, directory, make_accelerator(recipe)), []).run(resume=False)
     return metrics(output)
 
 

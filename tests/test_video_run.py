@@ -38,7 +38,7 @@ def trained(output: Path, **changes: Any) -> Session:
     recipe = load_recipe("wan_i2v_motion", {**SHORT, **changes}, smoke=True)
     directory = RunDirectory(output)
     directory.claim(resume=False)
-    session = open_session(read_inputs(recipe), directory, make_accelerator(recipe, directory))
+    session = open_session(read_inputs(recipe), directory, make_accelerator(recipe))
     Trainer(session, []).run(resume=False)
     return session
 

@@ -14,8 +14,7 @@ from branchtree.comparing.runs import PlannedRun, plan_runs
 from branchtree.comparing.table import figure, markdown
 from branchtree.errors import OutputError
 from branchtree.reading import require_name
-from branchtree.training.disk import require_own_results
-from branchtree.training.rundir import write_atomically
+from branchtree.training.disk import require_own_results, write_atomically
 
 TABLE, PAGE = "compare.md", "compare.html"
 

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from branchtree.protocols import Callback
-from branchtree.training.rundir import RunDirectory, write_atomically
+from branchtree.training.disk import write_atomically
+from branchtree.training.rundir import RunDirectory
 
 CPU = "cpu.jsonl"
 

@@ -13,7 +13,7 @@ from branchtree.comparing.request import Request
 from branchtree.comparing.runs import RunPlans
 from branchtree.errors import OutputError
 from branchtree.recipe import Recipe
-from branchtree.training.rundir import write_atomically
+from branchtree.training.disk import write_atomically
 
 NAME = "compare.json"
 FREE_KEYS = {"name", "description", "seed", "tree.noise_seed", "run.iterations"}

@@ -15,7 +15,7 @@ from torch import nn
 from branchtree.diversity.sampling import Deal, Kind, Samples
 from branchtree.diversity.spaces import NamedSpace
 from branchtree.recipe.schema import Recipe
-from branchtree.training.rundir import write_atomically
+from branchtree.training.disk import write_atomically
 
 VERSION = 1
 """Changes when the same description comes to stand for other samples."""

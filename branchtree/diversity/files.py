@@ -9,7 +9,7 @@ from typing import Any
 from branchtree.diversity.blocks import DRAWS
 from branchtree.diversity.request import RESULT, Request
 from branchtree.diversity.study import Study
-from branchtree.training.rundir import write_atomically
+from branchtree.training.disk import write_atomically
 
 ESTIMATORS = {
     "kid": "unbiased MMD^2 under the cubic kernel, mean and deviation over subsets; all samples as independent",

@@ -11,8 +11,8 @@ from branchtree.evaluating.bootstrap import LEVEL, RESAMPLES
 from branchtree.evaluating.comparison import Comparison
 from branchtree.evaluating.request import GRID, RESULT, SAMPLES, Request
 from branchtree.scoring.results import FileScore, file_scores
+from branchtree.training.disk import write_atomically
 from branchtree.training.evaluation import Samples
-from branchtree.training.rundir import write_atomically
 from branchtree.training.samples import write_pictures
 
 INTERVAL = "studentised bootstrap over prompts, no narrower than Student's t"

@@ -19,7 +19,6 @@ from branchtree.training.ema import WeightAverage
 from branchtree.training.evaluation import Evaluator, Pair, Samples
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import open_cache
-from branchtree.training.rundir import RunDirectory
 from branchtree.training.scoring import make_workers
 from branchtree.training.session import load_model, load_rewards, make_accelerator
 
@@ -56,7 +55,7 @@ def evaluate_subject(
     request = make_request(find_subject(subject, overrides, smoke, checkpoint), choices or Choices())
     quiet = request.recipe.run.model_copy(update={"trackers": ()})  # an evaluation is tracked by nothing
     recipe = request.recipe.model_copy(update={"run": quiet})
-    accelerator = make_accelerator(recipe, RunDirectory(request.output))
+    accelerator = make_accelerator(recipe)
     load_model(recipe, request.model, accelerator.device)
     load_rewards(request.rewards, request.model.modality, accelerator.device)
     base, trained = _both(request, accelerator, advance)

@@ -13,7 +13,7 @@ from typing import Any
 from branchtree.errors import OutputError
 from branchtree.protocols import Scores
 from branchtree.reading import require_name
-from branchtree.training.rundir import write_atomically
+from branchtree.training.disk import write_atomically
 
 
 @dataclass(frozen=True)

@@ -216,7 +216,7 @@ def _measure(recipe: Recipe, output: Path) -> Measured:
     directory = RunDirectory(output)
     inputs = read_inputs(recipe)
     directory.claim(resume=False)
-    session = open_session(inputs, directory, make_accelerator(recipe, directory))
+    session = open_session(inputs, directory, make_accelerator(recipe))
     trainer, counted = Trainer(session, []), []
     for iteration in range(recipe.run.iterations):
         with counted_rows(inputs.model.denoiser) as rows:

@@ -13,7 +13,8 @@ import torch
 from branchtree.errors import DeviceMemoryError
 from branchtree.protocols import VelocityFunction
 from branchtree.recipe.schema import BatchSection
-from branchtree.training.rundir import LIMITS, RunDirectory, write_atomically
+from branchtree.training.disk import write_atomically
+from branchtree.training.rundir import LIMITS, RunDirectory
 
 log = logging.getLogger("branchtree")
 

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from branchtree.errors import BranchTreeError, CallbackError
+from branchtree.errors import CallbackError, reason_of
 from branchtree.protocols import Callback
 from branchtree.training.disk import write_atomically
 from branchtree.training.evaluation import Figure
@@ -80,9 +80,8 @@ class Reporter:
                 getattr(callback, hook)(*arguments)
             except Exception as error:  # somebody else's code can raise anything
                 kind = type(callback)
-                reason = str(error) if isinstance(error, BranchTreeError) else f"{type(error).__name__}: {error}"
                 raise CallbackError(
-                    f"the callback {kind.__module__}.{kind.__qualname__} failed in {hook}: {reason}"
+                    f"the callback {kind.__module__}.{kind.__qualname__} failed in {hook}: {reason_of(error)}"
                 ) from error
 
     def _warn_of_mismatch(self, metrics: dict[str, float]) -> None:

@@ -21,20 +21,6 @@ from branchtree.training.lock import LOCK, sole_process
 from branchtree.training.logs import lines_until, read_lines
 from branchtree.training.manifest import MANIFEST
 
-__all__ = [
-    "CHECKPOINT",
-    "EVALUATION",
-    "LIMITS",
-    "METRICS",
-    "SAMPLES",
-    "SUMMARY",
-    "TIMING",
-    "TRACKERS",
-    "TREES",
-    "RunDirectory",
-    "write_atomically",
-]
-
 log = logging.getLogger("branchtree")
 
 METRICS, TIMING, EVALUATION = "metrics.jsonl", "timing.jsonl", "evaluation.jsonl"

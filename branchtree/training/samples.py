@@ -13,8 +13,8 @@ from torch import Tensor
 
 from branchtree.credit import Credit
 from branchtree.protocols import Media, Scores
+from branchtree.training.disk import write_atomically
 from branchtree.training.pictures import THUMBNAIL, TILE, fitted, png, tiled, to_image
-from branchtree.training.rundir import write_atomically
 from branchtree.training.videos import mp4, spread, webp
 from branchtree.tree import Topology
 

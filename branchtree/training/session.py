@@ -28,7 +28,7 @@ from branchtree.assembly import (
 from branchtree.credit import Credit, CreditRule, PruningRule, assign_credit
 from branchtree.data import PromptOrder, check_conditions, held_out_conditions, training_conditions
 from branchtree.devices import indexed
-from branchtree.errors import BranchTreeError, ModelError, RecipeError, RewardError
+from branchtree.errors import ModelError, RecipeError, RewardError, reason_of
 from branchtree.gpus import USABLE, device_memory
 from branchtree.preflight import TrainingNeed, step_shortage
 from branchtree.protocols import (
@@ -275,7 +275,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
     )
 
 
-def make_accelerator(recipe: Recipe, output: RunDirectory) -> Any:
+def make_accelerator(recipe: Recipe) -> Any:
     """accelerate's engine for the recipe. Raises RecipeError for a tracker that is not installed."""
     from accelerate import Accelerator, PartialState
     from accelerate.state import AcceleratorState
@@ -353,8 +353,7 @@ def load_rewards(rewards: Sequence[NamedReward], modality: str, device: torch.de
         try:
             reward.adapter.load(device)
         except Exception as error:  # a plug-in can raise anything; name it
-            told = str(error) if isinstance(error, BranchTreeError) else f"{type(error).__name__}: {error}"
-            raise RewardError(f"reward '{reward.label}' cannot be loaded: {told}") from error
+            raise RewardError(f"reward '{reward.label}' cannot be loaded: {reason_of(error)}") from error
         if modality not in reward.adapter.modalities:  # which one that is served elsewhere learns only now
             scored = ", ".join(sorted(reward.adapter.modalities))
             raise RewardError(f"reward '{reward.label}' scores {scored}, but the model makes {modality}s")

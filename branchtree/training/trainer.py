@@ -71,7 +71,7 @@ def train_recipe(
     require_memory(recipe, force)
     directory = RunDirectory(output)
     inputs = read_inputs(recipe)
-    accelerator = make_accelerator(recipe, directory)
+    accelerator = make_accelerator(recipe)
     with directory.claimed(resume) if accelerator.is_main_process else nullcontext():
         try:
             if accelerator.is_main_process:
