@@ -260,20 +260,18 @@ def test_costs_of_memory_in_a_process_of_its_own(words: list[str], monkeypatch: 
     assert planned > 0
 
 
-def test_costs_of_processes(words: list[str]) -> None:
-    """Of each prompt 17 rows rolled out and 13 trained, with splits 0 and 2 in 6 steps, shared by one and by two."""
-    found = costs.main(["processes", "--rounds", "1", *words])["processes"]
-    assert found[1]["rows"] == 2 * (1 + 2 + 2 + 4 + 4 + 4) + 2 * (1 + 2 + 2 + 4 + 4)
-    assert found[1]["total"] >= found[1]["rollout"] + found[1]["update"]
-    assert found[2]["rows"] == found[1]["rows"] / 2
+def test_costs_of_processes(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of each prompt 17 rows rolled out and 13 trained, with splits 0 and 2 in 6 steps.
 
-
-def test_costs_of_processes_start_as_many_as_they_say(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two that share each prompt's tree both compute its root; a run of one process refuses to share."""
+    Two processes that share each prompt's tree both compute its root, and a run of one process refuses to share.
+    """
+    monkeypatch.setattr(costs, "COUNTS", (1,))
+    alone = costs.main(["processes", "--rounds", "1", *words])["processes"][1]
+    assert alone["rows"] == 2 * (1 + 2 + 2 + 4 + 4 + 4) + 2 * (1 + 2 + 2 + 4 + 4)
+    assert alone["total"] >= alone["rollout"] + alone["update"]
     monkeypatch.setattr(costs, "COUNTS", (2,))
-    shared = [*words, "batch.processes_per_prompt=2"]
-    found = costs.main(["processes", "--rounds", "1", *shared])["processes"]
-    assert found[2]["rows"] > (2 * (1 + 2 + 2 + 4 + 4 + 4) + 2 * (1 + 2 + 2 + 4 + 4)) / 2
+    shared = costs.main(["processes", "--rounds", "1", *words, "batch.processes_per_prompt=2"])["processes"][2]
+    assert shared["rows"] > alone["rows"] / 2
 
 
 def test_overhead_with_an_expensive_decoder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
+from branchtree import load_recipe
+
 SMALL: dict[str, Any] = {
     "model.height": 16,
     "model.width": 16,
@@ -31,6 +33,14 @@ def small(model: Path, **overrides: Any) -> dict[str, Any]:
     """Overrides of the quickstart that make a run of a second or two; keys written with __ for a dot."""
     changed = {key.replace("__", "."): value for key, value in overrides.items()}
     return {**SMALL, "model.path": str(model), **changed}
+
+
+def shortened(name: str) -> dict[str, Any]:
+    """Overrides that make a recipe's small version as short as can be: an iteration of five steps, one evaluated sample."""
+    changes: dict[str, Any] = {"run.iterations": 1, "run.sample_prompts": 1, "batch.prompts": 2, "tree.steps": 5}
+    changes |= {"optim.steps_per_iteration": 1, "evaluation.limit": 1, "evaluation.noises": 1}
+    splits = len(load_recipe(name, smoke=True).tree.split_steps)
+    return changes | ({"tree.splits": list(range(min(splits, 2)))} if splits else {})
 
 
 def arguments(overrides: dict[str, Any]) -> list[str]:
