@@ -22,7 +22,7 @@ JUDGED = {*BOTH, "flux_t2i_branchgrpo", "wan_i2v_motion"}
 
 
 def briefly(name: str) -> dict[str, Any]:
-    """Overrides for one iteration; only some recipes evaluate, since the held-out rewards of the others are the same."""
+    """Overrides for one iteration. Only some recipes evaluate: the held-out rewards of the others are the same."""
     return shortened(name) | ({} if name in JUDGED else {"evaluation": None})
 
 

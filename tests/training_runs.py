@@ -36,7 +36,7 @@ def small(model: Path, **overrides: Any) -> dict[str, Any]:
 
 
 def shortened(name: str) -> dict[str, Any]:
-    """Overrides that make a recipe's small version as short as can be: an iteration of five steps, one evaluated sample."""
+    """Overrides that make a recipe's small version as short as can be: an iteration of five steps."""
     changes: dict[str, Any] = {"run.iterations": 1, "run.sample_prompts": 1, "batch.prompts": 2, "tree.steps": 5}
     changes |= {"optim.steps_per_iteration": 1, "evaluation.limit": 1, "evaluation.noises": 1}
     splits = len(load_recipe(name, smoke=True).tree.split_steps)
