@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -32,8 +31,8 @@ OPENING = {
     "protocol_whitelist": "file",
 }
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}  # damage is an error, not a frame made up in its stead
-UNEVEN = Fraction(1, 5)
-"""By how much of their median the times between frames may differ from it."""
+UNEVEN = Fraction(5, 4)
+"""The longest time between two frames must be less than so many times the shortest."""
 SQUARE = 0.01  # how far from 1 a pixel's width may be in its heights
 HDR = {16: "PQ", 18: "HLG"}  # transfer curves, by their numbers in ITU-T H.273
 ONE = 1 << 16  # 1 in the numbers of a display matrix
@@ -115,7 +114,7 @@ class _Video:
         self._container, self._stream = container, stream
         self._path, self._at = path, at
         self._times: list[int] = []  # at which frames are shown, in ticks of the stream's clock
-        self._end = Fraction(0)  # of all tracks, in seconds
+        self._span: tuple[Fraction, Fraction] | None = None  # begin and end of all tracks, in seconds
 
     def frames(self) -> Iterator[VideoFrame]:
         """Decode the frames that are shown. Raises DataError."""
@@ -146,13 +145,14 @@ class _Video:
         rate = self.rate()
         missing = self._missing(frames, rate) if rate else 0
         if missing > 0.5:
-            raise self._refused(f"is cut off: {missing:.0f} of its frames are missing at the end", WHOLE)
+            raise self._refused(f"is cut off: {missing:.0f} of its frames are missing", WHOLE)
 
     def _missing(self, frames: int, rate: float) -> float:
         """Count the frames that a file states and does not hold; other formats than these are errors when cut off."""
         stated = self._container.duration  # microseconds
-        if "matroska" in self._container.format.name and stated:
-            return (stated / 10**6 - float(self._end)) * rate
+        if "matroska" in self._container.format.name and stated and self._span:
+            begin, end = self._span
+            return (stated / 10**6 - float(end - begin)) * rate
         return self._stream.frames - frames if self._container.format.name == "avi" else 0
 
     def rate(self) -> float | None:
@@ -162,8 +162,7 @@ class _Video:
             return float(stated) if stated else None
         times = sorted(self._times)
         steps = [later - earlier for earlier, later in pairwise(times)]
-        usual = median(steps)
-        if max(abs(step - usual) for step in steps) > UNEVEN * usual or usual == 0:
+        if max(steps) >= UNEVEN * min(steps):
             raise self._refused(
                 f"shows its frames at uneven times, {float(min(steps) * tick):.3g} to {float(max(steps) * tick):.3g} "
                 "seconds apart",
@@ -176,17 +175,17 @@ class _Video:
 
     def _note(self, packet: Packet, count: int) -> None:
         """Take down when a packet's frame is shown, if it is."""
-        if packet.is_corrupt:
-            raise self._damaged(count)
         time = packet.pts if packet.pts is not None else packet.dts
         if packet.size == 0 or packet.is_discard or time is None:  # outside the trim, or no packet but the file's end
             return
         if packet.stream_index == self._stream.index:
+            if packet.is_corrupt:
+                raise self._damaged(count)
             if self._stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10:
                 return  # a frame that others are made from, not shown itself
             self._times.append(time)
-        if packet.time_base is not None:
-            self._end = max(self._end, (time + (packet.duration or 0)) * packet.time_base)
+        begin, end = time * packet.time_base, (time + (packet.duration or 0)) * packet.time_base
+        self._span = (min(begin, self._span[0]), max(end, self._span[1])) if self._span else (begin, end)
 
     def _require_plain(self, frame: VideoFrame, size: tuple[int, int]) -> None:
         """Refuse frames that would have to be stretched or recoloured to look as a player shows them."""

@@ -52,13 +52,18 @@ def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]
     default = (prompt or "").strip()
     require_characters(default, "prompt")
     items: list[Item] = []
+    refused: list[str] = []
     for number, entry in enumerate(entries, 1):
         if isinstance(entry, Mapping):
             items.append(_row_item(entry, Path(), f"item {number}", default))
         elif not str(entry).strip():
             raise DataError(f"file {number} is named by an empty text; name an image, video, folder or .jsonl file")
         else:
-            items.extend(_path_items(user_path(entry), default))
+            try:
+                items.extend(_path_items(user_path(entry), default))
+            except DataError as error:
+                refused.append(str(error))
+    refuse(refused)
     if not items:
         raise DataError("there is nothing to score; give at least one image, video, folder or .jsonl file")
     return items
@@ -88,13 +93,18 @@ def _inside(folder: Path) -> list[Path]:
     except OSError as error:
         raise DataError(f"folder '{folder}' cannot be read: {failure_reason(error)}") from None
     refuse(_unread(entries))
-    inside = [path for path in entries if _kind(path) and os.path.isfile(path)]
+    inside, other = [], []
+    for path in entries:
+        if _kind(path) and os.path.isfile(path):
+            inside.append(path)
+        elif path.suffix.lower() not in BESIDE:
+            other.append(path)
     if not inside:
         raise DataError(f"folder '{folder}' holds no images or videos ({_known()})")
-    if other := [path for path in entries if path not in inside and path.suffix.lower() not in BESIDE]:
+    if other:
         more = f" and {len(other) - SHOWN_REASONS} more" if len(other) > SHOWN_REASONS else ""
         names = ", ".join(f"'{path.name}'" for path in other[:SHOWN_REASONS])
-        log.warning("folder '%s': %s%s: not scored, no image or video by name", folder, names, more)
+        log.warning("folder '%s': not scored, as no image or video by name: %s%s", folder, names, more)
     return inside
 
 

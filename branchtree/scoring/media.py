@@ -48,9 +48,12 @@ class Form:
         return f"{self.shape[0]} frames of {size}" + (f" at {self.fps:.4g} fps" if self.fps else "")
 
 
-def find_forms(items: Sequence[Item]) -> list[Form]:
-    """Decode every file once to find its form. Raises DataError naming the files that cannot be scored, and why."""
-    found, refused = [], []
+def find_forms(items: Sequence[Item], reasons: Sequence[str] = ()) -> list[Form]:
+    """Decode every file once to find its form.
+
+    Raises DataError naming the files that cannot be scored, after the reasons against some that are known already.
+    """
+    found, refused = [], list(reasons)
     for item in items:
         try:
             found.append(_form(item))

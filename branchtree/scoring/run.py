@@ -50,11 +50,10 @@ def score_files(
     items = list_items(files, prompt)
     if output is not None:
         check_output(output, [*_paths(files), *(item.path for item in items)])
-    _check_modalities(items, named)
-    forms = find_forms(items)
+    forms = find_forms(items, _mismatches(items, named))
     for reward in named:
         reward.adapter.load(target)
-    _check_modalities(items, named)  # again: what a remote reward scores is known once it is loaded
+    refuse(_mismatches(items, named))  # again: what a remote reward scores is known once it is loaded
     found: list[dict[str, FileScore]] = [{} for _ in items]
     for task in _tasks(named, items, forms, batch):
         for label, scores in _scored(task, items, forms, share=len(named) > 1).items():
@@ -127,16 +126,16 @@ def _listed(items: Sequence[Item]) -> str:
     return ", ".join(f"'{item.path}'" for item in items[:SHOWN]) + more
 
 
-def _check_modalities(items: Sequence[Item], named: Sequence[NamedReward]) -> None:
-    refused: list[str] = []
-    for reward in named:
-        takes = " and ".join(f"{kind}s" for kind in sorted(reward.adapter.modalities))
-        refused += [
-            f"{item.at}reward '{reward.label}' scores {takes}, but '{item.path}' is a {item.kind}"
-            for item in items
-            if item.kind not in reward.adapter.modalities
-        ]
-    refuse(refused)
+def _mismatches(items: Sequence[Item], named: Sequence[NamedReward]) -> list[str]:
+    """Name the files of a kind that a reward does not score."""
+    return [
+        f"{item.at}reward '{reward.label}' scores {' and '.join(f'{kind}s' for kind in sorted(takes))}, "
+        f"but '{item.path}' is a {item.kind}"
+        for reward in named
+        for takes in [reward.adapter.modalities]
+        for item in items
+        if item.kind not in takes
+    ]
 
 
 def _paths(files: Given | Sequence[Given]) -> list[Path]:
