@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,4 +32,5 @@ def last_frame(condition: Condition) -> Image.Image | None:
 def _video(condition: Condition, path: Path) -> Image.Image:
     from PIL import Image
 
-    return Image.fromarray(next(video_frames(path, f"{condition}: ")))
+    with closing(video_frames(path, f"{condition}: ")) as frames:
+        return Image.fromarray(next(frames))

@@ -5,13 +5,13 @@ Axis letters: H height, W width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -66,7 +66,7 @@ def inspect_video(path: Path, at: str) -> Clip:
         return Clip(frames, height, width, video.rate())
 
 
-def video_frames(path: Path, at: str) -> Iterator[NDArray[np.uint8]]:
+def video_frames(path: Path, at: str) -> Generator[NDArray[np.uint8], None, None]:
     """Decode a video's frames in the order in which they are shown, as RGB bytes (H, W, 3), one at a time.
 
     Raises DataError as ``inspect_video`` does, except for what is known only at the end: that frames are missing, or
@@ -77,7 +77,8 @@ def video_frames(path: Path, at: str) -> Iterator[NDArray[np.uint8]]:
     convert = VideoReformatter()
     with _opened(path, at) as video:
         for frame in video.frames():
-            yield _turned(convert.reformat(frame, format="rgb24").to_ndarray(), _axes(frame))
+            pixels = convert.reformat(frame, format="rgb24").to_ndarray()
+            yield _turned(pixels.astype(np.uint8, copy=False), _axes(frame))
 
 
 @contextmanager
@@ -94,7 +95,7 @@ def _opened(path: Path, at: str) -> Iterator[_Video]:
     try:
         # Opened here, as the library takes some names for addresses, and for numbered series of files.
         with path.open("rb") as file, av.open(file, "r", options=OPENING, metadata_errors="replace") as container:
-            stream = container.streams.best("video")
+            stream: Any = container.streams.best("video")
             if stream is None or stream.disposition & Disposition.attached_pic:
                 raise DataError(f"{at}file '{path}' has no video in it; {WHOLE}")
             if stream.codec_context is None:
@@ -126,7 +127,7 @@ class _Video:
                 self._note(packet, count)
                 if packet.stream_index != self._stream.index:
                     continue
-                for frame in packet.decode():
+                for frame in self._stream.decode(packet):
                     if frame.is_corrupt:
                         raise self._damaged(count)
                     size = size or (frame.width, frame.height)
@@ -173,7 +174,7 @@ class _Video:
             return float(stated)  # where times are rounded to ticks, it is the more exact figure
         return float(len(steps) / span)
 
-    def _note(self, packet: Packet, count: int) -> None:
+    def _note(self, packet: Packet[Any], count: int) -> None:
         """Take down when a packet's frame is shown, if it is."""
         time = packet.pts if packet.pts is not None else packet.dts
         if packet.size == 0 or packet.is_discard or time is None:  # outside the trim, or no packet but the file's end
@@ -211,7 +212,7 @@ class _Video:
 
 def _axes(frame: VideoFrame) -> Axes:
     """Read where a frame is shown, which phones state in place of turning it; zeros if not by quarter turns."""
-    data = frame.side_data.get("DISPLAYMATRIX")
+    data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return 1, 0, 0, 1
     matrix = np.frombuffer(bytes(data), np.int32).reshape(3, 3)[:2, :2] / ONE
