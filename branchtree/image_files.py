@@ -43,6 +43,8 @@ def read_image(path: Path, at: str, upright: bool = False) -> Image.Image:
             shown = ImageOps.exif_transpose(image) if upright else image
             if bits is not None:
                 shown = Image.fromarray((np.asarray(shown) >> (bits - 8)).astype(np.uint8))
+            shown.load()
+            shown.info.pop("transparency", None)  # which colour cannot be seen; Pillow warns where it is left out
             return shown.convert("RGB")
     except DataError:
         raise

@@ -33,6 +33,7 @@ OPENING = {
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}  # damage is an error, not a frame made up in its stead
 UNEVEN = Fraction(5, 4)
 """The longest time between two frames must be less than so many times the shortest."""
+SOUND = 0.1  # seconds that a packet of sound lasts at most
 SQUARE = 0.01  # how far from 1 a pixel's width may be in its heights
 HDR = {16: "PQ", 18: "HLG"}  # transfer curves, by their numbers in ITU-T H.273
 ONE = 1 << 16  # 1 in the numbers of a display matrix
@@ -145,7 +146,9 @@ class _Video:
             raise self._refused(f"is damaged: it has {len(self._times)} frames, and {frames} can be decoded", WHOLE)
         rate = self.rate()
         missing = self._missing(frames, rate) if rate else 0
-        if missing > 0.5:
+        # Where there is sound too, what is stated may be its end, and that of its last packet is not always known.
+        tolerance = 0.5 if len(self._container.streams) == 1 or rate is None else max(0.5, SOUND * rate)
+        if missing > tolerance:
             raise self._refused(f"is cut off: {missing:.0f} of its frames are missing", WHOLE)
 
     def _missing(self, frames: int, rate: float) -> float:

@@ -13,6 +13,7 @@ from typing import Any
 
 import av
 import numpy as np
+from av.stream import Disposition
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -112,6 +113,26 @@ def trim(path: Path, start: int, stop: int) -> Path:
     return path
 
 
+def edit(path: Path, segments: Sequence[tuple[int, int]]) -> Path:
+    """Have an MP4 file's edit list show segments of its frames one after the other; its index must lie at its end."""
+    content = path.read_bytes()
+    at = content.index(b"elst") - 4
+    size = struct.unpack_from(">I", content, at)[0]
+    _, begin = struct.unpack_from(">Ii", content, at + 16)
+    with av.open(str(path)) as container:
+        ticks = int(1 / (container.streams.video[0].time_base * RATE))
+    entries = [
+        struct.pack(">IiI", (stop - start) * 1000 // RATE, begin + start * ticks, ONE) for start, stop in segments
+    ]
+    box = struct.pack(">I4sII", 16 + 12 * len(entries), b"elst", 0, len(entries)) + b"".join(entries)
+    longer = bytearray(content[:at] + box + content[at + size :])
+    for outer in (b"moov", b"trak", b"edts"):
+        place = longer.index(outer) - 4
+        struct.pack_into(">I", longer, place, struct.unpack_from(">I", longer, place)[0] + len(box) - size)
+    path.write_bytes(longer)
+    return path
+
+
 def copy_from(path: Path, target: Path, start: int) -> Path:
     """Copy packets as ``ffmpeg -ss`` with ``-c copy`` does: those before ``start`` get times below 0."""
     with av.open(str(path)) as source, av.open(str(target), "w") as sink:
@@ -185,6 +206,21 @@ def sound(path: Path, frames: Sequence[Pixels] = ()) -> Path:
             for one in frames:
                 container.mux(video.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
             container.mux(video.encode())
+        silence = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.float32), format="fltp", layout="mono")
+        silence.sample_rate = 48000
+        container.mux([*audio.encode(silence), *audio.encode()])
+    return path
+
+
+def cover(path: Path) -> Path:
+    """Write silence of a second with a picture as its cover."""
+    with av.open(str(path), "w") as container:
+        audio: Any = container.add_stream("aac", rate=48000)
+        image: Any = container.add_stream("mjpeg", rate=1)
+        image.height, image.width, image.pix_fmt = 32, 48, "yuvj420p"
+        image.disposition = Disposition.attached_pic
+        for frame in (av.VideoFrame.from_ndarray(moving(1)[0], format="rgb24"), None):
+            container.mux(image.encode(frame))
         silence = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.float32), format="fltp", layout="mono")
         silence.sample_rate = 48000
         container.mux([*audio.encode(silence), *audio.encode()])

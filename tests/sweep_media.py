@@ -96,6 +96,14 @@ def see_through(mode: str, kind: str, path: Path) -> Shown:
     return Shown(np.asarray(image.convert("RGB")))
 
 
+def partly_seen(path: Path) -> Shown:
+    """Write a palette of which each colour is seen more or less."""
+    image = Image.fromarray(colours()).quantize(16)
+    image.save(path, transparency=bytes(range(0, 256, 16)))
+    palette = np.reshape(image.getpalette() or [], (-1, 3)).astype(np.uint8)
+    return Shown(palette[np.asarray(image)])
+
+
 def deep(kind: str, channels: int, path: Path) -> Shown:
     source = np.random.default_rng(1).integers(0, 2**16, (24, 32, 3), np.uint16)
     source = source if channels == 3 else source[..., 0]
@@ -200,6 +208,7 @@ def pictures() -> Iterator[Case]:  # noqa: PLR0912
         ("webp", "WEBP", "RGBA"),
     ]:
         yield Case("transparency", f"{mode}.{name}", partial(see_through, mode, kind))
+    yield Case("transparency", "palette.png", partly_seen)
     for kind in ("png", "tiff"):
         for channels in (1, 3):
             yield Case("16 bits", f"{channels}.{kind}", partial(deep, kind, channels))
@@ -281,6 +290,11 @@ def trimmed(start: int, stop: int, group: int, path: Path) -> Shown:
     files.lossless(path, moving(), options={"g": str(group), "bf": "2"})
     files.trim(path, start, stop)
     return shown(moving()[start:stop])
+
+
+def segmented(segments: Sequence[tuple[int, int]], path: Path) -> Shown:
+    files.edit(files.lossless(path, moving(), **({"options": {"g": "1"}} if path.suffix == ".mp4" else {})), segments)
+    return shown([one for start, stop in segments for one in moving()[start:stop]])
 
 
 def copied(start: int, reordered: int, path: Path) -> Shown:
@@ -394,6 +408,9 @@ def videos() -> Iterator[Case]:  # noqa: PLR0912
                     yield Case(
                         "trims by edit list", f"{start}-{stop}-{group}{suffix}", partial(trimmed, start, stop, group)
                     )
+    for suffix in (".mp4", ".mov"):
+        yield Case("trims by edit list", f"two segments{suffix}", partial(segmented, ((2, 8), (10, 15))))
+        yield Case("trims by edit list", f"turned round{suffix}", partial(segmented, ((12, 20), (0, 4))))
     for suffix in (".mp4", ".m4v"):
         for start in (1, 5, 20):
             for reordered in (0, 2):
@@ -432,6 +449,7 @@ def videos() -> Iterator[Case]:  # noqa: PLR0912
     for suffix in FRAMED:
         yield Case("sound", f"alone{suffix}", partial(wrong, files.sound, "has no video in it"))
         yield Case("sound", f"beside{suffix}", beside_sound)
+    yield Case("sound", "cover.mp4", partial(wrong, files.cover, "has no video in it"))
     playlist = b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nother.mp4\n#EXT-X-ENDLIST\n"
     for name, content, why in [
         ("text.mp4", b"a cat\n" * 50, "cannot be opened"),
