@@ -214,7 +214,7 @@ class _Video:
 
 
 def _axes(frame: VideoFrame) -> Axes:
-    """Read where a frame is shown, which phones state in place of turning it; zeros if not by quarter turns."""
+    """Read where a frame is shown, which phones state instead of turning it; zeros if not by quarter turns."""
     data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return 1, 0, 0, 1

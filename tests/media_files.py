@@ -79,9 +79,9 @@ def write_frames(
             setattr(stream.codec_context, name, value)
         if times is not None:
             stream.codec_context.time_base = Fraction(1, 1000)
-        for place, frame in enumerate(frames):
+        for index, frame in enumerate(frames):
             if times is not None:
-                frame.pts, frame.time_base = times[place], Fraction(1, 1000)
+                frame.pts, frame.time_base = times[index], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
     return path
@@ -94,10 +94,10 @@ def lossless(path: Path, frames: Sequence[Pixels], times: Sequence[int] | None =
     return write(path, frames, Coding(codec, pixels, **changes), times)
 
 
-def patched(path: Path, box: str, place: int, numbers: str, *values: int) -> None:
-    """Overwrite big-endian numbers ``place`` bytes after the name of the first box of that name."""
+def patched(path: Path, box: str, offset: int, numbers: str, *values: int) -> None:
+    """Overwrite big-endian numbers ``offset`` bytes after the name of the first box of that name."""
     content = bytearray(path.read_bytes())
-    struct.pack_into(f">{numbers}", content, content.index(box.encode()) + place, *values)
+    struct.pack_into(f">{numbers}", content, content.index(box.encode()) + offset, *values)
     path.write_bytes(content)
 
 
@@ -127,8 +127,8 @@ def edit(path: Path, segments: Sequence[tuple[int, int]]) -> Path:
     box = struct.pack(">I4sII", 16 + 12 * len(entries), b"elst", 0, len(entries)) + b"".join(entries)
     longer = bytearray(content[:at] + box + content[at + size :])
     for outer in (b"moov", b"trak", b"edts"):
-        place = longer.index(outer) - 4
-        struct.pack_into(">I", longer, place, struct.unpack_from(">I", longer, place)[0] + len(box) - size)
+        start = longer.index(outer) - 4
+        struct.pack_into(">I", longer, start, struct.unpack_from(">I", longer, start)[0] + len(box) - size)
     path.write_bytes(longer)
     return path
 
@@ -233,12 +233,12 @@ def of_two_sizes(path: Path) -> Path:
         stream: Any = container.add_stream("mjpeg", rate=RATE)
         stream.height, stream.width, stream.pix_fmt = 32, 48, "yuvj420p"
         container.start_encoding()
-        for place in range(8):
-            height = 32 if place < 4 else 64
+        for index in range(8):
+            height = 32 if index < 4 else 64
             buffer = io.BytesIO()
-            Image.fromarray(moving(1, height, 48, place)[0]).save(buffer, "JPEG")
+            Image.fromarray(moving(1, height, 48, index)[0]).save(buffer, "JPEG")
             packet = av.Packet(buffer.getvalue())
-            packet.stream, packet.pts, packet.dts, packet.time_base = stream, place, place, Fraction(1, RATE)
+            packet.stream, packet.pts, packet.dts, packet.time_base = stream, index, index, Fraction(1, RATE)
             packet.is_keyframe = True
             container.mux(packet)
     return path

@@ -264,7 +264,7 @@ def read_by_decord(path: Path) -> list[Pixels]:
     import decord
 
     reader = decord.VideoReader(str(path), num_threads=1)
-    return [reader[place].asnumpy() for place in range(len(reader))]
+    return [reader[index].asnumpy() for index in range(len(reader))]
 
 
 def by_decord(coding: Coding, off: tuple[float, float], path: Path) -> Shown:
@@ -319,7 +319,7 @@ def timed(times: Sequence[int], path: Path) -> Refused:
 
 
 def jittered(rate: float, path: Path) -> Shown:
-    files.lossless(path, moving(), [round(1000 * place / rate) for place in range(FRAMES)])
+    files.lossless(path, moving(), [round(1000 * index / rate) for index in range(FRAMES)])
     return Shown(np.stack(moving()), rate)
 
 
@@ -482,9 +482,9 @@ def cases() -> list[Case]:
 
 def verdict(case: Case, folder: Path, rewards: dict[str, Any]) -> str:
     """Make a file, score it, and say how it went: "right" or "refused". Raises AssertionError for all else."""
-    place = folder / case.kind
-    place.mkdir(exist_ok=True)
-    path = place / case.name
+    inside = folder / case.kind
+    inside.mkdir(exist_ok=True)
+    path = inside / case.name
     wanted = case.make(path)
     if isinstance(wanted, Refused):
         try:

@@ -24,7 +24,7 @@ from branchtree.scoring.media import find_forms, read
 
 CASES = sweep.cases()
 KINDS = [case.kind for case in CASES]
-SOME = [case for place, case in enumerate(CASES) if place % 11 == 0 or KINDS.index(case.kind) == place]
+SOME = [case for index, case in enumerate(CASES) if index % 11 == 0 or KINDS.index(case.kind) == index]
 
 
 @pytest.fixture(scope="module")
