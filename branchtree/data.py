@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from branchtree.errors import DataError, shortened
+from branchtree.errors import DataError, refuse, shortened
 from branchtree.json_lines import json_object, numbered_lines
 from branchtree.noise import Purpose, generator
 from branchtree.protocols import Condition, ModelAdapter, NamesItsMedia
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 HUB = "hub:"
 MEDIA = ("image", "last_image", "video")
-SHOWN = 5
-"""How many bad conditions one message lists."""
 
 
 @dataclass(frozen=True)
@@ -124,10 +122,7 @@ def check_conditions(model: ModelAdapter, conditions: Iterable[Condition]) -> No
             model.check(condition)
         except DataError as error:
             refused.append(str(error))
-    if len(refused) > SHOWN:
-        refused[SHOWN:] = [f"and {len(refused) - SHOWN} more"]
-    if refused:
-        raise DataError("\n".join(refused))
+    refuse(refused)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 SHOWN_CHARACTERS = 200
 """How much of a user's text a message repeats."""
+SHOWN_REASONS = 5
+"""How many bad files one message lists."""
 
 
 class BranchTreeError(Exception):
@@ -55,6 +57,13 @@ class TrackerError(BranchTreeError):
 
 class DeviceMemoryError(BranchTreeError):
     """Memory ran out, and no smaller batch can help."""
+
+
+def refuse(reasons: Sequence[str]) -> None:
+    """Raise DataError with the first few reasons, a line each, and how many more there are; nothing without any."""
+    if reasons:
+        more = [f"and {len(reasons) - SHOWN_REASONS} more"] if len(reasons) > SHOWN_REASONS else []
+        raise DataError("\n".join([*reasons[:SHOWN_REASONS], *more]))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

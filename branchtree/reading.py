@@ -7,7 +7,7 @@ import os
 import stat
 from pathlib import Path
 
-from branchtree.errors import BranchTreeError, shortened
+from branchtree.errors import BranchTreeError, DataError, shortened
 
 UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # those of UTF-32 begin with them too, or with NUL
 
@@ -38,6 +38,17 @@ def require_file(path: Path, missing: BranchTreeError) -> None:
         raise missing
     if not stat.S_ISREG(mode):
         raise kind(f"{path}: is no regular file but a pipe, a socket or a device; copy its content into a file")
+
+
+def require_content(path: Path, at: str) -> None:
+    """Raise DataError, which begins with ``at``, where there is no such file or where it is empty."""
+    try:
+        if not path.is_file():
+            raise DataError(f"{at}there is no file '{path}'")
+        if path.stat().st_size == 0:
+            raise DataError(f"{at}file '{path}' is empty (0 bytes)")
+    except (OSError, ValueError) as error:  # ValueError: a NUL character
+        raise DataError(f"{at}file '{path}' cannot be read: {failure_reason(error)}") from None
 
 
 def require_name(path: Path, kind: type[BranchTreeError]) -> None:

@@ -234,7 +234,7 @@ BAD_FILES: dict[str, tuple[str, bytes | None, str]] = {
     "empty": ("image", b"", "file '{file}' is empty (0 bytes)"),
     "no image": ("image", b"a picture of a cat", "file '{file}' is no image; give a PNG or JPEG file"),
     "truncated": ("last_image", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR\0\0\0\1", "image '{file}' cannot be read: "),
-    "text": ("video", b"a video of a cat\n" * 9, "video '{file}' cannot be opened by decord: it is no video"),
+    "text": ("video", b"a video of a cat\n" * 9, "video '{file}' cannot be opened: it is no video"),
     "empty video": ("video", b"", "file '{file}' is empty (0 bytes)"),
 }
 

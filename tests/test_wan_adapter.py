@@ -347,7 +347,7 @@ def test_conditions_that_cannot_be_taken(folder: Callable[[Kind], Path], frames:
         (plain, asked, "has no first frame; give it an 'image' or a 'video'"),
         (plain, replace(asked, image=tmp_path / "none.png"), "there is no file"),
         (plain, replace(asked, image=tmp_path / "broken.png"), "cannot be read"),
-        (plain, replace(asked, video=tmp_path / "broken.mp4"), "cannot be opened by decord"),
+        (plain, replace(asked, video=tmp_path / "broken.mp4"), "cannot be opened: it is no video"),
         (plain, replace(asked, image=wide), "its first frame is 48 x 32 pixels, and the video is 32 x 32"),
         (plain, replace(asked, image=frames[0], last_image=wide), "its last frame is 48 x 32 pixels"),
         (plain, replace(asked, image=wide), "give an image of that size, or set image_fit to 'crop'"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -9,14 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.data import require_characters
-from branchtree.errors import DataError, shortened
+from branchtree.errors import SHOWN_REASONS, DataError, refuse, shortened
 from branchtree.json_lines import json_object, numbered_lines
 from branchtree.protocols import Condition
 from branchtree.reading import failure_reason, require_file, user_path
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"})
+OTHER_IMAGES = frozenset(
+    {".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".exr", ".dng", ".cr2", ".nef", ".arw"}
+)
+OTHER_VIDEOS = frozenset({".wmv", ".flv", ".mts", ".m2ts", ".mpg", ".mpeg", ".3gp", ".ogv", ".mxf"})
+BESIDE = frozenset({".txt", ".caption", ".md", ".json", ".jsonl", ".csv", ".parquet", ".yaml", ".html", ".npy", ".npz"})
+"""Names of files that may lie beside pictures in a folder, and are passed over there."""
 LIST = ".jsonl"
+log = logging.getLogger("branchtree")
 Given = str | Path | Mapping[str, Any]
 
 
@@ -44,13 +52,18 @@ def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]
     default = (prompt or "").strip()
     require_characters(default, "prompt")
     items: list[Item] = []
+    refused: list[str] = []
     for number, entry in enumerate(entries, 1):
         if isinstance(entry, Mapping):
             items.append(_row_item(entry, Path(), f"item {number}", default))
         elif not str(entry).strip():
             raise DataError(f"file {number} is named by an empty text; name an image, video, folder or .jsonl file")
         else:
-            items.extend(_path_items(user_path(entry), default))
+            try:
+                items.extend(_path_items(user_path(entry), default))
+            except DataError as error:
+                refused.append(str(error))
+    refuse(refused)
     if not items:
         raise DataError("there is nothing to score; give at least one image, video, folder or .jsonl file")
     return items
@@ -58,20 +71,51 @@ def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]
 
 def _path_items(path: Path, prompt: str) -> Iterator[Item]:
     if os.path.isdir(path):
-        try:
-            inside = [file for file in sorted(path.iterdir()) if _kind(file) and os.path.isfile(file)]
-        except OSError as error:
-            raise DataError(f"folder '{path}' cannot be read: {failure_reason(error)}") from None
-        if not inside:
-            raise DataError(f"folder '{path}' holds no images or videos ({_known()})")
-        yield from (Item(file, _kind(file), Condition(prompt)) for file in inside)
+        yield from (Item(file, _kind(file), Condition(prompt)) for file in _inside(path))
     elif path.suffix.lower() == LIST:
         yield from _listed(path, prompt)
     elif kind := _kind(path):
         yield Item(path, kind, Condition(prompt))
     else:
         require_file(path, DataError(f"there is no file '{shortened(str(path))}'"))
+        refuse(_unread([path]))
         raise DataError(f"file '{path}' is neither an image nor a video by its name; known are {_known()}, and {LIST}")
+
+
+def _inside(folder: Path) -> list[Path]:
+    """List the pictures and videos of a folder by name; what else lies there is passed over with a warning.
+
+    Hidden files and those of ``BESIDE`` go without one. Raises DataError for a folder that has pictures or videos of
+    kinds that are not read, or none at all.
+    """
+    try:
+        entries = sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+    except OSError as error:
+        raise DataError(f"folder '{folder}' cannot be read: {failure_reason(error)}") from None
+    refuse(_unread(entries))
+    inside, other = [], []
+    for path in entries:
+        if _kind(path) and os.path.isfile(path):
+            inside.append(path)
+        elif path.suffix.lower() not in BESIDE:
+            other.append(path)
+    if not inside:
+        raise DataError(f"folder '{folder}' holds no images or videos ({_known()})")
+    if other:
+        more = f" and {len(other) - SHOWN_REASONS} more" if len(other) > SHOWN_REASONS else ""
+        names = ", ".join(f"'{path.name}'" for path in other[:SHOWN_REASONS])
+        log.warning("folder '%s': not scored, as no image or video by name: %s%s", folder, names, more)
+    return inside
+
+
+def _unread(paths: Sequence[Path]) -> list[str]:
+    """Say of each picture or video that is not read what to do with it."""
+    remedies = dict.fromkeys(OTHER_IMAGES, "convert this image to PNG, which keeps it as it is")
+    remedies |= dict.fromkeys(OTHER_VIDEOS, "convert this video to MP4 with H.264 (ffmpeg -i IN OUT.mp4)")
+    suffixes = [(path, path.suffix.lower()) for path in paths]
+    return [
+        f"file '{path}': {suffix} is not read; {remedies[suffix]}" for path, suffix in suffixes if suffix in remedies
+    ]
 
 
 def _kind(path: Path) -> str:

@@ -10,17 +10,17 @@ from typing import TypeVar
 
 from branchtree.assembly import NamedReward
 from branchtree.devices import named_device
-from branchtree.errors import DataError, RecipeError, RewardError
+from branchtree.errors import DataError, RecipeError, RewardError, refuse
 from branchtree.protocols import ReleasesMemory
 from branchtree.rollout import chunks
 from branchtree.scoring.items import Given, Item, list_items
-from branchtree.scoring.media import Form, form, read
+from branchtree.scoring.media import Form, find_forms, read
 from branchtree.scoring.results import FileScore, ScoredFile, check_output, file_scores
 from branchtree.scoring.specs import Spec, make_named
 from branchtree.training.scoring import checked_scores
 
 NUMBERS = 2**28
-"""A batch is cut short before it holds more numbers than this, 1 GiB of them; one sample is always read."""
+"""A batch is cut short before it holds more numbers than this, 1 GiB of them; one sample is always read whole."""
 SHOWN = 5
 """How many files one message lists."""
 
@@ -50,11 +50,10 @@ def score_files(
     items = list_items(files, prompt)
     if output is not None:
         check_output(output, [*_paths(files), *(item.path for item in items)])
-    _check_modalities(items, named)
-    forms = [form(item) for item in items]
+    forms = find_forms(items, _mismatches(items, named))
     for reward in named:
         reward.adapter.load(target)
-    _check_modalities(items, named)  # again: what a remote reward scores is known once it is loaded
+    refuse(_mismatches(items, named))  # again: what a remote reward scores is known once it is loaded
     found: list[dict[str, FileScore]] = [{} for _ in items]
     for task in _tasks(named, items, forms, batch):
         for label, scores in _scored(task, items, forms, share=len(named) > 1).items():
@@ -127,12 +126,16 @@ def _listed(items: Sequence[Item]) -> str:
     return ", ".join(f"'{item.path}'" for item in items[:SHOWN]) + more
 
 
-def _check_modalities(items: Sequence[Item], named: Sequence[NamedReward]) -> None:
-    for reward in named:
-        for item in items:
-            if item.kind not in reward.adapter.modalities:
-                takes = " and ".join(f"{kind}s" for kind in sorted(reward.adapter.modalities))
-                raise DataError(f"{item.at}reward '{reward.label}' scores {takes}, but '{item.path}' is a {item.kind}")
+def _mismatches(items: Sequence[Item], named: Sequence[NamedReward]) -> list[str]:
+    """Name the files of a kind that a reward does not score."""
+    return [
+        f"{item.at}reward '{reward.label}' scores {' and '.join(f'{kind}s' for kind in sorted(takes))}, "
+        f"but '{item.path}' is a {item.kind}"
+        for reward in named
+        for takes in [reward.adapter.modalities]
+        for item in items
+        if item.kind not in takes
+    ]
 
 
 def _paths(files: Given | Sequence[Given]) -> list[Path]:

@@ -163,9 +163,10 @@ def _judge(
 ) -> _Judged:
     if device is None:
         raise RuntimeError(f"the {name} reward was not loaded: call load(device) before score(...)")
-    videos = _checked_videos(media, len(conditions), name).to(device, torch.float32)
+    # Shrunk first, as means of what is not finite are not, and the frames of a large clip fill the memory.
+    videos = capped(_checked_videos(media, len(conditions), name).to(device, torch.float32), LONGEST)
     finite = videos.flatten(1).isfinite().all(dim=1)
-    videos = capped(videos.where(finite.view(-1, 1, 1, 1, 1), torch.zeros_like(videos)), LONGEST)
+    videos = videos.where(finite.view(-1, 1, 1, 1, 1), torch.zeros_like(videos))
     cut = windows(videos)
     at_once = max(1, AT_ONCE // (cut[0].numel() // cut.shape[3]))
     parts = [_measured(part, config) for part in cut.split(at_once)]
