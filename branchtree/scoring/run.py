@@ -11,7 +11,7 @@ from typing import TypeVar
 from branchtree.assembly import NamedReward
 from branchtree.devices import named_device
 from branchtree.errors import DataError, RecipeError, RewardError
-from branchtree.protocols import ReleasesMemory
+from branchtree.protocols import ReleasesMemory, needs_prompt
 from branchtree.rollout import chunks
 from branchtree.scoring.items import Given, Item, list_items
 from branchtree.scoring.media import Form, form, read
@@ -50,11 +50,11 @@ def score_files(
     items = list_items(files, prompt)
     if output is not None:
         check_output(output, [*_paths(files), *(item.path for item in items)])
-    _check_modalities(items, named)
+    _check_kinds(items, named)
     forms = [form(item) for item in items]
     for reward in named:
         reward.adapter.load(target)
-    _check_modalities(items, named)  # again: what a remote reward scores is known once it is loaded
+    _check_kinds(items, named)  # again: what a remote reward scores and reads is known once it is loaded
     found: list[dict[str, FileScore]] = [{} for _ in items]
     for task in _tasks(named, items, forms, batch):
         for label, scores in _scored(task, items, forms, share=len(named) > 1).items():
@@ -127,12 +127,20 @@ def _listed(items: Sequence[Item]) -> str:
     return ", ".join(f"'{item.path}'" for item in items[:SHOWN]) + more
 
 
-def _check_modalities(items: Sequence[Item], named: Sequence[NamedReward]) -> None:
+def _check_kinds(items: Sequence[Item], named: Sequence[NamedReward]) -> None:
+    """Raise DataError for a file of another kind than a reward scores, or without the prompt that it reads."""
     for reward in named:
+        reads = needs_prompt(reward.adapter)
         for item in items:
             if item.kind not in reward.adapter.modalities:
                 takes = " and ".join(f"{kind}s" for kind in sorted(reward.adapter.modalities))
                 raise DataError(f"{item.at}reward '{reward.label}' scores {takes}, but '{item.path}' is a {item.kind}")
+            if reads and not item.condition.prompt.strip():
+                where = 'as "prompt" in its row, or ' if item.condition.place else ""
+                raise DataError(
+                    f"{item.at}reward '{reward.label}' reads the prompt, and '{item.path}' has none; give one "
+                    f"{where}with --prompt (prompt=... in Python) for all that have none"
+                )
 
 
 def _paths(files: Given | Sequence[Given]) -> list[Path]:

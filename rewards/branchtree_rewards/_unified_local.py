@@ -13,6 +13,7 @@ import torch
 from branchtree.errors import RewardError
 from branchtree.protocols import RewardFootprint
 from branchtree_rewards._footprints import QWEN2_5_VL_7B, build_answering, skeleton
+from branchtree_rewards._samples import own_token
 from branchtree_rewards._small_unifiedreward import write_small
 from branchtree_rewards._source import RANDOM_SMALL, Source, locate, sha256, verify
 from branchtree_rewards._unified_templates import Failure, Spoken
@@ -56,6 +57,11 @@ class LocalModel:
         self._processor: Any = None
         self._device = torch.device("cpu")
 
+    @property
+    def name(self) -> str:
+        """Its hub id or folder."""
+        return self._path
+
     def footprint(self) -> RewardFootprint | None:
         """The memory of the weights, of CodeGoat24's 7B models where the model's own configuration is not here."""
         if self._path == RANDOM_SMALL:
@@ -95,6 +101,20 @@ class LocalModel:
         self._source, self._files, self._model, self._device = source, files, model, device
         if not self._offload:
             model.to(device)
+
+    def prompt_flaw(self, prompt: str, asked: str) -> str | None:
+        """Say that a prompt spells out a token of the model's own, or is too long for it, if so."""
+        tokenizer = self._processor.tokenizer
+        if flaw := own_token(tokenizer, prompt):
+            return flaw
+        words, context = len(tokenizer(asked, verbose=False)["input_ids"]), self._context()
+        if words <= context:
+            return None
+        return f"the prompt is too long: with the question it has {words} tokens, and the model reads {context}"
+
+    def _context(self) -> int:
+        text: Any = self._model.config.get_text_config()
+        return int(text.max_position_embeddings)
 
     @torch.no_grad()
     def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | Failure]:

@@ -23,6 +23,7 @@ from branchtree_rewards._blip import BlipReward, build_network, published_skelet
 from branchtree_rewards._footprints import Skeleton, settings_file
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
+from branchtree_rewards._samples import own_token, unreadable_or_empty
 from branchtree_rewards._small_imagereward import write_small
 from branchtree_rewards._source import Source, locate
 from branchtree_rewards._weights import quiet, read_weights, state_dict
@@ -66,6 +67,9 @@ class ImageReward(ModelReward[ImageRewardConfig]):
     def _skeleton(self) -> Skeleton:
         file = settings_file(self._config.path, self._config.revision, SETTINGS)
         return Skeleton(published_skeleton(_read_settings(file) if file else None))
+
+    def _prompt_flaw(self, prompt: str) -> str | None:
+        return unreadable_or_empty(prompt) or own_token(self._tokenizer, prompt)
 
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
         blip = cast(BlipReward, network)
