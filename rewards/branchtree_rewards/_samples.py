@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -113,16 +112,3 @@ def unreadable(prompt: str) -> str | None:
 def unreadable_or_empty(prompt: str) -> str | None:
     """Say why there is nothing to read in a prompt, if there is nothing."""
     return unreadable(prompt) or (None if prompt.strip() else "the prompt is empty")
-
-
-def own_token(tokenizer: Any, prompt: str) -> str | None:
-    """Say which of the tokenizer's own tokens the prompt spells out, if any: it would not be read as text.
-
-    An unknown word also becomes a token of the tokenizer's own, and is none that the prompt spells out.
-    """
-    added = {index: token for token, index in tokenizer.get_added_vocab().items() if index is not None}
-    settings = {"add_special_tokens": False, "split_special_tokens": tokenizer.split_special_tokens, "verbose": False}
-    ids = tokenizer(prompt, **settings)["input_ids"]
-    unknown = tokenizer.unk_token_id
-    found = next((added[one] for one in ids if one in added and (one != unknown or added[one] in prompt)), None)
-    return found and f"the prompt holds the special token {found}, which would not be read as text"

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import RewardError
-from branchtree_rewards._samples import own_token
 from branchtree_rewards._source import Source
+from branchtree_rewards._tokenizers import check_whole, own_token
 from branchtree_rewards._videoalign_settings import DIMENSIONS
 from branchtree_rewards._weights import quiet
 
@@ -112,7 +112,9 @@ def _read_tokenizer(source: Source, prefix: str) -> Any:
             source.find(f"{prefix}{name}")
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(str(settings.parent))
+            tokenizer = AutoTokenizer.from_pretrained(str(settings.parent))
     except Exception as error:  # tokenizers and transformers have exceptions of their own for a file that is not right
         reason = " ".join(str(error).split())[:300]
         raise RewardError(f"cannot read the tokenizer of '{source.name}' ({type(error).__name__}: {reason})") from error
+    check_whole(tokenizer, source.name)
+    return tokenizer

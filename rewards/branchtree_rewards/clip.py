@@ -28,9 +28,10 @@ from branchtree_rewards._open_clip import (
 )
 from branchtree_rewards._other_versions import clip_size
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
-from branchtree_rewards._samples import own_token, unreadable_or_empty
+from branchtree_rewards._samples import unreadable_or_empty
 from branchtree_rewards._small_clip import write_clip_folder, write_open_clip
 from branchtree_rewards._source import locate
+from branchtree_rewards._tokenizers import own_token
 from branchtree_rewards._weights import read_weights, state_dict
 
 if TYPE_CHECKING:

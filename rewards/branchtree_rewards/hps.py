@@ -24,9 +24,10 @@ from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardC
 from branchtree_rewards._open_clip import CONFIG_FILE, VIT_H_14, load_open_clip, open_clip_skeleton, read_config
 from branchtree_rewards._other_versions import refuse_file
 from branchtree_rewards._pixels import normalised, to_rgb, to_uint8
-from branchtree_rewards._samples import own_token, unreadable_or_empty
+from branchtree_rewards._samples import unreadable_or_empty
 from branchtree_rewards._small_clip import write_open_clip
 from branchtree_rewards._source import locate
+from branchtree_rewards._tokenizers import own_token
 from branchtree_rewards._weights import read_weights, state_dict
 
 OTHERS = {"v2.1": r"v2(?![._-]?1)(?:[._-]?0)?", "v2.0": r"v2[._-]?1"}  # in names of the other version's files

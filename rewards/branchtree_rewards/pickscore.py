@@ -24,9 +24,10 @@ from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardC
 from branchtree_rewards._open_clip import VIT_H_14, clip_config
 from branchtree_rewards._other_versions import refuse_name
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
-from branchtree_rewards._samples import own_token, unreadable_or_empty
+from branchtree_rewards._samples import unreadable_or_empty
 from branchtree_rewards._small_clip import write_clip_folder
 from branchtree_rewards._source import locate
+from branchtree_rewards._tokenizers import own_token
 
 HUB_ID = "yuvalkirstain/PickScore_v1"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the model card's processor
