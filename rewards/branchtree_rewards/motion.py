@@ -194,7 +194,8 @@ class MotionDisplacement(_MotionReward):
     name = "motion_displacement"
 
     def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
-        return judged.steps.sum(dim=2).norm(dim=-1).mean(dim=1)
+        lengths: Tensor = judged.steps.sum(dim=2).norm(dim=-1)
+        return lengths.mean(dim=1)
 
 
 def _judge(config: MotionConfig, videos: Tensor, first: Sequence[Image | None]) -> _Judged:
