@@ -89,7 +89,7 @@ def test_openai_models_score_as_transformers(folder: Path, shape: tuple[int, int
 
 
 def test_openai_models_read_all_prompts_as_transformers(folder: Path) -> None:
-    texts = prompts()[::3]
+    texts = [text for text in prompts()[::3] if text.strip() and "<|" not in text]  # the others are masked
     pictures = random_pictures(1, 30, 40).expand(len(texts), -1, -1, -1)
     scores = loaded(folder, batch=200).score(Media(images=pictures / 255), conditions(*texts))
     torch.testing.assert_close(scores.values, transformers_cosine(folder, pictures, texts), rtol=0, atol=1e-6)

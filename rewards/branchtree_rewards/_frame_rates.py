@@ -10,7 +10,7 @@ ClipFps = Annotated[float | None, pydantic.Field(ge=0.1, le=1000)]
 SampleFps = Annotated[float | None, pydantic.Field(gt=0, le=1000)]
 
 
-class NoPlainFps(pydantic.BaseModel):
+class NoPlainFps(pydantic.BaseModel, frozen=True):
     """Settings of a reward whose score depends on frame rates; one that is named plainly `fps` is refused."""
 
     @pydantic.model_validator(mode="before")

@@ -141,9 +141,10 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
         return replace(found, number_bytes=4 if config.dtype == "float32" else 2)
 
     def _shape_flaw(self, media: Media) -> str | None:
+        frames, height, width = (media.pixels.shape[axis] for axis in (1, -2, -1))
         try:
-            self._chosen_frames(media.pixels.shape[1], media.fps)
-            frame_size(*media.pixels.shape[-2:], self._settings.sampling.max_pixels)
+            self._chosen_frames(frames, media.fps)
+            frame_size(height, width, self._settings.sampling.max_pixels)
         except ValueError as error:
             return str(error)
         return None
