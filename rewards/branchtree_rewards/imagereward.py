@@ -15,10 +15,12 @@ from typing import Any, cast
 
 from torch import nn
 
+from branchtree.checksums import verify_checksums
 from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
+from branchtree.reading import user_path
 from branchtree_rewards._blip import BlipReward, build_network, published_skeleton
 from branchtree_rewards._footprints import Skeleton, settings_file
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
@@ -61,6 +63,8 @@ class ImageReward(ModelReward[ImageRewardConfig]):
         described = _settings_file(source)
         med_config = _read_settings(described)
         network = build_network(state_dict(read_weights(file), file), med_config, source.name)
+        if self._config.tokenizer is not None:
+            verify_checksums(user_path(self._config.tokenizer), RewardError)
         self._tokenizer = load_tokenizer(self._config.tokenizer or _own_tokenizer(source) or TOKENIZER)
         entries = med_config["vocab_size"]
         if len(self._tokenizer) not in {entries, entries - BLIP_TOKENS}:
