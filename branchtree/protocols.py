@@ -95,15 +95,19 @@ class Scores:
 
     @staticmethod
     def joined(parts: Sequence[Scores]) -> Scores:
-        """The scores of consecutive samples as one; ``raw`` and details only where every part has them."""
+        """The scores of consecutive samples as one; ``raw`` and details are NaN for samples that have none."""
         starts = [sum(len(part) for part in parts[:place]) for place in range(len(parts))]
-        raw = [part.raw for part in parts if part.raw is not None]
-        names = [name for name in parts[0].details if all(name in part.details for part in parts)]
+        names = dict.fromkeys(name for part in parts for name in part.details)
+
+        def filled(figures: Sequence[Tensor | None]) -> Tensor:
+            pairs = zip(figures, parts, strict=True)
+            return torch.cat([torch.full_like(part.values, torch.nan) if one is None else one for one, part in pairs])
+
         return Scores(
             values=torch.cat([part.values for part in parts]),
             valid=torch.cat([part.valid for part in parts]),
-            raw=torch.cat(raw) if len(raw) == len(parts) else None,
-            details={name: torch.cat([part.details[name] for part in parts]) for name in names},
+            raw=None if all(part.raw is None for part in parts) else filled([part.raw for part in parts]),
+            details={name: filled([part.details.get(name) for part in parts]) for name in names},
             reasons={
                 start + row: reason
                 for start, part in zip(starts, parts, strict=True)
@@ -328,7 +332,8 @@ class RewardAdapter(Protocol):
     """A scorer of media. Built from its own configuration; nothing is loaded before ``load``.
 
     ``score`` may be called from another thread than ``load``, but never from two at once. Further abilities are
-    declared by further methods: see ``GroupReward``, ``ReleasesMemory``, ``SizedReward`` and ``Fingerprinted``.
+    declared by further methods: see ``GroupReward``, ``ReadsPrompt``, ``ReleasesMemory``, ``SizedReward`` and
+    ``Fingerprinted``.
     """
 
     @property
@@ -349,6 +354,21 @@ class GroupReward(Protocol):
     @property
     def groupwise(self) -> bool:
         """True: every call of ``score`` gets one prompt's whole group."""
+
+
+@runtime_checkable
+class ReadsPrompt(Protocol):
+    """A reward that says whether its scores depend on prompts; one that does not say is taken to read them."""
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether samples need a prompt to be scored."""
+
+
+def needs_prompt(reward: RewardAdapter) -> bool:
+    """Return whether a reward reads prompts, or compares samples that have a prompt in common."""
+    compares = isinstance(reward, GroupReward) and reward.groupwise
+    return compares or not isinstance(reward, ReadsPrompt) or reward.reads_prompt
 
 
 @runtime_checkable

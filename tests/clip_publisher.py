@@ -53,6 +53,10 @@ HARD = [
 ]
 
 
+SCORED = [text for text in HARD if text.strip()]
+"""Those that hold something to read; the others are masked."""
+
+
 @functools.cache
 def prompts() -> list[str]:
     """Some hundred prompts: hard cases, those of the recipes, and random mixtures of pieces of both."""

@@ -151,13 +151,13 @@ def test_misuse_is_reported(real_digits: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(RuntimeError, match="load"):
         Digits(DigitsConfig()).score(media, conditions([1, 2, 3]))
     reward = loaded()
-    with pytest.raises(ValueError, match="3 images came with 2 conditions"):
+    with pytest.raises(ValueError, match="3 samples came with 2 conditions"):
         reward.score(media, conditions([1, 2]))
     with pytest.raises(ValueError, match=r"\(B, C, H, W\)"):
         reward.score(Media(images=torch.zeros(3, 32, 32)), conditions([1, 2, 3]))
     with pytest.raises(ValueError, match=r"\(B, F, C, H, W\)"):
         reward.score(Media(videos=torch.zeros(3, 3, 32, 32)), conditions([1, 2, 3]))
-    with pytest.raises(ValueError, match="4 videos came with 2 conditions"):
+    with pytest.raises(ValueError, match="4 samples came with 2 conditions"):
         reward.score(Media(videos=torch.zeros(4, 2, 3, 32, 32)), conditions([1, 2]))
     with pytest.raises(pydantic.ValidationError):
         DigitsConfig.model_validate({"clasifier": "reward"})

@@ -12,7 +12,7 @@ from branchtree_rewards._clip_text import as_open_clip, cleaned, load_tokenizer,
 from branchtree_rewards._pixels import normalised
 from branchtree_rewards.hps import Hps, HpsConfig, letterbox
 from clip_publisher import (
-    HARD,
+    SCORED,
     open_clip_cosine,
     open_clip_tokenizer,
     prompts,
@@ -71,9 +71,9 @@ def test_scores_as_open_clip(
     shape: tuple[int, int],
 ) -> None:
     model, folder = checkpoints[quick_gelu]
-    pictures = random_pictures(len(HARD), *shape)
-    expected = open_clip_cosine(model, torch.stack([publisher_picture(picture, 28) for picture in pictures]), HARD)
-    scores = loaded(folder, tokenizer=str(vocabulary)).score(Media(images=pictures / 255), conditions(*HARD))
+    pictures = random_pictures(len(SCORED), *shape)
+    expected = open_clip_cosine(model, torch.stack([publisher_picture(picture, 28) for picture in pictures]), SCORED)
+    scores = loaded(folder, tokenizer=str(vocabulary)).score(Media(images=pictures / 255), conditions(*SCORED))
     assert scores.valid.all()
     torch.testing.assert_close(scores.values, expected, rtol=0, atol=1e-6)
     assert expected.std() > 0.01  # the cosines differ, so that their agreement says something
@@ -90,8 +90,8 @@ def test_a_cosine_has_no_logit_scale_and_half_precision_files_are_read_as_float3
     rounded, _ = tiny_open_clip(False)
     rounded.load_state_dict({name: value.float() for name, value in halves.items()})
     pictures = random_pictures(4, 30, 50)
-    expected = open_clip_cosine(rounded, torch.stack([publisher_picture(each, 28) for each in pictures]), HARD[2:6])
-    scores = loaded(tmp_path, tokenizer=str(vocabulary)).score(Media(images=pictures / 255), conditions(*HARD[2:6]))
+    expected = open_clip_cosine(rounded, torch.stack([publisher_picture(each, 28) for each in pictures]), SCORED[:4])
+    scores = loaded(tmp_path, tokenizer=str(vocabulary)).score(Media(images=pictures / 255), conditions(*SCORED[:4]))
     torch.testing.assert_close(scores.values, expected, rtol=0, atol=1e-6)
 
 

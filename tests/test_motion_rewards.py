@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -16,7 +17,6 @@ from PIL import Image
 from strategies import thorough
 from torch import Tensor
 
-from branchtree.errors import DataError
 from branchtree.plugins import registry
 from branchtree.protocols import Condition, Media
 
@@ -220,10 +220,10 @@ def test_a_video_that_does_not_start_from_its_image_scores_below(
     assert torch.allclose(mixed[1], unasked[1], atol=1e-6)
 
 
-def test_an_image_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
+def test_a_video_whose_first_frame_cannot_be_read_is_masked(tmp_path: Path) -> None:
     condition = Condition(prompt="a digit moving left", image=tmp_path / "none.png")
-    with pytest.raises(DataError, match=r"none\.png"):
-        loaded("motion_smoothness").score(Media(videos=torch.zeros(1, 9, 3, 32, 32)), [condition])
+    scores = loaded("motion_smoothness").score(Media(videos=torch.zeros(1, 9, 3, 32, 32)), [condition])
+    assert not scores.valid.any() and "none.png" in scores.reasons[0]
 
 
 @each_measure
@@ -239,7 +239,8 @@ def test_what_cannot_be_judged_is_not_valid(measure: str) -> None:
     assert directed.valid.tolist() == [True, False, False, False]
     expected = scores(loaded("motion_smoothness", measure), real.videos[:1], conditions[:1])
     assert torch.allclose(smooth.values[:1], expected, atol=1e-6)
-    assert smooth.values.isfinite().all()
+    assert smooth.values.isfinite().tolist() == smooth.valid.tolist()
+    assert directed.reasons == {**smooth.reasons, 3: "the prompt does not name exactly one direction"}
 
 
 @each_measure
@@ -269,17 +270,28 @@ def test_scores_are_from_0_to_1_on_any_video(name: str, measure: str, data: st.D
 @pytest.mark.parametrize(
     ("media", "message"),
     [
-        (Media(images=torch.zeros(1, 3, 32, 32)), "scores videos"),
+        (Media(images=torch.zeros(1, 3, 32, 32)), "scores video, not image"),
         (Media(videos=torch.zeros(9, 3, 32, 32)), r"must be \(B, F, C, H, W\), not \(9, 3, 32, 32\)"),
-        (Media(videos=torch.zeros(2, 9, 3, 32, 32)), "2 videos came with 1 conditions"),
-        (Media(videos=torch.zeros(1, 2, 3, 32, 32)), "at least 3 frames, not 2"),
-        (Media(videos=torch.zeros(1, 9, 3, 7, 32)), "at least 8x8 pixels.*7x32"),
-        (Media(videos=torch.zeros(1, 9, 3, 10, 200)), "16 times.*10x200"),
+        (Media(videos=torch.zeros(2, 9, 3, 32, 32)), "2 samples came with 1 conditions"),
     ],
 )
 def test_wrong_media_are_errors(name: str, media: Media, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         loaded(name).score(media, told(["left"]))
+
+
+@each_reward
+@pytest.mark.parametrize(
+    ("shape", "reason"),
+    [
+        ((2, 3, 32, 32), "a video of 2 frames is too short"),
+        ((9, 3, 7, 32), "frames of 32x7 are too small"),
+        ((9, 3, 10, 200), "frames of 200x10 are .*16 times"),
+    ],
+)
+def test_too_short_and_too_small_videos_are_masked(name: str, shape: tuple[int, ...], reason: str) -> None:
+    scores = loaded(name).score(Media(videos=torch.zeros(1, *shape)), told(["left"]))
+    assert not scores.valid.any() and re.search(reason, scores.reasons[0])
 
 
 @each_reward

@@ -23,7 +23,7 @@ from branchtree.plugins import registry
 from branchtree.protocols import Condition, Media
 
 CPU = torch.device("cpu")
-PROMPTS = ["a cat", "Two dogs & a “bird”", "", "word " * 100, "a cat"]
+PROMPTS = ["a cat", "Two dogs & a “bird”", ".", "word " * 100, "a cat"]
 SIZES = [(28, 28), (64, 40), (33, 90), (20, 25)]  # heights and widths
 
 

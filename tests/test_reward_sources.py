@@ -219,8 +219,10 @@ class Brightness(ModelReward[ModelRewardConfig]):
         self.sizes.append(len(media))
         values: Tensor = network(media.pixels.flatten(1).mean(dim=1, keepdim=True))[:, 0]
         values = values / torch.tensor([float(condition.prompt != "divide by zero") for condition in conditions])
-        refused = {row: "unscorable" for row, c in enumerate(conditions) if c.prompt == "refuse"}
-        return Measured(values, {"double": values * 2}, refused)
+        return Measured(values, {"double": values * 2})
+
+    def _prompt_flaw(self, prompt: str) -> str | None:
+        return "unscorable" if prompt == "refuse" else None
 
 
 def brightness(folder: Path, weight: float = 2.0, **options: Any) -> Brightness:
@@ -238,7 +240,7 @@ def test_scores_are_raw_scaled_masked_and_capped(tmp_path: Path) -> None:
     reward = brightness(tmp_path, scale="x10", batch=2)
     prompts = ["fine", "divide by zero", "fine", "refuse", "fine"]
     scores = reward.score(media(0.25, 0.5, math.nan, 0.5, 1.0), [Condition(prompt) for prompt in prompts])
-    assert reward.sizes == [2, 2, 1]
+    assert reward.sizes == [2, 1]
     assert scores.valid.tolist() == [True, False, False, False, True]
     assert scores.raw is not None and scores.raw[[0, 4]].tolist() == [0.5, 2.0]
     assert scores.values[[0, 4]].tolist() == [5.0, 20.0]

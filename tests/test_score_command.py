@@ -43,6 +43,7 @@ PROBE = """
 
     class Probe:
         modalities = frozenset({"image", "video"})
+        reads_prompt = False
 
         def __init__(self, config):
             self.config = config

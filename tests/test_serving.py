@@ -23,7 +23,7 @@ from reward_servers import CPU, TOKEN, VARIABLE, Mean, parts, serving
 from safetensors.torch import save
 from torch import Tensor
 
-from branchtree.errors import DataError, RewardError
+from branchtree.errors import RewardError
 from branchtree.protocols import Condition, Media, Scores
 from branchtree.serving import service as service_module
 from branchtree.serving.access import admits, read_token
@@ -136,7 +136,7 @@ WRONG = {
     "another modality": (message(modality="sound"), "at modality"),
     "a prompt that is none": (message(conditions=[{"prompt": 3}]), "at conditions.0.prompt"),
     "an unknown key": (message(conditions=[{"prompt": "a", "path": "/etc/passwd"}]), "conditions.0.path: Extra"),
-    "a file that did not come": (message(files=[".png"]), "'file.0' of bytes"),
+    "a file that nobody names": (message(tensors={"file.0": torch.zeros(2)}), "at most one 'file.N' for each file"),
     "a file's number too high": (message(conditions=[{"prompt": "a", "image": 0}]), "names a file that was not sent"),
     "a file's number below 0": (message(conditions=[{"prompt": "a", "image": -1}]), "names a file that was not sent"),
     "a file of floats": (message(files=[""], tensors={"file.0": torch.zeros(2)}), "'file.0' of bytes"),
@@ -175,13 +175,27 @@ def test_a_wrong_answer_is_refused(tensors: dict[str, Tensor]) -> None:
         decode_scores(b"<html>", 2)
 
 
-def test_what_cannot_be_sent_is_an_error(tmp_path: Path) -> None:
-    pixels = torch.zeros(1, 3, 2, 2)
-    with pytest.raises(DataError, match=r"none\.png' of a condition cannot be read: No such file"):
-        encode_request(pixels, None, [Condition("a", image=tmp_path / "none.png")])
+def test_a_file_that_cannot_be_read_is_missing_there_too(tmp_path: Path) -> None:
+    """Whether that matters is for the reward to say, in whose words the file has its name on the client's side."""
     (tmp_path / "empty.png").touch()
-    with pytest.raises(DataError, match="is empty"):
-        encode_request(pixels, None, [Condition("a", image=tmp_path / "empty.png")])
+    conditions = [Condition("a", image=tmp_path / "none.png"), Condition("b", image=tmp_path / "empty.png")]
+    (tmp_path / "server").mkdir()
+    request = decode_request(encode_request(torch.zeros(2, 3, 2, 2), None, conditions), tmp_path / "server")
+    missing, empty = (one.image for one in request.conditions)
+    assert missing and not missing.exists() and missing.suffix == ".png"
+    assert empty and empty.read_bytes() == b""
+    told = request.in_words_of_client(f"no '{missing}', and nothing in '{empty}'")
+    assert told == f"no '{tmp_path / 'none.png'}', and nothing in '{tmp_path / 'empty.png'}'"
+
+
+def test_a_prompt_arrives_even_if_it_is_no_whole_text(tmp_path: Path) -> None:
+    condition = Condition("a \ud83d cat\0", "\udcff", metadata={"\udcff": "\ud83d"}, place="\udcff.jsonl:1")
+    [arrived] = decode_request(encode_request(torch.zeros(1, 3, 2, 2), None, [condition]), tmp_path).conditions
+    assert (arrived, arrived.place) == (condition, condition.place)
+
+
+def test_what_cannot_be_sent_is_an_error() -> None:
+    pixels = torch.zeros(1, 3, 2, 2)
     with pytest.raises(RewardError, match="keep to JSON"):
         encode_request(pixels, None, [Condition("a", metadata={"of": {1, 2}})])
 

@@ -34,7 +34,7 @@ from branchtree.plugins import registry
 from branchtree.protocols import Condition, Media, ReleasesMemory, Scores
 
 CPU = torch.device("cpu")
-PROMPTS = ["a red fox in the snow", "the digit seven", "seven {} [birds]", "ein blauer Vogel über dem See", ""]
+PROMPTS = ["a red fox in the snow", "the digit seven", "seven {} [birds]", "ein blauer Vogel über dem See", "."]
 DIGESTS = {
     "semantic": "776575c9a5e4e8999b820f7459407c0722e267803eec7ff331dc73fb005f26d5",
     "score": "b691b5ff2d2a0a37f8d1e75c926b4f580fb8130069eb25ad0271600874c52904",
@@ -260,7 +260,7 @@ def test_before_loading_and_for_other_media_it_says_so() -> None:
     with pytest.raises(RuntimeError, match="not loaded"):
         scored(reward)
     reward.load(CPU)
-    with pytest.raises(ValueError, match="images, not videos"):
+    with pytest.raises(ValueError, match="scores image, not video"):
         scored(reward, Media(videos=torch.zeros(5, 2, 3, 8, 8)))
     with pytest.raises(ValueError, match="5 conditions"):
         scored(reward, pictures(4))

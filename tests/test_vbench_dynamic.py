@@ -205,8 +205,8 @@ def test_what_raft_cannot_see_is_not_scored() -> None:
     assert small.reasons[0] == "frames of 200x120 are too small for RAFT; it needs 121 a side"
     assert score(reward, torch.rand(1, 2, 3, 121, 128)).valid.all()
     unknown = score(reward, moving(3, 20)[None], fps=None)
-    assert unknown.reasons == {0: "the frame rate is not known, and the score depends on it; set fps"}
-    assert score(loaded(Shifted(), fps=8), moving(3, 20)[None], fps=None).valid.all()
+    assert unknown.reasons == {0: "the frame rate is not known, and the score depends on it; set clip_fps"}
+    assert score(loaded(Shifted(), clip_fps=8), moving(3, 20)[None], fps=None).valid.all()
 
 
 def test_a_small_one_sees_some_videos_move() -> None:

@@ -505,12 +505,12 @@ def test_the_frame_rate_is_needed_and_counts(reward: VideoAlign) -> None:
     media = replace(noise(2, frames=49), fps=None)
     unknown = reward.score(media, asked("a cat", "a dog"))
     assert not unknown.valid.any()
-    assert all("set fps" in reason for reason in unknown.reasons.values())
+    assert all("set clip_fps" in reason for reason in unknown.reasons.values())
     slow, fast = replace(media, fps=8.0), replace(media, fps=24.0)
     by_media = reward.score(slow, asked("a cat", "a dog"))
     assert by_media.valid.all()
     assert not torch.allclose(by_media.values, reward.score(fast, asked("a cat", "a dog")).values, atol=1e-3)
-    by_setting = loaded(fps=8.0).score(fast, asked("a cat", "a dog"))
+    by_setting = loaded(clip_fps=8.0).score(fast, asked("a cat", "a dog"))
     assert by_setting.values.equal(by_media.values)
 
 

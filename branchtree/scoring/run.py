@@ -11,7 +11,7 @@ from typing import TypeVar
 from branchtree.assembly import NamedReward
 from branchtree.devices import named_device
 from branchtree.errors import DataError, RecipeError, RewardError, refuse
-from branchtree.protocols import ReleasesMemory
+from branchtree.protocols import ReleasesMemory, needs_prompt
 from branchtree.rollout import chunks
 from branchtree.scoring.items import Given, Item, list_items
 from branchtree.scoring.media import Form, find_forms, read
@@ -53,7 +53,7 @@ def score_files(
     forms = find_forms(items, _mismatches(items, named))
     for reward in named:
         reward.adapter.load(target)
-    refuse(_mismatches(items, named))  # again: what a remote reward scores is known once it is loaded
+    refuse(_mismatches(items, named))  # again: what a remote reward scores and reads is known once it is loaded
     found: list[dict[str, FileScore]] = [{} for _ in items]
     for task in _tasks(named, items, forms, batch):
         for label, scores in _scored(task, items, forms, share=len(named) > 1).items():
@@ -127,15 +127,22 @@ def _listed(items: Sequence[Item]) -> str:
 
 
 def _mismatches(items: Sequence[Item], named: Sequence[NamedReward]) -> list[str]:
-    """Name the files of a kind that a reward does not score."""
-    return [
-        f"{item.at}reward '{reward.label}' scores {' and '.join(f'{kind}s' for kind in sorted(takes))}, "
-        f"but '{item.path}' is a {item.kind}"
-        for reward in named
-        for takes in [reward.adapter.modalities]
-        for item in items
-        if item.kind not in takes
-    ]
+    """Name the files of another kind than a reward scores, and those without the prompt that it reads."""
+    return [reason for reward in named for item in items if (reason := _mismatch(item, reward)) is not None]
+
+
+def _mismatch(item: Item, reward: NamedReward) -> str | None:
+    takes = reward.adapter.modalities
+    if item.kind not in takes:
+        kinds = " and ".join(f"{kind}s" for kind in sorted(takes))
+        return f"{item.at}reward '{reward.label}' scores {kinds}, but '{item.path}' is a {item.kind}"
+    if needs_prompt(reward.adapter) and not item.condition.prompt.strip():
+        where = 'as "prompt" in its row, or ' if item.condition.place else ""
+        return (
+            f"{item.at}reward '{reward.label}' reads the prompt, and '{item.path}' has none; give one {where}with "
+            "--prompt (prompt=... in Python) for all that have none"
+        )
+    return None
 
 
 def _paths(files: Given | Sequence[Given]) -> list[Path]:

@@ -8,7 +8,7 @@ import json
 import tempfile
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 
 import branchtree
 from branchtree.errors import BranchTreeError, RewardError
-from branchtree.protocols import Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter
+from branchtree.protocols import Fingerprinted, GroupReward, ReadsPrompt, ReleasesMemory, RewardAdapter
 from branchtree.scores import ask
 from branchtree.serving.wire import Info, WireError, decode_request, encode_scores
 
@@ -80,6 +80,7 @@ class Service:
             options=dict(self._reward.options),
             modalities=tuple(sorted(adapter.modalities)),
             groupwise=isinstance(adapter, GroupReward) and adapter.groupwise,
+            reads_prompt=not isinstance(adapter, ReadsPrompt) or adapter.reads_prompt,
             fingerprint=fingerprint,
             identity=_identity(self._reward, fingerprint),
             max_body=self.max_body,
@@ -92,7 +93,9 @@ class Service:
             if request.media.modality not in adapter.modalities:
                 scored = " and ".join(f"{modality}s" for modality in sorted(adapter.modalities))
                 raise WireError(f"reward '{self._reward.name}' scores {scored}, not {request.media.modality}s")
-            return encode_scores(ask(self._reward.name, adapter, request.media, request.conditions))
+            scores = ask(self._reward.name, adapter, request.media, request.conditions)
+            reasons = {row: request.in_words_of_client(reason) for row, reason in scores.reasons.items()}
+            return encode_scores(replace(scores, reasons=reasons))
 
 
 def _identity(reward: NamedAdapter, fingerprint: str | None) -> str:

@@ -4,8 +4,8 @@ Both directions are safetensors, which holds tensors and short texts and can be 
 arrive to the bit. Axis letters: B samples, F frames, C channels, H height, W width.
 
     request     pixels     float32 in [0, 1], or uint8 (255 is 1): images (B, C, H, W) or videos (B, F, C, H, W)
-                file.N     uint8, the bytes of the N-th image or video file that a condition names
-                "request"  JSON in the metadata: modality, fps, the B conditions, and the ends of the files' names
+                file.N     uint8, the bytes of the N-th image or video file that a condition names, if it can be read
+                "request"  JSON in the metadata: modality, fps, the B conditions, and the names of the files
     response    values, valid, and, where the reward gives them, raw and details.NAME, each (B,)
                 "reasons"  JSON in the metadata: why rows are not valid
 """
@@ -17,13 +17,13 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pydantic
 import torch
 from torch import Tensor
 
-from branchtree.errors import DataError, RewardError
+from branchtree.errors import RewardError
 from branchtree.protocols import Condition, Media, Scores
 
 CONTENT_TYPE = "application/x-safetensors"
@@ -37,6 +37,16 @@ class WireError(ValueError):
     """Bytes that are no message of this format; the text says what is wrong with them."""
 
 
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise ValueError("Input should be a valid string")
+    return value
+
+
+Text = Annotated[str, pydantic.PlainValidator(_text)]
+"""Any text of Python, halves of characters included: what is wrong with it is for the reward to say."""
+
+
 class Info(pydantic.BaseModel, frozen=True):
     """What a server says of itself at ``/info``."""
 
@@ -45,6 +55,7 @@ class Info(pydantic.BaseModel, frozen=True):
     options: dict[str, Any]
     modalities: tuple[str, ...]
     groupwise: bool
+    reads_prompt: bool = True
     fingerprint: str | None
     identity: str  # changes with whatever may change a score
     max_body: int  # bytes of a request
@@ -53,10 +64,10 @@ class Info(pydantic.BaseModel, frozen=True):
 class _ConditionFields(pydantic.BaseModel, extra="forbid", frozen=True):
     """A condition; files are given by number."""
 
-    prompt: str
-    negative_prompt: str | None = None
-    metadata: dict[str, Any] = {}
-    place: str = ""
+    prompt: Text
+    negative_prompt: Text | None = None
+    metadata: dict[Text, Any] = {}
+    place: Text = ""
     image: int | None = None
     last_image: int | None = None
     video: int | None = None
@@ -68,7 +79,7 @@ class _Header(pydantic.BaseModel, extra="forbid", frozen=True):
     modality: Literal["image", "video"]
     fps: float | None = None
     conditions: tuple[_ConditionFields, ...]
-    files: tuple[str, ...] = ()  # the ends of their names, by which decoders tell what they are
+    files: tuple[Text, ...] = ()  # their names where the client is
 
 
 @dataclass(frozen=True)
@@ -77,12 +88,20 @@ class Request:
 
     media: Media
     conditions: tuple[Condition, ...]
+    names: Mapping[Path, str]  # of the files, where the client is
+
+    def in_words_of_client(self, reason: str) -> str:
+        """Return a text with the names that the client knows the files by."""
+        for path, name in sorted(self.names.items(), key=lambda item: len(str(item[0])), reverse=True):
+            reason = reason.replace(str(path), name)
+        return reason
 
 
 def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condition]) -> bytes:
     """A request to score pixels, float32 or uint8, images (B, C, H, W) or videos (B, F, C, H, W).
 
-    Raises DataError if a file that a condition names cannot be read, and RewardError if its metadata are not JSON.
+    A file that a condition names and that cannot be read is sent as missing: not all rewards look at it. Raises
+    RewardError if the conditions' metadata are not JSON.
     """
     places: dict[Path, int] = {}
     fields = []
@@ -101,7 +120,7 @@ def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condi
         "modality": "image" if pixels.ndim == 4 else "video",
         "fps": fps,
         "conditions": fields,
-        "files": [path.suffix for path in places],
+        "files": [str(path) for path in places],
     }
     try:
         text = json.dumps(header)
@@ -126,11 +145,10 @@ def _files(places: Mapping[Path, int]) -> dict[str, Tensor]:
     for path, place in places.items():
         try:
             content = bytearray(path.read_bytes())
-        except OSError as error:
-            raise DataError(f"file '{path}' of a condition cannot be read: {error.strerror}") from None
-        if not content:
-            raise DataError(f"file '{path}' of a condition is empty (0 bytes)")
-        tensors[f"file.{place}"] = torch.frombuffer(content, dtype=torch.uint8)
+        except (OSError, ValueError):  # the latter of a name that holds NUL
+            continue
+        empty = torch.zeros(0, dtype=torch.uint8)
+        tensors[f"file.{place}"] = torch.frombuffer(content, dtype=torch.uint8) if content else empty
     return tensors
 
 
@@ -138,22 +156,25 @@ def decode_request(body: bytes, folder: Path) -> Request:
     """Read a request; the files of its conditions are written to ``folder``. Raises WireError."""
     tensors, metadata = _load(body)
     try:
-        header = _Header.model_validate_json(metadata.get("request", ""))
+        header = _Header.model_validate(json.loads(metadata.get("request", "")))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         at = ".".join(map(str, first["loc"]))
         raise WireError(f"the metadata 'request' is not right{f' at {at}' if at else ''}: {first['msg']}") from None
+    except (ValueError, RecursionError) as error:
+        raise WireError(f"the metadata 'request' is not right: it is no JSON: {error}") from None
     paths = _write_files(header.files, tensors, folder)
     pixels = _checked_pixels(tensors, header)
     media = Media(images=pixels) if header.modality == "image" else Media(videos=pixels, fps=header.fps)
-    return Request(media, tuple(_condition(fields, paths) for fields in header.conditions))
+    conditions = tuple(_condition(fields, paths) for fields in header.conditions)
+    return Request(media, conditions, dict(zip(paths, header.files, strict=True)))
 
 
 def _checked_pixels(tensors: Mapping[str, Tensor], header: _Header) -> Tensor:
     """Pixels in [0, 1], float32."""
     pixels = tensors.get("pixels")
-    if pixels is None or tensors.keys() != {"pixels", *(f"file.{place}" for place in range(len(header.files)))}:
-        raise WireError("the tensors must be 'pixels' and one 'file.N' for each file")
+    if pixels is None or not tensors.keys() <= {"pixels", *(f"file.{place}" for place in range(len(header.files)))}:
+        raise WireError("the tensors must be 'pixels' and at most one 'file.N' for each file")
     if pixels.dtype not in {torch.float32, torch.uint8}:
         raise WireError(f"pixels must be float32 or uint8, not {str(pixels.dtype).removeprefix('torch.')}")
     axes = "(B, C, H, W)" if header.modality == "image" else "(B, F, C, H, W)"
@@ -164,16 +185,18 @@ def _checked_pixels(tensors: Mapping[str, Tensor], header: _Header) -> Tensor:
     return pixels if pixels.dtype == torch.float32 else pixels.to(torch.float32) / 255
 
 
-def _write_files(suffixes: Sequence[str], tensors: Mapping[str, Tensor], folder: Path) -> list[Path]:
+def _write_files(names: Sequence[str], tensors: Mapping[str, Tensor], folder: Path) -> list[Path]:
+    """Write the files that were sent; the path of one that the client could not read leads nowhere."""
     paths = []
-    for place, suffix in enumerate(suffixes):
+    for place, name in enumerate(names):
         content = tensors.get(f"file.{place}")
-        if content is None or content.dtype != torch.uint8 or content.ndim != 1:
+        if content is not None and (content.dtype != torch.uint8 or content.ndim != 1):
             raise WireError(f"file {place} must come as a tensor 'file.{place}' of bytes")
         # The name is made here: nothing that a client sends becomes part of a path but a plain ending.
-        ending = suffix if re.fullmatch(r"\.[A-Za-z0-9]{1,8}", suffix) else ""
-        path = folder / f"{place}{ending}"
-        path.write_bytes(content.numpy().tobytes())
+        ending = re.search(r"\.[A-Za-z0-9]{1,8}\Z", name)
+        path = folder / f"{place}{ending[0] if ending else ''}"
+        if content is not None:
+            path.write_bytes(content.numpy().tobytes())
         paths.append(path)
     return paths
 
@@ -208,8 +231,8 @@ def decode_scores(body: bytes, count: int) -> Scores:
     if tensors["valid"].dtype != torch.bool or not tensors["values"].is_floating_point():
         raise WireError("the answer's 'values' must be floats and its 'valid' flags")
     try:
-        reasons = pydantic.TypeAdapter(dict[int, str]).validate_json(metadata.get("reasons", "{}"))
-    except pydantic.ValidationError:
+        reasons = pydantic.TypeAdapter(dict[int, Text]).validate_python(json.loads(metadata.get("reasons", "{}")))
+    except (ValueError, RecursionError):
         raise WireError("the answer's metadata 'reasons' must map rows to texts") from None
     return Scores(
         values=tensors["values"],

@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from branchtree.checksums import verify_checksums
 from branchtree.errors import RewardError
+from branchtree.reading import user_path
 from branchtree_rewards._source import Source
+from branchtree_rewards._tokenizers import check_whole
 from branchtree_rewards._weights import quiet
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
@@ -39,6 +42,7 @@ def load_tokenizer(location: str, revision: str | None) -> Any:
         raise _unreadable(location, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
     if len(tokenizer) <= BYTES:
         raise _unreadable(location, "it has no vocabulary")
+    check_whole(tokenizer, location)
     return tokenizer
 
 
@@ -56,6 +60,7 @@ def load_own_tokenizer(source: Source, named: str | None, default: str) -> Any:
     """
     folder = source.folder
     if named is not None:
+        verify_checksums(user_path(named), RewardError)
         return load_tokenizer(named, None)
     if folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES):
         return load_tokenizer(str(folder), None)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardFootprint, Scores
 from branchtree_rewards._footprints import Skeleton
+from branchtree_rewards._samples import check_batch, elongated, find_flaws, score_rest, unreadable_or_empty
 from branchtree_rewards._scale import ScaleName, transform
 from branchtree_rewards._source import RANDOM_SMALL, sha256, verify
 
@@ -60,7 +61,6 @@ class Measured:
 
     raw: Tensor  # (B,) the published score
     details: Mapping[str, Tensor] = field(default_factory=dict)  # further figures (B,) by name
-    reasons: Mapping[int, str] = field(default_factory=dict)  # samples that cannot be scored, and why
 
 
 Config = TypeVar("Config", bound=ModelRewardConfig)
@@ -70,6 +70,7 @@ class ModelReward(ABC, Generic[Config]):
     """A reward whose weights someone has published."""
 
     modalities: frozenset[str] = frozenset({"image"})
+    reads_prompt: bool = True
 
     def __init__(self, config: Config) -> None:
         self._config = config
@@ -83,7 +84,15 @@ class ModelReward(ABC, Generic[Config]):
 
     @abstractmethod
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
-        """Score at most ``batch`` samples. ``network`` and the finite pixels of ``media`` are on the device."""
+        """Score at most ``batch`` samples without flaws. ``network`` and the pixels of ``media`` are on the device."""
+
+    def _shape_flaw(self, media: Media) -> str | None:
+        """Say why no sample of this shape, length and frame rate can be scored, if none can."""
+        return elongated(media)
+
+    def _prompt_flaw(self, prompt: str) -> str | None:
+        """Say why a prompt cannot be read, if it cannot be; a reward that does not read prompts takes any."""
+        return unreadable_or_empty(prompt) if self.reads_prompt else None
 
     def _skeleton(self) -> Skeleton | None:
         """The network without weights, of configuration files alone; None if it cannot be told before loading."""
@@ -137,17 +146,16 @@ class ModelReward(ABC, Generic[Config]):
             conditions: B conditions.
 
         Returns:
-            Scores (B,) on the CPU: `values` after the scale, `raw` before it. A sample that is not finite is not valid.
+            Scores (B,) on the CPU: `values` after the scale, `raw` before it. A sample that cannot be scored is not
+            valid, and a reason says why: its pixels are not finite, its shape cannot be shown to the model, or its
+            prompt cannot be read. The others get the scores that they have without it.
 
         Raises:
             RuntimeError: `load` was not called.
             ValueError: the media are of another kind, or there are not B conditions.
         """
         network = self._require_opened().network
-        if media.modality not in self.modalities:
-            raise ValueError(f"this reward scores {', '.join(sorted(self.modalities))}, not {media.modality}")
-        if len(media) != len(conditions):
-            raise ValueError(f"{len(media)} samples came with {len(conditions)} conditions; each needs its own")
+        check_batch(media, conditions, self.modalities)
         network.to(self._device)
         size = self._config.batch
         spans = [slice(start, start + size) for start in range(0, len(media), size)]
@@ -155,25 +163,22 @@ class ModelReward(ABC, Generic[Config]):
 
     def _score_chunk(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Scores:
         pixels = media.pixels.to(self._device, torch.float32)
-        finite = pixels.flatten(1).isfinite().all(dim=1)
-        rest = (1,) * (pixels.ndim - 1)
-        pixels = pixels.where(finite.view(-1, *rest), torch.zeros_like(pixels))
-        clean = Media(images=pixels) if media.images is not None else Media(videos=pixels, fps=media.fps)
-        measured = self._measure(network, clean, conditions)
-        reasons = {row: "pixels are not finite" for row, good in enumerate(finite.tolist()) if not good}
-        return self._scores(measured, {**measured.reasons, **reasons})
+        moved = Media(images=pixels) if media.images is not None else Media(videos=pixels, fps=media.fps)
+        flaws = find_flaws(moved, conditions, self._shape_flaw, self._prompt_flaw)
+        return score_rest(
+            moved, conditions, flaws, lambda good, theirs: self._scores(self._measure(network, good, theirs))
+        )
 
-    def _scores(self, measured: Measured, reasons: Mapping[int, str]) -> Scores:
+    def _scores(self, measured: Measured) -> Scores:
         raw = measured.raw.detach().float().cpu()
         valid = raw.isfinite()
-        valid[list(reasons)] = False
-        nameless = [row for row in (~valid).nonzero().flatten().tolist() if row not in reasons]
+        nameless = (~valid).nonzero().flatten().tolist()
         return Scores(
             values=self._scale(raw),
             valid=valid,
             raw=raw,
             details={name: value.detach().float().cpu() for name, value in measured.details.items()},
-            reasons={**reasons, **dict.fromkeys(nameless, "the model's score is not finite")},
+            reasons=dict.fromkeys(nameless, "the model's score is not finite"),
         )
 
     def _require_opened(self) -> Opened:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+from branchtree.checksums import verify_checksums
 from branchtree.errors import RewardError, nearest
 
 RANDOM_SMALL = "random:small"
@@ -83,7 +84,8 @@ def locate(path: str, revision: str | None, write_small: Callable[[Path], None])
     That folder is removed when the process ends.
 
     A path that exists or begins with ``/``, ``./``, ``../`` or ``~`` is local. Raises RewardError for a missing one,
-    for a revision of something that is not on the hub, and for anything else.
+    for a revision of something that is not on the hub, for a folder whose files differ from its SHA256SUMS, and for
+    anything else.
     """
     local = Path(os.path.expanduser(path))  # which leaves an unknown "~user" as it is
     if revision is not None and (path == RANDOM_SMALL or os.path.exists(local)):
@@ -94,6 +96,7 @@ def locate(path: str, revision: str | None, write_small: Callable[[Path], None])
         write_small(folder)
         return Source(path, folder)
     if path and os.path.isdir(local):
+        verify_checksums(local, RewardError)
         return Source(path, local)
     if os.path.isfile(local):
         return Source(path, local.parent, only=local)

@@ -17,11 +17,18 @@ if TYPE_CHECKING:
 class Backend(Protocol):
     """Answers questions about pictures, one each. Nothing is loaded or asked before ``load``."""
 
+    @property
+    def name(self) -> str:
+        """What the model is called, as far as it is known."""
+
     def footprint(self) -> RewardFootprint | None:
         """The memory of weights in this process; None if it is not known."""
 
     def load(self, device: torch.device) -> None:
         """Make ready to answer. Raises RewardError that says what is missing and what to do."""
+
+    def prompt_flaw(self, prompt: str, asked: str) -> str | None:
+        """Say why the model cannot be asked ``asked`` about a prompt, if it cannot be."""
 
     def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | Failure]:
         """An answer to each question about the picture at the same place, or why there is none."""

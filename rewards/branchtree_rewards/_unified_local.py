@@ -15,6 +15,7 @@ from branchtree.protocols import RewardFootprint
 from branchtree_rewards._footprints import QWEN2_5_VL_7B, build_answering, skeleton
 from branchtree_rewards._small_unifiedreward import write_small
 from branchtree_rewards._source import RANDOM_SMALL, Source, locate, sha256, verify
+from branchtree_rewards._tokenizers import PROBES, check_whole, own_token
 from branchtree_rewards._unified_templates import Failure, Spoken
 from branchtree_rewards._weights import from_pretrained, quiet
 
@@ -56,6 +57,11 @@ class LocalModel:
         self._processor: Any = None
         self._device = torch.device("cpu")
 
+    @property
+    def name(self) -> str:
+        """Its hub id or folder."""
+        return self._path
+
     def footprint(self) -> RewardFootprint | None:
         """The memory of the weights, of CodeGoat24's 7B models where the model's own configuration is not here."""
         if self._path == RANDOM_SMALL:
@@ -90,11 +96,26 @@ class LocalModel:
             trust_remote_code=False,
             **settings,
         )
+        _check_questions(self._processor, model, source.location)
         model.eval().requires_grad_(False)
         model.generation_config = _greedy(model.generation_config, self._processor.tokenizer.pad_token_id)
         self._source, self._files, self._model, self._device = source, files, model, device
         if not self._offload:
             model.to(device)
+
+    def prompt_flaw(self, prompt: str, asked: str) -> str | None:
+        """Say that a prompt spells out a token of the model's own, or is too long for it, if so."""
+        tokenizer = self._processor.tokenizer
+        if flaw := own_token(tokenizer, prompt):
+            return flaw
+        words, context = len(tokenizer(asked, verbose=False)["input_ids"]), self._context()
+        if words <= context:
+            return None
+        return f"the prompt is too long: with the question it has {words} tokens, and the model reads {context}"
+
+    def _context(self) -> int:
+        text: Any = self._model.config.get_text_config()
+        return int(text.max_position_embeddings)
 
     @torch.no_grad()
     def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | Failure]:
@@ -105,14 +126,7 @@ class LocalModel:
         return [answer for span in spans for answer in self._answer_batch(pictures[span], questions[span])]
 
     def _answer_batch(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken]:
-        texts = [
-            self._processor.apply_chat_template(
-                [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            for question in questions
-        ]
+        texts = [conversation(self._processor, question) for question in questions]
         inputs = self._processor(text=texts, images=list(pictures), padding=True, return_tensors="pt")
         asked = inputs["input_ids"].shape[1]
         tokens = self._model.generate(**inputs.to(self._device), max_new_tokens=self._max_tokens)[:, asked:]
@@ -159,7 +173,36 @@ def _processor(location: str, settings: Mapping[str, str]) -> Any:
     if getattr(processor, "image_processor", None) is None or not getattr(processor, "chat_template", None):
         raise RewardError(f"'{location}' has no image processor or no chat template; it is not a UnifiedReward folder")
     processor.tokenizer.padding_side = "left"  # so that all answers of a batch begin at one place
+    check_whole(processor.tokenizer, location)
     return processor
+
+
+def _check_questions(processor: Any, model: Any, location: str) -> None:
+    """Raise RewardError unless a question about a picture reaches the model with the picture and with its words."""
+    from PIL import Image
+
+    try:
+        texts = [conversation(processor, probe) for probe in PROBES]
+        pictures = [Image.new("RGB", (64, 64))] * len(PROBES)
+        ids = processor(text=texts, images=pictures, padding=True, return_tensors="pt")["input_ids"]
+    except Exception as error:  # a template is a program
+        reason = " ".join(str(error).split())[:300]
+        raise RewardError(f"the processor of '{location}' does not work ({type(error).__name__}: {reason})") from error
+    token = getattr(model.config, "image_token_id", None)
+    pictured = token is None or bool((ids == token).any(dim=1).all())
+    if not pictured or ids[0].equal(ids[1]):
+        raise RewardError(
+            f"the chat template or the tokenizer of '{location}' leaves out the picture or the question; a file is "
+            "missing or damaged"
+        )
+
+
+def conversation(processor: Any, question: str) -> str:
+    """The whole text of a question about one picture."""
+    content = [{"type": "image"}, {"type": "text", "text": question}]
+    message = [{"role": "user", "content": content}]
+    text: str = processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
+    return text
 
 
 def _greedy(published: Any, pad: int | None) -> Any:

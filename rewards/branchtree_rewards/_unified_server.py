@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 ImageFormat = Literal["jpeg", "png"]
 JPEG_QUALITY = 95
 STARTING = {None, 502, 503, 504}  # statuses, or no answer at all, of a server that may still be starting
+MARKERS = re.compile(r"<\|[^|<>\s]{1,40}\|>|<(?:image|video|/?s)>")  # special tokens of chat models, by their look
 POLL = 1.0  # seconds between two looks at a server that is starting
 START = "vllm serve CodeGoat24/UnifiedReward-qwen-7b --served-model-name UnifiedReward --port 8080"
 
@@ -60,6 +62,11 @@ class ChatServer:
         self._max_tokens, self._image_format = max_tokens, image_format
         self._caller: Caller | None = None
 
+    @property
+    def name(self) -> str:
+        """The name that the model is served under, empty while it is not known."""
+        return self._model or ""
+
     def footprint(self) -> RewardFootprint:
         """No weights in this process."""
         return RewardFootprint(0)
@@ -78,6 +85,11 @@ class ChatServer:
         elif self._model not in served:
             self._try_model(caller, served)
         self._caller = caller
+
+    def prompt_flaw(self, prompt: str, asked: str) -> str | None:
+        """Say that a prompt holds what a chat model's server may take for a special token, if it does."""
+        found = MARKERS.search(prompt)
+        return found and f"the prompt holds {found[0]}, which a server may not read as text"
 
     def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | Failure]:
         """The server's answers, in the order of the questions; a question without one holds up no other."""

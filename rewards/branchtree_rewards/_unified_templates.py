@@ -29,6 +29,14 @@ FIELDS: dict[TemplateName, tuple[FieldName, ...]] = {
     "acs_v2": ("alignment", "coherence", "style", "mean"),
     "flowgrpo_llava": ("final",),
 }
+OLD, NEW = r"unified-?reward-(?:qwen|0\.5b|7b)", r"unified-?reward-?2"  # in names of the first models, and the 2.0 ones
+OTHERS: dict[TemplateName, str] = {
+    "semantic": NEW,
+    "score": NEW,
+    "acs_v2": OLD,
+    "flowgrpo_llava": rf"{NEW}|qwen",
+}
+"""Names of models that were trained on other questions."""
 LABELS = {
     "alignment": "Alignment Score (1-5)",
     "coherence": "Coherence Score (1-5)",

@@ -16,9 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from branchtree.paths import PathOrName
+from branchtree.protocols import Media
 from branchtree_rewards._clip_cosine import image_features
 from branchtree_rewards._clip_folder import load_clip
 from branchtree_rewards._model_reward import Opened
+from branchtree_rewards._samples import elongated
 from branchtree_rewards._small_clip import write_clip_folder
 from branchtree_rewards._source import locate
 from branchtree_rewards._vbench_config import Figure, VBenchConfig, VBenchReward, spans
@@ -85,9 +87,10 @@ class VBenchBackground(VBenchReward[VBenchBackgroundConfig]):
         network, file = load_clip(source)
         return Opened(network, {file.name: file})
 
+    def _shape_flaw(self, media: Media) -> str | None:
+        return "a video of one frame has nothing to compare" if media.pixels.shape[1] < 2 else elongated(media)
+
     def _figure(self, network: Any, frames: Tensor, fps: float | None) -> Figure:
-        if len(frames) < 2:
-            return Figure.none("a video of one frame has nothing to compare", "frames")
         size = int(network.config.vision_config.image_size)
         shown = spans(len(frames), self._config.frames)
         features = torch.cat([image_features(network, clip_input(frames[span], size)) for span in shown])

@@ -30,16 +30,10 @@ class VBenchConfig(ModelRewardConfig, frozen=True):
 
 @dataclass(frozen=True)
 class Figure:
-    """What is said of one video: a number and details, or why there is none."""
+    """What is said of one video: a number and details."""
 
     value: Tensor | float
     details: Mapping[str, Tensor | float] = field(default_factory=dict)
-    reason: str | None = None
-
-    @staticmethod
-    def none(reason: str, *details: str) -> Figure:
-        """No number, for a reason; of the same details as videos that have one."""
-        return Figure(torch.nan, dict.fromkeys(details, torch.nan), reason)
 
 
 def gathered(figures: Sequence[Figure], device: torch.device) -> Measured:
@@ -51,7 +45,6 @@ def gathered(figures: Sequence[Figure], device: torch.device) -> Measured:
     return Measured(
         column([figure.value for figure in figures]),
         {name: column([figure.details[name] for figure in figures]) for name in figures[0].details},
-        {row: figure.reason for row, figure in enumerate(figures) if figure.reason is not None},
     )
 
 
@@ -62,6 +55,7 @@ class VBenchReward(ModelReward[Config]):
     """A dimension of VBench that a model measures, one video after the other; the prompts take no part."""
 
     modalities = frozenset({"video"})
+    reads_prompt = False
 
     @abstractmethod
     def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figure:

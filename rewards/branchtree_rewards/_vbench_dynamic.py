@@ -16,22 +16,27 @@ from torch import Tensor, nn
 
 from branchtree.errors import RewardError
 from branchtree.paths import PathOrName
+from branchtree.protocols import Media
 from branchtree.reading import user_path
+from branchtree_rewards._frame_rates import ClipFps, NoPlainFps
 from branchtree_rewards._model_reward import Opened
+from branchtree_rewards._other_versions import refuse_file
 from branchtree_rewards._raft import largest_motions, load_raft
+from branchtree_rewards._samples import elongated
 from branchtree_rewards._small_vbench import RAFT_FILE, write_small_raft
 from branchtree_rewards._source import RANDOM_SMALL, locate
 from branchtree_rewards._vbench_config import Figure, VBenchConfig, VBenchReward, spans
 from branchtree_rewards._vbench_frames import padded
 
 PRINCETON_FILE = "raft-things.pth"
+OTHERS = r"chairs|sintel|kitti|skht|small"  # in names of RAFT's weights for other data
 PUBLISHED = f"https://download.pytorch.org/models/{RAFT_FILE}"
 UNIT = 8  # pixels: RAFT's sides are multiples of it
-SHORTEST = 128  # pixels: of a padded side; below it RAFT's coarsest correlations are of one cell
+SHORTEST = 121  # pixels: of a side, 128 when padded; below it RAFT's coarsest correlations are of one cell
 RATE = 8  # frames a second that are looked at, about
 
 
-class VBenchDynamicConfig(VBenchConfig, frozen=True):
+class VBenchDynamicConfig(NoPlainFps, VBenchConfig, frozen=True):
     """Settings of the `vbench_dynamic` reward.
 
     Attributes:
@@ -39,14 +44,14 @@ class VBenchDynamicConfig(VBenchConfig, frozen=True):
             uses), the folder of either, or "random:small". Neither is on the hub.
         measure: "dynamic" is VBench's: 1 for a video that moves, and 0. "share" is the share of the pairs of frames
             that move enough, which tells more videos apart.
-        fps: Frames per second at which the videos play; by default what the media say.
+        clip_fps: Frames per second at which the videos play; by default what the media say.
         updates: How often RAFT refines its flow. VBench: 20.
         frames: Pairs of frames sent through RAFT at a time. At 480x832 a pair takes about 0.4 GB, at 720x1280 1.8.
     """
 
     path: PathOrName = RAFT_FILE
     measure: Literal["dynamic", "share"] = "dynamic"
-    fps: float | None = pydantic.Field(default=None, ge=0.1, le=1000)
+    clip_fps: ClipFps = None
     updates: int = pydantic.Field(default=20, ge=1, le=1000)
     frames: int = pydantic.Field(default=1, ge=1, le=10_000)
 
@@ -87,21 +92,27 @@ class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
                 f"'{PRINCETON_FILE}' as in https://github.com/princeton-vl/RAFT, and give its path, or '{RANDOM_SMALL}'"
             )
         source = locate(path, self._config.revision, write_small_raft)
+        refuse_file(source, OTHERS, f"give '{RAFT_FILE}', or '{PRINCETON_FILE}', which is VBench's")
         file = source.find(RAFT_FILE, PRINCETON_FILE)
         return Opened(load_raft(file), {file.name: file})
 
+    def _shape_flaw(self, media: Media) -> str | None:
+        height, width = media.pixels.shape[-2:]
+        if self._rate(media.fps) is None:
+            return "the frame rate is not known, and the score depends on it; set clip_fps"
+        if min(height, width) < SHORTEST:
+            return f"frames of {width}x{height} are too small for RAFT; it needs {SHORTEST} a side"
+        return elongated(media)
+
+    def _rate(self, fps: float | None) -> float | None:
+        return self._config.clip_fps or fps
+
     def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figure:
-        details = ("share", "speed", "pairs")
-        rate = self._config.fps or fps
-        if rate is None:
-            return Figure.none("the frame rate is not known, and the score depends on it; set fps", *details)
-        height, width = frames.shape[-2:]
+        rate = self._rate(fps)
+        assert rate is not None
         looked = padded(frames[:: max(1, round(rate / RATE))], UNIT)
-        if min(looked.shape[-2:]) < SHORTEST:
-            least = SHORTEST - UNIT + 1
-            return Figure.none(f"frames of {width}x{height} are too small for RAFT; it needs {least} a side", *details)
         speeds = self._speeds(network, looked)
-        motion = judged(speeds, height, width)
+        motion = judged(speeds, *frames.shape[-2:])
         mean = speeds.mean() if len(speeds) else torch.zeros(())
         value = float(motion.dynamic) if self._config.measure == "dynamic" else motion.share
         return Figure(value, {"share": motion.share, "speed": mean, "pairs": len(speeds)})

@@ -18,6 +18,7 @@ from branchtree.paths import PathOrName
 from branchtree.reading import user_path
 from branchtree_rewards._model_reward import Opened
 from branchtree_rewards._musiq import Musiq, MusiqSizes
+from branchtree_rewards._other_versions import refuse_file
 from branchtree_rewards._small_vbench import MUSIQ_FILE, SIZES_FILE, write_small_musiq
 from branchtree_rewards._source import RANDOM_SMALL, locate
 from branchtree_rewards._vbench_config import Figure, VBenchConfig, VBenchReward, spans
@@ -25,6 +26,7 @@ from branchtree_rewards._vbench_frames import longer_side
 from branchtree_rewards._weights import check_fit, read_weights, state_dict
 
 PUBLISHED = f"https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/{MUSIQ_FILE}"
+OTHERS = r"(?<![a-z])(?:koniq|paq2piq|ava)(?![a-z])"  # in names of MUSIQ's weights for other data
 LONGEST = 512  # pixels
 
 
@@ -55,6 +57,7 @@ class VBenchImaging(VBenchReward[VBenchImagingConfig]):
                 f"give its path, or '{RANDOM_SMALL}'"
             )
         source = locate(path, self._config.revision, write_small_musiq)
+        refuse_file(source, OTHERS, f"VBench rates frames by MUSIQ for SPAQ; give '{MUSIQ_FILE}'")
         file = source.find(MUSIQ_FILE)
         described = source.maybe(SIZES_FILE) if source.only is None else None
         sizes = read_sizes(described) if described else MusiqSizes()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Protocol
 
 import pydantic
@@ -20,6 +20,7 @@ from torch import Tensor
 from branchtree.errors import RewardError
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, Scores
+from branchtree_rewards._samples import check_batch, find_flaws, score_rest
 from branchtree_rewards._scale import ScaleName, transform
 from branchtree_rewards._vbench_config import Figure, gathered, spans
 from branchtree_rewards._vbench_frames import byte_values, padded, unpadded
@@ -82,6 +83,7 @@ class VBenchSmoothness:
     """
 
     modalities: frozenset[str] = frozenset({"video"})
+    reads_prompt = False
 
     def __init__(self, config: VBenchSmoothnessConfig) -> None:
         self._config = config
@@ -127,33 +129,24 @@ class VBenchSmoothness:
         """
         if self._interpolator is None:
             raise RuntimeError("this reward was not loaded: call load(device) first")
-        if media.videos is None:
-            raise ValueError(f"this reward scores video, not {media.modality}")
-        if len(media) != len(conditions):
-            raise ValueError(f"{len(media)} samples came with {len(conditions)} conditions; each needs its own")
+        check_batch(media, conditions, self.modalities)
         interpolate = self._interpolator
-        measured = gathered([self._figure(interpolate, video) for video in media.videos], torch.device("cpu"))
-        return Scores(
-            values=self._scale(measured.raw),
-            valid=measured.raw.isfinite(),
-            raw=measured.raw,
-            details=measured.details,
-            reasons=measured.reasons,
-        )
+        flaws = find_flaws(media, conditions, _too_short)
+        return score_rest(media, conditions, flaws, lambda good, _: self._scores(interpolate, good.pixels))
 
-    def _figure(self, interpolate: Callable[[Tensor, Tensor], Tensor], video: Tensor) -> Figure:
-        blended = self._config.interpolator == BLEND
-        names = ("difference", "blend_not_vbench") if blended else ("difference",)
-        if len(video) < 3:
-            return Figure.none(f"a video of {len(video)} frames has none between two others", *names)
-        video = video.to(self._device, torch.float32)
-        if not bool(video.isfinite().all()):
-            return Figure.none("pixels are not finite", *names)
-        difference = self._difference(interpolate, byte_values(video))
+    def _scores(self, interpolate: FrameInterpolator, videos: Tensor) -> Scores:
+        measured = gathered([self._figure(interpolate, video) for video in videos], torch.device("cpu"))
+        valid = measured.raw.isfinite()
+        reasons = dict.fromkeys((~valid).nonzero().flatten().tolist(), "the interpolator's frames are not finite")
+        return Scores(self._scale(measured.raw), valid, measured.raw, measured.details, reasons)
+
+    def _figure(self, interpolate: FrameInterpolator, video: Tensor) -> Figure:
+        difference = self._difference(interpolate, byte_values(video.to(self._device, torch.float32)))
         value = 1 - difference / 255
-        return Figure(value, {"difference": difference, **({"blend_not_vbench": value} if blended else {})})
+        blended = {"blend_not_vbench": value} if self._config.interpolator == BLEND else {}
+        return Figure(value, {"difference": difference, **blended})
 
-    def _difference(self, interpolate: Callable[[Tensor, Tensor], Tensor], frames: Tensor) -> Tensor:
+    def _difference(self, interpolate: FrameInterpolator, frames: Tensor) -> Tensor:
         """The mean difference of odd frames from the drawn ones, of frames (T, 3, H, W) from 0 to 255; float64."""
         kept, height, width = padded(frames[::2] / 255, UNIT), frames.shape[-2], frames.shape[-1]
         left_out = frames[1::2][: len(kept) - 1]
@@ -169,3 +162,8 @@ class VBenchSmoothness:
             whole = (unpadded(drawn, height, width, UNIT) * 255).clamp(0, 255).floor()
             parts.append((whole.double() - left_out[span].double()).abs().mean(dim=(1, 2, 3)))
         return torch.cat(parts).mean()
+
+
+def _too_short(media: Media) -> str | None:
+    frames = media.pixels.shape[1]
+    return f"a video of {frames} frames has none between two others" if frames < 3 else None

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from branchtree.errors import RewardError
 from branchtree_rewards._source import Source
+from branchtree_rewards._tokenizers import check_whole, own_token
 from branchtree_rewards._videoalign_settings import DIMENSIONS
 from branchtree_rewards._weights import quiet
 
@@ -41,11 +42,13 @@ def question(prompt: str, video_tokens: int) -> str:
 class Questions:
     """A checkpoint's tokenizer, checked against its model."""
 
-    def __init__(self, tokenizer: Any, vocabulary: int, video_token_id: int) -> None:
-        """Raises RewardError if the tokenizer and a model of ``vocabulary`` embeddings do not belong together."""
-        self._tokenizer = tokenizer
+    def __init__(self, tokenizer: Any, vocabulary: int, video_token_id: int, context: int) -> None:
+        """Raises RewardError if the tokenizer and a model of ``vocabulary`` embeddings do not belong together.
+
+        ``context`` is how many tokens the model reads at most.
+        """
+        self._tokenizer, self._context = tokenizer, context
         added = {token: index for token, index in tokenizer.get_added_vocab().items() if index is not None}
-        self._special = sorted(added)
         wanted = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", VIDEO_PAD, *REWARD_TOKENS)
         if missing := [token for token in wanted if token not in added]:
             raise RewardError(f"the tokenizer has no {', '.join(missing)}; it is not VideoAlign's")
@@ -61,12 +64,17 @@ class Questions:
             )
         self.reward_ids = tuple(added[token] for token in REWARD_TOKENS)
 
-    def injected(self, prompt: str) -> str | None:
-        """The first special token that the prompt spells out, or None.
+    def flaw(self, prompt: str) -> str | None:
+        """Say why the model cannot be asked about a prompt, if it cannot be.
 
-        Such a prompt would add a video or a place to read a score at.
+        A special token would add a video, or a place to read a score at.
         """
-        return next((token for token in self._special if token in prompt), None)
+        if flaw := own_token(self._tokenizer, prompt):
+            return flaw
+        words = len(self.encode(prompt, 0))
+        if words <= self._context:
+            return None
+        return f"the prompt is too long: with the question it has {words} tokens, and the model reads {self._context}"
 
     def encode(self, prompt: str, video_tokens: int) -> list[int]:
         """Token ids of the question about one video."""
@@ -104,7 +112,9 @@ def _read_tokenizer(source: Source, prefix: str) -> Any:
             source.find(f"{prefix}{name}")
     try:
         with quiet():
-            return AutoTokenizer.from_pretrained(str(settings.parent))
+            tokenizer = AutoTokenizer.from_pretrained(str(settings.parent))
     except Exception as error:  # tokenizers and transformers have exceptions of their own for a file that is not right
         reason = " ".join(str(error).split())[:300]
         raise RewardError(f"cannot read the tokenizer of '{source.name}' ({type(error).__name__}: {reason})") from error
+    check_whole(tokenizer, source.name)
+    return tokenizer

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from branchtree.errors import RewardError
 from branchtree_rewards._videoalign_settings import Lora
-from branchtree_rewards._weights import State, renamed, without
+from branchtree_rewards._weights import State, renamed, require_finite, without
 
 DROPPED = ("lm_head.weight",)  # a reward writes no text
 HEAD = "rm_head.weight"
@@ -52,6 +52,7 @@ def reward_weights(state: Mapping[str, Tensor], lora: Lora | None, dtype: torch.
     head = named.pop(HEAD).float()
     if head.ndim != 2 or head.shape[0] not in {1, 3}:
         raise RewardError(f"'{where}' has a head of shape {tuple(head.shape)}; its rows must be 1 or 3")
+    require_finite({HEAD: head}, where)
     return RewardWeights(_folded(named, lora, dtype, where), head)
 
 

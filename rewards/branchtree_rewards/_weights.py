@@ -55,7 +55,7 @@ def without(state: Mapping[str, Tensor], dropped: Iterable[str]) -> State:
 
 
 def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
-    """Raise RewardError unless names and shapes of ``state`` are exactly those ``wanted``."""
+    """Raise RewardError unless names and shapes of ``state`` are exactly those ``wanted``, and its numbers finite."""
     missing = sorted(wanted.keys() - state.keys())
     unknown = sorted(state.keys() - wanted.keys())
     shapes = [
@@ -70,6 +70,15 @@ def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: 
     ]
     if found:
         raise RewardError(f"the weights of '{where}' do not fit the model: {'; '.join(found)}")
+    require_finite(state, where)
+
+
+def require_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise RewardError for weights that are NaN or infinite, as those of a damaged file are."""
+    broken = [name for name, value in state.items() if not value.is_meta and not bool(value.isfinite().all())]
+    if broken:
+        named = f"{', '.join(broken[:SHOWN])}{', ...' if len(broken) > SHOWN else ''}"
+        raise RewardError(f"the weights of '{where}' are not finite in {named}; the file is damaged: get it again")
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
@@ -110,6 +119,7 @@ def from_pretrained(model: Any, location: str, dtype: torch.dtype, **settings: A
     found = [f"{what}: {', '.join(names[:SHOWN])}" for what, names in problems.items() if names]
     if found:
         raise RewardError(f"the weights of '{location}' do not fit the model: {'; '.join(found)}")
+    require_finite(loaded.state_dict(), location)
     return loaded
 
 

@@ -12,8 +12,10 @@ resizes float tensors without antialiasing and divides by 10: its figures are no
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -28,6 +30,7 @@ from branchtree.reading import user_path
 from branchtree_rewards._clip_folder import load_clip
 from branchtree_rewards._footprints import CLIP_L_14, Skeleton, build_clip_vision, skeleton
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards._other_versions import clip_size
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
 from branchtree_rewards._small_aesthetic import CLIP, HEAD, SEED, write_small
 from branchtree_rewards._small_clip import write_clip_folder
@@ -71,6 +74,8 @@ class AestheticPredictor(nn.Module):
 class Aesthetic(ModelReward[AestheticConfig]):
     """Rates how beautiful each picture is, about 0 to 10; the prompt takes no part."""
 
+    reads_prompt = False
+
     def _open(self) -> Opened:
         return open_predictor(self._config)
 
@@ -95,10 +100,21 @@ def open_predictor(config: AestheticConfig) -> Opened:
         )
     source = locate(config.path, None, write_small)
     file = source.find(HEAD)
-    clip, clip_file = load_clip(_locate_clip(config, source))
+    clip_source = _locate_clip(config, source)
+    clip, clip_file = load_clip(clip_source)
+    _check_pair(file, clip.config, clip_source.name)
     head = skip_init(nn.Linear, clip.config.projection_dim, 1)  # drawing weights would move the global random state
     load_strictly(head, state_dict(read_weights(file), file), str(file))
     return Opened(AestheticPredictor(clip, head), {HEAD: file, f"{CLIP}/{clip_file.name}": clip_file})
+
+
+def _check_pair(head: Path, clip: Any, name: str) -> None:
+    """Refuse a head that was fitted to another CLIP, whose features may have as many numbers. Raises RewardError."""
+    fitted = re.search(r"vit_[bl]_\d+", head.name.lower())
+    if clip.vision_config.hidden_act != "quick_gelu":
+        raise RewardError(f"clip '{name}' is not OpenAI's, whose features the head was fitted to; give '{HUB_CLIP}'")
+    if fitted and (found := clip_size(clip)) not in {None, fitted[0]}:
+        raise RewardError(f"'{head}' was fitted to {fitted[0]}, and clip '{name}' is {found}; give one pair")
 
 
 def _locate_clip(config: AestheticConfig, head: Source) -> Source:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
+from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
@@ -25,9 +26,12 @@ from branchtree_rewards._open_clip import (
     open_clip_skeleton,
     read_config,
 )
+from branchtree_rewards._other_versions import clip_size
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
+from branchtree_rewards._samples import unreadable_or_empty
 from branchtree_rewards._small_clip import write_clip_folder, write_open_clip
 from branchtree_rewards._source import locate
+from branchtree_rewards._tokenizers import own_token
 from branchtree_rewards._weights import read_weights, state_dict
 
 if TYPE_CHECKING:
@@ -38,6 +42,7 @@ HUB = {
     "openai-l14": "openai/clip-vit-large-patch14",
     "dfn5b": "apple/DFN5B-CLIP-ViT-H-14-378",
 }
+SIZES = {"vit_b_32": "openai-b32", "vit_l_14": "openai-l14"}
 DFN5B_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # open_clip's vocabulary
 DFN5B_FILE = "open_clip_pytorch_model.bin"
 
@@ -81,6 +86,9 @@ class Clip(ModelReward[ClipConfig]):
     def _open_openai(self) -> tuple[Opened, Any]:
         source = locate(self._path, self._config.revision, partial(write_clip_folder, seed=0))
         network, file = load_clip(source)
+        variant = self._config.variant
+        if (found := SIZES.get(clip_size(network.config) or "", variant)) != variant:
+            raise RewardError(f"'{self._path}' is {found} by its sizes, and variant is {variant}; set variant: {found}")
         tokenizer = load_own_tokenizer(source, self._config.tokenizer, source.location)
         return Opened(network, {file.name: file}), tokenizer
 
@@ -90,6 +98,8 @@ class Clip(ModelReward[ClipConfig]):
         file = source.find(DFN5B_FILE)
         described = source.maybe(CONFIG_FILE)
         architecture = read_config(described) if described else VIT_H_14_378
+        if not architecture.quick_gelu:
+            raise RewardError(f"'{described}' is another CLIP's: it does not set quick_gelu, as DFN5B's does")
         network = load_open_clip(state_dict(read_weights(file), file), architecture, str(file))
         tokenizer = load_own_tokenizer(source, self._config.tokenizer, DFN5B_TOKENIZER)
         return Opened(network, {DFN5B_FILE: file}, (described,) if described else ()), as_open_clip(tokenizer)
@@ -100,6 +110,9 @@ class Clip(ModelReward[ClipConfig]):
             return open_clip_skeleton(self._path, revision, VIT_H_14_378)
         published = CLIP_L_14 if self._config.variant == "openai-l14" else CLIP_B_32
         return skeleton(build_clip, self._path, revision, (HUB[self._config.variant], published))
+
+    def _prompt_flaw(self, prompt: str) -> str | None:
+        return unreadable_or_empty(prompt) or own_token(self._tokenizer, prompt)
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
         config, device = network.config, media.pixels.device

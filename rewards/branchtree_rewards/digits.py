@@ -16,6 +16,7 @@ from torch import Tensor
 from branchtree.hookspecs import hookimpl
 from branchtree.protocols import Condition, Media, RewardCard, RewardFootprint, Scores
 from branchtree_rewards._digit_classifier import ClassifierName, DigitClassifier, load_classifier, to_network_input
+from branchtree_rewards._samples import check_batch, find_flaws, score_rest, unreadable
 
 DIGIT_WORDS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -52,6 +53,7 @@ class Digits:
     """Scores how well each image, or each video's last frame, shows the handwritten digit that its prompt names."""
 
     modalities: frozenset[str] = frozenset({"image", "video"})
+    reads_prompt = True
 
     def __init__(self, config: DigitsConfig) -> None:
         self._config = config
@@ -86,28 +88,25 @@ class Digits:
         """
         if not self._networks:
             raise RuntimeError("the digits reward was not loaded: call load(device) before score(...)")
+        check_batch(media, conditions, self.modalities)
         network = self._networks[media.modality]
-        images = _frames(media, len(conditions)).to(network.head.weight.device)
-        digits = [named_digit(condition.prompt) for condition in conditions]
-        named = torch.tensor([digit is not None for digit in digits], dtype=torch.bool, device=images.device)
-        target = torch.tensor([digit or 0 for digit in digits], dtype=torch.int64, device=images.device)
+        frames = media.pixels if media.modality == "image" else media.pixels[:, -1:].squeeze(1)
+        images = Media(images=frames.to(network.head.weight.device))
+        flaws = find_flaws(images, conditions, prompt_flaw=_names_no_digit)
+        return score_rest(images, conditions, flaws, lambda good, theirs: self._judge(network, good.pixels, theirs))
+
+    def _judge(self, network: DigitClassifier, images: Tensor, conditions: Sequence[Condition]) -> Scores:
+        target = torch.tensor([named_digit(condition.prompt) for condition in conditions], device=images.device)
         log_probs = torch.log_softmax(network(to_network_input(images)), dim=-1)
         if self._config.measure == "accuracy":
             values = (log_probs.argmax(dim=-1) == target).to(torch.float32)
         else:
             values = log_probs.gather(1, target[:, None]).squeeze(1)
-        return Scores(values=values, valid=named & log_probs.isfinite().all(dim=-1))
+        return Scores(values=values, valid=log_probs.isfinite().all(dim=-1))
 
 
-def _frames(media: Media, count: int) -> Tensor:
-    """What is judged: images (B, C, H, W), or the last frames of videos."""
-    pixels = media.pixels
-    shape = "(B, C, H, W)" if media.modality == "image" else "(B, F, C, H, W)"
-    if pixels.ndim != len(shape.split(",")):
-        raise ValueError(f"{media.modality}s must be {shape}, not {tuple(pixels.shape)}")
-    if len(pixels) != count:
-        raise ValueError(f"{len(pixels)} {media.modality}s came with {count} conditions; each needs its own")
-    return pixels if media.modality == "image" else pixels[:, -1]
+def _names_no_digit(prompt: str) -> str | None:
+    return "the prompt does not name exactly one digit" if named_digit(prompt) is None else unreadable(prompt)
 
 
 @hookimpl

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from branchtree.hookspecs import hookimpl
 from branchtree.protocols import Condition, Media, RewardCard, RewardFootprint, Scores
+from branchtree_rewards._samples import NOT_FINITE, check_batch
 
 
 class DiversityConfig(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -39,6 +40,7 @@ class Diversity:
 
     modalities: frozenset[str] = frozenset({"image", "video"})
     groupwise = True
+    reads_prompt = False
 
     def __init__(self, config: DiversityConfig) -> None:
         self._config = config
@@ -69,8 +71,7 @@ class Diversity:
         """
         if self._device is None:
             raise RuntimeError("the diversity reward was not loaded: call load(device) before score(...)")
-        if len(media) != len(conditions):
-            raise ValueError(f"{len(media)} samples came with {len(conditions)} conditions; each needs its own")
+        check_batch(media, conditions, self.modalities)
         pixels = media.pixels.to(self._device, torch.float32)
         finite = pixels.flatten(1).isfinite().all(dim=1)
         points = shrunk(pixels.flatten(0, -4), self._config.size).reshape(len(media), -1)
@@ -81,7 +82,7 @@ class Diversity:
         values = (distances * finite).sum(dim=1) / others.clamp(min=1)
         valid = finite & (others > 0)
         lonely = dict.fromkeys((finite & ~valid).nonzero().flatten().tolist(), "there is no other sample of its prompt")
-        broken = dict.fromkeys((~finite).nonzero().flatten().tolist(), "pixels are not finite")
+        broken = dict.fromkeys((~finite).nonzero().flatten().tolist(), NOT_FINITE)
         return Scores(values=values, valid=valid, reasons={**lonely, **broken})
 
 

@@ -22,11 +22,15 @@ from branchtree_rewards._clip_text import as_open_clip, check_end, cleaned, load
 from branchtree_rewards._footprints import Skeleton
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards._open_clip import CONFIG_FILE, VIT_H_14, load_open_clip, open_clip_skeleton, read_config
+from branchtree_rewards._other_versions import refuse_file
 from branchtree_rewards._pixels import normalised, to_rgb, to_uint8
+from branchtree_rewards._samples import unreadable_or_empty
 from branchtree_rewards._small_clip import write_open_clip
 from branchtree_rewards._source import locate
+from branchtree_rewards._tokenizers import own_token
 from branchtree_rewards._weights import read_weights, state_dict
 
+OTHERS = {"v2.1": r"v2(?![._-]?1)(?:[._-]?0)?", "v2.0": r"v2[._-]?1"}  # in names of the other version's files
 FILES = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
@@ -58,6 +62,8 @@ class Hps(ModelReward[HpsConfig]):
         name = FILES[self._config.version]
         small = partial(write_open_clip, weights=name, key="state_dict", quick_gelu=False, seed=0)
         source = locate(self._config.path, self._config.revision, small)
+        version = self._config.version
+        refuse_file(source, OTHERS[version], f"hps is to be {version}; set version, or give the file '{name}'")
         file = source.find(name)
         content = read_weights(file)
         if not isinstance(content, dict) or "state_dict" not in content:
@@ -73,6 +79,9 @@ class Hps(ModelReward[HpsConfig]):
 
     def _skeleton(self) -> Skeleton:
         return open_clip_skeleton(self._config.path, self._config.revision, VIT_H_14)
+
+    def _prompt_flaw(self, prompt: str) -> str | None:
+        return unreadable_or_empty(prompt) or own_token(self._tokenizer, prompt)
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
         config = network.config

@@ -15,19 +15,24 @@ from typing import Any, cast
 
 from torch import nn
 
+from branchtree.checksums import verify_checksums
 from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
+from branchtree.reading import user_path
 from branchtree_rewards._blip import BlipReward, build_network, published_skeleton
 from branchtree_rewards._footprints import Skeleton, settings_file
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
+from branchtree_rewards._samples import unreadable_or_empty
 from branchtree_rewards._small_imagereward import write_small
 from branchtree_rewards._source import Source, locate
+from branchtree_rewards._tokenizers import check_whole, own_token
 from branchtree_rewards._weights import quiet, read_weights, state_dict
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # the publisher's constants
+BLIP_TOKENS = 2  # [DEC] and [ENC], which no prompt holds and the tokenizer need not have
 TOKENS = 35  # a prompt's length with [CLS] and [SEP]; longer ones are cut
 WEIGHTS, SETTINGS = "ImageReward.pt", "med_config.json"
 TOKENIZER = "bert-base-uncased"
@@ -58,14 +63,23 @@ class ImageReward(ModelReward[ImageRewardConfig]):
         described = _settings_file(source)
         med_config = _read_settings(described)
         network = build_network(state_dict(read_weights(file), file), med_config, source.name)
+        if self._config.tokenizer is not None:
+            verify_checksums(user_path(self._config.tokenizer), RewardError)
         self._tokenizer = load_tokenizer(self._config.tokenizer or _own_tokenizer(source) or TOKENIZER)
-        if len(self._tokenizer) > (entries := med_config["vocab_size"]):
-            raise RewardError(f"the tokenizer has {len(self._tokenizer)} entries and '{source.name}' only {entries}")
+        entries = med_config["vocab_size"]
+        if len(self._tokenizer) not in {entries, entries - BLIP_TOKENS}:
+            raise RewardError(
+                f"the tokenizer has {len(self._tokenizer)} entries and '{source.name}' {entries}, of which BLIP adds "
+                f"{BLIP_TOKENS}; its vocabulary is cut short, or another model's"
+            )
         return Opened(network, {WEIGHTS: file}, (described,))
 
     def _skeleton(self) -> Skeleton:
         file = settings_file(self._config.path, self._config.revision, SETTINGS)
         return Skeleton(published_skeleton(_read_settings(file) if file else None))
+
+    def _prompt_flaw(self, prompt: str) -> str | None:
+        return unreadable_or_empty(prompt) or own_token(self._tokenizer, prompt)
 
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
         blip = cast(BlipReward, network)
@@ -120,6 +134,7 @@ def load_tokenizer(location: str) -> Any:
     needed = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
     if None in needed or len(needed) < 4 or len(tokenizer) <= len(tokenizer.all_special_ids):
         raise _unreadable(location, "it has no vocabulary with [CLS], [SEP], [PAD] and [UNK]")
+    check_whole(tokenizer, location)
     return tokenizer
 
 

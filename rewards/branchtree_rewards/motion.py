@@ -6,25 +6,32 @@ pixels on the longer side. Clips of more than 9 frames are measured in windows o
 counts on average, smoothness and constancy where they are worst.
 """
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import pydantic
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from branchtree.errors import DataError
 from branchtree.frames import first_frame
 from branchtree.hookspecs import hookimpl
 from branchtree.protocols import Condition, Media, RewardCard, RewardFootprint, Scores
 from branchtree_rewards._directions import named_direction
 from branchtree_rewards._motion import Measure, agreement, match, smooth_motion, windows
+from branchtree_rewards._samples import check_batch, find_flaws, score_rest, unreadable
 from branchtree_rewards._sampling import blur, capped
 from branchtree_rewards._tracking import subject_motion
 from branchtree_rewards._trajectories import flow_motion
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 LONGEST = 128  # pixels: the longer side at which motion is measured
 SHORTEST = 8  # pixels: of a frame's side, before and after shrinking
@@ -54,13 +61,13 @@ class _Judged:
 
     quality: Tensor  # (B,), moving * smooth * constant * first
     steps: Tensor  # (B, M, S, 2), displacements in shorter sides of the frame
-    finite: Tensor  # bool (B,)
 
 
 class _MotionReward(ABC):
     """What the rewards share: their settings, what they take, and the measurement."""
 
     modalities: frozenset[str] = frozenset({"video"})
+    reads_prompt = False
     name: ClassVar[str]
 
     def __init__(self, config: MotionConfig) -> None:
@@ -84,19 +91,48 @@ class _MotionReward(ABC):
             conditions: B conditions. Of `image` or `video`, the first frame is read and resized to the frames' size.
 
         Returns:
-            `values` float32 (B,) and `valid` bool (B,), on the device. A video that is not finite is not valid, and
-            neither is an item whose prompt lacks what the reward asks for; its value means nothing.
+            `values` float32 (B,) and `valid` bool (B,), on the device. A video that is not finite, too short or too
+            small is not valid, and neither is one whose condition has a first frame that cannot be read, or a prompt
+            that lacks what the reward asks for; a reason says so.
 
         Raises:
             RuntimeError: `load` was not called.
-            ValueError: `media` holds no videos, they have another shape, or there are not B conditions.
-            DataError: a condition's image or video cannot be read.
+            ValueError: `media` holds no videos, they have other axes, or there are not B conditions.
         """
-        return self._scores(_judge(self._config, self.name, self._device, media, conditions), conditions)
+        device = self._device
+        if device is None:
+            raise RuntimeError(f"the {self.name} reward was not loaded: call load(device) before score(...)")
+        check_batch(media, conditions, self.modalities)
+        first, unread = _first_frames(conditions)
+        flaws = {**unread, **find_flaws(media, conditions, self._shape_flaw, self._prompt_flaw)}
+
+        def score(good: Media, theirs: Sequence[Condition]) -> Scores:
+            wanted = [frame for row, frame in enumerate(first) if row not in flaws]
+            judged = _judge(self._config, good.pixels.to(device, torch.float32), wanted)
+            values = self._values(judged, theirs)
+            return Scores(values=values, valid=torch.ones_like(values, dtype=torch.bool))
+
+        return score_rest(media, conditions, flaws, score)
 
     @abstractmethod
-    def _scores(self, judged: _Judged, conditions: Sequence[Condition]) -> Scores:
-        """The scores of what was measured."""
+    def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
+        """The values (B,) of what was measured."""
+
+    def _shape_flaw(self, media: Media) -> str | None:
+        """Say why no motion can be measured in videos of this shape, if none can."""
+        frames, (height, width) = media.pixels.shape[1], media.pixels.shape[-2:]
+        if frames < FEWEST:
+            return f"a video of {frames} frame{'s' * (frames != 1)} is too short; {self.name} needs {FEWEST}"
+        if min(height, width) < SHORTEST or min(height, width) * LONGEST < SHORTEST * max(height, width):
+            return (
+                f"frames of {width}x{height} are too small or too elongated; {self.name} needs {SHORTEST} pixels a "
+                f"side, and no side more than {LONGEST // SHORTEST} times the other"
+            )
+        return None
+
+    def _prompt_flaw(self, prompt: str) -> str | None:
+        """Say what the reward asks for that a prompt lacks."""
+        return None
 
 
 class MotionSmoothness(_MotionReward):
@@ -115,8 +151,8 @@ class MotionSmoothness(_MotionReward):
 
     name = "motion_smoothness"
 
-    def _scores(self, judged: _Judged, conditions: Sequence[Condition]) -> Scores:
-        return Scores(values=judged.quality, valid=judged.finite)
+    def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
+        return judged.quality
 
 
 class MotionDirection(_MotionReward):
@@ -134,13 +170,16 @@ class MotionDirection(_MotionReward):
     """
 
     name = "motion_direction"
+    reads_prompt = True
 
-    def _scores(self, judged: _Judged, conditions: Sequence[Condition]) -> Scores:
-        directions = [named_direction(condition.prompt) for condition in conditions]
-        told = torch.tensor([way is not None for way in directions], dtype=torch.bool, device=judged.finite.device)
-        towards = judged.steps.new_tensor([way or (0.0, 0.0) for way in directions])
-        values = judged.quality * agreement(judged.steps.flatten(1, 2), towards)
-        return Scores(values=values, valid=judged.finite & told)
+    def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
+        towards = judged.steps.new_tensor([named_direction(condition.prompt) for condition in conditions])
+        return judged.quality * agreement(judged.steps.flatten(1, 2), towards)
+
+    def _prompt_flaw(self, prompt: str) -> str | None:
+        if named_direction(prompt) is None:
+            return "the prompt does not name exactly one direction"
+        return unreadable(prompt)
 
 
 class MotionDisplacement(_MotionReward):
@@ -154,24 +193,19 @@ class MotionDisplacement(_MotionReward):
 
     name = "motion_displacement"
 
-    def _scores(self, judged: _Judged, conditions: Sequence[Condition]) -> Scores:
-        return Scores(values=judged.steps.sum(dim=2).norm(dim=-1).mean(dim=1), valid=judged.finite)
+    def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
+        lengths: Tensor = judged.steps.sum(dim=2).norm(dim=-1)
+        return lengths.mean(dim=1)
 
 
-def _judge(
-    config: MotionConfig, name: str, device: torch.device | None, media: Media, conditions: Sequence[Condition]
-) -> _Judged:
-    if device is None:
-        raise RuntimeError(f"the {name} reward was not loaded: call load(device) before score(...)")
-    # Shrunk first, as means of what is not finite are not, and the frames of a large clip fill the memory.
-    videos = capped(_checked_videos(media, len(conditions), name).to(device, torch.float32), LONGEST)
-    finite = videos.flatten(1).isfinite().all(dim=1)
-    videos = videos.where(finite.view(-1, 1, 1, 1, 1), torch.zeros_like(videos))
+def _judge(config: MotionConfig, videos: Tensor, first: Sequence[Image | None]) -> _Judged:
+    """Measure videos (B, F, C, H, W) that are to start from the B frames ``first``, or from any where there is none."""
+    videos = capped(videos, LONGEST)
     cut = windows(videos)
     at_once = max(1, AT_ONCE // (cut[0].numel() // cut.shape[3]))
     parts = [_measured(part, config) for part in cut.split(at_once)]
     quality, steps = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    return _Judged(quality * _first_match(videos[:, 0], conditions), steps, finite)
+    return _Judged(quality * _first_match(videos[:, 0], first), steps)
 
 
 def _measured(cut: Tensor, config: MotionConfig) -> tuple[Tensor, Tensor]:
@@ -183,20 +217,35 @@ def _measured(cut: Tensor, config: MotionConfig) -> tuple[Tensor, Tensor]:
     return quality, motion.steps.unflatten(0, cut.shape[:2]) / side
 
 
-def _first_match(frames: Tensor, conditions: Sequence[Condition]) -> Tensor:
-    """How well frames (B, C, H, W) show the first frames of their conditions, (B,); 1 for a condition without one.
+def _first_frames(conditions: Sequence[Condition]) -> tuple[list[Image | None], dict[int, str]]:
+    """The first frame of each condition, None where there is none to be had; and, by row, why one cannot be read."""
+    read: dict[tuple[Path | None, Path | None], Image | DataError | None] = {}
+    frames: list[Image | None] = []
+    reasons: dict[int, str] = {}
+    for row, condition in enumerate(conditions):
+        source = (condition.image, condition.video)
+        if source not in read:
+            try:
+                read[source] = first_frame(condition)
+            except DataError as error:
+                read[source] = error
+        found = read[source]
+        if isinstance(found, DataError):
+            reasons[row] = str(found)
+        frames.append(None if isinstance(found, DataError) else found)
+    return frames, reasons
+
+
+def _first_match(frames: Tensor, first: Sequence[Image | None]) -> Tensor:
+    """How well frames (B, C, H, W) show the first frames that were asked for, (B,); 1 where there is none.
 
     The match is squared: a first frame that is left out is only one step away from the next one, which then stands in
     its place.
     """
-    read: dict[tuple[Path | None, Path | None], Tensor | None] = {}
-    matches = []
-    for frame, condition in zip(frames, conditions, strict=True):
-        source = (condition.image, condition.video)
-        if source not in read:
-            read[source] = _wanted_frame(condition, frame)
-        wanted = read[source]
-        matches.append(frame.new_ones(()) if wanted is None else _likeness(frame, wanted))
+    matches = [
+        frame.new_ones(()) if image is None else _likeness(frame, _wanted_frame(image, frame))
+        for frame, image in zip(frames, first, strict=True)
+    ]
     return torch.stack(matches)
 
 
@@ -206,11 +255,8 @@ def _likeness(frame: Tensor, wanted: Tensor) -> Tensor:
     return match(found, blur(wanted, FIRST_BLUR)[None], seen[0], seen.bool()).square().squeeze()
 
 
-def _wanted_frame(condition: Condition, like: Tensor) -> Tensor | None:
-    """The condition's first frame (C, H, W) in [0, 1], at the size and with the channels of ``like``."""
-    image = first_frame(condition)
-    if image is None:
-        return None
+def _wanted_frame(image: Image, like: Tensor) -> Tensor:
+    """A first frame (C, H, W) in [0, 1], at the size and with the channels of ``like``."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
     wanted = pixels.to(like).permute(2, 0, 1)[None] / 255
     if len(like) != 3:
@@ -218,24 +264,6 @@ def _wanted_frame(condition: Condition, like: Tensor) -> Tensor | None:
     if wanted.shape[-2:] == like.shape[-2:]:
         return wanted[0]
     return F.interpolate(wanted, like.shape[-2:], mode="bilinear", align_corners=False, antialias=True)[0]
-
-
-def _checked_videos(media: Media, count: int, name: str) -> Tensor:
-    if media.videos is None:
-        raise ValueError(f"the {name} reward scores videos, but the media hold none")
-    shape = tuple(media.videos.shape)
-    if len(shape) != 5:
-        raise ValueError(f"videos must be (B, F, C, H, W), not {shape}")
-    if shape[0] != count:
-        raise ValueError(f"{shape[0]} videos came with {count} conditions; each video needs its own")
-    if shape[1] < FEWEST:
-        raise ValueError(f"the {name} reward needs videos of at least {FEWEST} frames, not {shape[1]}")
-    if min(shape[3:]) < SHORTEST or min(shape[3:]) * LONGEST < SHORTEST * max(shape[3:]):
-        raise ValueError(
-            f"the {name} reward needs frames of at least {SHORTEST}x{SHORTEST} pixels, no more than "
-            f"{LONGEST // SHORTEST} times as long as wide; these are {shape[3]}x{shape[4]}"
-        )
-    return media.videos
 
 
 CARD = RewardCard(

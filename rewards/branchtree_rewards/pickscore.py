@@ -22,12 +22,16 @@ from branchtree_rewards._clip_text import check_end, load_own_tokenizer, token_i
 from branchtree_rewards._footprints import Skeleton, build_clip, skeleton
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards._open_clip import VIT_H_14, clip_config
+from branchtree_rewards._other_versions import refuse_name
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
+from branchtree_rewards._samples import unreadable_or_empty
 from branchtree_rewards._small_clip import write_clip_folder
 from branchtree_rewards._source import locate
+from branchtree_rewards._tokenizers import own_token
 
 HUB_ID = "yuvalkirstain/PickScore_v1"
 TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # the model card's processor
+OTHERS = r"laion2b|laion-2b|dfn|metaclip|datacomp"  # in names of models of the same shapes
 SEED = 20230502  # of the small random checkpoint
 
 
@@ -52,6 +56,7 @@ class PickScore(ModelReward[PickScoreConfig]):
 
     def _open(self) -> Opened:
         source = locate(self._config.path, self._config.revision, partial(write_clip_folder, seed=SEED))
+        refuse_name(self._config.path, OTHERS, f"PickScore v1 was fine-tuned from it; give '{HUB_ID}', or its folder")
         network, file = load_clip(source)
         self._tokenizer = load_own_tokenizer(source, self._config.tokenizer, TOKENIZER)
         check_end(self._tokenizer, network.config.text_config, source.name)
@@ -60,6 +65,9 @@ class PickScore(ModelReward[PickScoreConfig]):
     def _skeleton(self) -> Skeleton:
         published = clip_config(VIT_H_14).to_dict()
         return skeleton(build_clip, self._config.path, self._config.revision, (HUB_ID, published))
+
+    def _prompt_flaw(self, prompt: str) -> str | None:
+        return unreadable_or_empty(prompt) or own_token(self._tokenizer, prompt)
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
         config, device = network.config, media.pixels.device

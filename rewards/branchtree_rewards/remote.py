@@ -30,6 +30,7 @@ from branchtree.serving.wire import (
 )
 from branchtree_rewards._http import Caller, CallError
 from branchtree_rewards._pixels import to_uint8
+from branchtree_rewards._samples import NO_PIXELS, NOT_FINITE, check_batch, score_rest
 
 BOTH = frozenset({"image", "video"})
 QUICK = 10.0  # seconds that a server may take to say how it is
@@ -94,6 +95,11 @@ class Remote:
         """Whether the served reward must see a prompt's whole group at once; known after `load`."""
         return self._info is not None and self._info.groupwise
 
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether the served reward reads prompts; known after `load`."""
+        return self._info is not None and self._info.reads_prompt
+
     def footprint(self) -> RewardFootprint:
         """No weights to speak of."""
         return RewardFootprint(0)
@@ -133,15 +139,12 @@ class Remote:
         Raises:
             RuntimeError: `load` was not called.
             ValueError: the media are of another kind, or there are not B conditions.
-            DataError: a file that a condition names cannot be read.
             RewardError: the server refuses requests as they are set up.
         """
         self._require_loaded()
-        if media.modality not in self.modalities:
-            raise ValueError(f"the served reward scores {', '.join(sorted(self.modalities))}, not {media.modality}")
-        if len(media) != len(conditions):
-            raise ValueError(f"{len(media)} samples came with {len(conditions)} conditions; each needs its own")
-        return self._score(media, conditions)
+        check_batch(media, conditions, self.modalities)
+        nothing = dict.fromkeys(range(len(media)), NO_PIXELS) if 0 in media.pixels.shape[1:] else {}
+        return score_rest(media, conditions, nothing, self._score)
 
     def _score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
         """Scores by one request, or by more where one would be too large for the server."""
@@ -246,7 +249,7 @@ def _invalid(count: int, reason: str) -> Scores:
 
 def _masked(scores: Scores, spoilt: Sequence[bool]) -> Scores:
     """Scores without the rows whose pixels were not finite, which bytes cannot show."""
-    reasons = {row: "pixels are not finite" for row, bad in enumerate(spoilt) if bad}
+    reasons = {row: NOT_FINITE for row, bad in enumerate(spoilt) if bad}
     valid = scores.valid & ~torch.tensor(spoilt)
     return Scores(scores.values, valid, scores.raw, scores.details, {**scores.reasons, **reasons})
 

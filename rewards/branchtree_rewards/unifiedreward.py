@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import pydantic
@@ -20,7 +20,9 @@ from branchtree.hookspecs import hookimpl
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard, RewardFootprint, Scores
 from branchtree_rewards._model_reward import ModelRewardConfig
+from branchtree_rewards._other_versions import refuse_name
 from branchtree_rewards._pixels import to_pil
+from branchtree_rewards._samples import check_batch, elongated, find_flaws, score_rest, unreadable_or_empty
 from branchtree_rewards._scale import transform
 from branchtree_rewards._source import RANDOM_SMALL
 from branchtree_rewards._unified_backend import Backend
@@ -29,6 +31,7 @@ from branchtree_rewards._unified_server import ChatServer, ImageFormat
 from branchtree_rewards._unified_templates import (
     AXES,
     FIELDS,
+    OTHERS,
     Failure,
     FieldName,
     Spoken,
@@ -125,6 +128,7 @@ class UnifiedReward:
     """Asks a vision-language model how well each image shows its prompt."""
 
     modalities: frozenset[str] = frozenset({"image"})
+    reads_prompt = True
 
     def __init__(self, config: UnifiedRewardConfig) -> None:
         self._config = config
@@ -138,8 +142,14 @@ class UnifiedReward:
 
     def load(self, device: torch.device) -> None:
         """Load the model to ``device``, or find the server in good health. Raises RewardError."""
+        self._check_template()
         self._backend.load(device)
+        self._check_template()  # again: the name of a server's only model is known once it is asked
         self._loaded = True
+
+    def _check_template(self) -> None:
+        template = self._config.template
+        refuse_name(self._backend.name, OTHERS[template], f"it was not trained on template '{template}'; set template")
 
     def release(self) -> None:
         """Leave the device until the next ``score``, if the recipe asks for it with ``offload``."""
@@ -161,35 +171,36 @@ class UnifiedReward:
 
         Returns:
             Scores (B,) on the CPU: `raw` is the model's number, from 1 to 5, `values` is it after the scale; `details`
-            hold the three axes, NaN where the model was not asked for them or did not give them. A sample whose
-            pixels are not finite, whose answer could not be had, or whose answer holds no score is not valid.
+            hold the three axes, NaN where the model was not asked for them or did not give them. A sample that cannot
+            be shown, whose prompt cannot be read, or whose answer holds no score is not valid.
 
         Raises:
             RuntimeError: `load` was not called.
             ValueError: the media are videos, or there are not B conditions.
         """
         self._require_loaded()
-        if media.images is None:
-            raise ValueError("this reward scores images, not videos")
-        if len(media) != len(conditions):
-            raise ValueError(f"{len(media)} samples came with {len(conditions)} conditions; each needs its own")
-        finite = media.images.flatten(1).isfinite().all(dim=1)
-        rows = finite.nonzero().flatten().tolist()
-        questions = [question(self._config.template, conditions[row].prompt) for row in rows]
-        answers = self._backend.answers(self._pictures(media.images[finite]), questions) if rows else []
-        return self._read(len(media), dict(zip(rows, answers, strict=True)))
+        check_batch(media, conditions, self.modalities)
+        flaws = find_flaws(media, conditions, elongated, self._prompt_flaw)
+        return score_rest(media, conditions, flaws, self._ask)
+
+    def _prompt_flaw(self, prompt: str) -> str | None:
+        return unreadable_or_empty(prompt) or self._backend.prompt_flaw(prompt, question(self._config.template, prompt))
+
+    def _ask(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+        questions = [question(self._config.template, condition.prompt) for condition in conditions]
+        return self._read(self._backend.answers(self._pictures(media.pixels), questions))
 
     def _pictures(self, images: Tensor) -> list[Image]:
         pictures = to_pil(images.float())
         size = self._config.resize
         return pictures if size is None else [picture.resize((size, size)) for picture in pictures]
 
-    def _read(self, count: int, answers: Mapping[int, Spoken | Failure]) -> Scores:
-        """The scores in the answers by row; rows without an answer had pixels that are not finite."""
-        raw = torch.full((count,), math.nan, dtype=torch.float32)
-        details = {name: torch.full((count,), math.nan, dtype=torch.float32) for name in AXES}
-        reasons = {row: "pixels are not finite" for row in range(count) if row not in answers}
-        for row, answer in answers.items():
+    def _read(self, answers: Sequence[Spoken | Failure]) -> Scores:
+        """The scores in the answers."""
+        raw = torch.full((len(answers),), math.nan, dtype=torch.float32)
+        details = {name: torch.full((len(answers),), math.nan, dtype=torch.float32) for name in AXES}
+        reasons = {}
+        for row, answer in enumerate(answers):
             score = answer if isinstance(answer, Failure) else read_field(answer, self._config.measured)
             if isinstance(score, Failure):
                 reasons[row] = score.reason
@@ -203,7 +214,7 @@ class UnifiedReward:
             valid=raw.isfinite(),
             raw=raw,
             details=details,
-            reasons=dict(sorted(reasons.items())),
+            reasons=reasons,
         )
 
     def _require_loaded(self) -> None:

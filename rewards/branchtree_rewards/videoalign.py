@@ -22,10 +22,12 @@ from branchtree.hookspecs import hookimpl
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
 from branchtree_rewards._footprints import QWEN2_VL_2B, Skeleton, build_qwen2_vl, settings_file, skeleton
+from branchtree_rewards._frame_rates import ClipFps, NoPlainFps, SampleFps
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards._samples import unreadable, unreadable_or_empty
 from branchtree_rewards._small_videoalign import write_small
 from branchtree_rewards._source import Source, locate
-from branchtree_rewards._videoalign_frames import Patches, frame_indices, patches
+from branchtree_rewards._videoalign_frames import Patches, frame_indices, frame_size, patches
 from branchtree_rewards._videoalign_network import VideoAlignNetwork
 from branchtree_rewards._videoalign_settings import DIMENSIONS, Settings, read_settings
 from branchtree_rewards._videoalign_text import Questions, open_tokenizer
@@ -49,7 +51,7 @@ def _known(measure: str) -> str:
     return measure
 
 
-class VideoAlignConfig(ModelRewardConfig, frozen=True):
+class VideoAlignConfig(NoPlainFps, ModelRewardConfig, frozen=True):
     """Settings of the `videoalign` reward.
 
     Attributes:
@@ -59,7 +61,9 @@ class VideoAlignConfig(ModelRewardConfig, frozen=True):
             folder brings its own; and its tokenizer, if the checkpoint has none.
         measure: "MQ" (motion quality), "VQ" (visual quality), "TA" (text alignment), a sum of them such as "VQ+MQ", or
             "overall" for the sum of all three. Each is normalised before it is added.
-        fps: Frames per second at which the videos play; by default what the media say.
+        clip_fps: Frames per second at which the videos play; by default what the media say.
+        sample_fps: Frames per second that the model is shown, which the publisher's code calls `fps`; by default the
+            rate that the checkpoint was trained with, 2 for the published one.
         dtype: Of the backbone, "bfloat16" or "float32". "auto" is bfloat16, as the publisher runs it, and float32 on a
             CPU. The head is in float32 always.
         batch: Videos sent through the model at a time.
@@ -69,7 +73,8 @@ class VideoAlignConfig(ModelRewardConfig, frozen=True):
     checkpoint: int | None = pydantic.Field(default=None, ge=0, lt=2**31)
     base: PathOrName = BASE
     measure: Annotated[str, pydantic.AfterValidator(_known)] = "MQ"
-    fps: float | None = pydantic.Field(default=None, ge=0.1, le=1000)
+    clip_fps: ClipFps = None
+    sample_fps: SampleFps = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
     batch: int = pydantic.Field(default=2, ge=1, le=10_000)
 
@@ -81,6 +86,11 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
     _dtype: torch.dtype
     _settings: Settings
     _questions: Questions
+
+    def __init__(self, config: VideoAlignConfig) -> None:
+        super().__init__(config)
+        # Each score is read before the prompt's place in the question, but that of text alignment.
+        self.reads_prompt = "TA" in dimensions(config.measure)
 
     def load(self, device: torch.device) -> None:
         """Load the model and put it on ``device``; see `ModelReward.load`. Raises RewardError."""
@@ -97,16 +107,27 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
             )
         base = locate(config.base, None, _no_small_base)
         step = f"checkpoint-{config.checkpoint if config.checkpoint is not None else _latest(source)}"
-        settings = read_settings(source.find("model_config.json"))
+        settings = self._sampled(read_settings(source.find("model_config.json")))
         file = _weights_file(source, step)
         weights = reward_weights(state_dict(read_weights(file), file), settings.lora, self._dtype, str(file))
         architecture = _architecture(source, base, weights.vocabulary)
-        questions = Questions(
-            open_tokenizer(source, f"{step}/tokenizer", base), weights.vocabulary, architecture.video_token_id
-        )
+        tokenizer = open_tokenizer(source, f"{step}/tokenizer", base)
+        context = architecture.text_config.max_position_embeddings
+        questions = Questions(tokenizer, weights.vocabulary, architecture.video_token_id, context)
         backbone = build_pretrained(_backbone(), architecture, weights.backbone, str(file), self._dtype)
         self._settings, self._questions = settings, questions
         return Opened(VideoAlignNetwork(backbone, weights.head, questions.reward_ids), {"model.pth": file})
+
+    def _sampled(self, settings: Settings) -> Settings:
+        """The checkpoint's settings with the rate of sampling that is asked for."""
+        if self._config.sample_fps is None:
+            return settings
+        if settings.sampling.frames is not None:
+            raise RewardError(
+                f"sample_fps is {self._config.sample_fps:g}, but this checkpoint is shown "
+                f"{settings.sampling.frames} frames of every clip, whatever their rate; remove it"
+            )
+        return replace(settings, sampling=replace(settings.sampling, fps=self._config.sample_fps))
 
     def fingerprint(self) -> str:
         """A digest of the weights and of all settings that change a score, those of `model_config.json` included."""
@@ -119,38 +140,46 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
         found = skeleton(build_qwen2_vl, path, None, (BASE, QWEN2_VL_2B))
         return replace(found, number_bytes=4 if config.dtype == "float32" else 2)
 
-    def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
-        reasons: dict[int, str] = {}
-        for row, condition in enumerate(conditions):
-            if token := self._questions.injected(condition.prompt):
-                reasons[row] = f"the prompt holds the special token {token}, which would break the model's question"
-        videos = media.pixels
+    def _shape_flaw(self, media: Media) -> str | None:
+        frames, height, width = (media.pixels.shape[axis] for axis in (1, -2, -1))
         try:
-            looks = self._look(videos, media.fps)
+            self._chosen_frames(frames, media.fps)
+            frame_size(height, width, self._settings.sampling.max_pixels)
         except ValueError as error:
-            reasons, looks = dict.fromkeys(range(len(media)), str(error)), []
-        scores = videos.new_full((len(media), len(DIMENSIONS)), torch.nan)
-        if kept := [row for row in range(len(media)) if row not in reasons]:
-            rows = [self._questions.encode(conditions[row].prompt, looks[row].tokens) for row in kept]
-            ids, mask = self._questions.batch(rows, videos.device)
-            scores[kept] = network(ids, mask, [looks[row] for row in kept])
-        return self._measured(scores, reasons)
+            return str(error)
+        return None
+
+    def _prompt_flaw(self, prompt: str) -> str | None:
+        flaw = unreadable_or_empty(prompt) if self.reads_prompt else unreadable(prompt)
+        return flaw or self._questions.flaw(prompt)
+
+    def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
+        looks = self._look(media.pixels, media.fps)
+        rows = [
+            self._questions.encode(condition.prompt, look.tokens)
+            for condition, look in zip(conditions, looks, strict=True)
+        ]
+        ids, mask = self._questions.batch(rows, media.pixels.device)
+        return self._measured(network(ids, mask, looks))
 
     def _look(self, videos: Tensor, media_fps: float | None) -> list[Patches]:
-        """What the model sees of videos (B, F, C, H, W). Raises ValueError if it cannot be shown them."""
-        fps = self._config.fps or media_fps
-        if fps is None:
-            raise ValueError("the frame rate of the videos is not known, and the score depends on it; set fps")
-        sampling = self._settings.sampling
-        chosen = frame_indices(videos.shape[1], fps, sampling)
-        return [patches(video[chosen], sampling.max_pixels) for video in videos]
+        """What the model sees of videos (B, F, C, H, W)."""
+        chosen = self._chosen_frames(videos.shape[1], media_fps)
+        return [patches(video[chosen], self._settings.sampling.max_pixels) for video in videos]
 
-    def _measured(self, scores: Tensor, reasons: dict[int, str]) -> Measured:
+    def _chosen_frames(self, total: int, media_fps: float | None) -> list[int]:
+        """Which frames the model is shown. Raises ValueError if there are too few, or the frame rate is not known."""
+        fps = self._config.clip_fps or media_fps
+        if fps is None:
+            raise ValueError("the frame rate of the videos is not known, and the score depends on it; set clip_fps")
+        return frame_indices(total, fps, self._settings.sampling)
+
+    def _measured(self, scores: Tensor) -> Measured:
         mean, std = scores.new_tensor(self._settings.mean), scores.new_tensor(self._settings.std)
         normalised = dict(zip(DIMENSIONS, ((scores - mean) / std).unbind(1), strict=True))
         unnormalised = {f"{name}_unnormalised": scores[:, place] for place, name in enumerate(DIMENSIONS)}
         chosen = [normalised[name] for name in dimensions(self._config.measure)]
-        return Measured(torch.stack(chosen).sum(0), {**normalised, **unnormalised}, reasons)
+        return Measured(torch.stack(chosen).sum(0), {**normalised, **unnormalised})
 
 
 def _backbone() -> Any:

@@ -1,0 +1,53 @@
+"""What rewards ask of a tokenizer: that it is whole, and that it reads a prompt as text."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from branchtree.errors import RewardError
+
+PROBES = ("a red cat", "two blue dogs")
+WORD_END = "</w>"
+
+
+def check_whole(tokenizer: Any, where: str) -> None:
+    """Raise RewardError for a tokenizer of which a file is missing or cut short.
+
+    Such a tokenizer loads all the same: it tells no texts apart, or cuts words where its model has never seen them cut.
+    """
+    try:
+        first, second = (tokenizer(probe, add_special_tokens=False)["input_ids"] for probe in PROBES)
+    except Exception as error:  # the tokenizers library has exceptions of its own
+        reason = " ".join(str(error).split())[:300]
+        raise RewardError(f"the tokenizer of '{where}' does not work ({type(error).__name__}: {reason})") from error
+    if first == second:
+        raise RewardError(f"the tokenizer of '{where}' reads '{PROBES[0]}' and '{PROBES[1]}' alike; a file is missing")
+    if lost := _without_merges(tokenizer):
+        raise RewardError(
+            f"the tokenizer of '{where}' has {lost} entries that no merge makes; its merges.txt or tokenizer.json is "
+            "cut short"
+        )
+
+
+def _without_merges(tokenizer: Any) -> int:
+    """How many entries of a byte-pair vocabulary can never come up, as no merge makes them."""
+    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    if model.get("type") != "BPE" or model.get("byte_fallback"):
+        return 0
+    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
+    made = {"".join(pair) for pair in pairs} | tokenizer.get_added_vocab().keys()
+    return sum(len(entry.removesuffix(WORD_END)) > 1 for entry in model["vocab"].keys() - made)
+
+
+def own_token(tokenizer: Any, prompt: str) -> str | None:
+    """Say which of the tokenizer's own tokens the prompt spells out, if any: it would not be read as text.
+
+    An unknown word also becomes a token of the tokenizer's own, and is none that the prompt spells out.
+    """
+    added = {index: token for token, index in tokenizer.get_added_vocab().items() if index is not None}
+    settings = {"add_special_tokens": False, "split_special_tokens": tokenizer.split_special_tokens, "verbose": False}
+    ids = tokenizer(prompt, **settings)["input_ids"]
+    unknown = tokenizer.unk_token_id
+    found = next((added[one] for one in ids if one in added and (one != unknown or added[one] in prompt)), None)
+    return found and f"the prompt holds the special token {found}, which would not be read as text"
