@@ -33,8 +33,8 @@ def check_scheduler(kind: Any, folder: Path, read: Read) -> None:
     missing = [name for name in needed if name not in content]
     if missing:
         raise ModelError(
-            f"'{file}' lacks {', '.join(missing)}, for which {kind.__name__} would take its defaults: another time grid "
-            "than the model was trained for; get the file again, or write the keys into it."
+            f"'{file}' lacks {', '.join(missing)}, for which {kind.__name__} would take its defaults: another time "
+            "grid than the model was trained for; get the file again, or write the keys into it."
         )
 
 
@@ -88,6 +88,6 @@ def check_image_processor(processor: Any, folder: Path, encoder: Mapping[str, An
     side = encoder.get("image_size", made[0])
     if made != (side, side):
         raise ModelError(
-            f"'{file}' makes images of {made[0]} x {made[1]} pixels, and the encoder takes {side} x {side}; get the file "
-            "again, or correct its size."
+            f"'{file}' makes images of {made[0]} x {made[1]} pixels, and the encoder takes {side} x {side}; get the "
+            "file again, or correct its size."
         )

@@ -40,8 +40,8 @@ def check_tokenizer(tokenizer: Any, folder: Path, encoder: Mapping[str, Any]) ->
     token, highest = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
     if isinstance(rows, int) and highest >= rows:
         raise ModelError(
-            f"the tokenizer in '{folder}' has the token {token!r} with the id {highest}, and its encoder's embedding has "
-            f"{rows} rows (vocab_size); {REMEDY}, or give the encoder that belongs to it."
+            f"the tokenizer in '{folder}' has the token {token!r} with the id {highest}, and its encoder's embedding "
+            f"has {rows} rows (vocab_size); {REMEDY}, or give the encoder that belongs to it."
         )
     for role in ("pad", "eos"):
         if getattr(tokenizer, f"{role}_token") is None:
@@ -53,8 +53,8 @@ def check_tokenizer(tokenizer: Any, folder: Path, encoder: Mapping[str, Any]) ->
     positions = encoder.get("max_position_embeddings")
     if isinstance(positions, int) and tokenizer.model_max_length > positions:
         raise ModelError(
-            f"'{folder / CONFIG}' says model_max_length {tokenizer.model_max_length:.4g}, or nothing, and the encoder has "
-            f"{positions} positions; set model_max_length to {positions}."
+            f"'{folder / CONFIG}' says model_max_length {tokenizer.model_max_length:.4g}, or nothing, and the encoder "
+            f"has {positions} positions; set model_max_length to {positions}."
         )
     _require_reachable(tokenizer, folder)
     probe_texts(tokenizer, folder)
