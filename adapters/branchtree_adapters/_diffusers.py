@@ -170,8 +170,8 @@ def _download(pipeline: Any, source: ModelSource, without: Iterable[str]) -> Pat
     except Exception as error:  # the hub's client has many exceptions for one matter
         raise ModelError(
             f"cannot load '{source.location}' ({type(error).__name__}: {error}); check the hub id, the network and, "
-            "for a gated model, that its licence is accepted on its page and that you are logged in (hf auth login); or "
-            "download the model and give its folder."
+            "for a gated model, that its licence is accepted on its page and that you are logged in (hf auth login), "
+            "or download the model and give its folder."
         ) from error
 
 
