@@ -95,6 +95,11 @@ class PipelineAdapter(ABC):
     def _embedded(self, texts: Mapping[str, str], shade: int) -> Mapping[str, Tensor]:
         """What the encoders, by name, make of a text for each tokenizer and of a picture that is grey as ``shade``."""
 
+    def weights_of(self, component: str) -> str:
+        """Where the weights of the ``denoiser``, the ``decoder`` or the ``encoders`` are."""
+        names = {"denoiser": ["transformer"], "decoder": ["vae"]}.get(component, list(self.encoders))
+        return ", ".join(self._location(name) for name in names)
+
     def _location(self, component: str) -> str:
         """Where a component's files are."""
         return f"{self._encoders.source.location if self._encoders else ''}/{component}"
