@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import json
+import logging
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -241,14 +242,14 @@ def read_json(file: Path) -> dict[str, Any]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """A context in which diffusers and transformers log errors alone: every key that they warn of is accounted for."""
+    """A context in which diffusers and transformers log nothing: what they warn of is accounted for, or raised."""
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
     before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
     try:
         for library, _ in before:
-            library.set_verbosity_error()
+            library.set_verbosity(logging.CRITICAL)
         yield
     finally:
         for library, verbosity in before:
