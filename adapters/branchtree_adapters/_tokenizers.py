@@ -28,14 +28,15 @@ def check_tokenizer_files(kind: Any, folder: Path) -> None:
     if missing:
         instead = f" (or {whole} for {' and '.join(names.values())})" if whole and missing != [CONFIG] else ""
         raise ModelError(f"'{folder}' lacks {', '.join(missing)}{instead}; {REMEDY}.")
-    empty = [path.name for path in sorted(folder.iterdir()) if path.is_file() and path.stat().st_size == 0]
+    empty = [name for name in needed if (folder / name).stat().st_size == 0]
     if empty:
         raise ModelError(f"'{folder / empty[0]}' is empty; {REMEDY}.")
 
 
 def check_tokenizer(tokenizer: Any, folder: Path, encoder: Mapping[str, Any]) -> None:
     """Refuse a tokenizer that does not fit its encoder, whose configuration is ``encoder``. Raises ModelError."""
-    vocabulary = tokenizer.get_vocab()
+    special = set(tokenizer.all_special_tokens)  # among them sentinels of pre-training, which no prompt holds
+    vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if token not in special}
     rows = encoder.get("vocab_size")
     token, highest = max(vocabulary.items(), key=lambda item: item[1], default=("", -1))
     if isinstance(rows, int) and highest >= rows:
