@@ -34,7 +34,7 @@ def lowest_pins(names: tuple[str, ...] = PINNED) -> list[str]:
     """Return ``name==version`` for the floors in pyproject.toml."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     matches = [re.match(r"([\w-]+)>=([\w.]+)", each) for each in project["dependencies"]]
-    floors = dict(match.groups() for match in matches if match)
+    floors = {match[1]: match[2] for match in matches if match}
     return [f"{name}=={floors[name]}" for name in names]
 
 
