@@ -97,7 +97,8 @@ class PipelineAdapter(ABC):
 
     def weights_of(self, component: str) -> str:
         """Where the weights of the ``denoiser``, the ``decoder`` or the ``encoders`` are."""
-        names = {"denoiser": ["transformer"], "decoder": ["vae"]}.get(component, list(self.encoders))
+        encoding = [name for name in self.encoding_parts if name in self.frozen_parts]
+        names = {"denoiser": ["transformer"], "decoder": ["vae"]}.get(component, encoding)
         return ", ".join(self._location(name) for name in names)
 
     def _location(self, component: str) -> str:
