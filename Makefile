@@ -4,13 +4,17 @@ VENV := .venv
 BIN := $(VENV)/bin
 QUICKSTART := runs/quickstart
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart test test-lowest lint docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/branchtree train quickstart --output $(QUICKSTART) $(if $(wildcard $(QUICKSTART)/recipe.yaml),--resume)
 
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+
+# The lowest versions of the model libraries that pyproject.toml allows, with this environment's other libraries.
+test-lowest: $(VENV)/.installed-dev
+	$(BIN)/python scripts/test_lowest.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -24,7 +24,7 @@ def verify_checksums(folder: Path, kind: type[BranchTreeError], read: Collection
     Args:
         folder: A folder with ``SHA256SUMS``, or with the ``manifest.json`` that a run writes.
         kind: The error to raise.
-        read: Files and folders directly in ``folder`` that are read; others are left alone. None stands for all.
+        read: Files and folders, relative to ``folder``, that are read; others are left alone. None stands for all.
 
     Raises:
         kind: A listed file is missing or its content differs, or the list itself cannot be used.
@@ -35,7 +35,7 @@ def verify_checksums(folder: Path, kind: type[BranchTreeError], read: Collection
     text = read_text(listing, kind)
     digests = _from_sums(listing, text, kind) if listing.name == SUMS else _from_manifest(listing, text, kind)
     for name, wanted in digests.items():
-        if read is not None and PurePosixPath(name).parts[0] not in read:
+        if read is not None and not any(PurePosixPath(name).is_relative_to(one) for one in read):
             continue
         file = folder / name
         try:

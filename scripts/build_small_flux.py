@@ -32,6 +32,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from branchtree.checksums import write_checksums
 from branchtree.grid import shift_sigmas
 
 SEED = 7
@@ -280,6 +281,7 @@ def save(pipeline: FluxPipeline, output: Path) -> None:
     merges = "".join(f"{left} {right}\n" for left, right in bpe["merges"])
     (output / "tokenizer/merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
     rewrite_json(output / "tokenizer/tokenizer_config.json", extra_special_tokens=None)
+    write_checksums(output)
 
 
 def main() -> None:

@@ -41,6 +41,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
+from branchtree.checksums import write_checksums
 from branchtree.grid import shift_sigmas, time_grid
 
 SEED = 21
@@ -367,6 +368,7 @@ def main() -> None:
     pipeline = train_flow(assemble(vae))
     save_pipeline(pipeline, output, "tokenizer")
     write_clip_weights(pipeline.image_encoder, output / "image_encoder", "vision_model")
+    write_checksums(output)
 
 
 if __name__ == "__main__":

@@ -404,7 +404,7 @@ def test_a_hub_model_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def unreachable(*_: object, **__: object) -> None:
         raise ConnectionError("no route to the hub")
 
-    monkeypatch.setattr(FluxPipeline, "from_pretrained", unreachable)
+    monkeypatch.setattr(FluxPipeline, "download", unreachable)
     with pytest.raises(ModelError, match=r"no route to the hub.*check the hub id, the network") as caught:
         Flux(FluxConfig(path="org/name")).load(CPU, torch.float32, torch.float32)
     assert isinstance(caught.value.__cause__, ConnectionError)

@@ -86,6 +86,8 @@ def test_the_wheel_ships_what_the_recipes_name(tmp_path: Path) -> None:
 
     wheel = next(builder.WheelBuilder(str(Path(__file__).parents[1])).build(directory=str(tmp_path)))
     shipped = set(zipfile.ZipFile(wheel).namelist())
+    for model in ("digits_flux", "moving_digits_wan"):
+        assert f"branchtree_adapters/assets/{model}/SHA256SUMS" in shipped
     for name in recipe_names([builtin_folder()]):
         recipe = load_recipe(name)
         for source in (recipe.data.prompts, recipe.evaluation.prompts if recipe.evaluation else ""):

@@ -172,6 +172,19 @@ def test_all_weights_start_from_a_full_fine_tune(model: Path, tmp_path: Path) ->
         flux(tiny_flux(tmp_path / "other", guidance_embeds=False), model__start=str(tmp_path / "first"), lora=None)
 
 
+def test_weights_that_are_not_as_their_run_wrote_them_are_refused(model: Path, first: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(first, run)
+    (file,) = (run / "final").glob("*.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-3] ^= 1
+    file.write_bytes(bytes(content))
+    changes = lora(model)
+    for start in (run, run / "final", file):
+        with pytest.raises(CheckpointError, match=rf"model\.start: {file}: is damaged or was changed"):
+            flux(model, **{**changes, "model.start": str(start)})
+
+
 def test_a_frozen_copy_has_the_frozen_weights_in_common(model: Path) -> None:
     adapter = flux(model)
     copy = frozen_copy(adapter.denoiser)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,8 +16,10 @@ from branchtree.protocols import LoraSettings
 from branchtree_adapters import _diffusers as shared
 from branchtree_adapters import _speed as speed
 from branchtree_adapters import _trained as trained
+from branchtree_adapters._components import require_finite, require_telling_apart
 from branchtree_adapters._encoders import EncoderSource, fingerprint
 from branchtree_adapters._start import start_denoiser, start_lora
+from branchtree_adapters._tokenizers import check_tokenizer, probe_texts
 
 
 class PipelineAdapter(ABC):
@@ -58,16 +60,58 @@ class PipelineAdapter(ABC):
         """Take a pipeline that was read: the transformer to ``device``, frozen parts to the CPU until needed."""
         self._loaded, self._device, self._dtype = loaded, device, denoiser_dtype
         shared.own_storage(loaded.transformer, device)
-        _own(self._frozen())
+        require_finite(loaded.transformer, self._location("transformer"))
+        self._own({name: getattr(loaded, name, None) for name in self.frozen_parts})
 
     def _with_encoders(self) -> Any:
-        """The pipeline with its encoders, which are read if they are not there. Raises ModelError."""
+        """The pipeline with its encoders on the device, which are read if they are not there. Raises ModelError."""
         pipeline = self._pipeline
         absent = self._absent_encoders()
         if absent:
-            _own([part for part in absent.values() if part is not None])
+            self._own(absent)
             pipeline.register_modules(**absent)
+        for name in self._encoders.names if self._encoders else ():
+            if getattr(pipeline, name) is not None:
+                shared.on_device(getattr(pipeline, name), self._device)
+        if absent:
+            self._probe_encoders()
         return pipeline
+
+    def _probe_encoders(self) -> None:
+        """Encode two texts that differ, and two images. Raises ModelError if an encoder cannot tell them apart."""
+        pipeline = self._pipeline
+        texts: list[dict[str, str]] = [{}, {}]
+        for name in ("tokenizer", "tokenizer_2"):
+            if (tokenizer := getattr(pipeline, name, None)) is not None:
+                encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"))
+                check_tokenizer(tokenizer, Path(self._location(name)), encoder.config.to_dict())
+                for pair, text in zip(texts, probe_texts(tokenizer, Path(self._location(name))), strict=True):
+                    pair[name] = text
+        first, second = (self._embedded(pair, shade) for pair, shade in zip(texts, (0, 255), strict=True))
+        for name, embedding in first.items():
+            require_telling_apart(embedding, second[name], self._location(name), texts)
+
+    @abstractmethod
+    def _embedded(self, texts: Mapping[str, str], shade: int) -> Mapping[str, Tensor]:
+        """What the encoders, by name, make of a text for each tokenizer and of a picture that is grey as ``shade``."""
+
+    def weights_of(self, component: str) -> str:
+        """Where the weights of the ``denoiser``, the ``decoder`` or the ``encoders`` are."""
+        encoding = [name for name in self.encoding_parts if name in self.frozen_parts]
+        names = {"denoiser": ["transformer"], "decoder": ["vae"]}.get(component, encoding)
+        return ", ".join(self._location(name) for name in names)
+
+    def _location(self, component: str) -> str:
+        """Where a component's files are."""
+        return f"{self._encoders.source.location if self._encoders else ''}/{component}"
+
+    def _own(self, parts: Mapping[str, Any]) -> None:
+        """Put frozen components that were read into memory of their own on the CPU. Raises ModelError for NaN."""
+        for name, part in parts.items():
+            if part is not None:
+                shared.own_storage(part, torch.device("cpu"))
+                require_finite(part, self._location(name))
+                part.requires_grad_(False)
 
     def _absent_encoders(self) -> dict[str, Any]:
         """The encoders by name, read from their files, unless the pipeline has them. Raises ModelError."""
@@ -170,10 +214,3 @@ class PipelineAdapter(ABC):
             start_lora(self.denoiser, source)
         else:
             start_denoiser(self.denoiser, source)
-
-
-def _own(parts: Sequence[Any]) -> None:
-    """Put frozen parts that were read into memory of their own on the CPU."""
-    for part in parts:
-        shared.own_storage(part, torch.device("cpu"))
-        part.requires_grad_(False)

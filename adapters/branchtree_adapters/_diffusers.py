@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,8 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from branchtree.errors import ModelError, nearest
+from branchtree.checksums import verify_checksums
+from branchtree.errors import ModelError, nearest, reason_of
 from branchtree.reading import user_path
+from branchtree_adapters._components import build_pipeline, read_json
 
 BUNDLED = "bundled:"
 Configs = Mapping[str, Mapping[str, Any]]
@@ -91,7 +92,9 @@ def read_configs(source: ModelSource, assumed: Configs, model: str) -> tuple[Con
             return assumed, f"{ASSUMED} to be those of {model}, since '{source.name}' is not in the local cache"
     else:
         files = [source.folder / name for name in assumed]
-    configs = {name: _read_json(file) for name, file in zip(assumed, files, strict=True)}
+    if source.folder is not None:
+        verify_checksums(source.folder, ModelError, assumed)
+    configs = {name: read_json(file) for name, file in zip(assumed, files, strict=True)}
     return configs, f"configuration files of '{source.name}'"
 
 
@@ -113,14 +116,6 @@ def is_assumed(path: str, origin: str, known: Iterable[str]) -> bool:
     ``known`` are hub ids whose sizes are the assumed ones.
     """
     return origin.startswith(ASSUMED) and path not in known
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read '{file}': {error}; the model folder is incomplete or damaged.") from error
-    return content
 
 
 def on_meta(build: Callable[[], Built]) -> Built:
@@ -156,25 +151,28 @@ def load_pipeline(
     Its parts are in ``dtype``, but for those that ``others`` names. The files of the parts named in ``without`` are
     neither read nor downloaded; the pipeline has None in their place. Raises ModelError.
     """
-    absent = dict.fromkeys(without)
+    absent = tuple(without)
+    with no_progress_bars() if source.folder else nullcontext():
+        folder = source.folder or _download(pipeline, source, absent)
+        try:
+            loaded = build_pipeline(pipeline, folder, dtype, others, absent)
+        except Exception as error:  # every library below has exceptions of its own for a file that is not right
+            raise ModelError(f"cannot load '{source.location}': {reason_of(error)}") from error
+    loaded.register_to_config(_name_or_path=source.location)
+    return loaded
+
+
+def _download(pipeline: Any, source: ModelSource, without: Iterable[str]) -> Path:
+    """Return the folder of a hub id's files, downloaded but for some components. Raises ModelError."""
     try:
-        with no_progress_bars() if source.folder else nullcontext():
-            return pipeline.from_pretrained(
-                source.location,
-                revision=source.revision,
-                dtype={**others, "default": dtype},
-                use_safetensors=True,
-                **absent,
-            )
-    except Exception as error:  # every library below has exceptions of its own for a file that is not right
-        remedy = (
-            "check the hub id, the network and, for a gated model, that its licence is accepted on its page and that "
-            "you are logged in (hf auth login); or download the model and give its folder"
-            if source.folder is None
-            else "give a complete folder of this model family with its weights as safetensors"
-        )
-        reason = f"{type(error).__name__}: {error}"
-        raise ModelError(f"cannot load '{source.location}' ({reason}); {remedy}.") from error
+        absent = dict.fromkeys(without)
+        return Path(pipeline.download(source.name, revision=source.revision, use_safetensors=True, **absent))
+    except Exception as error:  # the hub's client has many exceptions for one matter
+        raise ModelError(
+            f"cannot load '{source.location}' ({type(error).__name__}: {error}); check the hub id, the network and, "
+            "for a gated model, that its licence is accepted on its page and that you are logged in (hf auth login), "
+            "or download the model and give its folder."
+        ) from error
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pydantic
@@ -99,7 +99,9 @@ class Flux(PipelineAdapter):
         configs, origin = shared.read_configs(source, FLUX_DEV, "FLUX.1-dev")
         transformer, *frozen = shared.on_meta(lambda: _build(configs))
         rows, columns = self._grid(2 ** (len(configs["vae/config.json"]["block_out_channels"]) - 1))
-        text_limit = configs["tokenizer_2/tokenizer_config.json"]["model_max_length"]
+        text_limit = configs["tokenizer_2/tokenizer_config.json"].get(
+            "model_max_length", self.config.max_sequence_length
+        )
         sizes = transformer.config
         text = min(self.config.max_sequence_length, text_limit)
         tokens = rows * columns + text
@@ -162,17 +164,26 @@ class Flux(PipelineAdapter):
         Returns, on the CPU in the encoders' dtype, ``prompt_embeds`` (P, tokens, dim) of T5 and
         ``pooled_prompt_embeds`` (P, dim) of CLIP. Raises DataError for a negative prompt, which is not used here.
         """
-        pipeline = self._with_encoders()
-        for encoder in (pipeline.text_encoder, pipeline.text_encoder_2):
-            shared.on_device(encoder, self._device)
-        tokens = min(self.config.max_sequence_length, pipeline.tokenizer_2.model_max_length)
+        self._with_encoders()
         rows: list[tuple[Tensor, Tensor]] = []
         for condition in conditions:
             self.check(condition)
-            text, pooled, _ = pipeline.encode_prompt(condition.prompt, device=self._device, max_sequence_length=tokens)
-            rows.append((text.cpu(), pooled.cpu()))
+            rows.append(self._encode_text(condition.prompt))
         prompt_embeds, pooled_prompt_embeds = (torch.cat(column) for column in zip(*rows, strict=True))
         return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_prompt_embeds}
+
+    def _encode_text(self, prompt: str, prompt_2: str | None = None) -> tuple[Tensor, Tensor]:
+        """T5's embedding (1, tokens, dim) of ``prompt_2``, by default ``prompt``, and CLIP's (1, dim), on the CPU."""
+        tokens = min(self.config.max_sequence_length, self._pipeline.tokenizer_2.model_max_length)
+        text, pooled, _ = self._pipeline.encode_prompt(
+            prompt, prompt_2, device=self._device, max_sequence_length=tokens
+        )
+        return text.cpu(), pooled.cpu()
+
+    @torch.no_grad()
+    def _embedded(self, texts: Mapping[str, str], shade: int) -> Mapping[str, Tensor]:
+        text, pooled = self._encode_text(texts["tokenizer"], texts["tokenizer_2"])
+        return {"text_encoder": pooled, "text_encoder_2": text}
 
     def _encoding_settings(self) -> dict[str, object]:
         return {"max_sequence_length": self.config.max_sequence_length}

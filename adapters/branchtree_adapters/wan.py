@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -164,24 +164,38 @@ class Wan(PipelineAdapter):
         if self.config.task == "image_to_video":
             encoded["condition"] = torch.cat([self._encode_frames(images) for images in frames])
         if self._layout.images:
-            shared.on_device(self._with_encoders().image_encoder, self._device)
+            self._with_encoders()
             embedded = [self._pipeline.encode_image(images[: self._layout.images], self._device) for images in frames]
             encoded["image_embeds"] = torch.stack([rows.cpu() for rows in embedded]).to(encoded["prompt_embeds"].dtype)
         return encoded
 
     def _encode_texts(self, texts: Sequence[str]) -> Tensor:
         """UMT5 embeddings (P, tokens, dim) on the CPU; a text that comes again is not encoded again."""
-        shared.on_device(self._with_encoders().text_encoder, self._device)
+        self._with_encoders()
         rows: dict[str, Tensor] = {}
         for text in dict.fromkeys(texts):
-            embedded, _ = self._pipeline.encode_prompt(
-                text,
-                do_classifier_free_guidance=False,
-                max_sequence_length=self.config.max_sequence_length,
-                device=self._device,
-            )
-            rows[text] = embedded.cpu()
+            rows[text] = self._encode_text(text)
         return torch.cat([rows[text] for text in texts])
+
+    def _encode_text(self, text: str) -> Tensor:
+        """UMT5's embedding (1, tokens, dim) on the CPU."""
+        embedded: Tensor = self._pipeline.encode_prompt(
+            text,
+            do_classifier_free_guidance=False,
+            max_sequence_length=self.config.max_sequence_length,
+            device=self._device,
+        )[0]
+        return embedded.cpu()
+
+    @torch.no_grad()
+    def _embedded(self, texts: Mapping[str, str], shade: int) -> Mapping[str, Tensor]:
+        from PIL import Image
+
+        found = {"text_encoder": self._encode_text(texts["tokenizer"])}
+        if getattr(self._pipeline, "image_encoder", None) is not None:
+            image = Image.new("RGB", (self.config.width, self.config.height), (shade, 128, 128))
+            found["image_encoder"] = self._pipeline.encode_image([image], self._device).cpu()
+        return found
 
     def _encode_frames(self, frames: Sequence[Image.Image]) -> Tensor:
         """Mask channels and latents (1, channels, frames, rows, columns) of a video with the given frames."""

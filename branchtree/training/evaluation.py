@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from branchtree.assembly import NamedReward
-from branchtree.errors import RewardError
+from branchtree.errors import ModelError, RewardError
 from branchtree.protocols import Condition, Media, ModelAdapter, Scores
 from branchtree.rollout import Sampler, chunks
+from branchtree.training.faults import REMEDY, are_faults
 from branchtree.training.lockstep import Lockstep
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import ConditioningCache
@@ -112,7 +113,15 @@ class Evaluator:
             lambda: self._in_step(mine, batches[0], most, keep, advance)
         )
         everyone: list[Samples] = gather_object(scored)
-        return Samples.joined(everyone)
+        samples = Samples.joined(everyone)
+        self._require_samples(samples.scores)
+        return samples
+
+    def _require_samples(self, scores: Mapping[str, Scores]) -> None:
+        """Raise ModelError if the model spoiled every sample, so that there is nothing to compare."""
+        reasons = [reason for each in scores.values() for reason in each.reasons.values()]
+        if are_faults(reasons) and not any(bool(each.valid.any()) for each in scores.values()):
+            raise ModelError(f"no sample can be scored: {reasons[0]}; {REMEDY}")
 
     def _in_step(
         self,

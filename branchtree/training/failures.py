@@ -10,6 +10,7 @@ from typing import Any
 from branchtree.errors import RewardError
 from branchtree.protocols import Scores
 from branchtree.recipe.schema import ScoringSection
+from branchtree.training.faults import REMEDY, are_faults
 from branchtree.training.rundir import METRICS, RunDirectory
 
 SHOWN = 2
@@ -75,7 +76,11 @@ class FailureWatch:
             f"reward '{label}' gave no valid value for {total.invalid} of {total.samples} samples of the last {span} "
             f"({total.invalid / total.samples:.0%}; scoring.max_invalid allows {self._section.max_invalid:.0%})."
             + (f" Most often: {reasons}." if reasons else "")
-            + " Mend the reward and go on with --resume, or raise scoring.max_invalid"
+            + (
+                f" So {REMEDY}"
+                if are_faults(total.reasons)
+                else " Fix the reward and go on with --resume, or raise scoring.max_invalid"
+            )
         )
 
 

@@ -15,6 +15,7 @@ from branchtree.protocols import Condition, Conditioning, DropsEncoders, ModelAd
 from branchtree.recipe.schema import RunSection
 from branchtree.staging import send
 from branchtree.training.encodings import Encoding, EncodingStore, open_store
+from branchtree.training.faults import require_finite_encoding
 
 Key = tuple[object, ...]
 
@@ -105,6 +106,8 @@ class ConditioningCache:
         store = self._store
         found = {} if store is None else {key: store.read(condition) for key, condition in missing.items()}
         rows = {key: row for key, row in found.items() if row is not None}
+        for key, row in rows.items():
+            require_finite_encoding(self._model, missing[key], row)
         unknown = {key: condition for key, condition in missing.items() if key not in rows}
         self._rest(bool(unknown))
         if not unknown:
@@ -113,6 +116,7 @@ class ConditioningCache:
         encoded = self._model.encode(list(unknown.values()))
         for place, (key, condition) in enumerate(unknown.items()):
             rows[key] = {name: value[place].clone() for name, value in encoded.items()}
+            require_finite_encoding(self._model, condition, rows[key])
             if store is not None:
                 store.write(condition, rows[key])
         return rows

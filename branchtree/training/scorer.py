@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Container, Mapping, Sequence
 from concurrent.futures import Future
 from types import TracebackType
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from branchtree.assembly import NamedReward
 from branchtree.protocols import Condition, Media, ModelAdapter, Scores
+from branchtree.training.faults import find_faults, mask_faults
 from branchtree.training.microbatch import RowLimit, RowLimits
 from branchtree.training.scoring import AHEAD, Piece, ScoringQueue, Workers, shut_down
 
@@ -38,6 +39,8 @@ class Scorer:
         self._queue = ScoringQueue(rewards, workers.scoring, limits)
         self._decoding = workers.decoding()
         self._given: list[Future[list[Media]]] = []
+        self._decoded = 0  # samples so far
+        self._faults: dict[int, str] = {}  # what the model spoiled, by sample
         self.decoding_seconds = 0.0
 
     def __enter__(self) -> Scorer:
@@ -77,6 +80,9 @@ class Scorer:
     ) -> list[Media]:
         kept: list[Media] = []
         for rows, media in self._limit.each(len(latents), lambda rows: self._timed(latents[rows])):
+            faults = find_faults(self._model, latents[rows], media.pixels)
+            self._faults |= {self._decoded + row: reason for row, reason in faults.items()}
+            self._decoded += len(media)
             kept += [_on_cpu(media[row - rows.start :][:1]) for row in range(rows.start, rows.stop) if row in keep]
             self._queue.put(Piece(media, conditions[rows], prompts[rows]))
         self._queue.seal()
@@ -96,11 +102,14 @@ class Scorer:
         for given in self._given[:count]:
             given.result()
         if count < len(self._given):
-            return self._queue.results(count - 1)
+            return self._masked(self._queue.results(count - 1))
         self._model.release_frozen()
         scores = self._queue.results()
         self._queue.rest()
-        return scores
+        return self._masked(scores)
+
+    def _masked(self, scores: Mapping[str, Scores]) -> dict[str, Scores]:
+        return {label: mask_faults(each, self._faults) for label, each in scores.items()}
 
     @property
     def seconds(self) -> dict[str, float]:

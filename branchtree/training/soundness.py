@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from branchtree.noise import Purpose, generator
+from branchtree.training.faults import find_faults
 from branchtree.training.policy import velocity_function
 from branchtree.training.sampling import denoise
 from branchtree.training.session import Session
@@ -28,6 +29,14 @@ def find_divergence(session: Session, conditioning: Mapping[str, Tensor], togeth
 
 
 @torch.no_grad()
+def find_fault(session: Session, conditioning: Mapping[str, Tensor]) -> str | None:
+    """Return which component of a model that is not trained yet makes no finite sample, or None if all do."""
+    sample = _sample(session, conditioning)
+    pixels = session.inputs.model.decode(sample.to(session.device)).pixels
+    return find_faults(session.inputs.model, sample, pixels.cpu()).get(0)
+
+
+@torch.no_grad()
 def _of_weights(session: Session) -> str | None:
     finite = [local(value).isfinite().all() for value in session.trained.engine.parameters.values()]
     return None if bool(torch.stack(finite).all()) else "they are not all finite"
@@ -35,15 +44,23 @@ def _of_weights(session: Session) -> str | None:
 
 @torch.no_grad()
 def _of_sample(session: Session, conditioning: Mapping[str, Tensor]) -> str | None:
-    model = session.inputs.model
-    noise = model.initial_noise(generator(session.recipe.tree.noise_seed, 0, 0, 0, 0, Purpose.INITIAL))[None]
-    velocity = velocity_function(model, conditioning, session.accelerator.autocast)
-    sample = denoise(velocity, session.sampler, noise.to(session.device), session.limits.rollout).cpu()
+    noise, sample = _noise(session), _sample(session, conditioning)
     if not bool(sample.isfinite().all()):
         return "they make samples that are not finite"
     if _size(sample) > EXPLODED * _size(noise):
         return f"they make samples of {_size(sample):.3g} on average, where the noise is of {_size(noise):.3g}"
     return None
+
+
+def _noise(session: Session) -> Tensor:
+    seed = session.recipe.tree.noise_seed
+    return session.inputs.model.initial_noise(generator(seed, 0, 0, 0, 0, Purpose.INITIAL))[None]
+
+
+def _sample(session: Session, conditioning: Mapping[str, Tensor]) -> Tensor:
+    """Clean latents (1, *latent) of an encoded prompt, on the CPU."""
+    velocity = velocity_function(session.inputs.model, conditioning, session.accelerator.autocast)
+    return denoise(velocity, session.sampler, _noise(session).to(session.device), session.limits.rollout).cpu()
 
 
 def _size(values: Tensor) -> float:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
+from branchtree.checksums import verify_checksums
 from branchtree.errors import CheckpointError, RecipeError
 from branchtree.protocols import ModelAdapter, StartsFromWeights
 from branchtree.reading import user_path
@@ -62,15 +63,26 @@ def find_start(path: Path) -> Path:
 
 
 def load_start(model: ModelAdapter, path: Path) -> None:
-    """Put the weights to start from into a loaded model. Raises CheckpointError if they do not fit what is trained."""
+    """Put the weights to start from into a loaded model.
+
+    Raises CheckpointError if they are not as the list of digests beside them says, or do not fit what is trained.
+    """
     try:
         source = find_start(path)
+        _verify(source)
         if isinstance(model, StartsFromWeights):
             model.start_from(source)
         else:
             model.restore(source)
     except CheckpointError as error:
         raise CheckpointError(f"model.start: {str(error).removeprefix('model.start: ')}") from error
+
+
+def _verify(source: Path) -> None:
+    """Compare weights with the digests in their folder or the one above. Raises CheckpointError."""
+    verify_checksums(source.parent, CheckpointError, [source.name])
+    if source.is_dir():
+        verify_checksums(source, CheckpointError)
 
 
 def frozen_copy(denoiser: nn.Module) -> nn.Module:

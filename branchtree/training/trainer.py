@@ -18,6 +18,7 @@ from branchtree.errors import (
     CallbackError,
     DataError,
     DivergenceError,
+    ModelError,
     OutputError,
     RecipeError,
     RewardError,
@@ -28,6 +29,7 @@ from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
 from branchtree.training.checkpoint import Progress, iteration_of
 from branchtree.training.continuation import ContinuationWatch, compare_continuation, comparing_forwards, is_due
+from branchtree.training.faults import REMEDY
 from branchtree.training.growth import grow_and_score, join_forwards
 from branchtree.training.interrupt import StopRequest
 from branchtree.training.keeper import CheckpointKeeper
@@ -38,7 +40,7 @@ from branchtree.training.restore import agreed_checkpoint
 from branchtree.training.rundir import METRICS, TREES, RunDirectory
 from branchtree.training.samples import thumbnails, write_tree
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
-from branchtree.training.soundness import find_divergence
+from branchtree.training.soundness import find_divergence, find_fault
 from branchtree.training.teams import GroupRecord
 from branchtree.training.timing import Stopwatch
 from branchtree.training.tracking import Trackers, running_trackers
@@ -164,9 +166,10 @@ class Trainer:
         trained, joint = session.trained, session.lockstep.joint
         changed = trained.guard.admitted != standing.updates
         together = session.accelerator.num_processes == 1 or isinstance(error, RewardError | DataError)
-        if (joint and not together) or not (joint or self._main) or not (changed or standing.done):
+        if (joint and not together) or not (joint or self._main) or isinstance(error, DivergenceError):
             return
-        if isinstance(error, DivergenceError):
+        if not (changed or standing.done):
+            self._blame_model(error)
             return
         problem = self._divergence(error)
         if problem is not None and not isinstance(error, tuple(REMEDIES)):
@@ -178,6 +181,18 @@ class Trainer:
             self._keeper.save(standing.done)
         except Exception as second:  # the first failure is the one to report
             log.warning("what was learnt since the last checkpoint is lost: %s", second)
+
+    def _blame_model(self, error: Exception) -> None:
+        """Raise ModelError if a reward failed only since the model, before it was trained, makes no finite sample."""
+        if not isinstance(error, RewardError) or not self._conditioning:
+            return
+        try:
+            fault = find_fault(self._session, self._conditioning)
+        except Exception as second:
+            log.warning("whether the model makes finite samples cannot be found out: %s", second)
+            return
+        if fault is not None:
+            raise ModelError(f"before anything was trained, {fault}; {REMEDY}") from error
 
     def _divergence(self, error: Exception | None = None) -> DivergenceError | None:
         """What to raise if the weights have diverged: an ``error`` that ended the run is then only a symptom."""

@@ -1,0 +1,71 @@
+"""Samples and encodings that the model itself spoiled: which component gave values that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from branchtree.errors import ModelError
+from branchtree.protocols import Condition, ModelAdapter, Scores
+
+MARK = "the model's "
+REMEDY = "the model is at fault, not the reward: get its files again, or use a wider run.precision"
+
+
+@runtime_checkable
+class LocatesWeights(Protocol):
+    """A model adapter that can say where the weights of its ``denoiser``, ``decoder`` or ``encoders`` are."""
+
+    def weights_of(self, component: str) -> str:
+        """Return the files or folder of a component, in words."""
+        ...
+
+
+def describe_fault(model: ModelAdapter, component: str, gave: str) -> str:
+    """Say which component gave values that are not finite, and where its weights are."""
+    where = f" (weights: {model.weights_of(component)})" if isinstance(model, LocatesWeights) else ""
+    return f"{MARK}{component} gave {gave} that are not finite{where}"
+
+
+def find_faults(model: ModelAdapter, latents: Tensor, pixels: Tensor) -> dict[int, str]:
+    """Return, by row, what spoiled a sample whose decoded ``pixels`` (B, ...) are not all finite."""
+    sound = _finite_rows(pixels)
+    if bool(sound.all()):
+        return {}
+    denoised = _finite_rows(latents)
+    reasons = {
+        True: describe_fault(model, "decoder", "pixels"),
+        False: describe_fault(model, "denoiser", "latents"),
+    }
+    return {row: reasons[bool(denoised[row])] for row, good in enumerate(sound.tolist()) if not good}
+
+
+def _finite_rows(values: Tensor) -> Tensor:
+    return values.flatten(1).isfinite().all(dim=1)
+
+
+def mask_faults(scores: Scores, faults: Mapping[int, str]) -> Scores:
+    """Mark the scores of spoiled samples as invalid, for that reason, whatever a reward made of them."""
+    here = {row: reason for row, reason in faults.items() if row < len(scores)}
+    if not here:
+        return scores
+    valid = scores.valid.clone()
+    valid[list(here)] = False
+    return replace(scores, valid=valid, reasons={**scores.reasons, **here})
+
+
+def are_faults(reasons: Collection[str]) -> bool:
+    """Whether all of some reasons for invalid samples are the model's."""
+    return bool(reasons) and all(reason.startswith(MARK) for reason in reasons)
+
+
+def require_finite_encoding(model: ModelAdapter, condition: Condition, row: Mapping[str, Tensor]) -> None:
+    """Raise ModelError if a condition's encoding holds values that are not finite."""
+    for name, value in row.items():
+        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+            fault = describe_fault(model, "encoders", f"numbers in '{name}'")
+            raise ModelError(f"{condition}: {fault}; get the model's files again, or use a wider run.precision")
