@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -17,6 +16,7 @@ import torch
 from torch import nn
 
 from branchtree.errors import ModelError, nearest
+from branchtree.json_lines import read_json_object
 from branchtree.reading import user_path
 
 BUNDLED = "bundled:"
@@ -117,10 +117,9 @@ def is_assumed(path: str, origin: str, known: Iterable[str]) -> bool:
 
 def _read_json(file: Path) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"cannot read '{file}': {error}; the model folder is incomplete or damaged.") from error
-    return content
+        return read_json_object(file, ModelError)
+    except ModelError as error:
+        raise ModelError(f"cannot read '{file}': {error}; the model folder is incomplete or damaged.") from None
 
 
 def on_meta(build: Callable[[], Built]) -> Built:

@@ -10,6 +10,7 @@ from typing import Any
 from branchtree.evaluating.bootstrap import LEVEL, RESAMPLES
 from branchtree.evaluating.comparison import Comparison
 from branchtree.evaluating.request import GRID, RESULT, SAMPLES, Request
+from branchtree.reading import whole_text
 from branchtree.scoring.results import FileScore, file_scores
 from branchtree.training.disk import write_atomically
 from branchtree.training.evaluation import Samples
@@ -76,7 +77,7 @@ def _record(request: Request, outcome: Outcome) -> dict[str, Any]:
     subject = request.subject
     return {
         "recipe": request.recipe.name,
-        "run": None if subject.run is None else str(subject.run),
+        "run": None if subject.run is None else whole_text(str(subject.run)),
         "iteration": subject.iteration,
         "averaged_weights": subject.checkpoint is not None and request.recipe.optim.ema is not None,
         "figures": {label: asdict(figure) for label, figure in outcome.figures.items()},

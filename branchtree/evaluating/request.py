@@ -101,8 +101,8 @@ def _rewards(section: EvaluationSection | None, choices: Choices, modality: str)
     if choices.rewards is None:
         return make_rewards(section.rewards, ("evaluation", "rewards"), modality) if section else []
     specs = [choices.rewards] if isinstance(choices.rewards, str | Mapping) else list(choices.rewards)
-    made = zip(make_named(specs), specs, strict=True)
-    named = [replace(reward, described=spec if isinstance(spec, str) else json.dumps(spec)) for reward, spec in made]
+    texts = [spec if isinstance(spec, str) else json.dumps(spec, default=str) for spec in specs]
+    named = [replace(reward, described=text) for reward, text in zip(make_named(specs), texts, strict=True)]
     for reward in named:
         if modality not in reward.adapter.modalities:
             scored = ", ".join(sorted(reward.adapter.modalities))

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import DataError, RewardError
+from branchtree.json_lines import parse_json
 from branchtree.protocols import Condition, Media, Scores
 
 CONTENT_TYPE = "application/x-safetensors"
@@ -138,7 +139,9 @@ def decode_request(body: bytes, folder: Path) -> Request:
     """Read a request; the files of its conditions are written to ``folder``. Raises WireError."""
     tensors, metadata = _load(body)
     try:
-        header = _Header.model_validate_json(metadata.get("request", ""))
+        header = _Header.model_validate(parse_json(metadata.get("request", ""), "the metadata 'request' is not right"))
+    except DataError as error:
+        raise WireError(str(error)) from None
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         at = ".".join(map(str, first["loc"]))
