@@ -10,7 +10,7 @@ from typing import Any
 log = logging.getLogger("branchtree")
 
 LIKENESS = 0.8
-"""How alike two keys are that a slip of the keyboard sets apart: "prompt" and "promt" are .91, "image" and "stage" .6."""
+"""How alike two keys are that a slip of the keyboard sets apart: promt is .91 like prompt, stage .6 like image."""
 ALIASES = {
     "prompt": ("caption", "captions", "text", "description", "instruction"),
     "negative_prompt": ("negative", "negative_caption"),

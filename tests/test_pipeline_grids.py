@@ -160,7 +160,7 @@ def test_a_shift_that_wans_pipeline_does_not_pass_is_refused(wan: tuple[Wan, Wan
     with pytest.raises(ValueError, match="`mu` must be passed"):
         call_wan(wan[1], scheduler)
     wan[0]._pipeline.scheduler = scheduler
-    with pytest.raises(ModelError, match="`mu` must be passed.*use_dynamic_shifting: True.*Set sampler.grid to"):
+    with pytest.raises(ModelError, match=r"`mu` must be passed.*use_dynamic_shifting: True.*Set sampler.grid to"):
         wan[0].sigmas(STEPS)
 
 
@@ -169,5 +169,5 @@ def test_what_fluxs_pipeline_cannot_call_is_refused(flux: tuple[Flux, FluxPipeli
     with pytest.raises(AssertionError):
         call_flux(flux[1], scheduler)
     flux[0]._pipeline.scheduler = scheduler
-    with pytest.raises(ModelError, match="DPMSolverMultistepScheduler .* gives no flow-matching grid"):
+    with pytest.raises(ModelError, match=r"DPMSolverMultistepScheduler .* gives no flow-matching grid"):
         flux[0].sigmas(STEPS)
