@@ -19,7 +19,8 @@ from branchtree.json_lines import json_object
 from branchtree.parts import cut
 from branchtree.protocols import Condition, Scores
 from branchtree.recipe.schema import ScoringSection
-from branchtree.report import write_report
+from branchtree.report.read import read_run
+from branchtree.report.sections import failures
 from branchtree.training.failures import (
     LISTED,
     OTHER_REASONS,
@@ -105,7 +106,7 @@ def test_a_flood_of_failures_stays_short_and_is_counted() -> None:
 
 def test_the_report_counts_reasons_and_shows_examples(tmp_path: Path) -> None:
     run = fake_run.build_run(tmp_path / "run", 4, every=2)
-    assert "could not be scored" not in write_report(run).read_text()
+    assert failures(read_run(run)) == ""
     sample = {"prompt_id": 3, "prompt": "<b>a cat</b>", "leaf": 7, "reward": "hps", "reason": "it is dark"}
     rows: list[dict[str, Any]] = [{"iteration": i, **sample} for i in range(3)]
     rows.append({"iteration": 2, "reward": "hps", "more": 40, "reasons": {"it is dark": 38, "blank": 2}})
@@ -113,10 +114,11 @@ def test_the_report_counts_reasons_and_shows_examples(tmp_path: Path) -> None:
     fake_run.write_lines(run / "failures.jsonl", rows)
     with (run / "failures.jsonl").open("a") as file:
         file.write('{"iteration": 3, "leaf": "x"}\n{"iteration": 3, "le')
-    page = write_report(run).read_text()
-    assert "Samples that could not be scored" in page and "&lt;b&gt;a cat&lt;/b&gt;" in page
+    found = read_run(run)
+    page = failures(found)
+    assert "&lt;b&gt;a cat&lt;/b&gt;" in page and "The last 3 that are named" in page
     gone = "reward &#x27;hps&#x27; failed: OSError: gone"
     for reward, *cells in (("hps", "it is dark", 41, 2), ("hps", "blank", 2, 2), ("the whole call", gone, 1, 3)):
         assert f'<th scope="row">{reward}</th>' + "".join(f"<td>{cell}</td>" for cell in cells) in page
-    assert "A line of iteration 3 in failures.jsonl was left out" in page
-    assert "The last line of failures.jsonl is incomplete" in page
+    assert any("A line of iteration 3 in failures.jsonl was left out" in note for note in found.notes)
+    assert any("unreadable lines of failures.jsonl" in note or "is incomplete" in note for note in found.notes)

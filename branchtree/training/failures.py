@@ -20,7 +20,7 @@ NO_REASON = "the reward gave none"
 LISTED = 20
 """How many failed samples of an iteration the log names; of the others it has the number, by reward and reason."""
 REASONS = 10
-"""How many reasons that number is told apart by; the rarer ones are one more."""
+"""How many reasons are counted separately in that line; the rarer ones are counted together."""
 TEXT = 500
 """Characters of a prompt or a reason that the log repeats."""
 OTHER_REASONS = "other reasons"
@@ -56,7 +56,7 @@ class Leaves:
     topology: Topology
     prompt_ids: Sequence[int]
     conditions: Sequence[Condition]
-    first: int  # the place of its first prompt among those of the iteration
+    first: int  # the position of its first prompt among those of the iteration
 
     def failed(self, scores: Mapping[str, Scores]) -> list[Row]:
         """The first few leaves that a reward could not score, by prompt and leaf, each reward on a line of its own."""
@@ -69,7 +69,7 @@ class Leaves:
             condition = self.conditions[prompt]
             rows.append(
                 {
-                    "place": self.first + prompt,
+                    "position": self.first + prompt,
                     "prompt_id": self.prompt_ids[prompt],
                     "prompt": logged(condition.prompt),
                     "source": logged(condition.place),
@@ -91,7 +91,7 @@ def log_rows(everyone: Sequence[Mapping[str, Failures]], listed: Sequence[Sequen
 
     After ``LISTED`` of them there is a line for each reward with the number of the rest.
     """
-    rows = sorted((row for share in listed for row in share), key=lambda row: (row["place"], row["leaf"]))[:LISTED]
+    rows = sorted((row for share in listed for row in share), key=lambda row: (row["position"], row["leaf"]))[:LISTED]
     rest = {label: Counter[str]() for share in everyone for label in share}
     for share in everyone:
         for label, failures in share.items():
@@ -99,7 +99,7 @@ def log_rows(everyone: Sequence[Mapping[str, Failures]], listed: Sequence[Sequen
                 rest[label][logged(reason)] += count
     for row in rows:
         rest[row["reward"]][row["reason"]] -= 1
-    lines = [{name: value for name, value in row.items() if name != "place" and value != ""} for row in rows]
+    lines = [{name: value for name, value in row.items() if name != "position" and value != ""} for row in rows]
     for label, reasons in rest.items():
         left = +reasons
         if left:
