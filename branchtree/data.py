@@ -144,8 +144,9 @@ class _Reader:
 
     def rows(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Condition]:
         """The conditions of the rows of one file, each with its location."""
+        conditions = [self.condition(row, location) for location, row in rows]
         warn_of_near_keys(rows, (self.column, "negative_prompt", *MEDIA), self.column)
-        return [self.condition(row, location) for location, row in rows]
+        return conditions
 
     def condition(self, row: Mapping[str, Any], place: str) -> Condition:
         prompt, negative = row.get(self.column), row.get("negative_prompt")

@@ -48,8 +48,6 @@ def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]
         raise DataError(f"prompt: write a text, or leave it out; it is of type {type(prompt).__name__}")
     default = (prompt or "").strip()
     require_characters(default, "prompt")
-    rows = [(f"item {number}", entry) for number, entry in enumerate(entries, 1) if isinstance(entry, Mapping)]
-    warn_of_near_keys(rows, KEYS, "prompt")
     items: list[Item] = []
     for number, entry in enumerate(entries, 1):
         if isinstance(entry, Mapping):
@@ -62,6 +60,8 @@ def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]
             items.extend(_path_items(user_path(entry), default))
     if not items:
         raise DataError("there is nothing to score; give at least one image, video, folder or .jsonl file")
+    rows = [(f"item {number}", entry) for number, entry in enumerate(entries, 1) if isinstance(entry, Mapping)]
+    warn_of_near_keys(rows, KEYS, "prompt")
     for item in items:  # also of folders, whose files have the names that the disk gives them
         if half_character(str(item.path)):
             raise DataError(f"{item.at}file {shown(str(item.path))} has a name that is not UTF-8; rename it")
@@ -101,9 +101,9 @@ def _listed(path: Path, prompt: str) -> Iterator[Item]:
     if not numbered:
         raise DataError(f'{path}: is empty; write lines such as {{"image": "a.png", "prompt": "a cat"}}')
     rows = [(location, json_object(line, location)) for location, line in numbered]
-    warn_of_near_keys(rows, KEYS, "prompt")
     for location, row in rows:
         yield _row_item(row, path.parent, location, prompt)
+    warn_of_near_keys(rows, KEYS, "prompt")
 
 
 def _row_item(row: Mapping[str, Any], folder: Path, location: str, default: str) -> Item:
