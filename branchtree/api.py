@@ -70,25 +70,28 @@ def evaluate(
     noises: int | None = None,
     limit: int | None = None,
     checkpoint: int | None = None,
+    lora: str | Path | None = None,
     output: str | Path | None = None,
     smoke: bool = False,
     force: bool = False,
 ) -> EvaluationResult:
-    """Judge a run's model against its base on held-out prompts, or a recipe's base model alone.
+    """Judge a run's model, or a LoRA, against its base on held-out prompts, or a recipe's base model alone.
 
     ``run_or_recipe`` is a run's directory, whose newest checkpoint is taken, or that of ``checkpoint`` iterations; or
     a recipe as ``train`` takes it. Both models make samples of the same prompts from the same noises, without further
     noise, and each reward's difference comes with an interval over prompts. ``rewards``, named as ``score`` names
     them, ``prompts`` (a file, or texts), ``noises`` per prompt and ``limit``, of prompts, stand in for what the
-    recipe's ``evaluation`` section says. Figures, every sample's scores and pictures are written to ``output``, by
-    default ``evaluation`` in the run's directory, or ``runs/evaluation-<recipe name>``. ``force`` is as in ``train``.
+    recipe's ``evaluation`` section says. ``lora`` is a LoRA's file or folder, of any common kind, or a run that trained
+    one: it is judged in place of the run's own weights. Figures, every sample's scores and pictures are written to
+    ``output``, by default ``evaluation`` in the run's directory, or ``runs/evaluation-<recipe name>``. ``force`` is as
+    in ``train``.
     Raises a BranchTreeError, with what is wrong and where, before anything is loaded if it can be known then.
     """
     from branchtree.evaluating import evaluate_subject
     from branchtree.evaluating.request import Choices
 
     written = None if output is None else user_path(output)
-    choices = Choices(rewards, prompts, noises, limit, written, force)
+    choices = Choices(rewards, prompts, noises, limit, written, force, lora)
     return evaluate_subject(run_or_recipe, overrides, choices, smoke=smoke, checkpoint=checkpoint)
 
 

@@ -6,12 +6,12 @@ A flipped bit in weights shows in nothing but such a list.
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 
 from branchtree.errors import BranchTreeError, shown
+from branchtree.json_lines import parse_json
 from branchtree.reading import failure_reason, read_text
 
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
@@ -87,10 +87,7 @@ def _from_sums(listing: Path, text: str, kind: type[BranchTreeError]) -> Mapping
 
 def _from_manifest(listing: Path, text: str, kind: type[BranchTreeError]) -> Mapping[str, str]:
     """Return the digests of a run's manifest; none of somebody else's file of that name."""
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise kind(f"{listing}: is damaged: {error}; get the folder again") from None
+    content = parse_json(text, str(listing), kind)
     try:
         digests = {str(name): str(entry["sha256"]) for name, entry in content["files"].items()}
     except (KeyError, TypeError, AttributeError):

@@ -17,6 +17,7 @@ from branchtree.json_lines import json_object, numbered_lines
 from branchtree.noise import Purpose, generator
 from branchtree.protocols import Condition, ModelAdapter, NamesItsMedia
 from branchtree.reading import half_character, require_file, user_path
+from branchtree.row_keys import warn_of_near_keys
 
 if TYPE_CHECKING:
     from branchtree.recipe.schema import DataSection, EvaluationSection
@@ -98,7 +99,7 @@ def load_conditions(
         conditions = [reader.condition({column: text}, f"{section}.prompts.{i}") for i, text in enumerate(prompts)]
     elif prompts.startswith(HUB):
         rows, name = _hub_rows(prompts, split, media, section)
-        conditions = _Reader(column, files, section).rows(rows, name)
+        conditions = _Reader(column, files, section).table(rows, name)
     else:
         path = Path(prompts)
         conditions = _from_file(path, _Reader(column, path.parent if files is None else files, section))
@@ -133,8 +134,14 @@ class _Reader:
     folder: Path | None  # where images and videos lie
     section: str
 
-    def rows(self, rows: Iterable[Mapping[str, Any]], name: str) -> list[Condition]:
-        return [self.condition(row, f"{name}: row {number}") for number, row in enumerate(rows, 1)]
+    def table(self, rows: Iterable[Mapping[str, Any]], name: str) -> list[Condition]:
+        return self.rows([(f"{name}: row {number}", row) for number, row in enumerate(rows, 1)])
+
+    def rows(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Condition]:
+        """The conditions of the rows of one file, each with its location."""
+        conditions = [self.condition(row, location) for location, row in rows]
+        warn_of_near_keys(rows, (self.column, "negative_prompt", *MEDIA), self.column)
+        return conditions
 
     def condition(self, row: Mapping[str, Any], place: str) -> Condition:
         prompt, negative = row.get(self.column), row.get("negative_prompt")
@@ -214,13 +221,13 @@ def _from_file(path: Path, reader: _Reader) -> list[Condition]:
         path, DataError(f"no prompt file {name}; set {reader.section}.prompts to a .txt, .jsonl or .parquet file")
     )
     if suffix == ".parquet":
-        return reader.rows(_parquet_rows(path), str(path))
+        return reader.table(_parquet_rows(path), str(path))
     if suffix not in {".txt", ".jsonl"}:
         raise DataError(f"{path}: prompts are read from .txt, .jsonl and .parquet files")
     numbered = numbered_lines(path)
     if suffix == ".txt":
         return [Condition(prompt=line.strip(), place=place) for place, line in numbered]
-    return [reader.condition(json_object(line, place), place) for place, line in numbered]
+    return reader.rows([(place, json_object(line, place)) for place, line in numbered])
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -279,7 +286,8 @@ def _hub_rows(name: str, split: str, media: Collection[str], section: str) -> tu
     embedded = {column for column, feature in data.features.items() if _holds_media(feature)}
     rows = data.remove_columns([column for column in data.column_names if column in unwanted | embedded])
     missed = " and ".join(f"'{column}'" for column in MEDIA if column in embedded - unwanted)
-    return rows.to_list(), f"{name} (without {missed}, no paths of files)" if missed else name
+    found = [{str(key): _json_value(value) for key, value in row.items()} for row in rows.to_list()]
+    return found, f"{name} (without {missed}, no paths of files)" if missed else name
 
 
 def _datasets(name: str) -> Any:

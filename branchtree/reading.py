@@ -95,3 +95,8 @@ def half_character(text: str) -> str | None:
     except UnicodeEncodeError as error:
         return f"\\u{ord(text[error.start]):04x}"
     return None
+
+
+def whole_text(text: str) -> str:
+    """The text with codes in place of half characters, so that every file takes it."""
+    return text.encode("utf-8", "backslashreplace").decode()

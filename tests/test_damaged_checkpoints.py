@@ -74,7 +74,7 @@ DAMAGES: dict[str, tuple[str, Callable[[Path], Any], str]] = {
     "missing": ("average.safetensors", Path.unlink, "is missing"),
     "extra": ("model/notes.txt", lambda path: path.write_text("x"), "was not written with the checkpoint"),
     "no manifest": (MANIFEST, Path.unlink, "is missing"),
-    "broken manifest": (MANIFEST, lambda path: flip(path, 0), "is no manifest"),
+    "broken manifest": (MANIFEST, lambda path: flip(path, 0), "manifest.json: not valid JSON"),
     "unreadable state": ("state.json", unreadable, "cannot be read (KeyError: 'recipe')"),
 }
 

@@ -29,6 +29,11 @@ ROWS = {
         {"iteration": i, "figures": {"a": {"mean": 0.5, "valid": 8, "samples": 8}}, "of": {"prompts": "0123"}}
         for i in range(0, 7, 2)
     ],
+    "failures.jsonl": [
+        {"iteration": i, "prompt": "a lamp", "leaf": leaf, "reward": "a", "reason": "dark"}
+        for i in range(1, 7, 2)
+        for leaf in (2, 5)
+    ],
 }
 
 
@@ -86,7 +91,8 @@ def test_a_resumed_run_goes_on_without_a_damaged_line(damage: str, cli: Callable
     assert cli(whole, "--no-report", **changes).code == 0
     assert cli(run, "--no-report", run__iterations=3, **changes).code == 0
     before = {}
-    for name in LOGS:
+    written = [name for name in LOGS if (run / name).exists()]
+    for name in written:
         lines = (run / name).read_bytes().splitlines(keepends=True)
         line = bytearray(lines[0])
         place = random.Random(5).randrange(2, len(line) - 2)
@@ -100,7 +106,7 @@ def test_a_resumed_run_goes_on_without_a_damaged_line(damage: str, cli: Callable
     (run / "limits.json").write_bytes(b'{"batch.rollout_rows": Infinity, "\xff": [')
     done = cli(run, "--no-report", "--resume", **changes)
     assert done.code == 0, done.err
-    for name in LOGS:
+    for name in written:
         assert f"{run / name}:1 is damaged and left out" in done.err
         assert (run / f"{name}.damaged").read_bytes() == before[name]
         ours, theirs = ((folder / name).read_bytes().splitlines() for folder in (run, whole))

@@ -160,7 +160,7 @@ def test_settings_that_are_not_those_of_the_weights_are_refused(tmp_path: Path) 
     with pytest.raises(RewardError, match="num_attention_heads"):
         loaded(tmp_path)
     (tmp_path / "med_config.json").write_text("{", encoding="utf-8")
-    with pytest.raises(RewardError, match="is no JSON"):
+    with pytest.raises(RewardError, match="not valid JSON"):
         loaded(tmp_path)
     (tmp_path / "med_config.json").unlink()
     with pytest.raises(RewardError, match=r"no 'med_config\.json' beside the weights"):

@@ -128,13 +128,17 @@ def test_all_bad_files_are_named_before_a_reward_is_loaded(tmp_path: Path) -> No
         path.write_bytes(b"nothing of the kind")
     Image.new("RGB", (8, 8)).save(tmp_path / "good.png")
     with pytest.raises(DataError) as refused:
-        score([tmp_path / "good.png", *(path for path in paths if path.suffix != ".heic")], "hps path=missing")
+        score(
+            [tmp_path / "good.png", *(path for path in paths if path.suffix != ".heic")],
+            "hps path=missing",
+            prompt="a cat",
+        )
     lines = str(refused.value).splitlines()
     named = ["b.mp4' is a video", "f.mkv' is a video", "a.png' is no image", "b.mp4' cannot be opened", "c.tif' is no"]
     assert [what in line for what, line in zip(named, lines, strict=False)] == [True] * 5
     assert lines[5:] == ["and 3 more"]
     with pytest.raises(DataError, match=r"d.heic': .heic is not read; convert this image to PNG"):
-        score(paths, "digits")
+        score(paths, "digits", prompt="a one")
 
 
 def test_a_folder_names_what_it_does_not_score(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -213,7 +213,7 @@ def test_files_to_score_are_held_to_the_same_rules(tmp_path: Path) -> None:
         "": "file 1 is named by an empty text",
         "~nosuchuser/x": "there is no file '~nosuchuser/x'",
         "x" * 300: "cannot be read: File name too long",
-        "a\0b": "cannot be read: ",
+        "a\0b": "its name: holds a NUL character",
     }.items():
         with pytest.raises(DataError, match=message):
             list_items(given_file, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import threading
 import time
@@ -25,10 +26,12 @@ from training_runs import largest_difference, metrics, small, weights
 
 from branchtree import load_recipe, train
 from branchtree.assembly import NamedReward, make_schedule
+from branchtree.data import PromptOrder
 from branchtree.errors import ModelError, RewardError
 from branchtree.families import Families
 from branchtree.protocols import Condition, Media, Scores
 from branchtree.recipe.schema import BatchSection, ScoringSection
+from branchtree.report import write_report
 from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.failures import FailureWatch
 from branchtree.training.gradient import Gradient
@@ -398,6 +401,46 @@ def test_a_run_told_to_bear_any_failure_skips_what_cannot_be_scored(model: Path,
     assert [row["reward/skipped_prompts"] for row in rows] == [1, 2, 0]
     assert [row["steps/taken"] for row in rows] == [1, 0, 1]
     assert "reward/judge/mean" not in rows[1]
+
+
+def failures(output: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (output / "failures.jsonl").read_text().splitlines()]
+
+
+def test_each_failed_sample_is_logged_with_its_prompt_and_reason(model: Path, tmp_path: Path) -> None:
+    """An iteration has 2 prompts of 4 leaves, and the reward fails on the first of the 8."""
+    limits = {"scoring__max_invalid": 1, "run__checkpoint_every": 1}
+    train_failing(model, tmp_path / "run", [0, 0.25, 1, 0], **limits)
+    rows, counted = failures(tmp_path / "run"), metrics(tmp_path / "run")
+    by_iteration = [[row for row in rows if row["iteration"] == i] for i in range(4)]
+    assert [len(found) for found in by_iteration] == [row["reward/judge/invalid"] for row in counted] == [0, 2, 8, 0]
+    recipe = load_recipe("quickstart", small(model))
+    texts = [condition.prompt for condition in read_inputs(recipe).conditions]
+    order = PromptOrder(len(texts), recipe.seed, recipe.data.shuffle)
+    for row in rows:
+        assert (row["reward"], row["reason"]) == ("judge", "no answer in 5 s")
+    ids = order.batch(2, 2)
+    assert [(row["prompt_id"], row["leaf"]) for row in by_iteration[2]] == [(i, leaf) for i in ids for leaf in range(4)]
+    assert [row["prompt"] for row in by_iteration[2]] == [texts[order.index(i)] for i in ids for _ in range(4)]
+    page = write_report(tmp_path / "run").read_text()
+    assert "Samples that could not be scored" in page and "no answer in 5 s" in page and ">10<" in page
+
+
+def test_a_resumed_run_drops_the_failures_after_its_checkpoint(model: Path, tmp_path: Path) -> None:
+    limits = {"scoring__max_invalid": 0.6, "scoring__window": 1, "run__checkpoint_every": 100}
+    with pytest.raises(RewardError, match="8 of 8 samples"):
+        train_failing(model, tmp_path / "run", [0.5, 0.25, 1], **limits)
+    assert [row["iteration"] for row in failures(tmp_path / "run")] == [0] * 4 + [1] * 2 + [2] * 8
+    train_failing(model, tmp_path / "run", [0.25] * 3, resume=True, **limits)
+    assert [row["iteration"] for row in failures(tmp_path / "run")] == [0] * 4 + [1] * 2 + [2] * 2
+
+
+def test_a_reward_that_fails_as_a_whole_is_logged(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(RewardError, match="reward 'judge' failed: ValueError"):
+        train_failing(model, tmp_path / "run", [0, 0.25, math.nan])
+    [*_, last] = failures(tmp_path / "run")
+    assert last["iteration"] == 2 and "reward" not in last
+    assert str(last["reason"]).startswith("reward 'judge' failed: ValueError: cannot convert float NaN")
 
 
 def test_no_failure_is_borne_at_a_limit_of_zero(model: Path, tmp_path: Path) -> None:

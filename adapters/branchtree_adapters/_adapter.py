@@ -12,13 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import ModelError
+from branchtree.lora_files import LoraSummary
 from branchtree.protocols import LoraSettings
 from branchtree_adapters import _diffusers as shared
 from branchtree_adapters import _speed as speed
 from branchtree_adapters import _trained as trained
 from branchtree_adapters._components import require_finite, require_telling_apart
 from branchtree_adapters._encoders import EncoderSource, fingerprint
-from branchtree_adapters._start import start_denoiser, start_lora
+from branchtree_adapters._start import load_lora, start_denoiser, start_lora
 from branchtree_adapters._tokenizers import check_tokenizer, probe_texts
 
 
@@ -211,6 +212,13 @@ class PipelineAdapter(ABC):
         Raises CheckpointError if they do not fit.
         """
         if trained.has_lora(self.denoiser):
-            start_lora(self.denoiser, source)
+            start_lora(self.denoiser, source, type(self._pipeline))
         else:
             start_denoiser(self.denoiser, source)
+
+    def load_lora(self, source: Path) -> LoraSummary:
+        """Put a LoRA file of any common kind, or the folder of one, on the transformer in place of any other LoRA.
+
+        Raises CheckpointError for one that is damaged, or has keys that fit nothing in the transformer.
+        """
+        return load_lora(self.denoiser, source, type(self._pipeline))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import json
 import logging
 import typing
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from torch import nn
 
 from branchtree.checksums import verify_checksums
 from branchtree.errors import ModelError, nearest
+from branchtree.json_lines import read_json_object
 from branchtree_adapters._component_configs import check_config, check_image_processor, check_scheduler
 from branchtree_adapters._tokenizers import check_tokenizer, check_tokenizer_files
 
@@ -234,12 +234,9 @@ def require_telling_apart(
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a model. Raises ModelError."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"cannot read '{file}': {error}; {INCOMPLETE}.") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"cannot read '{file}': it holds no JSON object; {INCOMPLETE}.")
-    return content
+        return read_json_object(file, ModelError)
+    except ModelError as error:
+        raise ModelError(f"cannot read '{file}': {error}; {INCOMPLETE}.") from None
 
 
 @contextmanager

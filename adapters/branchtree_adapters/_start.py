@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,43 +10,52 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError
+from branchtree.lora_files import LoraSummary
 from branchtree_adapters import _trained as trained
 from branchtree_adapters._diffusers import LORA_FILE
+from branchtree_adapters._lora_file import DOWN, UP, read_lora, read_tensors, require_layers
 
-PREFIX, DOWN, UP, ALPHA = "transformer.", ".lora_A.weight", ".lora_B.weight", ".alpha"
-METADATA = "lora_adapter_metadata"
 SHOWN = 2
 
 
 @torch.no_grad()
-def start_lora(denoiser: Any, source: Path) -> None:
+def start_lora(denoiser: Any, source: Path, pipeline: type[Any]) -> None:
     """Copy a LoRA, a file or the folder of one, into that of ``denoiser``, so that it acts as the file says.
 
-    Its precision and alpha may be others. Raises CheckpointError, in one message, if it has another rank or lies on
-    other layers.
+    ``pipeline`` is the class that the denoiser belongs to. The file's precision and alpha may be others. Raises
+    CheckpointError, in one message, if it has another rank or lies on other layers.
     """
     from peft import get_peft_model_state_dict
 
-    file = source if source.is_file() else source / LORA_FILE
-    if not file.is_file():
-        whole = any(source.glob("transformer/*.safetensors"))
-        remedy = "name the folder of a whole model as model.path instead" if whole else "name a LoRA's file or folder"
-        raise CheckpointError(f"'{source}' holds no {LORA_FILE}, and the recipe trains a LoRA; {remedy}")
-    saved, metadata = _read(file)
+    file = read_lora(source, pipeline)
     live = get_peft_model_state_dict(denoiser, state_dict=trained.trained_state(denoiser, None))
-    wanted = {f"{PREFIX}{name}": tensor for name, tensor in live.items()}
-    weights = {name: value for name, value in saved.items() if not name.endswith(ALPHA)}
-    _require_fit(file, wanted, weights)
+    weights = {f"{name}{DOWN}": layer.down for name, layer in file.layers.items()}
+    weights |= {f"{name}{UP}": layer.up for name, layer in file.layers.items()}
+    _require_fit(file.path, live, weights)
     config = denoiser.peft_config["default"]
-    for name, tensor in wanted.items():
+    for name, tensor in live.items():
         value = weights[name].to(tensor.device, torch.float32)
         if name.endswith(UP):
-            layer = name.removesuffix(UP)
-            rank = value.shape[1]
-            alpha = float(saved.get(f"{layer}{ALPHA}", metadata.get(f"{PREFIX}lora_alpha", rank)))
-            factor = (alpha / rank) / (config.lora_alpha / config.r)
+            factor = file.layers[name.removesuffix(UP)].strength / (config.lora_alpha / config.r)
             value = value if factor == 1 else value * factor
         tensor.copy_(value)
+
+
+@torch.no_grad()
+def load_lora(denoiser: Any, source: Path, pipeline: type[Any]) -> LoraSummary:
+    """Put a LoRA, a file or the folder of one, on ``denoiser`` in place of any other, frozen.
+
+    B is multiplied by the strength. Raises CheckpointError for one that is damaged or does not fit.
+    """
+    file = read_lora(source, pipeline)
+    if trained.has_lora(denoiser):
+        denoiser.unload_lora()
+    require_layers(file, denoiser)
+    state = {f"{name}{DOWN}": layer.down.float() for name, layer in file.layers.items()}
+    state |= {f"{name}{UP}": layer.up.float() * layer.strength for name, layer in file.layers.items()}
+    denoiser.load_lora_adapter(state, prefix=None, adapter_name="default")
+    denoiser.requires_grad_(False)
+    return file.summary()
 
 
 @torch.no_grad()
@@ -69,24 +77,11 @@ def start_denoiser(denoiser: nn.Module, source: Path) -> None:
         )
     saved: dict[str, Tensor] = {}
     for file in files:
-        saved |= _read(file)[0]
+        saved |= read_tensors(file)[0]
     live = denoiser.state_dict()
     trained.require_same(f"the weights in '{folder}'", live, saved)
     for name, tensor in live.items():
         tensor.copy_(saved[name])
-
-
-def _read(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Return a file's tensors, and what it says of its LoRA."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata = json.loads((opened.metadata() or {}).get(METADATA, "{}"))
-        return load_file(file), metadata
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read trained weights from '{file}': {error}") from error
 
 
 def _require_fit(file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
@@ -116,4 +111,4 @@ def _require_fit(file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, T
 
 def _layers(tensors: Mapping[str, Tensor]) -> set[str]:
     """Return the layers that have LoRA weights, or whatever else the names stand for."""
-    return {name.removesuffix(DOWN).removesuffix(UP).removeprefix(PREFIX) for name in tensors}
+    return {name.removesuffix(DOWN).removesuffix(UP) for name in tensors}

@@ -18,6 +18,7 @@ from branchtree_adapters import _speed as speed
 from branchtree_adapters import _trained as trained
 from branchtree_adapters._adapter import PipelineAdapter
 from branchtree_adapters._decoders import decoder_of_images
+from branchtree_adapters._grids import scheduler_grid
 
 _PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 LORA_TARGETS = tuple(f"attn.{name}" for name in _PROJECTIONS)
@@ -199,18 +200,27 @@ class Flux(PipelineAdapter):
         return packed[0]
 
     def sigmas(self, steps: int) -> Tensor:
-        """FluxPipeline's schedule for the configured image size, shift included: (steps + 1,) float32, to 0."""
+        """The grid of FluxPipeline for the configured image size, shift included: (steps + 1,) float32, to 0.
+
+        Raises ModelError for a scheduler whose grid is not one of flow matching, or that the pipeline cannot use.
+        """
         import numpy as np
-        from diffusers import FlowMatchEulerDiscreteScheduler
         from diffusers.pipelines.flux.pipeline_flux import calculate_shift, retrieve_timesteps
 
         rows, columns = self._grid(self._pipeline.vae_scale_factor)
-        scheduler = FlowMatchEulerDiscreteScheduler.from_config(self._pipeline.scheduler.config)
-        names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
-        shift = calculate_shift(rows * columns, *(scheduler.config[name] for name in names))
-        retrieve_timesteps(scheduler, steps, "cpu", sigmas=np.linspace(1.0, 1 / steps, steps), mu=shift)
-        sigmas: Tensor = scheduler.sigmas
-        return sigmas
+        scheduler = self._pipeline.scheduler
+        config = scheduler.config
+        # The pipeline's own names and what it takes where the scheduler has none of them.
+        defaults = {"base_image_seq_len": 256, "max_image_seq_len": 4096, "base_shift": 0.5, "max_shift": 1.15}
+        shift = calculate_shift(rows * columns, *(config.get(name, value) for name, value in defaults.items()))
+        given = None if config.get("use_flow_sigmas") else np.linspace(1.0, 1 / steps, steps)
+        return scheduler_grid(
+            scheduler,
+            self.config.path,
+            steps,
+            lambda fresh: retrieve_timesteps(fresh, steps, "cpu", sigmas=given, mu=shift),
+            {},
+        )
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None

@@ -10,13 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.data import MEDIA
-from branchtree.errors import DataError, ModelError
+from branchtree.errors import DataError
 from branchtree.frames import first_frame, last_frame
 from branchtree.hookspecs import Register, hookimpl
 from branchtree.protocols import Condition, Conditioning, Footprint, Media
 from branchtree_adapters import _diffusers as shared
 from branchtree_adapters import _speed as speed
 from branchtree_adapters._adapter import PipelineAdapter
+from branchtree_adapters._grids import scheduler_grid
 from branchtree_adapters._wan_footprint import footprint
 from branchtree_adapters._wan_layout import (
     IMAGE_ENCODER,
@@ -232,20 +233,14 @@ class Wan(PipelineAdapter):
     def sigmas(self, steps: int) -> Tensor:
         """The grid of the pipeline's scheduler, under ``flow_shift`` if it is set: (steps + 1,) float32, to 0.
 
-        Raises ModelError for a scheduler that is not one of flow matching.
+        Raises ModelError for a scheduler whose grid is not one of flow matching, or that the pipeline cannot use.
         """
         scheduler = self._pipeline.scheduler
         name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
-        override = {} if self.config.flow_shift is None else {name: self.config.flow_shift}
-        fresh = type(scheduler).from_config(scheduler.config, **override)
-        fresh.set_timesteps(steps)
-        sigmas: Tensor | None = getattr(fresh, "sigmas", None)
-        if sigmas is None or len(sigmas) != steps + 1 or sigmas[0] > 1 or sigmas[-1] != 0:
-            raise ModelError(
-                f"{type(scheduler).__name__} of '{self.config.path}' gives no flow-matching grid from 1 to 0; "
-                "give a model with FlowMatchEulerDiscreteScheduler, or UniPCMultistepScheduler with flow sigmas."
-            )
-        return sigmas.float()
+        changes = {} if self.config.flow_shift is None else {name: self.config.flow_shift}
+        return scheduler_grid(
+            scheduler, str(self.config.path), steps, lambda fresh: fresh.set_timesteps(steps, device="cpu"), changes
+        )
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None

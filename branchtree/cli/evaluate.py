@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from branchtree.cli.console import make_console
+from branchtree.cli.console import make_console, visible
 from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
@@ -37,18 +37,22 @@ def evaluate(
     noises: Annotated[int | None, typer.Option(min=1, help="Samples per prompt.")] = None,
     limit: Annotated[int | None, typer.Option(min=1, help="Use only the first prompts.")] = None,
     checkpoint: Annotated[int | None, typer.Option(help="The iteration to judge; the newest by default.")] = None,
+    lora: Annotated[
+        Path | None,
+        typer.Option(help="Judge a LoRA, a file or folder of any common kind, in place of a run's weights."),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where files go; RUN/evaluation by default.")
     ] = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="Use the recipe's bundled small model and rewards.")] = False,
     force: ForceOption = False,
 ) -> None:
-    """Judge a run's model against its base on held-out prompts, or a recipe's base model alone."""
+    """Judge a run's model, or a LoRA, against its base on held-out prompts, or a recipe's base model alone."""
     from branchtree.cli.app import parse_overrides
     from branchtree.evaluating import evaluate_subject
     from branchtree.evaluating.request import Choices
 
-    choices = Choices(reward or None, prompts, noises, limit, output, force)
+    choices = Choices(reward or None, prompts, noises, limit, output, force, lora)
     changes = parse_overrides(overrides or [])
     with late_progress("evaluating") as advance:
         result = evaluate_subject(subject, changes, choices, smoke=smoke, checkpoint=checkpoint, advance=advance)
@@ -57,7 +61,10 @@ def evaluate(
 
 
 def _report(console: Console, result: EvaluationResult) -> None:
-    what = "the base model alone" if result.iteration is None else f"{result.iteration} iterations against the base"
+    trained = "the LoRA" if result.lora else f"{result.iteration} iterations"
+    what = "the base model alone" if result.alone else f"{trained} against the base"
+    if result.lora is not None:
+        console.print(f"LoRA {visible(str(result.lora))}", soft_wrap=True)
     console.print(f"{result.recipe}: {what}, {result.prompts} prompts x {result.noises} noises", soft_wrap=True)
     console.print(comparison_table(result))
     if any(one.interval is None for one in result.rewards.values()):
@@ -67,7 +74,7 @@ def _report(console: Console, result: EvaluationResult) -> None:
 
 def comparison_table(result: EvaluationResult) -> Table:
     """A row for each reward: both means, the paired difference and how sure it is; or the mean of a model alone."""
-    alone = result.iteration is None
+    alone = result.alone
     level = next((f"{one.interval.level:.0%}" for one in result.rewards.values() if one.interval), "")
     compared = [] if alone else ["Trained", "Difference"]
     shares = [] if alone else ["Improved", "Tied"]

@@ -43,7 +43,7 @@ def score(
     console.print(score_table(scored))
     if output is not None:
         write_jsonl(output, scored)
-        console.print(f"Scores: {output}", soft_wrap=True)
+        console.print(f"Scores: {visible(str(output))}", soft_wrap=True)
 
 
 def rewards() -> None:

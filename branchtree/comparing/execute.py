@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import queue
@@ -20,6 +19,7 @@ from typing import Literal
 from branchtree.comparing.meter import CpuMeter
 from branchtree.comparing.runs import PlannedRun
 from branchtree.errors import BranchTreeError, OutputError
+from branchtree.json_lines import read_json_object
 from branchtree.training.interrupt import StopRequest
 
 
@@ -42,8 +42,8 @@ def is_finished(run: PlannedRun) -> bool:
     if not path.is_file():
         return False
     try:
-        iterations = json.loads(path.read_text(encoding="utf-8"))["iterations"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        iterations = read_json_object(path, OutputError)["iterations"]
+    except (OutputError, KeyError):
         return False  # going on from the last checkpoint writes it again
     if iterations != run.recipe.run.iterations:
         raise OutputError(

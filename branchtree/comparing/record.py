@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from branchtree.comparing.request import Request
 from branchtree.comparing.runs import RunPlans
 from branchtree.errors import OutputError
+from branchtree.json_lines import read_json_object
 from branchtree.recipe import Recipe
 from branchtree.training.disk import write_atomically
 
@@ -38,9 +39,11 @@ def check(output: Path, now: Mapping[str, Any]) -> None:
     if not path.exists():
         return
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))["asked"]
+        before = read_json_object(path, OutputError)["asked"]
         changes = _changes(before, now)
-    except (OSError, ValueError, KeyError, TypeError):
+    except OutputError as error:
+        raise OutputError(f"{error}; restore the file, or choose another --output") from None
+    except (KeyError, TypeError, ValueError):
         raise OutputError(f"{path}: cannot be read; restore it, or choose another --output") from None
     if changes:
         raise OutputError(

@@ -10,6 +10,8 @@ from typing import Any
 from branchtree.evaluating.bootstrap import LEVEL, RESAMPLES
 from branchtree.evaluating.comparison import Comparison
 from branchtree.evaluating.request import GRID, RESULT, SAMPLES, Request
+from branchtree.lora_files import LoraSummary
+from branchtree.reading import whole_text
 from branchtree.scoring.results import FileScore, file_scores
 from branchtree.training.disk import write_atomically
 from branchtree.training.evaluation import Samples
@@ -25,6 +27,7 @@ class Outcome:
     base: Samples
     trained: Samples | None  # None where the base model is judged alone
     figures: Mapping[str, Comparison]
+    lora: LoraSummary | None = None
 
     @property
     def models(self) -> dict[str, Samples]:
@@ -76,8 +79,9 @@ def _record(request: Request, outcome: Outcome) -> dict[str, Any]:
     subject = request.subject
     return {
         "recipe": request.recipe.name,
-        "run": None if subject.run is None else str(subject.run),
+        "run": None if subject.run is None else whole_text(str(subject.run)),
         "iteration": subject.iteration,
+        "lora": None if outcome.lora is None else {**asdict(outcome.lora), "path": whole_text(outcome.lora.path)},
         "averaged_weights": subject.checkpoint is not None and request.recipe.optim.ema is not None,
         "figures": {label: asdict(figure) for label, figure in outcome.figures.items()},
         "interval": {"method": INTERVAL, "level": LEVEL, "resamples": RESAMPLES, "seed": request.draws.seed},

@@ -12,6 +12,7 @@ from branchtree.assembly import NamedReward, make_kernel, make_model, make_rewar
 from branchtree.data import check_conditions, load_conditions, media_of
 from branchtree.errors import RecipeError
 from branchtree.evaluating.subject import Subject
+from branchtree.lora_files import LoadsLora
 from branchtree.preflight import require_evaluation_memory
 from branchtree.protocols import Condition, ModelAdapter
 from branchtree.reading import user_path
@@ -41,6 +42,7 @@ class Choices:
     limit: int | None = None
     output: Path | None = None
     force: bool = False  # start even where the device's memory is too small by the estimate
+    lora: str | Path | None = None  # a file or folder, in place of a run's own weights
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,8 @@ def make_request(subject: Subject, choices: Choices) -> Request:
         if number is not None and number < 1:
             raise RecipeError(f"{name}: at least 1 is needed, not {number}")
     model = make_model(recipe)
+    if subject.lora is not None and not isinstance(model, LoadsLora):
+        raise RecipeError(f"lora: the model '{recipe.model.adapter}' reads no LoRA files; leave it out")
     make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
     rewards, draws = _rewards(section, choices, model.modality), _draws(section, choices)
     require_evaluation_memory(recipe, model, rewards, draws.rows, choices.force)
@@ -101,8 +105,8 @@ def _rewards(section: EvaluationSection | None, choices: Choices, modality: str)
     if choices.rewards is None:
         return make_rewards(section.rewards, ("evaluation", "rewards"), modality) if section else []
     specs = [choices.rewards] if isinstance(choices.rewards, str | Mapping) else list(choices.rewards)
-    made = zip(make_named(specs), specs, strict=True)
-    named = [replace(reward, described=spec if isinstance(spec, str) else json.dumps(spec)) for reward, spec in made]
+    texts = [spec if isinstance(spec, str) else json.dumps(spec, default=str) for spec in specs]
+    named = [replace(reward, described=text) for reward, text in zip(make_named(specs), texts, strict=True)]
     for reward in named:
         if modality not in reward.adapter.modalities:
             scored = ", ".join(sorted(reward.adapter.modalities))

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.assembly import make_sampler
+from branchtree.errors import CheckpointError
 from branchtree.evaluating.comparison import Comparison, compare
 from branchtree.evaluating.files import Outcome, write_files
 from branchtree.evaluating.request import Choices, Request, make_request
 from branchtree.evaluating.subject import find_subject
+from branchtree.lora_files import LoadsLora, LoraSummary
 from branchtree.recipe import Recipe
 from branchtree.training.checkpoint import restore_weights
 from branchtree.training.ema import WeightAverage
@@ -40,6 +42,12 @@ class EvaluationResult:
     noises: int  # samples per prompt
     rewards: Mapping[str, Comparison]  # by label
     main_process: bool  # whether this process is the one that reports
+    lora: LoraSummary | None = None  # the file that was judged in place of a run's own weights
+
+    @property
+    def alone(self) -> bool:
+        """Whether the base model was judged alone."""
+        return self.iteration is None and self.lora is None
 
 
 def evaluate_subject(
@@ -52,11 +60,13 @@ def evaluate_subject(
     advance: Advance | None = None,
 ) -> EvaluationResult:
     """Evaluate a run or a recipe's base model; see ``branchtree.evaluate``."""
-    request = make_request(find_subject(subject, overrides, smoke, checkpoint), choices or Choices())
+    choices = choices or Choices()
+    request = make_request(find_subject(subject, overrides, smoke, checkpoint, choices.lora), choices)
     quiet = request.recipe.run.model_copy(update={"trackers": ()})  # an evaluation is tracked by nothing
     recipe = request.recipe.model_copy(update={"run": quiet})
     accelerator = make_accelerator(recipe)
     load_model(recipe, request.model, accelerator.device)
+    lora = _load_lora(request)
     load_rewards(request.rewards, request.model.modality, accelerator.device)
     base, trained = _both(request, accelerator, advance)
     prompts = [prompt for prompt, _ in base.pairs]
@@ -65,7 +75,7 @@ def evaluate_subject(
         for label, scores in base.scores.items()
     }
     if accelerator.is_main_process:
-        write_files(request, Outcome(base, trained, figures))
+        write_files(request, Outcome(base, trained, figures, lora))
     accelerator.wait_for_everyone()
     return EvaluationResult(
         output=request.output,
@@ -75,13 +85,25 @@ def evaluate_subject(
         noises=request.draws.noises,
         rewards=figures,
         main_process=accelerator.is_main_process,
+        lora=lora,
     )
 
 
+def _load_lora(request: Request) -> LoraSummary | None:
+    """Put the LoRA that is judged on the loaded model. Raises CheckpointError for one that does not fit."""
+    source, model = request.subject.lora, request.model
+    if source is None or not isinstance(model, LoadsLora):
+        return None
+    try:
+        return model.load_lora(source)
+    except CheckpointError as error:
+        raise CheckpointError(f"lora: {error}") from error
+
+
 def _both(request: Request, accelerator: Any, advance: Advance | None) -> tuple[Samples, Samples | None]:
-    """The samples of the base model, then, with the checkpoint's weights put into it, those of the trained one."""
-    evaluator, checkpoint = _evaluator(request, accelerator), request.subject.checkpoint
-    models = 1 if checkpoint is None else 2
+    """The samples of the base model, then, with a checkpoint's or a LoRA's weights in it, those of the trained one."""
+    evaluator, checkpoint, lora = _evaluator(request, accelerator), request.subject.checkpoint, request.subject.lora
+    models = 1 if checkpoint is None and lora is None else 2
     whole = models * len(request.conditions) * request.draws.noises
     done = 0
 
@@ -92,6 +114,10 @@ def _both(request: Request, accelerator: Any, advance: Advance | None) -> tuple[
             advance(done, whole)
 
     shown = _shown(request)
+    if lora is not None:
+        with request.model.without_lora(request.model.denoiser):
+            base = evaluator.samples(accelerator, shown, count)
+        return base, evaluator.samples(accelerator, shown, count)
     base = evaluator.samples(accelerator, shown, count)
     if checkpoint is None:
         return base, None

@@ -15,15 +15,17 @@ from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.load import SUFFIXES, recipe_names
 from branchtree.training.checkpoint import AVERAGE, chosen_checkpoint, iteration_of, list_checkpoints, newest_whole
 from branchtree.training.rundir import RunDirectory
+from branchtree.training.start import find_start
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A recipe, and the checkpoint of the run that was trained by it; None stands for the base model alone."""
+    """A recipe, and the checkpoint of the run that was trained by it, or a LoRA; neither: the base model alone."""
 
     recipe: Recipe
     run: Path | None = None
     checkpoint: Path | None = None
+    lora: Path | None = None
 
     @property
     def iteration(self) -> int | None:
@@ -41,12 +43,19 @@ class Subject:
 
 
 def find_subject(
-    subject: str | Path | Recipe, overrides: Mapping[str, Any] | None, smoke: bool, iteration: int | None
+    subject: str | Path | Recipe,
+    overrides: Mapping[str, Any] | None,
+    smoke: bool,
+    iteration: int | None,
+    lora: str | Path | None = None,
 ) -> Subject:
     """Read a run's directory, or a recipe by name or YAML path, or take a loaded recipe.
 
-    ``iteration`` picks a run's checkpoint; the newest by default. Raises RecipeError or CheckpointError.
+    ``iteration`` picks a run's checkpoint; the newest by default. A ``lora`` file or folder, or a run that trained one,
+    takes the place of the run's own weights. Raises RecipeError or CheckpointError.
     """
+    if lora is not None:
+        return _with_lora(subject, overrides, smoke, iteration, lora)
     if isinstance(subject, Recipe):
         if overrides or smoke:
             raise TypeError("a loaded recipe takes neither overrides nor smoke: give them to load_recipe")
@@ -66,6 +75,28 @@ def find_subject(
             ".yaml file"
         )
     return _alone(load_recipe(subject, overrides, smoke=smoke), iteration)
+
+
+def _with_lora(
+    subject: str | Path | Recipe,
+    overrides: Mapping[str, Any] | None,
+    smoke: bool,
+    iteration: int | None,
+    lora: str | Path,
+) -> Subject:
+    """Take the recipe of a run or of that name, and the LoRA that is judged with its base model."""
+    if iteration is not None:
+        raise RecipeError("lora: a checkpoint of the run is judged, or a LoRA; leave out one of the two")
+    try:
+        source = find_start(user_path(lora))
+    except (RecipeError, CheckpointError) as error:
+        raise type(error)(str(error).replace("model.start:", "lora:", 1)) from None
+    run = None if isinstance(subject, Recipe) else RunDirectory(user_path(subject))
+    named = run.recipe_file if run is not None and os.path.isfile(run.recipe_file) else subject
+    recipe = find_subject(named, overrides, smoke, None).recipe
+    if recipe.lora is not None and recipe.model.start is not None:
+        raise RecipeError("lora: the recipe starts from a LoRA of its own; leave that out with model.start=null")
+    return Subject(recipe, lora=source)
 
 
 def _is_no_recipe(subject: str | Path, path: Path) -> bool:

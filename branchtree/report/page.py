@@ -76,6 +76,7 @@ def _parts(run: Run) -> list[tuple[str, str, str, str]]:
     return [
         ("held-out", "Held-out figures", sections.evaluation(run), _HELD_OUT),
         ("rewards", "Training rewards", nothing or reward_charts(run), _REWARDS),
+        ("failures", "Samples that could not be scored", sections.failures(run), _FAILURES),
         ("samples", "Samples", samples(run), _SAMPLES),
         ("trees", "Recorded trees", tree_figures(run), _TREES),
         ("credit", "Credit by split", sections.credit(run), _CREDIT),
@@ -88,6 +89,7 @@ def _parts(run: Run) -> list[tuple[str, str, str, str]]:
 
 _HELD_OUT = "Means over samples of prompts that are not trained on, from the same noises each time."
 _REWARDS = "Rewards of the leaves of each iteration's trees; prompts differ from one iteration to the next."
+_FAILURES = "They are masked: no gradient comes from them. All that the log names are in failures.jsonl."
 _SAMPLES = "Grids start from the same noises, in the same order."
 _TREES = (
     "Noise is on the left and the finished samples are on the right. A node's colour is its advantage, the number "

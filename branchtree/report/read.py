@@ -17,6 +17,7 @@ from branchtree.recipe.plain_yaml import NotPlainError, read_plain
 
 RECIPE, METRICS, TIMING = "recipe.yaml", "metrics.jsonl", "timing.jsonl"
 EVALUATION, SUMMARY, SAMPLES, TREES = "evaluation.jsonl", "summary.json", "samples", "trees"
+FAILURES = "failures.jsonl"
 
 Row = Mapping[str, float | None]
 """One iteration's figures by name; None where a figure is missing or not finite."""
@@ -44,6 +45,18 @@ class Evaluation(Part):
     iteration: int
     identity: dict[str, Any] | None = None  # what they depend on but the weights
     figures: dict[str, Figure] = {}
+
+
+class Failure(Part):
+    """A sample that a reward could not score; or ``more`` of them, by reason; or, without a reward, a failed call."""
+
+    iteration: int
+    prompt: str = ""
+    leaf: int | None = None
+    reward: str = ""
+    reason: str = ""
+    more: int | None = None
+    reasons: dict[str, int] = {}
 
 
 class SampleGrid(Part):
@@ -119,6 +132,7 @@ class Run:
     samples: Sequence[SampleGrid]
     trees: Sequence[Tree]
     summary: Mapping[str, Any] | None
+    failures: Sequence[Failure] = ()
     notes: list[str] = field(default_factory=list)  # what could not be read, for the reader of the page
 
     @property
@@ -172,6 +186,7 @@ def read_run(path: Path) -> Run:
         samples=_samples(path / SAMPLES, notes),
         trees=_trees(path / TREES, notes),
         summary=_summary(path / SUMMARY, notes),
+        failures=_failures(path / FAILURES, notes),
         notes=notes,
     )
 
@@ -201,11 +216,8 @@ def _recipe(path: Path) -> tuple[str, Mapping[str, Any]]:
     return text, recipe
 
 
-def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file by iteration; the last one counts where an iteration was run again.
-
-    Those that name what they depend on count if it is the same as in the last one.
-    """
+def _objects(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file that have an iteration, in order."""
     if not path.is_file():
         return []
     try:
@@ -225,6 +237,15 @@ def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
         notes.append(f"The last line of {path.name} is incomplete and was left out.")
     elif skipped:
         notes.append(f"{len(skipped)} unreadable lines of {path.name} were left out.")
+    return rows
+
+
+def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+    """The objects of a .jsonl file by iteration; the last one counts where an iteration was run again.
+
+    Those that name what they depend on count if it is the same as in the last one.
+    """
+    rows = _objects(path, notes)
     alike = [row for row in rows if row.get("identity") == rows[-1].get("identity")]
     if len(alike) < len(rows):
         other = len(rows) - len(alike)
@@ -250,6 +271,16 @@ def _document(path: Path) -> Any:
 
 def _rows(path: Path, notes: list[str]) -> list[Row]:
     return [{key: finite(value) for key, value in row.items()} for row in _lines(path, notes)]
+
+
+def _failures(path: Path, notes: list[str]) -> list[Failure]:
+    failures = []
+    for row in _objects(path, notes):
+        try:
+            failures.append(Failure.model_validate(row))
+        except ValidationError:
+            notes.append(f"A line of iteration {row['iteration']} in {path.name} was left out: not as expected.")
+    return failures
 
 
 def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:

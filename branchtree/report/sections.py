@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 
 from branchtree.report.curves import evaluation_charts, evaluation_labels, keys, mean
 from branchtree.report.markup import ARROW, MISSING, bar, duration, escape, number, percent, signed, table
 from branchtree.report.read import Evaluation, Figure, Row, Run, finite
+
+REASONS, EXAMPLES = 20, 10
+"""Rows of the tables of failures."""
+CALL = "the whole call"
 
 
 def status(run: Run) -> str:
@@ -160,6 +165,30 @@ def _steps_of(run: Run, splits: Sequence[str]) -> list[str]:
     if len(recorded) == 1 and [int(split) for split in splits] == list(range(len(steps := next(iter(recorded))))):
         return [f" <small>step {step}</small>" for step in steps]
     return ["" for _ in splits]
+
+
+def failures(run: Run) -> str:
+    """Samples that could not be scored: how many by reward and reason, and the last ones that are named."""
+    counts: Counter[tuple[str, str]] = Counter()
+    last: dict[tuple[str, str], int] = {}
+    for one in run.failures:
+        for reason, count in one.reasons.items() if one.more is not None else [(one.reason, 1)]:
+            counts[one.reward, reason] += count
+            last[one.reward, reason] = one.iteration
+    if not counts:
+        return ""
+    rows = [
+        [escape(reward or CALL), escape(reason), number(count), number(last[reward, reason])]
+        for (reward, reason), count in counts.most_common(REASONS)
+    ]
+    hidden = f", the {REASONS} most frequent of {len(counts)}" if len(counts) > REASONS else ""
+    reasons = table(f"Failures by reason{hidden}", ["Reward", "Reason", "Count", "Last iteration"], rows)
+    named = [one for one in run.failures if one.leaf is not None][-EXAMPLES:]
+    heads = ["Iteration", "Prompt", "Leaf", "Reward", "Reason"]
+    examples = [
+        [number(one.iteration), *map(escape, (one.prompt, one.leaf, one.reward, one.reason))] for one in reversed(named)
+    ]
+    return reasons + (table(f"The last {len(named)} that are named", heads, examples) if named else "")
 
 
 def metrics(run: Run) -> str:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.data import require_characters
-from branchtree.errors import SHOWN_REASONS, DataError, refuse, shortened
-from branchtree.json_lines import json_object, numbered_lines
+from branchtree.errors import SHOWN_REASONS, DataError, refuse, shortened, shown
+from branchtree.json_lines import json_object, numbered_lines, require_writable
 from branchtree.protocols import Condition
-from branchtree.reading import failure_reason, require_file, user_path
+from branchtree.reading import failure_reason, half_character, require_file, user_path
+from branchtree.row_keys import warn_of_near_keys
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"})
@@ -24,6 +25,8 @@ OTHER_VIDEOS = frozenset({".wmv", ".flv", ".mts", ".m2ts", ".mpg", ".mpeg", ".3g
 BESIDE = frozenset({".txt", ".caption", ".md", ".json", ".jsonl", ".csv", ".parquet", ".yaml", ".html", ".npy", ".npz"})
 """Names of files that may lie beside pictures in a folder, and are passed over there."""
 LIST = ".jsonl"
+KEYS = ("image", "video", "prompt")
+"""What is read of a row; its other keys are its metadata."""
 log = logging.getLogger("branchtree")
 Given = str | Path | Mapping[str, Any]
 
@@ -49,6 +52,8 @@ def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]
     samples; the files themselves are not opened.
     """
     entries: Sequence[Given] = [given] if isinstance(given, str | Path | Mapping) else given
+    if not isinstance(prompt, str | None):
+        raise DataError(f"prompt: write a text, or leave it out; it is of type {type(prompt).__name__}")
     default = (prompt or "").strip()
     require_characters(default, "prompt")
     items: list[Item] = []
@@ -56,16 +61,23 @@ def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]
     for number, entry in enumerate(entries, 1):
         if isinstance(entry, Mapping):
             items.append(_row_item(entry, Path(), f"item {number}", default))
-        elif not str(entry).strip():
-            raise DataError(f"file {number} is named by an empty text; name an image, video, folder or .jsonl file")
+        elif not isinstance(entry, str | Path) or not str(entry).strip():
+            what = "an empty text" if isinstance(entry, str) else f"a value of type {type(entry).__name__}"
+            raise DataError(f"file {number} is named by {what}; name an image, video, folder or .jsonl file")
         else:
             try:
+                require_characters(str(entry), f"file {number}, {shown(str(entry))}: its name")
                 items.extend(_path_items(user_path(entry), default))
             except DataError as error:
                 refused.append(str(error))
     refuse(refused)
     if not items:
         raise DataError("there is nothing to score; give at least one image, video, folder or .jsonl file")
+    rows = [(f"item {number}", entry) for number, entry in enumerate(entries, 1) if isinstance(entry, Mapping)]
+    warn_of_near_keys(rows, KEYS, "prompt")
+    for item in items:  # also of folders, whose files have the names that the disk gives them
+        if half_character(str(item.path)):
+            raise DataError(f"{item.at}file {shown(str(item.path))} has a name that is not UTF-8; rename it")
     return items
 
 
@@ -132,22 +144,26 @@ def _listed(path: Path, prompt: str) -> Iterator[Item]:
     numbered = numbered_lines(path)
     if not numbered:
         raise DataError(f'{path}: is empty; write lines such as {{"image": "a.png", "prompt": "a cat"}}')
-    for place, line in numbered:
-        yield _row_item(json_object(line, place), path.parent, place, prompt)
+    rows = [(location, json_object(line, location)) for location, line in numbered]
+    for location, row in rows:
+        yield _row_item(row, path.parent, location, prompt)
+    warn_of_near_keys(rows, KEYS, "prompt")
 
 
-def _row_item(row: Mapping[str, Any], folder: Path, place: str, default: str) -> Item:
+def _row_item(row: Mapping[str, Any], folder: Path, location: str, default: str) -> Item:
     kinds = [kind for kind in ("image", "video") if row.get(kind) is not None]
     if len(kinds) != 1:
-        has = "both" if kinds else f"neither; it has {', '.join(row) or 'nothing'}"
-        raise DataError(f"{place}: needs a file under 'image' or under 'video', one of the two, but has {has}")
+        has = "both" if kinds else f"neither; it has {shortened(', '.join(map(str, row))) or 'nothing'}"
+        raise DataError(f"{location}: needs a file under 'image' or under 'video', one of the two, but has {has}")
     [kind] = kinds
     file, prompt = row[kind], row.get("prompt")
     if not isinstance(file, str | Path) or not str(file).strip():
-        raise DataError(f"{place}: {kind}: write the path of a file as a text")
+        raise DataError(f"{location}: {kind}: write the path of a file as a text")
     if not isinstance(prompt, str | None):
-        raise DataError(f"{place}: prompt: write a text, or leave it out")
+        raise DataError(f"{location}: prompt: write a text, or leave it out")
     text = default if prompt is None else prompt.strip()
-    require_characters(text, f"{place}: prompt")
-    metadata = {key: value for key, value in row.items() if key not in {"image", "video", "prompt"}}
-    return Item(folder / user_path(file), kind, Condition(text, metadata=metadata, place=place))
+    require_characters(text, f"{location}: prompt")
+    require_characters(str(file), f"{location}: {kind}")
+    metadata = {key: value for key, value in row.items() if key not in KEYS}
+    require_writable(metadata, location)
+    return Item(folder / user_path(file), kind, Condition(text, metadata=metadata, place=location))

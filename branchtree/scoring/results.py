@@ -12,7 +12,7 @@ from typing import Any
 
 from branchtree.errors import OutputError
 from branchtree.protocols import Scores
-from branchtree.reading import require_name
+from branchtree.reading import require_name, whole_text
 from branchtree.training.disk import write_atomically
 
 
@@ -49,7 +49,7 @@ def _file_score(scores: Scores, row: int) -> FileScore:
         value=_number(scores.values[row]) if valid else None,
         raw=_number(scores.raw[row]) if valid and scores.raw is not None else None,
         valid=valid,
-        reason=None if valid else scores.reasons.get(row, "the reward gives no reason"),
+        reason=None if valid else whole_text(scores.reasons.get(row, "the reward gives no reason")),
         details={name: _number(figure[row]) for name, figure in scores.details.items()},
     )
 

@@ -23,7 +23,8 @@ import pydantic
 import torch
 from torch import Tensor
 
-from branchtree.errors import RewardError
+from branchtree.errors import DataError, RewardError
+from branchtree.json_lines import parse_json
 from branchtree.protocols import Condition, Media, Scores
 
 CONTENT_TYPE = "application/x-safetensors"
@@ -156,7 +157,9 @@ def decode_request(body: bytes, folder: Path) -> Request:
     """Read a request; the files of its conditions are written to ``folder``. Raises WireError."""
     tensors, metadata = _load(body)
     try:
-        header = _Header.model_validate(json.loads(metadata.get("request", "")))
+        header = _Header.model_validate(parse_json(metadata.get("request", ""), "the metadata 'request' is not right"))
+    except DataError as error:
+        raise WireError(str(error)) from None
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         at = ".".join(map(str, first["loc"]))

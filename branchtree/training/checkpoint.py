@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import CheckpointError
+from branchtree.json_lines import read_json_object
 from branchtree.protocols import ModelAdapter
 from branchtree.recipe.schema import Recipe
 from branchtree.training.contents import Contents
@@ -204,7 +205,7 @@ def require_usable(path: Path) -> None:
 def read_state(path: Path) -> dict[str, Any]:
     """What a checkpoint's state.json says. Raises CheckpointError if it cannot be read."""
     try:
-        state = json.loads((path / STATE).read_text(encoding="utf-8"))
+        state = read_json_object(path / STATE, CheckpointError)
         if not isinstance(state["recipe"]["optim"], dict) or int(state["iteration"]) != iteration_of(path):
             raise ValueError("it belongs to another checkpoint")
     except (OSError, ValueError, KeyError, TypeError) as error:

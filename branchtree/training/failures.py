@@ -1,21 +1,33 @@
-"""When failing rewards end a run: a share of samples that cannot be scored, over the last iterations."""
+"""Samples that cannot be scored: the log of them, and the share over the last iterations that ends a run."""
 
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from branchtree.errors import RewardError
-from branchtree.protocols import Scores
+from branchtree.errors import RewardError, shortened
+from branchtree.protocols import Condition, Scores
+from branchtree.reading import whole_text
 from branchtree.recipe.schema import ScoringSection
 from branchtree.training.faults import REMEDY, are_faults
 from branchtree.training.rundir import METRICS, RunDirectory
+from branchtree.tree import Topology
 
 SHOWN = 2
 REWARD, INVALID = "reward/", "/invalid"  # around a label, the metric that counts its failures
 NO_REASON = "the reward gave none"
+LISTED = 20
+"""How many failed samples of an iteration the log names; of the others it has the number, by reward and reason."""
+REASONS = 10
+"""How many reasons are counted separately in that line; the rarer ones are counted together."""
+TEXT = 500
+"""Characters of a prompt or a reason that the log repeats."""
+OTHER_REASONS = "other reasons"
+
+Row = dict[str, Any]
+"""A line of the log."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +50,72 @@ def _count(scores: Scores) -> Failures:
     return Failures(len(invalid), len(scores), dict(reasons))
 
 
+@dataclass(frozen=True)
+class Leaves:
+    """A process's scored leaves, and how the log names them."""
+
+    topology: Topology
+    prompt_ids: Sequence[int]
+    conditions: Sequence[Condition]
+    first: int  # the position of its first prompt among those of the iteration
+
+    def failed(self, scores: Mapping[str, Scores]) -> list[Row]:
+        """The first few leaves that a reward could not score, by prompt and leaf, each reward on a line of its own."""
+        root, depth = self.topology.leaf_root.tolist(), self.topology.steps
+        found = [(row, label) for label, score in scores.items() for row in (~score.valid).nonzero()[:, 0].tolist()]
+        rows = []
+        for row, label in sorted(found, key=lambda one: one[0])[:LISTED]:
+            prompt = root[row]
+            leaf = self.topology.parts[prompt].leaves[row - self.topology.span(prompt, depth).start]
+            condition = self.conditions[prompt]
+            rows.append(
+                {
+                    "position": self.first + prompt,
+                    "prompt_id": self.prompt_ids[prompt],
+                    "prompt": logged(condition.prompt),
+                    "source": logged(condition.place),
+                    "leaf": leaf,
+                    "reward": label,
+                    "reason": logged(scores[label].reasons.get(row, NO_REASON)),
+                }
+            )
+        return rows
+
+
+def logged(text: str) -> str:
+    """A text as the log has it: its beginning, without half characters."""
+    return shortened(whole_text(text), TEXT)
+
+
+def log_rows(everyone: Sequence[Mapping[str, Failures]], listed: Sequence[Sequence[Row]]) -> list[Row]:
+    """The log's lines of an iteration, from all processes' counts and the failed leaves that each lists.
+
+    After ``LISTED`` of them there is a line for each reward with the number of the rest.
+    """
+    rows = sorted((row for share in listed for row in share), key=lambda row: (row["position"], row["leaf"]))[:LISTED]
+    rest = {label: Counter[str]() for share in everyone for label in share}
+    for share in everyone:
+        for label, failures in share.items():
+            for reason, count in failures.reasons.items():
+                rest[label][logged(reason)] += count
+    for row in rows:
+        rest[row["reward"]][row["reason"]] -= 1
+    lines = [{name: value for name, value in row.items() if name != "position" and value != ""} for row in rows]
+    for label, reasons in rest.items():
+        left = +reasons
+        if left:
+            often = dict(left.most_common(REASONS))
+            others = left.total() - sum(often.values())
+            lines.append(
+                {
+                    "reward": label,
+                    "more": left.total(),
+                    "reasons": {**often, **({OTHER_REASONS: others} if others else {})},
+                }
+            )
+    return lines
+
+
 class FailureWatch:
     """Adds up failures over all processes and ends the run when they pass ``scoring.max_invalid``.
 
@@ -56,11 +134,25 @@ class FailureWatch:
         shared = broadcast_object_list([rows])
         self._past.extend(_recorded(row) for row in shared[0])
 
-    def check(self, accelerator: Any, scores: Mapping[str, Scores]) -> None:
-        """Count an iteration's failures. Raises RewardError, on every process, if there are too many."""
+    def check(
+        self,
+        accelerator: Any,
+        scores: Mapping[str, Scores],
+        leaves: Leaves | None = None,
+        log: Callable[[Row], None] | None = None,
+    ) -> None:
+        """Count an iteration's failures. Raises RewardError, on every process, if there are too many.
+
+        With the ``leaves`` of each process, the main one gives every line about them to ``log`` first.
+        """
         from accelerate.utils import gather_object
 
-        everyone: list[dict[str, Failures]] = gather_object([count_failures(scores)])
+        mine = (count_failures(scores), [] if leaves is None else leaves.failed(scores))
+        shares: list[tuple[dict[str, Failures], list[Row]]] = gather_object([mine])
+        everyone = [counts for counts, _ in shares]
+        if log is not None and accelerator.is_main_process:
+            for row in log_rows(everyone, [listed for _, listed in shares]):
+                log(row)
         self._past.append({label: _total([share[label] for share in everyone]) for label in scores})
         for label in (label for label in scores if label not in self._ignored):
             window = [past[label] for past in self._past if label in past]

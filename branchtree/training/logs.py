@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from branchtree.errors import DataError
+from branchtree.json_lines import parse_json
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,11 @@ def lines_until(lines: Sequence[Line], last: int) -> tuple[list[Line], list[Line
 def _line(number: int, content: bytes) -> Line:
     ended = content + b"\n"
     try:
-        row = json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
+        row = parse_json(content.decode("utf-8"), "")
+    except ValueError as error:
         return Line(number, ended, None, f"not valid JSON: {str(error).splitlines()[0]}")
+    except DataError as error:
+        return Line(number, ended, None, str(error).removeprefix(": "))
     problem = _problem(row)
     return Line(number, ended, None if problem else row, problem)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.errors import CheckpointError
+from branchtree.json_lines import read_json_object
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -94,7 +95,7 @@ def _read(folder: Path) -> dict[str, dict[str, Any]]:
     if not path.is_file():
         raise CheckpointError(f"{path}: is missing")
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = read_json_object(path, CheckpointError)
         known = content["format"] == FORMAT
         files = {str(name): {"size": one["size"], "sha256": one["sha256"]} for name, one in content["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

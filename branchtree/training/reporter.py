@@ -13,7 +13,7 @@ from branchtree.errors import CallbackError, reason_of
 from branchtree.protocols import Callback
 from branchtree.training.disk import write_atomically
 from branchtree.training.evaluation import Figure
-from branchtree.training.rundir import EVALUATION, METRICS, SAMPLES, SUMMARY, TIMING
+from branchtree.training.rundir import EVALUATION, FAILURES, METRICS, SAMPLES, SUMMARY, TIMING
 from branchtree.training.samples import sample_index, write_grid
 from branchtree.training.sampling import sample_latents
 from branchtree.training.session import Session
@@ -64,6 +64,11 @@ class Reporter:
             output = self._session.output
             output.append(METRICS, {"iteration": iteration, **metrics})
             output.append(TIMING, {"iteration": iteration, **watch.report()})
+
+    def failure(self, iteration: int, row: Mapping[str, Any]) -> None:
+        """Write down a sample that could not be scored, or a reward that failed and ends the run."""
+        if self._main:
+            self._session.output.append(FAILURES, {"iteration": iteration, **row})
 
     def announce(self, iteration: int, metrics: dict[str, float]) -> None:
         """Give an iteration's figures to trackers and callbacks."""

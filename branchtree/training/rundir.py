@@ -24,10 +24,11 @@ from branchtree.training.manifest import MANIFEST
 log = logging.getLogger("branchtree")
 
 METRICS, TIMING, EVALUATION = "metrics.jsonl", "timing.jsonl", "evaluation.jsonl"
+FAILURES = "failures.jsonl"  # samples that could not be scored; there once one could not
 LIMITS = "limits.json"  # the batch limits that memory set
 SUMMARY = "summary.json"
 SAMPLES, TREES, TRACKERS = "samples", "trees", "trackers"
-LOGS = (METRICS, TIMING, EVALUATION)
+LOGS = (METRICS, TIMING, EVALUATION, FAILURES)
 CHECKPOINT = re.compile(r"iteration_\d{6,}")
 """How the folder of a checkpoint is called."""
 UNCOUNTED = frozenset({LOCK, "lost+found", ".DS_Store"})
@@ -192,7 +193,8 @@ class RunDirectory:
         under another name, and the run goes on without that line.
         """
         evaluated = iteration if iteration else -1
-        for name, last in zip(LOGS, (iteration - 1, iteration - 1, evaluated), strict=True):
+        for name in LOGS:
+            last = evaluated if name == EVALUATION else iteration - 1
             path = self.root / name
             if not path.exists():
                 continue

@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,6 +30,7 @@ from branchtree.protocols import Callback, Condition, Scores
 from branchtree.recipe.schema import Recipe
 from branchtree.training.checkpoint import Progress, iteration_of
 from branchtree.training.continuation import ContinuationWatch, compare_continuation, comparing_forwards, is_due
+from branchtree.training.failures import Leaves, logged
 from branchtree.training.faults import REMEDY
 from branchtree.training.growth import grow_and_score, join_forwards
 from branchtree.training.interrupt import StopRequest
@@ -262,10 +264,15 @@ class Trainer:
         recorded = session.team.place == 0 and iteration % recipe.run.tree_every == 0
         learning = Learning(session, session.policies(conditioning, iteration), iteration, ids, watch)
         scored = learning.begin if session.learns_early else None
-        tree, scores, media = session.lockstep.together(
-            lambda: grow_and_score(session, iteration, ids, conditions, conditioning, watch, recorded, scored)
-        )
-        session.failures.check(session.accelerator, scores)
+        try:
+            tree, scores, media = session.lockstep.together(
+                lambda: grow_and_score(session, iteration, ids, conditions, conditioning, watch, recorded, scored)
+            )
+        except RewardError as error:
+            self._reporter.failure(iteration, {"reason": logged(str(error))})
+            raise
+        leaves = Leaves(tree.topology, ids, conditions, session.share.start)
+        session.failures.check(session.accelerator, scores, leaves, partial(self._reporter.failure, iteration))
         with watch.phase("credit"):
             log_prob = mean_log_prob(tree, session.sampler)
             group = session.team.whole(GroupRecord(tree.topology, log_prob, scores, thumbnails(media)))

@@ -5,7 +5,6 @@ Networks are built on torch's meta device, which needs no memory and no weights.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from branchtree.errors import RewardError
+from branchtree.json_lines import read_json_object
 from branchtree.protocols import RewardFootprint
 
 Settings = Mapping[str, Any]
@@ -125,7 +126,7 @@ def skeleton(
     hub_id, settings = published
     file = settings_file(path, revision, "config.json")
     if file is not None:
-        settings = json.loads(file.read_text(encoding="utf-8"))
+        settings = read_json_object(file, RewardError)
     return Skeleton(on_meta(lambda: build(settings)), "" if file or path == hub_id else hub_id)
 
 

@@ -7,7 +7,6 @@ read here: the ones that HPS and DFN5B are made of.
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import RewardError
+from branchtree.json_lines import read_json_object
 from branchtree_rewards._footprints import Skeleton, on_meta, settings_file
 from branchtree_rewards._weights import State, build_pretrained, check_fit, without
 
@@ -68,7 +68,7 @@ VIT_H_14_378 = VIT_H_14.model_copy(
 def read_config(file: Path) -> OpenClipConfig:
     """The `model_cfg` of an `open_clip_config.json`. Raises RewardError for one that is not a plain CLIP."""
     try:
-        return OpenClipConfig.model_validate(json.loads(file.read_text(encoding="utf-8"))["model_cfg"])
+        return OpenClipConfig.model_validate(read_json_object(file, RewardError)["model_cfg"])
     except (OSError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise RewardError(

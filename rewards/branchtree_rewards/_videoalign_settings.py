@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.errors import RewardError
+from branchtree.json_lines import read_json_object
 from branchtree_rewards._videoalign_frames import Sampling
 
 DIMENSIONS = ("VQ", "MQ", "TA")  # visual quality, motion quality, text alignment; in the order of the model's outputs
@@ -47,7 +47,7 @@ class Settings:
 def read_settings(file: Path) -> Settings:
     """Read `model_config.json`. Raises RewardError for one that is damaged or asks for another kind of input."""
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        content = read_json_object(file, RewardError)
         for section, wanted in EXPECTED.items():
             for key, value in wanted.items():
                 if content[section][key] != value:

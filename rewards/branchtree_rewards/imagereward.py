@@ -8,7 +8,6 @@ built of transformers' own BLIP classes, so the publisher's package, and the old
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -18,6 +17,7 @@ from torch import nn
 from branchtree.checksums import verify_checksums
 from branchtree.errors import RewardError
 from branchtree.hookspecs import hookimpl
+from branchtree.json_lines import read_json_object
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardCard
 from branchtree.reading import user_path
@@ -102,13 +102,7 @@ def _settings_file(source: Source) -> Path:
 
 def _read_settings(file: Path) -> dict[str, Any]:
     """The published configuration of the text encoder."""
-    try:
-        settings = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise RewardError(f"'{file}' is no JSON ({error})") from error
-    if not isinstance(settings, dict):
-        raise RewardError(f"'{file}' holds no settings by name")
-    return settings
+    return read_json_object(file, RewardError)
 
 
 def _own_tokenizer(source: Source) -> str | None:
