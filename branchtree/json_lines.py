@@ -42,11 +42,12 @@ def read_json_object(path: Path, kind: type[BranchTreeError]) -> dict[str, Any]:
     return content
 
 
-def parse_json(text: str, location: str, kind: type[BranchTreeError] = DataError) -> Any:
+def parse_json(text: str, location: str, kind: type[BranchTreeError] = DataError, half_characters: bool = False) -> Any:
     """The value of a JSON text which every other program reads as the same value, and which can be written again.
 
     Raises an error of ``kind`` that begins with the ``location`` for whatever is no JSON, or is read differently by
-    different programs: keys that stand twice, NaN, numbers too large, half characters, and values nested too deeply.
+    different programs: keys that stand twice, NaN, numbers too large, values nested too deeply, and half characters
+    unless ``half_characters`` allows them.
     """
     try:
         value = json.loads(
@@ -67,7 +68,11 @@ def parse_json(text: str, location: str, kind: type[BranchTreeError] = DataError
     if deep:
         raise kind(f"{location}: is nested deeper than {MOST_LEVELS} levels")
     # Only an escape can bring half a character into text that was read as UTF-8.
-    if "\\ud" in text.lower() and (half := half_character(json.dumps(value, ensure_ascii=False))):
+    if (
+        not half_characters
+        and "\\ud" in text.lower()
+        and (half := half_character(json.dumps(value, ensure_ascii=False)))
+    ):
         raise kind(f"{location}: {half} is half a character; write both halves, or leave it out")
     return value
 

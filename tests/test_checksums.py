@@ -88,5 +88,5 @@ def test_a_folder_without_a_list_and_another_manifest_are_let_through(folder: Pa
         (folder / MANIFEST).write_text(json.dumps(content))
         verify_checksums(folder, ModelError)
     (folder / MANIFEST).write_text('{"format": 1, "fil')
-    with pytest.raises(ModelError, match=r"manifest.json: is damaged"):
+    with pytest.raises(ModelError, match=r"manifest.json: not valid JSON"):
         verify_checksums(folder, ModelError)

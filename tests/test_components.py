@@ -151,7 +151,10 @@ FLUX_CASES: dict[str, tuple[Edit, str]] = {
     "no such class": (entries("model_index.json", put(vae=["diffusers", "AutoencoderKX"])), "mean 'AutoencoderKL'"),
     "code of others": (entries("model_index.json", put(vae=["custom", "VAE"])), "only classes of diffusers and"),
     "no VAE": (entries("model_index.json", put(vae=[None, None])), "names no vae, which FluxPipeline needs"),
-    "index of another form": (lambda folder: (folder / "model_index.json").write_text("[]"), "holds no JSON object"),
+    "index of another form": (
+        lambda folder: (folder / "model_index.json").write_text("[]"),
+        "not hold a JSON object",
+    ),
 }
 
 

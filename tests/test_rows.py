@@ -40,6 +40,7 @@ PROBE = """
 
     class Mean:
         modalities = frozenset({"image"})
+        reads_prompt = False
 
         def __init__(self, config):
             pass

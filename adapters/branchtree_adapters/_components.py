@@ -236,7 +236,7 @@ def read_json(file: Path) -> dict[str, Any]:
     try:
         return read_json_object(file, ModelError)
     except ModelError as error:
-        raise ModelError(f"cannot read '{file}': {error}; {INCOMPLETE}.") from None
+        raise ModelError(f"{error}; {INCOMPLETE}.") from None
 
 
 @contextmanager
