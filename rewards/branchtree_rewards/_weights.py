@@ -115,11 +115,14 @@ def from_pretrained(model: Any, location: str, dtype: torch.dtype, **settings: A
             f"cannot load '{location}' ({type(error).__name__}: {reason}); give a hub id that can be reached, or a "
             "complete folder"
         ) from error
+    state = loaded.state_dict()
+    computed = tuple(name for name, _ in loaded.named_buffers() if name not in state)  # older files hold them too
     problems = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
+    problems["unexpected"] = [name for name in problems["unexpected"] if not name.endswith(computed)]
     found = [f"{what}: {', '.join(names[:SHOWN])}" for what, names in problems.items() if names]
     if found:
         raise RewardError(f"the weights of '{location}' do not fit the model: {'; '.join(found)}")
-    require_finite(loaded.state_dict(), location)
+    require_finite(state, location)
     return loaded
 
 
