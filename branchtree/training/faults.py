@@ -6,10 +6,10 @@ from collections.abc import Collection, Mapping
 from dataclasses import replace
 from typing import Protocol, runtime_checkable
 
-import torch
 from torch import Tensor
 
 from branchtree.errors import ModelError
+from branchtree.finite import is_finite
 from branchtree.protocols import Condition, ModelAdapter, Scores
 
 MARK = "the model's "
@@ -66,6 +66,6 @@ def are_faults(reasons: Collection[str]) -> bool:
 def require_finite_encoding(model: ModelAdapter, condition: Condition, row: Mapping[str, Tensor]) -> None:
     """Raise ModelError if a condition's encoding holds values that are not finite."""
     for name, value in row.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if not is_finite(value):
             fault = describe_fault(model, "encoders", f"numbers in '{name}'")
             raise ModelError(f"{condition}: {fault}; get the model's files again, or use a wider run.precision")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import RewardError
+from branchtree.finite import is_finite
 
 State = dict[str, Tensor]
 SHOWN = 5
@@ -75,7 +76,7 @@ def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: 
 
 def require_finite(state: Mapping[str, Tensor], where: str) -> None:
     """Raise RewardError for weights that are NaN or infinite, as those of a damaged file are."""
-    broken = [name for name, value in state.items() if not value.is_meta and not bool(value.isfinite().all())]
+    broken = [name for name, value in state.items() if not value.is_meta and not is_finite(value)]
     if broken:
         named = f"{', '.join(broken[:SHOWN])}{', ...' if len(broken) > SHOWN else ''}"
         raise RewardError(f"the weights of '{where}' are not finite in {named}; the file is damaged: get it again")
