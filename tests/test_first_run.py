@@ -54,7 +54,7 @@ def no_weights(monkeypatch: pytest.MonkeyPatch) -> list[object]:
         asked.append(location)
         raise ConnectionError("no weights today")
 
-    monkeypatch.setattr(WanImageToVideoPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(WanImageToVideoPipeline, "download", refuse)
     return asked
 
 

@@ -58,6 +58,7 @@ ELSEWHERE = (
     "branchtree/scores.py",
     "branchtree/training/scorer.py",
     "branchtree/training/scoring.py",
+    "branchtree/training/faults.py",
 )
 """What decodes and scores."""
 
