@@ -206,10 +206,15 @@ def sound(path: Path, frames: Sequence[Pixels] = ()) -> Path:
             for one in frames:
                 container.mux(video.encode(av.VideoFrame.from_ndarray(one, format="rgb24")))
             container.mux(video.encode())
-        silence = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.float32), format="fltp", layout="mono")
-        silence.sample_rate = 48000
-        container.mux([*audio.encode(silence), *audio.encode()])
+        _mux_silence(container, audio)
     return path
+
+
+def _mux_silence(container: Any, audio: Any) -> None:
+    """Write a second of silence as the whole of a track."""
+    silence = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.float32), format="fltp", layout="mono")
+    silence.sample_rate = 48000
+    container.mux([*audio.encode(silence), *audio.encode()])
 
 
 def cover(path: Path) -> Path:
@@ -221,9 +226,7 @@ def cover(path: Path) -> Path:
         image.disposition = Disposition.attached_pic
         for frame in (av.VideoFrame.from_ndarray(moving(1)[0], format="rgb24"), None):
             container.mux(image.encode(frame))
-        silence = av.AudioFrame.from_ndarray(np.zeros((1, 48000), np.float32), format="fltp", layout="mono")
-        silence.sample_rate = 48000
-        container.mux([*audio.encode(silence), *audio.encode()])
+        _mux_silence(container, audio)
     return path
 
 

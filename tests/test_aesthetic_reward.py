@@ -9,12 +9,12 @@ import pytest
 import torch
 from branchtree_rewards._small_aesthetic import write_small
 from branchtree_rewards._small_clip import write_clip_folder
-from branchtree_rewards._source import sha256
 from branchtree_rewards.aesthetic import Aesthetic, AestheticConfig
 from clip_publisher import random_pictures
 from torch import Tensor
 from torchvision import transforms
 
+from branchtree.checksums import file_sha256
 from branchtree.errors import RewardError
 from branchtree.plugins import registry
 from branchtree.protocols import Condition, Media
@@ -107,7 +107,7 @@ def test_another_head_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_both_files_can_be_pinned_and_make_the_fingerprint(folder: Path, tmp_path: Path) -> None:
-    head, clip = sha256(folder / HEAD), sha256(folder / "clip" / "model.safetensors")
+    head, clip = file_sha256(folder / HEAD), file_sha256(folder / "clip" / "model.safetensors")
     reward = loaded(folder, sha256={HEAD: head, "clip/model.safetensors": clip})
     for pin, message in (
         ({"clip/model.safetensors": head}, f"has sha256 {clip}, not the pinned"),

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 from branchtree_rewards._blip import DROPPED, build_network, our_name, skeleton
-from branchtree_rewards._source import sha256
 from branchtree_rewards.imagereward import ImageReward, ImageRewardConfig, load_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
 
+from branchtree.checksums import file_sha256
 from branchtree.errors import RewardError
 from branchtree.plugins import registry
 from branchtree.protocols import Condition, Media, Scores
@@ -189,7 +189,7 @@ def test_a_tokenizer_may_be_elsewhere(folder: Path, tmp_path: Path) -> None:
 
 
 def test_a_digest_pins_the_weights(folder: Path) -> None:
-    found = sha256(folder / "ImageReward.pt")
+    found = file_sha256(folder / "ImageReward.pt")
     loaded(folder, sha256=found)
     loaded(folder, sha256={"ImageReward.pt": found})
     with pytest.raises(RewardError, match=f"has sha256 {found}, not the pinned"):

@@ -11,13 +11,13 @@ import pytest
 import torch
 from branchtree_rewards._clip_text import load_tokenizer, token_ids
 from branchtree_rewards._small_clip import write_clip_folder
-from branchtree_rewards._source import sha256
 from branchtree_rewards.pickscore import PickScore, PickScoreConfig
 from clip_publisher import prompts, random_pictures, up_to_end, write_vocabulary
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from branchtree.checksums import file_sha256
 from branchtree.errors import RewardError
 from branchtree.plugins import registry
 from branchtree.protocols import Condition, Media
@@ -84,7 +84,7 @@ def test_an_older_pickled_checkpoint_scores_alike(folder: Path, tmp_path: Path) 
     config = json.loads((tmp_path / "config.json").read_text())
     config["text_config"]["eos_token_id"] = 2  # the id by which these checkpoints ask for the highest one
     (tmp_path / "config.json").write_text(json.dumps(config))
-    reward = loaded(tmp_path, sha256={"pytorch_model.bin": sha256(tmp_path / "pytorch_model.bin")})
+    reward = loaded(tmp_path, sha256={"pytorch_model.bin": file_sha256(tmp_path / "pytorch_model.bin")})
     old, new = (each.score(*pairs(pictures)).values for each in (reward, loaded(folder)))
     torch.testing.assert_close(old, new, rtol=0, atol=1e-4)
 

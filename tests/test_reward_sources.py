@@ -18,7 +18,7 @@ import torch
 from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards._pixels import from_pil, shortest_side_crop, to_pil, to_rgb, to_uint8
 from branchtree_rewards._scale import transform
-from branchtree_rewards._source import RANDOM_SMALL, locate, sha256, verify
+from branchtree_rewards._source import RANDOM_SMALL, locate, verify
 from branchtree_rewards._weights import check_fit, load_strictly, read_weights, renamed, state_dict
 from PIL import Image
 from safetensors.torch import save_file
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torchvision.transforms import CenterCrop, Resize
 from torchvision.transforms.functional import InterpolationMode
 
+from branchtree.checksums import file_sha256
 from branchtree.errors import RewardError
 from branchtree.protocols import Condition, Media
 
@@ -113,7 +114,7 @@ def test_digests(tmp_path: Path) -> None:
     for name, file in files.items():
         file.write_bytes(name.encode() * 5_000_000)
     right = {name: hashlib.sha256(file.read_bytes()).hexdigest() for name, file in files.items()}
-    assert {name: sha256(file) for name, file in files.items()} == right
+    assert {name: file_sha256(file) for name, file in files.items()} == right
     verify(files, None)
     verify(files, {"b": right["b"].upper()})
     verify({"a": files["a"]}, right["a"])
@@ -266,7 +267,7 @@ def test_the_fingerprint_is_of_weights_and_settings(tmp_path: Path) -> None:
 
 def test_a_pin_is_checked_when_loading(tmp_path: Path) -> None:
     right = brightness(tmp_path)
-    pins: Mapping[str, Any] = {"right": sha256(tmp_path / "w.safetensors"), "wrong": "0" * 64}
+    pins: Mapping[str, Any] = {"right": file_sha256(tmp_path / "w.safetensors"), "wrong": "0" * 64}
     assert brightness(tmp_path, sha256=pins["right"]).fingerprint() == right.fingerprint()
     with pytest.raises(RewardError, match="it is another checkpoint"):
         brightness(tmp_path, sha256=pins["wrong"])

@@ -24,6 +24,7 @@ from training_runs import metrics, small
 
 from branchtree import load_recipe
 from branchtree.assembly import NamedReward
+from branchtree.checksums import MANIFEST
 from branchtree.errors import DataError, OutputError, RewardError
 from branchtree.families import collect
 from branchtree.protocols import Condition, Conditioning, Media, Scores
@@ -36,7 +37,6 @@ from branchtree.training.ema import WeightAverage
 from branchtree.training.interrupt import StopRequest
 from branchtree.training.learning_rate import learning_rate_factor
 from branchtree.training.ledger import LEDGER, Ledger
-from branchtree.training.manifest import MANIFEST
 from branchtree.training.pictures import fitted, to_image
 from branchtree.training.policy import ConditioningCache
 from branchtree.training.rundir import METRICS, RunDirectory

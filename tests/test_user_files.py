@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from mishaps import same_end, told
 
 from branchtree import evaluate, train
+from branchtree.checksums import MANIFEST
 from branchtree.errors import BranchTreeError, OutputError
 from branchtree.protocols import Callback, Condition
 from branchtree.training.encodings import EncodingStore
 from branchtree.training.ledger import LEDGER, Ledger
-from branchtree.training.manifest import MANIFEST
 
 QUICK = {"run.checkpoint_every": 1, "run.keep_checkpoints": 1, "callbacks": [], "run.tree_every": 1}
 

@@ -3,28 +3,37 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
 from branchtree.errors import ModelError
+from branchtree.json_lines import read_json_object
 
-Read = Callable[[Path], dict[str, Any]]
+INCOMPLETE = "the folder is incomplete or damaged: get it again"
 DYNAMIC_SHIFT = ("base_shift", "max_shift", "base_image_seq_len", "max_image_seq_len")
 PREPROCESSOR = "preprocessor_config.json"
 PREPROCESSING = ("do_resize", "do_center_crop", "do_normalize", "image_mean", "image_std", "resample", "size")
 """Settings of image processors that every version has written; they differ between models."""
 
 
-def check_config(kind: Any, folder: Path, read: Read) -> None:
+def read_json(file: Path) -> dict[str, Any]:
+    """Return the object in a JSON file of a model. Raises ModelError."""
+    try:
+        return read_json_object(file, ModelError)
+    except ModelError as error:
+        raise ModelError(f"{error}; {INCOMPLETE}.") from None
+
+
+def check_config(kind: Any, folder: Path) -> None:
     """Refuse a model's config.json that is of another class or has a damaged key. Raises ModelError."""
-    _check_keys(kind, folder / "config.json", read(folder / "config.json"))
+    _check_keys(kind, folder / "config.json", read_json(folder / "config.json"))
 
 
-def check_scheduler(kind: Any, folder: Path, read: Read) -> None:
+def check_scheduler(kind: Any, folder: Path) -> None:
     """Refuse a scheduler's configuration that leaves the time grid to its class's defaults. Raises ModelError."""
     file = folder / "scheduler_config.json"
-    content = read(file)
+    content = read_json(file)
     _check_keys(kind, file, content)
     known = inspect.signature(kind.__init__).parameters
     needed = [name for name in ("shift", "flow_shift") if name in known][:1] if _is_for_flows(known, content) else []
@@ -67,7 +76,7 @@ def _differ_in_one(first: str, second: str) -> bool:
     return len(first) == len(second) and sum(a != b for a, b in zip(first, second, strict=True)) == 1
 
 
-def check_image_processor(processor: Any, folder: Path, encoder: Mapping[str, Any], read: Read) -> None:
+def check_image_processor(processor: Any, folder: Path, encoder: Mapping[str, Any]) -> None:
     """Refuse an image processor whose file leaves settings to the class's defaults, or gives another image size.
 
     ``encoder`` is the configuration of what takes the images. Raises ModelError.
@@ -75,7 +84,7 @@ def check_image_processor(processor: Any, folder: Path, encoder: Mapping[str, An
     from PIL import Image
 
     file = folder / PREPROCESSOR
-    content = read(file)
+    content = read_json(file)
     missing = [name for name in PREPROCESSING if getattr(processor, name, None) is not None and name not in content]
     if getattr(processor, "do_center_crop", None) and "crop_size" not in content:
         missing.append("crop_size")

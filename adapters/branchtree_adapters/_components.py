@@ -16,10 +16,16 @@ import torch
 from torch import nn
 
 from branchtree.checksums import verify_checksums
+from branchtree.completeness import unexpected_keys
 from branchtree.errors import ModelError, nearest
 from branchtree.finite import is_finite
-from branchtree.json_lines import read_json_object
-from branchtree_adapters._component_configs import check_config, check_image_processor, check_scheduler
+from branchtree_adapters._component_configs import (
+    INCOMPLETE,
+    check_config,
+    check_image_processor,
+    check_scheduler,
+    read_json,
+)
 from branchtree_adapters._tokenizers import check_tokenizer, check_tokenizer_files
 
 INDEX = "model_index.json"
@@ -28,7 +34,6 @@ LIBRARIES = ("diffusers", "transformers")
 ANY_TOKENIZER = ("AutoTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
 """Classes that stand for a tokenizer of whatever kind."""
 SHOWN = 3
-INCOMPLETE = "the folder is incomplete or damaged: get it again"
 
 
 @dataclass(frozen=True)
@@ -91,7 +96,7 @@ def _check_against_encoder(component: Component, loaded: Any) -> None:
     if component.name.startswith("tokenizer"):
         check_tokenizer(loaded, component.folder, config.get("text_config", config))
     elif component.name == "image_processor":
-        check_image_processor(loaded, component.folder, config.get("vision_config", config), read_json)
+        check_image_processor(loaded, component.folder, config.get("vision_config", config))
 
 
 def _is_present(entry: Any) -> bool:
@@ -141,11 +146,11 @@ def _suits(name: str, kind: Any, wanted: set[str]) -> bool:
 def load_component(component: Component, dtype: torch.dtype) -> Any:
     """Load one component by its own class. Raises ModelError that names it."""
     if component.name.startswith("scheduler"):
-        check_scheduler(component.kind, component.folder, read_json)
+        check_scheduler(component.kind, component.folder)
     if component.name.startswith("tokenizer"):
         check_tokenizer_files(component.kind, component.folder)
     if component.is_model:
-        check_config(component.kind, component.folder, read_json)
+        check_config(component.kind, component.folder)
     try:
         if not component.is_model:
             return component.kind.from_pretrained(component.folder)
@@ -174,14 +179,13 @@ def _is_of_transformers(kind: Any) -> bool:
 def _require_complete(component: Component, model: nn.Module, info: Mapping[str, Iterable[Any]]) -> None:
     """Refuse weights that lack a tensor, have one too many, or one of another shape. Raises ModelError."""
     state = model.state_dict()
-    computed = tuple(name for name, _ in model.named_buffers() if name not in state)  # older files hold them too
     unset = {name for name, value in state.items() if value.is_meta}
     mismatched = {
         str(name): f"{name} is {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
     }
     problems = {
         "lack": sorted(({*map(str, info["missing_keys"])} | unset) - mismatched.keys()),
-        "hold unknown": sorted(key for key in map(str, info["unexpected_keys"]) if not key.endswith(computed)),
+        "hold unknown": unexpected_keys(model, info),
         "have in another shape": sorted(mismatched.values()),
     }
     found = [
@@ -225,14 +229,6 @@ def require_telling_apart(
             f"the encoder in '{where}' gives one embedding for two inputs, as for the texts {list(texts[0].values())} "
             f"and {list(texts[1].values())}; it, or what prepares its inputs, is incomplete or damaged: get it again."
         )
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """Return the object in a JSON file of a model. Raises ModelError."""
-    try:
-        return read_json_object(file, ModelError)
-    except ModelError as error:
-        raise ModelError(f"{error}; {INCOMPLETE}.") from None
 
 
 @contextmanager

@@ -18,7 +18,8 @@ from torch import nn
 from branchtree.checksums import verify_checksums
 from branchtree.errors import ModelError, nearest, reason_of
 from branchtree.reading import user_path
-from branchtree_adapters._components import build_pipeline, read_json
+from branchtree_adapters._component_configs import read_json
+from branchtree_adapters._components import build_pipeline
 
 BUNDLED = "bundled:"
 Configs = Mapping[str, Mapping[str, Any]]

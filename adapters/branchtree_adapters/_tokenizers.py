@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from branchtree.completeness import unmade_tokens
 from branchtree.errors import ModelError
 
 CONFIG = "tokenizer_config.json"
@@ -65,15 +65,7 @@ def _require_reachable(tokenizer: Any, folder: Path) -> None:
     """Refuse merges that do not lead to every token of the vocabulary, as a merges.txt that was cut off."""
     if "merges_file" not in getattr(tokenizer, "vocab_files_names", {}):
         return
-    model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    merges = [merge if isinstance(merge, list) else merge.split(" ") for merge in model.get("merges", ())]
-    made = {"".join(merge) for merge in merges}
-    special, suffix = set(tokenizer.all_special_tokens), model.get("end_of_word_suffix") or ""
-    lost = [
-        token
-        for token in model["vocab"]
-        if len(token.removesuffix(suffix)) > 1 and token not in made and token not in special
-    ]
+    lost = unmade_tokens(tokenizer)
     if lost:
         raise ModelError(
             f"the merges of the tokenizer in '{folder}' never make {lost[0]!r} of its vocabulary; {REMEDY}."

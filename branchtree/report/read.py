@@ -7,7 +7,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -273,24 +273,27 @@ def _rows(path: Path, notes: list[str]) -> list[Row]:
     return [{key: finite(value) for key, value in row.items()} for row in _lines(path, notes)]
 
 
+Valid = TypeVar("Valid", bound=Part)
+
+
 def _failures(path: Path, notes: list[str]) -> list[Failure]:
-    failures = []
-    for row in _objects(path, notes):
-        try:
-            failures.append(Failure.model_validate(row))
-        except ValidationError:
-            notes.append(f"A line of iteration {row['iteration']} in {path.name} was left out: not as expected.")
-    return failures
+    return _validated(Failure, _objects(path, notes), f"A line of iteration {{}} in {path.name} was left out", notes)
 
 
 def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:
-    evaluations = []
-    for row in _lines(path, notes):
+    what = f"The figures of iteration {{}} in {path.name} were left out"
+    return _validated(Evaluation, _lines(path, notes), what, notes)
+
+
+def _validated(kind: type[Valid], rows: Sequence[dict[str, Any]], left_out: str, notes: list[str]) -> list[Valid]:
+    """Read rows as ``kind``; a note, with the row's iteration in ``left_out``, stands for each that is none."""
+    found = []
+    for row in rows:
         try:
-            evaluations.append(Evaluation.model_validate(row))
+            found.append(kind.model_validate(row))
         except ValidationError:
-            notes.append(f"The figures of iteration {row['iteration']} in {path.name} were left out: not as expected.")
-    return evaluations
+            notes.append(f"{left_out.format(row['iteration'])}: not as expected.")
+    return found
 
 
 def _samples(folder: Path, notes: list[str]) -> list[SampleGrid]:

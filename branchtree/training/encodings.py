@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from branchtree.checksums import file_sha256
 from branchtree.protocols import Condition, FingerprintedEncodings, ModelAdapter
 from branchtree.reading import user_path
 
@@ -116,7 +117,7 @@ class EncodingStore:
             self._context,
             condition.prompt,
             condition.negative_prompt,
-            [None if file is None else _file_digest(file) for file in files],
+            [None if file is None else file_sha256(file) for file in files],
         ]
         name = hashlib.sha256(json.dumps(described).encode()).hexdigest()
         return self._root / name[:2] / f"{name}.safetensors"
@@ -147,11 +148,6 @@ class EncodingStore:
             path.unlink(missing_ok=True)
             left -= size
         return left
-
-
-def _file_digest(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def _replace(path: Path, content: bytes) -> None:

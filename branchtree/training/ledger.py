@@ -17,10 +17,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from branchtree.checksums import MANIFEST
 from branchtree.errors import CheckpointError, OutputError
 from branchtree.training.disk import synchronise, write_atomically
 from branchtree.training.lock import LOCK
-from branchtree.training.manifest import MANIFEST, digest, first_foreign, remove_listed, write_manifest
+from branchtree.training.manifest import digest, first_foreign, remove_listed, write_manifest
 
 log = logging.getLogger("branchtree")
 

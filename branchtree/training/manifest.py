@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from branchtree.checksums import MANIFEST, file_sha256
 from branchtree.errors import CheckpointError
 from branchtree.json_lines import read_json_object
 
-MANIFEST = "manifest.json"
 FORMAT = 1
 
 
@@ -84,8 +83,7 @@ def _as_written(path: Path, listed: Mapping[str, Any] | None, written: int) -> b
 def digest(path: Path) -> str:
     """The SHA-256 of a file. Raises CheckpointError if it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_sha256(path)
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
 

@@ -12,6 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from branchtree.checksums import MANIFEST
 from branchtree.errors import CheckpointError, OutputError
 from branchtree.recipe.schema import Recipe
 from branchtree.recipe.source import write_yaml
@@ -19,7 +20,6 @@ from branchtree.training.disk import free_name, synchronise, write_atomically, w
 from branchtree.training.ledger import Ledger
 from branchtree.training.lock import LOCK, sole_process
 from branchtree.training.logs import lines_until, read_lines
-from branchtree.training.manifest import MANIFEST
 
 log = logging.getLogger("branchtree")
 

@@ -9,13 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from branchtree.checksums import file_sha256
 from branchtree.paths import PathOrName
 from branchtree_rewards._clip_cosine import image_features
 from branchtree_rewards._clip_folder import load_clip
 from branchtree_rewards._feature_frames import NetworkFeatures, digest
 from branchtree_rewards._pixels import from_pil, normalised, shortest_side_crop, to_pil
 from branchtree_rewards._small_clip import write_clip_folder
-from branchtree_rewards._source import locate, sha256
+from branchtree_rewards._source import locate
 
 
 class ClipFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -54,7 +55,7 @@ class ClipFeatures(NetworkFeatures[ClipFeaturesConfig]):
         source = locate(self._config.path, self._config.revision, partial(write_clip_folder, seed=0))
         network, file = load_clip(source)
         self._network = network.eval().requires_grad_(False).to(device)
-        self._device, self._digest = device, sha256(file)
+        self._device, self._digest = device, file_sha256(file)
 
     def fingerprint(self) -> str:
         """See branchtree.diversity.spaces.FeatureSpace."""

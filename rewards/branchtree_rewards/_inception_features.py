@@ -15,12 +15,12 @@ import pydantic
 import torch
 from torch import Tensor
 
+from branchtree.checksums import file_sha256
 from branchtree.errors import RewardError
 from branchtree.paths import LocalPath
 from branchtree.reading import user_path
 from branchtree_rewards._feature_frames import NetworkFeatures, digest
 from branchtree_rewards._pixels import to_rgb, to_uint8
-from branchtree_rewards._source import sha256
 from branchtree_rewards._weights import read_weights, state_dict
 
 LAYER = "2048"
@@ -60,7 +60,7 @@ class InceptionFeatures(NetworkFeatures[InceptionFeaturesConfig]):
         if not os.path.isfile(file):
             raise RewardError(f"no weights file '{file}'; give torch-fidelity's {WEIGHTS} as 'path'")
         self._network = open_inception(file).to(device)
-        self._device, self._digest = device, sha256(file)
+        self._device, self._digest = device, file_sha256(file)
 
     def fingerprint(self) -> str:
         """See branchtree.diversity.spaces.FeatureSpace."""

@@ -17,12 +17,13 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from branchtree.checksums import file_sha256
 from branchtree.paths import PathOrName
 from branchtree.protocols import Condition, Media, RewardFootprint, Scores
 from branchtree_rewards._footprints import Skeleton
 from branchtree_rewards._samples import check_batch, elongated, find_flaws, score_rest, unreadable_or_empty
 from branchtree_rewards._scale import ScaleName, transform
-from branchtree_rewards._source import RANDOM_SMALL, sha256, verify
+from branchtree_rewards._source import RANDOM_SMALL, verify
 
 
 class ModelRewardConfig(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -130,9 +131,9 @@ class ModelReward(ABC, Generic[Config]):
         opened = self._require_opened()
         digest = hashlib.sha256()
         for name, file in sorted(opened.files.items()):
-            digest.update(f"{name} {sha256(file)}\n".encode())
+            digest.update(f"{name} {file_sha256(file)}\n".encode())
         for file in opened.described:
-            digest.update(f"{sha256(file)}\n".encode())
+            digest.update(f"{file_sha256(file)}\n".encode())
         neutral = {"path", "revision", "sha256", "batch", "offload"}
         digest.update(self._config.model_dump_json(exclude=neutral).encode())
         return digest.hexdigest()

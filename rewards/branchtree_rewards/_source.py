@@ -8,7 +8,6 @@ there to try a recipe, and the library, without downloads.
 from __future__ import annotations
 
 import atexit
-import hashlib
 import os
 import re
 import shutil
@@ -17,11 +16,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from branchtree.checksums import verify_checksums
+from branchtree.checksums import file_sha256, verify_checksums
 from branchtree.errors import RewardError, nearest
 
 RANDOM_SMALL = "random:small"
-BLOCK = 2**22
 
 
 @dataclass(frozen=True)
@@ -108,15 +106,6 @@ def locate(path: str, revision: str | None, write_small: Callable[[Path], None])
     return Source(path, None, revision=revision)
 
 
-def sha256(file: Path) -> str:
-    """The file's digest, in hexadecimal."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def verify(files: Mapping[str, Path], pin: str | Mapping[str, str] | None) -> None:
     """Compare weight files, by name, with pinned digests. Raises RewardError naming the file that differs.
 
@@ -133,6 +122,6 @@ def verify(files: Mapping[str, Path], pin: str | Mapping[str, str] | None) -> No
     for name, wanted in pin.items():
         if name not in files:
             raise RewardError(f"sha256 names '{name}', which is no weights file here{nearest(name, files)}")
-        found = sha256(files[name])
+        found = file_sha256(files[name])
         if found != wanted.lower():
             raise RewardError(f"'{files[name]}' has sha256 {found}, not the pinned {wanted}; it is another checkpoint")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from branchtree.completeness import unmade_tokens
 from branchtree.errors import RewardError
 
 PROBES = ("a red cat", "two blue dogs")
-WORD_END = "</w>"
 
 
 def check_whole(tokenizer: Any, where: str) -> None:
@@ -23,21 +23,17 @@ def check_whole(tokenizer: Any, where: str) -> None:
         raise RewardError(f"the tokenizer of '{where}' does not work ({type(error).__name__}: {reason})") from error
     if first == second:
         raise RewardError(f"the tokenizer of '{where}' reads '{PROBES[0]}' and '{PROBES[1]}' alike; a file is missing")
-    if lost := _without_merges(tokenizer):
+    if _is_byte_pair(tokenizer) and (lost := unmade_tokens(tokenizer)):
         raise RewardError(
-            f"the tokenizer of '{where}' has {lost} entries that no merge makes; its merges.txt or tokenizer.json is "
-            "cut short"
+            f"the tokenizer of '{where}' has {len(lost)} entries that no merge makes; its merges.txt or "
+            "tokenizer.json is cut short"
         )
 
 
-def _without_merges(tokenizer: Any) -> int:
-    """How many entries of a byte-pair vocabulary can never come up, as no merge makes them."""
+def _is_byte_pair(tokenizer: Any) -> bool:
+    """Whether a vocabulary is made by merges alone."""
     model = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
-    if model.get("type") != "BPE" or model.get("byte_fallback"):
-        return 0
-    pairs = (merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"])
-    made = {"".join(pair) for pair in pairs} | tokenizer.get_added_vocab().keys()
-    return sum(len(entry.removesuffix(WORD_END)) > 1 for entry in model["vocab"].keys() - made)
+    return bool(model.get("type") == "BPE" and not model.get("byte_fallback"))
 
 
 def own_token(tokenizer: Any, prompt: str) -> str | None:

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from branchtree.checksums import file_sha256
 from branchtree.errors import RewardError
 from branchtree.protocols import RewardFootprint
 from branchtree_rewards._footprints import QWEN2_5_VL_7B, build_answering, skeleton
 from branchtree_rewards._small_unifiedreward import write_small
-from branchtree_rewards._source import RANDOM_SMALL, Source, locate, sha256, verify
+from branchtree_rewards._source import RANDOM_SMALL, Source, locate, verify
 from branchtree_rewards._tokenizers import PROBES, check_whole, own_token
 from branchtree_rewards._unified_templates import Failure, Spoken
 from branchtree_rewards._weights import from_pretrained, quiet
@@ -145,7 +146,7 @@ class LocalModel:
 
     def identity(self) -> str:
         """The digests of the weights' files."""
-        return "".join(f"{name} {sha256(file)}\n" for name, file in sorted(self._files.items()))
+        return "".join(f"{name} {file_sha256(file)}\n" for name, file in sorted(self._files.items()))
 
 
 def weight_files(source: Source) -> dict[str, Path]:

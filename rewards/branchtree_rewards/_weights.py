@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from branchtree.completeness import unexpected_keys
 from branchtree.errors import RewardError
 from branchtree.finite import is_finite
 
@@ -116,14 +117,15 @@ def from_pretrained(model: Any, location: str, dtype: torch.dtype, **settings: A
             f"cannot load '{location}' ({type(error).__name__}: {reason}); give a hub id that can be reached, or a "
             "complete folder"
         ) from error
-    state = loaded.state_dict()
-    computed = tuple(name for name, _ in loaded.named_buffers() if name not in state)  # older files hold them too
-    problems = {what: sorted(map(str, info[f"{what}_keys"])) for what in ("missing", "unexpected", "mismatched")}
-    problems["unexpected"] = [name for name in problems["unexpected"] if not name.endswith(computed)]
+    problems = {
+        "missing": sorted(map(str, info["missing_keys"])),
+        "unexpected": unexpected_keys(loaded, info),
+        "mismatched": sorted(map(str, info["mismatched_keys"])),
+    }
     found = [f"{what}: {', '.join(names[:SHOWN])}" for what, names in problems.items() if names]
     if found:
         raise RewardError(f"the weights of '{location}' do not fit the model: {'; '.join(found)}")
-    require_finite(state, location)
+    require_finite(loaded.state_dict(), location)
     return loaded
 
 
