@@ -33,12 +33,12 @@ from operations import seconds_of
 from sessions import QUIET, Prompts, credited, grown, opened, under, updated
 
 from branchtree.cli.app import parse_overrides
-from branchtree.memory import estimate_memory
+from branchtree.planning.memory import estimate_memory
 from branchtree.recipe import load_recipe
+from branchtree.run.directory import METRICS, TIMING, RunDirectory
 from branchtree.training.checkpoint import newest_whole, restore_weights
 from branchtree.training.keeper import CheckpointKeeper
 from branchtree.training.restore import load_checkpoint
-from branchtree.training.rundir import METRICS, TIMING, RunDirectory
 from branchtree.training.session import Session
 
 PRUNING = {"none": "branchgrpo", "parent_top1": "width_pruned", "extreme": "extreme_pruned", "depth": "depth_pruned"}

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from rich.console import Console
 
-from branchtree.comparing import Budget, Request, Row, compare
-from branchtree.comparing.table import reward_sheet, terminal, work_sheet
+from branchtree.studies.compare import Budget, Request, Row, compare
+from branchtree.studies.compare.table import reward_sheet, terminal, work_sheet
 
 QUIET = {"run.checkpoint_every": 10**6, "run.sample_every": 10**6, "run.tree_every": 10**6}
 ROWS = (

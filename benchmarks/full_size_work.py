@@ -11,26 +11,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from branchtree_adapters._wan_layout import WanConfig
 from branchtree_adapters.flux import FluxConfig
+from branchtree_adapters.wan_layout import WanConfig
 from operations import synchronize
 from random_models import SMALL_FLUX, SMALL_WAN, Execution, RandomFlux, RandomWan, write_configs
 from sampling import SampledDenoiser, Timed, part_of
 from sessions import QUIET, Prompts, credited, random_scores, updated
 
-from branchtree.assembly import make_credit_rule, make_pruning_rule, make_schedule
 from branchtree.cli.app import parse_overrides
-from branchtree.cost import Cost, count
-from branchtree.data import training_conditions
-from branchtree.memory import estimate_memory
-from branchtree.noise import NoiseSource, Purpose, generator
-from branchtree.protocols import ModelAdapter
+from branchtree.core.cost import Cost, count
+from branchtree.core.noise import NoiseSource, Purpose, generator
+from branchtree.core.rollout import rollout
+from branchtree.core.tree import BranchTree, grow
+from branchtree.data.prompts import training_conditions
+from branchtree.planning.memory import estimate_memory
+from branchtree.plugins.protocols import ModelAdapter
 from branchtree.recipe import load_recipe
+from branchtree.recipe.build import make_credit_rule, make_pruning_rule, make_schedule
 from branchtree.recipe.schema import Recipe
-from branchtree.rollout import rollout
 from branchtree.training.policy import velocity_function
 from branchtree.training.session import Inputs, Session
-from branchtree.tree import BranchTree, grow
 
 
 @dataclass(frozen=True)

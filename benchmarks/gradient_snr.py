@@ -29,8 +29,8 @@ import torch
 from torch import Tensor
 
 from branchtree import load_recipe, plan
+from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.training.metrics import GRADIENT_COST
-from branchtree.training.rundir import METRICS, RunDirectory
 from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 

@@ -26,14 +26,14 @@ import torch
 
 from branchtree import plan
 from branchtree.cli.app import parse_overrides
-from branchtree.protocols import Callback, Condition, VelocityFunction
+from branchtree.core.rollout import VelocityFunction, chunks
+from branchtree.core.tree import Topology, grow
+from branchtree.plugins.protocols import Callback, Condition
 from branchtree.recipe import load_recipe
-from branchtree.rollout import chunks
+from branchtree.run.directory import TIMING, RunDirectory
 from branchtree.training.policy import velocity_function
-from branchtree.training.rundir import TIMING, RunDirectory
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
-from branchtree.tree import Topology, grow
 
 EXPENSIVE_REWARDS = [{"reward": name, "path": "random:small"} for name in ("hps", "pickscore")]
 EXPENSIVE_WIDTH = 3  # of the decoder, times the bundled one's

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from branchtree_adapters import _diffusers as shared
-from branchtree_adapters import _speed as speed
-from branchtree_adapters._wan_layout import TRANSFORMER, VAE, WanConfig, read_configs
 from branchtree_adapters.flux import FLUX_DEV, Flux, FluxConfig
+from branchtree_adapters.pipeline import sources as shared
+from branchtree_adapters.pipeline import speed
 from branchtree_adapters.wan import Wan
+from branchtree_adapters.wan_layout import TRANSFORMER, VAE, WanConfig, read_configs
 from torch import Tensor
 
-from branchtree.protocols import Condition, Conditioning
+from branchtree.plugins.protocols import Condition, Conditioning
 
 SEED = 0
 FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # FLUX.1-dev's; they change no tensor's size

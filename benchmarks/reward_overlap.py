@@ -24,10 +24,11 @@ from pathlib import Path
 import torch
 from sessions import iterated
 
-from branchtree.assembly import NamedReward
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.core.scores import Scores
+from branchtree.plugins.protocols import Condition, Media
 from branchtree.recipe import load_recipe
-from branchtree.training.rundir import RunDirectory
+from branchtree.recipe.build import NamedReward
+from branchtree.run.directory import RunDirectory
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 
 

@@ -12,7 +12,7 @@ import torch
 from operations import synchronize
 from torch import Tensor
 
-from branchtree.protocols import VelocityFunction
+from branchtree.core.rollout import VelocityFunction
 
 
 @dataclass(frozen=True)

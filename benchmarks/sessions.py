@@ -11,18 +11,19 @@ from tempfile import TemporaryDirectory
 import torch
 from torch import Tensor
 
-from branchtree.assembly import make_credit_rule, make_pruning_rule, make_sampler, make_schedule
-from branchtree.credit import assign_credit
-from branchtree.families import Families
-from branchtree.protocols import Condition, Scores
+from branchtree.core.credit import assign_credit
+from branchtree.core.families import Families
+from branchtree.core.scores import Scores
+from branchtree.core.tree import BranchTree
+from branchtree.plugins.protocols import Condition
+from branchtree.recipe.build import make_credit_rule, make_pruning_rule, make_sampler, make_schedule
 from branchtree.recipe.schema import Recipe
+from branchtree.run.directory import RunDirectory
 from branchtree.training.gradient import Objective, UpdateRecord
 from branchtree.training.growth import grow_and_score
 from branchtree.training.learning import Learning, dimensions, mean_log_prob
-from branchtree.training.rundir import RunDirectory
 from branchtree.training.session import Inputs, Session, make_accelerator, open_session, read_inputs
 from branchtree.training.timing import Stopwatch
-from branchtree.tree import BranchTree
 
 QUIET = {"evaluation": None, "run.checkpoint_every": 10**6, "run.sample_every": 10**6, "run.tree_every": 10**6}
 

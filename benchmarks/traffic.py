@@ -17,8 +17,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from branchtree_adapters._wan_layout import WanConfig
 from branchtree_adapters.flux import FluxConfig
+from branchtree_adapters.wan_layout import WanConfig
 from random_models import Execution, RandomFlux, RandomWan
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from branchtree.protocols import Condition, LoraSettings, ModelAdapter
+from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
 
 GPU, META = torch.device("cuda"), torch.device("meta")
 NOT_COUNTED = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", "empty", "empty_like", "empty_strided"})

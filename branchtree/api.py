@@ -7,15 +7,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from branchtree.errors import OutputError
-from branchtree.names import folder_name
-from branchtree.reading import require_name, user_path
+from branchtree.files.names import folder_name
+from branchtree.files.reading import require_name, user_path
 from branchtree.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from branchtree.evaluating import EvaluationResult
-    from branchtree.planning import RunPlan
-    from branchtree.protocols import Callback
-    from branchtree.scoring import ScoredFile
+    from branchtree.planning.plan import RunPlan
+    from branchtree.plugins.protocols import Callback
+    from branchtree.studies.evaluate import EvaluationResult
+    from branchtree.studies.score import ScoredFile
     from branchtree.training.reporter import TrainResult
 
 
@@ -43,7 +43,7 @@ def train(
     estimate nothing is downloaded or loaded, unless ``force`` is true. Raises a BranchTreeError, with what is wrong and
     where, before work is done that it would cost.
     """
-    from branchtree.training.rundir import RunDirectory
+    from branchtree.run.directory import RunDirectory
     from branchtree.training.start import with_start
     from branchtree.training.trainer import train_recipe
 
@@ -56,7 +56,7 @@ def train(
 
 def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None, *, smoke: bool = False) -> RunPlan:
     """Work out a recipe's tree, rows and memory without loading a model; see ``train`` for the arguments."""
-    from branchtree.planning import plan_recipe
+    from branchtree.planning.plan import plan_recipe
 
     return plan_recipe(_resolve(recipe, overrides, smoke))
 
@@ -87,8 +87,8 @@ def evaluate(
     in ``train``.
     Raises a BranchTreeError, with what is wrong and where, before anything is loaded if it can be known then.
     """
-    from branchtree.evaluating import evaluate_subject
-    from branchtree.evaluating.request import Choices
+    from branchtree.studies.evaluate import evaluate_subject
+    from branchtree.studies.evaluate.request import Choices
 
     written = None if output is None else user_path(output)
     choices = Choices(rewards, prompts, noises, limit, written, force, lora)
@@ -111,7 +111,7 @@ def score(
     samples of one size are scored at a time, fewer if they are large. Raises a BranchTreeError, with file and line,
     before anything is loaded if an input cannot be read or is of a kind that a reward does not score.
     """
-    from branchtree.scoring import score_files
+    from branchtree.studies.score import score_files
 
     return score_files(files, rewards, prompt=prompt, device=device, batch=batch)
 

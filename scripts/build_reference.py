@@ -21,14 +21,14 @@ import yaml
 from _recipe_keys import option_table, recipe_tables
 
 from branchtree import load_recipe
-from branchtree.assembly import make_credit_rule, make_pruning_rule, make_schedule
 from branchtree.cli.app import app
-from branchtree.cost import Cost, count
-from branchtree.planning import draw_tree
-from branchtree.plugins import registry
+from branchtree.core.cost import Cost, count
+from branchtree.core.schedule import PRESET_SPLITS, FixedSplits, Schedule, TreePlan
+from branchtree.planning.plan import draw_tree
+from branchtree.plugins.registry import registry
 from branchtree.recipe import Recipe
+from branchtree.recipe.build import make_credit_rule, make_pruning_rule, make_schedule
 from branchtree.recipe.load import builtin_folder, method_names
-from branchtree.schedule import PRESET_SPLITS, FixedSplits, Schedule, TreePlan
 
 ROOT = Path(__file__).parents[1]
 GUEST = ROOT / "tests" / "guest_plugin"

@@ -30,7 +30,7 @@ from _moving_digits import (
     vocabulary,
 )
 from _small_models import build_t5_tokenizer, save_pipeline, write_clip_weights
-from branchtree_rewards._digit_classifier import load_classifier, to_network_input
+from branchtree_rewards.digits.classifier import load_classifier, to_network_input
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,
@@ -41,8 +41,8 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, UMT5Config, UMT5EncoderModel
 
-from branchtree.checksums import write_checksums
-from branchtree.grid import shift_sigmas, time_grid
+from branchtree.core.grid import shift_sigmas, time_grid
+from branchtree.files.checksums import write_checksums
 
 SEED = 21
 TEXT_WIDTH = 48

@@ -13,8 +13,8 @@ from branchtree_guest.model import LATENT, WEIGHTS, GuestGaussian, GuestGaussian
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from branchtree.hookspecs import Register, hookimpl
-from branchtree.protocols import Condition, Conditioning, Footprint, LoraSettings, Media
+from branchtree.plugins.hookspecs import Register, hookimpl
+from branchtree.plugins.protocols import Condition, Conditioning, Footprint, LoraSettings, Media
 
 
 class MixesRows(GuestGaussian):

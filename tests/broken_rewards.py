@@ -11,8 +11,9 @@ import torch
 from pydantic import BaseModel
 from torch import Tensor
 
-from branchtree.hookspecs import hookimpl
-from branchtree.protocols import Condition, Media, RewardCard, Scores
+from branchtree.core.scores import Scores
+from branchtree.plugins.hookspecs import hookimpl
+from branchtree.plugins.protocols import Condition, Media, RewardCard
 
 
 class Config(BaseModel, extra="forbid"):

@@ -17,7 +17,7 @@ import torch
 from guests import Outcome, install_guest, run_command
 from mishaps import SETTINGS, mishaps
 
-from branchtree.plugins import registry
+from branchtree.plugins.registry import registry
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"

@@ -15,12 +15,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from branchtree import load_recipe
+from branchtree.core.families import collect
+from branchtree.core.noise import IndependentSiblings, NoiseSource
+from branchtree.core.rollout import Sampler, forwards, rollout
+from branchtree.core.schedule import TreePlan
+from branchtree.core.transitions import DanceSde
+from branchtree.core.tree import grow
 from branchtree.errors import RewardError
-from branchtree.families import collect
-from branchtree.noise import IndependentSiblings, NoiseSource
 from branchtree.recipe.schema import LossSection, OptimSection
-from branchtree.rollout import Sampler, forwards, rollout
-from branchtree.schedule import TreePlan
 from branchtree.training.engine import make_engine
 from branchtree.training.gradient import Objective, Policies
 from branchtree.training.guard import UpdateGuard
@@ -28,8 +30,6 @@ from branchtree.training.learning_rate import LearningRate
 from branchtree.training.lockstep import Lockstep
 from branchtree.training.microbatch import RowLimit
 from branchtree.training.update import Updater, partition
-from branchtree.transitions import DanceSde
-from branchtree.tree import grow
 
 LATENT = 3
 COLLECTIVES = (

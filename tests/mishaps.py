@@ -20,9 +20,9 @@ MODULE = """
     import torch
     from pydantic import BaseModel
 
-    from branchtree.frames import first_frame
-    from branchtree.hookspecs import hookimpl
-    from branchtree.protocols import Callback
+    from branchtree.data.frames import first_frame
+    from branchtree.plugins.hookspecs import hookimpl
+    from branchtree.plugins.protocols import Callback
     from branchtree_guest.model import GuestGaussian, GuestGaussianConfig
     from branchtree_guest.reward import Brightness, BrightnessConfig
 

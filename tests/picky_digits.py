@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import torch
-from branchtree_rewards.digits import Digits
+from branchtree_rewards.digits.reward import Digits
 
 from branchtree.cli import main
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.core.scores import Scores
+from branchtree.plugins.protocols import Condition, Media
 
 LEAST = -2.3
 """Log-probabilities below it count as unreadable."""

@@ -20,7 +20,8 @@ import torch
 from patience import PATIENCE
 from torch import Tensor
 
-from branchtree.protocols import Condition, Media, RewardAdapter, Scores
+from branchtree.core.scores import Scores
+from branchtree.plugins.protocols import Condition, Media, RewardAdapter
 from branchtree.serving.server import RewardServer, bind
 from branchtree.serving.service import NamedAdapter, Service
 

@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from reference import Node
 from torch import Tensor
 
-from branchtree.fusion import NodeValues
-from branchtree.schedule import TreePlan
-from branchtree.tree import Topology, grow
+from branchtree.core.fusion import NodeValues
+from branchtree.core.schedule import TreePlan
+from branchtree.core.tree import Topology, grow
 
 thorough = settings(
     max_examples=100,

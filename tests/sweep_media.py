@@ -18,17 +18,17 @@ from typing import Any
 import media_files as files
 import numpy as np
 import torch
-from branchtree_rewards.digits import Digits, DigitsConfig
-from branchtree_rewards.motion import MotionConfig, MotionSmoothness
-from branchtree_rewards.pickscore import PickScore, PickScoreConfig
+from branchtree_rewards.clip.pickscore import PickScore, PickScoreConfig
+from branchtree_rewards.digits.reward import Digits, DigitsConfig
+from branchtree_rewards.motion.reward import MotionConfig, MotionSmoothness
 from media_files import FRAMES, LOSSLESS, RATE, TURNS, Coding, Pixels, moving
 from PIL import Image, ImageCms
 
 from branchtree import score
 from branchtree.errors import DataError
-from branchtree.protocols import Condition, Media
-from branchtree.scoring.items import list_items
-from branchtree.scoring.media import find_forms, read
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.studies.score.items import list_items
+from branchtree.studies.score.media import find_forms, read
 
 PROMPT = "a seven, 7"
 WEIGHTS = {"path": "random:small"}

@@ -24,9 +24,9 @@ from PIL import Image
 from torch import Tensor
 
 import branchtree
-from branchtree.checksums import SUMS
 from branchtree.errors import BranchTreeError
-from branchtree.protocols import Condition
+from branchtree.files.checksums import SUMS
+from branchtree.plugins.protocols import Condition
 
 ASSETS = Path(__file__).parents[1] / "adapters/branchtree_adapters/assets"
 MODELS = ("digits_flux", "moving_digits_wan")

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from branchtree_rewards._source import RANDOM_SMALL
+from branchtree_rewards.shared.source import RANDOM_SMALL
 
-from branchtree.assembly import make_reward
-from branchtree.checksums import write_checksums
 from branchtree.errors import BranchTreeError
-from branchtree.protocols import Condition, Media, RewardAdapter
+from branchtree.files.checksums import write_checksums
+from branchtree.plugins.protocols import Condition, Media, RewardAdapter
+from branchtree.recipe.build import make_reward
 
 CPU = torch.device("cpu")
 REWARDS: Mapping[str, Mapping[str, Any]] = {

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from strategies import Forest, make_plan
 from torch import Tensor
 
-from branchtree.advantages import ESTIMATORS, Advantages
-from branchtree.fusion import NodeValues, fuse
-from branchtree.tree import grow
+from branchtree.core.advantages import ESTIMATORS, Advantages
+from branchtree.core.fusion import NodeValues, fuse
+from branchtree.core.tree import grow
 
 names = st.sampled_from(["depth", "leaf", "sibling"])
 

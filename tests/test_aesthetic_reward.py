@@ -7,17 +7,17 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_rewards._small_aesthetic import write_small
-from branchtree_rewards._small_clip import write_clip_folder
-from branchtree_rewards.aesthetic import Aesthetic, AestheticConfig
+from branchtree_rewards.clip.aesthetic import Aesthetic, AestheticConfig
+from branchtree_rewards.small.aesthetic import write_small
+from branchtree_rewards.small.clip import write_clip_folder
 from clip_publisher import random_pictures
 from torch import Tensor
 from torchvision import transforms
 
-from branchtree.checksums import file_sha256
 from branchtree.errors import RewardError
-from branchtree.plugins import registry
-from branchtree.protocols import Condition, Media
+from branchtree.files.checksums import file_sha256
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.registry import registry
 
 HEAD = "sa_0_4_vit_l_14_linear.pth"  # as LAION names it
 CPU = torch.device("cpu")

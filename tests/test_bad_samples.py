@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_rewards._unified_server import ChatServer
 from branchtree_rewards.remote import Remote, RemoteConfig
+from branchtree_rewards.unifiedreward.server import ChatServer
 from fake_videos import write_mp4
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
@@ -21,10 +21,11 @@ from reward_servers import CPU, serving
 from test_reward_conformance import all_cases
 
 from branchtree import score
-from branchtree.assembly import NamedReward, make_reward
+from branchtree.core.scores import Scores
 from branchtree.errors import DataError
-from branchtree.protocols import Condition, GroupReward, Media, RewardAdapter, Scores, needs_prompt
-from branchtree.scores import ask
+from branchtree.plugins.protocols import Condition, GroupReward, Media, RewardAdapter, needs_prompt
+from branchtree.plugins.scores import ask
+from branchtree.recipe.build import NamedReward, make_reward
 from branchtree.training.microbatch import RowLimit
 from branchtree.training.scoring import timed_scores
 

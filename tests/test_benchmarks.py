@@ -16,8 +16,8 @@ import overhead
 import plot_comparison
 import pytest
 import torch
-from branchtree_adapters._wan_layout import WanConfig
 from branchtree_adapters.flux import FluxConfig
+from branchtree_adapters.wan_layout import WanConfig
 from full_size_tables import MARKS, MeanRows
 from full_size_work import Settings, adapter, cost_of, recipe_of
 from operations import Operations, count_operations, matrix_rate
@@ -26,8 +26,8 @@ from sampling import SampledDenoiser, Timed, part_of, share_within
 from sessions import edge_by_edge
 from tiny_flux import tiny_flux
 
-from branchtree.families import Families
-from branchtree.protocols import Footprint
+from branchtree.core.families import Families
+from branchtree.plugins.protocols import Footprint
 
 SMALLEST = {
     "tree.steps": 6,

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from branchtree.checksums import MANIFEST, SUMS, verify_checksums, write_checksums
 from branchtree.errors import ModelError, RewardError
-from branchtree.training.manifest import write_manifest
+from branchtree.files.checksums import MANIFEST, SUMS, verify_checksums, write_checksums
+from branchtree.run.manifest import write_manifest
 
 
 @pytest.fixture

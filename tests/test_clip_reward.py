@@ -17,9 +17,9 @@ import open_clip
 import pytest
 import regex
 import torch
-from branchtree_rewards._clip_text import load_tokenizer, token_ids
-from branchtree_rewards._small_clip import write_clip_folder
-from branchtree_rewards.clip import Clip, ClipConfig
+from branchtree_rewards.clip.clip_score import Clip, ClipConfig
+from branchtree_rewards.clip.text import load_tokenizer, token_ids
+from branchtree_rewards.small.clip import write_clip_folder
 from clip_publisher import (
     SCORED,
     open_clip_cosine,
@@ -33,8 +33,8 @@ from PIL import Image
 from torch import Tensor
 
 from branchtree.errors import RewardError
-from branchtree.plugins import registry
-from branchtree.protocols import Condition, Media
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.registry import registry
 
 CPU = torch.device("cpu")
 SHAPES = [(40, 60), (61, 23), (28, 28), (17, 90), (300, 200), (25, 20)]  # heights, widths; the last has 7 to cut
@@ -165,7 +165,7 @@ def test_dfn5b_scores_as_open_clip(dfn5b: tuple[open_clip.CLIP, Clip], shape: tu
 
 
 def test_the_variants_are_the_published_sizes() -> None:
-    from branchtree_rewards._open_clip import VIT_H_14_378
+    from branchtree_rewards.clip.open_clip import VIT_H_14_378
 
     config = open_clip.get_model_config("ViT-H-14-378-quickgelu")
     assert VIT_H_14_378.quick_gelu is config["quick_gelu"] is True

@@ -25,18 +25,18 @@ from training_runs import arguments, largest_difference, metrics, small, weights
 
 from branchtree import load_recipe
 from branchtree.cli.app import app
-from branchtree.comparing import Budget, Request, Row, compare
-from branchtree.comparing.budget import iterations_within
-from branchtree.comparing.collect import Comparison
-from branchtree.comparing.curves import curves, held_out_points, training_points
-from branchtree.comparing.page import render
-from branchtree.comparing.request import multiply, parse_grid, parse_recipe, parse_seeds, parse_words
-from branchtree.comparing.runs import plan_runs
-from branchtree.comparing.statistics import paired_difference, spread
-from branchtree.comparing.table import figure, reward_sheet, work_sheet
 from branchtree.errors import OutputError, RecipeError
 from branchtree.report.read import read_run
-from branchtree.student import student_quantile
+from branchtree.studies.compare import Budget, Request, Row, compare
+from branchtree.studies.compare.budget import iterations_within
+from branchtree.studies.compare.collect import Comparison
+from branchtree.studies.compare.curves import curves, held_out_points, training_points
+from branchtree.studies.compare.page import render
+from branchtree.studies.compare.request import multiply, parse_grid, parse_recipe, parse_seeds, parse_words
+from branchtree.studies.compare.runs import plan_runs
+from branchtree.studies.compare.statistics import paired_difference, spread
+from branchtree.studies.compare.table import figure, reward_sheet, work_sheet
+from branchtree.studies.student import student_quantile
 
 JUDGED: dict[str, Any] = {
     "evaluation": {
@@ -359,8 +359,8 @@ def test_a_finished_run_of_another_length_is_refused(model: Path, tmp_path: Path
 FATAL = """
 import os
 from pydantic import BaseModel
-from branchtree.hookspecs import hookimpl
-from branchtree.protocols import Callback
+from branchtree.plugins.hookspecs import hookimpl
+from branchtree.plugins.protocols import Callback
 
 
 class Nothing(BaseModel):

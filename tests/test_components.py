@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_adapters._components import build_pipeline
-from branchtree_adapters._tokenizers import check_tokenizer, check_tokenizer_files, probe_texts
 from branchtree_adapters.flux import Flux, FluxConfig
+from branchtree_adapters.pipeline.components import build_pipeline
+from branchtree_adapters.pipeline.tokenizers import check_tokenizer, check_tokenizer_files, probe_texts
 from branchtree_adapters.wan import Wan, WanConfig
 from diffusers import FluxPipeline, WanImageToVideoPipeline
 from safetensors.torch import load_file, save_file
@@ -22,7 +22,7 @@ from tiny_wan import Kind, tiny_wan, write_frame
 from torch import Tensor, nn
 
 from branchtree.errors import ModelError
-from branchtree.protocols import Condition
+from branchtree.plugins.protocols import Condition
 
 CPU = torch.device("cpu")
 Edit = Callable[[Path], object]

@@ -18,16 +18,16 @@ from patience import PATIENCE
 from tiny_flux import tiny_flux
 from tiny_wan import FRAMES, SIZE, Kind, tiny_wan, write_frame
 
-from branchtree.plugins import registry
-from branchtree.protocols import Condition
+from branchtree.plugins.protocols import Condition
+from branchtree.plugins.registry import registry
 from branchtree.testing import AdapterCase, ModelAdapterPromises, TrainingPromises
 
 PROMPTS = ("a seven", "a three", "a one", "a five")
 BRIGHTNESS = """
     from pydantic import BaseModel
 
-    from branchtree.hookspecs import hookimpl
-    from branchtree.protocols import Scores
+    from branchtree.plugins.hookspecs import hookimpl
+    from branchtree.core.scores import Scores
 
 
     class Config(BaseModel):
@@ -227,7 +227,7 @@ BROKEN = {
 
 THEIRS = """
 import pytest
-from branchtree.protocols import Condition
+from branchtree.plugins.protocols import Condition
 from branchtree.testing import AdapterCase, ModelAdapterPromises, TrainingPromises
 
 class Theirs(ModelAdapterPromises, TrainingPromises):

@@ -22,9 +22,9 @@ from strategies import thorough
 from branchtree.cli import main
 from branchtree.cli.console import make_console, visible
 from branchtree.cli.display import ProgressDisplay, figures_table
+from branchtree.data.frames import first_frame
 from branchtree.errors import DataError
-from branchtree.frames import first_frame
-from branchtree.protocols import Condition
+from branchtree.plugins.protocols import Condition
 from branchtree.training.evaluation import Figure
 
 MARKUP = "[bold]x[/red] :cat: \\[a]"
@@ -151,7 +151,7 @@ def test_names_and_descriptions_of_recipes_are_no_markup(
     (folder / "folder.yaml").mkdir()
     code = f"""
         from pathlib import Path
-        from branchtree.hookspecs import hookimpl
+        from branchtree.plugins.hookspecs import hookimpl
         from pydantic import BaseModel
 
         @hookimpl

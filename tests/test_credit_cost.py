@@ -17,13 +17,13 @@ from reference import Keep, Node
 from strategies import Forest, make_plan
 from torch import Tensor
 
-from branchtree.cost import Cost, count
-from branchtree.credit import Credit, CreditRule, PruningRule, assign_credit
-from branchtree.families import collect
-from branchtree.noise import Purpose
-from branchtree.protocols import Scores
-from branchtree.schedule import PRESET_SPLITS, FixedSplits, Schedule, SlidingWindow, TreePlan
-from branchtree.tree import grow
+from branchtree.core.cost import Cost, count
+from branchtree.core.credit import Credit, CreditRule, PruningRule, assign_credit
+from branchtree.core.families import collect
+from branchtree.core.noise import Purpose
+from branchtree.core.schedule import PRESET_SPLITS, FixedSplits, Schedule, SlidingWindow, TreePlan
+from branchtree.core.scores import Scores
+from branchtree.core.tree import grow
 
 ITERATION = 45
 

@@ -17,10 +17,10 @@ from training_runs import small
 
 from branchtree import load_recipe, train
 from branchtree.errors import CheckpointError, OutputError
-from branchtree.evaluating.subject import find_subject
+from branchtree.run.ledger import LEDGER
+from branchtree.run.manifest import MANIFEST, require_whole, write_manifest
+from branchtree.studies.evaluate.subject import find_subject
 from branchtree.training.checkpoint import list_checkpoints, newest_whole
-from branchtree.training.ledger import LEDGER
-from branchtree.training.manifest import MANIFEST, require_whole, write_manifest
 from branchtree.training.writer import CheckpointWriter
 
 SETTINGS = {"run.iterations": 6, "run.checkpoint_every": 2, "optim.ema": 0.5, "callbacks": []}
@@ -32,7 +32,7 @@ def whole(guest_site: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run with checkpoints of 2, 4 and 6 iterations."""
     import sys
 
-    from branchtree.plugins import registry
+    from branchtree.plugins.registry import registry
 
     sys.path.insert(0, str(guest_site))
     registry.cache_clear()

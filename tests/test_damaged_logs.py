@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from branchtree.recipe.schema import ScoringSection
+from branchtree.run.directory import EVALUATION, LOGS, METRICS, RunDirectory
+from branchtree.run.logs import lines_until, read_lines
 from branchtree.training.failures import FailureWatch
-from branchtree.training.logs import lines_until, read_lines
-from branchtree.training.rundir import EVALUATION, LOGS, METRICS, RunDirectory
 
 WEIGHTS = "final/denoiser.safetensors"
 ROWS = {

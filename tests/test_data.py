@@ -16,9 +16,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from strategies import thorough
 
-from branchtree.data import PromptOrder, check_conditions, held_out_conditions, load_conditions, training_conditions
+from branchtree.data.prompts import (
+    PromptOrder,
+    check_conditions,
+    held_out_conditions,
+    load_conditions,
+    training_conditions,
+)
 from branchtree.errors import DataError
-from branchtree.protocols import Condition
+from branchtree.plugins.protocols import Condition
 from branchtree.recipe.schema import DataSection, EvaluationSection
 from branchtree.training.policy import ConditioningCache
 

@@ -11,15 +11,15 @@ import pytest
 import tiny_flux
 import tiny_wan
 import torch
-from branchtree_adapters._decoders import decoder_of_images, decoder_of_videos
 from branchtree_adapters.flux import FLUX_DEV
+from branchtree_adapters.pipeline.decoders import decoder_of_images, decoder_of_videos
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from peak_memory import PeakMemory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from branchtree import plan
-from branchtree.protocols import DecoderFootprint
+from branchtree.plugins.protocols import DecoderFootprint
 
 ASSETS = Path(tiny_flux.__file__).parents[1] / "adapters" / "branchtree_adapters" / "assets"
 

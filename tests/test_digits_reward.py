@@ -8,11 +8,11 @@ import pydantic
 import pytest
 import torch
 import torch.nn.functional as F
-from branchtree_rewards._digit_classifier import ClassifierName, DigitClassifier, load_classifier
-from branchtree_rewards.digits import DIGIT_WORDS, Digits, DigitsConfig, named_digit
+from branchtree_rewards.digits.classifier import ClassifierName, DigitClassifier, load_classifier
+from branchtree_rewards.digits.reward import DIGIT_WORDS, Digits, DigitsConfig, named_digit
 from torch import Tensor
 
-from branchtree.protocols import Condition, Media
+from branchtree.plugins.protocols import Condition, Media
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 CPU = torch.device("cpu")

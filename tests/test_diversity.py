@@ -14,20 +14,29 @@ import torch
 from torch import Tensor
 from typer.testing import CliRunner
 
-from branchtree.assembly import make_model
 from branchtree.cli.app import app
-from branchtree.diversity import study as study_module
-from branchtree.diversity.cache import FeatureCache, describe, weights_digest
-from branchtree.diversity.request import Choices, Find, Request, grid_cells, make_request
-from branchtree.diversity.sampling import BRANCHED, CONTROL, INDEPENDENT, PLAIN, Kind, Policy, Samples, draw_samples
-from branchtree.diversity.study import run_study
+from branchtree.core.noise import NoiseSource, Purpose, generator
 from branchtree.errors import BranchTreeError, RecipeError, RewardError
-from branchtree.evaluating.subject import find_subject
-from branchtree.noise import NoiseSource, Purpose, generator
-from branchtree.protocols import Condition
+from branchtree.plugins.protocols import Condition
+from branchtree.recipe.build import make_model
 from branchtree.recipe.schema import LoraSection
-from branchtree.training.manifest import write_manifest
-from branchtree.training.rundir import RunDirectory
+from branchtree.run.directory import RunDirectory
+from branchtree.run.manifest import write_manifest
+from branchtree.studies.diversity import study as study_module
+from branchtree.studies.diversity.cache import FeatureCache, describe, weights_digest
+from branchtree.studies.diversity.request import Choices, Find, Request, grid_cells, make_request
+from branchtree.studies.diversity.sampling import (
+    BRANCHED,
+    CONTROL,
+    INDEPENDENT,
+    PLAIN,
+    Kind,
+    Policy,
+    Samples,
+    draw_samples,
+)
+from branchtree.studies.diversity.study import run_study
+from branchtree.studies.evaluate.subject import find_subject
 from branchtree.training.session import load_model
 
 SMALL = {"tree.steps": 4, "tree.splits": [0, 1], "batch.rollout_prompts": 3, "batch.decode_rows": 5}

@@ -18,19 +18,19 @@ import typer
 import yaml
 
 import branchtree
-from branchtree import hookspecs
-from branchtree.assembly import make_credit_rule, make_pruning_rule, make_schedule
 from branchtree.cli.app import app, parse_overrides
-from branchtree.cost import count
-from branchtree.credit import CreditRule, PruningRule, assign_credit
-from branchtree.families import collect
-from branchtree.protocols import Scores
+from branchtree.core.cost import count
+from branchtree.core.credit import CreditRule, PruningRule, assign_credit
+from branchtree.core.families import collect
+from branchtree.core.schedule import FixedSplits, Schedule
+from branchtree.core.scores import Scores
+from branchtree.core.tree import grow
+from branchtree.plugins import hookspecs
 from branchtree.recipe import Recipe, load_recipe, recipe_names
+from branchtree.recipe.build import make_credit_rule, make_pruning_rule, make_schedule
 from branchtree.recipe.load import builtin_folder, method_names
-from branchtree.schedule import FixedSplits, Schedule
 from branchtree.training.gradient import UpdateRecord
 from branchtree.training.metrics import ShareRecord, iteration_metrics
-from branchtree.tree import grow
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").glob("*.md"))

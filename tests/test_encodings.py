@@ -18,7 +18,7 @@ from training_runs import metrics, small, weights
 
 from branchtree import train
 from branchtree.errors import ModelError
-from branchtree.protocols import Condition
+from branchtree.plugins.protocols import Condition
 from branchtree.testing.probe import require_same
 from branchtree.training.encodings import EncodingStore, open_store, user_folder
 from branchtree.training.policy import IDLE_REQUESTS, ConditioningCache

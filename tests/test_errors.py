@@ -25,9 +25,9 @@ FAILING = """
     import torch
     from pydantic import BaseModel
 
-    from branchtree.frames import first_frame, last_frame
-    from branchtree.hookspecs import hookimpl
-    from branchtree.protocols import Scores
+    from branchtree.data.frames import first_frame, last_frame
+    from branchtree.plugins.hookspecs import hookimpl
+    from branchtree.core.scores import Scores
     from branchtree_guest.model import GuestGaussian, GuestGaussianConfig
 
 

@@ -19,11 +19,12 @@ from tiny_flux import tiny_flux
 from training_runs import arguments, small
 
 from branchtree import evaluate, train
+from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, RecipeError
-from branchtree.evaluating.comparison import compare
-from branchtree.protocols import Media, Scores
+from branchtree.pictures.grid import write_pictures
+from branchtree.plugins.protocols import Media
+from branchtree.studies.evaluate.comparison import compare
 from branchtree.training.evaluation import Samples
-from branchtree.training.samples import write_pictures
 
 PROMPTS = ("a two", "a six", "a nine")
 SECTION = {"prompts": PROMPTS, "noises": 2, "rows": 4, "rewards": [{"reward": "digits", "classifier": "heldout"}]}
@@ -284,7 +285,7 @@ def test_what_cannot_be_judged_is_refused_before_the_model_is_loaded(
     choices: dict[str, Any], message: str, runs: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = runs("whole")
-    monkeypatch.setattr("branchtree.evaluating.run.load_model", lambda *_: pytest.fail("it was loaded"))
+    monkeypatch.setattr("branchtree.studies.evaluate.run.load_model", lambda *_: pytest.fail("it was loaded"))
     with pytest.raises(BranchTreeError) as refused:
         evaluate(run, **choices)
     assert message in str(refused.value)

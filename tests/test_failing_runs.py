@@ -16,9 +16,9 @@ from training_runs import small
 
 from branchtree import load_recipe, train
 from branchtree.errors import BranchTreeError, TrackerError
+from branchtree.run.directory import RunDirectory
+from branchtree.run.manifest import require_whole
 from branchtree.training.checkpoint import list_checkpoints, read_state
-from branchtree.training.manifest import require_whole
-from branchtree.training.rundir import RunDirectory
 from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 

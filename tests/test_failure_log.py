@@ -14,10 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import make_plan
 
+from branchtree.core.parts import cut
+from branchtree.core.scores import Scores
+from branchtree.core.tree import grow, grow_parts
 from branchtree.errors import RewardError
-from branchtree.json_lines import json_object
-from branchtree.parts import cut
-from branchtree.protocols import Condition, Scores
+from branchtree.files.json_lines import json_object
+from branchtree.plugins.protocols import Condition
 from branchtree.recipe.schema import ScoringSection
 from branchtree.report.read import read_run
 from branchtree.report.sections import failures
@@ -31,7 +33,6 @@ from branchtree.training.failures import (
     count_failures,
     log_rows,
 )
-from branchtree.tree import grow, grow_parts
 
 PLANS = [make_plan(2, {0: count}) for count in (4, 7, 30)]
 CONDITIONS = [Condition(f"prompt {number}", place=f"p.txt:{number}") for number in range(3)]

@@ -15,11 +15,11 @@ from reference import Node
 from strategies import Forest, make_plan
 from torch import Tensor
 
-from branchtree.advantages import Advantages
-from branchtree.families import Families, collect, gather, trained_edges
-from branchtree.loss import clipped_away, clipped_loss, probability_ratio
-from branchtree.pruning import EdgeMask, trainable
-from branchtree.tree import BranchTree, Topology, grow
+from branchtree.core.advantages import Advantages
+from branchtree.core.families import Families, collect, gather, trained_edges
+from branchtree.core.loss import clipped_away, clipped_loss, probability_ratio
+from branchtree.core.pruning import EdgeMask, trainable
+from branchtree.core.tree import BranchTree, Topology, grow
 
 
 def credited(forest: Forest, seed: int, sparsity: float) -> tuple[list[Node], Advantages, EdgeMask]:

@@ -10,22 +10,22 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_rewards._clip_features import ClipFeatures, ClipFeaturesConfig
-from branchtree_rewards._digit_classifier import load_classifier
-from branchtree_rewards._inception_features import InceptionFeatures, InceptionFeaturesConfig
-from branchtree_rewards._small_clip import write_clip_folder
-from branchtree_rewards._small_features import (
+from branchtree_rewards.digits.classifier import load_classifier
+from branchtree_rewards.features.clip import ClipFeatures, ClipFeaturesConfig
+from branchtree_rewards.features.digits import (
     DigitsFeatures,
     DigitsFeaturesConfig,
     PixelsFeatures,
     PixelsFeaturesConfig,
 )
+from branchtree_rewards.features.inception import InceptionFeatures, InceptionFeaturesConfig
+from branchtree_rewards.small.clip import write_clip_folder
 from torch import Tensor
 
-from branchtree.diversity.spaces import load_spaces, make_spaces
 from branchtree.errors import PluginError, RecipeError, RewardError
-from branchtree.plugins import registry
-from branchtree.protocols import Media
+from branchtree.plugins.protocols import Media
+from branchtree.plugins.registry import registry
+from branchtree.studies.diversity.spaces import load_spaces, make_spaces
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from branchtree.finite import is_finite
+from branchtree.core.finite import is_finite
 
 NUMBERS = st.lists(st.floats(width=32) | st.sampled_from([math.nan, math.inf, -math.inf]), max_size=12)
 

@@ -11,14 +11,14 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
-from branchtree_adapters._wan_layout import INDEX, TRANSFORMER, VAE, WanConfig
 from branchtree_adapters.wan import Wan
+from branchtree_adapters.wan_layout import INDEX, TRANSFORMER, VAE, WanConfig
 from diffusers import WanImageToVideoPipeline
 
-from branchtree.assembly import make_model
 from branchtree.errors import ModelError
-from branchtree.plugins import registry
+from branchtree.plugins.registry import registry
 from branchtree.recipe import load_recipe, recipe_names
+from branchtree.recipe.build import make_model
 from branchtree.recipe.load import builtin_folder
 
 ROOT = Path(__file__).parents[1]

@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from branchtree_adapters import _diffusers as shared
 from branchtree_adapters import flux
 from branchtree_adapters.flux import FLUX_DEV, LORA_TARGETS, Flux, FluxConfig, register_models
+from branchtree_adapters.pipeline import sources as shared
 from diffusers import FluxPipeline
 from peak_memory import PeakMemory
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -23,7 +23,7 @@ from tiny_flux import T5_TOKENS, tiny_flux
 from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError, DataError, ModelError
-from branchtree.protocols import Condition, LoraSettings, ModelAdapter
+from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
 from branchtree.testing.probe import randomise, require_same, state
 
 CPU = torch.device("cpu")

@@ -14,9 +14,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
+from branchtree.data.frames import first_frame, last_frame
 from branchtree.errors import DataError
-from branchtree.frames import first_frame, last_frame
-from branchtree.protocols import Condition
+from branchtree.plugins.protocols import Condition
 
 SIZE = (48, 32)  # width, height
 Pixels = NDArray[np.uint8]

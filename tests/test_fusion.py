@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from strategies import Forest, make_plan
 from torch import Tensor
 
-from branchtree.fusion import NodeValues, PathScale, fuse, path_log_prob
-from branchtree.tree import grow
+from branchtree.core.fusion import NodeValues, PathScale, fuse, path_log_prob
+from branchtree.core.tree import grow
 
 scales = st.sampled_from(["mean", "sum", "standardised"])
 betas = st.sampled_from([0.0, 0.5, 1.0, 3.0, -1.0])

@@ -12,8 +12,8 @@ from pretend_gpu import pretend_gpu
 from tiny_flux import tiny_flux
 from tiny_wan import FRAMES, SIZE, Kind, tiny_wan, write_frame
 
-from branchtree.protocols import Condition
-from branchtree.staging import send
+from branchtree.core.transfer import send
+from branchtree.plugins.protocols import Condition
 
 GPU = torch.device("cuda", 0)
 

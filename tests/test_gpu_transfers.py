@@ -19,15 +19,15 @@ from torch import Tensor
 from training_runs import small
 
 from branchtree import train
-from branchtree.grid import time_grid
-from branchtree.noise import CorrelatedSiblings, NoiseSource
-from branchtree.protocols import Callback
-from branchtree.rollout import Sampler, forwards, rollout
-from branchtree.schedule import TreePlan
-from branchtree.solvers import Solver
-from branchtree.staging import send
-from branchtree.transitions import DanceSde
-from branchtree.tree import grow
+from branchtree.core.grid import time_grid
+from branchtree.core.noise import CorrelatedSiblings, NoiseSource
+from branchtree.core.rollout import Sampler, forwards, rollout
+from branchtree.core.schedule import TreePlan
+from branchtree.core.solvers import Solver
+from branchtree.core.transfer import send
+from branchtree.core.transitions import DanceSde
+from branchtree.core.tree import grow
+from branchtree.plugins.protocols import Callback
 
 LIMIT = 3
 """Times that the host may wait for each forward of the rollout and of the gradient pass."""
@@ -35,7 +35,7 @@ LIMIT = 3
 STEPS = 8
 
 ON_THE_DEVICE = {
-    "branchtree/rollout.py: densities = torch.cat(log_prob).cpu().split([len(level) for level in log_prob])": 1,
+    "branchtree/core/rollout.py: densities = torch.cat(log_prob).cpu().split([len(level) for level in log_prob])": 1,
     "branchtree/training/gradient.py: copied = torch.cat(flat).cpu().split([len(tensor) for tensor in tensors])": 1,
     "branchtree/training/engine.py: return float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))": 1,
     "branchtree/training/lockstep.py: row = torch.tensor([list(mine)], dtype=torch.int64, device=self.accelerator.device)": 1,
@@ -47,15 +47,15 @@ ON_THE_DEVICE = {
 
 ON_THE_HOST = {
     **ON_THE_DEVICE,
-    "branchtree/rollout.py: states = [initial.float().to(store or initial.device)]": 1,
-    "branchtree/rollout.py: following[send(children, following.device)] = reached.to(following.device)": STEPS,
+    "branchtree/core/rollout.py: states = [initial.float().to(store or initial.device)]": 1,
+    "branchtree/core/rollout.py: following[send(children, following.device)] = reached.to(following.device)": STEPS,
 }
 """The same under ``batch.states: host``."""
 
 ELSEWHERE = (
     "adapters/",
     "rewards/",
-    "branchtree/scores.py",
+    "branchtree/plugins/scores.py",
     "branchtree/training/scorer.py",
     "branchtree/training/scoring.py",
     "branchtree/training/faults.py",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from branchtree.grid import check_grid, shift_sigmas, time_grid
+from branchtree.core.grid import check_grid, shift_sigmas, time_grid
 
 
 def test_a_plain_grid_is_linear() -> None:

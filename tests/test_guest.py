@@ -18,10 +18,10 @@ from pydantic import BaseModel
 from safetensors.torch import load_file
 
 from branchtree.errors import PluginError, RecipeError
-from branchtree.hookspecs import hookimpl
-from branchtree.plugins import Registry, collect, registry
+from branchtree.plugins.hookspecs import hookimpl
+from branchtree.plugins.registry import Registry, collect, registry
 from branchtree.recipe import find_recipe
-from branchtree.training.rundir import METRICS, RunDirectory
+from branchtree.run.directory import METRICS, RunDirectory
 
 CPU = torch.device("cpu")
 BROKEN = """
@@ -33,7 +33,7 @@ def rewards_module(name: str) -> str:
     return f"""
         from pydantic import BaseModel
 
-        from branchtree.hookspecs import hookimpl
+        from branchtree.plugins.hookspecs import hookimpl
 
         @hookimpl
         def register_rewards(register):

@@ -8,9 +8,9 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from branchtree_rewards._clip_text import as_open_clip, cleaned, load_tokenizer, token_ids
-from branchtree_rewards._pixels import normalised
-from branchtree_rewards.hps import Hps, HpsConfig, letterbox
+from branchtree_rewards.clip.hps import Hps, HpsConfig, letterbox
+from branchtree_rewards.clip.text import as_open_clip, cleaned, load_tokenizer, token_ids
+from branchtree_rewards.shared.pixels import normalised
 from clip_publisher import (
     SCORED,
     open_clip_cosine,
@@ -24,8 +24,8 @@ from clip_publisher import (
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
-from branchtree.plugins import registry
-from branchtree.protocols import Condition, Media
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.registry import registry
 
 CPU = torch.device("cpu")
 FILE = "HPS_v2.1_compressed.pt"

@@ -11,13 +11,13 @@ import pytest
 from packaging.requirements import Requirement
 from PIL import Image
 
-from branchtree.assembly import make_model
-from branchtree.data import load_conditions, training_conditions
+from branchtree.data.prompts import load_conditions, training_conditions
 from branchtree.errors import DataError
-from branchtree.evaluating.request import Choices, make_request
-from branchtree.evaluating.subject import Subject
-from branchtree.planning import plan_recipe
+from branchtree.planning.plan import plan_recipe
 from branchtree.recipe import load_recipe
+from branchtree.recipe.build import make_model
+from branchtree.studies.evaluate.request import Choices, make_request
+from branchtree.studies.evaluate.subject import Subject
 from branchtree.training.session import read_inputs
 
 datasets = pytest.importorskip("datasets")

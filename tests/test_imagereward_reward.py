@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_rewards._blip import DROPPED, build_network, our_name, skeleton
-from branchtree_rewards.imagereward import ImageReward, ImageRewardConfig, load_tokenizer
+from branchtree_rewards.imagereward.blip import DROPPED, build_network, our_name, skeleton
+from branchtree_rewards.imagereward.reward import ImageReward, ImageRewardConfig, load_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
 
-from branchtree.checksums import file_sha256
+from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins import registry
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.files.checksums import file_sha256
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.registry import registry
 
 DATA = Path(__file__).parent / "data" / "rewards"
 RECORD = json.loads((DATA / "imagereward_tiny.json").read_text(encoding="utf-8"))

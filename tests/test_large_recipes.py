@@ -11,16 +11,16 @@ import torch
 import yaml
 
 import branchtree
-from branchtree.assembly import make_schedule
 from branchtree.cli.app import parse_overrides
-from branchtree.families import collect
-from branchtree.gpus import GPUS
-from branchtree.pruning import trainable
+from branchtree.core.families import collect
+from branchtree.core.pruning import trainable
+from branchtree.core.tree import grow
+from branchtree.planning.gpus import GPUS
 from branchtree.recipe import load_recipe, recipe_names
+from branchtree.recipe.build import make_schedule
 from branchtree.recipe.load import builtin_folder
 from branchtree.recipe.source import parse_value
 from branchtree.training.update import partition
-from branchtree.tree import grow
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,13 +20,14 @@ from training_runs import metrics
 
 import branchtree
 from branchtree import load_recipe
-from branchtree.assembly import NamedReward
+from branchtree.core.scores import Scores
 from branchtree.errors import RecipeError, RewardError
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.recipe.build import NamedReward
+from branchtree.run.directory import RunDirectory
+from branchtree.run.manifest import write_manifest
 from branchtree.training.ema import WeightAverage
-from branchtree.training.manifest import write_manifest
 from branchtree.training.restore import find_checkpoint
-from branchtree.training.rundir import RunDirectory
 from branchtree.training.scoring import checked_scores
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer

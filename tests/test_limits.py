@@ -26,11 +26,11 @@ from patience import PATIENCE
 from PIL import Image
 
 from branchtree.errors import OutputError
+from branchtree.files.writing import disk_failure, writing
+from branchtree.run.lock import LOCK, sole_process
+from branchtree.run.manifest import require_whole
 from branchtree.training import policy
 from branchtree.training.checkpoint import list_checkpoints
-from branchtree.training.disk import disk_failure, writing
-from branchtree.training.lock import LOCK, sole_process
-from branchtree.training.manifest import require_whole
 
 # --- a full disk: files may not grow any more, which the system says as it says that a disk is full ---
 
@@ -266,7 +266,7 @@ def test_the_lock_of_a_killed_process_is_free(tmp_path: Path) -> None:
     code = f"""
         import time
         from pathlib import Path
-        from branchtree.training.lock import sole_process
+        from branchtree.run.lock import sole_process
         with sole_process(Path({str(tmp_path)!r})):
             print("held", flush=True)
             time.sleep(60)

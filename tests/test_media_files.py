@@ -16,11 +16,11 @@ from peak_memory import PeakMemory
 from PIL import Image
 
 from branchtree import score
+from branchtree.data.frames import first_frame
 from branchtree.errors import DataError
-from branchtree.frames import first_frame
-from branchtree.protocols import Condition
-from branchtree.scoring.items import list_items
-from branchtree.scoring.media import find_forms, read
+from branchtree.plugins.protocols import Condition
+from branchtree.studies.score.items import list_items
+from branchtree.studies.score.media import find_forms, read
 
 CASES = sweep.cases()
 KINDS = [case.kind for case in CASES]

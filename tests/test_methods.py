@@ -19,25 +19,25 @@ from torch import Tensor
 from training_runs import metrics, small
 
 from branchtree import load_recipe, plan, train
-from branchtree.assembly import make_schedule
+from branchtree.core.grid import time_grid
+from branchtree.core.noise import IndependentSiblings, NoiseSource, Purpose, child_noise, generator
+from branchtree.core.pruning import trainable
+from branchtree.core.rollout import Sampler, rollout
+from branchtree.core.schedule import DrawnSplits, FixedSplits, Schedule, TreePlan, skipped_steps
+from branchtree.core.scores import Scores
+from branchtree.core.solvers import Memory, dpm2m
+from branchtree.core.transitions import DanceSde, FlowSde
+from branchtree.core.tree import BranchTree, grow
 from branchtree.errors import RecipeError
-from branchtree.grid import time_grid
-from branchtree.noise import IndependentSiblings, NoiseSource, Purpose, child_noise, generator
-from branchtree.protocols import Scores
-from branchtree.pruning import trainable
+from branchtree.recipe.build import make_schedule
 from branchtree.recipe.load import method_names
-from branchtree.rollout import Sampler, rollout
-from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, TreePlan, skipped_steps
-from branchtree.solvers import Memory, dpm2m
+from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import counted_rows
 from branchtree.training.continuation import ContinuationWatch, _compared
 from branchtree.training.growth import grow_and_score
-from branchtree.training.rundir import RunDirectory
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.timing import Stopwatch
 from branchtree.training.trainer import Trainer
-from branchtree.transitions import DanceSde, FlowSde
-from branchtree.tree import BranchTree, grow
 
 LATENT = (2, 3)
 

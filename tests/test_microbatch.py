@@ -16,16 +16,17 @@ from torch import Tensor, nn
 from training_runs import largest_difference, metrics, small, weights
 
 from branchtree import load_recipe
-from branchtree.assembly import NamedReward, make_credit_rule, make_pruning_rule, make_schedule
-from branchtree.cost import count
+from branchtree.core.cost import count
+from branchtree.core.scores import Scores
 from branchtree.errors import DeviceMemoryError, RewardError
-from branchtree.fitting import open_limits
-from branchtree.memory import estimate_memory
-from branchtree.protocols import Condition, Footprint, Media, Scores
+from branchtree.planning.fitting import open_limits
+from branchtree.planning.memory import estimate_memory
+from branchtree.plugins.protocols import Condition, Footprint, Media
+from branchtree.recipe.build import NamedReward, make_credit_rule, make_pruning_rule, make_schedule
 from branchtree.recipe.schema import BatchSection
+from branchtree.run.directory import LIMITS, RunDirectory
 from branchtree.testing.probe import require_same
 from branchtree.training.microbatch import RowLimit, RowLimits
-from branchtree.training.rundir import LIMITS, RunDirectory
 from branchtree.training.scoring import InPlace, Piece, ScoringQueue
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer

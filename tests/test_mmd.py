@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from branchtree.diversity import sums as sums_module
-from branchtree.diversity.blocks import Groups, block_mmd
-from branchtree.diversity.comparison import compare_sets
-from branchtree.diversity.estimators import SetSums, biased, kid, unbiased
-from branchtree.diversity.kernels import CubicKernel, FeatureKernel, RbfKernel, median_bandwidth
-from branchtree.diversity.spread import pairwise_distance, spread
-from branchtree.diversity.sums import SampleSet, draw_subsets, pair_sums, self_sums
+from branchtree.studies.diversity import sums as sums_module
+from branchtree.studies.diversity.blocks import Groups, block_mmd
+from branchtree.studies.diversity.comparison import compare_sets
+from branchtree.studies.diversity.estimators import SetSums, biased, kid, unbiased
+from branchtree.studies.diversity.kernels import CubicKernel, FeatureKernel, RbfKernel, median_bandwidth
+from branchtree.studies.diversity.spread import pairwise_distance, spread
+from branchtree.studies.diversity.sums import SampleSet, draw_subsets, pair_sums, self_sums
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

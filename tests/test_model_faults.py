@@ -15,8 +15,9 @@ from torch import Tensor
 from training_runs import small
 
 from branchtree import evaluate, train
+from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, ModelError
-from branchtree.protocols import Condition, Scores
+from branchtree.plugins.protocols import Condition
 from branchtree.training.faults import find_faults, mask_faults
 from branchtree.training.policy import ConditioningCache
 

@@ -6,9 +6,9 @@ import clips
 import numpy as np
 import pytest
 import torch
-from branchtree_rewards._directions import named_direction
-from branchtree_rewards._flow import optical_flow
-from branchtree_rewards._motion import (
+from branchtree_rewards.motion.directions import named_direction
+from branchtree_rewards.motion.flow import optical_flow
+from branchtree_rewards.motion.models import (
     Measure,
     Motion,
     agreement,
@@ -18,9 +18,9 @@ from branchtree_rewards._motion import (
     smooth_motion,
     windows,
 )
-from branchtree_rewards._sampling import blur, capped
-from branchtree_rewards._tracking import _lowest_point, subject_motion
-from branchtree_rewards._trajectories import flow_motion
+from branchtree_rewards.motion.sampling import blur, capped
+from branchtree_rewards.motion.tracking import _lowest_point, subject_motion
+from branchtree_rewards.motion.trajectories import flow_motion
 from scipy.ndimage import gaussian_filter
 from scipy.signal import medfilt
 from torch import Tensor

@@ -10,15 +10,15 @@ import clips
 import pydantic
 import pytest
 import torch
-from branchtree_rewards.motion import MotionConfig, MotionDirection, MotionDisplacement, MotionSmoothness
+from branchtree_rewards.motion.reward import MotionConfig, MotionDirection, MotionDisplacement, MotionSmoothness
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from strategies import thorough
 from torch import Tensor
 
-from branchtree.plugins import registry
-from branchtree.protocols import Condition, Media
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.registry import registry
 
 CPU = torch.device("cpu")
 REWARDS = {"motion_smoothness": MotionSmoothness, "motion_direction": MotionDirection}

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 from strategies import thorough
 
 from branchtree import load_recipe, train
-from branchtree.comparing import Request
-from branchtree.comparing.request import Row
 from branchtree.errors import OutputError, RecipeError
-from branchtree.evaluating.subject import find_subject
-from branchtree.names import LONGEST, PROJECT_LENGTH, checked_name, folder_name, project_name
+from branchtree.files.names import LONGEST, PROJECT_LENGTH, checked_name, folder_name, project_name
+from branchtree.studies.compare import Request
+from branchtree.studies.compare.request import Row
+from branchtree.studies.evaluate.subject import find_subject
 
 WRONG = [
     "../../evil",

@@ -10,7 +10,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from branchtree.noise import (
+from branchtree.core.noise import (
     CorrelatedSiblings,
     IndependentSiblings,
     NoiseSource,

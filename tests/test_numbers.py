@@ -16,10 +16,10 @@ import pytest
 from pydantic import BaseModel
 
 from branchtree import load_recipe, train
-from branchtree.assembly import make_schedule
 from branchtree.errors import DivergenceError, RecipeError
-from branchtree.planning import plan_recipe
-from branchtree.plugins import registry
+from branchtree.planning.plan import plan_recipe
+from branchtree.plugins.registry import registry
+from branchtree.recipe.build import make_schedule
 from branchtree.recipe.load import validate, validate_options
 from branchtree.recipe.schema import Recipe, RewardSection
 from branchtree.recipe.source import Source, override, read_yaml

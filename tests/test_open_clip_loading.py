@@ -17,7 +17,8 @@ from typing import Any
 import open_clip
 import pytest
 import torch
-from branchtree_rewards._open_clip import (
+from branchtree_rewards.clip.hps import Hps, HpsConfig
+from branchtree_rewards.clip.open_clip import (
     VIT_H_14,
     clip_config,
     load_open_clip,
@@ -25,8 +26,7 @@ from branchtree_rewards._open_clip import (
     read_config,
     to_transformers,
 )
-from branchtree_rewards._small_clip import write_tokenizer
-from branchtree_rewards.hps import Hps, HpsConfig
+from branchtree_rewards.small.clip import write_tokenizer
 from clip_publisher import write_hps
 
 from branchtree.errors import RewardError

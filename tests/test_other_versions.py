@@ -12,18 +12,18 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_rewards._other_versions import clip_size, refuse_name
-from branchtree_rewards._source import RANDOM_SMALL
-from branchtree_rewards._unified_templates import OTHERS
-from branchtree_rewards._videoalign_frames import Sampling, frame_indices
-from branchtree_rewards.aesthetic import _check_pair
-from branchtree_rewards.pickscore import OTHERS as NO_PICKSCORE
+from branchtree_rewards.clip.aesthetic import _check_pair
+from branchtree_rewards.clip.pickscore import OTHERS as NO_PICKSCORE
+from branchtree_rewards.shared.other_versions import clip_size, refuse_name
+from branchtree_rewards.shared.source import RANDOM_SMALL
+from branchtree_rewards.unifiedreward.templates import OTHERS
+from branchtree_rewards.videoalign.frames import Sampling, frame_indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from branchtree.assembly import make_reward
 from branchtree.errors import BranchTreeError, RewardError
-from branchtree.protocols import Condition, Media
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.recipe.build import make_reward
 
 CPU = torch.device("cpu")
 
@@ -106,7 +106,7 @@ def test_clips_are_told_apart_by_the_sizes_that_transformers_gives_them() -> Non
 
 
 def test_the_weights_of_another_clip_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from branchtree_rewards import clip
+    from branchtree_rewards.clip.clip_score import clip_score as clip
 
     small = loaded("clip", path=RANDOM_SMALL)
     folder = shutil.copytree(small._opened.files["model.safetensors"].parent, tmp_path / "copy")

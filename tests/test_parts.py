@@ -16,18 +16,25 @@ from hypothesis import strategies as st
 from strategies import Forest, make_plan
 from torch import Tensor
 
-from branchtree.credit import Credit, CreditRule, PruningRule, assign_credit
-from branchtree.families import Families, collect, gather
-from branchtree.grid import time_grid
-from branchtree.joining import join_levels, join_scores, own_families, owned_nodes
-from branchtree.noise import CorrelatedSiblings, IndependentSiblings, NoiseSource, Purpose, Siblings, SimplexSiblings
-from branchtree.parts import TreePart, cut
-from branchtree.protocols import Scores
-from branchtree.rollout import Sampler, rollout
-from branchtree.schedule import DrawnSplits, Schedule, TreePlan
-from branchtree.solvers import Solver
-from branchtree.transitions import DanceSde
-from branchtree.tree import BranchTree, Topology, grow, grow_parts, places_in
+from branchtree.core.credit import Credit, CreditRule, PruningRule, assign_credit
+from branchtree.core.families import Families, collect, gather
+from branchtree.core.grid import time_grid
+from branchtree.core.joining import join_levels, join_scores, own_families, owned_nodes
+from branchtree.core.noise import (
+    CorrelatedSiblings,
+    IndependentSiblings,
+    NoiseSource,
+    Purpose,
+    Siblings,
+    SimplexSiblings,
+)
+from branchtree.core.parts import TreePart, cut
+from branchtree.core.rollout import Sampler, rollout
+from branchtree.core.schedule import DrawnSplits, Schedule, TreePlan
+from branchtree.core.scores import Scores
+from branchtree.core.solvers import Solver
+from branchtree.core.transitions import DanceSde
+from branchtree.core.tree import BranchTree, Topology, grow, grow_parts, places_in
 
 LATENT = (2, 3)
 

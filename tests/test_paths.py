@@ -12,7 +12,7 @@ from training_runs import small
 
 from branchtree import evaluate, load_recipe, train
 from branchtree.errors import RecipeError
-from branchtree.paths import LocalPath, PathKey, PathOrName
+from branchtree.files.paths import LocalPath, PathKey, PathOrName
 from branchtree.recipe.paths import local_paths, path_values
 from branchtree.recipe.source import write_yaml
 

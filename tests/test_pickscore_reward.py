@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_rewards._clip_text import load_tokenizer, token_ids
-from branchtree_rewards._small_clip import write_clip_folder
-from branchtree_rewards.pickscore import PickScore, PickScoreConfig
+from branchtree_rewards.clip.pickscore import PickScore, PickScoreConfig
+from branchtree_rewards.clip.text import load_tokenizer, token_ids
+from branchtree_rewards.small.clip import write_clip_folder
 from clip_publisher import prompts, random_pictures, up_to_end, write_vocabulary
 from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from branchtree.checksums import file_sha256
 from branchtree.errors import RewardError
-from branchtree.plugins import registry
-from branchtree.protocols import Condition, Media
+from branchtree.files.checksums import file_sha256
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.registry import registry
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "Two dogs & a “bird”", ".", "word " * 100, "a cat"]

@@ -19,8 +19,8 @@ from tiny_flux import T5_TOKENS, tiny_flux
 from tiny_wan import FRAMES, SIZE, Kind, tiny_wan
 from torch import Tensor
 
+from branchtree.core.grid import check_grid
 from branchtree.errors import ModelError
-from branchtree.grid import check_grid
 
 CPU = torch.device("cpu")
 STEPS = 5

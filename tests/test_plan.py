@@ -15,19 +15,19 @@ from guests import Outcome
 from rich.console import Console
 
 from branchtree import load_recipe, plan, train
-from branchtree.assembly import make_schedule
 from branchtree.cli.display import fits_lines, print_plan
-from branchtree.cost import Cost
+from branchtree.core.cost import Cost
+from branchtree.core.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, SplitAtWindow
 from branchtree.errors import ModelError, RecipeError
-from branchtree.fitting import Fit, find_fits
-from branchtree.gpus import GIB, GPUS, Gpu
-from branchtree.memory import estimate_memory
-from branchtree.planning import RunPlan, draw_tree
-from branchtree.preflight import RewardSize, RewardSizes
-from branchtree.protocols import DecoderFootprint, Footprint, RewardFootprint
+from branchtree.planning.fitting import Fit, find_fits
+from branchtree.planning.gpus import GIB, GPUS, Gpu
+from branchtree.planning.memory import estimate_memory
+from branchtree.planning.plan import RunPlan, draw_tree
+from branchtree.planning.preflight import RewardSize, RewardSizes
+from branchtree.plugins.protocols import DecoderFootprint, Footprint, RewardFootprint
 from branchtree.recipe import Recipe
-from branchtree.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, SplitAtWindow
-from branchtree.training.rundir import METRICS, RunDirectory
+from branchtree.recipe.build import make_schedule
+from branchtree.run.directory import METRICS, RunDirectory
 
 DENSE = {"tree.steps": 20, "tree.splits": "dense", "batch.prompts": 1}
 

@@ -15,10 +15,10 @@ from guests import Outcome, run_code
 
 from branchtree import evaluate, load_recipe, plan, train
 from branchtree.errors import DeviceMemoryError, ModelError
-from branchtree.gpus import GIB, DeviceMemory, device_memory
-from branchtree.memory import Surroundings, estimate_evaluation, estimate_memory
-from branchtree.preflight import RewardSize, RewardSizes, TrainingNeed, reward_sizes, step_shortage
-from branchtree.protocols import DecoderFootprint, Footprint, RewardFootprint
+from branchtree.planning.gpus import GIB, DeviceMemory, device_memory
+from branchtree.planning.memory import Surroundings, estimate_evaluation, estimate_memory
+from branchtree.planning.preflight import RewardSize, RewardSizes, TrainingNeed, reward_sizes, step_shortage
+from branchtree.plugins.protocols import DecoderFootprint, Footprint, RewardFootprint
 from branchtree.recipe import Recipe
 from branchtree.training.lockstep import process_group
 
@@ -334,7 +334,7 @@ def test_the_timeout_reaches_the_process_group() -> None:
         os.environ |= dict(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
         from accelerate import PartialState
         from branchtree import load_recipe
-        from branchtree.training.rundir import RunDirectory
+        from branchtree.run.directory import RunDirectory
         from branchtree.training.session import make_accelerator
         from pathlib import Path
         for changes in ({}, {"run.timeout": 10}, {"run.timeout": 0.5}):

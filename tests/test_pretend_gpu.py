@@ -11,8 +11,8 @@ from pretend_gpu import Counts, Event, PretendTensor, pretend_gpu
 from torch import Tensor, nn
 from torch.nn import functional
 
-from branchtree.devices import indexed, named_device
-from branchtree.staging import fetch_rows, send
+from branchtree.core.transfer import fetch_rows, send
+from branchtree.planning.devices import indexed, named_device
 
 CUDA = torch.device("cuda:0")
 
@@ -109,7 +109,7 @@ def test_lines_of_the_library_are_named(counts: Counts) -> None:
     send(torch.ones(2), CUDA)
     fetch_rows(torch.ones(3), torch.tensor([1]), CUDA)
     ((_, first), (_, second)) = counts.events
-    assert (first.path, first.function, second.function) == ("branchtree/staging.py", "send", "fetch_rows")
+    assert (first.path, first.function, second.function) == ("branchtree/core/transfer.py", "send", "fetch_rows")
     assert "non_blocking=True" in first.text and not counts.blocking()
 
 

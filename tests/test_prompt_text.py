@@ -17,13 +17,13 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from strategies import thorough
 
-from branchtree.data import load_conditions
+from branchtree.data.prompts import load_conditions
 from branchtree.errors import DataError, RewardError, shortened
-from branchtree.protocols import Condition
-from branchtree.reading import read_text
+from branchtree.files.reading import read_text
+from branchtree.plugins.protocols import Condition
 from branchtree.recipe import load_recipe
-from branchtree.scoring.items import list_items
 from branchtree.serving.wire import encode_request
+from branchtree.studies.score.items import list_items
 
 
 def read(prompts: Any, folder: str | None = None) -> list[Condition]:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from branchtree.data import held_out_conditions, load_conditions, training_conditions
+from branchtree.data.prompts import held_out_conditions, load_conditions, training_conditions
 from branchtree.recipe import load_recipe, recipe_names
 from branchtree.recipe.load import builtin_folder
 

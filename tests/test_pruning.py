@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from reference import Keep, Node
 from strategies import Forest, make_plan
 
-from branchtree.fusion import NodeValues, fuse
-from branchtree.pruning import (
+from branchtree.core.fusion import NodeValues, fuse
+from branchtree.core.pruning import (
     EdgeMask,
     all_of,
     depth_window,
@@ -22,8 +22,8 @@ from branchtree.pruning import (
     parent_top1,
     trainable,
 )
-from branchtree.schedule import PRESET_SPLITS
-from branchtree.tree import Topology, grow
+from branchtree.core.schedule import PRESET_SPLITS
+from branchtree.core.tree import Topology, grow
 
 DENSE = make_plan(20, dict.fromkeys(PRESET_SPLITS["dense"], 2))
 

@@ -15,12 +15,12 @@ from pydantic import BaseModel, ConfigDict
 from strategies import thorough
 
 from branchtree.errors import RecipeError
-from branchtree.names import checked_name
+from branchtree.files.names import checked_name
 from branchtree.recipe import Recipe, find_recipe, load_recipe, recipe_names, validate_options
 from branchtree.recipe.load import builtin_folder
 from branchtree.recipe.schema import TreeSection
 from branchtree.recipe.source import parse_value, read_yaml, write_yaml
-from branchtree.training.rundir import RunDirectory
+from branchtree.run.directory import RunDirectory
 
 BASE = """\
 model: {adapter: toy, size: 3}

@@ -18,9 +18,9 @@ import httpx
 import pydantic
 import pytest
 import torch
-from branchtree_rewards.digits import Digits, DigitsConfig
-from branchtree_rewards.hps import Hps, HpsConfig
-from branchtree_rewards.motion import MotionConfig, MotionSmoothness
+from branchtree_rewards.clip.hps import Hps, HpsConfig
+from branchtree_rewards.digits.reward import Digits, DigitsConfig
+from branchtree_rewards.motion.reward import MotionConfig, MotionSmoothness
 from branchtree_rewards.remote import Remote, RemoteConfig
 from patience import PATIENCE
 from PIL import Image
@@ -28,11 +28,12 @@ from reward_servers import CPU, ENVIRONMENT, SERVED, TOKEN, VARIABLE, Mean, Proc
 from torch import Tensor
 
 import branchtree
+from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins import registry
-from branchtree.protocols import Condition, Media, RewardAdapter, Scores
+from branchtree.plugins.protocols import Condition, Media, RewardAdapter
+from branchtree.plugins.registry import registry
+from branchtree.plugins.scores import ask
 from branchtree.recipe.schema import RewardSection
-from branchtree.scores import ask
 
 HERE: dict[str, Callable[[], RewardAdapter]] = {
     "digits": lambda: Digits(DigitsConfig()),
@@ -335,7 +336,7 @@ def test_what_does_not_fit_together_is_an_error() -> None:
 
 
 def test_bytes_return_as_the_same_bytes() -> None:
-    from branchtree_rewards._pixels import to_uint8
+    from branchtree_rewards.shared.pixels import to_uint8
 
     every: Tensor = torch.arange(256, dtype=torch.uint8)
     assert torch.equal(to_uint8(every.float() / 255), every)

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from report_page import Page, assert_described, assert_self_contained, assert_well_formed, page
 
-from branchtree.protocols import Media
+from branchtree.pictures.grid import write_grid
+from branchtree.plugins.protocols import Media
 from branchtree.report.images import LARGEST_ANIMATION, Picture, embed
 from branchtree.report.thumbnails import within
 from branchtree.report.videos import embed_video
-from branchtree.training.samples import write_grid
 
 LAST = "samples/iteration_000060"
 CANNOT = f"{LAST}.mp4 cannot be shown here: it is missing, damaged or too large."

@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from branchtree import train
 from branchtree.errors import CheckpointError, RecipeError
-from branchtree.protocols import Condition
+from branchtree.plugins.protocols import Condition
 from branchtree.recipe import Recipe, load_recipe
-from branchtree.training.contents import (
+from branchtree.run.contents import (
     BLOCK,
     MEDIA_WHOLE,
     WEIGHTS_WHOLE,
@@ -124,9 +124,9 @@ def test_a_resume_of_the_same_run_evaluates_nothing_again(guest: None, tmp_path:
 
 
 def test_rows_of_a_comparison_that_were_judged_unlike_do_not_count(guest: None, tmp_path: Path) -> None:
-    from branchtree.comparing.collect import collect
-    from branchtree.comparing.request import Request, Row
-    from branchtree.comparing.runs import plan_runs
+    from branchtree.studies.compare.collect import collect
+    from branchtree.studies.compare.request import Request, Row
+    from branchtree.studies.compare.runs import plan_runs
 
     held = tmp_path / "held.txt"
     held.write_text("a bright lamp\n")
@@ -214,7 +214,7 @@ def test_a_checkpoint_without_digests_is_gone_on_from_with_a_warning(
     guest: None, tmp_path: Path, texts: Path, command: Callable[..., Any]
 ) -> None:
     """One of an earlier version, which also lacks keys that the recipe has by now."""
-    from branchtree.training.manifest import write_manifest
+    from branchtree.run.manifest import write_manifest
 
     run = tmp_path / "run"
     train("guest", {**SMALL, "data.prompts": str(texts)}, output=run)

@@ -12,8 +12,8 @@ import torch
 from clips import digit_clips
 from guests import fake_distribution
 
-from branchtree.plugins import registry
-from branchtree.protocols import Condition, Media
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.registry import registry
 from branchtree.testing import RewardCase, RewardPromises, noise_media
 
 PROMPTS = ("a photo of a cat", "a red seven", "two dogs, running", "mountains at dawn & a lake")

@@ -49,7 +49,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(number: float, tmp_path
 
 def test_a_vocabulary_without_some_of_its_merges_is_refused(tmp_path: Path) -> None:
     """Words would be cut where the model has never seen them cut; the real vocabulary of CLIP is whole."""
-    from branchtree_rewards._clip_text import load_tokenizer
+    from branchtree_rewards.clip.text import load_tokenizer
     from clip_publisher import write_vocabulary
 
     write_vocabulary(tmp_path)
@@ -61,7 +61,7 @@ def test_a_vocabulary_without_some_of_its_merges_is_refused(tmp_path: Path) -> N
 
 
 def test_the_sweep_leaves_no_reward_with_weights_out() -> None:
-    from branchtree.plugins import registry
+    from branchtree.plugins.registry import registry
 
     names = {name for name, entry in registry().rewards.items() if entry.distribution == "branchtree-grpo"}
     with_weights = {name for name in names if "path" in registry().rewards[name].config.model_fields}

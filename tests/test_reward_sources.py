@@ -15,20 +15,20 @@ import numpy as np
 import pydantic
 import pytest
 import torch
-from branchtree_rewards._model_reward import Measured, ModelReward, ModelRewardConfig, Opened
-from branchtree_rewards._pixels import from_pil, shortest_side_crop, to_pil, to_rgb, to_uint8
-from branchtree_rewards._scale import transform
-from branchtree_rewards._source import RANDOM_SMALL, locate, verify
-from branchtree_rewards._weights import check_fit, load_strictly, read_weights, renamed, state_dict
+from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards.shared.pixels import from_pil, shortest_side_crop, to_pil, to_rgb, to_uint8
+from branchtree_rewards.shared.scale import transform
+from branchtree_rewards.shared.source import RANDOM_SMALL, locate, verify
+from branchtree_rewards.shared.weights import check_fit, load_strictly, read_weights, renamed, state_dict
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torchvision.transforms import CenterCrop, Resize
 from torchvision.transforms.functional import InterpolationMode
 
-from branchtree.checksums import file_sha256
 from branchtree.errors import RewardError
-from branchtree.protocols import Condition, Media
+from branchtree.files.checksums import file_sha256
+from branchtree.plugins.protocols import Condition, Media
 
 CPU = torch.device("cpu")
 
@@ -80,7 +80,7 @@ def test_a_folder_gives_its_files_and_a_file_stands_for_the_weights(tmp_path: Pa
 
 def test_a_small_checkpoint_is_written_when_asked_for_and_removed_at_the_end() -> None:
     program = """
-from branchtree_rewards._source import locate
+from branchtree_rewards.shared.source import locate
 source = locate("random:small", None, lambda folder: (folder / "w").touch())
 assert source.find("w").is_file()
 print(source.folder)

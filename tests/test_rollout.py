@@ -16,8 +16,8 @@ from strategies import batches, make_plan, thorough
 from torch import Tensor
 from torch.distributions import Normal
 
-from branchtree.grid import time_grid
-from branchtree.noise import (
+from branchtree.core.grid import time_grid
+from branchtree.core.noise import (
     CorrelatedSiblings,
     IndependentSiblings,
     NoiseSource,
@@ -26,11 +26,11 @@ from branchtree.noise import (
     SimplexSiblings,
     child_noise,
 )
-from branchtree.rollout import Sampler, Stage, chunks, forwards, rollout, stages
-from branchtree.schedule import PRESET_SPLITS, TreePlan
-from branchtree.solvers import Solver
-from branchtree.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel, Ode
-from branchtree.tree import BranchTree, grow
+from branchtree.core.rollout import Sampler, Stage, chunks, forwards, rollout, stages
+from branchtree.core.schedule import PRESET_SPLITS, TreePlan
+from branchtree.core.solvers import Solver
+from branchtree.core.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel, Ode
+from branchtree.core.tree import BranchTree, grow
 
 LATENT = (2, 3)
 

@@ -17,19 +17,19 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from branchtree.data import load_conditions
+from branchtree.data.prompts import load_conditions
 from branchtree.errors import BranchTreeError, CheckpointError, DataError
-from branchtree.json_lines import MOST_DIGITS, json_object, parse_json, read_json_object, require_writable
-from branchtree.scoring.items import list_items
-from branchtree.scoring.results import write_jsonl
-from branchtree.scoring.run import score_files
+from branchtree.files.json_lines import MOST_DIGITS, json_object, parse_json, read_json_object, require_writable
+from branchtree.studies.score.items import list_items
+from branchtree.studies.score.results import write_jsonl
+from branchtree.studies.score.run import score_files
 
 PROBE = """
     import torch
     from pydantic import BaseModel
 
-    from branchtree.hookspecs import hookimpl
-    from branchtree.protocols import Scores
+    from branchtree.plugins.hookspecs import hookimpl
+    from branchtree.core.scores import Scores
 
     ASKED = []
 
@@ -289,7 +289,7 @@ def test_files_that_a_program_wrote_are_held_to_the_same(content: str, message: 
 
 
 def test_a_damaged_line_of_a_log_says_what_it_is(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    from branchtree.training.logs import read_lines
+    from branchtree.run.logs import read_lines
 
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"iteration": 0}\n{"iteration": 1, "lr": 1, "lr": 2}\n')

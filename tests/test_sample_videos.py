@@ -16,14 +16,15 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from branchtree.credit import CreditRule, PruningRule, assign_credit
-from branchtree.protocols import Media, Scores
-from branchtree.schedule import FixedSplits, Schedule
-from branchtree.training import samples
-from branchtree.training.pictures import fitted
-from branchtree.training.samples import thumbnails, write_grid, write_tree
-from branchtree.training.videos import mp4, spread, webp
-from branchtree.tree import grow
+from branchtree.core.credit import CreditRule, PruningRule, assign_credit
+from branchtree.core.schedule import FixedSplits, Schedule
+from branchtree.core.scores import Scores
+from branchtree.core.tree import grow
+from branchtree.pictures import grid as samples
+from branchtree.pictures.grid import thumbnails, write_grid, write_tree
+from branchtree.pictures.still import fitted
+from branchtree.pictures.video import mp4, spread, webp
+from branchtree.plugins.protocols import Media
 
 FRAMES, SIDE = 9, 8
 CODEC = 16  # levels of 255 by which H.264 may be off inside an even area

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from branchtree.data import load_conditions
+from branchtree.data.prompts import load_conditions
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ROOT / "recipes/prompts"

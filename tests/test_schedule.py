@@ -8,7 +8,7 @@ import pytest
 import strategies
 from hypothesis import given
 
-from branchtree.schedule import PRESET_SPLITS, DrawnSplits, FixedSplits, Schedule, SlidingWindow, TreePlan
+from branchtree.core.schedule import PRESET_SPLITS, DrawnSplits, FixedSplits, Schedule, SlidingWindow, TreePlan
 
 
 def preset(name: str, branches: int = 2, sde: str | SlidingWindow = "all") -> TreePlan:

@@ -12,8 +12,8 @@ import av
 import numpy as np
 import pytest
 import torch
-from branchtree_rewards.digits import Digits, DigitsConfig
-from branchtree_rewards.motion import MotionConfig, MotionSmoothness
+from branchtree_rewards.digits.reward import Digits, DigitsConfig
+from branchtree_rewards.motion.reward import MotionConfig, MotionSmoothness
 from clips import digit_clips
 from fake_videos import FPS, write_mp4
 from guests import Outcome, fake_distribution
@@ -22,8 +22,8 @@ from sklearn.datasets import load_digits
 
 from branchtree import BranchTreeError, score
 from branchtree.errors import DataError, OutputError, RecipeError, RewardError
-from branchtree.protocols import Condition, Media
-from branchtree.scoring import run
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.studies.score import run
 
 CPU = torch.device("cpu")
 PROBE = """
@@ -32,8 +32,9 @@ PROBE = """
     import torch
     from pydantic import BaseModel
 
-    from branchtree.hookspecs import hookimpl
-    from branchtree.protocols import RewardCard, Scores
+    from branchtree.plugins.hookspecs import hookimpl
+    from branchtree.core.scores import Scores
+    from branchtree.plugins.protocols import RewardCard
 
 
     class Config(BaseModel, extra="forbid"):

@@ -25,25 +25,26 @@ from torch import Tensor
 from training_runs import largest_difference, metrics, small, weights
 
 from branchtree import load_recipe, train
-from branchtree.assembly import NamedReward, make_schedule
-from branchtree.data import PromptOrder
+from branchtree.core.families import Families
+from branchtree.core.scores import Scores
+from branchtree.core.tree import grow
+from branchtree.data.prompts import PromptOrder
 from branchtree.errors import ModelError, RewardError
-from branchtree.families import Families
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.recipe.build import NamedReward, make_schedule
 from branchtree.recipe.schema import BatchSection, ScoringSection
 from branchtree.report import write_report
+from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.failures import FailureWatch
 from branchtree.training.gradient import Gradient
 from branchtree.training.growth import rounds
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.restore import find_checkpoint
-from branchtree.training.rundir import METRICS, RunDirectory
 from branchtree.training.scorer import Scorer
 from branchtree.training.scoring import AHEAD, Piece, ScoringQueue, make_workers
 from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
-from branchtree.tree import grow
 
 CPU = torch.device("cpu")
 THREAD, IN_PLACE = (make_workers(ScoringSection(overlap=overlap), CPU).scoring for overlap in (True, False))

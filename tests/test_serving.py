@@ -23,8 +23,9 @@ from reward_servers import CPU, TOKEN, VARIABLE, Mean, parts, serving
 from safetensors.torch import save
 from torch import Tensor
 
+from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.plugins.protocols import Condition, Media
 from branchtree.serving import service as service_module
 from branchtree.serving.access import admits, read_token
 from branchtree.serving.server import RewardServer, bind
@@ -286,7 +287,7 @@ def test_a_failing_reward_is_reported_and_the_server_lives_on() -> None:
             (
                 "short",
                 "reward 'mean' must give 1 values and valid flags for as many samples, as "
-                "branchtree.protocols.Scores says, but its 'values' has the shape (3,), not (1,)",
+                "branchtree.plugins.protocols.Scores says, but its 'values' has the shape (3,), not (1,)",
             ),
         ):
             answer = post(url, encode_request(torch.zeros(1, 1, 2, 2), None, [Condition(prompt)]))

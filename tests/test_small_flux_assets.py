@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from branchtree_rewards.digits import DIGIT_WORDS, Digits, DigitsConfig
+from branchtree_rewards.digits.reward import DIGIT_WORDS, Digits, DigitsConfig
 from diffusers import FluxPipeline
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from branchtree.protocols import Condition, Media
+from branchtree.plugins.protocols import Condition, Media
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "adapters/branchtree_adapters/assets/digits_flux"

@@ -9,14 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from branchtree_adapters.wan import Wan, WanConfig
-from branchtree_rewards.digits import Digits, DigitsConfig, named_digit
+from branchtree_rewards.digits.reward import Digits, DigitsConfig, named_digit
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
-from branchtree.data import load_conditions
-from branchtree.protocols import Condition, Media
+from branchtree.data.prompts import load_conditions
+from branchtree.plugins.protocols import Condition, Media
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "adapters/branchtree_adapters/assets/moving_digits_wan"

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_adapters._adapter import PipelineAdapter
-from branchtree_adapters._wan_layout import WanConfig
 from branchtree_adapters.flux import Flux, FluxConfig
+from branchtree_adapters.pipeline.adapter import PipelineAdapter
+from branchtree_adapters.wan_layout import WanConfig
 from diffusers import FluxPipeline
 from diffusers.models.attention_dispatch import AttentionBackendName, _AttentionBackendRegistry
 from random_models import SMALL_FLUX, SMALL_WAN, Execution, RandomFlux, RandomWan, write_configs
@@ -21,9 +21,9 @@ from training_runs import small
 
 from branchtree import load_recipe, train
 from branchtree.errors import ModelError
-from branchtree.protocols import Condition, LoraSettings
+from branchtree.plugins.protocols import Condition, LoraSettings
+from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import randomise
-from branchtree.training.rundir import RunDirectory
 from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 

@@ -96,7 +96,7 @@ def test_what_a_path_stands_for(first: Path, tmp_path: Path) -> None:
 
 def flux(model: Path, **changes: Any) -> Any:
     """A loaded model as a run begins with it."""
-    from branchtree.assembly import make_model
+    from branchtree.recipe.build import make_model
     from branchtree.training.session import load_model
 
     recipe = load_recipe("quickstart", lora(model, **changes))

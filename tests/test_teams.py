@@ -23,15 +23,15 @@ from tiny_flux import tiny_flux
 from training_runs import arguments, metrics, small, weights
 
 from branchtree import plan, train
-from branchtree.assembly import NamedReward, make_schedule
 from branchtree.cli.display import print_plan
+from branchtree.core.parts import cut
+from branchtree.core.scores import Scores
+from branchtree.core.tree import grow, grow_parts
 from branchtree.errors import RecipeError
-from branchtree.parts import cut
-from branchtree.protocols import Scores
+from branchtree.pictures.grid import Thumbnail
+from branchtree.recipe.build import NamedReward, make_schedule
 from branchtree.recipe.load import load_recipe
-from branchtree.training.samples import Thumbnail
 from branchtree.training.teams import GroupRecord, Team, make_team, refuse_whole_groups
-from branchtree.tree import grow, grow_parts
 
 SCRIPT = Path(__file__).with_name("picky_digits.py")
 

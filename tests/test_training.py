@@ -16,11 +16,11 @@ from training_runs import largest_difference, metrics, shortened, small, weights
 
 from branchtree import load_recipe, plan, train
 from branchtree.errors import BranchTreeError, CheckpointError, OutputError
-from branchtree.protocols import Callback
+from branchtree.plugins.protocols import Callback
 from branchtree.recipe import recipe_names
 from branchtree.recipe.load import builtin_folder
+from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import counted_rows
-from branchtree.training.rundir import RunDirectory
 from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 

@@ -23,29 +23,30 @@ from torch import Tensor, nn
 from training_runs import metrics, small
 
 from branchtree import load_recipe
-from branchtree.assembly import NamedReward
-from branchtree.checksums import MANIFEST
+from branchtree.core.families import collect
+from branchtree.core.pruning import trainable
+from branchtree.core.scores import Scores
+from branchtree.core.tree import grow
 from branchtree.errors import DataError, OutputError, RewardError
-from branchtree.families import collect
-from branchtree.protocols import Condition, Conditioning, Media, Scores
-from branchtree.pruning import trainable
+from branchtree.files.checksums import MANIFEST
+from branchtree.files.writing import write_atomically
+from branchtree.pictures.grid import write_grid
+from branchtree.pictures.still import fitted, to_image
+from branchtree.plugins.protocols import Condition, Conditioning, Media
+from branchtree.recipe.build import NamedReward
 from branchtree.recipe.schema import OptimSection
+from branchtree.run.directory import METRICS, RunDirectory
+from branchtree.run.ledger import LEDGER, Ledger
 from branchtree.training import policy
 from branchtree.training.checkpoint import list_checkpoints
-from branchtree.training.disk import write_atomically
 from branchtree.training.ema import WeightAverage
 from branchtree.training.interrupt import StopRequest
 from branchtree.training.learning_rate import learning_rate_factor
-from branchtree.training.ledger import LEDGER, Ledger
-from branchtree.training.pictures import fitted, to_image
 from branchtree.training.policy import ConditioningCache
-from branchtree.training.rundir import METRICS, RunDirectory
-from branchtree.training.samples import write_grid
 from branchtree.training.scoring import checked_scores
 from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 from branchtree.training.update import partition
-from branchtree.tree import grow
 
 
 @dataclass
@@ -151,7 +152,7 @@ def test_parts_hold_every_family_once_and_are_even_per_prompt(plans: list, steps
 
 def test_parts_do_not_depend_on_how_prompts_are_shared() -> None:
     recipe = load_recipe("quickstart")
-    from branchtree.assembly import make_schedule
+    from branchtree.recipe.build import make_schedule
 
     schedule = make_schedule(recipe)
 

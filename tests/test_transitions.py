@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.distributions import Independent, Normal, kl_divergence
 
-from branchtree.grid import time_grid
-from branchtree.transitions import CpsSde, DanceSde, Ddim, FlowSde, GaussianTransition, Kernel, Ode
+from branchtree.core.grid import time_grid
+from branchtree.core.transitions import CpsSde, DanceSde, Ddim, FlowSde, GaussianTransition, Kernel, Ode
 
 SHAPE = (3, 4, 5)
 

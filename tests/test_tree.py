@@ -10,8 +10,8 @@ from hypothesis import given
 from reference import Node
 from strategies import make_plan
 
-from branchtree.schedule import TreePlan
-from branchtree.tree import NO_PARENT, BranchTree, grow
+from branchtree.core.schedule import TreePlan
+from branchtree.core.tree import NO_PARENT, BranchTree, grow
 
 
 def planted(plans: tuple[TreePlan, ...]) -> list[Node]:

@@ -22,16 +22,17 @@ from typing import Any
 import pydantic
 import pytest
 import torch
-from branchtree_rewards._pixels import to_pil
-from branchtree_rewards._small_unifiedreward import numbers, write_silent, write_small
-from branchtree_rewards._unified_templates import FILES, Failure, Spoken, question, read_axes, read_field
-from branchtree_rewards.unifiedreward import UnifiedReward, UnifiedRewardConfig
+from branchtree_rewards.shared.pixels import to_pil
+from branchtree_rewards.small.unifiedreward import numbers, write_silent, write_small
+from branchtree_rewards.unifiedreward.reward import UnifiedReward, UnifiedRewardConfig
+from branchtree_rewards.unifiedreward.templates import FILES, Failure, Spoken, question, read_axes, read_field
 from patience import PATIENCE
 from safetensors.torch import load_file, save_file
 
+from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins import registry
-from branchtree.protocols import Condition, Media, ReleasesMemory, Scores
+from branchtree.plugins.protocols import Condition, Media, ReleasesMemory
+from branchtree.plugins.registry import registry
 
 CPU = torch.device("cpu")
 PROMPTS = ["a red fox in the snow", "the digit seven", "seven {} [birds]", "ein blauer Vogel über dem See", "."]

@@ -15,14 +15,15 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_rewards.unifiedreward import UnifiedReward, UnifiedRewardConfig
+from branchtree_rewards.unifiedreward.reward import UnifiedReward, UnifiedRewardConfig
 from patience import PATIENCE
 from PIL import Image
 from torch import Tensor
 from unified_server import Fault, FaultyServer, Question, faulty_server
 
+from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.plugins.protocols import Condition, Media
 
 CPU = torch.device("cpu")
 LEVELS = (0, 51, 102, 153, 204, 255)

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from mishaps import same_end, told
 
 from branchtree import evaluate, train
-from branchtree.checksums import MANIFEST
 from branchtree.errors import BranchTreeError, OutputError
-from branchtree.protocols import Callback, Condition
+from branchtree.files.checksums import MANIFEST
+from branchtree.plugins.protocols import Callback, Condition
+from branchtree.run.ledger import LEDGER, Ledger
 from branchtree.training.encodings import EncodingStore
-from branchtree.training.ledger import LEDGER, Ledger
 
 QUICK = {"run.checkpoint_every": 1, "run.keep_checkpoints": 1, "callbacks": [], "run.tree_every": 1}
 
@@ -229,7 +229,7 @@ def test_no_ending_takes_a_user_s_file(
 ) -> None:
     """Files that appear before, during and after a run, which ends in some way, and is resumed."""
     with pytest.MonkeyPatch.context() as patch:
-        from branchtree.plugins import registry
+        from branchtree.plugins.registry import registry
 
         patch.syspath_prepend(guest_site)
         registry.cache_clear()

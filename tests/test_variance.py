@@ -12,9 +12,9 @@ from hypothesis import assume, given
 from strategies import Forest, make_plan
 from torch import Tensor
 
-from branchtree.schedule import PRESET_SPLITS, TreePlan
-from branchtree.tree import Topology, grow
-from branchtree.variance import SplitVariance, split_variance
+from branchtree.core.schedule import PRESET_SPLITS, TreePlan
+from branchtree.core.tree import Topology, grow
+from branchtree.core.variance import SplitVariance, split_variance
 
 DENSE = make_plan(20, dict.fromkeys(PRESET_SPLITS["dense"], 2))
 

@@ -11,16 +11,17 @@ import numpy as np
 import pydantic
 import pytest
 import torch
-from branchtree_rewards._small_aesthetic import write_small
-from branchtree_rewards._small_clip import write_clip_folder
-from branchtree_rewards._vbench_clip import consistency
-from branchtree_rewards._vbench_frames import clip_input
+from branchtree_rewards.small.aesthetic import write_small
+from branchtree_rewards.small.clip import write_clip_folder
+from branchtree_rewards.vbench.clip import consistency
+from branchtree_rewards.vbench.frames import clip_input
 from torch import Tensor
 from torchvision import transforms
 
+from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins import registry
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.registry import registry
 
 CPU = torch.device("cpu")
 SIDE = 28  # pixels, of the small CLIP's pictures

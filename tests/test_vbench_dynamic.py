@@ -8,16 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_rewards._model_reward import Opened
-from branchtree_rewards._raft import empty_raft, load_raft, torchvision_layout
-from branchtree_rewards._vbench_dynamic import VBenchDynamic, VBenchDynamicConfig, judged
-from branchtree_rewards._vbench_frames import padded, unpadded
+from branchtree_rewards.shared.model_reward import Opened
+from branchtree_rewards.vbench.dynamic import VBenchDynamic, VBenchDynamicConfig, judged
+from branchtree_rewards.vbench.frames import padded, unpadded
+from branchtree_rewards.vbench.raft import empty_raft, load_raft, torchvision_layout
 from torch import Tensor, nn
 from torchvision.models.optical_flow import raft_large
 from vbench_recorded import recorded, recorder
 
+from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.plugins.protocols import Condition, Media
 
 CPU = torch.device("cpu")
 RECORDED = recorded("outputs")

@@ -10,16 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from branchtree_rewards._musiq import Musiq, MusiqSizes, StandardisedConv
-from branchtree_rewards._musiq_patches import hashed_places, pieces, split
-from branchtree_rewards._vbench_frames import longer_side
-from branchtree_rewards._vbench_imaging import VBenchImaging, VBenchImagingConfig
+from branchtree_rewards.vbench.frames import longer_side
+from branchtree_rewards.vbench.imaging import VBenchImaging, VBenchImagingConfig
+from branchtree_rewards.vbench.musiq import Musiq, MusiqSizes, StandardisedConv
+from branchtree_rewards.vbench.musiq_patches import hashed_places, pieces, split
 from torch import Tensor
 from torchvision import transforms
 from vbench_recorded import recorded, recorder
 
+from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.plugins.protocols import Condition, Media
 
 FILE = "musiq_spaq_ckpt-358bb6af.pth"
 RECORDED = recorded("outputs")

@@ -15,7 +15,7 @@ from torch import Tensor
 from training_runs import metrics
 
 from branchtree import load_recipe, plan
-from branchtree.training.rundir import RunDirectory
+from branchtree.run.directory import RunDirectory
 from branchtree.training.sampling import sample_latents
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
@@ -78,7 +78,7 @@ def sampled_by_diffusers(pipeline: Any, session: Session, noise: Tensor) -> Tens
 
 @pytest.mark.parametrize("lora", [True, False])
 def test_final_reproduces_the_samples_in_diffusers(lora: bool, tmp_path: Path) -> None:
-    from branchtree.noise import Purpose, generator
+    from branchtree.core.noise import Purpose, generator
 
     session = trained(tmp_path / "run", **({} if lora else {"lora": None}))
     base = session.inputs.model._pipeline.config._name_or_path  # type: ignore[attr-defined]

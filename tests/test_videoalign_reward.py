@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from branchtree_rewards._small_videoalign import published_names, write_small
-from branchtree_rewards._videoalign_frames import Sampling, frame_indices, frame_size, resized
-from branchtree_rewards._videoalign_settings import Lora, read_settings
-from branchtree_rewards._videoalign_text import question
-from branchtree_rewards._videoalign_weights import reward_weights
-from branchtree_rewards._weights import check_fit
-from branchtree_rewards.videoalign import VideoAlign, VideoAlignConfig, dimensions
+from branchtree_rewards.shared.weights import check_fit
+from branchtree_rewards.small.videoalign import published_names, write_small
+from branchtree_rewards.videoalign.frames import Sampling, frame_indices, frame_size, resized
+from branchtree_rewards.videoalign.reward import VideoAlign, VideoAlignConfig, dimensions
+from branchtree_rewards.videoalign.settings import Lora, read_settings
+from branchtree_rewards.videoalign.text import question
+from branchtree_rewards.videoalign.weights import reward_weights
 from pydantic import ValidationError
 from torch import Tensor
 
 from branchtree.errors import RewardError
-from branchtree.plugins import registry
-from branchtree.protocols import Condition, Media
+from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.registry import registry
 
 DATA = Path(__file__).parent / "data" / "rewards"
 CHECKPOINT = DATA / "videoalign_small"

@@ -23,8 +23,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from branchtree.errors import DataError, ModelError
-from branchtree.protocols import Condition, LoraSettings, ModelAdapter
-from branchtree.training.videos import mp4
+from branchtree.pictures.video import mp4
+from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -209,7 +209,7 @@ def test_decoding_in_slices(folder: Callable[[Kind], Path], monkeypatch: pytest.
     together = adapter.decode(latents).pixels
     adapter._pipeline.vae.decoder.register_forward_hook(lambda module, inputs, _: rows.append(len(inputs[0])))
     for pixels, slices in ((2 * FRAMES * SIZE**2, [2, 2, 1]), (1, [1] * 5)):
-        monkeypatch.setattr("branchtree_adapters._wan_layout.DECODE_PIXELS", pixels)
+        monkeypatch.setattr("branchtree_adapters.wan_layout.DECODE_PIXELS", pixels)
         rows.clear()
         torch.testing.assert_close(adapter.decode(latents).pixels, together)
         assert rows == [count for count in slices for _ in range(LATENT[1])]

@@ -10,15 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import DataError
-from branchtree.hookspecs import Register, hookimpl
-from branchtree.paths import PathOrName
-from branchtree.protocols import Condition, Conditioning, Footprint, Media
-from branchtree_adapters import _diffusers as shared
-from branchtree_adapters import _speed as speed
-from branchtree_adapters import _trained as trained
-from branchtree_adapters._adapter import PipelineAdapter
-from branchtree_adapters._decoders import decoder_of_images
-from branchtree_adapters._grids import scheduler_grid
+from branchtree.files.paths import PathOrName
+from branchtree.plugins.hookspecs import Register, hookimpl
+from branchtree.plugins.protocols import Condition, Conditioning, Footprint, Media
+from branchtree_adapters.pipeline import sources as shared
+from branchtree_adapters.pipeline import speed, trained
+from branchtree_adapters.pipeline.adapter import PipelineAdapter
+from branchtree_adapters.pipeline.decoders import decoder_of_images
+from branchtree_adapters.pipeline.grids import scheduler_grid
 
 _PROJECTIONS = ("to_k", "to_q", "to_v", "to_out.0", "add_k_proj", "add_q_proj", "add_v_proj", "to_add_out")
 LORA_TARGETS = tuple(f"attn.{name}" for name in _PROJECTIONS)

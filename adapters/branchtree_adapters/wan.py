@@ -9,17 +9,17 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from branchtree.data import MEDIA
+from branchtree.data.frames import first_frame, last_frame
+from branchtree.data.prompts import MEDIA
 from branchtree.errors import DataError
-from branchtree.frames import first_frame, last_frame
-from branchtree.hookspecs import Register, hookimpl
-from branchtree.protocols import Condition, Conditioning, Footprint, Media
-from branchtree_adapters import _diffusers as shared
-from branchtree_adapters import _speed as speed
-from branchtree_adapters._adapter import PipelineAdapter
-from branchtree_adapters._grids import scheduler_grid
-from branchtree_adapters._wan_footprint import footprint
-from branchtree_adapters._wan_layout import (
+from branchtree.plugins.hookspecs import Register, hookimpl
+from branchtree.plugins.protocols import Condition, Conditioning, Footprint, Media
+from branchtree_adapters.pipeline import sources as shared
+from branchtree_adapters.pipeline import speed
+from branchtree_adapters.pipeline.adapter import PipelineAdapter
+from branchtree_adapters.pipeline.grids import scheduler_grid
+from branchtree_adapters.wan_footprint import footprint
+from branchtree_adapters.wan_layout import (
     IMAGE_ENCODER,
     INDEX,
     TEXT_ENCODER,

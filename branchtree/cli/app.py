@@ -143,7 +143,7 @@ def recipes() -> None:
 def plugins() -> None:
     """List the installed models, rewards, callbacks and feature spaces, and plug-ins that cannot be loaded."""
     console = make_console()
-    from branchtree.plugins import registry
+    from branchtree.plugins.registry import registry
 
     found = registry()
     table = Table("Kind", "Name", "What it is", "From", box=None, header_style="bold", padding=(0, 2))

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from branchtree.cli.console import make_console
-from branchtree.reading import user_path
+from branchtree.files.reading import user_path
 
 
 def compare(
@@ -36,11 +36,11 @@ def compare(
     title: Annotated[str, typer.Option(help="Of the table and the page.")] = "",
 ) -> None:
     """Compare recipes under the same seeds, prompts and budget; run it again to go on."""
-    from branchtree.comparing import Budget, Request
-    from branchtree.comparing import compare as run
-    from branchtree.comparing.compare import PAGE, TABLE
-    from branchtree.comparing.request import multiply, parse_grid, parse_seeds, parse_words
-    from branchtree.comparing.table import reward_sheet, terminal, troubles, work_sheet
+    from branchtree.studies.compare import Budget, Request
+    from branchtree.studies.compare import compare as run
+    from branchtree.studies.compare.compare import PAGE, TABLE
+    from branchtree.studies.compare.request import multiply, parse_grid, parse_seeds, parse_words
+    from branchtree.studies.compare.table import reward_sheet, terminal, troubles, work_sheet
 
     console = make_console(soft_wrap=True)
     named, shared = parse_words(recipes)

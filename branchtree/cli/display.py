@@ -10,10 +10,10 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from branchtree.fitting import Fit, in_words
-from branchtree.gpus import GIB, USABLE
-from branchtree.planning import RunPlan, draw_tree
-from branchtree.protocols import Callback
+from branchtree.planning.fitting import Fit, in_words
+from branchtree.planning.gpus import GIB, USABLE
+from branchtree.planning.plan import RunPlan, draw_tree
+from branchtree.plugins.protocols import Callback
 from branchtree.training.evaluation import Figure
 
 ASCII_LINES = str.maketrans("━─│├└┬", "=-|+++")

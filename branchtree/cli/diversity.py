@@ -16,8 +16,8 @@ from branchtree.cli.console import make_console
 from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
-    from branchtree.diversity.comparison import Discrepancy
-    from branchtree.diversity.study import Study
+    from branchtree.studies.diversity.comparison import Discrepancy
+    from branchtree.studies.diversity.study import Study
 
 
 def diversity(
@@ -47,10 +47,10 @@ def diversity(
 ) -> None:
     """Compare branched with plain rollouts of one model: KID, MMD^2, and distances within prompts."""
     from branchtree.cli.app import parse_overrides
-    from branchtree.diversity.files import write_study
-    from branchtree.diversity.request import Choices, make_request
-    from branchtree.diversity.study import run_study
-    from branchtree.evaluating.subject import find_subject
+    from branchtree.studies.diversity.files import write_study
+    from branchtree.studies.diversity.request import Choices, make_request
+    from branchtree.studies.diversity.study import run_study
+    from branchtree.studies.evaluate.subject import find_subject
 
     chosen = Choices(samples, features or ("pixels",), prompts, grid or (), output, seed, shared_noise)
     find = partial(find_subject, subject, smoke=smoke, iteration=None)
@@ -62,7 +62,7 @@ def diversity(
 
 
 def _report(console: Console, study: Study) -> None:
-    from branchtree.diversity.files import sets_in_words
+    from branchtree.studies.diversity.files import sets_in_words
 
     deal, request = study.request.deal, study.request
     what = "base model" if request.subject.iteration is None else f"after {request.subject.iteration} iterations"

@@ -14,7 +14,7 @@ from branchtree.cli.console import make_console, visible
 from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
-    from branchtree.evaluating import Comparison, EvaluationResult, Interval
+    from branchtree.studies.evaluate import Comparison, EvaluationResult, Interval
 
 
 ForceOption = Annotated[
@@ -49,8 +49,8 @@ def evaluate(
 ) -> None:
     """Judge a run's model, or a LoRA, against its base on held-out prompts, or a recipe's base model alone."""
     from branchtree.cli.app import parse_overrides
-    from branchtree.evaluating import evaluate_subject
-    from branchtree.evaluating.request import Choices
+    from branchtree.studies.evaluate import evaluate_subject
+    from branchtree.studies.evaluate.request import Choices
 
     choices = Choices(reward or None, prompts, noises, limit, output, force, lora)
     changes = parse_overrides(overrides or [])

@@ -14,8 +14,8 @@ from branchtree.cli.console import make_console, visible
 from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
-    from branchtree.plugins import Entry
-    from branchtree.scoring import FileScore, ScoredFile
+    from branchtree.plugins.registry import Entry
+    from branchtree.studies.score import FileScore, ScoredFile
 
 PROMPT_SHOWN = 40
 """Characters of a prompt that the table has room for."""
@@ -34,8 +34,8 @@ def score(
     batch: Annotated[int, typer.Option(min=1, help="Samples scored at a time; fewer if they are large.")] = 8,
 ) -> None:
     """Score images and videos by any rewards; a .jsonl line is {"image" or "video": path, "prompt": text}."""
-    from branchtree.scoring import score_files
-    from branchtree.scoring.results import write_jsonl
+    from branchtree.studies.score import score_files
+    from branchtree.studies.score.results import write_jsonl
 
     with late_progress("scoring") as advance:
         scored = score_files(files, reward, prompt=prompt, device=device, batch=batch, output=output, advance=advance)
@@ -48,7 +48,7 @@ def score(
 
 def rewards() -> None:
     """List the installed rewards: what they score, their weights, and the licence of these."""
-    from branchtree.plugins import registry
+    from branchtree.plugins.registry import registry
 
     console = make_console()
     console.print(reward_table(list(registry().rewards.values())))

@@ -28,7 +28,7 @@ def serve_reward(
     device: Annotated[str, typer.Option(help="cpu, cuda, or auto: cuda where there is one.")] = "auto",
 ) -> None:
     """Serve a reward over HTTP, for the `remote` reward of runs on this machine or others."""
-    from branchtree.devices import named_device
+    from branchtree.planning.devices import named_device
     from branchtree.serving.access import read_token
     from branchtree.serving.server import RewardServer, bind, require_packages
     from branchtree.serving.service import Service
@@ -48,8 +48,8 @@ def serve_reward(
 
 def make_adapter(name: str, words: list[str]) -> NamedAdapter:
     """The registered reward with options given as ``key=value``, not yet loaded. Raises PluginError or RecipeError."""
-    from branchtree.assembly import make_reward
     from branchtree.cli.app import parse_overrides
+    from branchtree.recipe.build import make_reward
     from branchtree.serving.service import NamedAdapter
 
     adapter, config = make_reward(name, parse_overrides(words), (name,))

@@ -13,13 +13,13 @@ from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 from branchtree.errors import RecipeError, nearest, shortened, shown
-from branchtree.reading import require_file, user_path
+from branchtree.files.reading import require_file, user_path
 from branchtree.recipe.paths import make_absolute
 from branchtree.recipe.schema import PluginSection, Recipe, RewardSection
 from branchtree.recipe.source import KeyPath, Origin, Source, override, read_yaml
 
 if TYPE_CHECKING:
-    from branchtree.plugins import Entry
+    from branchtree.plugins.registry import Entry
 
 SUFFIXES = (".yaml", ".yml")
 METHOD_SIGN = "+"
@@ -61,13 +61,13 @@ def load_recipe(
 
 def recipe_folders() -> list[Path]:
     """The library's recipes, then those of plug-ins."""
-    from branchtree.plugins import registry
+    from branchtree.plugins.registry import registry
 
     return [builtin_folder(), *registry().recipe_folders]
 
 
 def _plugin_failures() -> str:
-    from branchtree.plugins import registry
+    from branchtree.plugins.registry import registry
 
     return registry().failures
 
@@ -202,7 +202,7 @@ def validate(source: Source) -> Recipe:
 
 def _check_options(recipe: Recipe, source: Source) -> None:
     """Check the keys that belong to plug-ins, as far as those are installed, while their places are known."""
-    from branchtree.plugins import registry
+    from branchtree.plugins.registry import registry
 
     found = registry()
     sections: list[tuple[KeyPath, PluginSection, Entry | None]] = [

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from branchtree.paths import PathKey
+from branchtree.files.paths import PathKey
 from branchtree.recipe.schema import CallbackSection, ModelSection, PluginSection, Recipe, RewardSection
 from branchtree.recipe.source import KeyPath, Source
 
@@ -62,7 +62,7 @@ def path_values(model: type[BaseModel], data: Any, at: KeyPath = ()) -> Iterator
 
 def _plugin_config(model: type[BaseModel], data: Mapping[str, Any]) -> type[BaseModel] | None:
     """Return the class of the plug-in's own settings, where ``model`` is a section of one that is installed."""
-    from branchtree.plugins import registry
+    from branchtree.plugins.registry import registry
 
     key, kind = next((named for section, named in PLUGINS.items() if issubclass(model, section)), ("", ""))
     entry = getattr(registry(), kind).get(str(data.get(key))) if kind else None

@@ -17,7 +17,7 @@ from yaml.constructor import ConstructorError
 from yaml.reader import ReaderError
 
 from branchtree.errors import shortened
-from branchtree.reading import half_character
+from branchtree.files.reading import half_character
 
 KeyPath = tuple[str | int, ...]
 

@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
-from branchtree.names import checked_name
-from branchtree.paths import LocalPath, PathKey
-from branchtree.schedule import PRESET_SPLITS
+from branchtree.core.schedule import PRESET_SPLITS
+from branchtree.files.names import checked_name
+from branchtree.files.paths import LocalPath, PathKey
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PromptFile = Annotated[str, PathKey(always=True, names=("hub:",))]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.errors import RecipeError, shortened, shown
-from branchtree.reading import half_character, read_text
+from branchtree.files.reading import half_character, read_text
 from branchtree.recipe.plain_yaml import MOST_LEVELS, KeyPath, NotPlainError, read_plain, write_yaml
 
 __all__ = ["KeyPath", "Origin", "Source", "override", "parse_plugin", "parse_value", "read_yaml", "write_yaml"]

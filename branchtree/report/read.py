@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from branchtree.errors import OutputError
-from branchtree.reading import read_text, require_name
+from branchtree.files.reading import read_text, require_name
 from branchtree.recipe.plain_yaml import NotPlainError, read_plain
 
 RECIPE, METRICS, TIMING = "recipe.yaml", "metrics.jsonl", "timing.jsonl"

@@ -16,8 +16,8 @@ import torch
 
 import branchtree
 from branchtree.errors import BranchTreeError, RewardError
-from branchtree.protocols import Fingerprinted, GroupReward, ReadsPrompt, ReleasesMemory, RewardAdapter
-from branchtree.scores import ask
+from branchtree.plugins.protocols import Fingerprinted, GroupReward, ReadsPrompt, ReleasesMemory, RewardAdapter
+from branchtree.plugins.scores import ask
 from branchtree.serving.wire import Info, WireError, decode_request, encode_scores
 
 IDLE = 10.0  # seconds without a request before the reward is told that it may leave the device

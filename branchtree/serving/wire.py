@@ -23,9 +23,10 @@ import pydantic
 import torch
 from torch import Tensor
 
+from branchtree.core.scores import Scores
 from branchtree.errors import DataError, RewardError
-from branchtree.json_lines import parse_json
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.files.json_lines import parse_json
+from branchtree.plugins.protocols import Condition, Media
 
 CONTENT_TYPE = "application/x-safetensors"
 EXPECTS = "X-Branchtree-Expects"  # header: the identity of the reward that a client began with

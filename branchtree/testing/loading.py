@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from branchtree.errors import DataError, ModelError
-from branchtree.protocols import LoraSettings, ModelAdapter
+from branchtree.plugins.protocols import LoraSettings, ModelAdapter
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import CPU, LoadedOnce, ask, counted_rows, load, question, trainable
 

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from branchtree.protocols import Condition, Conditioning, ModelAdapter
+from branchtree.plugins.protocols import Condition, Conditioning, ModelAdapter
 from branchtree.testing.case import AdapterCase
 
 CPU = torch.device("cpu")

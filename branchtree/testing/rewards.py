@@ -14,11 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from branchtree.assembly import make_reward
+from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, RewardError
-from branchtree.plugins import registry
-from branchtree.protocols import Condition, Fingerprinted, GroupReward, Media, ReleasesMemory, RewardAdapter, Scores
-from branchtree.scores import check_scores
+from branchtree.plugins.protocols import Condition, Fingerprinted, GroupReward, Media, ReleasesMemory, RewardAdapter
+from branchtree.plugins.registry import registry
+from branchtree.plugins.scores import check_scores
+from branchtree.recipe.build import make_reward
 
 CPU = torch.device("cpu")
 REFUSED = (ValueError, BranchTreeError)
@@ -114,7 +115,7 @@ def _global_seed(seed: int) -> Iterator[None]:
 
 
 class RewardPromises:
-    """What ``branchtree.protocols.RewardAdapter`` asks of a reward, taken promise by promise."""
+    """What ``branchtree.plugins.protocols.RewardAdapter`` asks of a reward, taken promise by promise."""
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from branchtree.grid import check_grid
-from branchtree.protocols import ModelAdapter
+from branchtree.core.grid import check_grid
+from branchtree.plugins.protocols import ModelAdapter
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
     CPU,

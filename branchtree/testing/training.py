@@ -14,19 +14,19 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from branchtree.api import plan, train
-from branchtree.assembly import make_sampler
-from branchtree.noise import NoiseSource, Purpose, generator
-from branchtree.planning import RunPlan
-from branchtree.protocols import Callback, LoraSettings, ModelAdapter
+from branchtree.core.noise import NoiseSource, Purpose, generator
+from branchtree.core.rollout import rollout
+from branchtree.core.tree import BranchTree, grow
+from branchtree.planning.plan import RunPlan
+from branchtree.plugins.protocols import Callback, LoraSettings, ModelAdapter
+from branchtree.recipe.build import make_sampler
 from branchtree.recipe.schema import Recipe
-from branchtree.rollout import rollout
+from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import Rows, ask, counted_rows, load, question, trainable
 from branchtree.training.policy import velocity_function
-from branchtree.training.rundir import METRICS, RunDirectory
 from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
-from branchtree.tree import BranchTree, grow
 
 TREES: Mapping[str, Mapping[str, Any]] = {
     "dense": {"tree.splits": "dense"},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError
-from branchtree.protocols import LoraSettings, ModelAdapter
+from branchtree.plugins.protocols import LoraSettings, ModelAdapter
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
     ask,

@@ -5,11 +5,11 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from branchtree.rollout import Sampler
+from branchtree.core.rollout import Sampler
+from branchtree.run.directory import RunDirectory
 from branchtree.training.evaluation import Evaluator, Figure
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import ConditioningCache
-from branchtree.training.rundir import RunDirectory
 from branchtree.training.scoring import make_workers
 
 if TYPE_CHECKING:

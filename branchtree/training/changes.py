@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.errors import CheckpointError, RecipeError, nearest
-from branchtree.training.contents import Contents, FileChange, changed_files, same_files
+from branchtree.run.contents import Contents, FileChange, changed_files, same_files
 
 FREE_SECTIONS = ("name", "description", "evaluation", "callbacks", "scoring")
 FREE_RUN_KEYS = (

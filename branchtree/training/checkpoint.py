@@ -20,18 +20,18 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import CheckpointError
-from branchtree.json_lines import read_json_object
-from branchtree.protocols import ModelAdapter
+from branchtree.files.json_lines import read_json_object
+from branchtree.files.writing import free_name, writing
+from branchtree.plugins.protocols import ModelAdapter
 from branchtree.recipe.schema import Recipe
-from branchtree.training.contents import Contents
-from branchtree.training.disk import free_name, writing
+from branchtree.run.contents import Contents
+from branchtree.run.directory import CHECKPOINT
+from branchtree.run.ledger import Ledger
+from branchtree.run.manifest import require_whole
 from branchtree.training.ema import WeightAverage
 from branchtree.training.engine import Engine
 from branchtree.training.guard import UpdateGuard
 from branchtree.training.learning_rate import LearningRate
-from branchtree.training.ledger import Ledger
-from branchtree.training.manifest import require_whole
-from branchtree.training.rundir import CHECKPOINT
 
 log = logging.getLogger("branchtree")
 

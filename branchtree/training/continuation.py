@@ -14,17 +14,18 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from branchtree.noise import NoiseSource
-from branchtree.protocols import Condition, Scores
-from branchtree.rollout import forwards, rollout
-from branchtree.schedule import TreePlan
+from branchtree.core.noise import NoiseSource
+from branchtree.core.rollout import forwards, rollout
+from branchtree.core.schedule import TreePlan
+from branchtree.core.scores import Scores
+from branchtree.core.tree import BranchTree, Topology, grow
+from branchtree.plugins.protocols import Condition
 from branchtree.training.lockstep import Phase
 from branchtree.training.microbatch import fitted
 from branchtree.training.policy import velocity_function
 from branchtree.training.scorer import Scorer
 from branchtree.training.scoring import InPlace, Workers
 from branchtree.training.session import Session
-from branchtree.tree import BranchTree, Topology, grow
 
 log = logging.getLogger("branchtree")
 

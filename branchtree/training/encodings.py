@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from branchtree.checksums import file_sha256
-from branchtree.protocols import Condition, FingerprintedEncodings, ModelAdapter
-from branchtree.reading import user_path
+from branchtree.files.checksums import file_sha256
+from branchtree.files.reading import user_path
+from branchtree.plugins.protocols import Condition, FingerprintedEncodings, ModelAdapter
 
 log = logging.getLogger("branchtree")
 

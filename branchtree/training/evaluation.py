@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from branchtree.assembly import NamedReward
+from branchtree.core.rollout import Sampler, chunks
+from branchtree.core.scores import Scores
 from branchtree.errors import ModelError, RewardError
-from branchtree.protocols import Condition, Media, ModelAdapter, Scores
-from branchtree.rollout import Sampler, chunks
+from branchtree.plugins.protocols import Condition, Media, ModelAdapter
+from branchtree.recipe.build import NamedReward
 from branchtree.training.faults import REMEDY, are_faults
 from branchtree.training.lockstep import Lockstep
 from branchtree.training.microbatch import RowLimits

@@ -7,13 +7,14 @@ from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from branchtree.core.scores import Scores
+from branchtree.core.tree import Topology
 from branchtree.errors import RewardError, shortened
-from branchtree.protocols import Condition, Scores
-from branchtree.reading import whole_text
+from branchtree.files.reading import whole_text
+from branchtree.plugins.protocols import Condition
 from branchtree.recipe.schema import ScoringSection
+from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.training.faults import REMEDY, are_faults
-from branchtree.training.rundir import METRICS, RunDirectory
-from branchtree.tree import Topology
 
 SHOWN = 2
 REWARD, INVALID = "reward/", "/invalid"  # around a label, the metric that counts its failures

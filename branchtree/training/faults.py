@@ -8,9 +8,10 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from branchtree.core.finite import is_finite
+from branchtree.core.scores import Scores
 from branchtree.errors import ModelError
-from branchtree.finite import is_finite
-from branchtree.protocols import Condition, ModelAdapter, Scores
+from branchtree.plugins.protocols import Condition, ModelAdapter
 
 MARK = "the model's "
 REMEDY = "the model is at fault, not the reward: get its files again, or use a wider run.precision"

@@ -9,16 +9,15 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from branchtree.families import Families, FamilyBatch, gather
-from branchtree.loss import clipped_away, clipped_loss, probability_ratio
-from branchtree.protocols import VelocityFunction
+from branchtree.core.families import Families, FamilyBatch, gather
+from branchtree.core.loss import clipped_away, clipped_loss, probability_ratio
+from branchtree.core.rollout import Sampler, VelocityFunction, chunks
+from branchtree.core.transfer import send
+from branchtree.core.transitions import GaussianTransition
+from branchtree.core.tree import BranchTree
 from branchtree.recipe.schema import LossSection
-from branchtree.rollout import Sampler, chunks
-from branchtree.staging import send
 from branchtree.training.engine import Engine
 from branchtree.training.microbatch import RowLimit, ran_out_of_memory
-from branchtree.transitions import GaussianTransition
-from branchtree.tree import BranchTree
 
 _ON_HOST = ("grad_norms", "depth")
 """Lists of an UpdateRecord that are never on the device."""

@@ -9,17 +9,18 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
+from branchtree.core.noise import NoiseSource, Purpose, generator
+from branchtree.core.rollout import Finished, forwards, rollout
+from branchtree.core.scores import Scores
+from branchtree.core.transfer import send
+from branchtree.core.tree import BranchTree, Topology
 from branchtree.errors import RewardError
-from branchtree.noise import NoiseSource, Purpose, generator
-from branchtree.protocols import Condition, Media, Scores
-from branchtree.rollout import Finished, forwards, rollout
-from branchtree.staging import send
+from branchtree.plugins.protocols import Condition, Media
 from branchtree.training.lockstep import Phase
 from branchtree.training.microbatch import fitted
 from branchtree.training.policy import velocity_function
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
-from branchtree.tree import BranchTree, Topology
 
 Scored = Callable[[BranchTree, range, dict[str, Scores]], None]
 """Is told of the tree of all prompts, of the next prompts whose leaves are scored, and of all scores up to theirs."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from types import TracebackType
 
+from branchtree.files.writing import writing
+from branchtree.run.directory import METRICS
 from branchtree.training.checkpoint import (
     DAMAGED,
     LATER,
@@ -13,10 +15,8 @@ from branchtree.training.checkpoint import (
     take_snapshot,
     write_checkpoint,
 )
-from branchtree.training.disk import writing
 from branchtree.training.position import position
 from branchtree.training.restore import load_checkpoint
-from branchtree.training.rundir import METRICS
 from branchtree.training.session import Session
 from branchtree.training.writer import CheckpointWriter
 

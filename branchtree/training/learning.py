@@ -7,15 +7,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from branchtree.credit import Credit
-from branchtree.families import Families
-from branchtree.protocols import Scores
-from branchtree.rollout import Sampler
+from branchtree.core.credit import Credit
+from branchtree.core.families import Families
+from branchtree.core.rollout import Sampler
+from branchtree.core.scores import Scores
+from branchtree.core.tree import BranchTree, Topology
 from branchtree.training.gradient import Gradient, Policies, UpdateRecord
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
 from branchtree.training.update import partition
-from branchtree.tree import BranchTree, Topology
 
 
 class Learning:

@@ -16,8 +16,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from branchtree.core.rollout import VelocityFunction
 from branchtree.errors import BranchTreeError, DataError, RewardError
-from branchtree.protocols import VelocityFunction
 
 Result = TypeVar("Result")
 Value = TypeVar("Value")

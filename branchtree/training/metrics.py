@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from branchtree.credit import Credit
-from branchtree.fusion import TIE
-from branchtree.protocols import Scores
-from branchtree.schedule import TreePlan
-from branchtree.segments import segment_count, segment_size, segment_std, segment_sum
+from branchtree.core.credit import Credit
+from branchtree.core.fusion import TIE
+from branchtree.core.schedule import TreePlan
+from branchtree.core.scores import Scores
+from branchtree.core.segments import segment_count, segment_size, segment_std, segment_sum
+from branchtree.core.tree import Topology
+from branchtree.core.variance import split_spread, split_variance
 from branchtree.training.gradient import UpdateRecord
-from branchtree.tree import Topology
-from branchtree.variance import split_spread, split_variance
 
 GRADIENT_COST = 3
 """A row with its backward pass costs about three forward rows."""

@@ -10,11 +10,11 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from branchtree.core.rollout import VelocityFunction
 from branchtree.errors import DeviceMemoryError
-from branchtree.protocols import VelocityFunction
+from branchtree.files.writing import write_atomically
 from branchtree.recipe.schema import BatchSection
-from branchtree.training.disk import write_atomically
-from branchtree.training.rundir import LIMITS, RunDirectory
+from branchtree.run.directory import LIMITS, RunDirectory
 
 log = logging.getLogger("branchtree")
 

@@ -10,10 +10,11 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 
+from branchtree.core.rollout import VelocityFunction
+from branchtree.core.transfer import send
 from branchtree.errors import DataError
-from branchtree.protocols import Condition, Conditioning, DropsEncoders, ModelAdapter, VelocityFunction
+from branchtree.plugins.protocols import Condition, Conditioning, DropsEncoders, ModelAdapter
 from branchtree.recipe.schema import RunSection
-from branchtree.staging import send
 from branchtree.training.encodings import Encoding, EncodingStore, open_store
 from branchtree.training.faults import require_finite_encoding
 

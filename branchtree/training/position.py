@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from branchtree.data import PromptOrder
+from branchtree.core.schedule import Schedule, SlidingWindow
+from branchtree.data.prompts import PromptOrder
 from branchtree.recipe.schema import Recipe
-from branchtree.schedule import Schedule, SlidingWindow
 
 
 def position(recipe: Recipe, schedule: Schedule, order: PromptOrder, iteration: int) -> dict[str, Any]:

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.errors import CallbackError, reason_of
-from branchtree.protocols import Callback
-from branchtree.training.disk import write_atomically
+from branchtree.files.writing import write_atomically
+from branchtree.pictures.grid import sample_index, write_grid
+from branchtree.plugins.protocols import Callback
+from branchtree.run.directory import EVALUATION, FAILURES, METRICS, SAMPLES, SUMMARY, TIMING
 from branchtree.training.evaluation import Figure
-from branchtree.training.rundir import EVALUATION, FAILURES, METRICS, SAMPLES, SUMMARY, TIMING
-from branchtree.training.samples import sample_index, write_grid
 from branchtree.training.sampling import sample_latents
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch

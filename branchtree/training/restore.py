@@ -15,6 +15,7 @@ from branchtree.errors import BranchTreeError, CheckpointError
 from branchtree.recipe.paths import make_absolute
 from branchtree.recipe.schema import Recipe
 from branchtree.recipe.source import Source
+from branchtree.run.contents import Contents
 from branchtree.training.changes import require_same, unused
 from branchtree.training.checkpoint import (
     OPTIMIZER,
@@ -24,7 +25,6 @@ from branchtree.training.checkpoint import (
     newest_whole,
     read_state,
 )
-from branchtree.training.contents import Contents
 from branchtree.training.session import Inputs
 
 log = logging.getLogger("branchtree")

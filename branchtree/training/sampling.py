@@ -8,14 +8,14 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from branchtree.noise import NoiseSource, Purpose, generator
-from branchtree.protocols import Condition, ModelAdapter, VelocityFunction
-from branchtree.rollout import Sampler, rollout
-from branchtree.schedule import TreePlan
-from branchtree.staging import send
+from branchtree.core.noise import NoiseSource, Purpose, generator
+from branchtree.core.rollout import Sampler, VelocityFunction, rollout
+from branchtree.core.schedule import TreePlan
+from branchtree.core.transfer import send
+from branchtree.core.tree import grow
+from branchtree.plugins.protocols import Condition, ModelAdapter
 from branchtree.training.microbatch import RowLimit, fitted
 from branchtree.training.policy import ConditioningCache, velocity_function
-from branchtree.tree import grow
 
 
 def sample_latents(

@@ -10,8 +10,9 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from branchtree.assembly import NamedReward
-from branchtree.protocols import Condition, Media, ModelAdapter, Scores
+from branchtree.core.scores import Scores
+from branchtree.plugins.protocols import Condition, Media, ModelAdapter
+from branchtree.recipe.build import NamedReward
 from branchtree.training.faults import find_faults, mask_faults
 from branchtree.training.microbatch import RowLimit, RowLimits
 from branchtree.training.scoring import AHEAD, Piece, ScoringQueue, Workers, shut_down

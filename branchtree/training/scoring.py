@@ -16,11 +16,12 @@ from typing import Any
 
 import torch
 
-from branchtree.assembly import NamedReward
+from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.protocols import Condition, Media, ReleasesMemory, Scores
+from branchtree.plugins.protocols import Condition, Media, ReleasesMemory
+from branchtree.plugins.scores import ask, failed_scores
+from branchtree.recipe.build import NamedReward
 from branchtree.recipe.schema import ScoringSection
-from branchtree.scores import ask, failed_scores
 from branchtree.training.microbatch import REWARD_REMEDY, RowLimit, RowLimits, ran_out_of_memory
 
 AHEAD = 2

@@ -12,7 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from branchtree.assembly import (
+from branchtree.core.credit import Credit, CreditRule, PruningRule, assign_credit
+from branchtree.core.rollout import Sampler, VelocityFunction
+from branchtree.core.schedule import Schedule
+from branchtree.core.scores import Scores
+from branchtree.core.tree import Topology
+from branchtree.data.prompts import PromptOrder, check_conditions, held_out_conditions, training_conditions
+from branchtree.errors import ModelError, RecipeError, RewardError, reason_of
+from branchtree.planning.devices import indexed
+from branchtree.planning.gpus import USABLE, device_memory
+from branchtree.planning.preflight import TrainingNeed, step_shortage
+from branchtree.plugins.protocols import (
+    Callback,
+    CompilesBlocks,
+    Condition,
+    LoraSettings,
+    ModelAdapter,
+    ReleasesMemory,
+    RewardAdapter,
+)
+from branchtree.recipe.build import (
     NamedReward,
     check_learns,
     make_callbacks,
@@ -25,29 +44,11 @@ from branchtree.assembly import (
     make_schedule,
     planned_steps,
 )
-from branchtree.credit import Credit, CreditRule, PruningRule, assign_credit
-from branchtree.data import PromptOrder, check_conditions, held_out_conditions, training_conditions
-from branchtree.devices import indexed
-from branchtree.errors import ModelError, RecipeError, RewardError, reason_of
-from branchtree.gpus import USABLE, device_memory
-from branchtree.preflight import TrainingNeed, step_shortage
-from branchtree.protocols import (
-    Callback,
-    CompilesBlocks,
-    Condition,
-    LoraSettings,
-    ModelAdapter,
-    ReleasesMemory,
-    RewardAdapter,
-    Scores,
-    VelocityFunction,
-)
 from branchtree.recipe.schema import OptimSection, Recipe
-from branchtree.rollout import Sampler
-from branchtree.schedule import Schedule
+from branchtree.run.contents import Contents, evaluation_identity, read_contents
+from branchtree.run.directory import RunDirectory
 from branchtree.training.baseline import make_evaluator, missing_base
 from branchtree.training.checkpoint import Trained, restore_weights
-from branchtree.training.contents import Contents, evaluation_identity, read_contents
 from branchtree.training.ema import WeightAverage
 from branchtree.training.engine import make_engine
 from branchtree.training.evaluation import Evaluator, Figure
@@ -58,13 +59,11 @@ from branchtree.training.learning_rate import LearningRate
 from branchtree.training.lockstep import Lockstep, process_group
 from branchtree.training.microbatch import RowLimits
 from branchtree.training.policy import ConditioningCache, open_cache, velocity_function
-from branchtree.training.rundir import RunDirectory
 from branchtree.training.scorer import Scorer
 from branchtree.training.scoring import make_workers
 from branchtree.training.start import frozen_copy, load_start
 from branchtree.training.teams import Team, make_team, refuse_whole_groups
 from branchtree.training.update import Updater
-from branchtree.tree import Topology
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from branchtree.noise import Purpose, generator
+from branchtree.core.noise import Purpose, generator
 from branchtree.training.faults import find_faults
 from branchtree.training.policy import velocity_function
 from branchtree.training.sampling import denoise

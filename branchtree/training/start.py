@@ -7,14 +7,14 @@ from pathlib import Path
 
 from torch import nn
 
-from branchtree.checksums import verify_checksums
 from branchtree.errors import CheckpointError, RecipeError
-from branchtree.protocols import ModelAdapter, StartsFromWeights
-from branchtree.reading import user_path
+from branchtree.files.checksums import verify_checksums
+from branchtree.files.reading import user_path
+from branchtree.plugins.protocols import ModelAdapter, StartsFromWeights
 from branchtree.recipe.schema import Recipe
 from branchtree.recipe.source import read_yaml
+from branchtree.run.directory import RunDirectory
 from branchtree.training.checkpoint import STATE, newest_whole, require_usable
-from branchtree.training.rundir import RunDirectory
 
 
 def with_start(recipe: Recipe, start: Path | None, resumed: RunDirectory | None) -> Recipe:

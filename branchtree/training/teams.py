@@ -8,16 +8,16 @@ from typing import Any
 
 from torch import Tensor
 
-from branchtree.assembly import NamedReward, make_parts
+from branchtree.core.families import Families
+from branchtree.core.joining import join_levels, join_scores, own_families
+from branchtree.core.parts import cut
+from branchtree.core.schedule import Schedule, TreePlan
+from branchtree.core.scores import Scores
+from branchtree.core.tree import Topology, grow, grow_parts
 from branchtree.errors import RecipeError
-from branchtree.families import Families
-from branchtree.joining import join_levels, join_scores, own_families
-from branchtree.parts import cut
-from branchtree.protocols import Scores
+from branchtree.pictures.grid import Thumbnail
+from branchtree.recipe.build import NamedReward, make_parts
 from branchtree.recipe.schema import Recipe
-from branchtree.schedule import Schedule, TreePlan
-from branchtree.training.samples import Thumbnail
-from branchtree.tree import Topology, grow, grow_parts
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.errors import BranchTreeError, RecipeError, TrackerError
-from branchtree.names import project_name
+from branchtree.files.names import project_name
+from branchtree.files.writing import write_atomically
 from branchtree.recipe.schema import Recipe
-from branchtree.training.disk import write_atomically
-from branchtree.training.rundir import METRICS, TRACKERS, RunDirectory
+from branchtree.run.directory import METRICS, TRACKERS, RunDirectory
 
 log = logging.getLogger("branchtree")
 

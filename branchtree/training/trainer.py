@@ -13,7 +13,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from branchtree.credit import Credit
+from branchtree.core.credit import Credit
+from branchtree.core.scores import Scores
+from branchtree.core.tree import BranchTree, Topology, grow
 from branchtree.errors import (
     BranchTreeError,
     CallbackError,
@@ -25,9 +27,11 @@ from branchtree.errors import (
     RewardError,
     TrackerError,
 )
-from branchtree.preflight import require_memory
-from branchtree.protocols import Callback, Condition, Scores
+from branchtree.pictures.grid import thumbnails, write_tree
+from branchtree.planning.preflight import require_memory
+from branchtree.plugins.protocols import Callback, Condition
 from branchtree.recipe.schema import Recipe
+from branchtree.run.directory import METRICS, TREES, RunDirectory
 from branchtree.training.checkpoint import Progress, iteration_of
 from branchtree.training.continuation import ContinuationWatch, compare_continuation, comparing_forwards, is_due
 from branchtree.training.failures import Leaves, logged
@@ -39,14 +43,11 @@ from branchtree.training.learning import Learning, dimensions, mean_log_prob
 from branchtree.training.metrics import ShareRecord, iteration_metrics, merged
 from branchtree.training.reporter import Reporter, TrainResult
 from branchtree.training.restore import agreed_checkpoint
-from branchtree.training.rundir import METRICS, TREES, RunDirectory
-from branchtree.training.samples import thumbnails, write_tree
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.soundness import find_divergence, find_fault
 from branchtree.training.teams import GroupRecord
 from branchtree.training.timing import Stopwatch
 from branchtree.training.tracking import Trackers, running_trackers
-from branchtree.tree import BranchTree, Topology, grow
 
 log = logging.getLogger("branchtree")
 

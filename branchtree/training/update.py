@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from branchtree.core.families import Families
+from branchtree.core.noise import Purpose, generator
+from branchtree.core.rollout import chunks
+from branchtree.core.tree import BranchTree
 from branchtree.errors import DeviceMemoryError
-from branchtree.families import Families
-from branchtree.noise import Purpose, generator
-from branchtree.rollout import chunks
 from branchtree.training.ema import WeightAverage
 from branchtree.training.engine import Engine
 from branchtree.training.gradient import Gradient, Objective, Policies, UpdateRecord
 from branchtree.training.guard import UpdateGuard
 from branchtree.training.lockstep import Lockstep
 from branchtree.training.microbatch import RowLimit, first_line, ran_out_of_memory
-from branchtree.tree import BranchTree
 
 
 def _general_remedy() -> str:

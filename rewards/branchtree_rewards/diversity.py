@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from branchtree.hookspecs import hookimpl
-from branchtree.protocols import Condition, Media, RewardCard, RewardFootprint, Scores
-from branchtree_rewards._samples import NOT_FINITE, check_batch
+from branchtree.core.scores import Scores
+from branchtree.plugins.hookspecs import hookimpl
+from branchtree.plugins.protocols import Condition, Media, RewardCard, RewardFootprint
+from branchtree_rewards.shared.samples import NOT_FINITE, check_batch
 
 
 class DiversityConfig(pydantic.BaseModel, extra="forbid", frozen=True):

@@ -15,9 +15,10 @@ import pydantic
 import torch
 
 import branchtree
+from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.hookspecs import hookimpl
-from branchtree.protocols import Condition, Media, RewardCard, RewardFootprint, Scores
+from branchtree.plugins.hookspecs import hookimpl
+from branchtree.plugins.protocols import Condition, Media, RewardCard, RewardFootprint
 from branchtree.serving.access import authorization, read_token
 from branchtree.serving.wire import (
     CONTENT_TYPE,
@@ -28,9 +29,9 @@ from branchtree.serving.wire import (
     decode_scores,
     encode_request,
 )
-from branchtree_rewards._http import Caller, CallError
-from branchtree_rewards._pixels import to_uint8
-from branchtree_rewards._samples import NO_PIXELS, NOT_FINITE, check_batch, score_rest
+from branchtree_rewards.shared.http import Caller, CallError
+from branchtree_rewards.shared.pixels import to_uint8
+from branchtree_rewards.shared.samples import NO_PIXELS, NOT_FINITE, check_batch, score_rest
 
 BOTH = frozenset({"image", "video"})
 QUICK = 10.0  # seconds that a server may take to say how it is

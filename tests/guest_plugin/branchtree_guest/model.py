@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError, ModelError
-from branchtree.protocols import Condition, Conditioning, Footprint, LoraSettings, Media
+from branchtree.plugins.protocols import Condition, Conditioning, Footprint, LoraSettings, Media
 
 WORDS = 16  # buckets that the words of a prompt are hashed into
 LATENT = (3, 4, 4)  # an RGB image of 4x4 pixels

@@ -5,7 +5,8 @@ from collections.abc import Sequence
 import pydantic
 import torch
 
-from branchtree.protocols import Condition, Media, Scores
+from branchtree.core.scores import Scores
+from branchtree.plugins.protocols import Condition, Media
 
 
 class BrightnessConfig(pydantic.BaseModel, extra="forbid", frozen=True):

@@ -1,0 +1,1 @@
+"""What adapters of diffusers pipelines share."""

@@ -1,0 +1,247 @@
+"""Loading the components of a diffusers pipeline strictly: what the libraries would fill in silently is refused."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import logging
+import typing
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from branchtree.core.finite import is_finite
+from branchtree.errors import ModelError, nearest
+from branchtree.files.checksums import verify_checksums
+from branchtree.plugins.completeness import unexpected_keys
+from branchtree_adapters.pipeline.component_configs import (
+    INCOMPLETE,
+    check_config,
+    check_image_processor,
+    check_scheduler,
+    read_json,
+)
+from branchtree_adapters.pipeline.tokenizers import check_tokenizer, check_tokenizer_files
+
+INDEX = "model_index.json"
+LIBRARIES = ("diffusers", "transformers")
+"""Libraries whose classes a model_index.json may name; no other code is run."""
+ANY_TOKENIZER = ("AutoTokenizer", "PreTrainedTokenizerFast", "TokenizersBackend")
+"""Classes that stand for a tokenizer of whatever kind."""
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Component:
+    """One component of a pipeline: its name, the class that model_index.json gives for it, and its folder."""
+
+    name: str
+    kind: Any
+    folder: Path
+
+    @property
+    def is_model(self) -> bool:
+        """Whether it has weights."""
+        return issubclass(self.kind, nn.Module)
+
+
+def build_pipeline(
+    pipeline: Any, folder: Path, dtype: torch.dtype, others: Mapping[str, torch.dtype], without: Collection[str]
+) -> Any:
+    """Build ``pipeline`` (a diffusers class) from a folder, on the CPU.
+
+    Args:
+        pipeline: The class.
+        folder: Its files, as ``save_pretrained`` writes them.
+        dtype: The dtype of its models, but for those that ``others`` names.
+        others: Dtypes by the component's name.
+        without: Components whose files are not read; the pipeline has None for them.
+
+    Raises:
+        ModelError: A file is missing or damaged, or the weights do not account for every tensor of their model.
+    """
+    verify_checksums(folder, ModelError, [INDEX])
+    index = read_json(folder / INDEX)
+    parameters = dict(list(inspect.signature(pipeline.__init__).parameters.items())[1:])
+    named = {name: index[name] for name in parameters if name in index}
+    entries = {name: entry for name, entry in named.items() if isinstance(entry, list | tuple)}
+    settings = {name: entry for name, entry in named.items() if name not in entries}
+    found = [_component(pipeline, name, entry, folder) for name, entry in entries.items() if _is_present(entry)]
+    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
+    for name in [*required, "transformer"]:
+        if name not in {component.name for component in found}:
+            raise ModelError(f"'{folder / INDEX}' names no {name}, which {pipeline.__name__} needs; {INCOMPLETE}.")
+    read = [component for component in found if component.name not in without]
+    verify_checksums(folder, ModelError, [component.name for component in read])
+    loaded = {component.name: load_component(component, others.get(component.name, dtype)) for component in read}
+    for component in read:
+        _check_against_encoder(component, loaded[component.name])
+    absent = dict.fromkeys(name for name in parameters if name in entries or name in without)
+    return pipeline(**{**settings, **absent, **loaded})
+
+
+def _check_against_encoder(component: Component, loaded: Any) -> None:
+    """Refuse a tokenizer or image processor that does not fit its encoder, by the encoder's config.json.
+
+    Raises ModelError. An encoder that is not downloaded yet is looked at when it is read.
+    """
+    encoder = component.name.replace("tokenizer", "text_encoder").replace("image_processor", "image_encoder")
+    file = component.folder.parent / encoder / "config.json"
+    config = read_json(file) if encoder != component.name and file.is_file() else {}
+    if component.name.startswith("tokenizer"):
+        check_tokenizer(loaded, component.folder, config.get("text_config", config))
+    elif component.name == "image_processor":
+        check_image_processor(loaded, component.folder, config.get("vision_config", config))
+
+
+def _is_present(entry: Any) -> bool:
+    """Whether an entry names a class; an absent component is null, or a list of two nulls."""
+    return len(entry) == 2 and all(isinstance(word, str) for word in entry)
+
+
+def _component(pipeline: Any, name: str, entry: Any, folder: Path) -> Component:
+    """Return a component by its entry in model_index.json. Raises ModelError for a class that is not of its kind."""
+    library, kind_name = entry
+    where = f"'{folder / INDEX}' names {library}.{kind_name} for {name}"
+    if library not in LIBRARIES:
+        raise ModelError(f"{where}; only classes of {' and '.join(LIBRARIES)} are loaded.")
+    kind = getattr(importlib.import_module(library), kind_name, None)
+    if not inspect.isclass(kind):
+        raise ModelError(f"{where}, and {library} has no such class{nearest(kind_name, _wanted(pipeline, name))}")
+    wanted = _wanted(pipeline, name)
+    if wanted and not _suits(name, kind, wanted):
+        raise ModelError(f"{where}, and {pipeline.__name__} takes {' or '.join(sorted(wanted))}; {INCOMPLETE}.")
+    if not (folder / name).is_dir():
+        raise ModelError(f"'{folder}' has no folder '{name}', which its {INDEX} names; {INCOMPLETE}.")
+    return Component(name, kind, folder / name)
+
+
+def _wanted(pipeline: Any, name: str) -> set[str]:
+    """Return the names of the classes that a pipeline's annotation gives for a component."""
+    hint = typing.get_type_hints(pipeline.__init__).get(name)
+    return {each.__name__ for each in (typing.get_args(hint) or (hint,)) if inspect.isclass(each)} - {"NoneType"}
+
+
+def _suits(name: str, kind: Any, wanted: set[str]) -> bool:
+    """Whether a class is of the kind that a pipeline wants; schedulers may be others, and tokenizers fast or not."""
+    lineage = {each.__name__ for each in kind.__mro__}
+    if name.startswith("scheduler"):
+        return "SchedulerMixin" in lineage
+    if name.startswith("tokenizer"):
+        plain = {each.removesuffix("Fast") for each in lineage | {kind.__name__}}
+        families = {each.removesuffix("Fast") for each in wanted}
+        return "AutoTokenizer" in wanted or kind.__name__ in ANY_TOKENIZER or bool(plain & families)
+    if name.endswith("_processor"):
+        return any("ImageProcess" in each for each in lineage)
+    if name == "image_encoder":  # of which only the hidden states are taken
+        return any(kind.__name__.startswith(each) for each in wanted)
+    return bool(lineage & wanted)
+
+
+def load_component(component: Component, dtype: torch.dtype) -> Any:
+    """Load one component by its own class. Raises ModelError that names it."""
+    if component.name.startswith("scheduler"):
+        check_scheduler(component.kind, component.folder)
+    if component.name.startswith("tokenizer"):
+        check_tokenizer_files(component.kind, component.folder)
+    if component.is_model:
+        check_config(component.kind, component.folder)
+    try:
+        if not component.is_model:
+            return component.kind.from_pretrained(component.folder)
+        with quiet():  # wrong shapes are let through only to be named below
+            model, info = component.kind.from_pretrained(
+                component.folder,
+                use_safetensors=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **{"dtype" if _is_of_transformers(component.kind) else "torch_dtype": dtype},
+            )
+    except Exception as error:  # each library below has exceptions of its own for a file that is not right
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"cannot load {component.name} from '{component.folder}' ({type(error).__name__}: {reason}); {INCOMPLETE}, "
+            "with its weights as safetensors."
+        ) from error
+    _require_complete(component, model, info)
+    return model
+
+
+def _is_of_transformers(kind: Any) -> bool:
+    return bool(kind.__module__.startswith("transformers."))
+
+
+def _require_complete(component: Component, model: nn.Module, info: Mapping[str, Iterable[Any]]) -> None:
+    """Refuse weights that lack a tensor, have one too many, or one of another shape. Raises ModelError."""
+    state = model.state_dict()
+    unset = {name for name, value in state.items() if value.is_meta}
+    mismatched = {
+        str(name): f"{name} is {tuple(found)}, not {tuple(wanted)}" for name, found, wanted in info["mismatched_keys"]
+    }
+    problems = {
+        "lack": sorted(({*map(str, info["missing_keys"])} | unset) - mismatched.keys()),
+        "hold unknown": unexpected_keys(model, info),
+        "have in another shape": sorted(mismatched.values()),
+    }
+    found = [
+        f"they {what} {len(names)} tensor{'s' if len(names) > 1 else ''}: {', '.join(names[:SHOWN])}"
+        f"{', ...' if len(names) > SHOWN else ''}"
+        for what, names in problems.items()
+        if names
+    ]
+    if found:
+        raise ModelError(
+            f"the weights of {component.name} in '{component.folder}' do not fit {component.kind.__name__}: "
+            f"{'; '.join(found)}; {INCOMPLETE}."
+        )
+
+
+@torch.no_grad()
+def require_finite(module: nn.Module, where: str) -> None:
+    """Raise ModelError, naming tensors, if weights of ``module`` hold NaN or infinity. ``where`` names the files."""
+    state = module.state_dict()
+    wrong = [name for name, value in state.items() if not is_finite(value)]
+    if wrong:
+        dtype = str(state[wrong[0]].dtype).removeprefix("torch.")
+        raise ModelError(
+            f"the weights in '{where}' hold NaN or infinity, read as {dtype}, in {len(wrong)} of {len(state)} tensors: "
+            f"{', '.join(wrong[:SHOWN])}{', ...' if len(wrong) > SHOWN else ''}; get the files again, or use a wider "
+            "precision."
+        )
+
+
+def require_telling_apart(
+    first: torch.Tensor, second: torch.Tensor, where: str, texts: Sequence[Mapping[str, str]]
+) -> None:
+    """Raise ModelError unless an encoder's two embeddings are finite and differ; ``texts`` are what they are of."""
+    if not bool(torch.stack([first, second]).isfinite().all()):
+        raise ModelError(
+            f"the encoder in '{where}' gives embeddings that are not finite; its weights are damaged, or the precision "
+            "is too narrow for it: get the files again, or use a wider precision."
+        )
+    if torch.equal(first, second):
+        raise ModelError(
+            f"the encoder in '{where}' gives one embedding for two inputs, as for the texts {list(texts[0].values())} "
+            f"and {list(texts[1].values())}; it, or what prepares its inputs, is incomplete or damaged: get it again."
+        )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A context in which diffusers and transformers log nothing: what they warn of is accounted for, or raised."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    try:
+        for library, _ in before:
+            library.set_verbosity(logging.CRITICAL)
+        yield
+    finally:
+        for library, verbosity in before:
+            library.set_verbosity(verbosity)

@@ -1,0 +1,144 @@
+"""From leaf rewards to advantages and to the edges that are trained, in the method's order.
+
+Fuse, normalise, then prune. Several rewards are each fused and normalised by themselves and their advantages added
+with weights; or their raw values are added first and treated as one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from branchtree.core.advantages import ESTIMATORS, Advantages
+from branchtree.core.families import Families, collect, trained_edges
+from branchtree.core.fusion import TIE, NodeValues, PathScale, fuse
+from branchtree.core.pruning import EdgeMask, all_of, depth_window, extreme_leaves, parent_top1, trainable
+from branchtree.core.scores import Scores
+from branchtree.core.segments import segment_size, segment_standardised
+from branchtree.core.tree import Topology
+
+
+@dataclass(frozen=True)
+class CreditRule:
+    """How leaf rewards become advantages."""
+
+    beta: float = 1.0
+    scale: PathScale = "mean"
+    estimator: Literal["depth", "leaf", "sibling"] = "depth"
+    combine: Literal["advantages", "rewards"] = "advantages"
+    eps: float = 1e-8
+    clip: float = 5.0
+    regularised: bool = False  # a KL term acts on every kept edge, so that those without an advantage are trained too
+
+
+@dataclass(frozen=True)
+class PruningRule:
+    """Which edges are left out of the gradient pass."""
+
+    kind: Literal["none", "parent_top1", "extreme", "depth"] = "none"
+    count: int = 4  # extreme: leaves kept at each end
+    size: int = 4  # depth: steps in the window
+    every: int = 30  # depth: iterations per move
+    stop: int = 15  # depth: where the window's first step stops
+
+
+@dataclass(frozen=True)
+class Credit:
+    """A scored tree."""
+
+    rewards: Mapping[str, Tensor]  # (L,) float64 by name, of those that have a weight; 0 where not valid
+    valid: Tensor  # (L,) bool: none of these rewards failed
+    values: Mapping[str, NodeValues]  # by name; one entry where raw rewards are added
+    advantages: Advantages  # all rewards together
+    keep: EdgeMask
+    regularised: bool = False  # as in the rule
+
+    def trained(self, topology: Topology) -> EdgeMask:
+        """Return which edges go through the gradient pass."""
+        return trained_edges(topology, self.advantages, self.keep, self.regularised)
+
+    def families(self, topology: Topology) -> Families:
+        """Gather these edges by parent."""
+        return collect(topology, self.advantages, self.keep, self.regularised)
+
+
+def assign_credit(
+    topology: Topology,
+    log_prob: Sequence[Tensor],
+    scores: Mapping[str, Scores],
+    weights: Mapping[str, float],
+    rule: CreditRule,
+    pruning: PruningRule,
+    iteration: int,
+    dimensions: int,
+) -> Credit:
+    """Score a tree. ``log_prob`` are the edges' densities averaged over ``dimensions`` latent dimensions.
+
+    A leaf that any reward marks invalid, or gives a value that is not finite, is masked: it takes no part in fusion
+    or normalisation. A reward of weight 0 is left out altogether.
+    """
+    scores = {name: score for name, score in scores.items() if weights[name] != 0}
+    valid = torch.stack([score.valid.cpu() & score.values.cpu().isfinite() for score in scores.values()]).all(dim=0)
+    nothing = torch.zeros((), dtype=torch.float64)
+    rewards = {name: torch.where(valid, score.values.cpu().double(), nothing) for name, score in scores.items()}
+    sizes = {name: _size(topology, reward, valid) for name, reward in rewards.items()}
+    if rule.combine == "rewards":
+        total = torch.stack([weights[name] * reward for name, reward in rewards.items()]).sum(dim=0)
+        # Two large scores may cancel out, but not their rounding.
+        size = torch.stack([abs(weights[name]) * size for name, size in sizes.items()]).sum(dim=0)
+        together = "+".join(rewards)
+        rewards, sizes, weights = {together: total}, {together: size}, {together: 1.0}
+
+    def fused(reward: Tensor, size: Tensor | None) -> NodeValues:
+        return fuse(topology, log_prob, reward, valid, rule.beta, rule.scale, dimensions, size)
+
+    values = {name: fused(reward, sizes[name]) for name, reward in rewards.items()}
+    advantages = _added(
+        [
+            tuple(weights[name] * level.clamp(-rule.clip, rule.clip) for level in _estimate(topology, value, rule))
+            for name, value in values.items()
+        ]
+    )
+    keep = trainable(topology)
+    if pruning.kind != "none":
+        ranked = [
+            weights[name] * standardised(topology, reward, valid, sizes[name]) for name, reward in rewards.items()
+        ]
+        ranking = sum(ranked, start=nothing)
+        keep = all_of(keep, prune(topology, fused(ranking, None), pruning, iteration))
+    return Credit(rewards, valid, values, advantages, keep, rule.regularised)
+
+
+def prune(topology: Topology, values: NodeValues, rule: PruningRule, iteration: int) -> EdgeMask:
+    """The edges that a pruning rule other than ``none`` keeps; ``values`` rank nodes and, at the last depth, leaves."""
+    if rule.kind == "parent_top1":
+        return parent_top1(topology, values)
+    if rule.kind == "extreme":
+        return extreme_leaves(topology, values.value[-1], values.valid[-1], rule.count)
+    return depth_window(topology, rule.size, rule.every, rule.stop, iteration)
+
+
+def standardised(topology: Topology, rewards: Tensor, valid: Tensor, size: Tensor) -> Tensor:
+    """Rewards (L,) with zero mean and unit sample deviation over each prompt's valid leaves; 0 where not valid.
+
+    ``size`` (P,) is that of the scores: a prompt whose rewards tie gets 0.
+    """
+    score = segment_standardised(rewards[valid], topology.leaf_root[valid], topology.prompts, floor=TIE * size)
+    return torch.zeros_like(rewards).masked_scatter_(valid, score)
+
+
+def _size(topology: Topology, rewards: Tensor, valid: Tensor) -> Tensor:
+    """Return the largest magnitude among each prompt's valid rewards, (P,)."""
+    return segment_size(rewards[valid], topology.leaf_root[valid], topology.prompts)
+
+
+def _estimate(topology: Topology, values: NodeValues, rule: CreditRule) -> Advantages:
+    return ESTIMATORS[rule.estimator](topology, values, rule.eps)
+
+
+def _added(advantages: Sequence[Advantages]) -> Advantages:
+    return tuple(torch.stack(levels).sum(dim=0) for levels in zip(*advantages, strict=True))

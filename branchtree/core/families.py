@@ -1,0 +1,118 @@
+"""The edges that are trained, grouped by parent: one forward of a parent's state scores all its edges."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from branchtree.core.advantages import Advantages
+from branchtree.core.pruning import EdgeMask
+from branchtree.core.transfer import fetch_rows, send
+from branchtree.core.tree import BranchTree, Topology
+
+
+@dataclass(frozen=True)
+class Families:
+    """F parents with at least one trained edge, ordered by depth, and their E edges, ordered by family."""
+
+    depth: Tensor  # (F,) int64, of the parent
+    parent: Tensor  # (F,) int64, place of the parent among the nodes of its depth
+    prompt: Tensor  # (F,) int64
+    family: Tensor  # (E,) int64, which of the F families the edge belongs to
+    child: Tensor  # (E,) int64, place of the child among the nodes of the depth after
+    advantage: Tensor  # (E,) float32
+
+    def __len__(self) -> int:
+        return self.depth.numel()
+
+    @property
+    def edges(self) -> int:
+        """E."""
+        return self.family.numel()
+
+    @property
+    def edge_depth(self) -> Tensor:
+        """Depth of each edge's child, (E,)."""
+        return self.depth[self.family] + 1
+
+    def select(self, index: Tensor) -> Families:
+        """Some of the families, ``index`` (F',) ascending."""
+        place = torch.full((len(self),), -1).scatter_(0, index, torch.arange(index.numel()))
+        edges = place[self.family] >= 0
+        return Families(
+            depth=self.depth[index],
+            parent=self.parent[index],
+            prompt=self.prompt[index],
+            family=place[self.family][edges],
+            child=self.child[edges],
+            advantage=self.advantage[edges],
+        )
+
+
+def trained_edges(topology: Topology, advantages: Advantages, keep: EdgeMask, regularised: bool = False) -> EdgeMask:
+    """Kept edges with an advantage: an edge of advantage 0 has no gradient and costs no compute.
+
+    Under a KL term, ``regularised``, all kept edges: it pulls the policy back wherever it was followed, whatever the
+    rewards said there, also above a leaf whose reward failed.
+    """
+    if regularised:
+        return keep
+    return tuple(mask & (advantage != 0) for mask, advantage in zip(keep, advantages, strict=True))
+
+
+def collect(topology: Topology, advantages: Advantages, keep: EdgeMask, regularised: bool = False) -> Families:
+    """Gather the trained edges of a tree into families; ``regularised`` as in ``trained_edges``."""
+    none = torch.zeros(0, dtype=torch.int64)
+    levels = [Families(none, none, none, none, none, none.float())]
+    families = 0
+    for below, edges in enumerate(trained_edges(topology, advantages, keep, regularised)):
+        children = torch.nonzero(edges)[:, 0]
+        parents, place = torch.unique(topology.parent[below][children], return_inverse=True)
+        if parents.numel() > 0:  # roots have no edge, so from here on there is a depth above
+            level = Families(
+                depth=torch.full_like(parents, below - 1),
+                parent=parents,
+                prompt=topology.root[below - 1][parents],
+                family=place + families,
+                child=children,
+                advantage=advantages[below][children].float(),
+            )
+            levels.append(level)
+            families += parents.numel()
+    return Families(*(torch.cat([getattr(level, field.name) for level in levels]) for field in fields(Families)))
+
+
+@dataclass(frozen=True)
+class FamilyBatch:
+    """What one forward of F parents needs, on the device."""
+
+    families: Families
+    latents: Tensor  # (F, *latent)
+    sigma: Tensor  # (F,)
+    following: Tensor  # (E, *latent)
+    log_prob: Tensor  # (E,) of the rollout
+    family: Tensor  # (E,)
+    advantage: Tensor  # (E,)
+
+
+def gather(tree: BranchTree, families: Families, device: torch.device) -> FamilyBatch:
+    """Fetch the states that some families need from the tree."""
+    return FamilyBatch(
+        families=families,
+        latents=_rows(tree.states, families.depth, families.parent, device),
+        sigma=send(tree.sigmas[families.depth], device),
+        following=_rows(tree.states, families.edge_depth, families.child, device),
+        log_prob=_rows(tree.log_prob, families.edge_depth, families.child, device),
+        family=send(families.family, device),
+        advantage=send(families.advantage, device),
+    )
+
+
+def _rows(levels: Sequence[Tensor], depth: Tensor, place: Tensor, device: torch.device) -> Tensor:
+    """Rows of a per-depth list of tensors on the device, ``depth`` ascending."""
+    depths, counts = torch.unique_consecutive(depth, return_counts=True)
+    parts = place.split(counts.tolist())
+    return torch.cat([fetch_rows(levels[int(d)], rows, device) for d, rows in zip(depths, parts, strict=True)])

@@ -1,0 +1,1 @@
+"""Prompts, pictures and videos as they come from files."""

@@ -1,0 +1,313 @@
+"""Prompts: reading them with the images and videos that they name, and saying which ones an iteration uses."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from branchtree.core.noise import Purpose, generator
+from branchtree.data.row_keys import warn_of_near_keys
+from branchtree.errors import DataError, refuse, shortened
+from branchtree.files.json_lines import json_object, numbered_lines
+from branchtree.files.reading import half_character, require_file, user_path
+from branchtree.plugins.protocols import Condition, ModelAdapter, NamesItsMedia
+
+if TYPE_CHECKING:
+    from branchtree.recipe.schema import DataSection, EvaluationSection
+
+HUB = "hub:"
+MEDIA = ("image", "last_image", "video")
+
+
+@dataclass(frozen=True)
+class PromptOrder:
+    """An endless sequence of prompts: each pass over all of them is a permutation addressed by (seed, pass)."""
+
+    prompts: int
+    seed: int
+    shuffle: bool
+
+    def at(self, position: int) -> int:
+        """The prompt id at a place of the sequence: pass * prompts + index, so that no id comes twice."""
+        return self.batch(position, 1)[0]
+
+    def batch(self, iteration: int, size: int) -> list[int]:
+        """The prompt ids of an iteration."""
+        places = [divmod(place, self.prompts) for place in range(iteration * size, (iteration + 1) * size)]
+        passes = {number: self._pass(number) for number in {number for number, _ in places}}
+        return [number * self.prompts + passes[number][place] for number, place in places]
+
+    def index(self, prompt_id: int) -> int:
+        """Which prompt an id stands for."""
+        return prompt_id % self.prompts
+
+    def _pass(self, number: int) -> list[int]:
+        if not self.shuffle:
+            return list(range(self.prompts))
+        order: list[int] = torch.randperm(
+            self.prompts, generator=generator(self.seed, number, 0, 0, 0, Purpose.PERMUTATION)
+        ).tolist()
+        return order
+
+
+def training_conditions(section: DataSection, model: ModelAdapter | None = None) -> list[Condition]:
+    """The prompts to train ``model`` on. Raises DataError."""
+    return load_conditions(section.prompts, section.column, section.split, section.folder, "data", media_of(model))
+
+
+def held_out_conditions(section: EvaluationSection | None, model: ModelAdapter | None = None) -> list[Condition]:
+    """The prompts of an evaluation of ``model``, at most ``limit``; none without one. Raises DataError."""
+    if section is None:
+        return []
+    media = media_of(model)
+    prompts = load_conditions(section.prompts, section.column, section.split, section.folder, "evaluation", media)
+    return prompts[: section.limit]
+
+
+def media_of(model: ModelAdapter | None) -> Collection[str]:
+    """Keys of images and videos that a model may look at: all of them, unless it says which."""
+    return model.media if isinstance(model, NamesItsMedia) else MEDIA
+
+
+def load_conditions(
+    prompts: str | Sequence[str],
+    column: str,
+    split: str,
+    folder: str | None = None,
+    section: str = "data",
+    media: Collection[str] = MEDIA,
+) -> list[Condition]:
+    """Read prompts from a list, a .txt, .jsonl or .parquet file, or ``hub:org/name``.
+
+    ``folder`` is the data folder, which images and videos lie in and are named from; by default that of the file
+    that names them. ``section`` is the part of the recipe that asks, for messages. ``media`` are the keys of images and
+    videos that are wanted; a dataset of the hub is read without the others. Raises DataError naming file and
+    line if something is missing, unreadable or empty, or if a path leads out of the data folder.
+    """
+    files = None if folder is None else user_path(folder)
+    if files is not None and not os.path.isdir(files):
+        raise DataError(f"{section}.folder: no folder {shortened(str(files))}")
+    if not isinstance(prompts, str):
+        reader = _Reader(column, files, section)
+        conditions = [reader.condition({column: text}, f"{section}.prompts.{i}") for i, text in enumerate(prompts)]
+    elif prompts.startswith(HUB):
+        rows, name = _hub_rows(prompts, split, media, section)
+        conditions = _Reader(column, files, section).table(rows, name)
+    else:
+        path = Path(prompts)
+        conditions = _from_file(path, _Reader(column, path.parent if files is None else files, section))
+    if not conditions:
+        place = prompts if isinstance(prompts, str) else "the list of prompts"
+        raise DataError(f"{place}: holds no prompts; write at least one")
+    return conditions
+
+
+def check_conditions(model: ModelAdapter, conditions: Iterable[Condition]) -> None:
+    """Have a model look at conditions before it is loaded; at each image, video and negative prompt once.
+
+    Raises DataError with a line for each of the first few that it cannot take.
+    """
+    different: dict[object, Condition] = {}
+    for one in conditions:
+        different.setdefault((one.image, one.last_image, one.video, one.negative_prompt), one)
+    refused: list[str] = []
+    for condition in different.values():
+        try:
+            model.check(condition)
+        except DataError as error:
+            refused.append(str(error))
+    refuse(refused)
+
+
+@dataclass(frozen=True)
+class _Reader:
+    """Makes conditions of rows."""
+
+    column: str
+    folder: Path | None  # where images and videos lie
+    section: str
+
+    def table(self, rows: Iterable[Mapping[str, Any]], name: str) -> list[Condition]:
+        return self.rows([(f"{name}: row {number}", row) for number, row in enumerate(rows, 1)])
+
+    def rows(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Condition]:
+        """The conditions of the rows of one file, each with its location."""
+        conditions = [self.condition(row, location) for location, row in rows]
+        warn_of_near_keys(rows, (self.column, "negative_prompt", *MEDIA), self.column)
+        return conditions
+
+    def condition(self, row: Mapping[str, Any], place: str) -> Condition:
+        prompt, negative = row.get(self.column), row.get("negative_prompt")
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise DataError(f"{place}: needs a non-empty text under '{self.column}'; {self._instead(row)}")
+        if not isinstance(negative, str | None):
+            raise DataError(f"{place}: negative_prompt: write a text or null, not {_kind(negative)}")
+        require_characters(prompt, f"{place}: {self.column}")
+        require_characters(negative or "", f"{place}: negative_prompt")
+        return Condition(
+            prompt=prompt.strip(),
+            negative_prompt=negative,
+            image=self._file(row, "image", place),
+            last_image=self._file(row, "last_image", place),
+            video=self._file(row, "video", place),
+            metadata={key: row[key] for key in row if key not in (self.column, "negative_prompt", *MEDIA)},
+            place=place,
+        )
+
+    def _instead(self, row: Mapping[str, Any]) -> str:
+        """What a row holds where its prompt should be."""
+        if self.column in row:
+            value = row[self.column]
+            return "it is empty" if isinstance(value, str) else f"it is {_kind(value)}"
+        return f"it has {shortened(', '.join(map(str, row))) or 'nothing'}"
+
+    def _file(self, row: Mapping[str, Any], key: str, place: str) -> Path | None:
+        """The path under ``key``, which must stay inside the data folder once links are followed."""
+        value = row.get(key)
+        if value is None:
+            return None
+        if not isinstance(value, str) or not value.strip():
+            what = "an empty text" if isinstance(value, str) else _kind(value)
+            raise DataError(f"{place}: {key}: write the path of a file as a text, or leave it out; it is {what}")
+        if self.folder is None:
+            raise DataError(
+                f"{place}: {key} '{value}': in which folder? Set {self.section}.folder to the one that holds the files"
+            )
+        path = self.folder / value
+        try:
+            inside = path.resolve().is_relative_to(self.folder.resolve())
+        except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL character
+            raise DataError(f"{place}: {key} '{value}': is no path: {error}") from None
+        if not inside:
+            raise DataError(
+                f"{place}: {key} '{value}' lies outside the data folder '{self.folder}'; move the file into it, or set "
+                f"{self.section}.folder to a folder that holds all files"
+            )
+        return path
+
+
+def require_characters(text: str, place: str) -> None:
+    """Raise DataError, beginning with the place, for a text that no tokenizer and no file takes as it stands."""
+    wrong = "a NUL character" if "\0" in text else half_character(text)
+    if wrong:
+        raise DataError(f"{place}: holds {wrong}, which stands for nothing that can be shown; leave it out")
+
+
+def _kind(value: object) -> str:
+    """What a value is, in the words of JSON and Parquet where they have one."""
+    names = {
+        dict: "an object",
+        list: "a list",
+        bool: "a truth value",
+        int: "a number",
+        float: "a number",
+        bytes: "bytes",
+        type(None): "null",
+    }
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def _from_file(path: Path, reader: _Reader) -> list[Condition]:
+    suffix = path.suffix.lower()
+    name = shortened(str(path))
+    require_file(
+        path, DataError(f"no prompt file {name}; set {reader.section}.prompts to a .txt, .jsonl or .parquet file")
+    )
+    if suffix == ".parquet":
+        return reader.table(_parquet_rows(path), str(path))
+    if suffix not in {".txt", ".jsonl"}:
+        raise DataError(f"{path}: prompts are read from .txt, .jsonl and .parquet files")
+    numbered = numbered_lines(path)
+    if suffix == ".txt":
+        return [Condition(prompt=line.strip(), place=place) for place, line in numbered]
+    return reader.rows([(place, json_object(line, place)) for place, line in numbered])
+
+
+def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
+    import pyarrow.parquet
+
+    column = ""
+    try:
+        with pyarrow.parquet.ParquetFile(path) as file:
+            table = file.read()
+        columns = []
+        for name, values in zip(table.column_names, table.columns, strict=True):
+            column = f"column '{name}': "
+            columns.append([_json_value(value) for value in values.to_pylist()])
+    except Exception as error:  # of damaged bytes, the library raises many kinds, and OSError and ValueError among them
+        reason = shortened(" ".join(str(error).split()))
+        raise DataError(f"{path}: not a readable parquet file: {column}{reason}") from None
+    twice = [name for name in table.column_names if table.column_names.count(name) > 1]
+    if twice:
+        raise DataError(f"{path}: two columns are named '{twice[0]}'; rename one")
+    for row in zip(*columns, strict=True):
+        yield dict(zip(table.column_names, row, strict=True))
+
+
+def _json_value(value: Any) -> Any:
+    """A value of a table as JSON has it, where it can: times as texts, and null for what is no number."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {str(key): _json_value(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_json_value(inner) for inner in value]
+    if isinstance(value, datetime.date | datetime.time):  # a datetime is a date too
+        return value.isoformat()
+    return value if isinstance(value, str | int | bytes | None) else str(value)
+
+
+def _hub_rows(name: str, split: str, media: Collection[str], section: str) -> tuple[Iterable[Mapping[str, Any]], str]:
+    """The rows of a dataset of the hub, and how messages name it.
+
+    Columns of media that are not wanted are left out, and so are those that hold pictures, sounds or videos rather
+    than their paths: nothing of them is decoded.
+    """
+    datasets = _datasets(name)
+    try:
+        data = datasets.load_dataset(name.removeprefix(HUB), split=split)
+    except Exception as error:  # the library raises many kinds; each means that the dataset cannot be had
+        if "scripts are no longer supported" in str(error):
+            hub_id = name.removeprefix(HUB)
+            raise DataError(
+                f"{name}: this dataset is a loading script, a program that 'datasets' no longer runs; download the "
+                f"file that holds its prompts (hf download {hub_id} FILE --repo-type dataset), write them to a .txt "
+                f"file, one a line, and set {section}.prompts to it"
+            ) from None
+        raise DataError(f"{name}: split '{split}' cannot be loaded: {error}") from error
+    unwanted = set(MEDIA) - set(media)
+    embedded = {column for column, feature in data.features.items() if _holds_media(feature)}
+    rows = data.remove_columns([column for column in data.column_names if column in unwanted | embedded])
+    missed = " and ".join(f"'{column}'" for column in MEDIA if column in embedded - unwanted)
+    found = [{str(key): _json_value(value) for key, value in row.items()} for row in rows.to_list()]
+    return found, f"{name} (without {missed}, no paths of files)" if missed else name
+
+
+def _datasets(name: str) -> Any:
+    """The library 'datasets'. Raises DataError where it is missing, or so old that it may run a dataset's own code."""
+    try:
+        import datasets
+    except ImportError:
+        raise DataError(f"{name}: reading hub datasets needs the 'datasets' package; install the 'hub' extra") from None
+    if int(datasets.__version__.partition(".")[0]) < 4:
+        raise DataError(
+            f"{name}: reading hub datasets needs version 4 or later of 'datasets', and {datasets.__version__} is "
+            "installed; install the 'hub' extra again"
+        )
+    return datasets
+
+
+def _holds_media(feature: object) -> bool:
+    """Whether a column's type, of the library 'datasets', is one whose values it would decode, or is made of such."""
+    if isinstance(feature, Mapping):
+        return any(map(_holds_media, feature.values()))
+    if isinstance(feature, list | tuple):
+        return any(map(_holds_media, feature))
+    return hasattr(feature, "decode_example") or _holds_media(getattr(feature, "feature", ()))

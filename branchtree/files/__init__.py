@@ -1,0 +1,1 @@
+"""Files as such: read whole, checked, written whole or not at all."""

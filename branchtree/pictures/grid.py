@@ -1,0 +1,171 @@
+"""What a person looks at: samples from fixed noises, and recorded trees with thumbnails."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from branchtree.core.credit import Credit
+from branchtree.core.scores import Scores
+from branchtree.core.tree import Topology
+from branchtree.files.writing import write_atomically
+from branchtree.pictures.still import THUMBNAIL, TILE, fitted, png, tiled, to_image
+from branchtree.pictures.video import mp4, spread, webp
+from branchtree.plugins.protocols import Media
+
+COLUMNS = 10  # of a grid of images
+STRIP, GAP = 8, 2  # most frames in a sample's strip; pixels between them
+LONGEST_VIDEO = 4096  # pixels: the longest side that common H.264 decoders take
+ASSUMED_FPS = 8.0  # of a video whose model does not say
+
+
+def write_grid(folder: Path, iteration: int, media: Sequence[Media], prompts: Sequence[str]) -> None:
+    """Write the samples of ``media`` and, last, ``iteration_NNNNNN.json`` with their prompts.
+
+    Images are a grid row by row, ``iteration_NNNNNN.png``. Of videos that file has one strip of frames per row; the
+    .mp4 beside it is the grid of all samples playing, and ``iteration_NNNNNN/sample_NNN.mp4`` is each by itself.
+    """
+    path = sample_index(folder, iteration)
+    stem = path.with_suffix("")
+    index = {"iteration": iteration, "prompts": list(prompts), **write_pictures(stem, media)}
+    write_atomically(path, json.dumps(index).encode())
+
+
+def sample_index(folder: Path, iteration: int) -> Path:
+    """The file that is written last of an iteration's samples."""
+    return folder / f"iteration_{iteration:06d}.json"
+
+
+def write_pictures(stem: Path, media: Sequence[Media], columns: int | None = None) -> dict[str, Any]:
+    """Write the pictures of ``write_grid`` under the names that ``stem`` begins, and return how they are laid out.
+
+    With ``columns``, so many samples stand in a row, also of the strips of videos.
+    """
+    write = _write_videos if media[0].modality == "video" else _write_images
+    return write(stem, media, columns)
+
+
+def _write_images(stem: Path, media: Sequence[Media], columns: int | None) -> dict[str, Any]:
+    tiles = [fitted(to_image(image), TILE) for part in media for image in part.pixels]
+    columns = columns or min(COLUMNS, len(tiles))
+    write_atomically(stem.with_suffix(".png"), png(tiled(tiles, columns)))
+    return {"columns": columns}
+
+
+def _write_videos(stem: Path, media: Sequence[Media], columns: int | None) -> dict[str, Any]:
+    strips_in_row = columns or 1
+    columns = columns or math.ceil(math.sqrt(sum(len(part) for part in media)))
+    side, fps = min(TILE, LONGEST_VIDEO // columns), _fps(media[0])
+    tiles = []  # of each sample, its frames
+    for place, video in enumerate(video for part in media for video in part.pixels):
+        frames = [to_image(frame) for frame in video]
+        whole = max(TILE, *frames[0].size)  # by itself a sample is never shrunk
+        write_atomically(stem / f"sample_{place:03d}.mp4", mp4((fitted(frame, whole) for frame in frames), fps))
+        tiles.append([fitted(frame, side) for frame in frames])
+    write_atomically(stem.with_suffix(".mp4"), mp4((tiled(each, columns) for each in zip(*tiles, strict=True)), fps))
+    shown = spread(len(tiles[0]), STRIP)
+    strips = tiled([frames[place] for frames in tiles for place in shown], strips_in_row * len(shown), GAP)
+    write_atomically(stem.with_suffix(".png"), png(strips))
+    return {"columns": columns, "kind": "video", "fps": fps, "frames": len(tiles[0]), "strip": shown}
+
+
+def _fps(media: Media) -> float:
+    return ASSUMED_FPS if media.fps is None else float(media.fps)
+
+
+@dataclass(frozen=True)
+class Thumbnail:
+    """A small picture of one sample, as a file's content: PNG, or of a video animated WebP."""
+
+    content: bytes
+    suffix: str
+
+
+def thumbnails(media: Sequence[Media]) -> list[Thumbnail]:
+    """A thumbnail of each sample of ``media``."""
+    return [
+        Thumbnail(_thumbnail(pixels, part), ".webp" if part.modality == "video" else ".png")
+        for part in media
+        for pixels in part.pixels
+    ]
+
+
+def write_tree(
+    folder: Path,
+    iteration: int,
+    prompt: str,
+    topology: Topology,
+    scores: Mapping[str, Scores],
+    credit: Credit,
+    thumbnails: Sequence[Thumbnail],
+) -> None:
+    """Record the first prompt's tree: its nodes with values and advantages, and its leaves with their thumbnails."""
+    stem = folder / f"iteration_{iteration:06d}"
+    paths = []
+    for place, thumbnail in zip(range(topology.plans[0].leaves), thumbnails, strict=True):
+        paths.append(stem / f"leaf_{place:03d}{thumbnail.suffix}")
+        write_atomically(paths[-1], thumbnail.content)
+    record = {
+        "iteration": iteration,
+        "prompt": prompt,
+        "steps": topology.steps,
+        "splits": list(topology.plans[0].splits),
+        "nodes": _nodes(topology, credit),
+        "leaves": _leaves(topology, scores, credit, [path.relative_to(folder).as_posix() for path in paths]),
+    }
+    write_atomically(stem.with_suffix(".json"), json.dumps(record).encode())
+
+
+def _thumbnail(pixels: Tensor, media: Media) -> bytes:
+    """The file's content for one sample (C, H, W) or (F, C, H, W) of ``media``."""
+    if media.modality == "image":
+        return png(fitted(to_image(pixels), THUMBNAIL))
+    return webp([fitted(to_image(frame), THUMBNAIL) for frame in pixels], _fps(media))
+
+
+def _offsets(topology: Topology) -> list[int]:
+    """Id of the first prompt's first node at each depth, counted from the root downwards."""
+    widths = topology.plans[0].widths
+    return [sum(widths[:depth]) for depth in topology.depths]
+
+
+def _nodes(topology: Topology, credit: Credit) -> list[dict[str, Any]]:
+    plan, offsets = topology.plans[0], _offsets(topology)
+    values = next(iter(credit.values.values()))
+    trained = credit.trained(topology)
+    return [
+        {
+            "id": offsets[depth] + node,
+            "depth": depth,
+            "parent": None if depth == 0 else offsets[depth - 1] + int(topology.parent[depth][node]),
+            "value": float(values.value[depth][node]) if bool(values.valid[depth][node]) else None,
+            "advantage": float(credit.advantages[depth][node]) if depth else None,
+            "trained": bool(trained[depth][node]),
+            "stochastic": depth > 0 and plan.stochastic[depth - 1],
+        }
+        for depth in topology.depths
+        for node in range(plan.widths[depth])
+    ]
+
+
+def _leaves(
+    topology: Topology, scores: Mapping[str, Scores], credit: Credit, thumbnails: Sequence[str]
+) -> list[dict[str, Any]]:
+    first = _offsets(topology)[-1]
+    return [
+        {
+            "node": first + leaf,
+            "rewards": {
+                label: float(score.values[leaf]) if bool(score.valid[leaf]) else None for label, score in scores.items()
+            },
+            "valid": bool(credit.valid[leaf]),
+            "thumbnail": thumbnail,
+        }
+        for leaf, thumbnail in enumerate(thumbnails)
+    ]

@@ -1,0 +1,171 @@
+"""Which GPUs a plan fits on, and what would have to change for it to fit on the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+from branchtree.core.cost import Cost
+from branchtree.planning.gpus import GPUS, Gpu
+from branchtree.planning.memory import (
+    ALONE,
+    MemoryEstimate,
+    Surroundings,
+    decode_rows,
+    estimate_memory,
+    rollout_rows,
+    update_rows,
+)
+from branchtree.plugins.protocols import Footprint
+from branchtree.recipe.schema import LoraSection, Recipe
+
+LORA_RANK = 64  # what is suggested where everything is trained
+
+Changes = Mapping[str, str | int | bool]
+"""Recipe keys and the values to give them."""
+Estimate = Callable[[Recipe], MemoryEstimate]
+"""The memory of a recipe on a device."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A GPU, and the cheapest changes that make a plan fit on it: none if it fits as it is, None if nothing helps."""
+
+    gpu: Gpu
+    changes: Changes | None
+
+
+def find_fits(
+    recipe: Recipe,
+    footprint: Footprint,
+    cost: Cost,
+    gpus: Sequence[Gpu] = GPUS,
+    surroundings: Surroundings = ALONE,
+) -> tuple[Fit, ...]:
+    """What each GPU takes; see ``cheapest_changes``."""
+    return tuple(Fit(gpu, cheapest_changes(recipe, footprint, cost, gpu.usable, surroundings)) for gpu in gpus)
+
+
+def cheapest_changes(
+    recipe: Recipe, footprint: Footprint, cost: Cost, budget: int, surroundings: Surroundings = ALONE
+) -> Changes | None:
+    """The cheapest changes with which training needs at most ``budget`` bytes of a device; None if nothing helps.
+
+    Changes are weighed by the costliest among them. From cheap to costly: states on the host, smaller batches,
+    gradient checkpointing (a third more work), bfloat16, and LoRA, which trains less.
+    """
+
+    def estimate(changed: Recipe) -> MemoryEstimate:
+        return estimate_memory(changed, footprint, cost, surroundings)
+
+    hosts = _optional({"batch.states": "host"}, recipe.batch.states == "device")
+    batches = _batches(recipe, footprint, cost)
+    combined = product(_costly(recipe, footprint), (False, True), hosts)
+    options = (({**host, **costly}, limited) for costly, limited, host in combined)
+    return _first(recipe, estimate, budget, options, batches)
+
+
+def cheapest_evaluation(recipe: Recipe, estimate: Estimate, budget: int) -> Changes | None:
+    """The same for an evaluation, of which fewer samples at a time and, under LoRA, bfloat16 can help."""
+    reduced = _optional({"run.precision": "bf16"}, recipe.lora is not None and recipe.run.precision != "bf16")
+    batches = {"evaluation.rows": recipe.evaluation.rows} if recipe.evaluation else {}
+    return _first(recipe, estimate, budget, product(reduced, (False, True)), batches)
+
+
+def open_limits(
+    recipe: Recipe, footprint: Footprint, cost: Cost, budget: int, surroundings: Surroundings = ALONE
+) -> dict[str, int]:
+    """The largest batches that a device with ``budget`` bytes takes by the estimate, by key, where they are not all.
+
+    Only of keys that the recipe leaves open.
+    """
+    limits = _limits(
+        recipe,
+        lambda changed: estimate_memory(changed, footprint, cost, surroundings),
+        budget,
+        _batches(recipe, footprint, cost),
+    )
+    return {key: int(rows) for key, rows in limits.items() if _given(recipe, key) is None}
+
+
+def applied(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with other values under some keys."""
+    for key, value in changes.items():
+        name, last = key.split(".")
+        section = getattr(recipe, name)
+        changed = LoraSection(rank=LORA_RANK) if section is None else section.model_copy(update={last: value})
+        recipe = recipe.model_copy(update={name: changed})
+    return recipe
+
+
+def in_words(changes: Changes) -> str:
+    """Changes as a command line takes them."""
+    values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in changes.items()}
+    return " ".join(f"{key}={value}" for key, value in values.items())
+
+
+def _first(
+    recipe: Recipe,
+    estimate: Estimate,
+    budget: int,
+    options: Iterable[tuple[Changes, bool]],
+    batches: Mapping[str, int],
+) -> Changes | None:
+    """The first of some changes, each with or without smaller batches, that fit."""
+    for wanted, limited in options:
+        changes, changed = wanted, applied(recipe, wanted)
+        if limited:
+            limits = _limits(changed, estimate, budget, batches)
+            host = {key: value for key, value in wanted.items() if key == "batch.states"}
+            changes, changed = {**host, **limits, **wanted}, applied(changed, limits)
+        if estimate(changed).device <= budget:
+            return changes
+    return None
+
+
+def _costly(recipe: Recipe, footprint: Footprint) -> Iterable[Changes]:
+    """What the recipe has not switched on yet, in all combinations, those with the costliest last."""
+    checkpointing = _optional({"run.gradient_checkpointing": True}, not recipe.run.gradient_checkpointing)
+    reduced = _optional({"run.precision": "bf16"}, recipe.run.precision != "bf16")
+    possible = recipe.lora is None and footprint.lora_parameters_per_rank > 0
+    lora = _optional({"lora.rank": LORA_RANK}, possible)
+    return ({**third, **second, **first} for first, second, third in product(lora, reduced, checkpointing))
+
+
+def _optional(changes: Changes, possible: bool) -> list[Changes]:
+    return [{}, changes] if possible else [{}]
+
+
+def _batches(recipe: Recipe, footprint: Footprint, cost: Cost) -> dict[str, int]:
+    """The rows that are worked on at once, by key."""
+    batches = {"batch.update_rows": update_rows(recipe, cost), "batch.rollout_rows": rollout_rows(recipe, cost)}
+    if footprint.decoder is not None:
+        batches["batch.decode_rows"] = decode_rows(recipe, cost)
+    if recipe.evaluation is not None:
+        batches["evaluation.rows"] = recipe.evaluation.rows
+    return batches
+
+
+def _given(recipe: Recipe, key: str) -> int | None:
+    section, name = key.split(".")
+    rows: int | None = getattr(getattr(recipe, section), name)
+    return rows
+
+
+def _limits(recipe: Recipe, estimate: Estimate, budget: int, batches: Mapping[str, int]) -> Changes:
+    """The largest batches, by powers of two, that fit beside what is on the device throughout; of one row at least."""
+    smallest = applied(recipe, dict.fromkeys(batches, 1))
+    limits: dict[str, str | int | bool] = {}
+    for key, rows in batches.items():
+        fitting = (one for one in _sizes(rows) if estimate(applied(smallest, {key: one})).device <= budget)
+        chosen = next(fitting, 1)
+        if chosen < rows:
+            limits[key] = chosen
+        smallest = applied(smallest, {key: chosen})
+    return limits
+
+
+def _sizes(rows: int) -> list[int]:
+    """All rows, and every smaller power of two, from the largest."""
+    return [rows, *(2**power for power in reversed(range((rows - 1).bit_length())))]

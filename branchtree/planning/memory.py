@@ -1,0 +1,252 @@
+"""The memory of a run on paper, from a recipe and the sizes of its model and rewards."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from branchtree.core.cost import Cost
+from branchtree.plugins.protocols import Footprint
+from branchtree.recipe.schema import Recipe
+
+MASTER = 4  # bytes of a number in float32, which whatever is trained or decoded is kept in
+ADAM_BYTES = 12
+"""Per trained parameter beside its weight: float32 gradient and AdamW's two moments.
+
+The moments come with the first optimiser step. Its fused kernel makes no temporary tensors, and clipping scales the
+gradients in place, so that the first step needs no more than the later ones.
+"""
+PIECES = 4
+"""Decoded batches alive at once: two that wait to be scored, one that is decoded, and its copy as one tensor."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a process's model shares its device with, and the processes that it shares the work with."""
+
+    rewards: int = 0  # bytes of reward models that stay on the device
+    offloaded_rewards: int = 0  # bytes of those that are there only while they score
+    processes: int = 1
+    sharded: bool = False  # weights, gradients and optimiser state over the processes, by FSDP2
+    gathered_whole: bool = False  # whether sharding gathers all weights at once, or keeps them after the forward
+
+
+ALONE = Surroundings()
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes on one device at its fullest moment, and on the host.
+
+    Kernels' workspaces, the encoders' activations and those of the reward models are not counted.
+    """
+
+    weights: int  # denoiser; trained in full under bf16, also the copies that autocast makes
+    optimizer: int  # gradients and moments; under LoRA the low-rank weights too
+    buckets: int  # the copy of the gradients that DDP sends
+    gathered: int  # blocks whose sharded weights are whole for the moment
+    reference: int  # the frozen copy of the start policy that a KL term needs without LoRA
+    rewards: int  # reward models that stay on the device
+    activations: int  # of one gradient batch
+    forward: int  # of one batch of a rollout or an evaluation, if the model knows
+    states: int  # the tree's, wherever they are kept
+    states_on_host: bool
+    conditioning: int  # encodings of an iteration's prompts, if the model knows
+    frozen: int  # encoders and decoder, on the device only while they encode
+    decoder: int  # its weights, on the device from the first leaves until all are scored
+    decoding: int  # its activations, of one batch
+    media: int  # decoded samples that are not scored yet
+    offloaded: int  # reward models that leave the device while nothing is scored
+    average: int  # moving average of the trained weights, on the host
+
+    @property
+    def resident(self) -> int:
+        """On the device throughout."""
+        states = 0 if self.states_on_host else self.states
+        denoiser = self.weights + self.optimizer + self.buckets + self.gathered + self.reference
+        return denoiser + self.rewards + states + self.conditioning
+
+    @property
+    def device(self) -> int:
+        """Peak on the device: encoding, gradient pass, rollout and decoding take turns; scoring goes on beside two."""
+        scoring = self.offloaded + max(self.forward, self.decoding)
+        return self.resident + max(self.frozen, self.decoder + self.media + max(self.activations, scoring))
+
+    @property
+    def host(self) -> int:
+        """Kept on the host."""
+        return self.frozen + self.offloaded + self.average + (self.states if self.states_on_host else 0)
+
+    @property
+    def needs(self) -> Mapping[str, int]:
+        """What the device's memory is for, in words: first what stays there, then what comes and goes."""
+        named = {
+            "denoiser weights": self.weights,
+            "gradients and optimiser": self.optimizer,
+            "copy of the gradients that DDP sends": self.buckets,
+            "weights gathered by FSDP2": self.gathered,
+            "start policy, for the KL term": self.reference,
+            "reward models": self.rewards,
+            "tree states": 0 if self.states_on_host else self.states,
+            "encoded prompts": self.conditioning,
+            "activations of a gradient batch": self.activations,
+            "activations of a rollout or evaluation batch": self.forward,
+            "encoders and decoder, on the device while they encode": self.frozen,
+            "decoder, while leaves are decoded and scored": self.decoder,
+            "activations of the decoder": self.decoding,
+            "decoded samples": self.media,
+            "reward models that leave the device between their calls": self.offloaded,
+        }
+        return {words: size for words, size in named.items() if size}
+
+
+def estimate_memory(
+    recipe: Recipe, footprint: Footprint, cost: Cost, surroundings: Surroundings = ALONE
+) -> MemoryEstimate:
+    """The memory of one process of a training run, ``cost`` being that of its share of an iteration's prompts."""
+    size, trained = _number_bytes(recipe), _trained(recipe, footprint)
+    kept = (
+        footprint.checkpointed_numbers_per_row
+        if recipe.run.gradient_checkpointing
+        else footprint.activation_numbers_per_row
+    )
+    shards = surroundings.processes if surroundings.sharded else 1
+    whole = surroundings.processes > 1 and not surroundings.sharded
+    compared = bool(recipe.loss.kl or recipe.loss.kl_every) and not recipe.lora
+    prompts = prompts_each(recipe, surroundings.processes)
+    leaves, judged = decode_rows(recipe, cost), _evaluation_rows(recipe)
+    samples = max(min(PIECES * leaves, cost.leaves + leaves), PIECES * judged)
+    return MemoryEstimate(
+        weights=_weights(recipe, footprint, surroundings),
+        optimizer=_optimizer(recipe, footprint, surroundings),
+        buckets=trained * MASTER if whole else 0,
+        gathered=_gathered(recipe, footprint, surroundings),
+        reference=footprint.denoiser_parameters * MASTER // shards if compared else 0,
+        rewards=surroundings.rewards,
+        activations=update_rows(recipe, cost) * footprint.rows_per_prediction * kept * size,
+        forward=_forward(recipe, footprint, max(rollout_rows(recipe, cost), _evaluation_rows(recipe))),
+        states=cost.nodes * MASTER * torch.Size(footprint.latent_shape).numel(),
+        states_on_host=recipe.batch.states == "host",
+        conditioning=prompts * footprint.conditioning_numbers * size,
+        frozen=footprint.frozen_bytes(size),
+        decoder=_decoder(recipe, footprint),
+        decoding=_decoding(recipe, footprint, max(leaves, judged)),
+        media=_media(footprint, samples),
+        offloaded=surroundings.offloaded_rewards,
+        average=trained * MASTER // shards if recipe.optim.ema else 0,
+    )
+
+
+def estimate_evaluation(
+    recipe: Recipe, footprint: Footprint, rows: int, surroundings: Surroundings = ALONE
+) -> MemoryEstimate:
+    """The memory of one process of an evaluation, ``rows`` samples at a time: nothing is trained or sharded."""
+    size = _number_bytes(recipe)
+    return MemoryEstimate(
+        weights=_weights(recipe, footprint, ALONE),
+        optimizer=_trained(recipe, footprint) * MASTER if recipe.lora else 0,
+        buckets=0,
+        gathered=0,
+        reference=0,
+        rewards=surroundings.rewards,
+        activations=0,
+        forward=_forward(recipe, footprint, rows),
+        states=rows * MASTER * torch.Size(footprint.latent_shape).numel(),
+        states_on_host=False,
+        conditioning=rows * footprint.conditioning_numbers * size,
+        frozen=footprint.frozen_bytes(size),
+        decoder=_decoder(recipe, footprint),
+        decoding=_decoding(recipe, footprint, rows),
+        media=_media(footprint, PIECES * rows),
+        offloaded=surroundings.offloaded_rewards,
+        average=_trained(recipe, footprint) * MASTER if recipe.optim.ema else 0,
+    )
+
+
+def _number_bytes(recipe: Recipe) -> int:
+    return 2 if recipe.run.precision == "bf16" else MASTER
+
+
+def _trained(recipe: Recipe, footprint: Footprint) -> int:
+    return footprint.lora_parameters_per_rank * recipe.lora.rank if recipe.lora else footprint.denoiser_parameters
+
+
+def _weights(recipe: Recipe, footprint: Footprint, around: Surroundings) -> int:
+    """The denoiser's; weights that are trained are kept in float32, and so is each process's share of sharded ones."""
+    size, whole = _number_bytes(recipe), footprint.denoiser_parameters
+    if recipe.lora:
+        return whole * size // (around.processes if around.sharded else 1)
+    if around.sharded:
+        return whole * MASTER // around.processes
+    # Autocast keeps its bfloat16 copy of each weight that is trained until the forward ends.
+    return whole * (MASTER + (size if size < MASTER else 0))
+
+
+def _optimizer(recipe: Recipe, footprint: Footprint, around: Surroundings) -> int:
+    trained = _trained(recipe, footprint)
+    masters = MASTER if recipe.lora else 0
+    if not around.sharded:
+        return trained * (masters + ADAM_BYTES)
+    # Until it is reduced a gradient is whole: under LoRA until the step ends, else for a block and the one before.
+    unreduced = trained if recipe.lora else min(2 * _block(footprint), trained)
+    return trained * (masters + ADAM_BYTES) // around.processes + unreduced * MASTER
+
+
+def _gathered(recipe: Recipe, footprint: Footprint, around: Surroundings) -> int:
+    """The block that computes and the one that is fetched for it, or all."""
+    if not around.sharded:
+        return 0
+    whole = footprint.denoiser_parameters
+    return (whole if around.gathered_whole else min(2 * _block(footprint), whole)) * _number_bytes(recipe)
+
+
+def _block(footprint: Footprint) -> int:
+    return footprint.largest_block_parameters or footprint.denoiser_parameters
+
+
+def _forward(recipe: Recipe, footprint: Footprint, rows: int) -> int:
+    return rows * footprint.rows_per_prediction * footprint.forward_numbers_per_row * _number_bytes(recipe)
+
+
+def _decoder(recipe: Recipe, footprint: Footprint) -> int:
+    decoder = footprint.decoder
+    return decoder.parameters * (decoder.number_bytes or _number_bytes(recipe)) if decoder else 0
+
+
+def _decoding(recipe: Recipe, footprint: Footprint, rows: int) -> int:
+    """The decoder's activations where it is given ``rows`` at a time."""
+    decoder = footprint.decoder
+    if decoder is None:
+        return 0
+    size = decoder.number_bytes or _number_bytes(recipe)
+    return min(rows, decoder.rows or rows) * decoder.numbers_per_row * size
+
+
+def _media(footprint: Footprint, samples: int) -> int:
+    return samples * footprint.decoder.media_numbers_per_row * MASTER if footprint.decoder else 0
+
+
+def _evaluation_rows(recipe: Recipe) -> int:
+    return recipe.evaluation.rows if recipe.evaluation else 0
+
+
+def prompts_each(recipe: Recipe, processes: int) -> int:
+    """Prompts of an iteration that one process has, at most."""
+    return -(-recipe.batch.prompts // processes)
+
+
+def update_rows(recipe: Recipe, cost: Cost) -> int:
+    """Families in the largest batch of the gradient pass."""
+    return min(recipe.batch.update_rows or cost.gradient_rows, cost.gradient_rows)
+
+
+def rollout_rows(recipe: Recipe, cost: Cost) -> int:
+    """Predictions in the largest batch of a rollout, where no depth is wider than the leaves."""
+    return min(recipe.batch.rollout_rows or cost.leaves, cost.leaves)
+
+
+def decode_rows(recipe: Recipe, cost: Cost) -> int:
+    """Leaves that are decoded at a time, at most."""
+    return min(recipe.batch.decode_rows or cost.leaves, cost.leaves)

@@ -1,0 +1,158 @@
+"""What a recipe will do, worked out without loading a model: the tree, the rows, the memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from branchtree.core.cost import Cost, count
+from branchtree.core.schedule import TreePlan
+from branchtree.core.tree import Topology, grow, grow_parts
+from branchtree.data.prompts import HUB, PromptOrder, check_conditions, held_out_conditions, training_conditions
+from branchtree.planning.fitting import Fit, find_fits
+from branchtree.planning.gpus import GPUS
+from branchtree.planning.memory import MemoryEstimate, estimate_memory
+from branchtree.planning.preflight import RewardSizes, reward_sizes
+from branchtree.plugins.protocols import Footprint, ModelAdapter
+from branchtree.recipe.build import (
+    check_learns,
+    make_credit_rule,
+    make_kernel,
+    make_model,
+    make_parts,
+    make_pruning_rule,
+    make_schedule,
+)
+from branchtree.recipe.schema import DataSection, EvaluationSection, Recipe
+
+
+@dataclass(frozen=True)
+class PartCost:
+    """What one of the processes that share a prompt's tree does of its rollout."""
+
+    leaves: int
+    rollout_rows: int  # predictions, with those that a neighbour computes too
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A recipe's first iteration on paper."""
+
+    recipe: Recipe
+    tree: TreePlan  # of the first prompt
+    per_prompt: Cost  # of the first prompt
+    parts: tuple[PartCost, ...]  # of the first prompt's tree, one for each process that shares it
+    iteration: Cost  # of all prompts
+    rows_per_prediction: int
+    footprint: Footprint
+    memory: MemoryEstimate
+    rewards: RewardSizes
+    fits: tuple[Fit, ...]  # well-known GPUs, from the smallest
+
+    @property
+    def rollout_rows(self) -> int:
+        """Rows through the denoiser in one iteration's rollouts, guidance counted."""
+        return self.iteration.rollout_rows * self.rows_per_prediction
+
+    @property
+    def gradient_rows(self) -> int:
+        """Rows through the denoiser in one iteration's gradient pass, guidance counted."""
+        return self.iteration.gradient_rows * self.rows_per_prediction
+
+    @property
+    def rollout_flops(self) -> float:
+        """Floating-point operations of an iteration's rollouts in the denoiser."""
+        return self.footprint.forward_flops_per_row * self.rollout_rows
+
+    @property
+    def gradient_flops(self) -> float:
+        """The same of its gradient pass: backward is two forwards, checkpointing one, a KL term's reference one more.
+
+        Weights that LoRA freezes need no gradient of their own, so that there only attention goes backward at the cost
+        of two forwards, and the rest at that of one; the low-rank weights' own operations are left out.
+        ``loss.old_log_prob: recomputed`` adds a forward of the rows of all optimiser steps but the first.
+        """
+        recipe, sizes = self.recipe, self.footprint
+        backward = 2.0 if recipe.lora is None else 1 + sizes.attention_flops_per_row / sizes.forward_flops_per_row
+        passes = 1 + backward + recipe.run.gradient_checkpointing + (recipe.loss.kl > 0)
+        if recipe.loss.old_log_prob == "recomputed":
+            passes += 1 - 1 / recipe.optim.steps_per_iteration
+        return sizes.forward_flops_per_row * passes * self.gradient_rows
+
+    @property
+    def decoder_flops(self) -> float:
+        """Operations of decoding an iteration's leaves; 0 where the decoder's are not known."""
+        decoder = self.footprint.decoder
+        return decoder.flops_per_row * self.iteration.leaves if decoder else 0.0
+
+    @property
+    def flops(self) -> float:
+        """Floating-point operations of one iteration in the denoiser."""
+        return self.rollout_flops + self.gradient_flops
+
+
+def plan_recipe(recipe: Recipe) -> RunPlan:
+    """Plan the first iteration. Raises a BranchTreeError if the recipe's model or prompts cannot be found."""
+    model = make_model(recipe)
+    make_kernel(recipe.sampler, model.prediction)  # refuses what training would
+    check_learns(recipe)
+    schedule, rule, pruning = make_schedule(recipe), make_credit_rule(recipe), make_pruning_rule(recipe)
+    plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe, model)]
+    footprint = model.footprint()
+    iteration = count(plans, rule, pruning, 0)
+    rewards = reward_sizes(recipe)
+    around = rewards.around()
+    return RunPlan(
+        recipe=recipe,
+        tree=plans[0],
+        per_prompt=count(plans[:1], rule, pruning, 0),
+        parts=tuple(
+            PartCost(len(part.leaves), grow_parts([part]).rollout_rows) for part in make_parts(recipe, plans[0])
+        ),
+        iteration=iteration,
+        rows_per_prediction=model.rows_per_prediction,
+        footprint=footprint,
+        memory=estimate_memory(recipe, footprint, iteration, around),
+        rewards=rewards,
+        fits=find_fits(recipe, footprint, iteration, GPUS, around),
+    )
+
+
+def _first_prompts(recipe: Recipe, model: ModelAdapter) -> list[int]:
+    """Ids of the first iteration's prompts; a hub dataset is not fetched for a plan, so its order stays open."""
+    conditions = training_conditions(recipe.data) if _is_local(recipe.data) else []
+    held_out = held_out_conditions(recipe.evaluation) if _is_local(recipe.evaluation) else []
+    check_conditions(model, [*conditions, *held_out])
+    if not conditions:
+        return list(range(recipe.batch.prompts))
+    return PromptOrder(len(conditions), recipe.seed, recipe.data.shuffle).batch(0, recipe.batch.prompts)
+
+
+def _is_local(section: DataSection | EvaluationSection | None) -> bool:
+    return section is not None and not (isinstance(section.prompts, str) and section.prompts.startswith(HUB))
+
+
+def draw_tree(plan: TreePlan, max_leaves: int = 32) -> str:
+    """One prompt's tree as text: a row per leaf, a column per step; heavy lines are stochastic, light ones not."""
+    topology = grow([plan])
+    shown = min(plan.leaves, max_leaves)
+    header = "".join(f"{step:<3d}" for step in range(plan.steps))
+    lines = [f"    {header}".rstrip()]
+    for leaf in range(shown):
+        cells = [_cell(topology, step, leaf) for step in range(plan.steps)]
+        lines.append("    " + "".join(cells) + "o")
+    if shown < plan.leaves:
+        lines.append(f"    ... and {plan.leaves - shown} more leaves")
+    return "\n".join(lines)
+
+
+def _cell(topology: Topology, step: int, leaf: int) -> str:
+    """One step of one leaf's row: its edge where this row carries it, a connector where siblings follow below."""
+    above, below = topology.ancestor[step], topology.ancestor[step + 1]
+    starts = leaf == 0 or bool(below[leaf] != below[leaf - 1])
+    continues = leaf > 0 and bool(above[leaf] == above[leaf - 1])
+    more = bool((below[above == above[leaf]] > below[leaf]).any())
+    line = "━" if topology.plans[0].stochastic[step] else "─"
+    if not starts:
+        return "│  " if more else "   "
+    joint = ("├" if more else "└") if continues else ("┬" if more else line)
+    return joint + line * 2

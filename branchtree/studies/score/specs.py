@@ -1,0 +1,57 @@
+"""Rewards as a command line or a call names them: ``"hps"``, ``"hps version=v2.0"``, or an entry of a recipe."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+
+from branchtree.errors import RecipeError
+from branchtree.recipe.build import NamedReward, make_reward
+from branchtree.recipe.schema import RewardSection
+from branchtree.recipe.source import parse_plugin
+
+Spec = str | Mapping[str, Any]
+
+
+def make_named(specs: Spec | Sequence[Spec]) -> list[NamedReward]:
+    """The rewards, not loaded. Each is labelled by its name, or by its whole text where a name comes twice.
+
+    Raises RecipeError for what cannot be read, is set wrongly or is asked for twice, PluginError for an unknown name.
+    """
+    listed: Sequence[Spec] = [specs] if isinstance(specs, str | Mapping) else specs
+    if not listed:
+        raise RecipeError("there is no reward to score by; name at least one, as in --reward digits")
+    sections = [_section(spec) for spec in listed]
+    names = Counter(section.reward for section in sections)
+    rewards: list[NamedReward] = []
+    for section in sections:
+        adapter, _ = make_reward(section.reward, section.options, (section.reward,))
+        label = section.label or (section.reward if names[section.reward] == 1 else _text(section))
+        if label in {reward.label for reward in rewards}:
+            raise RecipeError(f"reward '{label}' is given twice; leave one out, or give it a label=NAME of its own")
+        rewards.append(NamedReward(label, 1.0, adapter))
+    return rewards
+
+
+def _section(spec: Spec) -> RewardSection:
+    keys = _parsed(spec) if isinstance(spec, str) else dict(spec)
+    if "weight" in keys:
+        raise RecipeError(f"reward '{keys.get('reward')}': scores are given as they are; leave 'weight' out")
+    try:
+        return RewardSection.model_validate(keys)
+    except ValidationError as error:
+        detail = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in detail["loc"])
+        raise RecipeError(f"reward {spec!r}: {place}: {detail['msg'].lower()}") from None
+
+
+def _parsed(text: str) -> dict[str, Any]:
+    name, settings = parse_plugin("reward", text, "digits classifier=heldout")
+    return {"reward": name, **settings}
+
+
+def _text(section: RewardSection) -> str:
+    return " ".join([section.reward, *(f"{key}={value}" for key, value in section.options.items())])

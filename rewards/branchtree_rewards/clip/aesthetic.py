@@ -1,0 +1,142 @@
+"""The `aesthetic` reward: LAION's aesthetic predictor, how beautiful a picture is, whatever its prompt.
+
+    raw = w . f / |f| + b        f: the projected image features of OpenAI's CLIP ViT-L/14
+
+The linear head, w and b, is sa_0_4_vit_l_14_linear.pth of https://github.com/LAION-AI/aesthetic-predictor. It is
+not on the hub, so it must be downloaded by hand. It was fitted to ratings from 0 to 10; nothing holds it to that range.
+
+Pictures are resized and cut with PIL, as by the publisher. VBench, which uses the same head for the frames of videos,
+resizes float tensors without antialiasing and divides by 10: its figures are not comparable.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.utils import skip_init
+
+from branchtree.errors import RewardError
+from branchtree.files.paths import PathOrName
+from branchtree.files.reading import user_path
+from branchtree.plugins.hookspecs import hookimpl
+from branchtree.plugins.protocols import Condition, Media, RewardCard
+from branchtree_rewards.clip.folder import load_clip
+from branchtree_rewards.shared.footprints import CLIP_L_14, Skeleton, build_clip_vision, skeleton
+from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards.shared.other_versions import clip_size
+from branchtree_rewards.shared.pixels import from_pil, normalised, shortest_side_crop, to_pil
+from branchtree_rewards.shared.source import RANDOM_SMALL, Source, locate
+from branchtree_rewards.shared.weights import load_strictly, read_weights, state_dict
+from branchtree_rewards.small.aesthetic import CLIP, HEAD, SEED, write_small
+from branchtree_rewards.small.clip import write_clip_folder
+
+HUB_CLIP = "openai/clip-vit-large-patch14"
+HEAD_SOURCE = "https://github.com/LAION-AI/aesthetic-predictor"
+
+
+class AestheticConfig(ModelRewardConfig, frozen=True):
+    """Settings of the `aesthetic` reward, further to those of every reward with published weights.
+
+    Attributes:
+        path: The linear head: its file, sa_0_4_vit_l_14_linear.pth, or the folder that holds it. It is published at
+            https://github.com/LAION-AI/aesthetic-predictor and not on the hub. Or "random:small".
+        clip: Hub id or folder of the CLIP whose features the head reads. By default the folder "clip" beside the head,
+            if there is one, and otherwise "openai/clip-vit-large-patch14".
+        revision: Branch, tag or commit of the CLIP's hub id.
+    """
+
+    path: PathOrName = HEAD
+    clip: PathOrName | None = None
+
+
+class AestheticPredictor(nn.Module):
+    """CLIP's vision encoder and projection, and a linear head on the normalised features."""
+
+    def __init__(self, clip: Any, head: nn.Linear) -> None:
+        super().__init__()
+        self.vision, self.projection, self.head = clip.vision_model, clip.visual_projection, head
+        self.image_size = int(clip.config.vision_config.image_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Ratings (B,) of preprocessed images (B, 3, S, S)."""
+        features = self.projection(self.vision(pixel_values=images).pooler_output)
+        rated: Tensor = self.head(functional.normalize(features.float(), dim=-1))
+        return rated.squeeze(1)
+
+
+class Aesthetic(ModelReward[AestheticConfig]):
+    """Rates how beautiful each picture is, about 0 to 10; the prompt takes no part."""
+
+    reads_prompt = False
+
+    def _open(self) -> Opened:
+        return open_predictor(self._config)
+
+    def _skeleton(self) -> Skeleton:
+        config = self._config
+        beside = user_path(config.path) / CLIP
+        chosen = config.clip or (str(beside) if beside.is_dir() else HUB_CLIP)
+        return skeleton(build_clip_vision, chosen, config.revision, (HUB_CLIP, CLIP_L_14))
+
+    def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
+        predictor = cast(AestheticPredictor, network)
+        pictures = [shortest_side_crop(picture, predictor.image_size) for picture in to_pil(media.pixels)]
+        return Measured(predictor(normalised(from_pil(pictures)).to(media.pixels.device)))
+
+
+def open_predictor(config: AestheticConfig) -> Opened:
+    """Load the head and the CLIP that ``config`` names into an AestheticPredictor. Raises RewardError."""
+    if config.path != RANDOM_SMALL and not os.path.exists(user_path(config.path)):
+        raise RewardError(
+            f"'{config.path}' is no existing file or folder; the aesthetic head is not on the hub: download '{HEAD}' "
+            f"from {HEAD_SOURCE} and give its path, or '{RANDOM_SMALL}'"
+        )
+    source = locate(config.path, None, write_small)
+    file = source.find(HEAD)
+    clip_source = _locate_clip(config, source)
+    clip, clip_file = load_clip(clip_source)
+    _check_pair(file, clip.config, clip_source.name)
+    head = skip_init(nn.Linear, clip.config.projection_dim, 1)  # drawing weights would move the global random state
+    load_strictly(head, state_dict(read_weights(file), file), str(file))
+    return Opened(AestheticPredictor(clip, head), {HEAD: file, f"{CLIP}/{clip_file.name}": clip_file})
+
+
+def _check_pair(head: Path, clip: Any, name: str) -> None:
+    """Refuse a head that was fitted to another CLIP, whose features may have as many numbers. Raises RewardError."""
+    fitted = re.search(r"vit_[bl]_\d+", head.name.lower())
+    if clip.vision_config.hidden_act != "quick_gelu":
+        raise RewardError(f"clip '{name}' is not OpenAI's, whose features the head was fitted to; give '{HUB_CLIP}'")
+    if fitted and (found := clip_size(clip)) not in {None, fitted[0]}:
+        raise RewardError(f"'{head}' was fitted to {fitted[0]}, and clip '{name}' is {found}; give one pair")
+
+
+def _locate_clip(config: AestheticConfig, head: Source) -> Source:
+    beside = head.folder / CLIP if head.folder else None
+    chosen = config.clip or (str(beside) if beside and beside.is_dir() else HUB_CLIP)
+    return locate(chosen, config.revision, partial(write_clip_folder, seed=SEED))
+
+
+@hookimpl
+def register_rewards(register: Callable[..., None]) -> None:
+    """Add the `aesthetic` reward to the registry."""
+    register(
+        "aesthetic",
+        build=Aesthetic,
+        config=AestheticConfig,
+        summary="LAION's aesthetic predictor: how beautiful a picture is, about 0 to 10; the prompt takes no part.",
+        card=RewardCard(
+            modalities=frozenset({"image"}),
+            checkpoint=f"{HEAD} (from GitHub), {HUB_CLIP}",
+            size=None,
+            licence="MIT for the head; see the model card for CLIP",
+            non_commercial=False,
+            source=HEAD_SOURCE,
+        ),
+    )

@@ -1,0 +1,1 @@
+"""The digit classifier of the quickstart."""

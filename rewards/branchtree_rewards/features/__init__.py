@@ -1,0 +1,1 @@
+"""Feature spaces in which the diversity of samples is measured."""

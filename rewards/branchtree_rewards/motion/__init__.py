@@ -1,0 +1,1 @@
+"""Motion of videos, measured without a network."""

@@ -1,0 +1,155 @@
+"""Reading weights safely and loading them strictly: every tensor of a file has a place, or is named as dropped."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from branchtree.core.finite import is_finite
+from branchtree.errors import RewardError
+from branchtree.plugins.completeness import unexpected_keys
+
+State = dict[str, Tensor]
+SHOWN = 5
+
+
+def read_weights(file: Path) -> Any:
+    """The content of a .safetensors file, or of a file that torch.load reads with ``weights_only``, on the CPU.
+
+    Raises RewardError for a file that is damaged, or holds anything but tensors in plain containers.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            return load_file(file)
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+    except Exception as error:  # torch, zip, pickle and safetensors each have exceptions of their own for a bad file
+        reason = " ".join(str(error).split())[:300]
+        raise RewardError(
+            f"cannot read weights from '{file}' ({type(error).__name__}: {reason}); it is damaged, or holds more than "
+            "tensors"
+        ) from error
+
+
+def _is_zip(file: Path) -> bool:
+    """Files of torch before 1.6 are not zip archives and cannot be mapped."""
+    with file.open("rb") as stream:
+        return stream.read(2) == b"PK"
+
+
+def state_dict(content: Any, file: Path) -> State:
+    """``content`` if it maps names to tensors. Raises RewardError otherwise."""
+    if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
+        raise RewardError(f"'{file}' holds no state dict: names with tensors")
+    return dict(content)
+
+
+def without(state: Mapping[str, Tensor], dropped: Iterable[str]) -> State:
+    """``state`` less the names that are known to have no place in the model."""
+    gone = set(dropped)
+    return {name: value for name, value in state.items() if name not in gone}
+
+
+def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
+    """Raise RewardError unless names and shapes of ``state`` are exactly those ``wanted``, and its numbers finite."""
+    missing = sorted(wanted.keys() - state.keys())
+    unknown = sorted(state.keys() - wanted.keys())
+    shapes = [
+        f"{name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}"
+        for name in sorted(wanted.keys() & state.keys())
+        if state[name].shape != wanted[name].shape
+    ]
+    found = [
+        f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        if names
+    ]
+    if found:
+        raise RewardError(f"the weights of '{where}' do not fit the model: {'; '.join(found)}")
+    require_finite(state, where)
+
+
+def require_finite(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise RewardError for weights that are NaN or infinite, as those of a damaged file are."""
+    broken = [name for name, value in state.items() if not value.is_meta and not is_finite(value)]
+    if broken:
+        named = f"{', '.join(broken[:SHOWN])}{', ...' if len(broken) > SHOWN else ''}"
+        raise RewardError(f"the weights of '{where}' are not finite in {named}; the file is damaged: get it again")
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Copy weights into a module that fits them exactly. Raises RewardError."""
+    check_fit(state, module.state_dict(), where)
+    module.load_state_dict(dict(state))
+
+
+def build_pretrained(model: Any, config: Any, state: Mapping[str, Tensor], where: str, dtype: torch.dtype) -> Any:
+    """A transformers ``model`` of ``config`` holding exactly ``state``, without initialising it first.
+
+    Raises RewardError if names or shapes differ.
+    """
+    with torch.device("meta"):
+        wanted = model(config).state_dict()
+    check_fit(state, wanted, where)
+    with quiet():
+        return model.from_pretrained(None, config=config, state_dict=dict(state), dtype=dtype)
+
+
+def from_pretrained(model: Any, location: str, dtype: torch.dtype, **settings: Any) -> Any:
+    """``model.from_pretrained`` that refuses what it would otherwise replace at random or leave unused.
+
+    Only weights in safetensors files, or read with ``weights_only``. Raises RewardError.
+    """
+    try:
+        with quiet():  # wrong sizes are let through here only to be named below
+            loaded, info = model.from_pretrained(
+                location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
+            )
+    except Exception as error:  # each library below has exceptions of its own for a file that is not right
+        reason = " ".join(str(error).split())[:300]
+        raise RewardError(
+            f"cannot load '{location}' ({type(error).__name__}: {reason}); give a hub id that can be reached, or a "
+            "complete folder"
+        ) from error
+    problems = {
+        "missing": sorted(map(str, info["missing_keys"])),
+        "unexpected": unexpected_keys(loaded, info),
+        "mismatched": sorted(map(str, info["mismatched_keys"])),
+    }
+    found = [f"{what}: {', '.join(names[:SHOWN])}" for what, names in problems.items() if names]
+    if found:
+        raise RewardError(f"the weights of '{location}' do not fit the model: {'; '.join(found)}")
+    require_finite(loaded.state_dict(), location)
+    return loaded
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """A context without transformers' progress bars and load reports."""
+    from transformers.utils import logging
+
+    bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> State:
+    """``state`` under new names. Raises RewardError if two tensors come to the same name."""
+    result: State = {}
+    for name, value in state.items():
+        if (new := rename(name)) in result:
+            raise RewardError(f"two tensors of the checkpoint come to the name '{new}'")
+        result[new] = value
+    return result

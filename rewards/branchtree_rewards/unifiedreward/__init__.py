@@ -1,0 +1,1 @@
+"""UnifiedReward: a language model that is asked for scores."""

@@ -1,0 +1,1 @@
+"""VideoAlign: motion, visual quality and text alignment of videos."""

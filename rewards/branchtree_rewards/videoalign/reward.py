@@ -1,0 +1,247 @@
+"""The `videoalign` reward: motion quality, visual quality and text alignment of videos, by VideoAlign's VideoReward.
+
+VideoReward (arXiv 2501.13918) is Qwen2-VL-2B with low-rank weights and a linear head, trained on human preferences. The
+repository was published as KwaiVGI/VideoReward, which is now KlingTeam/VideoReward; the code is KwaiVGI/VideoAlign.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from branchtree.errors import RewardError
+from branchtree.files.paths import PathOrName
+from branchtree.plugins.hookspecs import hookimpl
+from branchtree.plugins.protocols import Condition, Media, RewardCard
+from branchtree_rewards.shared.footprints import QWEN2_VL_2B, Skeleton, build_qwen2_vl, settings_file, skeleton
+from branchtree_rewards.shared.frame_rates import ClipFps, NoPlainFps, SampleFps
+from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards.shared.samples import unreadable, unreadable_or_empty
+from branchtree_rewards.shared.source import Source, locate
+from branchtree_rewards.shared.weights import build_pretrained, read_weights, state_dict
+from branchtree_rewards.small.videoalign import write_small
+from branchtree_rewards.videoalign.frames import Patches, frame_indices, frame_size, patches
+from branchtree_rewards.videoalign.network import VideoAlignNetwork
+from branchtree_rewards.videoalign.settings import DIMENSIONS, Settings, read_settings
+from branchtree_rewards.videoalign.text import Questions, open_tokenizer
+from branchtree_rewards.videoalign.weights import reward_weights
+
+BASE = "Qwen/Qwen2-VL-2B-Instruct"
+PUBLISHED_STEP = 11352
+
+
+def dimensions(measure: str) -> tuple[str, ...]:
+    """The dimensions that a measure adds up. Raises ValueError for one that names none, or one twice."""
+    names = DIMENSIONS if measure == "overall" else tuple(part.strip() for part in measure.split("+"))
+    if not set(names) <= set(DIMENSIONS) or len(set(names)) < len(names):
+        raise ValueError(f"'{measure}' is no measure; write MQ, VQ, TA, a sum such as VQ+MQ, or overall for all three")
+    return names
+
+
+def _known(measure: str) -> str:
+    dimensions(measure)
+    return measure
+
+
+class VideoAlignConfig(NoPlainFps, ModelRewardConfig, frozen=True):
+    """Settings of the `videoalign` reward.
+
+    Attributes:
+        path: A hub id, a folder that holds `model_config.json` and `checkpoint-*`, or "random:small".
+        checkpoint: Which step's checkpoint; by default the highest of a folder, and 11352 of a hub id.
+        base: The model that was fine-tuned, a hub id or a folder. Its `config.json` alone is read, unless a checkpoint
+            folder brings its own; and its tokenizer, if the checkpoint has none.
+        measure: "MQ" (motion quality), "VQ" (visual quality), "TA" (text alignment), a sum of them such as "VQ+MQ", or
+            "overall" for the sum of all three. Each is normalised before it is added.
+        clip_fps: Frames per second at which the videos play; by default what the media say.
+        sample_fps: Frames per second that the model is shown, which the publisher's code calls `fps`; by default the
+            rate that the checkpoint was trained with, 2 for the published one.
+        dtype: Of the backbone, "bfloat16" or "float32". "auto" is bfloat16, as the publisher runs it, and float32 on a
+            CPU. The head is in float32 always.
+        batch: Videos sent through the model at a time.
+    """
+
+    path: PathOrName = "KlingTeam/VideoReward"
+    checkpoint: int | None = pydantic.Field(default=None, ge=0, lt=2**31)
+    base: PathOrName = BASE
+    measure: Annotated[str, pydantic.AfterValidator(_known)] = "MQ"
+    clip_fps: ClipFps = None
+    sample_fps: SampleFps = None
+    dtype: Literal["auto", "bfloat16", "float32"] = "auto"
+    batch: int = pydantic.Field(default=2, ge=1, le=10_000)
+
+
+class VideoAlign(ModelReward[VideoAlignConfig]):
+    """Scores videos by VideoReward, normalised with the publisher's mean and standard deviation."""
+
+    modalities = frozenset({"video"})
+    _dtype: torch.dtype
+    _settings: Settings
+    _questions: Questions
+
+    def __init__(self, config: VideoAlignConfig) -> None:
+        super().__init__(config)
+        # Each score is read before the prompt's place in the question, but that of text alignment.
+        self.reads_prompt = "TA" in dimensions(config.measure)
+
+    def load(self, device: torch.device) -> None:
+        """Load the model and put it on ``device``; see `ModelReward.load`. Raises RewardError."""
+        on_cpu = "float32" if device.type == "cpu" else "bfloat16"
+        self._dtype = getattr(torch, on_cpu if self._config.dtype == "auto" else self._config.dtype)
+        super().load(device)
+
+    def _open(self) -> Opened:
+        config = self._config
+        source = locate(config.path, config.revision, write_small)
+        if source.only is not None:
+            raise RewardError(
+                f"path '{config.path}' is a file; give the folder with model_config.json and checkpoint-*"
+            )
+        base = locate(config.base, None, _no_small_base)
+        step = f"checkpoint-{config.checkpoint if config.checkpoint is not None else _latest(source)}"
+        settings = self._sampled(read_settings(source.find("model_config.json")))
+        file = _weights_file(source, step)
+        weights = reward_weights(state_dict(read_weights(file), file), settings.lora, self._dtype, str(file))
+        architecture = _architecture(source, base, weights.vocabulary)
+        tokenizer = open_tokenizer(source, f"{step}/tokenizer", base)
+        context = architecture.text_config.max_position_embeddings
+        questions = Questions(tokenizer, weights.vocabulary, architecture.video_token_id, context)
+        backbone = build_pretrained(_backbone(), architecture, weights.backbone, str(file), self._dtype)
+        self._settings, self._questions = settings, questions
+        return Opened(VideoAlignNetwork(backbone, weights.head, questions.reward_ids), {"model.pth": file})
+
+    def _sampled(self, settings: Settings) -> Settings:
+        """The checkpoint's settings with the rate of sampling that is asked for."""
+        if self._config.sample_fps is None:
+            return settings
+        if settings.sampling.frames is not None:
+            raise RewardError(
+                f"sample_fps is {self._config.sample_fps:g}, but this checkpoint is shown "
+                f"{settings.sampling.frames} frames of every clip, whatever their rate; remove it"
+            )
+        return replace(settings, sampling=replace(settings.sampling, fps=self._config.sample_fps))
+
+    def fingerprint(self) -> str:
+        """A digest of the weights and of all settings that change a score, those of `model_config.json` included."""
+        return hashlib.sha256(f"{super().fingerprint()} {self._settings} {self._dtype}".encode()).hexdigest()
+
+    def _skeleton(self) -> Skeleton:
+        config = self._config
+        own = settings_file(config.path, None, "config.json")
+        path = config.path if own else config.base
+        found = skeleton(build_qwen2_vl, path, None, (BASE, QWEN2_VL_2B))
+        return replace(found, number_bytes=4 if config.dtype == "float32" else 2)
+
+    def _shape_flaw(self, media: Media) -> str | None:
+        frames, height, width = (media.pixels.shape[axis] for axis in (1, -2, -1))
+        try:
+            self._chosen_frames(frames, media.fps)
+            frame_size(height, width, self._settings.sampling.max_pixels)
+        except ValueError as error:
+            return str(error)
+        return None
+
+    def _prompt_flaw(self, prompt: str) -> str | None:
+        flaw = unreadable_or_empty(prompt) if self.reads_prompt else unreadable(prompt)
+        return flaw or self._questions.flaw(prompt)
+
+    def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
+        looks = self._look(media.pixels, media.fps)
+        rows = [
+            self._questions.encode(condition.prompt, look.tokens)
+            for condition, look in zip(conditions, looks, strict=True)
+        ]
+        ids, mask = self._questions.batch(rows, media.pixels.device)
+        return self._measured(network(ids, mask, looks))
+
+    def _look(self, videos: Tensor, media_fps: float | None) -> list[Patches]:
+        """What the model sees of videos (B, F, C, H, W)."""
+        chosen = self._chosen_frames(videos.shape[1], media_fps)
+        return [patches(video[chosen], self._settings.sampling.max_pixels) for video in videos]
+
+    def _chosen_frames(self, total: int, media_fps: float | None) -> list[int]:
+        """Which frames the model is shown. Raises ValueError if there are too few, or the frame rate is not known."""
+        fps = self._config.clip_fps or media_fps
+        if fps is None:
+            raise ValueError("the frame rate of the videos is not known, and the score depends on it; set clip_fps")
+        return frame_indices(total, fps, self._settings.sampling)
+
+    def _measured(self, scores: Tensor) -> Measured:
+        mean, std = scores.new_tensor(self._settings.mean), scores.new_tensor(self._settings.std)
+        normalised = dict(zip(DIMENSIONS, ((scores - mean) / std).unbind(1), strict=True))
+        unnormalised = {f"{name}_unnormalised": scores[:, place] for place, name in enumerate(DIMENSIONS)}
+        chosen = [normalised[name] for name in dimensions(self._config.measure)]
+        return Measured(torch.stack(chosen).sum(0), {**normalised, **unnormalised})
+
+
+def _backbone() -> Any:
+    from transformers import Qwen2VLModel
+
+    return Qwen2VLModel
+
+
+def _no_small_base(folder: Path) -> None:
+    raise RewardError("base 'random:small' is no model; only 'path' can be random, and then brings its own config.json")
+
+
+def _latest(source: Source) -> int:
+    """The step of the highest `checkpoint-*`; on the hub, the published one. Raises RewardError if there is none."""
+    if source.folder is None:
+        return PUBLISHED_STEP
+    steps = [path.name.removeprefix("checkpoint-") for path in source.folder.glob("checkpoint-*") if path.is_dir()]
+    numbers = [int(step) for step in steps if step.isdecimal()]
+    if not numbers:
+        raise RewardError(f"'{source.name}' holds no folder checkpoint-*, with a step for the star")
+    return max(numbers)
+
+
+def _weights_file(source: Source, step: str) -> Path:
+    name = f"{step}/model.pth"
+    if (file := source.maybe(name)) is not None:
+        return file
+    if source.maybe(f"{step}/adapter_model.safetensors") is not None:
+        raise RewardError(
+            f"'{source.name}' holds low-rank weights alone in {step}; this reward reads a whole state dict, model.pth"
+        )
+    raise RewardError(f"'{source.name}' holds no '{name}'; set 'checkpoint' to a step that is there")
+
+
+def _architecture(source: Source, base: Source, vocabulary: int) -> Any:
+    """The configuration of Qwen2-VL with the checkpoint's vocabulary, the reward tokens included."""
+    from transformers import Qwen2VLConfig
+
+    own = source.maybe("config.json") if source.folder is not None else None
+    file = own or base.find("config.json")
+    try:
+        architecture = Qwen2VLConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except Exception as error:  # the configuration's own checks raise many kinds
+        raise RewardError(f"'{file}' is no configuration of Qwen2-VL ({type(error).__name__}: {error})") from error
+    architecture.text_config.vocab_size = vocabulary
+    return architecture
+
+
+@hookimpl
+def register_rewards(register: Callable[..., None]) -> None:
+    """Add the `videoalign` reward to the registry."""
+    register(
+        "videoalign",
+        build=VideoAlign,
+        config=VideoAlignConfig,
+        summary="Motion quality, visual quality or text alignment of a video, by VideoAlign's VideoReward.",
+        card=RewardCard(
+            modalities=frozenset({"video"}),
+            checkpoint="KlingTeam/VideoReward: checkpoint-11352/model.pth",
+            size=5_031_072_529,
+            licence="Apache-2.0, by a public copy of its model card",
+            non_commercial=False,
+            source="arXiv 2501.13918; github.com/KwaiVGI/VideoAlign",
+        ),
+    )
