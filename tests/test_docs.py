@@ -148,7 +148,8 @@ def test_the_metrics_page_names_what_is_logged_and_nothing_else() -> None:
 
 def test_the_metrics_page_names_every_phase_and_file() -> None:
     text = TEXT[ROOT / "docs" / "metrics.md"]
-    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "branchtree" / "training").glob("*.py"))
+    folders = [ROOT / "branchtree" / name for name in ("training", "run", "studies/evaluate")]
+    source = "".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.glob("*.py"))
     phases = set(re.findall(r'watch\.phase\("(\w+)"\)', source))
     assert len(phases) > 4
     assert [name for name in sorted(phases | {"other", "total"}) if f"| `{name}` |" not in text] == []
