@@ -20,16 +20,15 @@ from sessions import QUIET, Prompts, credited, random_scores, updated
 
 from branchtree.cli.app import parse_overrides
 from branchtree.core.cost import Cost, count
-from branchtree.core.noise import NoiseSource, Purpose, generator
+from branchtree.core.noise import NoiseSource
 from branchtree.core.rollout import rollout
-from branchtree.core.tree import BranchTree, grow
+from branchtree.core.tree import BranchTree
 from branchtree.data.prompts import training_conditions
 from branchtree.planning.memory import estimate_memory
 from branchtree.plugins.protocols import ModelAdapter
 from branchtree.recipe import load_recipe
 from branchtree.recipe.build import make_credit_rule, make_pruning_rule, make_schedule
 from branchtree.recipe.schema import Recipe
-from branchtree.training.policy import velocity_function
 from branchtree.training.session import Inputs, Session
 
 
@@ -153,18 +152,15 @@ def sampled_rollout(
     session: Session, iteration: int, prompts: Prompts, share: float
 ) -> tuple[SampledDenoiser, BranchTree]:
     """Grow the iteration's trees as a run does, with a share of the batches going through the denoiser."""
-    recipe, model, device = session.recipe, session.inputs.model, session.device
-    seed = recipe.tree.noise_seed
-    initial = [model.initial_noise(generator(seed, iteration, place, 0, 0, Purpose.INITIAL)) for place in prompts.ids]
-    velocity = velocity_function(model, prompts.conditioning, session.accelerator.autocast)
-    denoiser = SampledDenoiser(velocity, device, share)
+    recipe, policy, batch = session.recipe, prompts.policy, prompts.batch
+    denoiser = SampledDenoiser(policy.training(None), session.device, share)
     tree = rollout(
         denoiser,
         session.sampler,
-        grow([session.inputs.schedule.plan(iteration, prompt_id) for prompt_id in prompts.ids]),
-        torch.stack(initial).to(device),
+        batch.topology,
+        policy.initial(recipe.tree.noise_seed, iteration, [(prompt_id, 0) for prompt_id in batch.ids]),
         NoiseSource(recipe.seed, iteration),
-        prompts.ids,
+        batch.ids,
         max_rows=recipe.batch.rollout_rows,
         store=torch.device("cpu") if recipe.batch.states == "host" else None,
     )

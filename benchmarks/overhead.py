@@ -18,7 +18,7 @@ import argparse
 import statistics
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,11 +27,11 @@ import torch
 from branchtree import plan
 from branchtree.cli.app import parse_overrides
 from branchtree.core.rollout import VelocityFunction, chunks
-from branchtree.core.tree import Topology, grow
+from branchtree.core.tree import Topology
 from branchtree.plugins.protocols import Callback, Condition
 from branchtree.recipe import load_recipe
 from branchtree.run.directory import TIMING, RunDirectory
-from branchtree.training.policy import velocity_function
+from branchtree.training.iteration import plan_batch
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 
@@ -59,11 +59,9 @@ class BareDenoiser(Callback):
     def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Repeat the iteration's forwards and backwards on the same batch sizes."""
         session, batch = self._session, self._session.recipe.batch
-        ids = session.order.batch(iteration, batch.prompts)
-        topology = grow([session.inputs.schedule.plan(iteration, prompt_id) for prompt_id in ids])
-        conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
-        conditioning = session.cache.get(conditions, session.device)
-        velocity = velocity_function(session.inputs.model, conditioning, session.accelerator.autocast)
+        planned = plan_batch(session, iteration)
+        topology, conditions = planned.topology, planned.conditions
+        velocity = session.policy.under(conditions).training(None)
         start = time.perf_counter()
         with torch.no_grad():
             for depth in topology.depths[:-1]:
@@ -77,7 +75,7 @@ class BareDenoiser(Callback):
         self._decode_and_score(topology, conditions)
         self.scoring.append(time.perf_counter() - start)
 
-    def _decode_and_score(self, topology: Topology, conditions: list[Condition]) -> None:
+    def _decode_and_score(self, topology: Topology, conditions: Sequence[Condition]) -> None:
         """As many leaves as the iteration had, by every reward in turn."""
         session = self._session
         asked = [conditions[prompt] for prompt in topology.leaf_root.tolist()]

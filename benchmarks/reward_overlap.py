@@ -22,13 +22,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from sessions import iterated
 
 from branchtree.core.scores import Scores
 from branchtree.plugins.protocols import Condition, Media
 from branchtree.recipe import load_recipe
 from branchtree.recipe.build import NamedReward
 from branchtree.run.directory import RunDirectory
+from branchtree.training.iteration import iterate
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 
 
@@ -64,7 +64,7 @@ WAYS: dict[str, Callable[[float], None]] = {"computing": compute, "waiting": tim
 def timed(session: Session, iteration: int) -> tuple[float, dict[str, float]]:
     """The seconds that an iteration takes, and those of its phases."""
     start = time.perf_counter()
-    watch = iterated(session, iteration)
+    watch = iterate(session, iteration).timing
     return time.perf_counter() - start, watch.report()
 
 

@@ -9,21 +9,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
-from torch import Tensor
 
 from branchtree.core.credit import assign_credit
 from branchtree.core.families import Families
 from branchtree.core.scores import Scores
 from branchtree.core.tree import BranchTree
-from branchtree.plugins.protocols import Condition
 from branchtree.recipe.build import make_credit_rule, make_pruning_rule, make_sampler, make_schedule
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import RunDirectory
-from branchtree.training.gradient import Objective, UpdateRecord
-from branchtree.training.growth import grow_and_score
-from branchtree.training.learning import Learning, dimensions, mean_log_prob
+from branchtree.training.iteration import Batch, LeafScores, plan_batch
+from branchtree.training.policy import Policy
 from branchtree.training.session import Inputs, Session, make_accelerator, open_session, read_inputs
 from branchtree.training.timing import Stopwatch
+from branchtree.training.update import Objective, UpdateRecord
 
 QUIET = {"evaluation": None, "run.checkpoint_every": 10**6, "run.sample_every": 10**6, "run.tree_every": 10**6}
 
@@ -44,7 +42,7 @@ def under(session: Session, recipe: Recipe) -> Session:
     return replace(
         session,
         inputs=replace(session.inputs, recipe=recipe, schedule=make_schedule(recipe)),
-        sampler=sampler,
+        policy=replace(session.policy, sampler=sampler),
         updater=replace(session.updater, objective=Objective(sampler, recipe.loss, session.device)),
         credit_rule=make_credit_rule(recipe),
         pruning_rule=make_pruning_rule(recipe),
@@ -53,59 +51,40 @@ def under(session: Session, recipe: Recipe) -> Session:
 
 @dataclass(frozen=True)
 class Prompts:
-    """The prompts of an iteration."""
+    """The prompts of an iteration, and the policy under them."""
 
-    ids: list[int]
-    conditions: list[Condition]
-    conditioning: dict[str, Tensor]
+    batch: Batch
+    policy: Policy
 
     @staticmethod
     def of(session: Session, iteration: int) -> Prompts:
         """Those that a run would take."""
-        ids = session.order.batch(iteration, session.recipe.batch.prompts)
-        conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
-        return Prompts(ids, conditions, dict(session.cache.get(conditions, session.device)))
+        batch = plan_batch(session, iteration)
+        return Prompts(batch, session.policy.under(batch.conditions))
 
 
 def grown(session: Session, iteration: int, prompts: Prompts) -> tuple[BranchTree, dict[str, Scores]]:
     """The iteration's trees and the scores of their leaves."""
-    watch = Stopwatch(session.device)
-    tree, scores, _ = grow_and_score(session, iteration, prompts.ids, prompts.conditions, prompts.conditioning, watch)
-    return tree, scores
+    with session.scorer() as scorer:
+        leaves = LeafScores(scorer, prompts.batch, False, Stopwatch(session.device))
+        growth = session.grow(prompts.policy, prompts.batch.topology, prompts.batch.ids, iteration)
+        for complete, latents in growth:
+            leaves.put(complete, latents)
+        return growth.tree, leaves.finish()
 
 
 def credited(session: Session, iteration: int, tree: BranchTree, scores: dict[str, Scores]) -> Families:
     """The edges that the iteration trains, by parent."""
-    log_prob = mean_log_prob(tree, session.sampler)
+    log_prob = tree.mean_log_prob(session.sampler.reduction)
     weights = dict.fromkeys(scores, 1.0) | {reward.label: reward.weight for reward in session.inputs.rewards}
     rules = (session.credit_rule, session.pruning_rule)
-    credit = assign_credit(tree.topology, log_prob, scores, weights, *rules, iteration, dimensions(tree))
+    credit = assign_credit(tree.topology, log_prob, scores, weights, *rules, iteration, tree.dimensions)
     return credit.families(tree.topology)
 
 
 def updated(session: Session, iteration: int, tree: BranchTree, families: Families, prompts: Prompts) -> UpdateRecord:
     """One optimiser step on some families."""
-    return session.updater.run(tree, [families], session.policies(prompts.conditioning, iteration), iteration)
-
-
-def iterated(session: Session, iteration: int) -> Stopwatch:
-    """A whole iteration, as a run does it but for its reports; where its time went."""
-    prompts, watch = Prompts.of(session, iteration), Stopwatch(session.device)
-    learning = Learning(session, session.policies(prompts.conditioning, iteration), iteration, prompts.ids, watch)
-    tree, scores, _ = grow_and_score(
-        session,
-        iteration,
-        prompts.ids,
-        prompts.conditions,
-        prompts.conditioning,
-        watch,
-        scored=learning.begin if session.learns_early else None,
-    )
-    with watch.phase("update"):
-        log_prob = mean_log_prob(tree, session.sampler)
-        credit = session.credit(tree.topology, log_prob, scores, iteration, dimensions(tree))
-        learning.finish(tree, tree.topology, credit)
-    return watch
+    return session.updater.run(tree, [families], session.policies(prompts.policy, iteration), iteration)
 
 
 def random_scores(tree: BranchTree, seed: int) -> dict[str, Scores]:

@@ -8,6 +8,7 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,13 +24,13 @@ from branchtree.core.transitions import DanceSde
 from branchtree.core.tree import grow
 from branchtree.errors import RewardError
 from branchtree.recipe.schema import LossSection, OptimSection
-from branchtree.training.engine import make_engine
-from branchtree.training.gradient import Objective, Policies
-from branchtree.training.guard import UpdateGuard
+from branchtree.training.conditioning import ConditioningCache
 from branchtree.training.learning_rate import LearningRate
-from branchtree.training.lockstep import Lockstep
-from branchtree.training.microbatch import RowLimit
-from branchtree.training.update import Updater, partition
+from branchtree.training.limits import RowLimit
+from branchtree.training.policy import Policy
+from branchtree.training.processes import Processes
+from branchtree.training.sharding import make_engine
+from branchtree.training.update import Objective, Policies, UpdateGuard, Updater, partition
 
 LATENT = 3
 COLLECTIVES = (
@@ -89,7 +90,7 @@ def serve(rank: int, port: int) -> None:
         try:
             calls.clear()
             answer: Any = (
-                failed(Lockstep(accelerator, schedule["sharded"]), schedule["errors"][rank])
+                failed(Processes(accelerator, schedule["sharded"]), schedule["errors"][rank])
                 if "errors" in schedule
                 else {**run(accelerator, schedule, schedule["ranks"][rank]), "collectives": calls}
             )
@@ -98,18 +99,29 @@ def serve(rank: int, port: int) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def failed(lockstep: Lockstep, error: str | None) -> dict[str, str]:
+def failed(processes: Processes, error: str | None) -> dict[str, str]:
     """What comes of a work that both processes do together, and that raises this kind of error here."""
-
-    def work() -> str:
-        if error is not None:
-            raise {"reward": RewardError, "value": ValueError}[error]("no judge")
-        return "done"
-
     try:
-        return {"came": lockstep.together(work)}
+        with processes.together():
+            if error is not None:
+                raise {"reward": RewardError, "value": ValueError}[error]("no judge")
     except Exception as raised:
         return {"came": f"{type(raised).__name__}: {raised}"}
+    return {"came": "done"}
+
+
+class ToyModel:
+    """The toy as a policy asks for it."""
+
+    def __init__(self, toy: Toy) -> None:
+        self.denoiser = toy
+
+    def initial_noise(self, generator: torch.Generator) -> Tensor:
+        return torch.zeros(LATENT)
+
+    def predict(self, latents: Tensor, sigma: Tensor, conditioning: Any, denoiser: Any = None) -> Tensor:
+        prediction: Tensor = self.denoiser(latents, sigma, conditioning["index"])
+        return prediction
 
 
 def recorded(names: Sequence[str]) -> list[tuple[str, int]]:
@@ -137,21 +149,29 @@ def run(accelerator: Any, schedule: Schedule, mine: Schedule) -> dict[str, Any]:
     reference = copy.deepcopy(toy).requires_grad_(False) if schedule["kl"] else None
     recipe = load_recipe("quickstart", {"lora.rank": 4} if schedule["reduce_once"] else {})
     engine = make_engine(recipe, accelerator, toy, reference, lambda parameters: torch.optim.AdamW(parameters, lr=0.1))
-    lockstep = Lockstep(accelerator, engine.joint)
+    processes = Processes(accelerator, engine.joint)
     plans = [TreePlan(tuple(p["factors"]), tuple(p["stochastic"]), tuple(p["stochastic"])) for p in mine["plans"]]
     topology = grow(plans)
     sampler = Sampler(DanceSde(0.5), IndependentSiblings(), torch.linspace(1, 0, topology.steps + 1))
-    phase = lockstep.phase(forwards(topology, schedule["rollout_rows"]))
-    tree = rollout(
-        phase.counted(toy),
+    model: Any = ToyModel(toy)
+    policy = Policy(
+        model,
+        ConditioningCache(model),
         sampler,
-        topology,
-        torch.randn(len(plans), LATENT),
-        NoiseSource(0, 0),
-        range(len(plans)),
-        max_rows=schedule["rollout_rows"],
+        nullcontext,
+        accelerator.device,
+        conditioning={"index": torch.arange(len(plans))},
     )
-    phase.join(toy, torch.zeros(1, LATENT))
+    with policy.in_step(processes.most(forwards(topology, schedule["rollout_rows"]))) as in_step:
+        tree = rollout(
+            in_step,
+            sampler,
+            topology,
+            torch.randn(len(plans), LATENT),
+            NoiseSource(0, 0),
+            range(len(plans)),
+            max_rows=schedule["rollout_rows"],
+        )
     source = torch.Generator().manual_seed(mine["seed"])
     advantages = [torch.randn(len(level), generator=source) for level in tree.log_prob]
     trained = [topology.per_edge(step, plans_stochastic(plans, step)) for step in range(topology.steps)]

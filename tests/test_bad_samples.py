@@ -26,7 +26,7 @@ from branchtree.errors import DataError
 from branchtree.plugins.protocols import Condition, GroupReward, Media, RewardAdapter, needs_prompt
 from branchtree.plugins.scores import ask
 from branchtree.recipe.build import NamedReward, make_reward
-from branchtree.training.microbatch import RowLimit
+from branchtree.training.limits import RowLimit
 from branchtree.training.scoring import timed_scores
 
 TOKENS = {

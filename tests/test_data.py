@@ -26,7 +26,7 @@ from branchtree.data.prompts import (
 from branchtree.errors import DataError
 from branchtree.plugins.protocols import Condition
 from branchtree.recipe.schema import DataSection, EvaluationSection
-from branchtree.training.policy import ConditioningCache
+from branchtree.training.conditioning import ConditioningCache
 
 
 def read(

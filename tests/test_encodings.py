@@ -20,8 +20,8 @@ from branchtree import train
 from branchtree.errors import ModelError
 from branchtree.plugins.protocols import Condition
 from branchtree.testing.probe import require_same
+from branchtree.training.conditioning import IDLE_REQUESTS, ConditioningCache
 from branchtree.training.encodings import EncodingStore, open_store, user_folder
-from branchtree.training.policy import IDLE_REQUESTS, ConditioningCache
 
 CPU = torch.device("cpu")
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

@@ -213,7 +213,7 @@ def test_rewards_of_a_diverged_policy_are_not_blamed(
 
 def test_a_gradient_that_is_not_finite_is_no_matter_of_rewards() -> None:
     from branchtree.recipe.schema import OptimSection
-    from branchtree.training.guard import UpdateGuard
+    from branchtree.training.update import UpdateGuard
 
     with pytest.raises(BranchTreeError) as caught:
         UpdateGuard(OptimSection(max_refused=0)).admits(float("nan"), 3)

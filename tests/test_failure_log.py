@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import make_plan
 
-from branchtree.core.parts import cut
 from branchtree.core.scores import Scores
-from branchtree.core.tree import grow, grow_parts
+from branchtree.core.sharing import cut
+from branchtree.core.tree import grow, grow_shares
 from branchtree.errors import RewardError
 from branchtree.files.json_lines import json_object
 from branchtree.plugins.protocols import Condition
@@ -51,7 +51,7 @@ def share(prompts: range, member: int, members: int, bad: dict[str, dict[tuple[i
     leaves = [(prompt, leaf) for prompt, part in zip(prompts, parts, strict=True) for leaf in part.leaves]
     scores = {label: scored(leaves, found) for label, found in bad.items()}
     ids, conditions = [IDS[i] for i in prompts], [CONDITIONS[i] for i in prompts]
-    return count_failures(scores), Leaves(grow_parts(parts), ids, conditions, prompts.start).failed(scores)
+    return count_failures(scores), Leaves(grow_shares(parts), ids, conditions, prompts.start).failed(scores)
 
 
 def logged(shares: list[tuple[Any, Any]]) -> list[Row]:

@@ -36,10 +36,10 @@ STEPS = 8
 
 ON_THE_DEVICE = {
     "branchtree/core/rollout.py: densities = torch.cat(log_prob).cpu().split([len(level) for level in log_prob])": 1,
-    "branchtree/training/gradient.py: copied = torch.cat(flat).cpu().split([len(tensor) for tensor in tensors])": 1,
+    "branchtree/training/update.py: copied = torch.cat(flat).cpu().split([len(tensor) for tensor in tensors])": 1,
     "branchtree/training/engine.py: return float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))": 1,
-    "branchtree/training/lockstep.py: row = torch.tensor([list(mine)], dtype=torch.int64, device=self.accelerator.device)": 1,
-    "branchtree/training/lockstep.py: return everyone.cpu()": 1,
+    "branchtree/training/processes.py: row = torch.tensor([list(mine)], dtype=torch.int64, device=self.accelerator.device)": 1,
+    "branchtree/training/processes.py: return everyone.cpu()": 1,
     'branchtree/training/trainer.py: return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum"))': 2,
     "branchtree/training/timing.py: torch.cuda.synchronize(self.device)": 10,
 }
@@ -56,7 +56,6 @@ ELSEWHERE = (
     "adapters/",
     "rewards/",
     "branchtree/plugins/scores.py",
-    "branchtree/training/scorer.py",
     "branchtree/training/scoring.py",
     "branchtree/training/faults.py",
 )

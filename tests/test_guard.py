@@ -12,7 +12,7 @@ from training_runs import largest_difference, metrics, small, weights
 from branchtree import train
 from branchtree.errors import BranchTreeError
 from branchtree.recipe.schema import OptimSection
-from branchtree.training.guard import UpdateGuard
+from branchtree.training.update import UpdateGuard
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from branchtree.plugins.protocols import Condition, Media
 from branchtree.recipe.build import NamedReward
 from branchtree.run.directory import RunDirectory
 from branchtree.run.manifest import write_manifest
-from branchtree.training.ema import WeightAverage
+from branchtree.training.engine import WeightAverage
 from branchtree.training.restore import find_checkpoint
 from branchtree.training.scoring import checked_scores
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
@@ -202,7 +202,7 @@ def test_the_gradient_of_the_kl_is_that_of_its_mean_over_all_kept_edges(value: f
             parameter.add_(0.1)
     prompts = Prompts.of(session, 0)
     tree, scores = grown(session, 0, prompts)
-    families, policies = credited(session, 0, tree, scores), session.policies(prompts.conditioning, 0)
+    families, policies = credited(session, 0, tree, scores), session.policies(prompts.policy, 0)
     gradient = session.updater.begin(tree, policies)
     gradient.add(families)
     gradient.finish(0)

@@ -14,6 +14,8 @@ import torch
 from diffusers import DPMSolverMultistepScheduler
 from hypothesis import given
 from hypothesis import strategies as st
+from sessions import Prompts
+from sessions import grown as grown_by_session
 from tiny_flux import tiny_flux
 from torch import Tensor
 from training_runs import metrics, small
@@ -34,9 +36,7 @@ from branchtree.recipe.load import method_names
 from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import counted_rows
 from branchtree.training.continuation import ContinuationWatch, _compared
-from branchtree.training.growth import grow_and_score
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
-from branchtree.training.timing import Stopwatch
 from branchtree.training.trainer import Trainer
 
 LATENT = (2, 3)
@@ -217,11 +217,9 @@ def opened(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Session:
 
 def first_tree(session: Session) -> tuple[BranchTree, Mapping[str, Scores], dict[str, Tensor], list[int]]:
     """The first iteration's trees and scores, the encoded prompts, and their addresses."""
-    ids = session.order.batch(0, session.recipe.batch.prompts)
-    conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
-    encoded = dict(session.cache.get(conditions, session.device))
-    tree, scores, _ = grow_and_score(session, 0, ids, conditions, encoded, Stopwatch(session.device))
-    return tree, scores, encoded, list(ids)
+    prompts = Prompts.of(session, 0)
+    tree, scores = grown_by_session(session, 0, prompts)
+    return tree, scores, dict(prompts.policy.conditioning), list(prompts.batch.ids)
 
 
 def first_gradient(session: Session) -> list[Tensor]:

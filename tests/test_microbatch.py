@@ -26,8 +26,8 @@ from branchtree.recipe.build import NamedReward, make_credit_rule, make_pruning_
 from branchtree.recipe.schema import BatchSection
 from branchtree.run.directory import LIMITS, RunDirectory
 from branchtree.testing.probe import require_same
-from branchtree.training.microbatch import RowLimit, RowLimits
-from branchtree.training.scoring import InPlace, Piece, ScoringQueue
+from branchtree.training.limits import RowLimit, RowLimits
+from branchtree.training.scoring import Piece, ScoringQueue
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 
@@ -199,7 +199,7 @@ def test_a_reward_is_given_what_it_has_memory_for() -> None:
     media = Media(images=torch.rand(8, 3, 2, 2))
     limits, reward = RowLimits(BatchSection(), None), Cramped(groupwise=False)
     for _ in range(2):
-        with ScoringQueue([NamedReward("mean", 1.0, reward)], InPlace, limits) as queue:
+        with ScoringQueue([NamedReward("mean", 1.0, reward)], False, limits) as queue:
             queue.put(Piece(media, [Condition("a")] * 8, [0] * 8))
             queue.seal()
             scores = queue.results()["mean"]
@@ -207,7 +207,7 @@ def test_a_reward_is_given_what_it_has_memory_for() -> None:
     assert reward.calls == [2] * 8 and limits.found == {"rewards.mean": 2}
     for refused in (Cramped(groupwise=True), Cramped(groupwise=False, room=0)):
         told = r"reward 'mean' failed: .*set the reward's own batch or offload"
-        queue = ScoringQueue([NamedReward("mean", 1.0, refused)], InPlace)
+        queue = ScoringQueue([NamedReward("mean", 1.0, refused)], False)
         with pytest.raises(RewardError, match=told), queue:
             queue.put(Piece(media, [Condition("a")] * 8, [0] * 8))
             queue.seal()

@@ -18,8 +18,8 @@ from branchtree import evaluate, train
 from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, ModelError
 from branchtree.plugins.protocols import Condition
+from branchtree.training.conditioning import ConditioningCache
 from branchtree.training.faults import find_faults, mask_faults
-from branchtree.training.policy import ConditioningCache
 
 CPU = torch.device("cpu")
 WEIGHTS = {

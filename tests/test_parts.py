@@ -18,8 +18,8 @@ from torch import Tensor
 
 from branchtree.core.credit import Credit, CreditRule, PruningRule, assign_credit
 from branchtree.core.families import Families, collect, gather
+from branchtree.core.gathering import gather_levels, gather_scores, own_families, owned_nodes
 from branchtree.core.grid import time_grid
-from branchtree.core.joining import join_levels, join_scores, own_families, owned_nodes
 from branchtree.core.noise import (
     CorrelatedSiblings,
     IndependentSiblings,
@@ -28,13 +28,13 @@ from branchtree.core.noise import (
     Siblings,
     SimplexSiblings,
 )
-from branchtree.core.parts import TreePart, cut
 from branchtree.core.rollout import Sampler, rollout
 from branchtree.core.schedule import DrawnSplits, Schedule, TreePlan
 from branchtree.core.scores import Scores
+from branchtree.core.sharing import TreeShare, cut
 from branchtree.core.solvers import Solver
 from branchtree.core.transitions import DanceSde
-from branchtree.core.tree import BranchTree, Topology, grow, grow_parts, places_in
+from branchtree.core.tree import BranchTree, Topology, grow, grow_shares, indices_in
 
 LATENT = (2, 3)
 
@@ -44,7 +44,7 @@ class Split:
     """A forest, and its prompts' trees in as many parts as the smallest allows, cut anywhere."""
 
     forest: Forest
-    parts: tuple[tuple[TreePart, ...], ...]  # per process, of each prompt
+    parts: tuple[tuple[TreeShare, ...], ...]  # per process, of each prompt
 
     @property
     def whole(self) -> Topology:
@@ -52,7 +52,7 @@ class Split:
 
     @property
     def topologies(self) -> list[Topology]:
-        return [grow_parts(parts) for parts in self.parts]
+        return [grow_shares(parts) for parts in self.parts]
 
 
 @st.composite
@@ -63,7 +63,7 @@ def splits(draw: st.DrawFn) -> Split:
     by_prompt = []
     for plan in forest.plans:
         ends = [0, *sorted(numbers.sample(range(1, plan.leaves), count - 1)), plan.leaves]
-        by_prompt.append([TreePart(plan, range(a, b)) for a, b in pairwise(ends)])
+        by_prompt.append([TreeShare(plan, range(a, b)) for a, b in pairwise(ends)])
     return Split(forest, tuple(zip(*by_prompt, strict=True)))
 
 
@@ -80,7 +80,7 @@ def test_a_part_holds_what_leads_to_its_leaves_and_owns_what_starts_with_one(spl
     for parts, part in zip(split.parts, split.topologies, strict=True):
         mine = {id(leaf) for root, each in zip(roots, parts, strict=True)
                 for place, leaf in enumerate(reference.leaves(root)) if place in each.leaves}  # fmt: skip
-        places, owned = places_in(split.whole, parts), owned_nodes(part)
+        places, owned = indices_in(split.whole, parts), owned_nodes(part)
         for depth in part.depths:
             level = reference.level(roots, depth)
             held = [node for node in level if any(id(leaf) in mine for leaf in reference.leaves(node))]
@@ -101,7 +101,7 @@ def test_every_node_is_owned_once(split: Split) -> None:
     for depth in split.whole.depths:
         owners = torch.zeros(split.whole.width(depth), dtype=torch.int64)
         for parts, part in zip(split.parts, split.topologies, strict=True):
-            owners[places_in(split.whole, parts)[depth][owned_nodes(part)[depth]]] += 1
+            owners[indices_in(split.whole, parts)[depth][owned_nodes(part)[depth]]] += 1
         assert bool((owners == 1).all())
 
 
@@ -117,16 +117,16 @@ def test_a_tree_is_not_cut_into_more_parts_than_leaves() -> None:
         cut(plan, 3)
     for leaves in (range(1, 1), range(1, 3), range(0, 2, 2)):
         with pytest.raises(ValueError, match="no run of a tree's 2 leaves"):
-            TreePart(plan, leaves)
+            TreeShare(plan, leaves)
 
 
 def test_rows_of_the_parts_are_the_trees_and_what_is_computed_twice() -> None:
     # Widths 1 2 2 4 4 4: of the first four steps' 9 nodes, the root and its chain down to the cut are shared.
     plan = make_plan(5, {0: 2, 2: 2})
-    assert [grow_parts([part]).rollout_rows for part in cut(plan, 2)] == [1 + 1 + 1 + 2 + 2] * 2
+    assert [grow_shares([part]).rollout_rows for part in cut(plan, 2)] == [1 + 1 + 1 + 2 + 2] * 2
     # Cut through a family: the middle part's node of depth 1 is its neighbours' too.
-    uneven = [TreePart(plan, range(1)), TreePart(plan, range(1, 3)), TreePart(plan, range(3, 4))]
-    assert [grow_parts([part]).rollout_rows for part in uneven] == [5, 1 + 2 + 2 + 2 + 2, 5]
+    uneven = [TreeShare(plan, range(1)), TreeShare(plan, range(1, 3)), TreeShare(plan, range(3, 4))]
+    assert [grow_shares([part]).rollout_rows for part in uneven] == [5, 1 + 2 + 2 + 2 + 2, 5]
 
 
 # Rollouts.
@@ -146,7 +146,7 @@ def grown(topology: Topology, siblings: Siblings, solver: Solver = "euler", rows
 
 
 def assert_rows_of(whole: BranchTree, part: BranchTree) -> None:
-    for depth, places in enumerate(places_in(whole.topology, part.topology.parts)):
+    for depth, places in enumerate(indices_in(whole.topology, part.topology.shares)):
         assert torch.equal(part.states[depth], whole.states[depth][places])
         torch.testing.assert_close(part.log_prob[depth], whole.log_prob[depth][places], rtol=1e-6, atol=1e-6)
 
@@ -168,20 +168,22 @@ def test_a_part_follows_a_shortened_continuation(solver: Solver) -> None:
     plans = [schedule.plan(0, prompt) for prompt in range(3)]
     assert any(plan.skipped for plan in plans)
     whole = grown(grow(plans), IndependentSiblings(), solver)
-    parts = [grow_parts([cut(plan, 3)[place] for plan in plans]) for place in range(3)]
+    parts = [grow_shares([cut(plan, 3)[place] for plan in plans]) for place in range(3)]
     for part in parts:
         assert_rows_of(whole, grown(part, IndependentSiblings(), solver))
 
 
-def test_trees_of_parts_join_prompt_by_prompt() -> None:
+def test_a_share_of_a_prompt_is_the_same_beside_other_prompts() -> None:
     plans = [make_plan(5, {0: 2, 2: 3}), make_plan(5, {1: 4}), make_plan(5, {0: 5})]
-    parts = [cut(plan, 3)[1] for plan in plans]
-    together = grown(grow_parts(parts), SIBLINGS[0])
-    joined = BranchTree.joined([grown(grow_parts(parts[:1]), SIBLINGS[0])] * 2)
-    assert [part.leaves for part in joined.topology.parts] == [parts[0].leaves] * 2
-    first = slice(0, len(parts[0].leaves))
-    assert torch.equal(joined.leaves[first], together.leaves[first])
-    assert joined.topology.width(5) == 2 * len(parts[0].leaves) == joined.leaves.shape[0]
+    shares = [cut(plan, 3)[1] for plan in plans]
+    together, alone = grown(grow_shares(shares), SIBLINGS[0]), grown(grow_shares(shares[:1]), SIBLINGS[0])
+    selected = together.topology.select(range(1))
+    assert [share.leaves for share in selected.shares] == [share.leaves for share in alone.topology.shares]
+    for first, second in zip(
+        (*selected.parent, *selected.root), (*alone.topology.parent, *alone.topology.root), strict=True
+    ):
+        assert torch.equal(first, second)
+    assert torch.equal(together.leaves[: len(alone.leaves)], alone.leaves)
 
 
 # Credit and gradients.
@@ -216,7 +218,7 @@ def credit_of(topology: Topology, log_prob: Sequence[Tensor], scores: Scores, pr
 @fewer
 def test_credit_from_joined_parts_is_the_wholes(split: Split, pruning: PruningRule) -> None:
     forest, scores = split.forest, scores_of(split.forest)
-    places = [places_in(split.whole, parts) for parts in split.parts]
+    places = [indices_in(split.whole, parts) for parts in split.parts]
     # What a part says of a node that it does not own is not read.
     levels = [
         [
@@ -225,15 +227,61 @@ def test_credit_from_joined_parts_is_the_wholes(split: Split, pruning: PruningRu
         ]
         for where, part in zip(places, split.topologies, strict=True)
     ]
-    joined = join_levels(split.whole, split.topologies, levels)
+    joined = gather_levels(split.whole, split.topologies, levels)
     assert all(torch.equal(a, b) for a, b in zip(joined, forest.edge_log_prob, strict=True))
-    all_scores = join_scores(split.whole, split.topologies, [rows_of(scores, where[-1]) for where in places])
+    all_scores = gather_scores(split.whole, split.topologies, [rows_of(scores, where[-1]) for where in places])
     assert all_scores.details["place"].tolist() == list(range(len(scores)))
     assert all_scores.reasons == scores.reasons
     first = credit_of(split.whole, forest.edge_log_prob, scores, pruning)
     second = credit_of(split.whole, joined, all_scores, pruning)
     for a, b in zip((*first.advantages, *first.keep), (*second.advantages, *second.keep), strict=True):
         assert torch.equal(a, b)
+
+
+@given(splits(), st.sampled_from(RULES), st.integers(0, 3))
+@fewer
+def test_credit_is_each_prompts_own(split: Split, pruning: PruningRule, first: int) -> None:
+    """To the bit, however prompts are taken together; and so are the edges that are trained."""
+    whole, scores, log_prob = split.whole, scores_of(split.forest), split.forest.edge_log_prob
+    cuts = sorted({0, min(first, whole.prompts), whole.prompts})
+    ranges = [range(a, b) for a, b in pairwise(cuts)]
+    credits, families = [], []
+    for prompts in ranges:
+        blocks = [whole.block(prompts, depth) for depth in whole.depths]
+        own = [level[block.start : block.stop] for level, block in zip(log_prob, blocks, strict=True)]
+        leaves = torch.arange(blocks[-1].start, blocks[-1].stop)
+        credits.append(credit_of(whole.select(prompts), own, scores.rows(leaves), pruning))
+        families.append(credits[-1].families(whole.select(prompts)).within(whole, prompts.start))
+    together, alone = Credit.concatenate(credits), credit_of(whole, log_prob, scores, pruning)
+    for a, b in zip(
+        (*together.advantages, *together.keep, *together.values["r"].value, together.valid, together.rewards["r"]),
+        (*alone.advantages, *alone.keep, *alone.values["r"].value, alone.valid, alone.rewards["r"]),
+        strict=True,
+    ):
+        assert torch.equal(a, b)
+    expected = alone.families(whole)
+    edges = {
+        edge
+        for each in families
+        for edge in zip(
+            each.edge_depth.tolist(),
+            each.parent[each.family].tolist(),
+            each.prompt[each.family].tolist(),
+            each.child.tolist(),
+            each.advantage.tolist(),
+            strict=True,
+        )
+    }
+    assert edges == set(
+        zip(
+            expected.edge_depth.tolist(),
+            expected.parent[expected.family].tolist(),
+            expected.prompt[expected.family].tolist(),
+            expected.child.tolist(),
+            expected.advantage.tolist(),
+            strict=True,
+        )
+    )
 
 
 def gradient(tree: BranchTree, families: Families) -> Tensor:
@@ -273,7 +321,7 @@ def test_a_family_of_two_owners_is_a_row_in_each() -> None:
     scores = Scores(torch.tensor([0.1, 0.9, 0.4, 0.2]), torch.ones(4, dtype=torch.bool))
     credit = credit_of(whole, flat, scores, PruningRule())
     families = collect(whole, credit.advantages, credit.keep)
-    first, second = (own_families(families, whole, grow_parts([part])) for part in cut(plan, 2))
+    first, second = (own_families(families, whole, grow_shares([part])) for part in cut(plan, 2))
     for own, rewards in ((first, [0, 1]), (second, [2, 3])):
         assert own.depth.tolist() == [0, 1, 1] and own.parent.tolist() == [0, 0, 1]
         assert own.child.tolist() == [0, 1, 0, 1]

@@ -20,7 +20,7 @@ from branchtree.planning.memory import Surroundings, estimate_evaluation, estima
 from branchtree.planning.preflight import RewardSize, RewardSizes, TrainingNeed, reward_sizes, step_shortage
 from branchtree.plugins.protocols import DecoderFootprint, Footprint, RewardFootprint
 from branchtree.recipe import Recipe
-from branchtree.training.lockstep import process_group
+from branchtree.training.processes import process_group
 
 FLUX = "flux_t2i_branchgrpo"
 PLAIN = {"data.prompts": ["a"], "evaluation": None, "rewards": [{"reward": "digits"}]}

@@ -26,7 +26,7 @@ from branchtree.core.noise import (
     SimplexSiblings,
     child_noise,
 )
-from branchtree.core.rollout import Sampler, Stage, chunks, forwards, rollout, stages
+from branchtree.core.rollout import Growth, Sampler, Stage, chunks, forwards, rollout, stages
 from branchtree.core.schedule import PRESET_SPLITS, TreePlan
 from branchtree.core.solvers import Solver
 from branchtree.core.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel, Ode
@@ -467,7 +467,6 @@ def mixed_plans() -> list[TreePlan]:
 def test_prompts_that_end_first_change_no_state(together: int | None, max_rows: int | None, solver: Solver) -> None:
     plans, ids = mixed_plans(), [4, 0, 9]
     setting = replace(sampler(8), solver=solver)
-    told: list[tuple[range, Tensor]] = []
     counter = Counter()
     args = (setting, grow(plans), initial_of(ids), NoiseSource(42, 7), ids)
 
@@ -475,13 +474,12 @@ def test_prompts_that_end_first_change_no_state(together: int | None, max_rows: 
         counter(latents, sigma, prompt)
         return velocity_of(ids)(latents, sigma, prompt)
 
-    def finished(prompts: range, leaves: Tensor) -> None:
-        told.append((prompts, leaves.clone()))
-
-    tree = rollout(velocity, *args, max_rows=max_rows, together=together, finished=finished)
+    growth = Growth(velocity, *args, max_rows=max_rows, together=together)
+    complete = [(prompts, leaves.clone()) for prompts, leaves in growth]
+    tree = growth.tree
     assert_same(tree, rollout(velocity_of(ids), *args))
-    assert [prompts for prompts, _ in told] == chunks(3, together)
-    assert torch.equal(torch.cat([leaves for _, leaves in told]), tree.leaves)
+    assert [prompts for prompts, _ in complete] == chunks(3, together)
+    assert torch.equal(torch.cat([leaves for _, leaves in complete]), tree.leaves)
     assert len(counter.batches) == forwards(tree.topology, max_rows, together)
     assert sum(counter.batches) == tree.topology.rollout_rows
 
@@ -496,8 +494,10 @@ def test_prompts_part_only_after_the_last_split() -> None:
     assert stages(topology) == stages(topology, 3) == [Stage(range(8), range(3))]
 
 
-def test_the_first_prompts_of_a_topology_keep_their_places() -> None:
-    whole, alone = grow(mixed_plans()).first(2), grow(mixed_plans()[:2])
-    assert whole.plans == alone.plans and whole.parts == alone.parts
-    for first, second in zip((*whole.parent, *whole.root), (*alone.parent, *alone.root), strict=True):
+@pytest.mark.parametrize("prompts", [range(2), range(1, 3), range(1, 2), range(3)])
+def test_some_prompts_of_a_topology_are_as_if_grown_alone(prompts: range) -> None:
+    plans = mixed_plans()
+    selected, alone = grow(plans).select(prompts), grow(plans[prompts.start : prompts.stop])
+    assert selected.plans == alone.plans and selected.shares == alone.shares
+    for first, second in zip((*selected.parent, *selected.root), (*alone.parent, *alone.root), strict=True):
         assert torch.equal(first, second)

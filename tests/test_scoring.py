@@ -7,8 +7,7 @@ import json
 import math
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -37,17 +36,16 @@ from branchtree.report import write_report
 from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.failures import FailureWatch
-from branchtree.training.gradient import Gradient
-from branchtree.training.growth import rounds
-from branchtree.training.microbatch import RowLimits
+from branchtree.training.iteration import scoring_groups
+from branchtree.training.limits import RowLimits
 from branchtree.training.restore import find_checkpoint
-from branchtree.training.scorer import Scorer
-from branchtree.training.scoring import AHEAD, Piece, ScoringQueue, make_workers
+from branchtree.training.scoring import AHEAD, Piece, Scorer, ScoringQueue
 from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
+from branchtree.training.update import Gradient
 
 CPU = torch.device("cpu")
-THREAD, IN_PLACE = (make_workers(ScoringSection(overlap=overlap), CPU).scoring for overlap in (True, False))
+THREAD, IN_PLACE = True, False
 
 
 @dataclass
@@ -79,14 +77,14 @@ def piece(prompts: Sequence[int], start: int) -> Piece:
     return Piece(Media(images=pixels), [Condition(f"prompt {prompt}") for prompt in prompts], list(prompts))
 
 
-def scored(pieces: Sequence[Piece], rewards: Sequence[Recorder], executor: Callable[[], Executor]) -> dict[str, Scores]:
+def scored(pieces: Sequence[Piece], rewards: Sequence[Recorder], background: bool) -> dict[str, Scores]:
     named = [NamedReward(f"reward {place}", 1.0, reward) for place, reward in enumerate(rewards)]
-    with ScoringQueue(named, executor) as queue:
+    with ScoringQueue(named, background) as queue:
         for part in pieces:
             queue.put(part)
         queue.seal()
         scores = queue.results()
-        queue.rest()
+        queue.release()
         return scores
 
 
@@ -176,9 +174,8 @@ class Lamp:
 
 
 def scorer(model: Any, reward: Recorder, overlap: bool = True, rows: int | None = None) -> Scorer:
-    workers = make_workers(ScoringSection(overlap=overlap), CPU)
     limits = RowLimits(BatchSection(decode_rows=rows), None)
-    return Scorer(model, [NamedReward("first pixel", 1.0, reward)], workers, limits, limits.decode, CPU)
+    return Scorer(model, [NamedReward("first pixel", 1.0, reward)], limits, limits.decode, CPU, overlap, overlap)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
@@ -192,9 +189,9 @@ def test_scores_come_in_the_order_of_what_was_given(overlap: bool, groupwise: bo
             working.put(torch.arange(start, start + len(own)).float(), [Condition(str(p)) for p in own], own, {1, 2})
             for start, own in zip((0, 5), prompts, strict=True)
         ]
-        assert working.scores(1)["first pixel"].values.tolist() == [0, 1, 2, 3, 4]
+        assert working.scores_of(0)["first pixel"].values.tolist() == [0, 1, 2, 3, 4]
         assert (model.rests, reward.released) == (0, 0)
-        assert working.scores()["first pixel"].values.tolist() == list(range(8))
+        assert working.finish()["first pixel"].values.tolist() == list(range(8))
     assert [[float(one.pixels[0, 0, 0, 0]) for one in put.result()] for put in kept] == [[1, 2], [6, 7]]
     assert (model.rests, reward.released) == (1, 1)
     sizes = [3, 2, 3] if groupwise else [2, 2, 1, 2, 1]
@@ -218,7 +215,7 @@ def test_a_thread_works_with_as_many_threads_as_the_run() -> None:
             torch.set_num_threads(threads)
             with scorer(Lamp(), Curious()) as working:
                 working.put(torch.zeros(1), [Condition("a")], [0])
-                working.scores()
+                working.finish()
     finally:
         torch.set_num_threads(before)
     assert seen == [1, 2]
@@ -228,17 +225,17 @@ def test_a_thread_works_with_as_many_threads_as_the_run() -> None:
 def test_what_fails_in_a_thread_is_told_by_the_next_call(overlap: bool) -> None:
     with pytest.raises(ModelError, match="the decoder is broken"), scorer(Lamp(broken=True), Recorder()) as working:
         working.put(torch.zeros(1), [Condition("a")], [0])
-        working.scores()
+        working.finish()
 
 
-@pytest.mark.parametrize("executor", [THREAD, IN_PLACE])
-def test_a_reward_that_raises_is_named(executor: Callable[[], Executor]) -> None:
+@pytest.mark.parametrize("background", [THREAD, IN_PLACE])
+def test_a_reward_that_raises_is_named(background: bool) -> None:
     class Broken(Recorder):
         def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
             raise ConnectionError("no answer")
 
     with pytest.raises(RewardError, match="reward 'reward 0' failed: ConnectionError: no answer"):
-        scored([piece([0], 0)], [Broken()], executor)
+        scored([piece([0], 0)], [Broken()], background)
 
 
 # --- in training ---
@@ -302,10 +299,10 @@ def test_the_first_prompt_is_scored_alone_where_its_gradient_pass_is_long() -> N
     """A Dense tree of 16 leaves trains 187 rows, one that splits once a single one."""
     plans = (make_schedule(load_recipe(f"quickstart+{name}")).plan(0, 0) for name in ("branchgrpo", "single"))
     dense, single = (grow([plan] * 4) for plan in plans)
-    assert rounds(dense, range(4)) == [range(1), range(1, 4)]
-    assert rounds(dense, range(1)) == [range(1)]
-    assert rounds(dense, range(2, 4)) == [range(2, 4)]
-    assert rounds(single, range(4)) == [range(4)]
+    assert scoring_groups(dense, range(4)) == [range(1), range(1, 4)]
+    assert scoring_groups(dense, range(1)) == [range(1)]
+    assert scoring_groups(dense, range(2, 4)) == [range(2, 4)]
+    assert scoring_groups(single, range(4)) == [range(4)]
 
 
 @pytest.mark.parametrize(

@@ -24,14 +24,14 @@ from training_runs import arguments, metrics, small, weights
 
 from branchtree import plan, train
 from branchtree.cli.display import print_plan
-from branchtree.core.parts import cut
 from branchtree.core.scores import Scores
-from branchtree.core.tree import grow, grow_parts
+from branchtree.core.sharing import cut
+from branchtree.core.tree import grow, grow_shares
 from branchtree.errors import RecipeError
 from branchtree.pictures.grid import Thumbnail
 from branchtree.recipe.build import NamedReward, make_schedule
 from branchtree.recipe.load import load_recipe
-from branchtree.training.teams import GroupRecord, Team, make_team, refuse_whole_groups
+from branchtree.training.processes import GroupRecord, Team, make_team, refuse_whole_groups
 
 SCRIPT = Path(__file__).with_name("picky_digits.py")
 
@@ -44,10 +44,10 @@ def team_of(rank: int, processes: int, **batch: int) -> Team:
 
 def test_consecutive_ranks_share_prompts() -> None:
     teams = [team_of(rank, 6, prompts=3, processes_per_prompt=3) for rank in range(6)]
-    assert [team.share(3) for team in teams] == [slice(0, 1)] * 3 + [slice(1, 3)] * 3
+    assert [team.prompts(3) for team in teams] == [slice(0, 1)] * 3 + [slice(1, 3)] * 3
     assert [team.member for team in teams] == [0, 1, 2, 0, 1, 2]
     plans = [make_plan(4, {0: 4, 1: 4})]
-    assert [list(team.grow(plans).parts[0].leaves) for team in teams[:3]] == [
+    assert [list(team.grow(plans).shares[0].leaves) for team in teams[:3]] == [
         [0, 1, 2, 3, 4],
         [5, 6, 7, 8, 9],
         [10, 11, 12, 13, 14, 15],
@@ -56,9 +56,9 @@ def test_consecutive_ranks_share_prompts() -> None:
 
 def test_whole_trees_are_shared_out_as_before() -> None:
     teams = [team_of(rank, 3, prompts=7) for rank in range(3)]
-    assert [team.share(7) for team in teams] == [slice(0, 2), slice(2, 4), slice(4, 7)]
+    assert [team.prompts(7) for team in teams] == [slice(0, 2), slice(2, 4), slice(4, 7)]
     plans = [make_plan(4, {0: 4})]
-    assert all(team.grow(plans).parts[0].is_whole for team in teams)
+    assert all(team.grow(plans).shares[0].is_whole for team in teams)
 
 
 @pytest.mark.parametrize(
@@ -95,20 +95,20 @@ def test_each_team_joins_its_own_members() -> None:
     records = []
     for team in plans:
         for member in range(2):
-            topology = grow_parts([cut(each, 2)[member] for each in team])
+            topology = grow_shares([cut(each, 2)[member] for each in team])
             numbers = torch.tensor(
-                [100.0 * len(part.held[2]) + leaf for part in topology.parts for leaf in part.leaves]
+                [100.0 * len(part.held[2]) + leaf for part in topology.shares for leaf in part.leaves]
             )
             scores = {"r": Scores(numbers, torch.ones(len(numbers), dtype=torch.bool))}
             log_prob = [torch.full((topology.width(depth),), float(len(records))) for depth in topology.depths]
             records.append(GroupRecord(topology, log_prob, scores, [Thumbnail(bytes([len(records)]), ".png")]))
-    whole = Team(2, 0, 2, 1).joined(records)
+    whole = Team(2, 0, 2, 1).whole(records)
     assert whole.topology.plans == tuple(plans[1])
     assert whole.scores["r"].values.tolist() == [100, 201, 202, 200, 201, 302, 303, 304]
     assert whole.log_prob[2].tolist() == [2, 3, 3, 2, 2, 3, 3, 3]
     assert whole.log_prob[0].tolist() == [2, 2]  # the roots' owner has the first leaf
     assert [thumbnail.content for thumbnail in whole.thumbnails] == [b"\x02", b"\x03"]
-    assert Team(2, 1, 2, 0).joined(records).topology.plans == grow(plans[0]).plans
+    assert Team(2, 1, 2, 0).whole(records).topology.plans == grow(plans[0]).plans
 
 
 # Runs.

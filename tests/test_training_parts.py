@@ -33,17 +33,17 @@ from branchtree.files.writing import write_atomically
 from branchtree.pictures.grid import write_grid
 from branchtree.pictures.still import fitted, to_image
 from branchtree.plugins.protocols import Condition, Conditioning, Media
+from branchtree.plugins.scores import ask
 from branchtree.recipe.build import NamedReward
 from branchtree.recipe.schema import OptimSection
 from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.run.ledger import LEDGER, Ledger
-from branchtree.training import policy
+from branchtree.training import conditioning as policy
 from branchtree.training.checkpoint import list_checkpoints
-from branchtree.training.ema import WeightAverage
+from branchtree.training.conditioning import ConditioningCache
+from branchtree.training.engine import WeightAverage
 from branchtree.training.interrupt import StopRequest
 from branchtree.training.learning_rate import learning_rate_factor
-from branchtree.training.policy import ConditioningCache
-from branchtree.training.scoring import checked_scores
 from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 from branchtree.training.update import partition
@@ -120,12 +120,12 @@ def test_scores_of_the_wrong_shape_name_the_reward(scores: Scores, message: str)
 
     media = Media(images=torch.zeros(2, 3, 4, 4))
     with pytest.raises(RewardError, match=f"'mine' {message}"):
-        checked_scores(NamedReward("mine", 1.0, Wrong([0])), media, [Condition("a")] * 2)
+        ask("mine", Wrong([0]), media, [Condition("a")] * 2)
 
 
 def test_values_that_are_not_finite_are_invalid() -> None:
-    reward = NamedReward("mine", 1.0, Scripted([1.0, math.nan, math.inf, -math.inf]))
-    scores = checked_scores(reward, Media(images=torch.zeros(4, 3, 2, 2)), [Condition("a")] * 4)
+    reward = Scripted([1.0, math.nan, math.inf, -math.inf])
+    scores = ask("mine", reward, Media(images=torch.zeros(4, 3, 2, 2)), [Condition("a")] * 4)
     assert scores.valid.tolist() == [True, False, False, False]
 
 

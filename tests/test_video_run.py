@@ -16,7 +16,6 @@ from training_runs import metrics
 
 from branchtree import load_recipe, plan
 from branchtree.run.directory import RunDirectory
-from branchtree.training.sampling import sample_latents
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 
@@ -44,17 +43,8 @@ def trained(output: Path, **changes: Any) -> Session:
 
 
 def sampled_by(session: Session) -> Tensor:
-    return sample_latents(
-        session.inputs.model,
-        session.cache,
-        session.sampler,
-        session.accelerator.autocast,
-        session.inputs.held_out_conditions[:1],
-        [(0, 0)],
-        seed=3,
-        device=session.device,
-        limit=session.limits.rollout,
-    )
+    policy = session.policy.under(session.inputs.held_out_conditions[:1])
+    return policy.sample(policy.initial(3, 0, [(0, 0)]))
 
 
 def sampled_by_diffusers(pipeline: Any, session: Session, noise: Tensor) -> Tensor:

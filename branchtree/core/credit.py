@@ -65,6 +65,34 @@ class Credit:
         """Gather these edges by parent."""
         return collect(topology, self.advantages, self.keep, self.regularised)
 
+    @staticmethod
+    def concatenate(credits: Sequence[Credit]) -> Credit:
+        """Return the credit of several runs of prompts, in their order."""
+        if len(credits) == 1:
+            return credits[0]
+
+        def levels(each: Sequence[Sequence[Tensor]]) -> tuple[Tensor, ...]:
+            return tuple(torch.cat(level) for level in zip(*each, strict=True))
+
+        first = credits[0]
+        values = {}
+        for name in first.values:
+            given = [credit.values[name] for credit in credits]
+            sizes = [value.size for value in given if value.size is not None]
+            values[name] = NodeValues(
+                value=levels([value.value for value in given]),
+                valid=levels([value.valid for value in given]),
+                size=torch.cat(sizes) if sizes else None,
+            )
+        return Credit(
+            rewards={name: torch.cat([credit.rewards[name] for credit in credits]) for name in first.rewards},
+            valid=torch.cat([credit.valid for credit in credits]),
+            values=values,
+            advantages=levels([credit.advantages for credit in credits]),
+            keep=levels([credit.keep for credit in credits]),
+            regularised=first.regularised,
+        )
+
 
 def assign_credit(
     topology: Topology,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -19,10 +19,10 @@ class Families:
     """F parents with at least one trained edge, ordered by depth, and their E edges, ordered by family."""
 
     depth: Tensor  # (F,) int64, of the parent
-    parent: Tensor  # (F,) int64, place of the parent among the nodes of its depth
+    parent: Tensor  # (F,) int64, index of the parent among the nodes of its depth
     prompt: Tensor  # (F,) int64
     family: Tensor  # (E,) int64, which of the F families the edge belongs to
-    child: Tensor  # (E,) int64, place of the child among the nodes of the depth after
+    child: Tensor  # (E,) int64, index of the child among the nodes of the depth after
     advantage: Tensor  # (E,) float32
 
     def __len__(self) -> int:
@@ -40,15 +40,28 @@ class Families:
 
     def select(self, index: Tensor) -> Families:
         """Some of the families, ``index`` (F',) ascending."""
-        place = torch.full((len(self),), -1).scatter_(0, index, torch.arange(index.numel()))
-        edges = place[self.family] >= 0
+        renumbered = torch.full((len(self),), -1).scatter_(0, index, torch.arange(index.numel()))
+        edges = renumbered[self.family] >= 0
         return Families(
             depth=self.depth[index],
             parent=self.parent[index],
             prompt=self.prompt[index],
-            family=place[self.family][edges],
+            family=renumbered[self.family][edges],
             child=self.child[edges],
             advantage=self.advantage[edges],
+        )
+
+    def within(self, topology: Topology, first: int) -> Families:
+        """Return the families of prompts ``first`` and after, collected from them alone, by their indices among all.
+
+        ``topology`` is that of all prompts.
+        """
+        starts = torch.tensor([topology.span(first, depth).start for depth in topology.depths])
+        return replace(
+            self,
+            parent=self.parent + starts[self.depth],
+            prompt=self.prompt + first,
+            child=self.child + starts[self.edge_depth],
         )
 
 
@@ -70,13 +83,13 @@ def collect(topology: Topology, advantages: Advantages, keep: EdgeMask, regulari
     families = 0
     for below, edges in enumerate(trained_edges(topology, advantages, keep, regularised)):
         children = torch.nonzero(edges)[:, 0]
-        parents, place = torch.unique(topology.parent[below][children], return_inverse=True)
+        parents, family = torch.unique(topology.parent[below][children], return_inverse=True)
         if parents.numel() > 0:  # roots have no edge, so from here on there is a depth above
             level = Families(
                 depth=torch.full_like(parents, below - 1),
                 parent=parents,
                 prompt=topology.root[below - 1][parents],
-                family=place + families,
+                family=family + families,
                 child=children,
                 advantage=advantages[below][children].float(),
             )
@@ -111,8 +124,8 @@ def gather(tree: BranchTree, families: Families, device: torch.device) -> Family
     )
 
 
-def _rows(levels: Sequence[Tensor], depth: Tensor, place: Tensor, device: torch.device) -> Tensor:
+def _rows(levels: Sequence[Tensor], depth: Tensor, index: Tensor, device: torch.device) -> Tensor:
     """Rows of a per-depth list of tensors on the device, ``depth`` ascending."""
     depths, counts = torch.unique_consecutive(depth, return_counts=True)
-    parts = place.split(counts.tolist())
-    return torch.cat([fetch_rows(levels[int(d)], rows, device) for d, rows in zip(depths, parts, strict=True)])
+    chosen = index.split(counts.tolist())
+    return torch.cat([fetch_rows(levels[int(d)], rows, device) for d, rows in zip(depths, chosen, strict=True)])

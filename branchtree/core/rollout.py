@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from branchtree.core.grid import check_grid
 from branchtree.core.noise import NoiseSource, Siblings, child_noise
-from branchtree.core.solvers import Memory, Solver, dpm2m
+from branchtree.core.solvers import Solver, SolverHistory, dpm2m
 from branchtree.core.transfer import fetch_rows, send
 from branchtree.core.transitions import GaussianTransition, Kernel, Reduction
 from branchtree.core.tree import BranchTree, Topology
@@ -71,11 +71,119 @@ def stages(topology: Topology, together: int | None = None) -> list[Stage]:
     return [Stage(steps[:split], range(topology.prompts)), *(Stage(steps[split:], group) for group in groups)]
 
 
-Finished = Callable[[range, Tensor], None]
-"""Is told of prompts whose leaves are there, and of their clean latents (L, *latent)."""
+class Growth:
+    """Trees of P prompts while they grow. Iterate over it: it takes the steps, and yields prompts that are complete.
+
+    All nodes of a depth are one batch, cut to ``max_rows`` only for memory. What it yields are adjoining prompts and
+    their clean latents (L, *latent); once it is exhausted, ``tree`` is the whole.
+
+    Args:
+        velocity: the policy's predictions.
+        sampler: how transitions are made and scored.
+        topology: the trees' shape.
+        initial: (P, *latent), the noise that all leaves of a prompt start from.
+        noise: the source of the edges' noise.
+        prompt_ids: (P,) the prompts' addresses for noise.
+        max_rows: predictions in one call; all of a depth by default.
+        store: where states are kept; by default where ``initial`` is.
+        together: prompts that go on together after the last split; all by default.
+
+    Raises:
+        ValueError: the time grid does not fit the topology, or prompts are missing.
+    """
+
+    def __init__(
+        self,
+        velocity: VelocityFunction,
+        sampler: Sampler,
+        topology: Topology,
+        initial: Tensor,
+        noise: NoiseSource,
+        prompt_ids: Sequence[int],
+        max_rows: int | None = None,
+        store: torch.device | None = None,
+        together: int | None = None,
+    ) -> None:
+        check_grid(sampler.sigmas)
+        if sampler.sigmas.numel() != topology.steps + 1:
+            raise ValueError(
+                f"{topology.steps} steps need {topology.steps + 1} noise levels, not {sampler.sigmas.numel()}"
+            )
+        if not initial.shape[0] == len(prompt_ids) == topology.prompts:
+            raise ValueError(f"{topology.prompts} prompts need as many initial noises and prompt ids")
+        self._velocity, self._sampler, self._topology = velocity, sampler, topology
+        self._noise, self._prompt_ids = noise, prompt_ids
+        self._max_rows, self._together, self._device = max_rows, together, initial.device
+        # Per depth reached by any prompt, (N_d, *latent) and (N_d,).
+        self._states = [initial.float().to(store or initial.device)]
+        self._log_prob = [torch.zeros(topology.prompts, device=initial.device)]
+
+    @property
+    def tree(self) -> BranchTree:
+        """The tree, once all prompts are complete."""
+        # One copy of all densities: each would make the host wait for the device.
+        densities = torch.cat(self._log_prob).cpu().split([len(level) for level in self._log_prob])
+        return BranchTree(self._topology, self._sampler.sigmas, tuple(self._states), densities)
+
+    @torch.no_grad()
+    def __iter__(self) -> Iterator[tuple[range, Tensor]]:
+        topology = self._topology
+        shared = SolverHistory.empty(self._states[0]) if self._sampler.solver == "dpm2m" else None
+        for stage in stages(topology, self._together):
+            first = topology.block(stage.prompts, stage.steps.start)
+            history = shared and shared.rows(torch.arange(first.start, first.stop))
+            for step in stage.steps:
+                history = self._step(step, stage.prompts, history)
+            if stage.steps.stop < topology.steps:
+                shared = history
+            else:
+                leaves = topology.block(stage.prompts, topology.steps)
+                yield stage.prompts, self._states[-1][leaves.start : leaves.stop]
+
+    def _step(self, step: int, prompts: range, history: SolverHistory | None) -> SolverHistory | None:
+        """Take one step of some prompts; ``history`` is of their nodes before, what is returned of those after."""
+        topology, states = self._topology, self._states
+        above, below = topology.block(prompts, step), topology.block(prompts, step + 1)
+        if step + 1 == len(states):
+            states.append(states[0].new_empty(topology.width(step + 1), *states[0].shape[1:]))
+            self._log_prob.append(torch.zeros(topology.width(step + 1), device=self._device))
+        parent, nodes = topology.parent[step + 1][below.start : below.stop], topology.evaluated(step, prompts)
+        if len(nodes) < len(above):
+            # A node whose step is skipped was led to a depth beyond: its only child has its state.
+            states[step + 1][below.start : below.stop] = states[step][send(parent, states[0].device)]
+        history = history and history.rows(parent - above.start)
+        for span in chunks(len(nodes), self._max_rows):
+            self._branch(step, nodes[span.start : span.stop], history, below.start)
+        return history
+
+    def _branch(self, step: int, rows: Tensor, history: SolverHistory | None, first: int) -> None:
+        """Make the children of some nodes; ``first`` is the node that the history's first row is of.
+
+        Nothing here but a copy of states to the host waits for the device, so that noise is drawn while it computes.
+        """
+        topology, sampler, following = self._topology, self._sampler, self._states[step + 1]
+        order = torch.full((topology.width(step),), -1).scatter_(0, rows, torch.arange(len(rows)))
+        family = order[topology.parent[step + 1]]
+        children = torch.nonzero(family >= 0)[:, 0]
+        family = family[children]
+        latents = fetch_rows(self._states[step], rows, self._device)
+        depth = torch.full((len(rows),), step)
+        sigma, root = (send(each, latents.device) for each in (sampler.sigmas[depth], topology.root[step][rows]))
+        prediction = self._velocity(latents, sigma, root)
+        active, target = topology.stochastic(step)[rows], topology.target(step)[rows]
+        transition = sampler.transition(latents, prediction, depth, active, target).rows(send(family, self._device))
+        base = _noise(
+            sampler.siblings, topology, step, children.tolist(), self._noise, self._prompt_ids, latents.shape[1:]
+        )
+        reached = transition.sample(None if base is None else send(base, self._device))
+        if history is not None:
+            _solve(sampler, topology, step, children, family, (latents, prediction), reached, history, first)
+        at = send(children, self._device)
+        # The states keep these very numbers, so that the gradient pass scores the same.
+        self._log_prob[step + 1][at] = transition.log_prob(reached, sampler.reduction)
+        following[send(children, following.device)] = reached.to(following.device)
 
 
-@torch.no_grad()
 def rollout(
     velocity: VelocityFunction,
     sampler: Sampler,
@@ -85,96 +193,12 @@ def rollout(
     prompt_ids: Sequence[int],
     max_rows: int | None = None,
     store: torch.device | None = None,
-    together: int | None = None,
-    finished: Finished | None = None,
 ) -> BranchTree:
-    """Sample a tree for P prompts.
-
-    All nodes of a depth are one batch, cut to ``max_rows`` only for memory. ``initial`` (P, *latent) is the
-    noise that all leaves of a prompt start from; ``prompt_ids`` (P,) are the prompts' addresses for noise;
-    ``store`` is where states are kept (by default where ``initial`` is). After the last split ``together`` prompts at a
-    time go on, and ``finished`` is told as they end. Raises ValueError on a time grid that does not fit the topology.
-    """
-    check_grid(sampler.sigmas)
-    if sampler.sigmas.numel() != topology.steps + 1:
-        raise ValueError(f"{topology.steps} steps need {topology.steps + 1} noise levels, not {sampler.sigmas.numel()}")
-    if not initial.shape[0] == len(prompt_ids) == topology.prompts:
-        raise ValueError(f"{topology.prompts} prompts need as many initial noises and prompt ids")
-    states = [initial.float().to(store or initial.device)]
-    log_prob = [torch.zeros(topology.prompts, device=initial.device)]
-    memory = Memory.empty(states[0]) if sampler.solver == "dpm2m" else None
-    growth = _Growth(topology, sampler, velocity, noise, prompt_ids, max_rows, initial.device, states, log_prob)
-    for stage in stages(topology, together):
-        here = topology.block(stage.prompts, stage.steps.start)
-        reached = growth.advance(stage, memory and memory.rows(torch.arange(here.start, here.stop)))
-        if stage.steps.stop < topology.steps:
-            memory = reached
-        elif finished is not None:
-            leaves = topology.block(stage.prompts, topology.steps)
-            finished(stage.prompts, states[-1][leaves.start : leaves.stop])
-    # One copy of all densities: each would make the host wait for the device.
-    densities = torch.cat(log_prob).cpu().split([len(level) for level in log_prob])
-    return BranchTree(topology, sampler.sigmas, tuple(states), densities)
-
-
-@dataclass(frozen=True)
-class _Growth:
-    """A tree while it grows."""
-
-    topology: Topology
-    sampler: Sampler
-    velocity: VelocityFunction
-    noise: NoiseSource
-    prompt_ids: Sequence[int]
-    max_rows: int | None
-    device: torch.device
-    states: list[Tensor]  # per depth reached by any prompt (N_d, *latent)
-    log_prob: list[Tensor]  # (N_d,), on the device
-
-    def advance(self, stage: Stage, memory: Memory | None) -> Memory | None:
-        """Take a stage's steps; ``memory`` is of its nodes before, and what is returned of those after."""
-        for step in stage.steps:
-            memory = self._step(step, stage.prompts, memory)
-        return memory
-
-    def _step(self, step: int, prompts: range, memory: Memory | None) -> Memory | None:
-        topology, store = self.topology, self.states[0].device
-        above, below = topology.block(prompts, step), topology.block(prompts, step + 1)
-        if step + 1 == len(self.states):
-            self.states.append(self.states[0].new_empty(topology.width(step + 1), *self.states[0].shape[1:]))
-            self.log_prob.append(torch.zeros(topology.width(step + 1), device=self.device))
-        parent, nodes = topology.parent[step + 1][below.start : below.stop], topology.evaluated(step, prompts)
-        if len(nodes) < len(above):
-            # A node whose step is skipped has been led to a depth beyond: its only child stands in the same place.
-            self.states[step + 1][below.start : below.stop] = self.states[step][send(parent, store)]
-        memory = memory and memory.rows(parent - above.start)
-        for span in chunks(len(nodes), self.max_rows):
-            self._families(step, nodes[span.start : span.stop], memory, below.start)
-        return memory
-
-    def _families(self, step: int, rows: Tensor, memory: Memory | None, first: int) -> None:
-        """The children of some nodes; ``first`` is the node that the memory's first row is of.
-
-        Nothing here but a copy of states to the host waits for the device, so that noise is drawn while it computes.
-        """
-        topology, sampler, following = self.topology, self.sampler, self.states[step + 1]
-        place = torch.full((topology.width(step),), -1).scatter_(0, rows, torch.arange(len(rows)))
-        family = place[topology.parent[step + 1]]
-        children = torch.nonzero(family >= 0)[:, 0]
-        family = family[children]
-        latents = fetch_rows(self.states[step], rows, self.device)
-        transition, prediction = _transition(self.velocity, sampler, topology, step, rows, latents)
-        base = _noise(
-            sampler.siblings, topology, step, children.tolist(), self.noise, self.prompt_ids, latents.shape[1:]
-        )
-        spread = transition.rows(send(family, self.device))
-        reached = spread.sample(torch.zeros_like(spread.mean) if base is None else send(base, self.device))
-        if memory is not None:
-            _solve(sampler, topology, step, children, family, (latents, prediction), reached, memory, first)
-        at = send(children, self.device)
-        # The states keep these very numbers, so that the gradient pass scores the same.
-        self.log_prob[step + 1][at] = spread.log_prob(reached, sampler.reduction)
-        following[send(children, following.device)] = reached.to(following.device)
+    """Sample the trees of P prompts; see ``Growth``, which takes the same arguments."""
+    growth = Growth(velocity, sampler, topology, initial, noise, prompt_ids, max_rows, store)
+    for _ in growth:
+        pass
+    return growth.tree
 
 
 def forwards(topology: Topology, max_rows: int | None, together: int | None = None) -> int:
@@ -194,17 +218,6 @@ def chunks(rows: int, limit: int | None) -> list[range]:
     return [range(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
-def _transition(
-    velocity: VelocityFunction, sampler: Sampler, topology: Topology, step: int, rows: Tensor, latents: Tensor
-) -> tuple[GaussianTransition, Tensor]:
-    """The transitions of some nodes, and the predictions that they come from."""
-    depth = torch.full((len(rows),), step)
-    sigma, root = (send(each, latents.device) for each in (sampler.sigmas[depth], topology.root[step][rows]))
-    prediction = velocity(latents, sigma, root)
-    active, target = topology.stochastic(step)[rows], topology.target(step)[rows]
-    return sampler.transition(latents, prediction, depth, active, target), prediction
-
-
 def _solve(
     sampler: Sampler,
     topology: Topology,
@@ -213,29 +226,29 @@ def _solve(
     family: Tensor,
     parents: tuple[Tensor, Tensor],
     reached: Tensor,
-    memory: Memory,
+    history: SolverHistory,
     first: int,
 ) -> None:
     """Take the solver's step instead for the children that come after their prompt's last stochastic step.
 
     ``parents`` are the parents' latents and predictions, and ``family`` says which of them is each child's.
-    ``reached``, by child, and ``memory``, by node from ``first`` on, are changed in place.
+    ``reached``, by child, and ``history``, by node from ``first`` on, are changed in place.
     """
     after = topology.per_edge(step, [plan.last_stochastic < step for plan in topology.plans])
     chosen = torch.nonzero(after[children])[:, 0]
     if not len(chosen):
         return
-    device, kept_on = reached.device, memory.clean.device
+    device, kept_on = reached.device, history.clean.device
     row = send(family[chosen], device)
-    latents, prediction = (part[row] for part in parents)
+    latents, prediction = (each[row] for each in parents)
     nodes = children[chosen]
     target = topology.target(step)[topology.parent[step + 1][nodes]]
     level, level_next = (sampler.sigmas[depth] for depth in (torch.full_like(target, step), target))
-    before = Memory(*(fetch_rows(part, nodes - first, device) for part in (memory.clean, memory.sigma)))
+    before = SolverHistory(*(fetch_rows(each, nodes - first, device) for each in (history.clean, history.sigma)))
     solved, kept = dpm2m(latents, prediction, send(level, device), send(level_next, device), before)
     reached[send(chosen, device)] = solved
     rows = send(nodes - first, kept_on)
-    memory.clean[rows], memory.sigma[rows] = kept.clean.to(kept_on), send(level, kept_on)
+    history.clean[rows], history.sigma[rows] = kept.clean.to(kept_on), send(level, kept_on)
 
 
 def _noise(
@@ -262,8 +275,8 @@ def _noise(
         first, last = bisect_left(children, nodes.start), bisect_left(children, nodes.stop)
         if first >= last:
             continue
-        # Noise is addressed by places in the whole tree; of its families a part may lack the first or last children.
-        start = children[first] - nodes.start + topology.parts[prompt].held[step + 1].start
+        # Noise is addressed by indices in the whole tree; of its families a share may lack the first or last children.
+        start = children[first] - nodes.start + topology.shares[prompt].held[step + 1].start
         branches, stop = plan.factors[step], start + last - first
         parents = range(start // branches, -(-stop // branches))
         families = child_noise(source, siblings, prompt_ids[prompt], step + 1, parents, branches, shape)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -22,24 +23,36 @@ class Scores:
     def __len__(self) -> int:
         return self.values.numel()
 
+    def rows(self, index: Tensor) -> Scores:
+        """Return the scores of some samples, ``index`` (B',) int64, in its order and without repetition."""
+        return Scores(
+            values=self.values[index],
+            valid=self.valid[index],
+            raw=None if self.raw is None else self.raw[index],
+            details={name: figure[index] for name, figure in self.details.items()},
+            reasons={row: self.reasons[old] for row, old in enumerate(index.tolist()) if old in self.reasons},
+        )
+
     @staticmethod
-    def joined(parts: Sequence[Scores]) -> Scores:
-        """The scores of consecutive samples as one; ``raw`` and details are NaN for samples that have none."""
-        starts = [sum(len(part) for part in parts[:place]) for place in range(len(parts))]
-        names = dict.fromkeys(name for part in parts for name in part.details)
+    def concatenate(batches: Sequence[Scores]) -> Scores:
+        """Return the scores of consecutive samples; ``raw`` and details are NaN for samples that have none."""
+        if len(batches) == 1:
+            return batches[0]
+        names = dict.fromkeys(name for batch in batches for name in batch.details)
+        starts = list(accumulate((len(batch) for batch in batches), initial=0))
 
         def filled(figures: Sequence[Tensor | None]) -> Tensor:
-            pairs = zip(figures, parts, strict=True)
-            return torch.cat([torch.full_like(part.values, torch.nan) if one is None else one for one, part in pairs])
+            pairs = zip(figures, batches, strict=True)
+            return torch.cat([torch.full_like(batch.values, torch.nan) if one is None else one for one, batch in pairs])
 
         return Scores(
-            values=torch.cat([part.values for part in parts]),
-            valid=torch.cat([part.valid for part in parts]),
-            raw=None if all(part.raw is None for part in parts) else filled([part.raw for part in parts]),
-            details={name: filled([part.details.get(name) for part in parts]) for name in names},
+            values=torch.cat([batch.values for batch in batches]),
+            valid=torch.cat([batch.valid for batch in batches]),
+            raw=None if all(batch.raw is None for batch in batches) else filled([batch.raw for batch in batches]),
+            details={name: filled([batch.details.get(name) for batch in batches]) for name in names},
             reasons={
                 start + row: reason
-                for start, part in zip(starts, parts, strict=True)
-                for row, reason in part.reasons.items()
+                for start, batch in zip(starts, batches, strict=False)
+                for row, reason in batch.reasons.items()
             },
         )

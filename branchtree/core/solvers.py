@@ -15,26 +15,26 @@ Solver = Literal["euler", "dpm2m"]
 
 
 @dataclass(frozen=True)
-class Memory:
+class SolverHistory:
     """The clean estimate of each row's step before, (B, *latent), and its noise level (B,); NaN where there is none."""
 
     clean: Tensor
     sigma: Tensor
 
     @staticmethod
-    def empty(latents: Tensor) -> Memory:
-        """No step before, for latents (B, *latent)."""
-        return Memory(torch.zeros_like(latents), torch.full((len(latents),), torch.nan, device=latents.device))
+    def empty(latents: Tensor) -> SolverHistory:
+        """Return the history of latents (B, *latent) that have taken no step."""
+        return SolverHistory(torch.zeros_like(latents), torch.full((len(latents),), torch.nan, device=latents.device))
 
-    def rows(self, index: Tensor) -> Memory:
-        """The memory of some rows, with repetition; ``index`` (B,) is on the host."""
+    def rows(self, index: Tensor) -> SolverHistory:
+        """Return the history of some rows, with repetition; ``index`` (B,) is on the host."""
         index = send(index, self.clean.device)
-        return Memory(self.clean[index], self.sigma[index])
+        return SolverHistory(self.clean[index], self.sigma[index])
 
 
 def dpm2m(
-    latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, memory: Memory
-) -> tuple[Tensor, Memory]:
+    latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, history: SolverHistory
+) -> tuple[Tensor, SolverHistory]:
     """A step of DPM-Solver++(2M) for flow matching, and what the next one needs (arXiv 2211.01095, algorithm 2).
 
     With alpha = 1 - sigma and lambda = log(alpha / sigma), h the step in lambda and r the last step over this one,
@@ -45,14 +45,14 @@ def dpm2m(
     sigma' = 0 gives the clean estimate x0 itself.
     """
     clean = latents - like(sigma, latents) * velocity
-    before, here, there = (_log_ratio(level) for level in (memory.sigma, sigma, sigma_next))
+    before, here, there = (_log_ratio(level) for level in (history.sigma, sigma, sigma_next))
     correction = (there - here) / (2 * (here - before))
     usable = correction.isfinite()
     slope = like(correction.where(usable, torch.zeros_like(correction)), latents)
-    estimate = clean + slope * (clean - memory.clean)
+    estimate = clean + slope * (clean - history.clean)
     kept = like(sigma_next / sigma, latents)  # exp(-h) alpha' is kept * (1 - sigma), finite at both ends of the grid
     gained = like((1 - sigma_next) - (1 - sigma) * sigma_next / sigma, latents)
-    return kept * latents + gained * estimate, Memory(clean, sigma)
+    return kept * latents + gained * estimate, SolverHistory(clean, sigma)
 
 
 def _log_ratio(sigma: Tensor) -> Tensor:

@@ -22,8 +22,8 @@ LOG_SQRT_TAU = 0.5 * math.log(2 * math.pi)
 class Transition(Protocol):
     """The law of the next state. Trees, fusion, pruning and the loss know no more about a modality than this."""
 
-    def sample(self, noise: Tensor) -> Tensor:
-        """The next states for base noise (B, *latent)."""
+    def sample(self, noise: Tensor | None) -> Tensor:
+        """Return the next states for base noise (B, *latent); None where no row is stochastic."""
 
     def log_prob(self, following: Tensor, reduction: Reduction) -> Tensor:
         """Log-density (B,) of the states that followed."""
@@ -39,9 +39,9 @@ class GaussianTransition:
     mean: Tensor  # (B, *latent)
     std: Tensor  # (B, 1, ...)
 
-    def sample(self, noise: Tensor) -> Tensor:
-        """Mean + std * noise, noise (B, *latent)."""
-        return self.mean + self.std * noise
+    def sample(self, noise: Tensor | None) -> Tensor:
+        """Return mean + std * noise, noise (B, *latent); the mean where no row is stochastic and none was drawn."""
+        return self.mean + self.std * (torch.zeros_like(self.mean) if noise is None else noise)
 
     def log_prob(self, following: Tensor, reduction: Reduction = "mean") -> Tensor:
         """Log-density (B,) of ``following`` (B, *latent), averaged over latent dimensions or summed.

@@ -14,8 +14,9 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from branchtree.core.parts import TreePart
 from branchtree.core.schedule import TreePlan
+from branchtree.core.sharing import TreeShare
+from branchtree.core.transitions import Reduction
 
 NO_PARENT = -1
 """Parent index of a root."""
@@ -28,7 +29,7 @@ class Topology:
     plans: tuple[TreePlan, ...]  # P
     parent: tuple[Tensor, ...]  # per depth (N_d,) int64, into the depth before
     root: tuple[Tensor, ...]  # per depth (N_d,) int64, which prompt
-    parts: tuple[TreePart, ...]  # P: which of each prompt's nodes are here; all of them but where a tree is split
+    shares: tuple[TreeShare, ...]  # P: which of each prompt's nodes are held here; all, but where a tree is shared
 
     @property
     def steps(self) -> int:
@@ -63,7 +64,10 @@ class Topology:
     def rollout_rows(self) -> int:
         """Nodes that go through the denoiser, at all depths."""
         return sum(
-            len(part.held[depth]) for part in self.parts for depth in self.depths[:-1] if depth not in part.plan.skipped
+            len(share.held[depth])
+            for share in self.shares
+            for depth in self.depths[:-1]
+            if depth not in share.plan.skipped
         )
 
     @property
@@ -93,21 +97,27 @@ class Topology:
 
     def span(self, prompt: int, depth: int) -> range:
         """Where a prompt's nodes lie among those of a depth."""
-        start = sum(len(part.held[depth]) for part in self.parts[:prompt])
-        return range(start, start + len(self.parts[prompt].held[depth]))
+        start = sum(len(share.held[depth]) for share in self.shares[:prompt])
+        return range(start, start + len(self.shares[prompt].held[depth]))
 
     def block(self, prompts: range, depth: int) -> range:
         """Where the nodes of some adjoining prompts lie among those of a depth."""
         return range(self.span(prompts[0], depth).start, self.span(prompts[-1], depth).stop)
 
-    def first(self, prompts: int) -> Topology:
-        """That of the first prompts alone, whose nodes keep their places."""
-        widths = [self.block(range(prompts), depth).stop for depth in self.depths]
+    def select(self, prompts: range) -> Topology:
+        """Return the topology of some adjoining prompts alone."""
+        blocks = [self.block(prompts, depth) for depth in self.depths]
+        above = [0, *(block.start for block in blocks[:-1])]
         return Topology(
-            plans=self.plans[:prompts],
-            parent=tuple(level[:width] for level, width in zip(self.parent, widths, strict=True)),
-            root=tuple(level[:width] for level, width in zip(self.root, widths, strict=True)),
-            parts=self.parts[:prompts],
+            plans=self.plans[prompts.start : prompts.stop],
+            parent=tuple(
+                parent[block.start : block.stop] - start
+                for parent, block, start in zip(self.parent, blocks, above, strict=True)
+            ),
+            root=tuple(
+                root[block.start : block.stop] - prompts.start for root, block in zip(self.root, blocks, strict=True)
+            ),
+            shares=self.shares[prompts.start : prompts.stop],
         )
 
 
@@ -124,30 +134,30 @@ def grow(plans: Sequence[TreePlan]) -> Topology:
         parents.append(torch.repeat_interleave(torch.arange(root.numel()), children))
         root = root[parents[-1]]
         roots.append(root)
-    parts = tuple(TreePart.whole(plan) for plan in plans)
-    return Topology(plans=tuple(plans), parent=tuple(parents), root=tuple(roots), parts=parts)
+    shares = tuple(TreeShare.whole(plan) for plan in plans)
+    return Topology(plans=tuple(plans), parent=tuple(parents), root=tuple(roots), shares=shares)
 
 
-def grow_parts(parts: Sequence[TreePart]) -> Topology:
-    """The topology of one part of each prompt's tree, with the nodes of the whole that it holds, in their order."""
-    whole = grow([part.plan for part in parts])
-    if all(part.is_whole for part in parts):
+def grow_shares(shares: Sequence[TreeShare]) -> Topology:
+    """Return the topology of one share of each prompt's tree, with its nodes in the order of the whole."""
+    whole = grow([share.plan for share in shares])
+    if all(share.is_whole for share in shares):
         return whole
     parents, roots, here = [], [], torch.tensor([NO_PARENT])
-    for depth, places in enumerate(places_in(whole, parts)):
-        parents.append(here[whole.parent[depth][places]])
-        roots.append(whole.root[depth][places])
-        here = torch.full((whole.width(depth),), NO_PARENT).scatter_(0, places, torch.arange(len(places)))
-    return Topology(plans=whole.plans, parent=tuple(parents), root=tuple(roots), parts=tuple(parts))
+    for depth, nodes in enumerate(indices_in(whole, shares)):
+        parents.append(here[whole.parent[depth][nodes]])
+        roots.append(whole.root[depth][nodes])
+        here = torch.full((whole.width(depth),), NO_PARENT).scatter_(0, nodes, torch.arange(len(nodes)))
+    return Topology(plans=whole.plans, parent=tuple(parents), root=tuple(roots), shares=tuple(shares))
 
 
-def places_in(whole: Topology, parts: Sequence[TreePart]) -> tuple[Tensor, ...]:
-    """Per depth (n_d,) int64: where the nodes that each prompt's part holds stand among those of the whole."""
+def indices_in(whole: Topology, shares: Sequence[TreeShare]) -> tuple[Tensor, ...]:
+    """Return, per depth (n_d,) int64, the indices among the whole's nodes of those that each prompt's share holds."""
     return tuple(
         torch.cat(
             [
-                torch.arange(part.held[depth].start, part.held[depth].stop) + whole.span(prompt, depth).start
-                for prompt, part in enumerate(parts)
+                torch.arange(share.held[depth].start, share.held[depth].stop) + whole.span(prompt, depth).start
+                for prompt, share in enumerate(shares)
             ]
         )
         for depth in whole.depths
@@ -172,15 +182,15 @@ class BranchTree:
         """The clean latents, (L, *latent)."""
         return self.states[-1]
 
-    @staticmethod
-    def joined(trees: Sequence[BranchTree]) -> BranchTree:
-        """Trees of several batches of prompts, on one time grid, as the tree of all their prompts in this order."""
-        if len(trees) == 1:
-            return trees[0]
-        topology = grow_parts([part for tree in trees for part in tree.topology.parts])
-        return BranchTree(
-            topology=topology,
-            sigmas=trees[0].sigmas,
-            states=tuple(torch.cat(level) for level in zip(*(tree.states for tree in trees), strict=True)),
-            log_prob=tuple(torch.cat(level) for level in zip(*(tree.log_prob for tree in trees), strict=True)),
-        )
+    @property
+    def dimensions(self) -> int:
+        """Numbers in one sample's latents."""
+        return self.leaves[0].numel()
+
+    def mean_log_prob(self, reduction: Reduction) -> list[Tensor]:
+        """Return the edges' log-densities averaged over latent dimensions, per depth (N_d,).
+
+        ``reduction`` says what ``log_prob`` holds: the averages already, or sums.
+        """
+        divisor = self.dimensions if reduction == "sum" else 1
+        return [level / divisor for level in self.log_prob]

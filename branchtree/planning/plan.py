@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from branchtree.core.cost import Cost, count
 from branchtree.core.schedule import TreePlan
-from branchtree.core.tree import Topology, grow, grow_parts
+from branchtree.core.tree import Topology, grow, grow_shares
 from branchtree.data.prompts import HUB, PromptOrder, check_conditions, held_out_conditions, training_conditions
 from branchtree.planning.fitting import Fit, find_fits
 from branchtree.planning.gpus import GPUS
@@ -18,9 +18,9 @@ from branchtree.recipe.build import (
     make_credit_rule,
     make_kernel,
     make_model,
-    make_parts,
     make_pruning_rule,
     make_schedule,
+    make_shares,
 )
 from branchtree.recipe.schema import DataSection, EvaluationSection, Recipe
 
@@ -106,7 +106,7 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
         tree=plans[0],
         per_prompt=count(plans[:1], rule, pruning, 0),
         parts=tuple(
-            PartCost(len(part.leaves), grow_parts([part]).rollout_rows) for part in make_parts(recipe, plans[0])
+            PartCost(len(part.leaves), grow_shares([part]).rollout_rows) for part in make_shares(recipe, plans[0])
         ),
         iteration=iteration,
         rows_per_prediction=model.rows_per_prediction,

@@ -14,9 +14,9 @@ from pydantic import BaseModel
 from branchtree.core.credit import CreditRule, PruningRule
 from branchtree.core.grid import time_grid
 from branchtree.core.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
-from branchtree.core.parts import TreePart, cut
 from branchtree.core.rollout import Sampler
 from branchtree.core.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, SplitAtWindow, Splits, TreePlan
+from branchtree.core.sharing import TreeShare, cut
 from branchtree.core.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel
 from branchtree.errors import RecipeError
 from branchtree.plugins.protocols import Callback, GroupReward, ModelAdapter, RewardAdapter
@@ -58,7 +58,7 @@ def make_schedule(recipe: Recipe) -> Schedule:
     )
 
 
-def make_parts(recipe: Recipe, plan: TreePlan) -> list[TreePart]:
+def make_shares(recipe: Recipe, plan: TreePlan) -> list[TreeShare]:
     """The parts of a prompt's tree that the processes of ``batch.processes_per_prompt`` grow, in the order of ranks.
 
     Raises RecipeError if there are more processes than leaves.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from branchtree.api import plan, train
-from branchtree.core.noise import NoiseSource, Purpose, generator
+from branchtree.core.noise import NoiseSource
 from branchtree.core.rollout import rollout
 from branchtree.core.tree import BranchTree, grow
 from branchtree.planning.plan import RunPlan
@@ -24,9 +23,11 @@ from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import Rows, ask, counted_rows, load, question, trainable
-from branchtree.training.policy import velocity_function
+from branchtree.training.conditioning import ConditioningCache
+from branchtree.training.iteration import iterate
+from branchtree.training.metrics import gather_metrics
+from branchtree.training.policy import Policy
 from branchtree.training.session import make_accelerator, open_session, read_inputs
-from branchtree.training.trainer import Trainer
 
 TREES: Mapping[str, Mapping[str, Any]] = {
     "dense": {"tree.splits": "dense"},
@@ -217,27 +218,27 @@ def _measure(recipe: Recipe, output: Path) -> Measured:
     inputs = read_inputs(recipe)
     directory.claim(resume=False)
     session = open_session(inputs, directory, make_accelerator(recipe))
-    trainer, counted = Trainer(session, []), []
+    counted, metrics = [], []
     for iteration in range(recipe.run.iterations):
         with counted_rows(inputs.model.denoiser) as rows:
-            trainer._iteration(iteration)
+            done = iterate(session, iteration)
         counted.append(rows)
-    metrics = [json.loads(line) for line in (output / METRICS).read_text(encoding="utf-8").splitlines()]
+        metrics.append(gather_metrics(session, done))
     return Measured(plan(recipe), tuple(counted), tuple(metrics))
 
 
 def _tree(adapter: ModelAdapter, recipe: Recipe, ids: Sequence[int]) -> BranchTree:
     """The trees of some prompts, rolled out together in the first iteration."""
     inputs = read_inputs(recipe)
-    initial = [
-        adapter.initial_noise(generator(recipe.tree.noise_seed, 0, prompt_id, 0, 0, Purpose.INITIAL))
-        for prompt_id in ids
-    ]
+    sampler, cache = make_sampler(recipe, adapter), ConditioningCache(adapter)
+    policy = Policy(adapter, cache, sampler, torch.no_grad, torch.device("cpu")).under(
+        [inputs.conditions[prompt_id] for prompt_id in ids]
+    )
     return rollout(
-        velocity_function(adapter, adapter.encode([inputs.conditions[prompt_id] for prompt_id in ids]), torch.no_grad),
-        make_sampler(recipe, adapter),
+        policy,
+        sampler,
         grow([inputs.schedule.plan(0, prompt_id) for prompt_id in ids]),
-        torch.stack(initial),
+        policy.initial(recipe.tree.noise_seed, 0, [(prompt_id, 0) for prompt_id in ids]),
         NoiseSource(recipe.seed, 0),
         ids,
     )

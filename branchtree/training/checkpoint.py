@@ -28,10 +28,9 @@ from branchtree.run.contents import Contents
 from branchtree.run.directory import CHECKPOINT
 from branchtree.run.ledger import Ledger
 from branchtree.run.manifest import require_whole
-from branchtree.training.ema import WeightAverage
-from branchtree.training.engine import Engine
-from branchtree.training.guard import UpdateGuard
+from branchtree.training.engine import Engine, WeightAverage
 from branchtree.training.learning_rate import LearningRate
+from branchtree.training.update import UpdateGuard
 
 log = logging.getLogger("branchtree")
 
@@ -61,12 +60,12 @@ class Trained:
     @contextmanager
     def as_exported(self) -> Iterator[None]:
         """A context in which the model holds the weights that ``final/`` would: the average, where there is one."""
-        self.engine.settle()
+        self.engine.forget_copies()
         with nullcontext() if self.average is None else self.average.applied():
             try:
                 yield
             finally:
-                self.engine.settle()
+                self.engine.forget_copies()
 
     def progress(self) -> Progress:
         """What training moves along beside the weights."""

@@ -1,19 +1,15 @@
-"""Where the trained weights lie and how they are stepped: whole on every process, or sharded over them."""
+"""Where the trained weights lie, how they are stepped, and their moving average."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-
-from branchtree.errors import RecipeError
-from branchtree.recipe.schema import Recipe
-
-MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Engine(Protocol):
@@ -53,8 +49,8 @@ class Engine(Protocol):
     def discard(self) -> None:
         """Forget the gradient."""
 
-    def settle(self) -> None:
-        """Before and after weights are changed from outside: keep no copy of them."""
+    def forget_copies(self) -> None:
+        """Drop gathered copies of the weights, before and after they are changed from outside."""
 
     def denoiser_state(self) -> dict[str, Tensor] | None:
         """The trained weights to save, on the main process; None: those in the denoiser. All processes must call it."""
@@ -67,7 +63,7 @@ class Engine(Protocol):
 
 
 class Stepped:
-    """Steps an optimiser that holds this process's part of the weights, or all of them."""
+    """Steps an optimiser that holds this process's share of the weights, or all of them."""
 
     optimizer: Any
     parameters: Mapping[str, nn.Parameter]
@@ -113,7 +109,7 @@ class WholeWeights(Stepped):
         """Scale the gradient to a norm of at most ``limit``; returns the norm before."""
         return float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))
 
-    def settle(self) -> None:
+    def forget_copies(self) -> None:
         """There are no copies."""
 
     def denoiser_state(self) -> None:
@@ -129,49 +125,101 @@ class WholeWeights(Stepped):
         self.optimizer.load_state_dict(state)
 
 
-def make_engine(
-    recipe: Recipe, accelerator: Any, denoiser: nn.Module, reference: nn.Module | None, make: MakeOptimizer
-) -> Engine:
-    """The engine that accelerate was configured for. ``reference``, a frozen copy of the denoiser, goes the same way.
-
-    Raises RecipeError for a configuration that is not supported.
-    """
-    from branchtree.training.sharding import sharding_asked
-
-    if sharding_asked():
-        if accelerator.num_processes == 1:
-            raise RecipeError("accelerate's configuration: FSDP shards over processes, and there is only one")
-        return _sharded(recipe, accelerator, denoiser, reference, make)
-    parameters = trained_parameters(denoiser)
-    module, optimizer = accelerator.prepare(denoiser, make(list(parameters.values())))
-    return WholeWeights(accelerator, module, optimizer, parameters)
-
-
-def _sharded(
-    recipe: Recipe, accelerator: Any, denoiser: nn.Module, reference: nn.Module | None, make: MakeOptimizer
-) -> Engine:
-    from torch.distributed.device_mesh import init_device_mesh
-
-    from branchtree.training.sharding import ShardedWeights, read_shard_settings, shard
-
-    settings = read_shard_settings(accelerator)
-    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
-    reduced = torch.bfloat16 if recipe.autocast else None
-    if reference is not None:
-        shard(reference, settings, mesh, reduced)
-    module = shard(denoiser, settings, mesh, reduced)
-    parameters = trained_parameters(denoiser)
-    return ShardedWeights(
-        module=module,
-        optimizer=make(list(parameters.values())),
-        parameters=parameters,
-        main=accelerator.is_main_process,
-        # Until it is reduced, a gradient is whole on every device: small for low-rank weights, and for all weights
-        # what sharding is there to avoid.
-        reduce_once=recipe.lora is not None,
-    )
-
-
 def trained_parameters(denoiser: nn.Module) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name."""
     return {name: value for name, value in denoiser.named_parameters() if value.requires_grad}
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's share of a tensor, in the same memory: all of it where it is not sharded."""
+    with torch.no_grad():
+        share: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return share.detach()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of a tensor, on the CPU. Where it is sharded, every process must call this."""
+    with torch.no_grad():
+        full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu()
+
+
+def share_of(full: Tensor, like: Tensor) -> Tensor:
+    """Return a tensor that every process has in full, laid out as ``like`` is. Nothing is sent."""
+    if not isinstance(like, DTensor):
+        return full
+    shared: Tensor = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
+    return shared
+
+
+def gathered(share: Tensor, like: Tensor) -> Tensor:
+    """Return all of a tensor, on the CPU, of which each process holds the share that it holds of ``like``."""
+    if not isinstance(like, DTensor):
+        return share
+    on_device = share.to(like.device_mesh.device_type)
+    return whole(
+        DTensor.from_local(
+            on_device, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
+        )
+    )
+
+
+class WeightAverage:
+    """An exponential moving average of the trained weights, kept on the CPU.
+
+    average = d * average + (1 - d) * weight, after each optimiser step, in float32.
+
+    After ``n`` earlier steps d is min(decay, (1 + n) / (10 + n)), and 0 at the first, as in diffusers' ``EMAModel``:
+    the average follows the weights from the start, however short the run. Where weights are sharded, each process keeps
+    the average of its own share, and nothing is sent but when it is written.
+    """
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], decay: float) -> None:
+        self._decay = decay
+        self.steps = 0  # that the average has taken in
+        self._parameters = dict(parameters)
+        self._average = {name: local(value).float().cpu().clone() for name, value in parameters.items()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the weights as they are now into the average."""
+        decay = min(self._decay, (1 + self.steps) / (10 + self.steps)) if self.steps else 0.0
+        self.steps += 1
+        for name, parameter in self._parameters.items():
+            self._average[name].lerp_(local(parameter).float().cpu(), 1 - decay)
+
+    def state(self) -> dict[str, Tensor]:
+        """Return the whole averages by parameter name, float32. Sharded, all processes must call this."""
+        return {name: gathered(value, self._parameters[name]) for name, value in self._average.items()}
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the averages in the parameters' own dtypes, ready to be written instead of them."""
+        return {name: value.to(self._parameters[name].dtype) for name, value in self.state().items()}
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Hold the averages in the model, as ``final/`` will, while the context lasts."""
+        originals = {name: local(parameter).cpu().clone() for name, parameter in self._parameters.items()}
+        try:
+            self._assign(self._average)
+            yield
+        finally:
+            self._assign(originals)
+
+    @torch.no_grad()
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        for name, parameter in self._parameters.items():
+            local(parameter).copy_(values[name])
+
+    def load(self, state: Mapping[str, Tensor], steps: int) -> None:
+        """Continue from a saved state, of any number of processes, that has taken in ``steps``."""
+        self.steps = steps
+        for name, average in self._average.items():
+            average.copy_(local(share_of(state[name], self._parameters[name])))
+
+    @torch.no_grad()
+    def restart(self) -> None:
+        """Start again from the weights as they are now."""
+        self.steps = 0
+        for name, parameter in self._parameters.items():
+            self._average[name].copy_(local(parameter))

@@ -4,26 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from concurrent.futures import Executor, Future
-from contextlib import AbstractContextManager
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from branchtree.core.rollout import Sampler, chunks
+from branchtree.core.rollout import chunks
 from branchtree.core.scores import Scores
 from branchtree.errors import ModelError, RewardError
-from branchtree.plugins.protocols import Condition, Media, ModelAdapter
+from branchtree.plugins.protocols import Condition, Media
 from branchtree.recipe.build import NamedReward
 from branchtree.training.faults import REMEDY, are_faults
-from branchtree.training.lockstep import Lockstep
-from branchtree.training.microbatch import RowLimits
-from branchtree.training.policy import ConditioningCache
-from branchtree.training.sampling import sample_latents
-from branchtree.training.scorer import Scorer
-from branchtree.training.scoring import InPlace, Workers
+from branchtree.training.limits import RowLimits
+from branchtree.training.policy import Policy
+from branchtree.training.processes import Processes
+from branchtree.training.scoring import Scorer
 
 Pair = tuple[int, int]
 """Which prompt, and which of its noises."""
@@ -63,33 +60,33 @@ class Samples:
     media: Mapping[Pair, Media]  # one sample each, of those that were to be kept; on the CPU
 
     @staticmethod
-    def joined(parts: Sequence[Samples]) -> Samples:
-        """The parts that several processes made as one, in order."""
-        pairs = [pair for part in parts for pair in part.pairs]
+    def merge(shares: Sequence[Samples]) -> Samples:
+        """Return the samples that several processes made as one, in order."""
+        pairs = [pair for share in shares for pair in share.pairs]
         order = sorted(range(len(pairs)), key=pairs.__getitem__)
         return Samples(
-            pairs=[pairs[place] for place in order],
+            pairs=[pairs[row] for row in order],
             scores={
-                label: _taken(Scores.joined([part.scores[label] for part in parts]), order) for label in parts[0].scores
+                label: Scores.concatenate([share.scores[label] for share in shares]).rows(torch.tensor(order))
+                for label in shares[0].scores
             },
-            media={pair: media for part in parts for pair, media in part.media.items()},
+            media={pair: media for share in shares for pair, media in share.media.items()},
         )
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Scores the policy on held-out prompts; processes share the work and get the same answer."""
+    """Scores a policy on held-out prompts; processes share the work and get the same answer.
+
+    ``background`` says whether a batch is scored while the next one is sampled.
+    """
 
     section: Drawing
     conditions: Sequence[Condition]
     rewards: Sequence[NamedReward]
-    model: ModelAdapter
-    cache: ConditioningCache
-    sampler: Sampler
-    autocast: Callable[[], AbstractContextManager[None]]
-    device: torch.device
+    policy: Policy
     limits: RowLimits
-    executor: Callable[[], Executor]  # what scores one batch while the next is sampled
+    background: bool
     joint: bool = False  # whether a forward is a call that all processes must make
 
     def figures(self, accelerator: Any) -> dict[str, Figure]:
@@ -110,11 +107,10 @@ class Evaluator:
         batches = [[pairs[row] for row in span] for span in chunks(len(pairs), self._rows)]
         mine = batches[accelerator.process_index :: accelerator.num_processes]
         most = len(batches[:: accelerator.num_processes])
-        scored = Lockstep(accelerator, self.joint).together(
-            lambda: self._in_step(mine, batches[0], most, keep, advance)
-        )
+        with Processes(accelerator, self.joint).together():
+            scored = self._in_step(mine, batches[0], most, keep, advance)
         everyone: list[Samples] = gather_object(scored)
-        samples = Samples.joined(everyone)
+        samples = Samples.merge(everyone)
         self._require_samples(samples.scores)
         return samples
 
@@ -164,20 +160,22 @@ class Evaluator:
         if not batches:
             return []
         kept: list[Future[list[Media]]] = []
-        # Here prompts are encoded between two batches, and an adapter need not encode while it decodes.
-        workers = Workers(InPlace, self.executor)
-        with Scorer(self.model, self.rewards, workers, self.limits, self.limits.evaluation, self.device) as scorer:
+        policy, limits = self.policy, self.limits
+        # Decoding has no thread: prompts are encoded between two batches, and an adapter need not do both at once.
+        with Scorer(
+            policy.model, self.rewards, limits, limits.evaluation, policy.device, background=self.background
+        ) as scorer:
             for done, pairs in enumerate(batches):
                 conditions = [self.conditions[prompt] for prompt, _ in pairs]
-                if not self.cache.holds(conditions):
-                    self.cache.prepare(self._coming(batches[done:]), replace=True)
+                if not self.policy.cache.holds(conditions):
+                    self.policy.cache.prepare(self._coming(batches[done:]), replace=True)
                 latents = self._sampled(pairs, conditions)
                 sampled.append(len(pairs))
-                places = {place for place, pair in enumerate(pairs) if pair in keep}
-                kept.append(scorer.put(latents, conditions, [prompt for prompt, _ in pairs], places))
+                rows = {row for row, pair in enumerate(pairs) if pair in keep}
+                kept.append(scorer.put(latents, conditions, [prompt for prompt, _ in pairs], rows))
                 if advance is not None:
                     advance(len(pairs))
-            scores = scorer.scores()
+            scores = scorer.finish()
         pairs = [pair for batch in batches for pair in batch]
         media = [single for put in kept for single in put.result()]
         return [Samples(pairs, scores, dict(zip([pair for pair in pairs if pair in keep], media, strict=True)))]
@@ -187,17 +185,8 @@ class Evaluator:
         return [self.conditions[prompt] for prompt in dict.fromkeys(prompt for pairs in batches for prompt, _ in pairs)]
 
     def _sampled(self, pairs: Sequence[Pair], conditions: Sequence[Condition]) -> Tensor:
-        return sample_latents(
-            self.model,
-            self.cache,
-            self.sampler,
-            self.autocast,
-            conditions,
-            pairs,
-            self.section.seed,
-            self.device,
-            self.limits.evaluation,
-        )
+        policy = self.policy.under(conditions)
+        return policy.sample(policy.initial(self.section.seed, 0, pairs))
 
 
 def figure_of(scores: Scores) -> Figure:
@@ -205,15 +194,3 @@ def figure_of(scores: Scores) -> Figure:
     values = scores.values[scores.valid].double()
     mean = float(values.mean()) if values.numel() else None
     return Figure(mean=mean, valid=values.numel(), samples=scores.values.numel())
-
-
-def _taken(scores: Scores, order: Sequence[int]) -> Scores:
-    """The scores in another order."""
-    rows = torch.tensor(order, dtype=torch.int64)
-    return Scores(
-        values=scores.values[rows],
-        valid=scores.valid[rows],
-        raw=None if scores.raw is None else scores.raw[rows],
-        details={name: figure[rows] for name, figure in scores.details.items()},
-        reasons={place: scores.reasons[row] for place, row in enumerate(order) if row in scores.reasons},
-    )

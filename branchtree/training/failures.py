@@ -67,7 +67,7 @@ class Leaves:
         rows = []
         for row, label in sorted(found, key=lambda one: one[0])[:LISTED]:
             prompt = root[row]
-            leaf = self.topology.parts[prompt].leaves[row - self.topology.span(prompt, depth).start]
+            leaf = self.topology.shares[prompt].leaves[row - self.topology.span(prompt, depth).start]
             condition = self.conditions[prompt]
             rows.append(
                 {

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import logging
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
 from types import TracebackType
+from typing import Any
 
+from branchtree.core.schedule import Schedule, SlidingWindow
+from branchtree.data.prompts import PromptOrder
 from branchtree.files.writing import writing
+from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS
 from branchtree.training.checkpoint import (
     DAMAGED,
@@ -15,12 +22,64 @@ from branchtree.training.checkpoint import (
     take_snapshot,
     write_checkpoint,
 )
-from branchtree.training.position import position
 from branchtree.training.restore import load_checkpoint
 from branchtree.training.session import Session
-from branchtree.training.writer import CheckpointWriter
 
 log = logging.getLogger("branchtree")
+
+
+class CheckpointWriter:
+    """Does one write after the other. In the background, training goes on meanwhile and learns of a failure later.
+
+    Used as a context, it is left only when nothing is being written, unless the process is told to stop at once.
+    """
+
+    def __init__(self, background: bool) -> None:
+        self._background = background
+        self._under_way: Future[None] | None = None
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        if kind is None:
+            self.wait()
+        elif issubclass(kind, Exception):
+            try:
+                self.wait()
+            except Exception as second:  # the first failure is the one to tell of
+                log.warning("%s", second)
+
+    def put(self, write: Callable[[], None]) -> None:
+        """Do a write once the one before is done. Raises what that one, or without a background this one, raised."""
+        self.wait()
+        if not self._background:
+            write()
+            return
+        future: Future[None] = Future()
+        # A daemon, so that a process that is told to stop at once does: what it leaves is a folder without its name.
+        threading.Thread(target=_fulfil, args=(future, write), name="checkpoint", daemon=True).start()
+        self._under_way = future
+
+    def check(self) -> None:
+        """Raise what a write raised that has ended since."""
+        if self._under_way is not None and self._under_way.done():
+            self.wait()
+
+    def wait(self) -> None:
+        """Wait until nothing is being written. Raises what the write raised."""
+        future, self._under_way = self._under_way, None
+        if future is not None:
+            future.result()
+
+
+def _fulfil(future: Future[None], write: Callable[[], None]) -> None:
+    try:
+        write()
+    except BaseException as error:  # raised again by the thread that trains
+        future.set_exception(error)
+    else:
+        future.set_result(None)
 
 
 class CheckpointKeeper:
@@ -65,11 +124,11 @@ class CheckpointKeeper:
         if done == self._saved:
             return
         session, recipe = self._session, self._session.recipe
-        standing = position(recipe, session.inputs.schedule, session.order, done)
+        position = _position(recipe, session.inputs.schedule, session.order, done)
         main = session.accelerator.is_main_process
         contents = session.inputs.contents if main else {}
         copied = recipe.run.checkpoint_async
-        snapshot = take_snapshot(session.trained, done, recipe, standing, copied, contents)
+        snapshot = take_snapshot(session.trained, done, recipe, position, copied, contents)
         if not main:
             self._saved = done
             return
@@ -100,3 +159,18 @@ class CheckpointKeeper:
             return f"The {good}checkpoint {checkpoints[-1]} is kept: {remedy}, go on with --resume{flags}"
         again = "begin again with --resume" if (output.root / METRICS).exists() else "begin again"
         return f"No checkpoint was written before: {remedy}, {again}"
+
+
+def _position(recipe: Recipe, schedule: Schedule, order: PromptOrder, iteration: int) -> dict[str, Any]:
+    """Return where a run stands in its prompts and windows, for people who read a checkpoint's state.
+
+    All of it follows from the iteration and the recipe, so nothing is read back from here.
+    """
+    ids = order.batch(iteration, recipe.batch.prompts)
+    window = schedule.sde.steps(iteration) if isinstance(schedule.sde, SlidingWindow) else None
+    return {
+        "prompts_drawn": iteration * recipe.batch.prompts,
+        "next_prompts": [order.index(prompt_id) for prompt_id in ids],
+        "sde_window": None if window is None else list(window),
+        "pruning_moves": iteration // recipe.pruning.every if recipe.pruning.kind == "depth" else None,
+    }

@@ -14,9 +14,11 @@ from branchtree.core.fusion import TIE
 from branchtree.core.schedule import TreePlan
 from branchtree.core.scores import Scores
 from branchtree.core.segments import segment_count, segment_size, segment_std, segment_sum
-from branchtree.core.tree import Topology
+from branchtree.core.tree import Topology, grow
 from branchtree.core.variance import split_spread, split_variance
-from branchtree.training.gradient import UpdateRecord
+from branchtree.training.iteration import Iteration
+from branchtree.training.session import Session
+from branchtree.training.update import UpdateRecord
 
 GRADIENT_COST = 3
 """A row with its backward pass costs about three forward rows."""
@@ -27,25 +29,25 @@ class ShareRecord:
     """What one process knows of an iteration: everything but the states."""
 
     plans: tuple[TreePlan, ...]
-    log_prob: tuple[Tensor, ...]  # per depth (N_d,), dimension means
-    dimensions: int  # of one sample's latents
     scores: Mapping[str, Scores]
+    credit: Credit
     rollout_rows: int  # predictions that its rollouts took
     update: UpdateRecord
 
 
-def merged(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
-    """The whole iteration, from the shares of all processes in the order of their prompts.
+def merge(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
+    """Return the whole iteration, from the shares of all processes in the order of their prompts.
 
-    ``members`` processes in a row have the same prompts, and each knows all of their trees.
+    ``members`` consecutive processes have the same prompts, and each knows all of their trees.
     """
     if len(shares) == 1:
         return shares[0]
+    first = shares[0].update
     update = UpdateRecord(
-        steps=shares[0].update.steps,
-        skipped_steps=shares[0].update.skipped_steps,
-        refused_steps=shares[0].update.refused_steps,
-        grad_norms=shares[0].update.grad_norms,
+        steps=first.steps,
+        skipped_steps=first.skipped_steps,
+        refused_steps=first.refused_steps,
+        grad_norms=first.grad_norms,
     )
     for share in shares:
         update.rows += share.update.rows
@@ -56,22 +58,30 @@ def merged(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
     distinct = shares[::members]
     return ShareRecord(
         plans=tuple(plan for share in distinct for plan in share.plans),
-        log_prob=tuple(torch.cat(levels) for levels in zip(*(share.log_prob for share in distinct), strict=True)),
-        dimensions=shares[0].dimensions,
-        scores={label: Scores.joined([share.scores[label] for share in distinct]) for label in shares[0].scores},
+        scores={label: Scores.concatenate([share.scores[label] for share in distinct]) for label in shares[0].scores},
+        credit=Credit.concatenate([share.credit for share in distinct]),
         rollout_rows=sum(share.rollout_rows for share in shares),
         update=update,
     )
 
 
-def iteration_metrics(
-    topology: Topology, share: ShareRecord, credit: Credit, rows_per_prediction: int
-) -> dict[str, float]:
-    """All figures of one iteration by name, from what is known of all of it; those that have no value are left out."""
-    scores, update = share.scores, share.update
+def gather_metrics(session: Session, done: Iteration) -> dict[str, float]:
+    """Return an iteration's figures over all processes, which call this together."""
+    from accelerate.utils import gather_object
+
+    group = done.group
+    share = ShareRecord(group.topology.plans, group.scores, done.credit, done.tree.topology.rollout_rows, done.update)
+    whole = merge(gather_object([share]), session.team.members)
+    metrics = iteration_metrics(whole, session.inputs.model.rows_per_prediction)
+    return {**metrics, **done.comparison, "lr": float(session.updater.optimizer.param_groups[0]["lr"])}
+
+
+def iteration_metrics(whole: ShareRecord, rows_per_prediction: int) -> dict[str, float]:
+    """Return all figures of one iteration by name, from what all processes know; those without a value are left out."""
+    topology, scores, credit, update = grow(whole.plans), whole.scores, whole.credit, whole.update
     metrics = {
         **_reward_metrics(topology, scores, credit),
-        **_cost_metrics(topology, share, rows_per_prediction),
+        **_cost_metrics(topology, whole, rows_per_prediction),
         **_update_metrics(update),
         **_depth_metrics(credit, update),
         **_split_metrics(topology, credit),
@@ -102,8 +112,8 @@ def _reward_metrics(topology: Topology, scores: Mapping[str, Scores], credit: Cr
     return metrics
 
 
-def _cost_metrics(topology: Topology, share: ShareRecord, factor: int) -> dict[str, float]:
-    update, rollout = share.update, factor * share.rollout_rows
+def _cost_metrics(topology: Topology, whole: ShareRecord, factor: int) -> dict[str, float]:
+    update, rollout = whole.update, factor * whole.rollout_rows
     gradient = factor * update.rows
     return {
         "rows/rollout": float(rollout),
@@ -112,7 +122,7 @@ def _cost_metrics(topology: Topology, share: ShareRecord, factor: int) -> dict[s
         "rows/rescored": float(factor * update.rescored_rows),
         "rows/equivalent": float(rollout + GRADIENT_COST * gradient),
         "leaves/scored": float(topology.width(topology.steps)),
-        "edges/trained": float(sum(part.numel() for part in update.loss)),
+        "edges/trained": float(sum(losses.numel() for losses in update.loss)),
         "steps/taken": float(update.steps),
         "steps/skipped": float(update.skipped_steps),
         "steps/refused": float(update.refused_steps),
@@ -132,29 +142,29 @@ def _update_metrics(update: UpdateRecord) -> dict[str, float]:
     return {**metrics, "kl": _mean(update.kl)} if update.kl else metrics
 
 
-def _mean(parts: Sequence[Tensor]) -> float:
-    return float(torch.cat(list(parts)).double().mean()) if parts else math.nan
+def _mean(batches: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(batches)).double().mean()) if batches else math.nan
 
 
-def _max(parts: Sequence[Tensor]) -> float:
-    return float(torch.cat(list(parts)).max()) if parts else math.nan
+def _max(batches: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(batches)).max()) if batches else math.nan
 
 
 def _depth_metrics(credit: Credit, update: UpdateRecord) -> dict[str, float]:
-    """Mean |advantage| of kept edges, and their part of the whole loss's magnitude, per depth of the child."""
+    """Return, per depth of the child, the mean |advantage| of kept edges and their share of the loss's magnitude."""
     metrics: dict[str, float] = {}
     loss = torch.cat(update.loss).abs().double() if update.loss else torch.zeros(0, dtype=torch.float64)
     depth = torch.cat(update.depth) if update.depth else torch.zeros(0, dtype=torch.int64)
     total = float(loss.sum())
-    for level, (advantage, keep) in enumerate(zip(credit.advantages, credit.keep, strict=True)):
+    for at, (advantage, keep) in enumerate(zip(credit.advantages, credit.keep, strict=True)):
         if bool(keep.any()):
-            metrics[f"advantage/abs_mean/depth_{level:02d}"] = float(advantage[keep].abs().mean())
-            metrics[f"loss_share/depth_{level:02d}"] = float(loss[depth == level].sum()) / total if total else math.nan
+            metrics[f"advantage/abs_mean/depth_{at:02d}"] = float(advantage[keep].abs().mean())
+            metrics[f"loss_share/depth_{at:02d}"] = float(loss[depth == at].sum()) / total if total else math.nan
     return metrics
 
 
 def _split_metrics(topology: Topology, credit: Credit) -> dict[str, float]:
-    """Where the variance of the first reward that has a weight arises, and how far siblings lie apart."""
+    """Return where the variance of the first reward that has a weight arises, and how far siblings lie apart."""
     label = next(iter(credit.rewards))
     spread = split_spread(topology, credit.values[label])
     figures = {"spread": spread.spread, "ties": spread.ties}
@@ -165,6 +175,4 @@ def _split_metrics(topology: Topology, credit: Credit) -> dict[str, float]:
             "variance/independent_share": variance.independent_share,
             "variance/component": variance.component,
         }
-    return {
-        f"{name}/split_{place}": float(value) for name, values in figures.items() for place, value in enumerate(values)
-    }
+    return {f"{name}/split_{i}": float(value) for name, values in figures.items() for i, value in enumerate(values)}

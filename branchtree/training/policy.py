@@ -1,159 +1,113 @@
-"""The policy as the core sees it: encoded prompts, and a velocity function."""
+"""The policy: a model under some encoded prompts, as the rollout, the gradient pass and evaluations ask for it."""
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
-from itertools import islice
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 
-from branchtree.core.rollout import VelocityFunction
+from branchtree.core.noise import NoiseSource, Purpose, generator
+from branchtree.core.rollout import Sampler, rollout
+from branchtree.core.schedule import TreePlan
 from branchtree.core.transfer import send
-from branchtree.errors import DataError
-from branchtree.plugins.protocols import Condition, Conditioning, DropsEncoders, ModelAdapter
-from branchtree.recipe.schema import RunSection
-from branchtree.training.encodings import Encoding, EncodingStore, open_store
-from branchtree.training.faults import require_finite_encoding
-
-Key = tuple[object, ...]
-
-CACHE_BYTES = 4 * 2**30
-"""Host memory for encoded prompts: about a thousand of FLUX's in bfloat16."""
-
-PREPARED = 128
-"""Prompts that are encoded ahead in one call."""
-
-IDLE_REQUESTS = 8
-"""Requests in a row that need no encoding, after which encoders leave the host too."""
+from branchtree.core.tree import grow
+from branchtree.errors import RewardError
+from branchtree.plugins.protocols import Condition, Conditioning, ModelAdapter
+from branchtree.training.conditioning import ConditioningCache
+from branchtree.training.limits import RowLimit
 
 
-def open_cache(section: RunSection, model: ModelAdapter, device: torch.device) -> ConditioningCache:
-    """The cache of a loaded model's encodings, on disk too where the ``run`` section asks for it."""
-    return ConditioningCache(model, CACHE_BYTES, open_store(section.embeddings, section.embeddings_gib, model, device))
+@dataclass
+class CallCount:
+    """Forwards of the denoiser that this process has still to make, where every one is a call of all processes."""
+
+    left: int
 
 
-class ConditioningCache:
-    """Encodes each prompt once and keeps the result on the CPU; the least recently used ones give way.
+@dataclass(frozen=True)
+class Policy:
+    """A model under P encoded prompts (``under``). Calling it gives predictions, with or without gradients.
 
-    ``store`` keeps them on disk too, for the runs to come.
+    ``denoiser`` is the module that rows are sent through, the model's own by default. Under a ``limit`` as many rows as
+    fit in memory are sent at once; that needs calls without gradients. ``calls`` counts forwards down.
     """
 
-    def __init__(self, model: ModelAdapter, limit: int = CACHE_BYTES, store: EncodingStore | None = None) -> None:
-        self._model = model
-        self._limit = limit
-        self._store = store
-        self._idle = 0
-        self._rows: OrderedDict[Key, Encoding] = OrderedDict()
-        self._bytes = 0
-        self._encoding = False  # whether encoders may be on the device
+    model: ModelAdapter
+    cache: ConditioningCache
+    sampler: Sampler
+    autocast: Callable[[], AbstractContextManager[None]]
+    device: torch.device
+    limit: RowLimit | None = None
+    conditioning: Conditioning = field(default_factory=dict)  # P rows
+    denoiser: nn.Module | None = None
+    calls: CallCount | None = None
 
-    def get(self, conditions: Sequence[Condition], device: torch.device) -> Conditioning:
-        """The encoded conditions, P rows on the device. Encoders are released once nothing is missing."""
-        keys = [_key(condition) for condition in conditions]
-        missing = {key: condition for key, condition in zip(keys, conditions, strict=True) if key not in self._rows}
-        try:
-            self._add(self._found(missing))
-        finally:
-            self._release()
-        rows = [self._rows[key] for key in keys]
-        for key in keys:
-            self._rows.move_to_end(key)
-        self._shrink(keep=len(set(keys)))
-        return {name: send(torch.stack([row[name] for row in rows]), device) for name in rows[0]}
+    def under(self, conditions: Sequence[Condition]) -> Policy:
+        """Return the policy under these prompts, encoded. Raises DataError if one's image or video is gone."""
+        return replace(self, conditioning=self.cache.get(conditions, self.device))
 
-    def holds(self, conditions: Iterable[Condition]) -> bool:
-        """Whether all of these are encoded."""
-        return all(_key(condition) in self._rows for condition in conditions)
+    def __call__(self, latents: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
+        """Return the prediction (B, *latent), float32, for latents (B, *latent) at sigma (B,) under prompts (B,)."""
 
-    def prepare(self, conditions: Iterable[Condition], replace: bool = False) -> None:
-        """Encode what will be asked for, in this order and as far as it fits, so that encoders come once for all of it.
+        def predict(rows: slice) -> Tensor:
+            if self.calls is not None:
+                self.calls.left -= 1
+            conditioning = {name: value[prompt[rows]] for name, value in self.conditioning.items()}
+            with self.autocast():
+                return self.model.predict(latents[rows], sigma[rows], conditioning, self.denoiser).float()
 
-        Under ``replace`` what is kept and not asked for gives way. An image or video that cannot be read ends it: the
-        request that needs it will report it.
+        if self.limit is None:
+            return predict(slice(None))
+        pieces = list(self.limit.each(len(latents), predict))
+        return pieces[0][1] if len(pieces) == 1 else torch.cat([piece for _, piece in pieces])
+
+    def first(self) -> Policy:
+        """Return the policy under the first prompt alone."""
+        return replace(self, conditioning={name: value[:1] for name, value in self.conditioning.items()})
+
+    def training(self, denoiser: nn.Module | None) -> Policy:
+        """Return the policy as a gradient pass needs it: without a limit of rows, through this module."""
+        return replace(self, limit=None, denoiser=denoiser)
+
+    def initial(self, seed: int, iteration: int, addresses: Sequence[tuple[int, int]]) -> Tensor:
+        """Return starting noise (B, *latent) on the device, each addressed by (prompt, draw)."""
+        noises = [
+            self.model.initial_noise(generator(seed, iteration, prompt, 0, draw, Purpose.INITIAL))
+            for prompt, draw in addresses
+        ]
+        return send(torch.stack(noises), self.device)
+
+    def sample(self, initial: Tensor) -> Tensor:
+        """Return clean latents (P, *latent) along the ODE from noises (P, *latent), each under its own prompt."""
+        steps, rows = self.sampler.sigmas.numel() - 1, len(initial)
+        plan = TreePlan((1,) * steps, (False,) * steps, (False,) * steps)
+        nothing_drawn = NoiseSource(0, 0)
+        max_rows = None if self.limit is None else self.limit.rows
+        return rollout(self, self.sampler, grow([plan] * rows), initial, nothing_drawn, range(rows), max_rows).leaves
+
+    @contextmanager
+    def in_step(self, calls: int) -> Iterator[Policy]:
+        """Yield the policy for a block in which every process makes ``calls`` forwards; 0 where each goes its own way.
+
+        Forwards that only other processes need are made at the end, with one row whose result is thrown away, also
+        where a reward failed in the block.
         """
-        coming, asked = iter(conditions), set[Key]()
+        count = CallCount(calls)
         try:
-            while part := {_key(condition): condition for condition in islice(coming, PREPARED)}:
-                self._add(self._found({key: condition for key, condition in part.items() if key not in self._rows}))
-                asked |= part.keys()
-                for key in part:
-                    self._rows.move_to_end(key)
-                if replace:
-                    self._shrink(keep=len(asked))
-                kept = len(asked) if replace else len(self._rows)
-                if self._bytes / len(self._rows) * (kept + len(part)) > self._limit:
-                    return
-        except DataError:
+            yield replace(self, calls=count)
+        except RewardError:
+            self._fill(count)
+            raise
+        self._fill(count)
+
+    @torch.no_grad()
+    def _fill(self, count: CallCount) -> None:
+        if count.left <= 0:
             return
-        finally:
-            self._release()
-
-    def _release(self) -> None:
-        """Have encoders that have worked leave the device."""
-        if self._encoding:
-            self._encoding = False
-            self._model.release_frozen()
-
-    def _add(self, rows: Mapping[Key, Encoding]) -> None:
-        for key, row in rows.items():
-            self._rows[key] = row
-            self._bytes += _size(row)
-
-    def _found(self, missing: Mapping[Key, Condition]) -> dict[Key, Encoding]:
-        """Encodings from the disk, and made where they are not there."""
-        store = self._store
-        found = {} if store is None else {key: store.read(condition) for key, condition in missing.items()}
-        rows = {key: row for key, row in found.items() if row is not None}
-        for key, row in rows.items():
-            require_finite_encoding(self._model, missing[key], row)
-        unknown = {key: condition for key, condition in missing.items() if key not in rows}
-        self._rest(bool(unknown))
-        if not unknown:
-            return rows
-        self._encoding = True
-        encoded = self._model.encode(list(unknown.values()))
-        for place, (key, condition) in enumerate(unknown.items()):
-            rows[key] = {name: value[place].clone() for name, value in encoded.items()}
-            require_finite_encoding(self._model, condition, rows[key])
-            if store is not None:
-                store.write(condition, rows[key])
-        return rows
-
-    def _rest(self, encoding: bool) -> None:
-        """Let encoders go that have had nothing to do for some time."""
-        self._idle = 0 if encoding else self._idle + 1
-        if self._idle == IDLE_REQUESTS and isinstance(self._model, DropsEncoders):
-            self._model.drop_encoders()
-
-    def _shrink(self, keep: int) -> None:
-        while self._bytes > self._limit and len(self._rows) > keep:
-            _, row = self._rows.popitem(last=False)
-            self._bytes -= _size(row)
-
-
-def _key(condition: Condition) -> Key:
-    """All that an encoding may depend on."""
-    return (condition.prompt, condition.negative_prompt, condition.image, condition.last_image, condition.video)
-
-
-def _size(row: Encoding) -> int:
-    return sum(value.numel() * value.element_size() for value in row.values())
-
-
-def velocity_function(
-    model: ModelAdapter,
-    conditioning: Conditioning,
-    autocast: Callable[[], AbstractContextManager[None]],
-    denoiser: nn.Module | None = None,
-) -> VelocityFunction:
-    """The model under P encoded conditions, as a function of latents, sigma and which prompt each row follows."""
-
-    def velocity(latents: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
-        rows = {name: value[prompt] for name, value in conditioning.items()}
-        with autocast():
-            return model.predict(latents, sigma, rows, denoiser).float()
-
-    return velocity
+        row = self.initial(0, 0, [(0, 0)])
+        sigma, prompt = torch.ones(1, device=row.device), torch.zeros(1, dtype=torch.int64, device=row.device)
+        for _ in range(count.left):
+            self(row, sigma, prompt)

@@ -13,9 +13,8 @@ from branchtree.errors import CallbackError, reason_of
 from branchtree.files.writing import write_atomically
 from branchtree.pictures.grid import sample_index, write_grid
 from branchtree.plugins.protocols import Callback
-from branchtree.run.directory import EVALUATION, FAILURES, METRICS, SAMPLES, SUMMARY, TIMING
+from branchtree.run.directory import EVALUATION, METRICS, SAMPLES, SUMMARY, TIMING
 from branchtree.training.evaluation import Figure
-from branchtree.training.sampling import sample_latents
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
 from branchtree.training.tracking import Trackers
@@ -64,11 +63,6 @@ class Reporter:
             output = self._session.output
             output.append(METRICS, {"iteration": iteration, **metrics})
             output.append(TIMING, {"iteration": iteration, **watch.report()})
-
-    def failure(self, iteration: int, row: Mapping[str, Any]) -> None:
-        """Write down a sample that could not be scored, or a reward that failed and ends the run."""
-        if self._main:
-            self._session.output.append(FAILURES, {"iteration": iteration, **row})
 
     def announce(self, iteration: int, metrics: dict[str, float]) -> None:
         """Give an iteration's figures to trackers and callbacks."""
@@ -125,25 +119,18 @@ class Reporter:
     def sample(self, done: int) -> None:
         """A grid of samples after ``done`` iterations."""
         session = self._session
-        if not self._main and not session.lockstep.joint:
+        if not self._main and not session.processes.joint:
             return
         inputs, count = session.inputs, session.recipe.run.sample_prompts
         conditions = (inputs.held_out_conditions or inputs.conditions)[:count]
-        latents = sample_latents(
-            inputs.model,
-            session.cache,
-            session.sampler,
-            session.accelerator.autocast,
-            conditions,
-            [(place, 0) for place in range(len(conditions))],
-            session.recipe.tree.noise_seed,
-            session.device,
-            session.limits.rollout,
+        policy = session.policy.under(conditions)
+        latents = policy.sample(
+            policy.initial(session.recipe.tree.noise_seed, 0, [(i, 0) for i in range(len(conditions))])
         )
         if not self._main:
             return
         decoded = session.limits.decode.each(len(latents), lambda rows: inputs.model.decode(latents[rows]))
-        media = [part for _, part in decoded]
+        media = [each for _, each in decoded]
         inputs.model.release_frozen()
         prompts = [condition.prompt for condition in conditions]
         with session.output.writing(SAMPLES):

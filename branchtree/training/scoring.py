@@ -1,4 +1,4 @@
-"""Scoring samples in the background, by a thread for each reward.
+"""From clean latents to scores: decoding in pieces that fit in memory, and scoring, behind the run's other work.
 
 A reward gets the same calls in the same order as it would without threads, so overlap changes nothing but the time.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import groupby
@@ -15,14 +15,15 @@ from types import TracebackType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Media, ReleasesMemory
+from branchtree.plugins.protocols import Condition, Media, ModelAdapter, ReleasesMemory
 from branchtree.plugins.scores import ask, failed_scores
 from branchtree.recipe.build import NamedReward
-from branchtree.recipe.schema import ScoringSection
-from branchtree.training.microbatch import REWARD_REMEDY, RowLimit, RowLimits, ran_out_of_memory
+from branchtree.training.faults import find_faults, mask_faults
+from branchtree.training.limits import REWARD_REMEDY, RowLimit, RowLimits, ran_out_of_memory
 
 AHEAD = 2
 """Decoded pieces that may wait to be scored; more would only hold memory."""
@@ -40,8 +41,8 @@ class Piece:
         return Piece(self.media[rows], self.conditions[rows], self.prompts[rows])
 
     @staticmethod
-    def joined(pieces: Sequence[Piece]) -> Piece:
-        """Consecutive pieces as one."""
+    def concatenate(pieces: Sequence[Piece]) -> Piece:
+        """Return consecutive pieces as one."""
         return Piece(
             Media.joined([piece.media for piece in pieces]),
             [condition for piece in pieces for condition in piece.conditions],
@@ -50,68 +51,55 @@ class Piece:
 
     @property
     def groups(self) -> list[Piece]:
-        """Its parts by prompt."""
+        """The piece cut by prompt."""
         runs = [list(run) for _, run in groupby(range(len(self.prompts)), key=self.prompts.__getitem__)]
         return [self[run[0] : run[-1] + 1] for run in runs]
 
 
-class InPlace(Executor):
-    """Does each task as it is submitted: scoring without overlap."""
+class Worker:
+    """Does tasks one after the other: in a thread of its own, or, not in the ``background``, as they are given."""
 
-    def submit(self, task: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        """The finished task."""
+    def __init__(self, background: bool, device: torch.device) -> None:
+        threads = torch.get_num_threads()
+
+        def adopt_settings() -> None:
+            # A new thread would start on the first GPU, and its convolutions with a thread for every processor.
+            torch.set_num_threads(threads)
+            if device.type == "cuda":
+                torch.cuda.set_device(device)
+
+        self._executor: Executor | None = None
+        if background:
+            self._executor = ThreadPoolExecutor(1, thread_name_prefix="scoring", initializer=adopt_settings)
+
+    def submit(self, task: Callable[..., Any], *given: Any) -> Future[Any]:
+        """Return the future of a task; it is done already where there is no thread."""
+        if self._executor is not None:
+            return self._executor.submit(task, *given)
         future: Future[Any] = Future()
         try:
-            future.set_result(task(*args, **kwargs))
+            future.set_result(task(*given))
         except Exception as error:
             future.set_exception(error)
         return future
 
-
-@dataclass(frozen=True)
-class Workers:
-    """What makes those who decode, and those who score for one reward each."""
-
-    decoding: Callable[[], Executor]
-    scoring: Callable[[], Executor]
-
-
-def make_workers(section: ScoringSection, device: torch.device) -> Workers:
-    """Those of the ``scoring`` section: one thread each, whose work is done in order, or none.
-
-    On a GPU decoding would only take turns with the rollout, and their memory would add up: there it has no thread.
-    """
-
-    threads = torch.get_num_threads()
-
-    def adopt_settings() -> None:
-        # A new thread would start on the first GPU, and its convolutions with a thread for every processor.
-        torch.set_num_threads(threads)
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-
-    def thread() -> Executor:
-        return ThreadPoolExecutor(max_workers=1, thread_name_prefix="scoring", initializer=adopt_settings)
-
-    if not section.overlap:
-        return Workers(InPlace, InPlace)
-    return Workers(thread if device.type == "cpu" else InPlace, thread)
+    def stop(self, kind: type[BaseException] | None) -> None:
+        """End the thread, after an exception of that kind or none: a person who interrupts does not wait for it."""
+        at_once = kind is not None and not issubclass(kind, Exception)
+        if self._executor is not None:
+            self._executor.shutdown(wait=not at_once, cancel_futures=True)
 
 
 @dataclass
-class _Desk:
-    """One reward at work: its thread, what it was given, and a group that is not complete yet."""
+class _Lane:
+    """One reward at work: its worker, the futures of its calls, and a group that is not complete yet."""
 
     reward: NamedReward
-    executor: Executor
+    worker: Worker
     limit: RowLimit
-    done: list[Future[tuple[Scores, float]]] = field(default_factory=list)
+    calls: list[Future[tuple[Scores, float]]] = field(default_factory=list)
     open_group: list[Piece] = field(default_factory=list)
-    sealed: list[int] = field(default_factory=list)  # how many were done at each seal
-
-    def seal(self) -> None:
-        self.close_group()
-        self.sealed.append(len(self.done))
+    sealed: list[int] = field(default_factory=lambda: [0])  # how many calls there were at each seal
 
     def take(self, piece: Piece) -> None:
         if not self.reward.groupwise:
@@ -124,100 +112,214 @@ class _Desk:
 
     def close_group(self) -> None:
         if self.open_group:
-            self._score(Piece.joined(self.open_group))
+            self._score(Piece.concatenate(self.open_group))
             self.open_group = []
 
     def _score(self, piece: Piece) -> None:
-        work = self.executor.submit(timed_scores, self.reward, piece.media, piece.conditions, self.limit)
-        self.done.append(work)
+        self.calls.append(self.worker.submit(timed_scores, self.reward, piece.media, piece.conditions, self.limit))
 
 
 class ScoringQueue:
     """Scores pieces in the order they come. Use it as a context: leaving it ends its threads.
 
-    ``executor`` makes what a reward's work is given to; ``limits`` remembers what rewards have memory for. Raises
-    RewardError, from ``put`` or ``results``, if a reward fails or returns something that is not one number per sample.
+    ``limits`` remembers what rewards have memory for. Raises RewardError, from ``put`` or ``results``, if a reward
+    fails or returns something that is not one number per sample.
     """
 
     def __init__(
-        self, rewards: Sequence[NamedReward], executor: Callable[[], Executor], limits: RowLimits | None = None
+        self,
+        rewards: Sequence[NamedReward],
+        background: bool,
+        limits: RowLimits | None = None,
+        device: torch.device | None = None,
     ) -> None:
         each = [RowLimit(f"rewards.{r.label}", None) if limits is None else limits.reward(r.label) for r in rewards]
-        self._desks = [_Desk(reward, executor(), limit) for reward, limit in zip(rewards, each, strict=True)]
+        self._lanes = [
+            _Lane(reward, Worker(background, device or torch.device("cpu")), limit)
+            for reward, limit in zip(rewards, each, strict=True)
+        ]
         self._waiting: deque[list[Future[tuple[Scores, float]]]] = deque()
 
     def __enter__(self) -> ScoringQueue:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        shut_down([desk.executor for desk in self._desks], kind)
+        for lane in self._lanes:
+            lane.worker.stop(kind)
 
     def put(self, piece: Piece) -> None:
         """Hand over a piece; waits while more than ``AHEAD`` earlier ones are not scored."""
-        before = [len(desk.done) for desk in self._desks]
-        for desk in self._desks:
-            desk.take(piece)
+        before = [len(lane.calls) for lane in self._lanes]
+        for lane in self._lanes:
+            lane.take(piece)
         self._waiting.append(
-            [future for desk, start in zip(self._desks, before, strict=True) for future in desk.done[start:]]
+            [future for lane, start in zip(self._lanes, before, strict=True) for future in lane.calls[start:]]
         )
         while len(self._waiting) > AHEAD:
             for future in self._waiting.popleft():
                 future.result()
 
     def seal(self) -> None:
-        """No sample of the prompts so far will follow."""
-        for desk in self._desks:
-            desk.seal()
+        """Say that no sample of the prompts so far will follow."""
+        for lane in self._lanes:
+            lane.close_group()
+            lane.sealed.append(len(lane.calls))
 
-    def results(self, seal: int = -1) -> dict[str, Scores]:
-        """Each reward's scores, by label, of the pieces before a seal: by its number, or the last."""
+    def results(self, first: int = 0, last: int | None = None) -> dict[str, Scores]:
+        """Return each reward's scores, by label, of what was given between two seals, by number; of all by default."""
+        end = -1 if last is None else last
         return {
-            desk.reward.label: Scores.joined([future.result()[0] for future in desk.done[: desk.sealed[seal]]])
-            for desk in self._desks
+            lane.reward.label: Scores.concatenate(
+                [call.result()[0] for call in lane.calls[lane.sealed[first] : lane.sealed[end]]]
+            )
+            for lane in self._lanes
         }
 
-    def rest(self) -> None:
+    def release(self) -> None:
         """Have rewards give their memory back."""
-        for desk in self._desks:
-            if isinstance(desk.reward.adapter, ReleasesMemory):
-                desk.reward.adapter.release()
+        for lane in self._lanes:
+            if isinstance(lane.reward.adapter, ReleasesMemory):
+                lane.reward.adapter.release()
 
     @property
     def seconds(self) -> float:
         """What the finished scoring took, in all threads together."""
-        return sum(future.result()[1] for desk in self._desks for future in desk.done)
+        return sum(future.result()[1] for lane in self._lanes for future in lane.calls)
 
 
-def shut_down(executors: Sequence[Executor], kind: type[BaseException] | None) -> None:
-    """End threads, after an exception of that kind or none: a person who interrupts does not wait for them."""
-    at_once = kind is not None and not issubclass(kind, Exception)
-    for executor in executors:
-        executor.shutdown(wait=not at_once, cancel_futures=True)
+class Scorer:
+    """Decodes and scores samples in the order they come. Use it as a context: leaving it ends its threads.
+
+    Args:
+        model: decodes.
+        rewards: score.
+        limits: remember what rewards have memory for.
+        limit: how many samples are decoded at once.
+        device: where all of it works.
+        background: whether rewards score in threads of their own.
+        decoding: whether decoding has a thread of its own.
+
+    Raises:
+        RewardError: from ``put`` and the scores, if a reward fails.
+        DeviceMemoryError: one sample does not fit.
+    """
+
+    def __init__(
+        self,
+        model: ModelAdapter,
+        rewards: Sequence[NamedReward],
+        limits: RowLimits,
+        limit: RowLimit,
+        device: torch.device,
+        background: bool = False,
+        decoding: bool = False,
+    ) -> None:
+        self._model = model
+        self._limit = limit
+        self._device = device
+        self._queue = ScoringQueue(rewards, background, limits, device)
+        self._decoder = Worker(decoding, device)
+        self._given: list[Future[list[Media]]] = []
+        self._starts = [0]  # samples before each put, and before the next
+        self._decoded = 0  # samples so far
+        self._faults: dict[int, str] = {}  # what the model spoiled, by sample
+        self.decoding_seconds = 0.0
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._decoder.stop(kind)
+        self._queue.__exit__(kind, error, at)
+
+    def put(
+        self,
+        latents: Tensor,
+        conditions: Sequence[Condition],
+        prompts: Sequence[int],
+        keep: Container[int] = frozenset(),
+    ) -> Future[list[Media]]:
+        """Have clean latents (L, *latent) decoded, and sample i scored against condition i.
+
+        ``prompts`` (L,) says which prompt each belongs to; of each, all samples are given at once. Returns the media
+        of those in ``keep``, one sample each, on the CPU. Waits while more than ``AHEAD`` earlier ones are not decoded.
+        """
+        kept = self._decoder.submit(self._decode, latents, conditions, prompts, keep)
+        self._given.append(kept)
+        self._starts.append(self._starts[-1] + len(latents))
+        for earlier in self._given[: -AHEAD - 1]:
+            earlier.result()
+        if kept.done():
+            kept.result()  # raises where it failed
+        return kept
+
+    @torch.no_grad()
+    def _decode(
+        self,
+        latents: Tensor,
+        conditions: Sequence[Condition],
+        prompts: Sequence[int],
+        keep: Container[int],
+    ) -> list[Media]:
+        kept: list[Media] = []
+        for rows, media in self._limit.each(len(latents), lambda rows: self._timed(latents[rows])):
+            faults = find_faults(self._model, latents[rows], media.pixels)
+            self._faults |= {self._decoded + row: reason for row, reason in faults.items()}
+            self._decoded += len(media)
+            kept += [_on_cpu(media[row - rows.start :][:1]) for row in range(rows.start, rows.stop) if row in keep]
+            self._queue.put(Piece(media, conditions[rows], prompts[rows]))
+        self._queue.seal()
+        return kept
+
+    def _timed(self, latents: Tensor) -> Media:
+        start = time.perf_counter()
+        media = self._model.decode(latents)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self.decoding_seconds += time.perf_counter() - start
+        return media
+
+    def scores_of(self, put: int) -> dict[str, Scores]:
+        """Return each reward's scores, by label, of what was given in one ``put``, counted from 0; waits for them."""
+        self._given[put].result()
+        return self._masked(self._queue.results(put, put + 1), self._starts[put])
+
+    def finish(self) -> dict[str, Scores]:
+        """Return each reward's scores, by label, of all samples; model and rewards then give memory back."""
+        for given in self._given:
+            given.result()
+        self._model.release_frozen()
+        scores = self._queue.results()
+        self._queue.release()
+        return self._masked(scores, 0)
+
+    def _masked(self, scores: Mapping[str, Scores], start: int) -> dict[str, Scores]:
+        faults = {sample - start: reason for sample, reason in self._faults.items() if sample >= start}
+        return {label: mask_faults(each, faults) for label, each in scores.items()}
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """What decoding and scoring took so far, in whatever thread."""
+        return {"decode_work": self.decoding_seconds, "reward_work": self._queue.seconds}
+
+
+def _on_cpu(media: Media) -> Media:
+    """Return a copy, so that the rest of its batch can be freed."""
+    pixels = media.pixels.cpu().clone()
+    return Media(images=pixels) if media.videos is None else Media(videos=pixels, fps=media.fps)
 
 
 def timed_scores(
     reward: NamedReward, media: Media, conditions: Sequence[Condition], limit: RowLimit
 ) -> tuple[Scores, float]:
-    """One reward's checked scores, and the seconds they took.
+    """Return one reward's checked scores, of as many samples at once as its memory allows, and the seconds they took.
 
     A reward of weight 0 is only looked at: where it fails, its samples are invalid, and nothing is raised.
     """
-    start = time.perf_counter()
-    try:
-        scores = _scores(reward, media, conditions, limit)
-    except RewardError as error:
-        if reward.weight != 0:
-            raise
-        scores = failed_scores(len(media), str(error))
-    return scores, time.perf_counter() - start
-
-
-def _scores(reward: NamedReward, media: Media, conditions: Sequence[Condition], limit: RowLimit) -> Scores:
-    """One reward's checked scores, of as many samples at once as its memory allows."""
 
     def score(rows: slice) -> Scores:
         try:
-            return checked_scores(reward, media[rows], conditions[rows])
+            return ask(reward.label, reward.adapter, media[rows], conditions[rows])
         except RewardError as error:
             cause = error.__cause__
             if cause is None or not ran_out_of_memory(cause):
@@ -226,11 +328,14 @@ def _scores(reward: NamedReward, media: Media, conditions: Sequence[Condition], 
                 raise RewardError(f"{error}; {REWARD_REMEDY}") from cause
             raise cause from None  # fewer samples at once may do
 
-    if reward.groupwise:  # a group cannot be cut
-        return score(slice(None))
-    return Scores.joined([scores for _, scores in limit.each(len(media), score)])
-
-
-def checked_scores(reward: NamedReward, media: Media, conditions: Sequence[Condition]) -> Scores:
-    """One reward's scores; see ``ask``."""
-    return ask(reward.label, reward.adapter, media, conditions)
+    start = time.perf_counter()
+    try:
+        if reward.groupwise:  # a group cannot be cut
+            scores = score(slice(None))
+        else:
+            scores = Scores.concatenate([scores for _, scores in limit.each(len(media), score)])
+    except RewardError as error:
+        if reward.weight != 0:
+            raise
+        scores = failed_scores(len(media), str(error))
+    return scores, time.perf_counter() - start

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.core.credit import Credit, CreditRule, PruningRule, assign_credit
-from branchtree.core.rollout import Sampler, VelocityFunction
+from branchtree.core.noise import NoiseSource
+from branchtree.core.rollout import Growth, Sampler
 from branchtree.core.schedule import Schedule
 from branchtree.core.scores import Scores
 from branchtree.core.tree import Topology
@@ -46,24 +48,22 @@ from branchtree.recipe.build import (
 )
 from branchtree.recipe.schema import OptimSection, Recipe
 from branchtree.run.contents import Contents, evaluation_identity, read_contents
-from branchtree.run.directory import RunDirectory
-from branchtree.training.baseline import make_evaluator, missing_base
+from branchtree.run.directory import FAILURES, RunDirectory
 from branchtree.training.checkpoint import Trained, restore_weights
-from branchtree.training.ema import WeightAverage
-from branchtree.training.engine import make_engine
+from branchtree.training.conditioning import open_cache
+from branchtree.training.engine import WeightAverage
 from branchtree.training.evaluation import Evaluator, Figure
 from branchtree.training.failures import FailureWatch
-from branchtree.training.gradient import Objective, Policies
-from branchtree.training.guard import UpdateGuard
 from branchtree.training.learning_rate import LearningRate
-from branchtree.training.lockstep import Lockstep, process_group
-from branchtree.training.microbatch import RowLimits
-from branchtree.training.policy import ConditioningCache, open_cache, velocity_function
-from branchtree.training.scorer import Scorer
-from branchtree.training.scoring import make_workers
+from branchtree.training.limits import RowLimits
+from branchtree.training.policy import Policy
+from branchtree.training.processes import Processes, Team, make_team, process_group, refuse_whole_groups
+from branchtree.training.scoring import Scorer
+from branchtree.training.sharding import make_engine
 from branchtree.training.start import frozen_copy, load_start
-from branchtree.training.teams import Team, make_team, refuse_whole_groups
-from branchtree.training.update import Updater
+from branchtree.training.update import Objective, Policies, UpdateGuard, Updater
+
+log = logging.getLogger("branchtree")
 
 
 @dataclass(frozen=True)
@@ -123,8 +123,7 @@ class Session:
     output: RunDirectory
     accelerator: Any
     team: Team
-    cache: ConditioningCache
-    sampler: Sampler
+    policy: Policy  # that is trained, under no prompts yet
     limits: RowLimits
     updater: Updater
     trained: Trained
@@ -149,33 +148,83 @@ class Session:
         return device
 
     @property
-    def lockstep(self) -> Lockstep:
-        """The processes, as far as they must keep in step."""
-        return Lockstep(self.accelerator, self.updater.engine.joint)
+    def sampler(self) -> Sampler:
+        """How transitions are made and scored."""
+        return self.policy.sampler
 
     @property
-    def share(self) -> slice:
-        """This process's run of an iteration's prompts, which are its team's."""
-        return self.team.share(self.recipe.batch.prompts)
+    def processes(self) -> Processes:
+        """The processes of the run, as far as they must keep in step."""
+        return Processes(self.accelerator, self.updater.engine.joint)
 
-    def scorer(self) -> Scorer:
-        """What decodes and scores leaves."""
-        inputs, limits = self.inputs, self.limits
-        workers = make_workers(self.recipe.scoring, self.device)
-        return Scorer(inputs.model, inputs.rewards, workers, limits, limits.decode, self.device)
+    def prompt_ids(self, iteration: int) -> Sequence[int]:
+        """Return the addresses of the prompts that this process, or its team, works on."""
+        prompts = self.recipe.batch.prompts
+        return self.order.batch(iteration, prompts)[self.team.prompts(prompts)]
+
+    def conditions(self, iteration: int) -> list[Condition]:
+        """Return these prompts' conditions."""
+        return [self.inputs.conditions[self.order.index(prompt_id)] for prompt_id in self.prompt_ids(iteration)]
+
+    @property
+    def first_prompt(self) -> int:
+        """The index of this process's first prompt among those of an iteration."""
+        return int(self.team.prompts(self.recipe.batch.prompts).start)
+
+    def records_tree(self, iteration: int) -> bool:
+        """Return whether the first prompt's tree is written down at this iteration, leaves and all."""
+        return self.team.index == 0 and iteration % self.recipe.run.tree_every == 0
+
+    def log_failure(self, iteration: int, row: Mapping[str, Any]) -> None:
+        """Write down a sample that could not be scored, or a reward that failed and ends the run."""
+        if self.accelerator.is_main_process:
+            self.output.append(FAILURES, {"iteration": iteration, **row})
+
+    def grow(self, policy: Policy, topology: Topology, ids: Sequence[int], iteration: int) -> Growth:
+        """Return the iteration's trees, ready to be grown; ``ids`` (P,) are the prompts' addresses for noise."""
+        recipe = self.recipe
+        return Growth(
+            policy,
+            self.sampler,
+            topology,
+            policy.initial(recipe.tree.noise_seed, iteration, [(prompt_id, 0) for prompt_id in ids]),
+            NoiseSource(recipe.seed, iteration),
+            ids,
+            max_rows=self.limits.rollout.rows,
+            store=torch.device("cpu") if recipe.batch.states == "host" else None,
+            together=recipe.batch.rollout_prompts,
+        )
+
+    def scorer(self, background: bool = True) -> Scorer:
+        """Return what decodes and scores leaves; in the ``background`` where the recipe allows it.
+
+        On a GPU decoding would only take turns with the rollout, and their memory would add up: there it has no thread.
+        """
+        inputs, limits, overlap = self.inputs, self.limits, background and self.recipe.scoring.overlap
+        decoding = overlap and self.device.type == "cpu"
+        return Scorer(inputs.model, inputs.rewards, limits, limits.decode, self.device, overlap, decoding)
 
     def credit(
         self,
         topology: Topology,
         log_prob: Sequence[Tensor],
         scores: Mapping[str, Scores],
-        iteration: int,
+        prompts: range,
         dimensions: int,
+        iteration: int,
     ) -> Credit:
-        """The credit of scored trees; ``log_prob`` are means over ``dimensions``. See ``assign_credit``."""
+        """Return the credit of some adjoining prompts' trees; a prompt's is the same with and without others.
+
+        ``topology`` and ``log_prob``, means over ``dimensions``, are of all prompts, ``scores`` of these. See
+        ``assign_credit``.
+        """
+        own = [
+            level[block.start : block.stop]
+            for level, block in zip(log_prob, (topology.block(prompts, d) for d in topology.depths), strict=True)
+        ]
         weights = {reward.label: reward.weight for reward in self.inputs.rewards}
         rules = self.credit_rule, self.pruning_rule
-        return assign_credit(topology, log_prob, scores, weights, *rules, iteration, dimensions)
+        return assign_credit(topology.select(prompts), own, scores, weights, *rules, iteration, dimensions)
 
     @property
     def learns_early(self) -> bool:
@@ -190,28 +239,23 @@ class Session:
         )
         return alone and beside and self.recipe.optim.steps_per_iteration == 1
 
-    def policies(self, conditioning: dict[str, Tensor], iteration: int) -> Policies:
-        """The policy that is trained under some encoded prompts, and the start policy where it is compared with."""
-        trained = velocity_function(
-            self.inputs.model, conditioning, self.accelerator.autocast, self.updater.engine.module
-        )
-        return Policies(trained, self.reference_velocity(conditioning, iteration))
+    def policies(self, policy: Policy, iteration: int) -> Policies:
+        """Return what a gradient pass compares: the policy that is trained, and the start policy where the KL needs it.
 
-    def reference_velocity(self, conditioning: dict[str, Tensor], iteration: int) -> VelocityFunction | None:
-        """The start policy, where the KL has a weight or is measured: the model without its LoRA, or a frozen copy."""
-        loss = self.recipe.loss
+        The start policy is a frozen copy, or the model without its LoRA.
+        """
+        trained, loss, model = policy.training(self.updater.engine.module), self.recipe.loss, self.inputs.model
         if loss.kl == 0 and (loss.kl_every is None or iteration % loss.kl_every):
-            return None
-        model = self.inputs.model
-        frozen = velocity_function(model, conditioning, self.accelerator.autocast, self.reference)
+            return Policies(trained, None)
+        frozen = policy.training(self.reference)
         if self.reference is not None:
-            return frozen
+            return Policies(trained, frozen)
 
         def without_lora(latents: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
             with model.without_lora(model.denoiser):
                 return frozen(latents, sigma, prompt)
 
-        return without_lora
+        return Policies(trained, without_lora)
 
 
 def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpoint: Path | None = None) -> Session:
@@ -229,14 +273,14 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
     kept = not recipe.lora or recipe.model.start is not None
     compared = bool(recipe.loss.kl or recipe.loss.kl_every) and kept
     reference = frozen_copy(model.denoiser) if compared else None
-    sampler, cache = make_sampler(recipe, model), open_cache(recipe.run, model, accelerator.device)
     for denoiser in (model.denoiser, reference):
         if denoiser is not None and recipe.run.compile is not None:
             compile_denoiser(model, denoiser, recipe.run.compile)
+    cache = open_cache(recipe.run, model, accelerator.device)
+    policy = Policy(model, cache, make_sampler(recipe, model), accelerator.autocast, accelerator.device)
     base = None
     if checkpoint is not None:
-        first = make_evaluator(inputs, cache, sampler, _row_limits(inputs, accelerator, False), accelerator, False)
-        base = missing_base(inputs, output, first, accelerator)
+        base = _missing_base(inputs, output, policy, accelerator)
         restore_weights(checkpoint, model, None)
     engine = make_engine(recipe, accelerator, model.denoiser, reference, partial(_make_optimizer, recipe.optim))
     scheduler = LearningRate(engine.optimizer, recipe.optim, planned_steps(recipe))
@@ -248,14 +292,13 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
         output=output,
         accelerator=accelerator,
         team=team,
-        cache=cache,
-        sampler=sampler,
+        policy=replace(policy, limit=limits.rollout),
         limits=limits,
         updater=Updater(
             accelerator=accelerator,
             engine=engine,
             scheduler=scheduler,
-            objective=Objective(sampler, recipe.loss, accelerator.device),
+            objective=Objective(policy.sampler, recipe.loss, accelerator.device),
             max_grad_norm=recipe.optim.max_grad_norm,
             limit=limits.update,
             guard=guard,
@@ -263,7 +306,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
             remedy=partial(step_shortage, recipe),
         ),
         trained=Trained(model, engine, scheduler, average, guard),
-        evaluator=make_evaluator(inputs, cache, sampler, limits, accelerator, engine.joint),
+        evaluator=_make_evaluator(inputs, policy, limits, engine.joint),
         failures=FailureWatch(recipe.scoring, {reward.label for reward in inputs.rewards if reward.weight == 0}),
         order=PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle),
         credit_rule=make_credit_rule(recipe),
@@ -377,3 +420,32 @@ def _row_limits(inputs: Inputs, accelerator: Any, joint: bool) -> RowLimits:
     if memory is not None:
         limits.start_at(TrainingNeed.of(recipe, inputs.model).open_limits(int(memory.total * USABLE)))
     return limits
+
+
+def _make_evaluator(inputs: Inputs, policy: Policy, limits: RowLimits, joint: bool) -> Evaluator | None:
+    """Return the evaluator of the recipe's ``evaluation`` section; None without one."""
+    section = inputs.recipe.evaluation
+    if section is None:
+        return None
+    limited = replace(policy, limit=limits.evaluation)
+    overlap = inputs.recipe.scoring.overlap
+    return Evaluator(section, inputs.held_out_conditions, inputs.held_out, limited, limits, overlap, joint)
+
+
+def _missing_base(inputs: Inputs, output: RunDirectory, policy: Policy, accelerator: Any) -> dict[str, Figure] | None:
+    """Evaluate the start policy, before a checkpoint's weights are read, unless the run has its figures already.
+
+    Figures of other prompts or rewards do not count. All processes must call this.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    evaluator = _make_evaluator(inputs, policy, _row_limits(inputs, accelerator, False), False)
+    if evaluator is None:
+        return None
+    lacking = [accelerator.is_main_process and not output.evaluated(0, inputs.identity)]
+    broadcast_object_list(lacking)
+    if not lacking[0]:
+        return None
+    if accelerator.is_main_process:
+        log.warning("the run has no held-out figures of these prompts and rewards: evaluating the start policy")
+    return evaluator.figures(accelerator)

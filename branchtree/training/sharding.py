@@ -7,19 +7,19 @@ accelerate and carried out here: one path for CPU and GPU.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from branchtree.errors import RecipeError
-from branchtree.training.engine import Stepped
+from branchtree.recipe.schema import Recipe
+from branchtree.training.engine import Engine, Stepped, WholeWeights, share_of, trained_parameters, whole
 
 
 @dataclass(frozen=True)
@@ -131,40 +131,6 @@ def _blocks(module: nn.Module, settings: ShardSettings) -> list[nn.Module]:
     return found
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor, sharing its memory: all of it where it is not sharded."""
-    with torch.no_grad():
-        part: Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return part.detach()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor, on the CPU. Where it is sharded, every process must call this."""
-    with torch.no_grad():
-        full: Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-    return full.detach().cpu()
-
-
-def share_of(full: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every process has in full, laid out as ``like`` is. Nothing is sent."""
-    if not isinstance(like, DTensor):
-        return full
-    shared: Tensor = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
-    return shared
-
-
-def joined(part: Tensor, like: Tensor) -> Tensor:
-    """All of a tensor of which each process holds the part that it holds of ``like``; on the CPU."""
-    if not isinstance(like, DTensor):
-        return part
-    on_device = part.to(like.device_mesh.device_type)
-    return whole(
-        DTensor.from_local(
-            on_device, like.device_mesh, like.placements, run_check=False, shape=like.shape, stride=like.stride()
-        )
-    )
-
-
 @dataclass(frozen=True)
 class ShardedWeights(Stepped):
     """An engine whose weights, gradients and optimiser state are spread over all processes."""
@@ -197,7 +163,7 @@ class ShardedWeights(Stepped):
         """Scale the gradient to a norm of at most ``limit``; returns the norm before, over all processes."""
         return float(whole(nn.utils.clip_grad_norm_(list(self.parameters.values()), limit)))
 
-    def settle(self) -> None:
+    def forget_copies(self) -> None:
         """Give up gathered weights, which a change of the sharded ones would leave behind."""
         for part in self.module.modules():
             if isinstance(part, FSDPModule):
@@ -205,13 +171,13 @@ class ShardedWeights(Stepped):
 
     def denoiser_state(self) -> dict[str, Tensor]:
         """The trained weights, whole, on the main process; empty on the others. Every process must call this."""
-        self.settle()
+        self.forget_copies()
         return self._on_main(self.parameters)
 
     def optimizer_state(self) -> dict[str, Any]:
         """The optimiser's ``state_dict`` with whole tensors on the main process. Every process must call this."""
         state = self.optimizer.state_dict()
-        return {**state, "state": {place: self._on_main(entry) for place, entry in state["state"].items()}}
+        return {**state, "state": {index: self._on_main(entry) for index, entry in state["state"].items()}}
 
     def _on_main(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # One at a time, so that a process other than the main one holds no more than one whole tensor.
@@ -226,10 +192,50 @@ class ShardedWeights(Stepped):
         """Take up what ``optimizer_state`` gave, of any number of processes."""
         parameters = list(self.parameters.values())
         entries = {
-            place: {
-                name: share_of(value, parameters[place]) if value.shape == parameters[place].shape else value
+            index: {
+                name: share_of(value, parameters[index]) if value.shape == parameters[index].shape else value
                 for name, value in entry.items()
             }
-            for place, entry in state["state"].items()
+            for index, entry in state["state"].items()
         }
         self.optimizer.load_state_dict({**state, "state": entries})
+
+
+MakeOptimizer = Callable[[Sequence[nn.Parameter]], torch.optim.Optimizer]
+
+
+def make_engine(
+    recipe: Recipe, accelerator: Any, denoiser: nn.Module, reference: nn.Module | None, make: MakeOptimizer
+) -> Engine:
+    """Return the engine that accelerate was configured for; ``reference``, a frozen copy, is sharded alike.
+
+    Raises RecipeError for a configuration that is not supported.
+    """
+    if sharding_asked():
+        if accelerator.num_processes == 1:
+            raise RecipeError("accelerate's configuration: FSDP shards over processes, and there is only one")
+        return _sharded(recipe, accelerator, denoiser, reference, make)
+    parameters = trained_parameters(denoiser)
+    module, optimizer = accelerator.prepare(denoiser, make(list(parameters.values())))
+    return WholeWeights(accelerator, module, optimizer, parameters)
+
+
+def _sharded(
+    recipe: Recipe, accelerator: Any, denoiser: nn.Module, reference: nn.Module | None, make: MakeOptimizer
+) -> Engine:
+    settings = read_shard_settings(accelerator)
+    mesh = init_device_mesh(accelerator.device.type, (accelerator.num_processes,))
+    reduced = torch.bfloat16 if recipe.autocast else None
+    if reference is not None:
+        shard(reference, settings, mesh, reduced)
+    module = shard(denoiser, settings, mesh, reduced)
+    parameters = trained_parameters(denoiser)
+    return ShardedWeights(
+        module=module,
+        optimizer=make(list(parameters.values())),
+        parameters=parameters,
+        main=accelerator.is_main_process,
+        # Until it is reduced, a gradient is whole on every device: small for low-rank weights, and for all weights
+        # what sharding is there to avoid.
+        reduce_once=recipe.lora is not None,
+    )

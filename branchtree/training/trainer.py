@@ -1,21 +1,16 @@
-"""The training loop: rollout, score, credit, update; one readable page and its helpers."""
+"""The training loop around ``iterate``: resuming, checkpoints, what is shown, and what a failure leaves."""
 
 from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from branchtree.core.credit import Credit
-from branchtree.core.scores import Scores
-from branchtree.core.tree import BranchTree, Topology, grow
 from branchtree.errors import (
     BranchTreeError,
     CallbackError,
@@ -27,26 +22,23 @@ from branchtree.errors import (
     RewardError,
     TrackerError,
 )
-from branchtree.pictures.grid import thumbnails, write_tree
+from branchtree.pictures.grid import write_tree
 from branchtree.planning.preflight import require_memory
 from branchtree.plugins.protocols import Callback, Condition
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS, TREES, RunDirectory
 from branchtree.training.checkpoint import Progress, iteration_of
-from branchtree.training.continuation import ContinuationWatch, compare_continuation, comparing_forwards, is_due
-from branchtree.training.failures import Leaves, logged
+from branchtree.training.continuation import ContinuationWatch
 from branchtree.training.faults import REMEDY
-from branchtree.training.growth import grow_and_score, join_forwards
 from branchtree.training.interrupt import StopRequest
+from branchtree.training.iteration import iterate
 from branchtree.training.keeper import CheckpointKeeper
-from branchtree.training.learning import Learning, dimensions, mean_log_prob
-from branchtree.training.metrics import ShareRecord, iteration_metrics, merged
+from branchtree.training.metrics import gather_metrics
+from branchtree.training.policy import Policy
 from branchtree.training.reporter import Reporter, TrainResult
 from branchtree.training.restore import agreed_checkpoint
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.soundness import find_divergence, find_fault
-from branchtree.training.teams import GroupRecord
-from branchtree.training.timing import Stopwatch
 from branchtree.training.tracking import Trackers, running_trackers
 
 log = logging.getLogger("branchtree")
@@ -112,7 +104,6 @@ class Trainer:
         self._continuation = ContinuationWatch()
         self._keeper = CheckpointKeeper(session)
         self._standing = self._stand(0)
-        self._conditioning: Mapping[str, Tensor] = {}  # the first prompt of the last iteration, encoded
 
     def run(self, resume: bool, chosen: bool = False) -> TrainResult:
         """Train to the end, or until asked to stop; then write ``final/``.
@@ -166,7 +157,7 @@ class Trainer:
         and only rewards and data fail on all together.
         """
         session, standing = self._session, self._standing
-        trained, joint = session.trained, session.lockstep.joint
+        trained, joint = session.trained, session.processes.joint
         changed = trained.guard.admitted != standing.updates
         together = session.accelerator.num_processes == 1 or isinstance(error, RewardError | DataError)
         if (joint and not together) or not (joint or self._main) or isinstance(error, DivergenceError):
@@ -187,10 +178,11 @@ class Trainer:
 
     def _blame_model(self, error: Exception) -> None:
         """Raise ModelError if a reward failed only since the model, before it was trained, makes no finite sample."""
-        if not isinstance(error, RewardError) or not self._conditioning:
+        policy = self._probe()
+        if not isinstance(error, RewardError) or policy is None:
             return
         try:
-            fault = find_fault(self._session, self._conditioning)
+            fault = find_fault(self._session, policy)
         except Exception as second:
             log.warning("whether the model makes finite samples cannot be found out: %s", second)
             return
@@ -199,11 +191,12 @@ class Trainer:
 
     def _divergence(self, error: Exception | None = None) -> DivergenceError | None:
         """What to raise if the weights have diverged: an ``error`` that ended the run is then only a symptom."""
-        if not self._conditioning:
+        policy = self._probe()
+        if policy is None:
             return None
-        together = error is None or self._session.lockstep.joint
+        together = error is None or self._session.processes.joint
         try:
-            problem = find_divergence(self._session, self._conditioning, together)
+            problem = find_divergence(self._session, policy, together)
         except Exception as second:
             if error is None:
                 raise
@@ -214,6 +207,16 @@ class Trainer:
         standing = self._standing
         iteration = standing.done - (self._session.trained.guard.admitted == standing.updates)
         return DivergenceError(f"the weights have diverged in iteration {iteration}: {problem}")
+
+    def _probe(self) -> Policy | None:
+        """Return the policy under a prompt of the iteration under way or done last; None before it is encoded."""
+        session, standing = self._session, self._standing
+        for iteration in (standing.done, standing.done - 1):
+            if 0 <= iteration < session.recipe.run.iterations:
+                condition = session.conditions(iteration)[:1]
+                if session.policy.cache.holds(condition):
+                    return session.policy.under(condition)
+        return None
 
     def _any_process(self, flag: bool) -> bool:
         """Whether the flag is set on any process: a signal may reach them between different iterations."""
@@ -233,7 +236,7 @@ class Trainer:
             self._continuation.recall(session.output.rows(METRICS))
         session.failures.recall(session.accelerator, session.output)
         self._reporter.start(done)
-        session.cache.prepare(self._upcoming(done))
+        session.policy.cache.prepare(self._upcoming(done))
         if done and done == recipe.run.iterations:
             self._reporter.export()
         # A run may have stopped between a checkpoint and what was to be shown then.
@@ -246,7 +249,7 @@ class Trainer:
         session, recipe = self._session, self._session.recipe
         order, conditions, seen = session.order, session.inputs.conditions, set[int]()
         for iteration in range(done, recipe.run.iterations):
-            for prompt_id in order.batch(iteration, recipe.batch.prompts)[session.share]:
+            for prompt_id in session.prompt_ids(iteration):
                 index = order.index(prompt_id)
                 if index not in seen:
                     seen.add(index)
@@ -255,84 +258,27 @@ class Trainer:
                 return
 
     def _iteration(self, iteration: int) -> None:
-        session, recipe = self._session, self._session.recipe
-        watch = Stopwatch(session.device)
-        ids = session.order.batch(iteration, recipe.batch.prompts)[session.share]
-        conditions = [session.inputs.conditions[session.order.index(prompt_id)] for prompt_id in ids]
-        with watch.phase("encode"):
-            conditioning = self._encoded(conditions)
-        self._conditioning = {name: value[:1].clone() for name, value in conditioning.items()}
-        recorded = session.team.place == 0 and iteration % recipe.run.tree_every == 0
-        learning = Learning(session, session.policies(conditioning, iteration), iteration, ids, watch)
-        scored = learning.begin if session.learns_early else None
-        try:
-            tree, scores, media = session.lockstep.together(
-                lambda: grow_and_score(session, iteration, ids, conditions, conditioning, watch, recorded, scored)
-            )
-        except RewardError as error:
-            self._reporter.failure(iteration, {"reason": logged(str(error))})
-            raise
-        leaves = Leaves(tree.topology, ids, conditions, session.share.start)
-        session.failures.check(session.accelerator, scores, leaves, partial(self._reporter.failure, iteration))
-        with watch.phase("credit"):
-            log_prob = mean_log_prob(tree, session.sampler)
-            group = session.team.whole(GroupRecord(tree.topology, log_prob, scores, thumbnails(media)))
-            credit = session.credit(group.topology, group.log_prob, group.scores, iteration, dimensions(tree))
-        # Before the weights change: the states come from these.
-        check = self._continuation_check(iteration, tree, scores, conditions[0], conditioning, watch)
-        with watch.phase("update"):
-            update = learning.finish(tree, group.topology, credit)
-        rows = tree.topology.rollout_rows
-        share = ShareRecord(tree.topology.plans, tuple(group.log_prob), dimensions(tree), group.scores, rows, update)
-        metrics = {**self._metrics(share, group.topology, credit, iteration), **check}
-        self._reporter.record(iteration, metrics, watch)
+        session = self._session
+        done = iterate(session, iteration)
+        if done.comparison:
+            self._continuation.look(done.comparison)
+        metrics = gather_metrics(session, done)
+        self._reporter.record(iteration, metrics, done.timing)
         self._standing = self._stand(iteration + 1)
-        session.limits.settle(session.accelerator, session.output)
-        if self._main and recorded:
-            trees, prompt = session.output.root / TREES, conditions[0].prompt
+        session.limits.agree(session.accelerator, session.output)
+        if self._main and session.records_tree(iteration):
+            group = done.group
             with session.output.writing(TREES):
-                write_tree(trees, iteration, prompt, group.topology, group.scores, credit, group.thumbnails)
+                write_tree(
+                    session.output.root / TREES,
+                    iteration,
+                    done.batch.conditions[0].prompt,
+                    group.topology,
+                    group.scores,
+                    done.credit,
+                    group.thumbnails,
+                )
         self._reporter.announce(iteration, metrics)
-
-    def _encoded(self, conditions: Sequence[Condition]) -> dict[str, Tensor]:
-        """The encoded conditions. Raises DataError, on every process, if one's image or video is gone."""
-        session = self._session
-        return session.lockstep.together(lambda: dict(session.cache.get(conditions, session.device)))
-
-    def _continuation_check(
-        self,
-        iteration: int,
-        tree: BranchTree,
-        scores: Mapping[str, Scores],
-        condition: Condition,
-        conditioning: Mapping[str, Tensor],
-        watch: Stopwatch,
-    ) -> dict[str, float]:
-        """How far the continuation's rewards are from the whole grid's, of the iteration's first prompt."""
-        session = self._session
-        due = self._main and is_due(session, tree.topology.plans, iteration)
-        phase = session.lockstep.phase(comparing_forwards(tree.topology, session.limits.rollout.rows) if due else 0)
-        figures: dict[str, float] = {}
-        first = {name: value[:1] for name, value in conditioning.items()}
-        if due:
-            with watch.phase("check"):
-                figures = compare_continuation(session, tree, scores, condition, first, phase)
-            self._continuation.look(figures)
-        join_forwards(session, phase, first)
-        return figures
-
-    def _metrics(self, share: ShareRecord, topology: Topology, credit: Credit, iteration: int) -> dict[str, float]:
-        """The iteration's figures over all processes, whose shares come in the order of their prompts."""
-        from accelerate.utils import gather_object
-
-        session = self._session
-        whole = merged(gather_object([share]), session.team.members)
-        if session.accelerator.num_processes > 1:
-            topology = grow(whole.plans)
-            credit = session.credit(topology, whole.log_prob, whole.scores, iteration, whole.dimensions)
-        factor = session.inputs.model.rows_per_prediction
-        metrics = iteration_metrics(topology, whole, credit, factor)
-        return {**metrics, "lr": float(session.updater.optimizer.param_groups[0]["lr"])}
 
     def _after(self, done: int, stopping: bool) -> None:
         """What happens between iterations: a checkpoint first, at the end ``final/``, then what is shown."""

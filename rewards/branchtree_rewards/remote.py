@@ -167,7 +167,7 @@ class Remote:
             )
         half = len(media) // 2
         first, second = slice(0, half), slice(half, None)
-        return Scores.joined([self._score(media[rows], conditions[rows]) for rows in (first, second)])
+        return Scores.concatenate([self._score(media[rows], conditions[rows]) for rows in (first, second)])
 
     def _request(self, body: bytes, count: int) -> Scores:
         caller, _ = self._require_loaded()

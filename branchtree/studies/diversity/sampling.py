@@ -17,11 +17,12 @@ from branchtree.core.rollout import Sampler, VelocityFunction, chunks, rollout
 from branchtree.core.schedule import Schedule, TreePlan
 from branchtree.core.tree import grow
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Conditioning, ModelAdapter
+from branchtree.plugins.protocols import Condition, ModelAdapter
 from branchtree.recipe.schema import BatchSection
 from branchtree.studies.diversity.spaces import NamedSpace
 from branchtree.studies.diversity.spread import grouped, pairwise_distance
-from branchtree.training.policy import ConditioningCache, velocity_function
+from branchtree.training import policy as training
+from branchtree.training.conditioning import ConditioningCache
 
 Advance = Callable[[int], None]
 """Told how many samples have been made since it was last told."""
@@ -113,13 +114,12 @@ def _checked(features: Tensor, label: str) -> Tensor:
 def _leaves(policy: Policy, kind: Kind, deal: Deal, span: range) -> Tensor:
     """Clean latents (len(span) * K, *latent) of some groups, group after group."""
     conditions = [deal.conditions[group % len(deal.conditions)] for group in span]
-    conditioning = policy.cache.get(conditions, policy.device)
     plans = [policy.schedule.plan(deal.iteration, group) for group in span]
     repeats = 1 if kind.branched else deal.size
     rows = [(group, place) for group in span for place in range(repeats)]
     initial = [_initial(policy.model, kind, deal.seed, group, place) for group, place in rows]
     tree = rollout(
-        _for_rows(policy, conditioning, repeats),
+        _for_rows(policy, conditions, repeats),
         policy.sampler,
         grow([plan if kind.branched else unbranched(plan) for plan in plans for _ in range(repeats)]),
         torch.stack(initial).to(policy.device),
@@ -140,7 +140,9 @@ def _initial(model: ModelAdapter, kind: Kind, seed: int, group: int, place: int)
     return model.initial_noise(generator(seed, kind.number, group, 0, 0 if kind.shared else place, Purpose.INITIAL))
 
 
-def _for_rows(policy: Policy, conditioning: Conditioning, repeats: int) -> VelocityFunction:
-    """The velocity where a rollout's prompts are the single samples of groups; a group's encoding is there once."""
-    velocity = velocity_function(policy.model, conditioning, policy.autocast)
+def _for_rows(policy: Policy, conditions: Sequence[Condition], repeats: int) -> VelocityFunction:
+    """Return the velocity where a rollout's prompts are single samples of groups; a group's encoding is kept once."""
+    velocity = training.Policy(policy.model, policy.cache, policy.sampler, policy.autocast, policy.device).under(
+        conditions
+    )
     return lambda latents, sigma, row: velocity(latents, sigma, row // repeats)

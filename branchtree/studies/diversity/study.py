@@ -28,7 +28,7 @@ from branchtree.studies.diversity.sampling import (
 from branchtree.studies.diversity.spaces import load_spaces
 from branchtree.studies.diversity.spread import Spread, grouped, pairwise_distance, spread
 from branchtree.training.checkpoint import restore_weights
-from branchtree.training.policy import open_cache
+from branchtree.training.conditioning import open_cache
 from branchtree.training.session import load_model
 
 CACHE = "features"

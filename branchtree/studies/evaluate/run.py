@@ -17,11 +17,11 @@ from branchtree.studies.evaluate.files import Outcome, write_files
 from branchtree.studies.evaluate.request import Choices, Request, make_request
 from branchtree.studies.evaluate.subject import find_subject
 from branchtree.training.checkpoint import restore_weights
-from branchtree.training.ema import WeightAverage
+from branchtree.training.conditioning import open_cache
+from branchtree.training.engine import WeightAverage
 from branchtree.training.evaluation import Evaluator, Pair, Samples
-from branchtree.training.microbatch import RowLimits
-from branchtree.training.policy import open_cache
-from branchtree.training.scoring import make_workers
+from branchtree.training.limits import RowLimits
+from branchtree.training.policy import Policy
 from branchtree.training.session import load_model, load_rewards, make_accelerator
 
 NOISES_SHOWN = 4
@@ -135,17 +135,18 @@ def _average(request: Request) -> WeightAverage | None:
 
 
 def _evaluator(request: Request, accelerator: Any) -> Evaluator:
+    recipe, model, device = request.recipe, request.model, accelerator.device
+    limits = RowLimits(recipe.batch, request.draws.rows)
+    policy = Policy(
+        model,
+        open_cache(recipe.run, model, device),
+        make_sampler(recipe, model),
+        accelerator.autocast,
+        device,
+        limits.evaluation,
+    )
     return Evaluator(
-        section=request.draws,
-        conditions=request.conditions,
-        rewards=request.rewards,
-        model=request.model,
-        cache=open_cache(request.recipe.run, request.model, accelerator.device),
-        sampler=make_sampler(request.recipe, request.model),
-        autocast=accelerator.autocast,
-        device=accelerator.device,
-        limits=RowLimits(request.recipe.batch, request.draws.rows),
-        executor=make_workers(request.recipe.scoring, accelerator.device).scoring,
+        request.draws, request.conditions, request.rewards, policy, limits, background=recipe.scoring.overlap
     )
 
 

@@ -12,12 +12,12 @@ from branchtree.core.rollout import chunks
 from branchtree.errors import DataError, RecipeError, RewardError, refuse
 from branchtree.planning.devices import named_device
 from branchtree.plugins.protocols import ReleasesMemory, needs_prompt
+from branchtree.plugins.scores import ask
 from branchtree.recipe.build import NamedReward
 from branchtree.studies.score.items import Given, Item, list_items
 from branchtree.studies.score.media import Form, find_forms, read
 from branchtree.studies.score.results import FileScore, ScoredFile, check_output, file_scores
 from branchtree.studies.score.specs import Spec, make_named
-from branchtree.training.scoring import checked_scores
 
 NUMBERS = 2**28
 """A batch is cut short before it holds more numbers than this, 1 GiB of them; one sample is always read whole."""
@@ -113,7 +113,9 @@ def _scored(task: _Task, items: Sequence[Item], forms: Sequence[Form], share: bo
     scores: dict[str, list[FileScore]] = {}
     for reward in task.rewards:
         try:
-            scores[reward.label] = file_scores(checked_scores(reward, media, [item.condition for item in chosen]))
+            scores[reward.label] = file_scores(
+                ask(reward.label, reward.adapter, media, [item.condition for item in chosen])
+            )
         except RewardError as error:
             raise RewardError(f"{error} (scoring {_listed(chosen)})") from error
         if share and isinstance(reward.adapter, ReleasesMemory):

@@ -161,7 +161,7 @@ class ModelReward(ABC, Generic[Config]):
         network.to(self._device)
         size = self._config.batch
         spans = [slice(start, start + size) for start in range(0, len(media), size)]
-        return Scores.joined([self._score_chunk(network, media[span], conditions[span]) for span in spans])
+        return Scores.concatenate([self._score_chunk(network, media[span], conditions[span]) for span in spans])
 
     def _score_chunk(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Scores:
         pixels = media.pixels.to(self._device, torch.float32)

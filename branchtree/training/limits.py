@@ -10,7 +10,6 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
-from branchtree.core.rollout import VelocityFunction
 from branchtree.errors import DeviceMemoryError
 from branchtree.files.writing import write_atomically
 from branchtree.recipe.schema import BatchSection
@@ -52,37 +51,35 @@ class RowLimit:
         self.found = False  # whether memory ran out under it, in this run or before it was resumed
 
     def each(self, rows: int, work: Callable[[slice], Result]) -> Iterator[tuple[slice, Result]]:
-        """Consecutive slices of some rows, and what the work makes of each; a slice that does not fit is cut anew.
+        """Yield consecutive slices of some rows, and what the work makes of each; one that does not fit is cut again.
 
         The work must leave nothing behind if it fails. Raises DeviceMemoryError if one row does not fit.
         """
         start = 0
         while start < rows:
-            part = slice(start, min(start + (self.rows or rows), rows))
-            done = self._attempt(part, work)
-            if done is not None:
-                yield part, done[0]
-                start = part.stop
-
-    def _attempt(self, part: slice, work: Callable[[slice], Result]) -> tuple[Result] | None:
-        try:
-            return (work(part),)
-        except RuntimeError as error:
-            if not ran_out_of_memory(error):
-                raise
-            reason = str(error)
-        # Only past the handler are the frames gone that hold what the failed work had allocated.
-        self.shrink(part.stop - part.start, reason)
-        return None
+            span = slice(start, min(start + (self.rows or rows), rows))
+            try:
+                result = work(span)
+            except RuntimeError as error:
+                if not ran_out_of_memory(error):
+                    raise
+                reason = str(error)
+            else:
+                yield span, result
+                start = span.stop
+                continue
+            # Only past the handler are the frames gone that hold what the failed work had allocated.
+            self.shrink(span.stop - span.start, reason)
 
     def shrink(self, rows: int, reason: str) -> None:
         """Take half as many rows as those that did not fit. Raises DeviceMemoryError if that cannot be."""
         if self._fixed:
             self.refuse(rows, reason)
         if rows <= 1:
-            told = first_line(reason)
             remedy = _REMEDIES.get(self.key, REWARD_REMEDY)
-            raise DeviceMemoryError(f"{self.key}: memory ran out with one row at a time; {remedy}. {told}")
+            raise DeviceMemoryError(
+                f"{self.key}: memory ran out with one row at a time; {remedy}. {first_line(reason)}"
+            )
         from accelerate.utils.memory import clear_device_cache
 
         clear_device_cache(garbage_collection=True)
@@ -95,7 +92,7 @@ class RowLimit:
         self.lower(rows // 2)
 
     def refuse(self, rows: int, reason: str) -> NoReturn:
-        """Raise DeviceMemoryError: some rows did not fit where no process can begin again by itself."""
+        """Raise DeviceMemoryError: some rows did not fit where no process can begin again alone."""
         raise DeviceMemoryError(
             f"{self.key}: memory ran out with {rows} rows at once, in a step that all processes take together; "
             f"set {self.key} to less than {rows}. {first_line(reason)}"
@@ -122,7 +119,7 @@ class RowLimits:
         self._all = {limit.key: limit for limit in own}
 
     def reward(self, label: str) -> RowLimit:
-        """That of one reward: samples that it is given at once."""
+        """Return the limit of one reward: samples that it is given at once."""
         key = f"rewards.{label}"
         return self._all.setdefault(key, RowLimit(key, None))
 
@@ -141,8 +138,8 @@ class RowLimits:
         """Take over what the run had found before it stopped."""
         self._lower(_read(output.root / LIMITS))
 
-    def settle(self, accelerator: Any, output: RunDirectory) -> None:
-        """Between iterations, on all processes: take the smallest of their limits, and keep new ones on disk."""
+    def agree(self, accelerator: Any, output: RunDirectory) -> None:
+        """Agree on the smallest limits of all processes, between iterations, and keep new ones on disk."""
         if accelerator.num_processes > 1:
             from accelerate.utils import gather_object
 
@@ -171,16 +168,3 @@ def _read(file: Path) -> dict[str, int]:
         return {str(key): int(rows) for key, rows in found.items() if int(rows) >= 1}
     except (OSError, ValueError, AttributeError, TypeError, OverflowError, RecursionError):
         return {}
-
-
-def fitted(velocity: VelocityFunction, limit: RowLimit) -> VelocityFunction:
-    """The same function, without gradients, of as many rows at once as fit."""
-
-    def in_parts(latents: torch.Tensor, sigma: torch.Tensor, prompt: torch.Tensor) -> torch.Tensor:
-        def predict(rows: slice) -> torch.Tensor:
-            return velocity(latents[rows], sigma[rows], prompt[rows])
-
-        parts = [part for _, part in limit.each(len(latents), predict)]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-    return in_parts
