@@ -23,12 +23,12 @@ from branchtree import load_recipe
 from branchtree.core.scores import Scores
 from branchtree.errors import RecipeError, RewardError
 from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.scores import ask
 from branchtree.recipe.build import NamedReward
 from branchtree.run.directory import RunDirectory
 from branchtree.run.manifest import write_manifest
 from branchtree.training.engine import WeightAverage
 from branchtree.training.restore import find_checkpoint
-from branchtree.training.scoring import checked_scores
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 
@@ -345,7 +345,7 @@ def test_whatever_else_a_reward_returns_gets_one_message(kind: str) -> None:
     media, conditions = Media(images=torch.zeros(2, 3, 4, 4)), [Condition("a")] * 2
     reward = NamedReward("mine", 1.0, Judge(answer=lambda _: answer))
     with pytest.raises(RewardError, match=f"reward 'mine' must give 2 values and valid flags .*, but {problem}"):
-        checked_scores(reward, media, conditions)
+        ask(reward.label, reward.adapter, media, conditions)
 
 
 def test_what_a_reward_may_return_is_brought_into_one_form() -> None:
@@ -357,7 +357,7 @@ def test_what_a_reward_may_return_is_brought_into_one_form() -> None:
         reasons={np.int64(0): "it is fine"},  # type: ignore[dict-item]
     )
     reward = NamedReward("mine", 1.0, Judge(answer=lambda _: given))
-    scores = checked_scores(reward, Media(images=torch.zeros(2, 3, 4, 4)), [Condition("a")] * 2)
+    scores = ask(reward.label, reward.adapter, Media(images=torch.zeros(2, 3, 4, 4)), [Condition("a")] * 2)
     assert scores.valid.tolist() == [True, False]
     assert {scores.values.dtype, scores.raw.dtype, scores.details["count"].dtype} == {torch.float32}  # type: ignore[union-attr]
     assert not scores.values.requires_grad

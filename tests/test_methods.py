@@ -27,7 +27,7 @@ from branchtree.core.pruning import trainable
 from branchtree.core.rollout import Sampler, rollout
 from branchtree.core.schedule import DrawnSplits, FixedSplits, Schedule, TreePlan, skipped_steps
 from branchtree.core.scores import Scores
-from branchtree.core.solvers import Memory, dpm2m
+from branchtree.core.solvers import SolverHistory, dpm2m
 from branchtree.core.transitions import DanceSde, FlowSde
 from branchtree.core.tree import BranchTree, grow
 from branchtree.errors import RecipeError
@@ -65,7 +65,7 @@ def test_the_solver_is_diffusers_dpm_solver(steps: int) -> None:
     scheduler.set_timesteps(steps)
     scheduler.sigmas, scheduler.timesteps = sigmas, sigmas[:-1] * 1000
     ours = theirs = torch.randn(4, *LATENT, generator=torch.Generator().manual_seed(0))
-    memory = Memory.empty(ours)
+    memory = SolverHistory.empty(ours)
     for step in range(steps):
         here, there = (sigmas[step + offset].expand(4) for offset in (0, 1))
         ours, memory = dpm2m(ours, velocity(ours, here), here, there, memory)
@@ -76,7 +76,7 @@ def test_the_solver_is_diffusers_dpm_solver(steps: int) -> None:
 def test_the_first_step_from_pure_noise_is_eulers() -> None:
     latents = torch.randn(1, *LATENT, generator=torch.Generator().manual_seed(0))
     here, there = torch.ones(1), torch.tensor([0.8])
-    solved, _ = dpm2m(latents, velocity(latents, here), here, there, Memory.empty(latents))
+    solved, _ = dpm2m(latents, velocity(latents, here), here, there, SolverHistory.empty(latents))
     torch.testing.assert_close(solved, latents + velocity(latents, here) * (there - here).view(1, 1, 1))
 
 

@@ -113,7 +113,7 @@ def test_cuts_are_even(parts: int) -> None:
 
 def test_a_tree_is_not_cut_into_more_parts_than_leaves() -> None:
     plan = make_plan(4, {0: 2})
-    with pytest.raises(ValueError, match="2 leaves cannot be cut into 3 parts"):
+    with pytest.raises(ValueError, match="2 leaves cannot be cut into 3 shares"):
         cut(plan, 3)
     for leaves in (range(1, 1), range(1, 3), range(0, 2, 2)):
         with pytest.raises(ValueError, match="no run of a tree's 2 leaves"):

@@ -84,7 +84,7 @@ def test_a_reward_of_whole_groups_is_refused_where_trees_are_shared() -> None:
     refuse_whole_groups(Team(1, 0, 2, 0), rewards)
     refuse_whole_groups(Team(2, 0, 1, 0), rewards[:1])
     with pytest.raises(
-        RecipeError, match="'spread' compares all leaves of a prompt, but each of 2 processes has a part"
+        RecipeError, match="'spread' compares all leaves of a prompt, but each of 2 processes has a share"
     ):
         refuse_whole_groups(Team(2, 0, 1, 0), rewards)
 
