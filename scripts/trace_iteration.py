@@ -2,9 +2,10 @@
 
     python scripts/trace_iteration.py quickstart
 
-Counted are frames of branchtree, branchtree_adapters and branchtree_rewards, in all threads: files, named functions
-(comprehensions and lambdas apart), the frames between the rollout's request for a prediction and the denoiser, and the
-deepest stack. The second iteration is traced, so that what is done once a run does not count.
+Counted are frames of branchtree, branchtree_adapters and branchtree_rewards, in all threads, from the call of
+``iterate`` to its return: files, named functions (comprehensions and lambdas apart), the frames between the rollout's
+request for a prediction and the denoiser, and the deepest stack. The second iteration is traced, so that what is done
+once a run does not count.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = tuple(str(ROOT / name) for name in ("branchtree", "adapters", "rewards"))
+ITERATION = str(ROOT / "branchtree/training/iteration.py")
 ROLLOUT = str(ROOT / "branchtree/core/rollout.py")
 
 
@@ -37,14 +39,18 @@ class Trace:
 
     def __init__(self) -> None:
         self.codes: Counter[CodeType] = Counter()
+        self.inside = False  # an iteration
         self.deepest: list[str] = []
         self.denoiser: list[str] = []
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         """See ``sys.setprofile``."""
-        if event != "call" or not frame.f_code.co_filename.startswith(PACKAGES):
+        code = frame.f_code
+        if event in {"call", "return"} and code.co_name == "iterate" and code.co_filename == ITERATION:
+            self.inside = event == "call"
+        if not self.inside or event != "call" or not code.co_filename.startswith(PACKAGES):
             return
-        self.codes[frame.f_code] += 1
+        self.codes[code] += 1
         named = [describe(each) for each in stack(frame)]
         if len(named) > len(self.deepest):
             self.deepest = named

@@ -133,8 +133,7 @@ def written_metrics() -> set[str]:
     update = UpdateRecord(
         loss=one, kl=one, deviation=one, first_deviation=one, clipped=one, mismatch=one, depth=[edges.edge_depth]
     )
-    share = ShareRecord(tuple(plans), tuple(flat), 1, scores, topology.rollout_rows, update)
-    names = iteration_metrics(topology, share, credit, 1)
+    names = iteration_metrics(ShareRecord(tuple(plans), scores, credit, topology.rollout_rows, update), 1)
     shown = {re.sub(r"split_\d+$", "split_J", re.sub(r"depth_\d+$", "depth_NN", name)) for name in names}
     checked = {"continuation/gap/LABEL", "continuation/correlation/LABEL", "rows/continuation_check"}
     return shown | checked | {"iteration", "lr"}
@@ -148,7 +147,7 @@ def test_the_metrics_page_names_what_is_logged_and_nothing_else() -> None:
 
 def test_the_metrics_page_names_every_phase_and_file() -> None:
     text = TEXT[ROOT / "docs" / "metrics.md"]
-    folders = [ROOT / "branchtree" / name for name in ("training", "run", "studies/evaluate")]
+    folders = [ROOT / "branchtree" / name for name in ("training", "run", "pictures")]
     source = "".join(path.read_text(encoding="utf-8") for folder in folders for path in folder.glob("*.py"))
     phases = set(re.findall(r'watch\.phase\("(\w+)"\)', source))
     assert len(phases) > 4

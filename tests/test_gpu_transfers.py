@@ -35,7 +35,7 @@ LIMIT = 3
 STEPS = 8
 
 ON_THE_DEVICE = {
-    "branchtree/core/rollout.py: densities = torch.cat(log_prob).cpu().split([len(level) for level in log_prob])": 1,
+    "branchtree/core/rollout.py: densities = torch.cat(self._log_prob).cpu().split([len(level) for level in self._log_prob])": 1,
     "branchtree/training/update.py: copied = torch.cat(flat).cpu().split([len(tensor) for tensor in tensors])": 1,
     "branchtree/training/engine.py: return float(self.accelerator.clip_grad_norm_(list(self.parameters.values()), limit))": 1,
     "branchtree/training/processes.py: row = torch.tensor([list(mine)], dtype=torch.int64, device=self.accelerator.device)": 1,
@@ -47,7 +47,7 @@ ON_THE_DEVICE = {
 
 ON_THE_HOST = {
     **ON_THE_DEVICE,
-    "branchtree/core/rollout.py: states = [initial.float().to(store or initial.device)]": 1,
+    "branchtree/core/rollout.py: self._states = [initial.float().to(store or initial.device)]": 1,
     "branchtree/core/rollout.py: following[send(children, following.device)] = reached.to(following.device)": STEPS,
 }
 """The same under ``batch.states: host``."""
