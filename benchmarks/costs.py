@@ -32,7 +32,7 @@ from full_size_work import cost_of, sampled_rollout
 from operations import seconds_of
 from sessions import QUIET, Prompts, credited, grown, opened, under, updated
 
-from branchtree.cli.app import parse_overrides
+from branchtree.cli.arguments import parse_overrides
 from branchtree.planning.memory import estimate_memory
 from branchtree.recipe import load_recipe
 from branchtree.run.directory import METRICS, TIMING, RunDirectory

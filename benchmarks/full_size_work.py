@@ -18,7 +18,7 @@ from random_models import SMALL_FLUX, SMALL_WAN, Execution, RandomFlux, RandomWa
 from sampling import SampledDenoiser, Timed, part_of
 from sessions import QUIET, Prompts, credited, random_scores, updated
 
-from branchtree.cli.app import parse_overrides
+from branchtree.cli.arguments import parse_overrides
 from branchtree.core.cost import Cost, count
 from branchtree.core.noise import NoiseSource
 from branchtree.core.rollout import rollout

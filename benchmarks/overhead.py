@@ -25,7 +25,7 @@ from typing import Any, cast
 import torch
 
 from branchtree import plan
-from branchtree.cli.app import parse_overrides
+from branchtree.cli.arguments import parse_overrides
 from branchtree.core.rollout import VelocityFunction, chunks
 from branchtree.core.tree import Topology
 from branchtree.plugins.protocols import Callback, Condition

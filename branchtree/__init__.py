@@ -3,9 +3,20 @@
 Implements BranchGRPO (arXiv 2509.06040) on one modality-agnostic core; models and rewards are plug-ins.
 """
 
-from branchtree.api import evaluate, plan, score, train
+from branchtree.api import compare, diversity, evaluate, plan, score, train, write_report
 from branchtree.errors import BranchTreeError
 from branchtree.recipe import Recipe, load_recipe
 
 __version__ = "0.1.0"
-__all__ = ["BranchTreeError", "Recipe", "evaluate", "load_recipe", "plan", "score", "train"]
+__all__ = [
+    "BranchTreeError",
+    "Recipe",
+    "compare",
+    "diversity",
+    "evaluate",
+    "load_recipe",
+    "plan",
+    "score",
+    "train",
+    "write_report",
+]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,8 @@ from branchtree.recipe import Recipe, load_recipe
 if TYPE_CHECKING:
     from branchtree.planning.plan import RunPlan
     from branchtree.plugins.protocols import Callback
+    from branchtree.studies.compare import Comparison
+    from branchtree.studies.diversity.study import Study
     from branchtree.studies.evaluate import EvaluationResult
     from branchtree.studies.score import ScoredFile
     from branchtree.training.reporter import TrainResult
@@ -114,6 +116,92 @@ def score(
     from branchtree.studies.score import score_files
 
     return score_files(files, rewards, prompt=prompt, device=device, batch=batch)
+
+
+def compare(
+    recipes: str | Sequence[str],
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    seeds: Sequence[int] = (0, 1, 2),
+    iterations: int | None = None,
+    rows: int | None = None,
+    grid: Sequence[str] = (),
+    jobs: int = 1,
+    output: str | Path = "runs/compare",
+    smoke: bool = False,
+    title: str = "",
+    tell: Callable[[str], None] = lambda line: None,
+) -> Comparison:
+    """Train several recipes under the same seeds, prompts and budget, and put them into one table and one page.
+
+    ``recipes`` are names or paths, each with changes of its own as in ``"quickstart@tree.branches=4"``; ``overrides``
+    change all of them, and a ``grid`` word such as ``"tree.strength=1,2,4"`` makes a row of every recipe and value. The
+    budget is ``iterations`` of the first row, or ``rows`` through the denoiser for every run. Runs are written below
+    ``output``, ``jobs`` at a time; those that are there and finished are left alone, so that the same call goes on
+    after an interruption. ``tell`` gets a line for every run. Raises a BranchTreeError if a recipe is wrong or
+    ``output`` holds another comparison; a run that fails is named in the result.
+    """
+    from branchtree.studies.common.grids import parse_grid
+    from branchtree.studies.compare.compare import run_comparison
+    from branchtree.studies.compare.request import Budget, Request, multiply, parse_recipe
+
+    words = [recipes] if isinstance(recipes, str) else recipes
+    request = Request(
+        rows=tuple(multiply([parse_recipe(word) for word in words], [parse_grid(text) for text in grid])),
+        seeds=tuple(seeds),
+        budget=Budget(iterations, rows),
+        shared=dict(overrides or {}),
+        smoke=smoke,
+        title=title,
+    )
+    return run_comparison(request, user_path(output), jobs, tell)
+
+
+def diversity(
+    run_or_recipe: str | Path | Recipe,
+    overrides: Mapping[str, Any] | None = None,
+    *,
+    samples: int = 4096,
+    features: str | Sequence[str] = "pixels",
+    prompts: str | Path | None = None,
+    grid: Sequence[str] = (),
+    shared_noise: bool = True,
+    seed: int | None = None,
+    output: str | Path | None = None,
+    smoke: bool = False,
+    advance: Callable[[int, int], None] | None = None,
+) -> Study:
+    """Compare branched with plain rollouts of one model: KID, MMD^2, and distances within prompts.
+
+    ``run_or_recipe`` is as in ``evaluate``. ``samples`` of each set are rounded up to whole trees; ``features`` are
+    feature spaces by name, with settings as in ``"clip normalize=true"``. ``grid`` words such as
+    ``"tree.strength=1,2,4"`` are ways to branch, tried in all combinations. With ``shared_noise`` plain samples come in
+    groups that start from one initial noise, too. ``seed`` addresses all noise, the recipe's by default. Figures are
+    written to ``output``, by default ``diversity`` in the run's directory or ``runs/diversity-<recipe name>``.
+    ``advance`` is called with the number of samples made and wanted. Raises a BranchTreeError before anything is loaded
+    if what is wrong can be known then.
+    """
+    from functools import partial
+
+    from branchtree.studies.diversity.files import write_study
+    from branchtree.studies.diversity.request import Choices, make_request
+    from branchtree.studies.diversity.study import run_study
+    from branchtree.studies.evaluate.subject import find_subject
+
+    spaces = (features,) if isinstance(features, str) else tuple(features)
+    source, folder = (None if path is None else Path(path) for path in (prompts, output))
+    choices = Choices(samples, spaces, source, grid, folder, seed, shared_noise)
+    find = partial(find_subject, run_or_recipe, smoke=smoke, iteration=None)
+    study = run_study(make_request(find, dict(overrides or {}), choices), advance)
+    write_study(study)
+    return study
+
+
+def write_report(run: str | Path) -> Path:
+    """Write a run's report.html from its files, and return its path. Raises OutputError if there is no run."""
+    from branchtree.report import write_report as write
+
+    return write(user_path(run))
 
 
 def _resolve(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None, smoke: bool) -> Recipe:

@@ -27,16 +27,17 @@ from branchtree import load_recipe
 from branchtree.cli.app import app
 from branchtree.errors import OutputError, RecipeError
 from branchtree.report.read import read_run
-from branchtree.studies.compare import Budget, Request, Row, compare
+from branchtree.studies.common.student import student_quantile
+from branchtree.studies.compare import Budget, Request, Row, run_comparison
 from branchtree.studies.compare.budget import iterations_within
 from branchtree.studies.compare.collect import Comparison
 from branchtree.studies.compare.curves import curves, held_out_points, training_points
 from branchtree.studies.compare.page import render
-from branchtree.studies.compare.request import multiply, parse_grid, parse_recipe, parse_seeds, parse_words
+from branchtree.studies.common.grids import parse_grid
+from branchtree.studies.compare.request import multiply, parse_recipe, parse_seeds, parse_words
 from branchtree.studies.compare.runs import plan_runs
 from branchtree.studies.compare.statistics import paired_difference, spread
 from branchtree.studies.compare.table import figure, reward_sheet, work_sheet
-from branchtree.studies.student import student_quantile
 
 JUDGED: dict[str, Any] = {
     "evaluation": {
@@ -75,7 +76,7 @@ def request(model: Path, **changes: Any) -> Request:
 @pytest.fixture(scope="module")
 def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Comparison, Path, list[str]]:
     output, told = tmp_path_factory.mktemp("comparison"), list[str]()
-    return compare(request(model), output, tell=told.append), output, told
+    return run_comparison(request(model), output, tell=told.append), output, told
 
 
 def copied(finished: tuple[Comparison, Path, list[str]], tmp_path: Path) -> Path:
@@ -96,7 +97,7 @@ def times(output: Path) -> dict[str, int]:
 
 
 def test_words_are_recipes_or_overrides() -> None:
-    rows, shared = parse_words(["quickstart", "tree.steps=8", "a+b@tree.splits=[0,3],credit.beta=0", "x/own.yaml"])
+    words, shared = parse_words(["quickstart", "tree.steps=8", "a+b@tree.splits=[0,3],credit.beta=0", "x/own.yaml"])
     assert rows == [
         Row("quickstart", "quickstart"),
         Row("a+b tree.splits=[0,3],credit.beta=0", "a+b", {"tree.splits": [0, 3], "credit.beta": 0}),
@@ -163,8 +164,8 @@ def documented() -> list[list[str]]:
 @pytest.mark.parametrize("words", documented(), ids=" ".join)
 def test_documented_commands_name_rows_that_can_be_planned(words: list[str], tmp_path: Path) -> None:
     given = COMMANDS["compare"].make_context("compare", words).params
-    rows, changes = parse_words(given["recipes"])
-    multiplied = multiply(rows, [parse_grid(text) for text in given["grid"] or []])
+    words, changes = parse_words(given["recipes"])
+    multiplied = multiply([parse_recipe(word) for word in words], [parse_grid(text) for text in given["grid"] or []])
     budget = Budget(iterations=4)
     plans = plan_runs(Request(tuple(multiplied), parse_seeds(given["seeds"])[:1], budget, changes), tmp_path)
     assert len({run.recipe.model_dump_json(exclude={"name", "description"}) for run in plans.runs}) == len(multiplied)
@@ -193,7 +194,7 @@ def test_rows_spent_stay_within_an_equal_budget(model: Path, tmp_path: Path) -> 
     single = Row("single", "quickstart", {"tree.splits": "single", "tree.branches": 4})
     unjudged = {**shared(model), "evaluation": None}
     asked = Request((ROWS[0], single), (0,), Budget(rows=budget), unjudged)
-    for row in compare(asked, tmp_path).rows:
+    for row in run_comparison(asked, tmp_path).rows:
         spent = [line["rows/equivalent"] for line in metrics(tmp_path / row.name / "seed_0")]
         assert len(spent) > 1
         assert sum(spent) <= budget < sum(spent) + max(spent)
@@ -291,7 +292,7 @@ def test_finished_runs_are_left_alone_and_rows_and_seeds_are_added(
     output, told = copied(finished, tmp_path), list[str]()
     before = times(output)
     more = Row("more", "quickstart", {"credit.beta": 0.0})
-    comparison = compare(request(model, rows=(*ROWS, more), seeds=SEEDS), output, tell=told.append)
+    comparison = run_comparison(request(model, rows=(*ROWS, more), seeds=SEEDS), output, tell=told.append)
     after = times(output)
     assert before.items() <= after.items() and after.keys() - before.keys() == {
         f"more/seed_{seed}/summary.json" for seed in SEEDS
@@ -316,7 +317,7 @@ def test_another_request_is_refused(
 ) -> None:
     before = (finished[1] / "compare.json").read_bytes()
     with pytest.raises(OutputError, match=message):
-        compare(request(model, **changes), finished[1])
+        run_comparison(request(model, **changes), finished[1])
     assert (finished[1] / "compare.json").read_bytes() == before
 
 
@@ -333,7 +334,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(
     shutil.rmtree(half / "checkpoints/iteration_000002")
     shutil.rmtree(barely / "checkpoints")
     first = (half / "cpu.jsonl").read_text().splitlines()[0]
-    assert compare(request(model), output).complete
+    assert run_comparison(request(model), output).complete
     assert {name for name, when in times(output).items() if before[name] != when} == {
         "wide/seed_3/summary.json",
         "tree/seed_0/summary.json",
@@ -353,7 +354,7 @@ def test_a_finished_run_of_another_length_is_refused(model: Path, tmp_path: Path
     run.mkdir(parents=True)
     (run / "summary.json").write_text('{"iterations": 7}')
     with pytest.raises(OutputError, match="holds a run of 7 iterations, not of 2"):
-        compare(request(model), tmp_path)
+        run_comparison(request(model), tmp_path)
 
 
 FATAL = """
@@ -387,8 +388,8 @@ def test_a_process_gives_what_this_one_gives_and_one_that_dies_takes_only_its_ru
     plug(guest_site)
     plug(fake_distribution(tmp_path / "site", "fatal", {"fatal": "fatal_callback"}, {"fatal_callback": FATAL}))
     dies, lives = Row("dies", "guest", {"callbacks": [{"callback": "fatal"}]}), Row("lives", "guest")
-    several = compare(Request((dies, lives), (5,), Budget(iterations=3)), tmp_path / "several", jobs=2)
-    alone = compare(Request((lives,), (5,), Budget(iterations=3)), tmp_path / "alone")
+    several = run_comparison(Request((dies, lives), (5,), Budget(iterations=3)), tmp_path / "several", jobs=2)
+    alone = run_comparison(Request((lives,), (5,), Budget(iterations=3)), tmp_path / "alone")
     assert [run.status for row in several.rows for run in row.runs] == ["failed", "finished"]
     assert "its process was killed" in several.rows[0].runs[0].message
     run, same = several.rows[1].runs[0], alone.rows[0].runs[0]

@@ -18,7 +18,8 @@ import typer
 import yaml
 
 import branchtree
-from branchtree.cli.app import app, parse_overrides
+from branchtree.cli.app import app
+from branchtree.cli.arguments import parse_overrides
 from branchtree.core.cost import count
 from branchtree.core.credit import CreditRule, PruningRule, assign_credit
 from branchtree.core.families import collect

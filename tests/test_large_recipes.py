@@ -11,7 +11,7 @@ import torch
 import yaml
 
 import branchtree
-from branchtree.cli.app import parse_overrides
+from branchtree.cli.arguments import parse_overrides
 from branchtree.core.families import collect
 from branchtree.core.pruning import trainable
 from branchtree.core.tree import grow

@@ -14,7 +14,7 @@ from hypothesis import settings as limits
 from hypothesis import strategies as st
 from strategies import thorough
 
-from branchtree.cli.app import parse_overrides
+from branchtree.cli.arguments import parse_overrides
 from branchtree.errors import BranchTreeError, RecipeError
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.load import builtin_folder

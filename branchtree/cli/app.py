@@ -7,19 +7,20 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.logging import RichHandler
 from rich.table import Table
 
+from branchtree.cli.arguments import ForceOption, OverridesArgument, RecipeArgument, SmokeOption, parse_overrides
 from branchtree.cli.compare import compare
 from branchtree.cli.console import make_console, replace_unencodable, visible
 from branchtree.cli.diversity import diversity
-from branchtree.cli.evaluate import ForceOption, evaluate
+from branchtree.cli.evaluate import evaluate
 from branchtree.cli.score import rewards, score
 from branchtree.cli.serve import serve_reward
-from branchtree.errors import BranchTreeError, RecipeError
+from branchtree.errors import BranchTreeError
 
 app = typer.Typer(
     name="branchtree",
@@ -29,12 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-RecipeArgument = Annotated[str, typer.Argument(help="A recipe's name, or the path of a YAML file.")]
-OverridesArgument = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Override keys, as in optim.lr=2e-5.")
-]
 INTERRUPTED = 128 + signal.SIGINT  # the exit code of a process that Ctrl-C ended, as shells give it
-SmokeOption = Annotated[bool, typer.Option("--smoke", help="Use the recipe's bundled small model and rewards.")]
 
 
 def main() -> None:
@@ -109,7 +105,7 @@ def train(
         return
     console.print(f"Trained model: {result.output / 'final'}", soft_wrap=True)
     if report:
-        from branchtree.report import write_report
+        from branchtree.api import write_report
 
         console.print(f"Report: {write_report(result.output)}", soft_wrap=True)
 
@@ -173,7 +169,7 @@ app.command()(serve_reward)
 def report(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
     """Write a run's report.html."""
     console = make_console()
-    from branchtree.report import write_report
+    from branchtree.api import write_report
 
     console.print(f"Report: {write_report(run)}", soft_wrap=True)
 
@@ -183,17 +179,3 @@ def leave_at_once(message: str) -> NoReturn:
     make_console(stderr=True, soft_wrap=True).print(message)
     sys.stdout.flush()
     os._exit(INTERRUPTED)
-
-
-def parse_overrides(overrides: list[str]) -> dict[str, Any]:
-    """``key=value`` words as a mapping. Raises RecipeError for a word without '='."""
-    from branchtree.errors import shortened
-    from branchtree.recipe.source import parse_value
-
-    changes: dict[str, Any] = {}
-    for word in overrides:
-        key, separator, value = word.partition("=")
-        if not separator or not key:
-            raise RecipeError(f"override '{shortened(word)}': write it as key=value, for example optim.lr=2e-5")
-        changes[key] = parse_value(value, f"override {shortened(key)}:")
-    return changes

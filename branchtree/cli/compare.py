@@ -8,7 +8,6 @@ from typing import Annotated
 import typer
 
 from branchtree.cli.console import make_console
-from branchtree.files.reading import user_path
 
 
 def compare(
@@ -36,23 +35,26 @@ def compare(
     title: Annotated[str, typer.Option(help="Of the table and the page.")] = "",
 ) -> None:
     """Compare recipes under the same seeds, prompts and budget; run it again to go on."""
-    from branchtree.studies.compare import Budget, Request
-    from branchtree.studies.compare import compare as run
+    from branchtree.api import compare as run
     from branchtree.studies.compare.compare import PAGE, TABLE
-    from branchtree.studies.compare.request import multiply, parse_grid, parse_seeds, parse_words
+    from branchtree.studies.compare.request import parse_seeds, parse_words
     from branchtree.studies.compare.table import reward_sheet, terminal, troubles, work_sheet
 
     console = make_console(soft_wrap=True)
-    named, shared = parse_words(recipes)
-    request = Request(
-        rows=tuple(multiply(named, [parse_grid(text) for text in grid or []])),
+    named, overrides = parse_words(recipes)
+    comparison = run(
+        named,
+        overrides,
         seeds=parse_seeds(seeds),
-        budget=Budget(iterations, rows),
-        shared=shared,
+        iterations=iterations,
+        rows=rows,
+        grid=grid or (),
+        jobs=jobs,
+        output=output,
         smoke=smoke,
         title=title,
+        tell=console.print,
     )
-    comparison = run(request, user_path(output), jobs, console.print)
     for sheet in [
         *work_sheet(comparison).parts(6),
         *(reward_sheet(comparison, [label]) for label in comparison.labels),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from branchtree.cli.arguments import parse_overrides
 from branchtree.cli.console import make_console
 from branchtree.cli.progress import late_progress
 
@@ -46,18 +46,22 @@ def diversity(
     smoke: Annotated[bool, typer.Option("--smoke", help="Use the recipe's bundled small model.")] = False,
 ) -> None:
     """Compare branched with plain rollouts of one model: KID, MMD^2, and distances within prompts."""
-    from branchtree.cli.app import parse_overrides
-    from branchtree.studies.diversity.files import write_study
-    from branchtree.studies.diversity.request import Choices, make_request
-    from branchtree.studies.diversity.study import run_study
-    from branchtree.studies.evaluate.subject import find_subject
+    from branchtree.api import diversity as run
 
-    chosen = Choices(samples, features or ("pixels",), prompts, grid or (), output, seed, shared_noise)
-    find = partial(find_subject, subject, smoke=smoke, iteration=None)
-    request = make_request(find, parse_overrides(overrides or []), chosen)
     with late_progress("sampling") as advance:
-        study = run_study(request, advance)
-    write_study(study)
+        study = run(
+            subject,
+            parse_overrides(overrides or []),
+            samples=samples,
+            features=features or "pixels",
+            prompts=prompts,
+            grid=grid or (),
+            shared_noise=shared_noise,
+            seed=seed,
+            output=output,
+            smoke=smoke,
+            advance=advance,
+        )
     _report(make_console(), study)
 
 

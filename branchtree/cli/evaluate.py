@@ -10,16 +10,12 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from branchtree.cli.arguments import ForceOption, parse_overrides
 from branchtree.cli.console import make_console, visible
 from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
     from branchtree.studies.evaluate import Comparison, EvaluationResult, Interval
-
-
-ForceOption = Annotated[
-    bool, typer.Option("--force", help="Start even if the device has less free memory than the plan's estimate.")
-]
 
 
 def evaluate(
@@ -48,7 +44,6 @@ def evaluate(
     force: ForceOption = False,
 ) -> None:
     """Judge a run's model, or a LoRA, against its base on held-out prompts, or a recipe's base model alone."""
-    from branchtree.cli.app import parse_overrides
     from branchtree.studies.evaluate import evaluate_subject
     from branchtree.studies.evaluate.request import Choices
 

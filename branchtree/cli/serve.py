@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from branchtree.cli.arguments import parse_overrides
 from branchtree.cli.console import make_console
 
 if TYPE_CHECKING:
@@ -48,7 +49,6 @@ def serve_reward(
 
 def make_adapter(name: str, words: list[str]) -> NamedAdapter:
     """The registered reward with options given as ``key=value``, not yet loaded. Raises PluginError or RecipeError."""
-    from branchtree.cli.app import parse_overrides
     from branchtree.recipe.build import make_reward
     from branchtree.serving.service import NamedAdapter
 

@@ -4,7 +4,8 @@ A request is planned into runs (``request``, ``budget``, ``runs``), the runs are
 are read into a table and a page (``collect``, ``table``, ``page``).
 """
 
-from branchtree.studies.compare.compare import compare
+from branchtree.studies.compare.collect import Comparison
+from branchtree.studies.compare.compare import run_comparison
 from branchtree.studies.compare.request import Budget, Request, Row
 
-__all__ = ["Budget", "Request", "Row", "compare"]
+__all__ = ["Budget", "Comparison", "Request", "Row", "run_comparison"]

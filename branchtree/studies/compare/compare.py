@@ -21,7 +21,7 @@ TABLE, PAGE = "compare.md", "compare.html"
 Tell = Callable[[str], None]
 
 
-def compare(request: Request, output: Path, jobs: int = 1, tell: Tell = lambda line: None) -> Comparison:
+def run_comparison(request: Request, output: Path, jobs: int = 1, tell: Tell = lambda line: None) -> Comparison:
     """Do what is left of a comparison, ``jobs`` runs at a time, and write its table and page into ``output``.
 
     Each run lives in ``output/ROW/seed_S`` as an ordinary run directory: finished ones are left alone, others go on

@@ -18,6 +18,7 @@ from typing import Literal
 
 from branchtree.errors import BranchTreeError, OutputError
 from branchtree.files.json_lines import read_json_object
+from branchtree.run.directory import RunDirectory
 from branchtree.studies.compare.meter import CpuMeter
 from branchtree.studies.compare.runs import PlannedRun
 from branchtree.training.interrupt import StopRequest
@@ -54,12 +55,15 @@ def is_finished(run: PlannedRun) -> bool:
 
 
 def perform(run: PlannedRun) -> Outcome:
-    """Do a run, or go on with what there is of it."""
-    from branchtree.api import train
+    """Do a run, or go on with it where it has begun."""
+    from branchtree.training.start import with_start
+    from branchtree.training.trainer import train_recipe
 
-    meter = CpuMeter()
+    meter, directory = CpuMeter(), RunDirectory(run.folder)
+    resume = directory.recipe_file.is_file()
     try:
-        result = train(run.recipe, output=run.folder, resume=(run.folder / "recipe.yaml").is_file(), callbacks=[meter])
+        begun = with_start(run.recipe, None, directory if resume else None)
+        result = train_recipe(begun, run.folder, resume, [meter])
     except BranchTreeError as error:
         return Outcome("failed", str(error))
     meter.close(result.iterations)

@@ -13,6 +13,7 @@ from branchtree.errors import RecipeError
 from branchtree.files.names import folder_name
 from branchtree.recipe.load import SUFFIXES
 from branchtree.recipe.source import parse_value
+from branchtree.studies.common.grids import Grid, split_values
 
 KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*(?==)")
 OWN_KEYS = {
@@ -36,14 +37,6 @@ class Row:
         """The name as one folder's name."""
         plain = re.sub(r"[\[\]{}'\"]", "", self.name)
         return folder_name(re.sub(r"[^\w.+=,@-]+", "_", plain).strip("_.")[:120] or "row")
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Values of one key, each of which makes a row of its own out of every row."""
-
-    key: str
-    values: tuple[tuple[str, Any], ...]  # as written, and as read
 
 
 @dataclass(frozen=True)
@@ -93,66 +86,35 @@ def _require_distinct(kind: str, names: Sequence[str], advice: str) -> None:
         raise RecipeError(f"the {kind} '{twice[0]}' comes twice; {advice}")
 
 
-def parse_words(words: Sequence[str]) -> tuple[list[Row], dict[str, Any]]:
-    """Recipes and shared overrides from a command's words; a word that begins with ``key=`` is an override."""
-    rows: list[Row] = []
-    shared: dict[str, Any] = {}
+def parse_words(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
+    """Return a command's recipes and its overrides of all rows: the words that begin with ``key=``."""
+    overrides = {}
     for word in words:
         if KEY.match(word):
             key, _, value = word.partition("=")
-            shared[key] = parse_value(value, f"override {key}:")
-        else:
-            rows.append(parse_recipe(word))
-    return rows, shared
+            overrides[key] = parse_value(value, f"override {key}:")
+    return [word for word in words if not KEY.match(word)], overrides
 
 
 def parse_recipe(word: str) -> Row:
-    """``RECIPE`` or ``RECIPE@key=value,key=value``; the key ``name`` names the row."""
+    """Read a row from ``RECIPE`` or ``RECIPE@key=value,key=value``; the key ``name`` names the row."""
     recipe, _, changes = word.partition("@")
     overrides: dict[str, Any] = {}
     name = ""
-    for part in split_values(changes) if changes else []:
-        key, separator, value = part.partition("=")
+    for change in split_values(changes) if changes else []:
+        key, separator, value = change.partition("=")
         if not separator or not key:
             raise RecipeError(f"'{word}': after @ write key=value, several with commas between them")
         if key == "name":
             name = value
         else:
             overrides[key] = parse_value(value, f"'{recipe}': override {key}:")
-    plain = "+".join(Path(part).stem if part.endswith(SUFFIXES) else part for part in recipe.split("+"))
+    plain = "+".join(Path(word).stem if word.endswith(SUFFIXES) else word for word in recipe.split("+"))
     return Row(name or (f"{plain} {changes}" if changes else plain), recipe, overrides)
 
 
-def parse_grid(text: str) -> Grid:
-    """``key=v1,v2``; values are YAML, so that lists may be among them: ``tree.splits=[0,3],[0,5]``."""
-    key, separator, values = text.partition("=")
-    written = split_values(values)
-    if not separator or not key or not all(written):
-        raise RecipeError(f"grid '{text}': write it as key=value,value, for example tree.strength=1,2,4")
-    return Grid(key, tuple((value, parse_value(value)) for value in written))
-
-
-def split_values(text: str) -> list[str]:
-    """The parts of a list with commas between them; commas inside brackets and quotes belong to their part."""
-    parts, depth, quote = [""], 0, ""
-    for letter in text:
-        if quote:
-            quote = "" if letter == quote else quote
-        elif letter in "'\"":
-            quote = letter
-        elif letter in "[{":
-            depth += 1
-        elif letter in "]}":
-            depth -= 1
-        if letter == "," and not depth and not quote:
-            parts.append("")
-        else:
-            parts[-1] += letter
-    return [part.strip() for part in parts]
-
-
 def multiply(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Row]:
-    """Every row with every combination of the grids' values, the last grid varying fastest."""
+    """Return every row with every combination of the grids' values, the last grid varying fastest."""
     multiplied = []
     for row in rows:
         for combination in itertools.product(*(grid.values for grid in grids)):
@@ -163,8 +125,8 @@ def multiply(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Row]:
 
 
 def parse_seeds(text: str) -> tuple[int, ...]:
-    """``0,1,2``."""
+    """Read seeds as in ``0,1,2``. Raises RecipeError."""
     try:
-        return tuple(int(part) for part in text.split(","))
+        return tuple(int(word) for word in text.split(","))
     except ValueError:
         raise RecipeError(f"seeds '{text}': write whole numbers with commas between them, for example 0,1,2") from None

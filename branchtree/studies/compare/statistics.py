@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from branchtree.studies.student import student_quantile
+from branchtree.studies.common.student import student_quantile
 
 CONFIDENCE = 0.95
 

@@ -16,7 +16,7 @@ from branchtree.files.writing import require_own_results
 from branchtree.plugins.protocols import Condition, ModelAdapter
 from branchtree.recipe.build import make_kernel, make_model, make_schedule
 from branchtree.recipe.schema import Recipe
-from branchtree.recipe.source import parse_value
+from branchtree.studies.common.grids import parse_grid
 from branchtree.studies.diversity.sampling import Deal
 from branchtree.studies.diversity.spaces import NamedSpace, make_spaces
 from branchtree.studies.score.results import check_output
@@ -116,31 +116,16 @@ def make_request(find: Find, overrides: Mapping[str, Any], choices: Choices) -> 
 
 
 def grid_cells(grid: Sequence[str]) -> list[dict[str, Any]]:
-    """All combinations of the values of "key=value,value" words. Commas inside brackets are part of a value.
+    """Return all combinations of the values of ``key=value,value`` words.
 
     Raises RecipeError for another form, or for a key that is not of ``tree`` or ``sampler``: the model stays loaded.
     """
-    columns: list[list[tuple[str, Any]]] = []
-    for word in grid:
-        key, separator, values = word.partition("=")
-        if not separator or not values:
-            raise RecipeError(f"grid '{word}': write it as key=value,value, for example tree.strength=1,2,4,8")
-        if not key.startswith(GRID_SECTIONS):
-            raise RecipeError(f"grid '{word}': only keys of tree and sampler can vary, and '{key}' is none")
-        columns.append([(key, parse_value(value)) for value in split_values(values)])
+    grids = [parse_grid(word) for word in grid]
+    for each in grids:
+        if not each.key.startswith(GRID_SECTIONS):
+            raise RecipeError(f"grid '{each.key}': only keys of tree and sampler can vary, and '{each.key}' is none")
+    columns = [[(each.key, value) for _, value in each.values] for each in grids]
     return [dict(cell) for cell in itertools.product(*columns)] if columns else []
-
-
-def split_values(text: str) -> list[str]:
-    """Cut at the commas that are not inside brackets."""
-    parts, depth = [""], 0
-    for character in text:
-        depth += {"[": 1, "]": -1}.get(character, 0)
-        if character == "," and depth == 0:
-            parts.append("")
-        else:
-            parts[-1] += character
-    return parts
 
 
 def _default_output(subject: Subject) -> Path:

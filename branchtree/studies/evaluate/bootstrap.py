@@ -14,7 +14,7 @@ from torch import Tensor
 
 from branchtree.core.noise import Purpose, generator
 from branchtree.core.rollout import chunks
-from branchtree.studies.student import student_quantile
+from branchtree.studies.common.student import student_quantile
 
 RESAMPLES, LEVEL = 10_000, 0.95
 BLOCK = 2**22
