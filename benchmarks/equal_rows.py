@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from branchtree.studies.compare import Budget, Request, Row, run_comparison
+from branchtree.studies.compare import Budget, ComparisonRequest, Row, run_comparison
 from branchtree.studies.compare.table import reward_sheet, terminal, work_sheet
 
 QUIET = {"run.checkpoint_every": 10**6, "run.sample_every": 10**6, "run.tree_every": 10**6}
@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     console = Console(highlight=False)
-    request = Request(ROWS, tuple(range(arguments.seeds)), Budget(rows=arguments.rows), QUIET)
+    request = ComparisonRequest(ROWS, tuple(range(arguments.seeds)), Budget(rows=arguments.rows), QUIET)
     with tempfile.TemporaryDirectory() as folder:
         comparison = run_comparison(request, Path(folder), tell=lambda line: print(line, flush=True))
     for sheet in (*work_sheet(comparison).parts(6), *reward_sheet(comparison).parts(3)):

@@ -18,7 +18,7 @@ from branchtree_adapters.flux import FLUX_DEV, Flux, FluxConfig
 from branchtree_adapters.pipeline import sources as shared
 from branchtree_adapters.pipeline import speed
 from branchtree_adapters.wan import Wan
-from branchtree_adapters.wan_layout import TRANSFORMER, VAE, WanConfig, read_configs
+from branchtree_adapters.wan_layout import TRANSFORMER, VAE, WanConfig, read_wan_configs
 from torch import Tensor
 
 from branchtree.plugins.protocols import Condition, Conditioning
@@ -82,7 +82,7 @@ class RandomFlux(Flux):
         """Draw the transformer and the VAE on ``device``."""
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-        configs, _ = shared.read_configs(shared.locate(self.config.path), FLUX_DEV, "FLUX.1-dev")
+        configs, _ = shared.read_configs(shared.locate_pipeline(self.config.path), FLUX_DEV, "FLUX.1-dev")
         transformer, vae = dict(configs["transformer/config.json"]), {**FLUX_VAE, **configs["vae/config.json"]}
         parts = {
             "transformer": build_at(device, denoiser_dtype, lambda: FluxTransformer2DModel.from_config(transformer)),
@@ -116,7 +116,7 @@ class RandomWan(Wan):
         """Draw the transformer and the VAE on ``device``."""
         from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
-        configs, _ = read_configs(self.config)
+        configs, _ = read_wan_configs(self.config)
         transformer, vae = dict(configs[TRANSFORMER]), dict(configs[VAE])
         self._loaded = WanPipeline(
             transformer=build_at(device, denoiser_dtype, lambda: WanTransformer3DModel.from_config(transformer)),

@@ -90,10 +90,10 @@ def evaluate(
     Raises a BranchTreeError, with what is wrong and where, before anything is loaded if it can be known then.
     """
     from branchtree.studies.evaluate import evaluate_subject
-    from branchtree.studies.evaluate.request import Choices
+    from branchtree.studies.evaluate.request import EvaluationChoices
 
     written = None if output is None else user_path(output)
-    choices = Choices(rewards, prompts, noises, limit, written, force, lora)
+    choices = EvaluationChoices(rewards, prompts, noises, limit, written, force, lora)
     return evaluate_subject(run_or_recipe, overrides, choices, smoke=smoke, checkpoint=checkpoint)
 
 
@@ -143,10 +143,10 @@ def compare(
     """
     from branchtree.studies.common.grids import parse_grid
     from branchtree.studies.compare.compare import run_comparison
-    from branchtree.studies.compare.request import Budget, Request, multiply, parse_recipe
+    from branchtree.studies.compare.request import Budget, ComparisonRequest, multiply, parse_recipe
 
     words = [recipes] if isinstance(recipes, str) else recipes
-    request = Request(
+    request = ComparisonRequest(
         rows=tuple(multiply([parse_recipe(word) for word in words], [parse_grid(text) for text in grid])),
         seeds=tuple(seeds),
         budget=Budget(iterations, rows),
@@ -184,15 +184,15 @@ def diversity(
     from functools import partial
 
     from branchtree.studies.diversity.files import write_study
-    from branchtree.studies.diversity.request import Choices, make_request
+    from branchtree.studies.diversity.request import DiversityChoices, make_diversity_request
     from branchtree.studies.diversity.study import run_study
     from branchtree.studies.evaluate.subject import find_subject
 
     spaces = (features,) if isinstance(features, str) else tuple(features)
     source, folder = (None if path is None else Path(path) for path in (prompts, output))
-    choices = Choices(samples, spaces, source, grid, folder, seed, shared_noise)
+    choices = DiversityChoices(samples, spaces, source, grid, folder, seed, shared_noise)
     find = partial(find_subject, run_or_recipe, smoke=smoke, iteration=None)
-    study = run_study(make_request(find, dict(overrides or {}), choices), advance)
+    study = run_study(make_diversity_request(find, dict(overrides or {}), choices), advance)
     write_study(study)
     return study
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from branchtree import load_recipe
-from branchtree.core.families import collect
+from branchtree.core.families import collect_families
 from branchtree.core.noise import IndependentSiblings, NoiseSource
 from branchtree.core.rollout import Sampler, forwards, rollout
 from branchtree.core.schedule import TreePlan
@@ -178,7 +178,7 @@ def run(accelerator: Any, schedule: Schedule, mine: Schedule) -> dict[str, Any]:
     keep = [torch.zeros(len(plans), dtype=torch.bool)] + [
         flags & (torch.rand(len(flags), generator=source) < mine["kept"]) for flags in trained
     ]
-    parts = partition(collect(topology, advantages, keep), schedule["steps"], 0, 0, range(len(plans)), 0)
+    parts = partition(collect_families(topology, advantages, keep), schedule["steps"], 0, 0, range(len(plans)), 0)
     loss = LossSection(kl=0.1 * schedule["kl"], old_log_prob=schedule["old_log_prob"], clip_range=0.5)
     updater = Updater(
         accelerator=accelerator,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from branchtree_rewards.clip.aesthetic import Aesthetic, AestheticConfig
-from branchtree_rewards.small.aesthetic import write_small
+from branchtree_rewards.small.aesthetic import write_small_aesthetic
 from branchtree_rewards.small.clip import write_clip_folder
 from clip_publisher import random_pictures
 from torch import Tensor
@@ -26,7 +26,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("aesthetic")
-    write_small(path)
+    write_small_aesthetic(path)
     return path
 
 
@@ -117,7 +117,7 @@ def test_both_files_can_be_pinned_and_make_the_fingerprint(folder: Path, tmp_pat
         with pytest.raises(RewardError, match=message):
             loaded(folder, sha256=pin)
     weights = torch.load(folder / HEAD, weights_only=True)
-    write_small(tmp_path)
+    write_small_aesthetic(tmp_path)
     torch.save({**weights, "bias": weights["bias"] + 1}, tmp_path / HEAD)
     assert loaded(tmp_path).fingerprint() != reward.fingerprint() == loaded(folder).fingerprint()
 

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from branchtree import train
 from branchtree.errors import CheckpointError, RecipeError
-from branchtree.training.changes import differences, require_same, unused
+from branchtree.training.changes import differences, require_same_recipe, unused
 
 RECIPE: dict[str, Any] = {
     "name": "mine",
@@ -60,31 +60,31 @@ def test_the_innermost_key_is_named(paths: dict[str, Any], keys: list[str]) -> N
 def test_what_touches_learning_is_refused_with_all_its_flags() -> None:
     now = changed(tree__window__size=3, rewards__0__url="http://two:2", name="other", run__checkpoint_async=True)
     with pytest.raises(CheckpointError) as told:
-        require_same(RECIPE, now, (), Path("c"))
+        require_same_recipe(RECIPE, now, (), Path("c"))
     message = str(told.value)
     assert "tree.window.size was 4 and is 3; rewards.0.url was" in message
     assert 'was "http://one:1" and is "http://two:2"' in message
     assert message.endswith("add --allow tree.window.size --allow rewards.0.url")
-    allowed = require_same(RECIPE, now, ("tree", "rewards.0.url"), Path("c"))  # a section covers its keys
+    allowed = require_same_recipe(RECIPE, now, ("tree", "rewards.0.url"), Path("c"))  # a section covers its keys
     assert [change.key for change in allowed] == ["tree.window.size", "rewards.0.url"]
     assert unused(("tree", "optim.lr"), allowed) == ["optim.lr"]
 
 
 def test_a_longer_run_is_the_same_unless_the_schedule_ends_with_it() -> None:
-    assert require_same(RECIPE, changed(run__iterations=20), (), Path("c")) == []
+    assert require_same_recipe(RECIPE, changed(run__iterations=20), (), Path("c")) == []
     linear = changed(optim__schedule="linear")
     with pytest.raises(CheckpointError, match=r"run\.iterations was 10 and is 20"):
-        require_same(linear, changed(optim__schedule="linear", run__iterations=20), (), Path("c"))
+        require_same_recipe(linear, changed(optim__schedule="linear", run__iterations=20), (), Path("c"))
     with pytest.raises(CheckpointError, match=r"optim\.schedule was"):
-        require_same(RECIPE, linear, (), Path("c"))
+        require_same_recipe(RECIPE, linear, (), Path("c"))
 
 
 def test_an_allowed_key_that_does_not_exist_is_an_error_that_names_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"--allow optim\.lrr: .* did you mean 'optim\.lr'"):
-        require_same(RECIPE, RECIPE, ("optim.lrr",), Path("c"))
+        require_same_recipe(RECIPE, RECIPE, ("optim.lrr",), Path("c"))
     with pytest.raises(RecipeError, match=r"--allow reward: .* did you mean 'rewards'"):
-        require_same(RECIPE, RECIPE, ("reward",), Path("c"))
-    require_same(RECIPE, changed(rewards__1__scale=2), ("rewards.1.scale",), Path("c"))  # one of the two has it
+        require_same_recipe(RECIPE, RECIPE, ("reward",), Path("c"))
+    require_same_recipe(RECIPE, changed(rewards__1__scale=2), ("rewards.1.scale",), Path("c"))  # one of the two has it
 
 
 def test_allowing_without_resuming_is_refused(tmp_path: Path) -> None:

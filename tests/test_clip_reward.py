@@ -17,8 +17,8 @@ import open_clip
 import pytest
 import regex
 import torch
-from branchtree_rewards.clip.clip_score import Clip, ClipConfig
-from branchtree_rewards.clip.text import load_tokenizer, token_ids
+from branchtree_rewards.clip.clip_score import ClipConfig, ClipScore
+from branchtree_rewards.clip.text import load_clip_tokenizer, token_ids
 from branchtree_rewards.small.clip import write_clip_folder
 from clip_publisher import (
     SCORED,
@@ -45,8 +45,8 @@ def conditions(*texts: str) -> list[Condition]:
     return [Condition(text) for text in texts]
 
 
-def loaded(path: Path | str, **settings: Any) -> Clip:
-    reward = Clip(ClipConfig.model_validate({"path": str(path), **settings}))
+def loaded(path: Path | str, **settings: Any) -> ClipScore:
+    reward = ClipScore(ClipConfig.model_validate({"path": str(path), **settings}))
     reward.load(CPU)
     return reward
 
@@ -100,7 +100,7 @@ def test_openai_tokens_follow_the_rule_of_transformers(vocabulary: Path) -> None
     texts = [text for text in prompts() if "<|" not in text]  # which transformers reads as end and start
     theirs = open_clip.tokenizer.SimpleTokenizer()
     theirs.clean_fn = lambda text: regex.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).lower()
-    ours = token_ids(load_tokenizer(str(vocabulary), None), texts, 77)
+    ours = token_ids(load_clip_tokenizer(str(vocabulary), None), texts, 77)
     expected = theirs(texts, context_length=77)
     differing = [
         text for text, a, b in zip(texts, expected, ours, strict=True) if up_to_end(a, 49407) != up_to_end(b, 49407)
@@ -110,7 +110,7 @@ def test_openai_tokens_follow_the_rule_of_transformers(vocabulary: Path) -> None
 
 
 def test_a_long_prompt_is_cut_before_its_end_token(vocabulary: Path) -> None:
-    ids = token_ids(load_tokenizer(str(vocabulary), None), ["dog " * 200, "dog " * 75, "dog " * 74], 77)
+    ids = token_ids(load_clip_tokenizer(str(vocabulary), None), ["dog " * 200, "dog " * 75, "dog " * 74], 77)
     assert ids[:, 0].tolist() == [49406] * 3
     assert ids[0].tolist() == ids[1].tolist()
     assert up_to_end(ids[0], 49407)[-1] == 49407
@@ -144,7 +144,7 @@ PREPROCESS = {"resize_mode": "squash", "interpolation": "bicubic"}
 
 
 @pytest.fixture(scope="module")
-def dfn5b(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> tuple[open_clip.CLIP, Clip]:
+def dfn5b(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> tuple[open_clip.CLIP, ClipScore]:
     """open_clip's own small model, and the reward that loaded its weights as DFN5B's are published."""
     folder = tmp_path_factory.mktemp("dfn5b")
     model, config = tiny_open_clip(quick_gelu=True, image=42)
@@ -154,7 +154,7 @@ def dfn5b(tmp_path_factory: pytest.TempPathFactory, vocabulary: Path) -> tuple[o
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_dfn5b_scores_as_open_clip(dfn5b: tuple[open_clip.CLIP, Clip], shape: tuple[int, int]) -> None:
+def test_dfn5b_scores_as_open_clip(dfn5b: tuple[open_clip.CLIP, ClipScore], shape: tuple[int, int]) -> None:
     model, reward = dfn5b
     pictures = random_pictures(len(SCORED), *shape)
     transform = image_transform_v2(PreprocessCfg(size=42, **PREPROCESS), is_train=False)
@@ -203,7 +203,7 @@ def test_a_folder_without_tokenizer_is_refused(folder: Path, tmp_path: Path) -> 
 
 def test_a_hub_id_that_cannot_be_reached_is_named() -> None:
     with pytest.raises(RewardError, match="openai/clip-vit-large-patch14"):
-        Clip(ClipConfig(variant="openai-l14")).load(CPU)
+        ClipScore(ClipConfig(variant="openai-l14")).load(CPU)
 
 
 def test_the_weights_can_be_pinned(folder: Path) -> None:

@@ -27,16 +27,16 @@ from branchtree import load_recipe
 from branchtree.cli.app import app
 from branchtree.errors import OutputError, RecipeError
 from branchtree.report.read import read_run
+from branchtree.studies.common.grids import parse_grid
 from branchtree.studies.common.student import student_quantile
-from branchtree.studies.compare import Budget, Request, Row, run_comparison
+from branchtree.studies.compare import Budget, ComparisonRequest, Row, run_comparison
 from branchtree.studies.compare.budget import iterations_within
 from branchtree.studies.compare.collect import Comparison
 from branchtree.studies.compare.curves import curves, held_out_points, training_points
-from branchtree.studies.compare.page import render
-from branchtree.studies.common.grids import parse_grid
+from branchtree.studies.compare.page import render_comparison
 from branchtree.studies.compare.request import multiply, parse_recipe, parse_seeds, parse_words
 from branchtree.studies.compare.runs import plan_runs
-from branchtree.studies.compare.statistics import paired_difference, spread
+from branchtree.studies.compare.statistics import paired_difference, seed_spread
 from branchtree.studies.compare.table import figure, reward_sheet, work_sheet
 
 JUDGED: dict[str, Any] = {
@@ -68,9 +68,9 @@ def shared(model: Path) -> dict[str, Any]:
     return {key: value for key, value in {**small(model), **JUDGED}.items() if key != "run.iterations"}
 
 
-def request(model: Path, **changes: Any) -> Request:
+def request(model: Path, **changes: Any) -> ComparisonRequest:
     given: dict[str, Any] = {"rows": ROWS, "seeds": SEEDS, "budget": Budget(iterations=2)}
-    return Request(shared=shared(model), **{**given, **changes})
+    return ComparisonRequest(shared=shared(model), **{**given, **changes})
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def times(output: Path) -> dict[str, int]:
 
 def test_words_are_recipes_or_overrides() -> None:
     words, shared = parse_words(["quickstart", "tree.steps=8", "a+b@tree.splits=[0,3],credit.beta=0", "x/own.yaml"])
-    assert rows == [
+    assert [parse_recipe(word) for word in words] == [
         Row("quickstart", "quickstart"),
         Row("a+b tree.splits=[0,3],credit.beta=0", "a+b", {"tree.splits": [0, 3], "credit.beta": 0}),
         Row("own", "x/own.yaml"),
@@ -121,7 +121,7 @@ def test_grids_make_a_row_of_every_combination() -> None:
     assert [row.overrides["tree.splits"] for row in rows[6::2]] == [[0, 3, 6, 9], [0, 5], "dense"]
     assert len({row.folder for row in rows}) == 12
     assert all(re.fullmatch(r"[\w.+=,@-]+", row.folder) for row in rows)
-    Request(tuple(rows), (0,))
+    ComparisonRequest(tuple(rows), (0,))
 
 
 @pytest.mark.parametrize(
@@ -131,13 +131,16 @@ def test_grids_make_a_row_of_every_combination() -> None:
         (lambda: parse_grid("tree.strength=1,,2"), "write it as key=value,value"),
         (lambda: parse_recipe("quickstart@dense"), "after @ write key=value"),
         (lambda: parse_seeds("0,one"), "whole numbers"),
-        (lambda: Request((Row("a", "quickstart"),), (1, 1)), "seed '1' comes twice"),
-        (lambda: Request((Row("a", "x"), Row("a", "y")), (1,)), "row 'a' comes twice; name one with RECIPE@name"),
-        (lambda: Request((Row("a b", "x"), Row("a_b", "y")), (1,)), "folder 'a_b' comes twice"),
-        (lambda: Request((Row("a", "x"),), (-1,)), "0 or above, not -1"),
-        (lambda: Request((Row("a", "x", {"seed": 3}),), (1,)), "seed: the comparison sets it.*--seeds"),
-        (lambda: Request((Row("a", "x"),), (1,), shared={"run.iterations": 3}), "use --iterations or --rows"),
-        (lambda: Request((), (1,)), "at least one recipe"),
+        (lambda: ComparisonRequest((Row("a", "quickstart"),), (1, 1)), "seed '1' comes twice"),
+        (
+            lambda: ComparisonRequest((Row("a", "x"), Row("a", "y")), (1,)),
+            "row 'a' comes twice; name one with RECIPE@name",
+        ),
+        (lambda: ComparisonRequest((Row("a b", "x"), Row("a_b", "y")), (1,)), "folder 'a_b' comes twice"),
+        (lambda: ComparisonRequest((Row("a", "x"),), (-1,)), "0 or above, not -1"),
+        (lambda: ComparisonRequest((Row("a", "x", {"seed": 3}),), (1,)), "seed: the comparison sets it.*--seeds"),
+        (lambda: ComparisonRequest((Row("a", "x"),), (1,), shared={"run.iterations": 3}), "use --iterations or --rows"),
+        (lambda: ComparisonRequest((), (1,)), "at least one recipe"),
         (lambda: Budget(3, 3), "give one of the two"),
     ],
 )
@@ -167,7 +170,7 @@ def test_documented_commands_name_rows_that_can_be_planned(words: list[str], tmp
     words, changes = parse_words(given["recipes"])
     multiplied = multiply([parse_recipe(word) for word in words], [parse_grid(text) for text in given["grid"] or []])
     budget = Budget(iterations=4)
-    plans = plan_runs(Request(tuple(multiplied), parse_seeds(given["seeds"])[:1], budget, changes), tmp_path)
+    plans = plan_runs(ComparisonRequest(tuple(multiplied), parse_seeds(given["seeds"])[:1], budget, changes), tmp_path)
     assert len({run.recipe.model_dump_json(exclude={"name", "description"}) for run in plans.runs}) == len(multiplied)
     assert len(multiplied) > 1
 
@@ -193,7 +196,7 @@ def test_rows_spent_stay_within_an_equal_budget(model: Path, tmp_path: Path) -> 
     budget = 150
     single = Row("single", "quickstart", {"tree.splits": "single", "tree.branches": 4})
     unjudged = {**shared(model), "evaluation": None}
-    asked = Request((ROWS[0], single), (0,), Budget(rows=budget), unjudged)
+    asked = ComparisonRequest((ROWS[0], single), (0,), Budget(rows=budget), unjudged)
     for row in run_comparison(asked, tmp_path).rows:
         spent = [line["rows/equivalent"] for line in metrics(tmp_path / row.name / "seed_0")]
         assert len(spent) > 1
@@ -275,8 +278,8 @@ def test_quantiles_of_t_are_scipys(freedom: int) -> None:
 
 
 def test_one_seed_has_no_spread_and_seeds_are_paired() -> None:
-    assert spread([]) is None
-    alone = spread([2.0])
+    assert seed_spread([]) is None
+    alone = seed_spread([2.0])
     assert alone is not None and alone.std is None
     pair = paired_difference({1: 5.0, 2: 7.0, 9: 100.0}, {2: 6.0, 1: 1.0, 4: 0.0})
     assert pair is not None and pair.pairs == 2 and pair.mean == 2.5  # (5 - 1 + 7 - 6) / 2
@@ -388,8 +391,8 @@ def test_a_process_gives_what_this_one_gives_and_one_that_dies_takes_only_its_ru
     plug(guest_site)
     plug(fake_distribution(tmp_path / "site", "fatal", {"fatal": "fatal_callback"}, {"fatal_callback": FATAL}))
     dies, lives = Row("dies", "guest", {"callbacks": [{"callback": "fatal"}]}), Row("lives", "guest")
-    several = run_comparison(Request((dies, lives), (5,), Budget(iterations=3)), tmp_path / "several", jobs=2)
-    alone = run_comparison(Request((lives,), (5,), Budget(iterations=3)), tmp_path / "alone")
+    several = run_comparison(ComparisonRequest((dies, lives), (5,), Budget(iterations=3)), tmp_path / "several", jobs=2)
+    alone = run_comparison(ComparisonRequest((lives,), (5,), Budget(iterations=3)), tmp_path / "alone")
     assert [run.status for row in several.rows for run in row.runs] == ["failed", "finished"]
     assert "its process was killed" in several.rows[0].runs[0].message
     run, same = several.rows[1].runs[0], alone.rows[0].runs[0]
@@ -471,6 +474,6 @@ def test_long_runs_are_smoothed(tmp_path: Path) -> None:
 
 
 def test_names_are_escaped(finished: tuple[Comparison, Path, list[str]]) -> None:
-    text = render(finished[0], "<script>x</script>", "a & b")
+    text = render_comparison(finished[0], "<script>x</script>", "a & b")
     assert "<script>" not in text and "a &amp; b" in text
     assert [figure(value) for value in (3.0, 0.123456, -12345.678, 2e-5)] == ["3", "0.1235", "-1.235e+04", "2e-05"]

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from branchtree.core.cost import Cost, count
 from branchtree.core.credit import Credit, CreditRule, PruningRule, assign_credit
-from branchtree.core.families import collect
+from branchtree.core.families import collect_families
 from branchtree.core.noise import Purpose
 from branchtree.core.schedule import PRESET_SPLITS, FixedSplits, Schedule, SlidingWindow, TreePlan
 from branchtree.core.scores import Scores
@@ -152,7 +152,7 @@ def test_masked_rewards_leave_no_trace(forest: Forest, rule: CreditRule, pruning
     clean = credit_of(forest, rule, pruning, {"reward": scores(zeros, forest.valid_tensor)})
     for mine, other in ((poisoned.advantages, clean.advantages), (poisoned.keep, clean.keep)):
         assert all(torch.equal(a, b) for a, b in zip(mine, other, strict=True))
-    families = collect(forest.topology, poisoned.advantages, poisoned.keep)
+    families = collect_families(forest.topology, poisoned.advantages, poisoned.keep)
     nodes = forest.nodes()
     levels = [reference.level(nodes, depth) for depth in forest.topology.depths]
     for depth, child in zip(families.edge_depth.tolist(), families.child.tolist(), strict=True):
@@ -356,7 +356,7 @@ def test_a_mix_window_trains_only_its_own_steps_and_the_splits() -> None:
     log_prob = [torch.zeros(topology.width(depth)) for depth in topology.depths]
     rewards = Scores(torch.arange(16.0).square(), torch.ones(16, dtype=torch.bool))
     credit = assign_credit(topology, log_prob, {"r": rewards}, {"r": 1.0}, CreditRule(), PruningRule(), 0, dimensions=1)
-    families = collect(topology, credit.advantages, credit.keep)
+    families = collect_families(topology, credit.advantages, credit.keep)
     assert sorted(set(families.depth.tolist())) == [0, 3, 6, 9, 12, 13, 14, 15]
 
 

@@ -24,15 +24,21 @@ from branchtree.run.directory import RunDirectory
 from branchtree.run.manifest import write_manifest
 from branchtree.studies.diversity import study as study_module
 from branchtree.studies.diversity.cache import FeatureCache, describe, weights_digest
-from branchtree.studies.diversity.request import Choices, Find, Request, grid_cells, make_request
+from branchtree.studies.diversity.request import (
+    DiversityChoices,
+    DiversityRequest,
+    Find,
+    grid_cells,
+    make_diversity_request,
+)
 from branchtree.studies.diversity.sampling import (
     BRANCHED,
     CONTROL,
     INDEPENDENT,
     PLAIN,
+    FeatureSamples,
     Kind,
-    Policy,
-    Samples,
+    SampledPolicy,
     draw_samples,
 )
 from branchtree.studies.diversity.study import run_study
@@ -47,18 +53,21 @@ def found(subject: str | Path) -> Find:
     return partial(find_subject, subject, smoke=False, iteration=None)
 
 
-def request(output: Path, **choices: Any) -> Request:
-    return make_request(found("quickstart"), SMALL, Choices(samples=16, output=output, **choices))
+def request(output: Path, **choices: Any) -> DiversityRequest:
+    return make_diversity_request(found("quickstart"), SMALL, DiversityChoices(samples=16, output=output, **choices))
+
+
+Small = tuple[DiversityRequest, SampledPolicy]
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> tuple[Request, Policy]:
+def small(tmp_path: Path) -> tuple[DiversityRequest, SampledPolicy]:
     """Four groups of four, of two prompts, and the loaded model."""
     asked = request(tmp_path)
     return asked, study_module._load(asked)
 
 
-def drawn(policy: Policy, asked: Request, kind: Kind) -> Samples:
+def drawn(policy: SampledPolicy, asked: DiversityRequest, kind: Kind) -> FeatureSamples:
     return draw_samples(policy, kind, asked.deal, asked.spaces)
 
 
@@ -66,12 +75,14 @@ def test_groups_are_whole_and_every_prompt_has_two(tmp_path: Path) -> None:
     deal = request(tmp_path).deal
     assert (deal.groups, deal.size, deal.samples, len(deal.conditions)) == (4, 4, 16, 2)
     assert deal.prompt.tolist() == [0, 1, 0, 1]
-    larger = make_request(found("quickstart"), SMALL, Choices(samples=4 * 137 + 1, output=tmp_path)).deal
+    larger = make_diversity_request(
+        found("quickstart"), SMALL, DiversityChoices(samples=4 * 137 + 1, output=tmp_path)
+    ).deal
     assert (larger.groups, len(larger.conditions)) == (138, 60)  # rounded up, and all prompts of the file
     assert sorted(torch.bincount(larger.prompt).unique().tolist()) == [2, 3]
 
 
-def reference_trajectory(policy: Policy, asked: Request, group: int, place: int, own: bool) -> Tensor:
+def reference_trajectory(policy: SampledPolicy, asked: DiversityRequest, group: int, place: int, own: bool) -> Tensor:
     """One plain trajectory by the equations of DanceGRPO's SDE, step by step."""
     seed, set_number, row = asked.deal.seed, 3 if own else 1, group * 4 + place
     start = generator(seed, set_number, group, 0, place if own else 0, Purpose.INITIAL)
@@ -89,7 +100,7 @@ def reference_trajectory(policy: Policy, asked: Request, group: int, place: int,
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", [PLAIN, INDEPENDENT])
-def test_plain_samples_are_independent_trajectories(small: tuple[Request, Policy], kind: Kind) -> None:
+def test_plain_samples_are_independent_trajectories(small: Small, kind: Kind) -> None:
     asked, policy = small
     found = drawn(policy, asked, kind)
     latents = torch.cat(
@@ -102,7 +113,9 @@ def test_plain_samples_are_independent_trajectories(small: tuple[Request, Policy
     assert float(found.latent_distance[0]) == pytest.approx(float(sum(pairs) / 6), rel=1e-4)
 
 
-def test_branched_samples_share_their_steps_and_cost_what_a_tree_costs(small: tuple[Request, Policy]) -> None:
+def test_branched_samples_share_their_steps_and_cost_what_a_tree_costs(
+    small: Small,
+) -> None:
     asked, policy = small
     rows: list[int] = []
     handle = policy.model.denoiser.register_forward_pre_hook(
@@ -115,7 +128,9 @@ def test_branched_samples_share_their_steps_and_cost_what_a_tree_costs(small: tu
     handle.remove()
 
 
-def test_no_two_sets_share_noise_and_a_set_does_not_depend_on_batches(small: tuple[Request, Policy]) -> None:
+def test_no_two_sets_share_noise_and_a_set_does_not_depend_on_batches(
+    small: Small,
+) -> None:
     asked, policy = small
     sets = {kind.name: drawn(policy, asked, kind).features["pixels"] for kind in (BRANCHED, PLAIN, CONTROL)}
     alike = [torch.isclose(sets[a], sets[b]).all(dim=1).any() for a, b in (("branched", "plain"), ("plain", "control"))]
@@ -125,7 +140,7 @@ def test_no_two_sets_share_noise_and_a_set_does_not_depend_on_batches(small: tup
     torch.testing.assert_close(again, sets["branched"], rtol=1e-3, atol=1e-4)
 
 
-def test_broken_features_are_refused(small: tuple[Request, Policy], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_broken_features_are_refused(small: Small, monkeypatch: pytest.MonkeyPatch) -> None:
     asked, policy = small
     space = asked.spaces[0].space
     monkeypatch.setattr(space, "features", lambda media: torch.full((len(media), 2), torch.nan))
@@ -164,7 +179,7 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
 def test_what_is_kept_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
-    def counting(policy: Policy, kind: Kind, *rest: Any) -> Samples:
+    def counting(policy: SampledPolicy, kind: Kind, *rest: Any) -> FeatureSamples:
         calls.append(kind.name)
         return draw_samples(policy, kind, *rest)
 
@@ -183,7 +198,7 @@ def test_what_is_kept_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.Mon
     assert calls == ["branched", "plain", "control", "independent"]
 
 
-def test_what_samples_depend_on_is_in_their_description(small: tuple[Request, Policy], tmp_path: Path) -> None:
+def test_what_samples_depend_on_is_in_their_description(small: Small, tmp_path: Path) -> None:
     asked, policy = small
     weights = weights_digest(policy.model.denoiser)
     image = tmp_path / "first.png"
@@ -212,7 +227,7 @@ def test_what_samples_depend_on_is_in_their_description(small: tuple[Request, Po
     assert weights_digest(policy.model.denoiser) != weights
 
 
-def test_a_damaged_cache_is_drawn_again(small: tuple[Request, Policy], tmp_path: Path) -> None:
+def test_a_damaged_cache_is_drawn_again(small: Small, tmp_path: Path) -> None:
     asked, policy = small
     cache, described = FeatureCache(tmp_path / "kept"), {"a": 1}
     samples = drawn(policy, asked, PLAIN)
@@ -242,7 +257,7 @@ def test_a_runs_newest_checkpoint_is_sampled(tmp_path: Path) -> None:
         (folder / "state.json").write_text(json.dumps({"iteration": iteration, "recipe": {"optim": {}}}))
         write_manifest(folder)
         digests.append(weights_digest(model.denoiser))
-    judged = make_request(found(run.root), {}, Choices(samples=16))
+    judged = make_diversity_request(found(run.root), {}, DiversityChoices(samples=16))
     assert judged.output == run.root / "diversity"
     assert judged.deal.iteration == 5
     assert weights_digest(study_module._load(judged).model.denoiser) == digests[1] != digests[0]
@@ -272,5 +287,5 @@ def test_what_cannot_be_compared_is_told_before_anything_is_loaded(
 ) -> None:
     given = {"samples": 16, "output": tmp_path, **choices}
     with pytest.raises(BranchTreeError, match=message) as caught:
-        make_request(found("quickstart"), SMALL, Choices(**given))
+        make_diversity_request(found("quickstart"), SMALL, DiversityChoices(**given))
     assert isinstance(caught.value, RecipeError) or "prompts" in choices

@@ -22,7 +22,7 @@ from branchtree.cli.app import app
 from branchtree.cli.arguments import parse_overrides
 from branchtree.core.cost import count
 from branchtree.core.credit import CreditRule, PruningRule, assign_credit
-from branchtree.core.families import collect
+from branchtree.core.families import collect_families
 from branchtree.core.schedule import FixedSplits, Schedule
 from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
@@ -129,7 +129,7 @@ def written_metrics() -> set[str]:
     scores = {"LABEL": Scores(values, torch.ones(4, dtype=torch.bool), raw=values, details={"DETAIL": values})}
     flat = [torch.zeros(topology.width(depth)) for depth in topology.depths]
     credit = assign_credit(topology, flat, scores, {"LABEL": 1.0}, CreditRule(), PruningRule(), 0, 1)
-    edges = collect(topology, credit.advantages, credit.keep)
+    edges = collect_families(topology, credit.advantages, credit.keep)
     one = [torch.ones(edges.edges)]
     update = UpdateRecord(
         loss=one, kl=one, deviation=one, first_deviation=one, clipped=one, mismatch=one, depth=[edges.edge_depth]

@@ -19,7 +19,7 @@ from training_runs import metrics, small, weights
 from branchtree import train
 from branchtree.errors import ModelError
 from branchtree.plugins.protocols import Condition
-from branchtree.testing.probe import require_same
+from branchtree.testing.probe import require_equal
 from branchtree.training.conditioning import IDLE_REQUESTS, ConditioningCache
 from branchtree.training.encodings import EncodingStore, open_store, user_folder
 
@@ -72,7 +72,7 @@ def test_an_encoding_is_made_once_for_all_runs_and_keeps_every_bit(tmp_path: Pat
     made = cache(tmp_path, first).get(conditions, CPU)
     found = cache(tmp_path, second).get([*conditions, Condition("cc")], CPU)
     assert (first.asked, second.asked) == (["a", "bbb"], ["cc"])
-    require_same({name: value[:2] for name, value in found.items()}, dict(made))
+    require_equal({name: value[:2] for name, value in found.items()}, dict(made))
     assert found["text"].dtype == torch.bfloat16 and found["mask"].dtype == torch.bool
 
 
@@ -116,7 +116,7 @@ def test_a_damaged_entry_is_said_and_made_again(tmp_path: Path, damage: str, cap
     kept.write(Condition("a"), row(1))
     found = kept.read(Condition("a"))
     assert found is not None
-    require_same(dict(found), row(1))
+    require_equal(dict(found), row(1))
 
 
 def test_the_least_recently_used_give_way(tmp_path: Path) -> None:
@@ -190,11 +190,11 @@ def test_encoders_come_when_they_are_needed_and_go_again(model: Path, tmp_path: 
     assert pipeline.text_encoder is not None and not any(p.requires_grad for p in pipeline.text_encoder_2.parameters())
     adapter.drop_encoders()
     assert pipeline.text_encoder is None and pipeline.text_encoder_2 is None
-    require_same(dict(adapter.encode([Condition("a three")])), dict(first))
+    require_equal(dict(adapter.encode([Condition("a three")])), dict(first))
     adapter.drop_encoders()
     adapter.export(tmp_path / "exported")
     assert pipeline.text_encoder is None
-    require_same(dict(flux(tmp_path / "exported").encode([Condition("a three")])), dict(first))
+    require_equal(dict(flux(tmp_path / "exported").encode([Condition("a three")])), dict(first))
 
 
 def test_a_fingerprint_tells_weights_and_settings_apart(model: Path, tmp_path: Path) -> None:
@@ -238,7 +238,7 @@ def test_a_run_whose_prompts_are_cached_needs_no_encoders(hub: Path, tmp_path: P
     train("quickstart", cached, output=tmp_path / "cached")
     for name in ("filling", "cached"):
         assert metrics(tmp_path / name) == metrics(tmp_path / "plain")
-        require_same(weights(tmp_path / name), weights(tmp_path / "plain"))
+        require_equal(weights(tmp_path / name), weights(tmp_path / "plain"))
 
 
 def test_encoders_come_once_in_an_evaluation(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -23,7 +23,7 @@ from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, RecipeError
 from branchtree.pictures.grid import write_pictures
 from branchtree.plugins.protocols import Media
-from branchtree.studies.evaluate.comparison import compare
+from branchtree.studies.evaluate.comparison import compare_scores
 from branchtree.training.evaluation import Samples
 
 PROMPTS = ("a two", "a six", "a nine")
@@ -141,7 +141,7 @@ def test_samples_that_one_model_fails_on_leave_the_pair_out() -> None:
     nan = math.nan
     base = scores([1.0, 2.0, nan, 4.0, 5.0, 9.0], [True, True, False, True, True, True])
     trained = scores([3.0, 1.0, 7.0, nan, 5.0, nan], [True, True, True, False, True, False])
-    one = compare(base, trained, [0, 0, 0, 1, 1, 2], seed=1)
+    one = compare_scores(base, trained, [0, 0, 0, 1, 1, 2], seed=1)
     assert (one.base.mean, one.base.valid, one.base.samples) == (21 / 5, 5, 6)
     assert one.trained is not None
     assert (one.trained.mean, one.trained.valid) == (16 / 4, 4)
@@ -150,11 +150,11 @@ def test_samples_that_one_model_fails_on_leave_the_pair_out() -> None:
 
 
 def test_figures_that_cannot_be_known_are_none() -> None:
-    nothing = compare(scores([1.0, 2.0], [True, False]), scores([1.0, 2.0], [False, True]), [0, 1], seed=1)
+    nothing = compare_scores(scores([1.0, 2.0], [True, False]), scores([1.0, 2.0], [False, True]), [0, 1], seed=1)
     assert (nothing.difference, nothing.interval, nothing.improved, nothing.counted) == (None, None, None, 0)
-    one_prompt = compare(scores([1.0, 2.0], [True] * 2), scores([2.0, 2.0], [True] * 2), [0, 0], seed=1)
+    one_prompt = compare_scores(scores([1.0, 2.0], [True] * 2), scores([2.0, 2.0], [True] * 2), [0, 0], seed=1)
     assert (one_prompt.difference, one_prompt.interval) == (0.5, None)
-    alone = compare(scores([1.0, 3.0], [True] * 2), None, [0, 1], seed=1)
+    alone = compare_scores(scores([1.0, 3.0], [True] * 2), None, [0, 1], seed=1)
     assert (alone.trained, alone.difference, alone.improved) == (None, None, None)
     assert alone.interval is not None and alone.interval.low < 2.0 < alone.interval.high
 

@@ -27,9 +27,9 @@ from branchtree.training.failures import (
     LISTED,
     OTHER_REASONS,
     REASONS,
+    FailureRow,
     FailureWatch,
     Leaves,
-    Row,
     count_failures,
     log_rows,
 )
@@ -54,7 +54,7 @@ def share(prompts: range, member: int, members: int, bad: dict[str, dict[tuple[i
     return count_failures(scores), Leaves(grow_shares(parts), ids, conditions, prompts.start).failed(scores)
 
 
-def logged(shares: list[tuple[Any, Any]]) -> list[Row]:
+def logged(shares: list[tuple[Any, Any]]) -> list[FailureRow]:
     return log_rows([counts for counts, _ in shares], [listed for _, listed in shares])
 
 
@@ -69,7 +69,7 @@ def test_processes_log_together_what_one_would(bad: dict[str, dict[tuple[int, in
     apart = logged([share(range(2), 0, 1, bad), share(range(2, 3), 0, 1, bad)])
     teams = logged([share(range(3), member, 3, bad) for member in range(3)])
 
-    def plain(rows: list[Row]) -> list[str]:
+    def plain(rows: list[FailureRow]) -> list[str]:
         return sorted(json.dumps(row, sort_keys=True) for row in rows)
 
     assert plain(alone) == plain(apart) == plain(teams)
@@ -90,7 +90,7 @@ def test_a_flood_of_failures_stays_short_and_is_counted() -> None:
     reasons = {row: f"no {row % 400} \ud800" + "x" * 5000 for row in range(2000)}
     scores = {"a": Scores(torch.zeros(2000), torch.zeros(2000, dtype=torch.bool), reasons=reasons)}
     leaves = Leaves(grow([plan]), [5], [Condition("p" * 10_000)], 0)
-    lines: list[Row] = []
+    lines: list[FailureRow] = []
     watch = FailureWatch(ScoringSection(max_invalid=0.5, window=1))
     with pytest.raises(RewardError, match="2000 of 2000"):
         watch.check(SimpleNamespace(is_main_process=True), scores, leaves, lines.append)
@@ -98,7 +98,7 @@ def test_a_flood_of_failures_stays_short_and_is_counted() -> None:
     assert len(lines[-1]["reasons"]) == REASONS + 1 and OTHER_REASONS in lines[-1]["reasons"]
     text = "\n".join(json.dumps(line) for line in lines)
     assert len(text) < 40_000 and all(json_object(line, "here") for line in text.split("\n"))
-    quiet: list[Row] = []
+    quiet: list[FailureRow] = []
     FailureWatch(ScoringSection(max_invalid=1)).check(
         SimpleNamespace(is_main_process=False), scores, leaves, quiet.append
     )

@@ -16,9 +16,9 @@ from strategies import Forest, make_plan
 from torch import Tensor
 
 from branchtree.core.advantages import Advantages
-from branchtree.core.families import Families, collect, gather, trained_edges
+from branchtree.core.families import Families, collect_families, gather, trained_edges
 from branchtree.core.loss import clipped_away, clipped_loss, probability_ratio
-from branchtree.core.pruning import EdgeMask, trainable
+from branchtree.core.pruning import EdgeMask, trainable_edges
 from branchtree.core.tree import BranchTree, Topology, grow
 
 
@@ -60,7 +60,7 @@ cases = (strategies.forests(), st.integers(0, 2**32 - 1), st.sampled_from([0.0, 
 @strategies.thorough
 def test_families_equal_the_reference(forest: Forest, seed: int, sparsity: float) -> None:
     roots, advantages, keep = credited(forest, seed, sparsity)
-    assert_families(collect(forest.topology, advantages, keep), expected_families(roots, keep))
+    assert_families(collect_families(forest.topology, advantages, keep), expected_families(roots, keep))
 
 
 @given(*cases)
@@ -72,7 +72,7 @@ def test_under_a_kl_all_kept_edges_are_gathered(forest: Forest, seed: int, spars
         stochastic = torch.tensor([node.stochastic for node in reference.level(roots, depth)])
         assert not bool((keep[depth] & ~stochastic).any())
     expected = reference.families(roots, lambda node: bool(keep[node.depth][node.place]), kl=True)
-    assert_families(collect(forest.topology, advantages, keep, regularised=True), expected)
+    assert_families(collect_families(forest.topology, advantages, keep, regularised=True), expected)
 
 
 @given(*cases)
@@ -81,7 +81,7 @@ def test_a_selection_keeps_each_family_whole(forest: Forest, seed: int, sparsity
     roots, advantages, keep = credited(forest, seed, sparsity)
     expected = expected_families(roots, keep)
     chosen = [i for i in range(len(expected)) if random.Random(seed + i).random() < 0.5]
-    families = collect(forest.topology, advantages, keep).select(torch.tensor(chosen, dtype=torch.int64))
+    families = collect_families(forest.topology, advantages, keep).select(torch.tensor(chosen, dtype=torch.int64))
     assert_families(families, [expected[i] for i in chosen])
 
 
@@ -111,7 +111,7 @@ def labelled(topology: Topology) -> BranchTree:
 def test_gathered_states_belong_to_their_nodes(forest: Forest, seed: int, sparsity: float) -> None:
     _, advantages, keep = credited(forest, seed, sparsity)
     tree = labelled(forest.topology)
-    families = collect(forest.topology, advantages, keep)
+    families = collect_families(forest.topology, advantages, keep)
     if len(families) == 0:
         return
     batch = gather(tree, families, torch.device("cpu"))
@@ -128,7 +128,7 @@ def test_gathered_states_belong_to_their_nodes(forest: Forest, seed: int, sparsi
 def test_siblings_share_one_forward() -> None:
     topology = grow([make_plan(3, {0: 4})])
     ones = tuple(torch.ones(topology.width(depth)).double() for depth in topology.depths)
-    families = collect(topology, ones, trainable(topology))
+    families = collect_families(topology, ones, trainable_edges(topology))
     assert (len(families), families.edges) == (1 + 4, 4 + 4)
     assert families.family.tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
 
@@ -136,7 +136,7 @@ def test_siblings_share_one_forward() -> None:
 def test_no_trained_edge_is_no_family() -> None:
     topology = grow([make_plan(3, {0: 4})])
     zeros = tuple(torch.zeros(topology.width(depth)).double() for depth in topology.depths)
-    families = collect(topology, zeros, trainable(topology))
+    families = collect_families(topology, zeros, trainable_edges(topology))
     assert (len(families), families.edges) == (0, 0)
     assert families.advantage.dtype == torch.float32 and families.child.dtype == torch.int64
 

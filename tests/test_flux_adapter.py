@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError, DataError, ModelError
 from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
-from branchtree.testing.probe import randomise, require_same, state
+from branchtree.testing.probe import randomise, require_equal, state
 
 CPU = torch.device("cpu")
 PROMPTS = ("a red digit 3", "seven blue")
@@ -231,7 +231,7 @@ def test_lora_of_any_alpha_is_restored_to_the_bit(folder: Callable[..., Path], t
     adapter, fresh = (adapter_of_alpha(folder(), alpha, seed) for seed in (5, 9))
     adapter.save(tmp_path)
     fresh.restore(tmp_path)
-    require_same(state(fresh), state(adapter))
+    require_equal(state(fresh), state(adapter))
 
 
 def test_lora_of_a_checkpoint_that_keeps_alpha_beside_the_weights_is_restored(
@@ -245,13 +245,13 @@ def test_lora_of_a_checkpoint_that_keeps_alpha_beside_the_weights_is_restored(
         transformer_lora_adapter_metadata=adapter.denoiser.peft_config["default"].to_dict(),  # type: ignore[union-attr]
     )
     fresh.restore(tmp_path)
-    require_same(state(fresh), state(adapter))
+    require_equal(state(fresh), state(adapter))
 
 
 def test_exported_replacement_weights(adapter: Flux, tmp_path: Path) -> None:
     replacement = {name: value.detach() + 0.5 for name, value in adapter.denoiser.named_parameters()}
     adapter.export(tmp_path, replacement)
-    require_same(FluxPipeline.from_pretrained(tmp_path).transformer.state_dict(), replacement)
+    require_equal(FluxPipeline.from_pretrained(tmp_path).transformer.state_dict(), replacement)
 
 
 def test_restoring_what_does_not_fit_is_refused(folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -269,7 +269,7 @@ def test_restoring_what_does_not_fit_is_refused(folder: Callable[..., Path], tmp
     before = state(other)
     with pytest.raises(CheckpointError, match="shape"):
         other.restore(tmp_path)
-    require_same(state(other), before)
+    require_equal(state(other), before)
     (tmp_path / shared.LORA_FILE).write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="cannot read"):
         lora.restore(tmp_path)
@@ -371,7 +371,7 @@ def test_a_bundled_model_is_found(folder: Callable[..., Path], tmp_path: Path, m
     adapter = Flux(FluxConfig(path="bundled:small", height=32, width=32))
     adapter.load(CPU, torch.float32, torch.float32)
     assert adapter.footprint().source == "configuration files of 'bundled:small'"
-    require_same(state(adapter), state(load(folder())))
+    require_equal(state(adapter), state(load(folder())))
     with pytest.raises(ModelError, match="did you mean 'small'"):
         Flux(FluxConfig(path="bundled:smal")).footprint()
 
@@ -381,8 +381,8 @@ def test_a_folder_named_like_a_hub_id_is_a_folder(
 ) -> None:
     shutil.copytree(folder(), tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
-    assert shared.locate("org/name").folder == Path("org/name")
-    assert shared.locate("org/other").folder is None
+    assert shared.locate_pipeline("org/name").folder == Path("org/name")
+    assert shared.locate_pipeline("org/other").folder is None
 
 
 def test_a_broken_folder_is_named(folder: Callable[..., Path], tmp_path: Path) -> None:

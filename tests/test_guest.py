@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from branchtree.errors import PluginError, RecipeError
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.registry import Registry, collect, registry
+from branchtree.plugins.registry import Registry, collect_plugins, registry
 from branchtree.recipe import find_recipe
 from branchtree.run.directory import METRICS, RunDirectory
 
@@ -225,7 +225,7 @@ def adds(name: str) -> Callable[..., None]:
 
 
 def gather(**plugins: Callable[[], object]) -> Registry:
-    return collect([((name, f"{name}-dist"), load) for name, load in plugins.items()])
+    return collect_plugins([((name, f"{name}-dist"), load) for name, load in plugins.items()])
 
 
 def test_collect_files_each_kind_with_its_distribution(tmp_path: Path) -> None:

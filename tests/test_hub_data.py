@@ -16,7 +16,7 @@ from branchtree.errors import DataError
 from branchtree.planning.plan import plan_recipe
 from branchtree.recipe import load_recipe
 from branchtree.recipe.build import make_model
-from branchtree.studies.evaluate.request import Choices, make_request
+from branchtree.studies.evaluate.request import EvaluationChoices, make_evaluation_request
 from branchtree.studies.evaluate.subject import Subject
 from branchtree.training.session import read_inputs
 
@@ -102,7 +102,9 @@ def test_media_that_the_model_does_not_take_are_ignored(
     inputs = read_inputs(recipe)
     assert [condition.image for condition in (*inputs.conditions, *inputs.held_out_conditions)] == [None, None]
     assert plan_recipe(recipe).rollout_rows == 203
-    assert [one.prompt for one in make_request(Subject(recipe), Choices()).conditions] == [row["prompt"]]
+    assert [one.prompt for one in make_evaluation_request(Subject(recipe), EvaluationChoices()).conditions] == [
+        row["prompt"]
+    ]
     with pytest.raises(DataError, match="row 1: image"):
         load_conditions(name, "prompt", "train")  # for a model that looks at images
 

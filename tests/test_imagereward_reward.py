@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_rewards.imagereward.blip import DROPPED, build_network, our_name, skeleton
-from branchtree_rewards.imagereward.reward import ImageReward, ImageRewardConfig, load_tokenizer
+from branchtree_rewards.imagereward.blip import DROPPED, blip_skeleton, build_network, our_name
+from branchtree_rewards.imagereward.reward import ImageReward, ImageRewardConfig, load_bert_tokenizer
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -94,7 +94,7 @@ def test_recorded_rewards_depend_on_the_picture_and_on_the_prompt() -> None:
 
 
 def test_token_ids_are_the_publishers(folder: Path) -> None:
-    tokenizer = load_tokenizer(str(folder))
+    tokenizer = load_bert_tokenizer(str(folder))
     encoded = tokenizer(RECORD["prompts"], padding="max_length", truncation=True, max_length=35)
     assert encoded["input_ids"] == RECORD["ids"]
 
@@ -105,7 +105,7 @@ def test_every_tensor_of_the_full_model_has_its_place() -> None:
     places = {our_name(name): tuple(shape) for name, shape in KEYS.items() if name not in DROPPED}
     assert len(places) == 620  # no two tensors come to one name
     empty = {name: torch.empty(shape, device="meta") for name, shape in places.items()}
-    wanted = {name: tuple(value.shape) for name, value in skeleton(empty, FULL, "full").state_dict().items()}
+    wanted = {name: tuple(value.shape) for name, value in blip_skeleton(empty, FULL, "full").state_dict().items()}
     assert places == wanted
     parts = [name.split(".")[0] for name in wanted]
     assert [parts.count(part) for part in ("vision", "text", "head")] == [294, 316, 10]

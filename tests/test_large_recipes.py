@@ -12,8 +12,8 @@ import yaml
 
 import branchtree
 from branchtree.cli.arguments import parse_overrides
-from branchtree.core.families import collect
-from branchtree.core.pruning import trainable
+from branchtree.core.families import collect_families
+from branchtree.core.pruning import trainable_edges
 from branchtree.core.tree import grow
 from branchtree.planning.gpus import GPUS
 from branchtree.recipe import load_recipe, recipe_names
@@ -97,7 +97,7 @@ def test_each_released_step_has_about_twelve_edges() -> None:
     recipe = load_recipe("flux_t2i_branchgrpo_released")
     topology = grow([make_schedule(recipe).plan(0, prompt) for prompt in range(2)])
     advantages = [torch.ones(topology.width(depth)) for depth in topology.depths]
-    families = collect(topology, advantages, trainable(topology))
+    families = collect_families(topology, advantages, trainable_edges(topology))
     steps = partition(families, recipe.optim.steps_per_iteration, recipe.seed, 0, [0, 1], 0)
     edges = [step.edges for step in steps]
     assert sum(edges) == 404

@@ -23,7 +23,7 @@ from training_runs import metrics, small
 from branchtree import load_recipe, plan, train
 from branchtree.core.grid import time_grid
 from branchtree.core.noise import IndependentSiblings, NoiseSource, Purpose, child_noise, generator
-from branchtree.core.pruning import trainable
+from branchtree.core.pruning import trainable_edges
 from branchtree.core.rollout import Sampler, rollout
 from branchtree.core.schedule import DrawnSplits, FixedSplits, Schedule, TreePlan, skipped_steps
 from branchtree.core.scores import Scores
@@ -169,15 +169,17 @@ def test_what_cannot_be_skipped(stochastic: tuple[bool, ...], skipped: set[int])
 def test_each_trajectory_trains_its_own_part_of_the_steps() -> None:
     schedule = Schedule(20, FixedSplits((0,), (16,)), fraction=0.6, seed=3)
     topology = grow([schedule.plan(5, prompt) for prompt in (7, 8)])
-    mask = torch.stack([level[topology.ancestor[depth]] for depth, level in enumerate(trainable(topology))])
+    mask = torch.stack([level[topology.ancestor[depth]] for depth, level in enumerate(trainable_edges(topology))])
     assert mask.sum(dim=0).tolist() == [11] * 32  # of 19, rounded down, as in the released trainer
     drawn = {tuple(column.tolist()) for column in mask.T}
     assert len(drawn) == 32
     counts = mask[1:-1].double().mean(dim=1)
     assert float((counts - 11 / 19).abs().max()) < 4 * math.sqrt(0.25 / 32)
-    again = trainable(grow([schedule.plan(5, 8)]))
-    assert all(torch.equal(a, b[b.numel() - a.numel() :]) for a, b in zip(again, trainable(topology), strict=True))
-    other = trainable(grow([schedule.plan(6, 8)]))
+    again = trainable_edges(grow([schedule.plan(5, 8)]))
+    assert all(
+        torch.equal(a, b[b.numel() - a.numel() :]) for a, b in zip(again, trainable_edges(topology), strict=True)
+    )
+    other = trainable_edges(grow([schedule.plan(6, 8)]))
     assert any(not torch.equal(a, b) for a, b in zip(again, other, strict=True))
 
 

@@ -25,7 +25,7 @@ from branchtree.plugins.protocols import Condition, Footprint, Media
 from branchtree.recipe.build import NamedReward, make_credit_rule, make_pruning_rule, make_schedule
 from branchtree.recipe.schema import BatchSection
 from branchtree.run.directory import LIMITS, RunDirectory
-from branchtree.testing.probe import require_same
+from branchtree.testing.probe import require_equal
 from branchtree.training.limits import RowLimit, RowLimits
 from branchtree.training.scoring import Piece, ScoringQueue
 from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
@@ -97,7 +97,7 @@ def test_a_run_out_of_memory_equals_one_that_knew(
     told = {key.replace(".", "__"): rows for key, rows in found.items()}
     Trainer(prepared(model, tmp_path / "told", **told), []).run(resume=False)
     assert metrics(tmp_path / "hit") == metrics(tmp_path / "told")
-    require_same(weights(tmp_path / "hit"), weights(tmp_path / "told"))
+    require_equal(weights(tmp_path / "hit"), weights(tmp_path / "told"))
 
 
 def test_a_gradient_begun_early_begins_again_where_memory_runs_out(model: Path, tmp_path: Path) -> None:

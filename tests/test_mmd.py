@@ -14,7 +14,7 @@ from branchtree.studies.diversity.blocks import Groups, block_mmd
 from branchtree.studies.diversity.comparison import compare_sets
 from branchtree.studies.diversity.estimators import SetSums, biased, kid, unbiased
 from branchtree.studies.diversity.kernels import CubicKernel, FeatureKernel, RbfKernel, median_bandwidth
-from branchtree.studies.diversity.spread import pairwise_distance, spread
+from branchtree.studies.diversity.spread import distance_spread, pairwise_distance
 from branchtree.studies.diversity.sums import SampleSet, draw_subsets, pair_sums, self_sums
 
 
@@ -228,8 +228,8 @@ def test_the_distance_within_groups_is_the_mean_over_pairs() -> None:
     found = pairwise_distance(samples)
     # Root mean squares over two numbers: sqrt(2), sqrt(2) and 2.
     assert found.tolist() == pytest.approx([(2 * math.sqrt(2) + 2) / 3, 0.0])
-    whole = spread(found)
+    whole = distance_spread(found)
     assert whole is not None
     assert whole.mean == pytest.approx((math.sqrt(2) + 1) / 3)
     assert whole.error == pytest.approx((math.sqrt(2) + 1) / 3)  # half the difference of two groups
-    assert spread(pairwise_distance(torch.zeros(2, 1, 3))) is None
+    assert distance_spread(pairwise_distance(torch.zeros(2, 1, 3))) is None

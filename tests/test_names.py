@@ -12,7 +12,7 @@ from strategies import thorough
 from branchtree import load_recipe, train
 from branchtree.errors import OutputError, RecipeError
 from branchtree.files.names import LONGEST, PROJECT_LENGTH, checked_name, folder_name, project_name
-from branchtree.studies.compare import Request
+from branchtree.studies.compare import ComparisonRequest
 from branchtree.studies.compare.request import Row
 from branchtree.studies.evaluate.subject import find_subject
 
@@ -97,7 +97,7 @@ def test_any_text_makes_one_folder_below_its_parent_and_one_project(text: str) -
 
 @pytest.mark.parametrize("name", ["../../evil", "nul", "名" * 120, "a/b@seed=1", ".."])
 def test_a_rows_folder_lies_in_the_comparison(name: str) -> None:
-    request = Request((Row(name, "quickstart"),), (0,))
+    request = ComparisonRequest((Row(name, "quickstart"),), (0,))
     folder = request.rows[0].folder
     assert Path("/out", folder).resolve().parent == Path("/out")
     assert len(folder.encode()) <= LONGEST + 1 and folder.lower() != "nul"

@@ -17,7 +17,7 @@ from strategies import Forest, make_plan
 from torch import Tensor
 
 from branchtree.core.credit import Credit, CreditRule, PruningRule, assign_credit
-from branchtree.core.families import Families, collect, gather
+from branchtree.core.families import Families, collect_families, gather
 from branchtree.core.gathering import gather_levels, gather_scores, own_families, owned_nodes
 from branchtree.core.grid import time_grid
 from branchtree.core.noise import (
@@ -303,7 +303,7 @@ def gradient(tree: BranchTree, families: Families) -> Tensor:
 @fewer
 def test_gradients_of_the_parts_add_up(split: Split, pruning: PruningRule) -> None:
     credit = credit_of(split.whole, split.forest.edge_log_prob, scores_of(split.forest), pruning)
-    families = collect(split.whole, credit.advantages, credit.keep)
+    families = collect_families(split.whole, credit.advantages, credit.keep)
     own = [own_families(families, split.whole, part) for part in split.topologies]
     assert sum(part.edges for part in own) == families.edges
     if families.edges == 0:
@@ -320,7 +320,7 @@ def test_a_family_of_two_owners_is_a_row_in_each() -> None:
     flat = [torch.zeros(whole.width(depth)) for depth in whole.depths]
     scores = Scores(torch.tensor([0.1, 0.9, 0.4, 0.2]), torch.ones(4, dtype=torch.bool))
     credit = credit_of(whole, flat, scores, PruningRule())
-    families = collect(whole, credit.advantages, credit.keep)
+    families = collect_families(whole, credit.advantages, credit.keep)
     first, second = (own_families(families, whole, grow_shares([part])) for part in cut(plan, 2))
     for own, rewards in ((first, [0, 1]), (second, [2, 3])):
         assert own.depth.tolist() == [0, 1, 1] and own.parent.tolist() == [0, 0, 1]

@@ -20,7 +20,7 @@ from branchtree.core.pruning import (
     keep_paths,
     outside_window,
     parent_top1,
-    trainable,
+    trainable_edges,
 )
 from branchtree.core.schedule import PRESET_SPLITS
 from branchtree.core.tree import Topology, grow
@@ -75,7 +75,7 @@ def test_the_depth_window_equals_the_reference(
 @strategies.thorough
 def test_trainable_edges_are_those_of_the_plan(plans: tuple[strategies.TreePlan, ...]) -> None:
     roots = [reference.plant(i, plan.factors, plan.stochastic, plan.trained) for i, plan in enumerate(plans)]
-    for depth, flags in enumerate(trainable(grow(plans))):
+    for depth, flags in enumerate(trainable_edges(grow(plans))):
         assert flags.tolist() == [node.trained for node in reference.level(roots, depth)]
 
 

@@ -14,7 +14,7 @@ from branchtree.report.images import embed
 from branchtree.report.markup import MINUS, duration, number, signed
 from branchtree.report.read import Node, Tree
 from branchtree.report.tree_figure import colour, thinned
-from branchtree.report.tree_layout import lay_out
+from branchtree.report.tree_layout import lay_out_tree
 
 
 def minus(text: str) -> str:
@@ -39,7 +39,7 @@ def test_large_pictures_are_cut_down(tmp_path: Path) -> None:
 def test_leaves_are_in_order_and_parents_between_their_children() -> None:
     parents = [None, 0, 0, 1, 1, 2, 2]
     nodes = [Node(id=i, depth=(0, 1, 1, 2, 2, 2, 2)[i], parent=parent) for i, parent in enumerate(parents)]
-    layout = lay_out(Tree(iteration=0, nodes=tuple(nodes)))
+    layout = lay_out_tree(Tree(iteration=0, nodes=tuple(nodes)))
     rows = [layout.rows[i] for i in range(7)]
     assert rows[3:] == sorted(rows[3:]) and len(set(rows[3:])) == 4
     assert rows[1] == (rows[3] + rows[4]) / 2 and rows[0] == (rows[1] + rows[2]) / 2

@@ -124,14 +124,14 @@ def test_a_resume_of_the_same_run_evaluates_nothing_again(guest: None, tmp_path:
 
 
 def test_rows_of_a_comparison_that_were_judged_unlike_do_not_count(guest: None, tmp_path: Path) -> None:
-    from branchtree.studies.compare.collect import collect
-    from branchtree.studies.compare.request import Request, Row
+    from branchtree.studies.compare.collect import collect_results
+    from branchtree.studies.compare.request import ComparisonRequest, Row
     from branchtree.studies.compare.runs import plan_runs
 
     held = tmp_path / "held.txt"
     held.write_text("a bright lamp\n")
     shared = {key: value for key, value in SMALL.items() if key != "run.iterations"}
-    request = Request(
+    request = ComparisonRequest(
         (Row("one", "guest"), Row("two", "guest")), (0,), shared={**shared, "evaluation.prompts": str(held)}
     )
     plans = plan_runs(request, tmp_path / "out")
@@ -142,7 +142,7 @@ def test_rows_of_a_comparison_that_were_judged_unlike_do_not_count(guest: None, 
     train(short[0], output=plans.runs[0].folder)
     held.write_text("a dark night\n")
     train(short[1], output=plans.runs[1].folder)
-    comparison = collect(plans, {})
+    comparison = collect_results(plans, {})
     assert not comparison.complete
     assert "was judged by other prompts than" in comparison.rows[1].runs[0].message
 

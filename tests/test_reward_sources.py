@@ -18,7 +18,7 @@ import torch
 from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards.shared.pixels import from_pil, shortest_side_crop, to_pil, to_rgb, to_uint8
 from branchtree_rewards.shared.scale import transform
-from branchtree_rewards.shared.source import RANDOM_SMALL, locate, verify
+from branchtree_rewards.shared.source import RANDOM_SMALL, locate_weights, verify
 from branchtree_rewards.shared.weights import check_fit, load_strictly, read_weights, renamed, state_dict
 from PIL import Image
 from safetensors.torch import save_file
@@ -69,7 +69,7 @@ def write_nothing(folder: Path) -> None:
 def test_a_folder_gives_its_files_and_a_file_stands_for_the_weights(tmp_path: Path) -> None:
     (tmp_path / "b.bin").touch()
     (tmp_path / "config.json").touch()
-    folder, file = (locate(str(path), None, write_nothing) for path in (tmp_path, tmp_path / "b.bin"))
+    folder, file = (locate_weights(str(path), None, write_nothing) for path in (tmp_path, tmp_path / "b.bin"))
     assert folder.find("a.bin", "b.bin") == tmp_path / "b.bin"
     assert file.find("a.bin") == tmp_path / "b.bin"
     assert file.maybe("config.json") == tmp_path / "config.json"
@@ -93,20 +93,20 @@ print(source.folder)
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~nobody-here/x", "justaword", "a/b/c", ""])
 def test_a_path_that_is_nothing_says_what_would_be(path: str) -> None:
     with pytest.raises(RewardError, match="give a folder, a weights file, a hub id"):
-        locate(path, None, write_nothing)
+        locate_weights(path, None, write_nothing)
 
 
 def test_a_revision_belongs_to_a_hub_id(tmp_path: Path) -> None:
-    assert locate("org/name", "v1", write_nothing).revision == "v1"
+    assert locate_weights("org/name", "v1", write_nothing).revision == "v1"
     for path in (str(tmp_path), RANDOM_SMALL):
         with pytest.raises(RewardError, match="revision 'v1' belongs to a hub id"):
-            locate(path, "v1", write_nothing)
+            locate_weights(path, "v1", write_nothing)
 
 
 def test_a_hub_that_cannot_be_reached_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(RewardError, match=r"cannot get files of 'org/nothing' from the hub .* give their folder"):
-        locate("org/nothing", None, write_nothing).find("weights.bin")
+        locate_weights("org/nothing", None, write_nothing).find("weights.bin")
 
 
 def test_digests(tmp_path: Path) -> None:
@@ -210,7 +210,7 @@ class Brightness(ModelReward[ModelRewardConfig]):
         self.sizes: list[int] = []
 
     def _open(self) -> Opened:
-        source = locate(self._config.path, self._config.revision, write_nothing)
+        source = locate_weights(self._config.path, self._config.revision, write_nothing)
         network = nn.Linear(1, 1, bias=False)
         file = source.find("w.safetensors")
         load_strictly(network, read_weights(file), source.name)

@@ -21,9 +21,9 @@ from branchtree.core.schedule import FixedSplits, Schedule
 from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
 from branchtree.pictures import grid as samples
-from branchtree.pictures.grid import thumbnails, write_grid, write_tree
+from branchtree.pictures.grid import make_thumbnails, write_grid, write_tree
 from branchtree.pictures.still import fitted
-from branchtree.pictures.video import mp4, spread, webp
+from branchtree.pictures.video import mp4, spread_evenly, webp
 from branchtree.plugins.protocols import Media
 
 FRAMES, SIDE = 9, 8
@@ -115,7 +115,7 @@ def test_one_frame_is_a_video_too() -> None:
     ],
 )
 def test_a_strip_is_spread_over_the_video(count: int, places: list[int]) -> None:
-    assert spread(count, 8) == places
+    assert spread_evenly(count, 8) == places
 
 
 def test_a_webp_file_holds_every_frame_for_its_time() -> None:
@@ -219,7 +219,7 @@ def record(folder: Path, media: list[Media]) -> Iterator[tuple[str, Path]]:
     scores = {"r": Scores(torch.tensor([0.1, 0.5, 0.2, 0.9]), torch.ones(4, dtype=torch.bool))}
     log_prob = [torch.zeros(topology.width(depth)) for depth in topology.depths]
     credit = assign_credit(topology, log_prob, scores, {"r": 1.0}, CreditRule(), PruningRule(), 0, 1)
-    write_tree(folder, 40, "a two", topology, scores, credit, thumbnails(media))
+    write_tree(folder, 40, "a two", topology, scores, credit, make_thumbnails(media))
     for leaf in json.loads((folder / "iteration_000040.json").read_text())["leaves"]:
         path = folder / leaf["thumbnail"]
         yield path.suffix, path

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from training_runs import metrics, small
 
 from branchtree import load_recipe
-from branchtree.core.families import collect
-from branchtree.core.pruning import trainable
+from branchtree.core.families import collect_families
+from branchtree.core.pruning import trainable_edges
 from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
 from branchtree.errors import DataError, OutputError, RewardError
@@ -137,7 +137,7 @@ def test_values_that_are_not_finite_are_invalid() -> None:
 def test_parts_hold_every_family_once_and_are_even_per_prompt(plans: list, steps: int, seed: int) -> None:
     topology = grow(plans)
     advantages = tuple(torch.ones(topology.width(depth), dtype=torch.float64) for depth in topology.depths)
-    families = collect(topology, advantages, trainable(topology))
+    families = collect_families(topology, advantages, trainable_edges(topology))
     ids = list(range(len(plans)))
     parts = partition(families, steps, seed, 3, ids, first=0)
     assert len(parts) == steps
@@ -159,7 +159,7 @@ def test_parts_do_not_depend_on_how_prompts_are_shared() -> None:
     def parts(ids: list[int], first: int) -> set[tuple[int, int, int, int]]:
         topology = grow([schedule.plan(0, prompt_id) for prompt_id in ids])
         advantages = tuple(torch.ones(topology.width(depth), dtype=torch.float64) for depth in topology.depths)
-        families = collect(topology, advantages, trainable(topology))
+        families = collect_families(topology, advantages, trainable_edges(topology))
         found = set()
         for step, part in enumerate(partition(families, 3, 7, 5, ids, first)):
             for depth, parent, prompt in zip(part.depth, part.parent, part.prompt, strict=True):

@@ -23,9 +23,9 @@ import pydantic
 import pytest
 import torch
 from branchtree_rewards.shared.pixels import to_pil
-from branchtree_rewards.small.unifiedreward import numbers, write_silent, write_small
+from branchtree_rewards.small.unifiedreward import numbers, write_silent, write_small_unifiedreward
 from branchtree_rewards.unifiedreward.reward import UnifiedReward, UnifiedRewardConfig
-from branchtree_rewards.unifiedreward.templates import FILES, Failure, Spoken, question, read_axes, read_field
+from branchtree_rewards.unifiedreward.templates import FILES, NoScore, Spoken, fill_template, read_axes, read_field
 from patience import PATIENCE
 from safetensors.torch import load_file, save_file
 
@@ -47,7 +47,7 @@ DIGESTS = {
 @pytest.fixture(scope="module")
 def talker(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("talker")
-    write_small(folder)
+    write_small_unifiedreward(folder)
     return folder
 
 
@@ -130,8 +130,8 @@ def test_templates_are_the_published_ones_to_the_byte(template: str) -> None:
 @pytest.mark.parametrize("template", FILES)
 def test_a_caption_is_put_in_as_it_is(template: str) -> None:
     caption = "{} {0} a [cat] \\n über\n%s"
-    head, _, _ = question(template, "MARK").partition("MARK")
-    assert question(template, caption) == f"{head}{caption}]"
+    head, _, _ = fill_template(template, "MARK").partition("MARK")
+    assert fill_template(template, caption) == f"{head}{caption}]"
     assert head.endswith("Text Caption: [")
 
 
@@ -175,7 +175,7 @@ FINAL = [
 def test_reading_a_final_score(text: str, wanted: float | str) -> None:
     read = read_field(Spoken(text), "final")
     if isinstance(wanted, str):
-        assert isinstance(read, Failure)
+        assert isinstance(read, NoScore)
         assert wanted in read.reason
     else:
         assert read == wanted
@@ -183,7 +183,7 @@ def test_reading_a_final_score(text: str, wanted: float | str) -> None:
 
 def test_a_reason_quotes_the_end_of_the_answer_and_no_more() -> None:
     read = read_field(Spoken("word " * 5000 + "the very\x00 end"), "final")
-    assert isinstance(read, Failure)
+    assert isinstance(read, NoScore)
     assert read.reason.endswith("the very\ufffd end'")
     assert len(read.reason) < 200
 
@@ -207,7 +207,7 @@ AXES = "Alignment Score (1-5): {}\n**Coherence Score (1-5):** {}\nStyle Score (1
 def test_reading_an_axis(field: str, numbers: tuple[str, ...], wanted: float | str) -> None:
     read = read_field(Spoken(AXES.format(*numbers)), field)
     if isinstance(wanted, str):
-        assert isinstance(read, Failure)
+        assert isinstance(read, NoScore)
         assert wanted in read.reason
     else:
         assert read == pytest.approx(wanted, abs=1e-12)
@@ -221,7 +221,7 @@ def test_axes_that_are_not_there_are_nan() -> None:
 
 def test_a_number_at_the_end_of_a_cut_off_answer_may_lack_digits() -> None:
     cut = read_field(Spoken("Final Score: 1", complete=False), "final")
-    assert isinstance(cut, Failure)
+    assert isinstance(cut, NoScore)
     assert "cut off within the number" in cut.reason
     assert read_field(Spoken("Final Score: 1\nSince", complete=False), "final") == 1.0
 
@@ -316,7 +316,7 @@ def test_a_model_that_says_no_score_is_masked(silent: Path) -> None:
 
 def test_the_small_model_is_the_same_every_time_and_its_scores_vary(talker: Path, tmp_path: Path) -> None:
     state = torch.get_rng_state()
-    write_small(tmp_path)
+    write_small_unifiedreward(tmp_path)
     assert torch.equal(torch.get_rng_state(), state)
     assert [path.name for path in sorted(tmp_path.iterdir())] == [path.name for path in sorted(talker.iterdir())]
     for path in talker.iterdir():

@@ -11,7 +11,7 @@ import numpy as np
 import pydantic
 import pytest
 import torch
-from branchtree_rewards.small.aesthetic import write_small
+from branchtree_rewards.small.aesthetic import write_small_aesthetic
 from branchtree_rewards.small.clip import write_clip_folder
 from branchtree_rewards.vbench.clip import consistency
 from branchtree_rewards.vbench.frames import clip_input
@@ -82,7 +82,7 @@ def features(clip: Path, video: Tensor) -> np.ndarray[Any, np.dtype[np.float64]]
 
 
 def test_aesthetic_quality_follows_its_formula(tmp_path: Path) -> None:
-    write_small(tmp_path)
+    write_small_aesthetic(tmp_path)
     head = torch.load(tmp_path / "sa_0_4_vit_l_14_linear.pth", weights_only=True)
     weight, bias = head["weight"][0].double().numpy(), float(head["bias"])
     shown = videos(3, 5, 40, 52)

@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 from branchtree_rewards.shared.weights import check_fit
-from branchtree_rewards.small.videoalign import published_names, write_small
-from branchtree_rewards.videoalign.frames import Sampling, frame_indices, frame_size, resized
+from branchtree_rewards.small.videoalign import published_names, write_small_videoalign
+from branchtree_rewards.videoalign.frames import Sampling, frame_indices, frame_size, resize_frames
 from branchtree_rewards.videoalign.reward import VideoAlign, VideoAlignConfig, dimensions
 from branchtree_rewards.videoalign.settings import Lora, read_settings
-from branchtree_rewards.videoalign.text import question
+from branchtree_rewards.videoalign.text import conversation
 from branchtree_rewards.videoalign.weights import reward_weights
 from pydantic import ValidationError
 from torch import Tensor
@@ -464,7 +464,7 @@ def test_the_resize_is_torchvisions(size: tuple[int, int]) -> None:
     frames = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8, generator=torch.Generator().manual_seed(1))
     target = frame_size(*size, 448 * 448)
     expected = resize(frames, list(target), interpolation=InterpolationMode.BICUBIC, antialias=True)
-    assert torch.equal(resized(frames, target), expected.float())
+    assert torch.equal(resize_frames(frames, target), expected.float())
 
 
 def test_the_template_is_the_publishers_to_the_byte() -> None:
@@ -472,7 +472,7 @@ def test_the_template_is_the_publishers_to_the_byte() -> None:
     assert len(content) == 3997
     assert hashlib.sha256(content).hexdigest() == "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
     before, after = content.decode().split("{text_prompt}")
-    asked_text = question("{text_prompt} {braces}", 2)
+    asked_text = conversation("{text_prompt} {braces}", 2)
     assert asked_text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|>"
         f"<|video_pad|><|vision_end|>{before}{{text_prompt}} {{braces}}{after}<|im_end|>\n<|im_start|>assistant\n"
@@ -561,8 +561,8 @@ def test_half_precision_leaves_the_head_alone(reward: VideoAlign) -> None:
 
 def test_the_small_checkpoint_is_the_same_each_time_and_leaves_randomness_alone(tmp_path: Path) -> None:
     before = torch.get_rng_state()
-    write_small(tmp_path / "one")
-    write_small(tmp_path / "three", outputs=3)
+    write_small_videoalign(tmp_path / "one")
+    write_small_videoalign(tmp_path / "three", outputs=3)
     assert torch.get_rng_state().equal(before)
     one, three = (torch.load(tmp_path / name / "checkpoint-7" / "model.pth") for name in ("one", "three"))
     assert one.keys() == three.keys() == state().keys()

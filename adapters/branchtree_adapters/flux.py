@@ -95,7 +95,7 @@ class Flux(PipelineAdapter):
         A forward takes S (N + M) (24 D^2 + 4 S D) operations: twelve D x D products and attention for each token.
         Raises ModelError for a missing folder or an image size the model cannot make.
         """
-        source = shared.locate(self.config.path, self.config.revision)
+        source = shared.locate_pipeline(self.config.path, self.config.revision)
         configs, origin = shared.read_configs(source, FLUX_DEV, "FLUX.1-dev")
         transformer, *frozen = shared.on_meta(lambda: _build(configs))
         rows, columns = self._grid(2 ** (len(configs["vae/config.json"]["block_out_channels"]) - 1))
@@ -149,7 +149,7 @@ class Flux(PipelineAdapter):
         """
         from diffusers import FluxPipeline
 
-        source = shared.locate(self.config.path, self.config.revision)
+        source = shared.locate_pipeline(self.config.path, self.config.revision)
         speed.check_attention(self.config.attention)
         loaded = self._read(FluxPipeline, source, dtype, denoiser_dtype)
         self._grid(loaded.vae_scale_factor)

@@ -28,8 +28,8 @@ from branchtree_adapters.wan_layout import (
     Layout,
     WanConfig,
     decoded_at_once,
-    lay_out,
-    read_configs,
+    read_wan_configs,
+    work_out_layout,
 )
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ class Wan(PipelineAdapter):
     @cached_property
     def _layout(self) -> Layout:
         """Read from configuration files until ``load`` replaces it. Raises ModelError for what cannot be made."""
-        return lay_out(self.config, read_configs(self.config)[0])
+        return work_out_layout(self.config, read_wan_configs(self.config)[0])
 
     def footprint(self) -> Footprint:
         """The model's sizes, from config.json files; for a hub id not in the local cache, a published Wan2.1 model's.
@@ -133,15 +133,15 @@ class Wan(PipelineAdapter):
         """
         from diffusers import WanImageToVideoPipeline, WanPipeline
 
-        source = shared.locate(self.config.path, self.config.revision)
+        source = shared.locate_pipeline(self.config.path, self.config.revision)
         shared.fetch_configs(source, (INDEX, TRANSFORMER, VAE, TEXT_ENCODER, IMAGE_ENCODER))
-        lay_out(self.config, read_configs(self.config)[0])  # before weights are read
+        work_out_layout(self.config, read_wan_configs(self.config)[0])  # before weights are read
         pipeline = WanPipeline if self.config.task == "text_to_video" else WanImageToVideoPipeline
         speed.check_attention(self.config.attention)
         loaded = self._read(pipeline, source, dtype, denoiser_dtype)
         index = shared.read_configs(source, {INDEX: loaded.config}, "")[0]  # the pipeline's own lacks the encoders
         found = {**index, TRANSFORMER: loaded.transformer.config, VAE: loaded.vae.config}
-        self._layout = lay_out(self.config, found)
+        self._layout = work_out_layout(self.config, found)
         speed.set_attention(loaded.transformer, self.config.attention)
         self._keep(loaded, device, denoiser_dtype)
         if device.type == "cpu":

@@ -21,15 +21,15 @@ from branchtree_adapters.wan_layout import (
     Layout,
     WanConfig,
     decoded_at_once,
-    lay_out,
-    read_configs,
+    read_wan_configs,
+    work_out_layout,
 )
 
 
 def footprint(config: WanConfig, lora_targets: tuple[str, ...]) -> Footprint:
     """The sizes of the model that ``config`` names; see the functions below for how. Raises ModelError."""
-    configs, origin = read_configs(config)
-    layout = lay_out(config, configs)
+    configs, origin = read_wan_configs(config)
+    layout = work_out_layout(config, configs)
     transformer, *frozen = shared.on_meta(lambda: _build(configs))
     work = Work(transformer.config, layout, config.max_sequence_length, layout.images * _image_tokens(configs))
     return Footprint(

@@ -117,7 +117,7 @@ class Layout:
     images: int  # frames whose CLIP embeddings the transformer takes: none, the first, or the first and the last
 
 
-def read_configs(config: WanConfig) -> tuple[shared.Configs, str]:
+def read_wan_configs(config: WanConfig) -> tuple[shared.Configs, str]:
     """The contents of the model's configuration files by name, and where they come from, in words.
 
     For a hub id that is not in the local cache they are those of the published Wan2.1 model for the task, of 1.3B
@@ -125,7 +125,7 @@ def read_configs(config: WanConfig) -> tuple[shared.Configs, str]:
     """
     size = "1.3B" if "1.3b" in config.path.lower() else "14B"
     model, assumed = _MODELS[config.task, size], _assumed(config.task == "image_to_video", _TRANSFORMERS[size])
-    source = shared.locate(config.path, config.revision)
+    source = shared.locate_pipeline(config.path, config.revision)
     index, origin = shared.read_configs(source, {INDEX: assumed[INDEX]}, model)
     names = [TRANSFORMER, VAE, TEXT_ENCODER, *([IMAGE_ENCODER] if has_part(index[INDEX], "image_encoder") else [])]
     parts, origin = shared.read_configs(source, {name: assumed.get(name, {}) for name in names}, model)
@@ -153,7 +153,7 @@ def has_part(index: Mapping[str, Any], name: str) -> bool:
     return bool(entry[0]) if isinstance(entry, list | tuple) else entry is not None
 
 
-def lay_out(config: WanConfig, configs: shared.Configs) -> Layout:
+def work_out_layout(config: WanConfig, configs: shared.Configs) -> Layout:
     """Work out the sizes, and refuse what cannot be made. Raises ModelError that names the remedy."""
     transformer = {**_TRANSFORMER_DEFAULTS, **configs[TRANSFORMER]}
     vae = {**_VAE_DEFAULTS, **configs[VAE]}

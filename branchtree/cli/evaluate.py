@@ -15,7 +15,7 @@ from branchtree.cli.console import make_console, visible
 from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
-    from branchtree.studies.evaluate import Comparison, EvaluationResult, Interval
+    from branchtree.studies.evaluate import EvaluationResult, Interval, RewardComparison
 
 
 def evaluate(
@@ -45,9 +45,9 @@ def evaluate(
 ) -> None:
     """Judge a run's model, or a LoRA, against its base on held-out prompts, or a recipe's base model alone."""
     from branchtree.studies.evaluate import evaluate_subject
-    from branchtree.studies.evaluate.request import Choices
+    from branchtree.studies.evaluate.request import EvaluationChoices
 
-    choices = Choices(reward or None, prompts, noises, limit, output, force, lora)
+    choices = EvaluationChoices(reward or None, prompts, noises, limit, output, force, lora)
     changes = parse_overrides(overrides or [])
     with late_progress("evaluating") as advance:
         result = evaluate_subject(subject, changes, choices, smoke=smoke, checkpoint=checkpoint, advance=advance)
@@ -83,11 +83,11 @@ def comparison_table(result: EvaluationResult) -> Table:
     return table
 
 
-def _alone(one: Comparison) -> list[str]:
+def _alone(one: RewardComparison) -> list[str]:
     return [_number(one.base.mean), _ends(one.interval, ""), _count(one)]
 
 
-def _compared(one: Comparison) -> list[str]:
+def _compared(one: RewardComparison) -> list[str]:
     means = [_number(one.base.mean), _number(one.trained.mean if one.trained else None)]
     shares = ["-" if share is None else f"{share:.1%}" for share in (one.improved, one.tied)]
     return [*means, _number(one.difference, "+"), _ends(one.interval, "+"), *shares, _count(one)]
@@ -101,5 +101,5 @@ def _ends(interval: Interval | None, sign: str) -> str:
     return "-" if interval is None else f"{_number(interval.low, sign)} to {_number(interval.high, sign)}"
 
 
-def _count(one: Comparison) -> str:
+def _count(one: RewardComparison) -> str:
     return f"{one.counted} ({one.left_out} not valid)" if one.left_out else str(one.counted)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from branchtree.core.advantages import ESTIMATORS, Advantages
-from branchtree.core.families import Families, collect, trained_edges
+from branchtree.core.families import Families, collect_families, trained_edges
 from branchtree.core.fusion import TIE, NodeValues, PathScale, fuse
-from branchtree.core.pruning import EdgeMask, all_of, depth_window, extreme_leaves, parent_top1, trainable
+from branchtree.core.pruning import EdgeMask, all_of, depth_window, extreme_leaves, parent_top1, trainable_edges
 from branchtree.core.scores import Scores
 from branchtree.core.segments import segment_size, segment_standardised
 from branchtree.core.tree import Topology
@@ -63,7 +63,7 @@ class Credit:
 
     def families(self, topology: Topology) -> Families:
         """Gather these edges by parent."""
-        return collect(topology, self.advantages, self.keep, self.regularised)
+        return collect_families(topology, self.advantages, self.keep, self.regularised)
 
     @staticmethod
     def concatenate(credits: Sequence[Credit]) -> Credit:
@@ -131,7 +131,7 @@ def assign_credit(
             for name, value in values.items()
         ]
     )
-    keep = trainable(topology)
+    keep = trainable_edges(topology)
     if pruning.kind != "none":
         ranked = [
             weights[name] * standardised(topology, reward, valid, sizes[name]) for name, reward in rewards.items()

@@ -76,7 +76,7 @@ def trained_edges(topology: Topology, advantages: Advantages, keep: EdgeMask, re
     return tuple(mask & (advantage != 0) for mask, advantage in zip(keep, advantages, strict=True))
 
 
-def collect(topology: Topology, advantages: Advantages, keep: EdgeMask, regularised: bool = False) -> Families:
+def collect_families(topology: Topology, advantages: Advantages, keep: EdgeMask, regularised: bool = False) -> Families:
     """Gather the trained edges of a tree into families; ``regularised`` as in ``trained_edges``."""
     none = torch.zeros(0, dtype=torch.int64)
     levels = [Families(none, none, none, none, none, none.float())]

@@ -18,7 +18,7 @@ from branchtree.core.tree import Topology
 EdgeMask = tuple[Tensor, ...]
 
 
-def trainable(topology: Topology) -> EdgeMask:
+def trainable_edges(topology: Topology) -> EdgeMask:
     """The edges that the plans allow to be trained; of a part drawn by trajectory, those that any leaf below drew."""
     masks = [torch.zeros(topology.prompts, dtype=torch.bool)]
     for step in range(topology.steps):

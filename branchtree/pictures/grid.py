@@ -16,7 +16,7 @@ from branchtree.core.scores import Scores
 from branchtree.core.tree import Topology
 from branchtree.files.writing import write_atomically
 from branchtree.pictures.still import THUMBNAIL, TILE, fitted, png, tiled, to_image
-from branchtree.pictures.video import mp4, spread, webp
+from branchtree.pictures.video import mp4, spread_evenly, webp
 from branchtree.plugins.protocols import Media
 
 COLUMNS = 10  # of a grid of images
@@ -69,7 +69,7 @@ def _write_videos(stem: Path, media: Sequence[Media], columns: int | None) -> di
         write_atomically(stem / f"sample_{place:03d}.mp4", mp4((fitted(frame, whole) for frame in frames), fps))
         tiles.append([fitted(frame, side) for frame in frames])
     write_atomically(stem.with_suffix(".mp4"), mp4((tiled(each, columns) for each in zip(*tiles, strict=True)), fps))
-    shown = spread(len(tiles[0]), STRIP)
+    shown = spread_evenly(len(tiles[0]), STRIP)
     strips = tiled([frames[place] for frames in tiles for place in shown], strips_in_row * len(shown), GAP)
     write_atomically(stem.with_suffix(".png"), png(strips))
     return {"columns": columns, "kind": "video", "fps": fps, "frames": len(tiles[0]), "strip": shown}
@@ -87,7 +87,7 @@ class Thumbnail:
     suffix: str
 
 
-def thumbnails(media: Sequence[Media]) -> list[Thumbnail]:
+def make_thumbnails(media: Sequence[Media]) -> list[Thumbnail]:
     """A thumbnail of each sample of ``media``."""
     return [
         Thumbnail(_thumbnail(pixels, part), ".webp" if part.modality == "video" else ".png")

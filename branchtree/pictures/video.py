@@ -81,7 +81,7 @@ def webp(frames: Sequence[Image.Image], fps: float) -> bytes:
     return buffer.getvalue()
 
 
-def spread(count: int, most: int) -> list[int]:
+def spread_evenly(count: int, most: int) -> list[int]:
     """At most ``most`` of ``count`` places, evenly spaced, the first and the last among them."""
     shown = min(count, most)
     return [round(place * (count - 1) / max(shown - 1, 1)) for place in range(shown)]

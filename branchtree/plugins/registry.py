@@ -94,10 +94,10 @@ def registry() -> Registry:
         for distribution in importlib.metadata.distributions()
         for point in distribution.entry_points.select(group=hookspecs.GROUP)
     ]
-    return collect({(point.name, name): point.load for point, name in points}.items())
+    return collect_plugins({(point.name, name): point.load for point, name in points}.items())
 
 
-def collect(plugins: Iterable[tuple[tuple[str, str], Callable[[], object]]]) -> Registry:
+def collect_plugins(plugins: Iterable[tuple[tuple[str, str], Callable[[], object]]]) -> Registry:
     """Load plug-ins, each given as ((entry-point name, distribution), loader), and let them register.
 
     Raises PluginError if two claim one entry-point name or register one name, or if a hook is misspelt.

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from branchtree.report.markup import escape, number
 from branchtree.report.plot import SERIES, SMALL, WIDE, large_ticks, lines, plot, whole_ticks
-from branchtree.report.read import Evaluation, Row, Run
+from branchtree.report.read import Evaluation, LogRow, Run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,19 +153,19 @@ def evaluation_labels(evaluations: Sequence[Evaluation]) -> list[str]:
     return list(dict.fromkeys(label for evaluation in evaluations for label in evaluation.figures))
 
 
-def keys(rows: Sequence[Row], prefix: str = "", rest: str = ".*") -> list[str]:
+def keys(rows: Sequence[LogRow], prefix: str = "", rest: str = ".*") -> list[str]:
     """The names of figures that occur with a value, in the order of first appearance."""
     pattern = re.compile(re.escape(prefix) + rest, re.DOTALL)
     found = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
     return [key for key in found if pattern.fullmatch(key)]
 
 
-def values(rows: Sequence[Row], key: str) -> list[float]:
+def values(rows: Sequence[LogRow], key: str) -> list[float]:
     """A figure over the iterations; not-a-number where it is missing, so that lines have gaps there."""
     return [math.nan if (value := row.get(key)) is None else value for row in rows]
 
 
-def mean(rows: Sequence[Row], key: str) -> float | None:
+def mean(rows: Sequence[LogRow], key: str) -> float | None:
     """The mean of a figure over the iterations that have it."""
     present = [value for row in rows if (value := row.get(key)) is not None]
     return sum(present) / len(present) if present else None

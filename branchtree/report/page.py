@@ -29,7 +29,7 @@ def write_report(run: Path) -> Path:
     written to.
     """
     run = Path(run)
-    page = render(read_run(run))
+    page = render_report(read_run(run))
     target = run / NAME
     if target.exists() and not _is_report(target):
         raise OutputError(f"{target}: is no report that was written by branchtree; give it another name")
@@ -49,7 +49,7 @@ def _is_report(path: Path) -> bool:
         return False
 
 
-def render(run: Run) -> str:
+def render_report(run: Run) -> str:
     """The page as text."""
     parts = _parts(run)
     shown = [(name, title, body, lead) for name, title, body, lead in parts if body]

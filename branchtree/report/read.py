@@ -19,7 +19,7 @@ RECIPE, METRICS, TIMING = "recipe.yaml", "metrics.jsonl", "timing.jsonl"
 EVALUATION, SUMMARY, SAMPLES, TREES = "evaluation.jsonl", "summary.json", "samples", "trees"
 FAILURES = "failures.jsonl"
 
-Row = Mapping[str, float | None]
+LogRow = Mapping[str, float | None]
 """One iteration's figures by name; None where a figure is missing or not finite."""
 
 Number = Annotated[float | None, AfterValidator(lambda value: None if value is None else finite(value))]
@@ -31,7 +31,7 @@ class Part(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Figure(Part):
+class LoggedFigure(Part):
     """A held-out figure: the mean over the valid samples."""
 
     mean: Number = None
@@ -44,10 +44,10 @@ class Evaluation(Part):
 
     iteration: int
     identity: dict[str, Any] | None = None  # what they depend on but the weights
-    figures: dict[str, Figure] = {}
+    figures: dict[str, LoggedFigure] = {}
 
 
-class Failure(Part):
+class LoggedFailure(Part):
     """A sample that a reward could not score; or ``more`` of them, by reason; or, without a reward, a failed call."""
 
     iteration: int
@@ -126,13 +126,13 @@ class Run:
     path: Path
     recipe: Mapping[str, Any]
     recipe_text: str
-    metrics: Sequence[Row]
-    timing: Sequence[Row]
+    metrics: Sequence[LogRow]
+    timing: Sequence[LogRow]
     evaluations: Sequence[Evaluation]
     samples: Sequence[SampleGrid]
     trees: Sequence[Tree]
     summary: Mapping[str, Any] | None
-    failures: Sequence[Failure] = ()
+    failures: Sequence[LoggedFailure] = ()
     notes: list[str] = field(default_factory=list)  # what could not be read, for the reader of the page
 
     @property
@@ -191,10 +191,10 @@ def read_run(path: Path) -> Run:
     )
 
 
-def _with_totals(metrics: Sequence[Row]) -> list[Row]:
+def _with_totals(metrics: Sequence[LogRow]) -> list[LogRow]:
     """Add ``rows/total``, the row equivalents spent so far; from the first line without the figure on, none."""
     spent: float | None = 0.0
-    rows: list[Row] = []
+    rows: list[LogRow] = []
     for row in metrics:
         more = row.get("rows/equivalent")
         spent = None if spent is None or more is None else spent + more
@@ -269,15 +269,17 @@ def _document(path: Path) -> Any:
         return None
 
 
-def _rows(path: Path, notes: list[str]) -> list[Row]:
+def _rows(path: Path, notes: list[str]) -> list[LogRow]:
     return [{key: finite(value) for key, value in row.items()} for row in _lines(path, notes)]
 
 
 Valid = TypeVar("Valid", bound=Part)
 
 
-def _failures(path: Path, notes: list[str]) -> list[Failure]:
-    return _validated(Failure, _objects(path, notes), f"A line of iteration {{}} in {path.name} was left out", notes)
+def _failures(path: Path, notes: list[str]) -> list[LoggedFailure]:
+    return _validated(
+        LoggedFailure, _objects(path, notes), f"A line of iteration {{}} in {path.name} was left out", notes
+    )
 
 
 def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:

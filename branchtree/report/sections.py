@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from branchtree.report.curves import evaluation_charts, evaluation_labels, keys, mean
 from branchtree.report.markup import ARROW, MISSING, bar, duration, escape, number, percent, signed, table
-from branchtree.report.read import Evaluation, Figure, Row, Run, finite
+from branchtree.report.read import Evaluation, LoggedFigure, LogRow, Run, finite
 
 REASONS, EXAMPLES = 20, 10
 """Rows of the tables of failures."""
@@ -63,7 +63,7 @@ def key_numbers(run: Run) -> str:
 
 
 def _card(label: str, first: Evaluation, last: Evaluation) -> str:
-    before, after = (evaluation.figures.get(label, Figure()) for evaluation in (first, last))
+    before, after = (evaluation.figures.get(label, LoggedFigure()) for evaluation in (first, last))
     if first is last:
         return _key_number(label, number(before.mean), "", f"held out, after {first.iteration} iterations")
     change = _change(before, after)
@@ -71,7 +71,7 @@ def _card(label: str, first: Evaluation, last: Evaluation) -> str:
     return _key_number(label, f"{number(before.mean)} {ARROW} <b>{number(after.mean)}</b>", signed(change), said)
 
 
-def _training_card(metrics: Sequence[Row], key: str) -> str:
+def _training_card(metrics: Sequence[LogRow], key: str) -> str:
     part = max(len(metrics) // 10, 1)
     before, after = mean(metrics[:part], key), mean(metrics[-part:], key)
     change = None if before is None or after is None else after - before
@@ -95,7 +95,7 @@ def evaluation(run: Run) -> str:
         return ""
     heads, columns = ["Iterations done"], []
     for label in labels:
-        figures = [entry.figures.get(label, Figure()) for entry in run.evaluations]
+        figures = [entry.figures.get(label, LoggedFigure()) for entry in run.evaluations]
         heads.append(escape(label))
         columns.append([*(number(figure.mean) for figure in figures), signed(_change(figures[0], figures[-1]))])
         if any(figure.valid != figure.samples for figure in figures):
@@ -108,11 +108,11 @@ def evaluation(run: Run) -> str:
     return means + evaluation_charts(run.evaluations)
 
 
-def _change(before: Figure, after: Figure) -> float | None:
+def _change(before: LoggedFigure, after: LoggedFigure) -> float | None:
     return None if before.mean is None or after.mean is None else after.mean - before.mean
 
 
-def _validity(figure: Figure) -> str:
+def _validity(figure: LoggedFigure) -> str:
     if figure.valid is None or figure.samples is None:
         return MISSING
     return f"{number(figure.valid)} of {number(figure.samples)}"

@@ -15,7 +15,7 @@ Thumbnails = Mapping[int, Picture]
 """Of one tree, by node."""
 
 
-def thumbnails(run: Run, trees: Sequence[Tree]) -> list[Thumbnails]:
+def read_thumbnails(run: Run, trees: Sequence[Tree]) -> list[Thumbnails]:
     """The pictures of each tree's leaves, those that can be read; earlier trees are at rest if all are too much."""
     return within([_embedded(run, tree) for tree in trees], MOVING_BYTES)
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from branchtree.report.images import Picture
 from branchtree.report.markup import escape, number, signed, table
 from branchtree.report.read import Leaf, Node, Run, Tree
-from branchtree.report.thumbnails import Thumbnails, thumbnails
-from branchtree.report.tree_layout import TOP, Layout, lay_out
+from branchtree.report.thumbnails import Thumbnails, read_thumbnails
+from branchtree.report.tree_layout import TOP, TreeLayout, lay_out_tree
 
 # Blue to orange through grey: told apart by readers with any of the common colour deficiencies.
 NEGATIVE, NEUTRAL, POSITIVE = (0xC2, 0x57, 0x00), (0xE4, 0xE4, 0xE0), (0x1F, 0x5F, 0xB4)
@@ -19,7 +19,7 @@ LEAF_GAP, LETTER, LINE = 20.0, 6.3, 13.0
 
 @dataclass(frozen=True)
 class _Drawing:
-    layout: Layout
+    layout: TreeLayout
     leaves: Mapping[int, Leaf]
     pictures: Thumbnails
     limit: float  # the largest |advantage|: the end of the colour scale
@@ -43,7 +43,7 @@ def tree_figures(run: Run) -> str:
     note = ""
     if len(trees) < len(run.trees):
         note = f'<p class="lead">{len(trees)} of {len(run.trees)} recorded trees are shown.</p>'
-    pictures = thumbnails(run, trees)
+    pictures = read_thumbnails(run, trees)
     return note + "".join(
         _disclosure(tree, found, place, tree is trees[-1])
         for place, (tree, found) in enumerate(zip(trees, pictures, strict=True))
@@ -59,7 +59,7 @@ def thinned(trees: Sequence[Tree], most: int) -> list[Tree]:
 
 def _disclosure(tree: Tree, pictures: Thumbnails, place: int, is_open: bool) -> str:
     drawing = _Drawing(
-        layout=lay_out(tree),
+        layout=lay_out_tree(tree),
         leaves={leaf.node: leaf for leaf in tree.leaves},
         pictures=pictures,
         limit=max((abs(node.advantage) for node in tree.nodes if node.advantage is not None), default=0.0),
@@ -70,11 +70,11 @@ def _disclosure(tree: Tree, pictures: Thumbnails, place: int, is_open: bool) -> 
         f'<details class="tree"{" open" if is_open else ""}><summary>{title}</summary>'
         f"{_legend(drawing)}{_stop(drawing)}"
         f'<div class="scroll" role="region" aria-label="Tree of iteration {tree.iteration}" tabindex="0">'
-        f"{draw_tree(drawing)}</div>{_leaf_table(drawing)}</details>"
+        f"{tree_figure_svg(drawing)}</div>{_leaf_table(drawing)}</details>"
     )
 
 
-def draw_tree(drawing: _Drawing) -> str:
+def tree_figure_svg(drawing: _Drawing) -> str:
     """The tree as an ``svg`` element at its natural size."""
     layout, tree = drawing.layout, drawing.layout.tree
     label = max((len(line) for leaf in tree.leaves for line in _lines(layout, leaf)), default=0)
@@ -111,7 +111,7 @@ def _told(tree: Tree) -> str:
     )
 
 
-def _axis(layout: Layout) -> list[str]:
+def _axis(layout: TreeLayout) -> list[str]:
     """Depth numbers, a mark per step for whether it draws noise, and a shaded column where it does not."""
     parts = []
     for depth, x in enumerate(layout.columns):
@@ -135,7 +135,7 @@ def _axis(layout: Layout) -> list[str]:
     return parts
 
 
-def _edge(layout: Layout, parent: Node, child: Node) -> str:
+def _edge(layout: TreeLayout, parent: Node, child: Node) -> str:
     (x0, y0), (x1, y1) = layout.place(parent), layout.place(child)
     kind = "edge" if child.trained else "edge untrained"
     if y0 == y1:
@@ -212,7 +212,7 @@ def _rewards(leaf: Leaf) -> list[str]:
     return [f"{label} {number(reward, 3)}" for label, reward in leaf.rewards.items()]
 
 
-def _lines(layout: Layout, leaf: Leaf) -> list[str]:
+def _lines(layout: TreeLayout, leaf: Leaf) -> list[str]:
     """A leaf's rewards one below the other, or in one line where its row is too low for that."""
     rewards = _rewards(leaf)
     return rewards if len(rewards) * LINE <= layout.row_height else [", ".join(rewards)]

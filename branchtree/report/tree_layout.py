@@ -12,7 +12,7 @@ LEFT, TOP = 52, 64
 
 
 @dataclass(frozen=True)
-class Layout:
+class TreeLayout:
     """Places in the drawing's units."""
 
     tree: Tree
@@ -40,7 +40,7 @@ class Layout:
         return max((len(self.children[node.id]) for node in self.tree.nodes if node.depth == step), default=1)
 
 
-def lay_out(tree: Tree) -> Layout:
+def lay_out_tree(tree: Tree) -> TreeLayout:
     """Leaves evenly spaced in the order of their parents, every other node halfway between its outermost children."""
     children: dict[int, list[Node]] = {node.id: [] for node in tree.nodes}
     for node in tree.nodes:
@@ -57,11 +57,11 @@ def lay_out(tree: Tree) -> Layout:
         else:
             rows[node.id] = TOP + height * (0.5 + placed)
             placed += 1
-    layout = Layout(tree, (), rows, height, children)
+    layout = TreeLayout(tree, (), rows, height, children)
     columns = [float(LEFT)]
     for step in range(max(node.depth for node in tree.nodes)):
         columns.append(columns[-1] + (SPLIT_WIDTH if layout.splits_at(step) > 1 else CHAIN_WIDTH))
-    return Layout(tree, tuple(columns), rows, height, children)
+    return TreeLayout(tree, tuple(columns), rows, height, children)
 
 
 def _bottom_up(tree: Tree, children: Mapping[int, Sequence[Node]]) -> list[Node]:

@@ -85,7 +85,7 @@ class _Header(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 @dataclass(frozen=True)
-class Request:
+class ScoreRequest:
     """B samples to score, and their conditions."""
 
     media: Media
@@ -154,7 +154,7 @@ def _files(places: Mapping[Path, int]) -> dict[str, Tensor]:
     return tensors
 
 
-def decode_request(body: bytes, folder: Path) -> Request:
+def decode_request(body: bytes, folder: Path) -> ScoreRequest:
     """Read a request; the files of its conditions are written to ``folder``. Raises WireError."""
     tensors, metadata = _load(body)
     try:
@@ -173,7 +173,7 @@ def decode_request(body: bytes, folder: Path) -> Request:
     pixels = _checked_pixels(tensors, header)
     media = Media(images=pixels) if header.modality == "image" else Media(videos=pixels, fps=header.fps)
     conditions = tuple(_condition(fields, paths) for fields in header.conditions)
-    return Request(media, conditions, dict(zip(paths, header.files, strict=True)))
+    return ScoreRequest(media, conditions, dict(zip(paths, header.files, strict=True)))
 
 
 def _checked_pixels(tensors: Mapping[str, Tensor], header: _Header) -> Tensor:

@@ -14,7 +14,15 @@ from torch import nn
 from branchtree.errors import DataError, ModelError
 from branchtree.plugins.protocols import LoraSettings, ModelAdapter
 from branchtree.testing.case import AdapterCase
-from branchtree.testing.probe import CPU, LoadedOnce, ask, counted_rows, load, question, trainable
+from branchtree.testing.probe import (
+    CPU,
+    LoadedOnce,
+    counted_rows,
+    load,
+    make_question,
+    predict_rows,
+    trainable_parameters,
+)
 
 HALF, SINGLE = torch.bfloat16, torch.float32
 
@@ -97,14 +105,14 @@ class LoadingPromises(LoadedOnce):
             assert per_rank == 0
         else:
             adapter.add_lora(replace(case.lora, targets=None), seed=0)
-            assert per_rank * case.lora.rank == sum(p.numel() for p in trainable(adapter).values())
+            assert per_rank * case.lora.rank == sum(p.numel() for p in trainable_parameters(adapter).values())
 
     def test_rows_per_prediction_are_those_through_the_denoiser(self, case: AdapterCase, loaded: ModelAdapter) -> None:
         """Counted on the module; the adapter and its footprint say the same."""
-        asked = question(loaded, case.conditions)
+        asked = make_question(loaded, case.conditions)
         with counted_rows(loaded.denoiser) as rows:
-            ask(loaded, asked)
-            ask(loaded, asked[[0]])
+            predict_rows(loaded, asked)
+            predict_rows(loaded, asked[[0]])
         assert rows.rollout == (len(asked.sigma) + 1) * loaded.rows_per_prediction
         assert case.build().footprint().rows_per_prediction == loaded.rows_per_prediction
 
@@ -117,7 +125,7 @@ class LoadingPromises(LoadedOnce):
         adapter.load(CPU, dtype, denoiser_dtype)
         found = {parameter.dtype for parameter in adapter.denoiser.parameters()}
         assert {denoiser_dtype} <= found <= {denoiser_dtype, SINGLE}
-        asked = question(adapter, case.conditions)
-        answer, pixels = ask(adapter, asked), adapter.decode(asked.latents).pixels
+        asked = make_question(adapter, case.conditions)
+        answer, pixels = predict_rows(adapter, asked), adapter.decode(asked.latents).pixels
         assert answer.dtype == pixels.dtype == SINGLE
         assert bool(answer.isfinite().all()) and bool(pixels.isfinite().all())

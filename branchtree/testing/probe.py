@@ -60,7 +60,7 @@ def randomise(module: nn.Module, seed: int = 5) -> None:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
-def trainable(adapter: ModelAdapter) -> dict[str, nn.Parameter]:
+def trainable_parameters(adapter: ModelAdapter) -> dict[str, nn.Parameter]:
     """The trainable parameters by name."""
     return {name: value for name, value in adapter.denoiser.named_parameters() if value.requires_grad}
 
@@ -70,7 +70,7 @@ def state(adapter: ModelAdapter) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in adapter.denoiser.state_dict().items()}
 
 
-def require_same(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
+def require_equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> None:
     """Assert that two sets of named tensors are equal, to the bit and in their dtypes."""
     assert left.keys() == right.keys()
     for name, value in left.items():
@@ -104,7 +104,7 @@ class Question:
         return Question(self.latents[chosen], self.sigma[chosen], conditioning)
 
 
-def question(adapter: ModelAdapter, conditions: Sequence[Condition]) -> Question:
+def make_question(adapter: ModelAdapter, conditions: Sequence[Condition]) -> Question:
     """Four rows that differ in everything: latents, noise level, and the first two conditions in turn."""
     encoded = adapter.encode(conditions[:2])
     return Question(
@@ -114,7 +114,7 @@ def question(adapter: ModelAdapter, conditions: Sequence[Condition]) -> Question
     )
 
 
-def ask(adapter: ModelAdapter, asked: Question, denoiser: nn.Module | None = None) -> Tensor:
+def predict_rows(adapter: ModelAdapter, asked: Question, denoiser: nn.Module | None = None) -> Tensor:
     """What the adapter predicts, without a gradient."""
     with torch.no_grad():
         return adapter.predict(asked.latents, asked.sigma, asked.conditioning, denoiser)

@@ -16,13 +16,13 @@ from branchtree.testing.probe import (
     CPU,
     SIGMAS,
     LoadedOnce,
-    ask,
     load,
+    make_question,
     noise,
-    question,
+    predict_rows,
     randomise,
     require_close,
-    require_same,
+    require_equal,
 )
 
 NORMAL_NUMBERS = 20_000
@@ -79,22 +79,22 @@ class SamplingPromises(LoadedOnce):
 
     def test_predictions_are_float32_and_repeatable(self, case: AdapterCase, loaded: ModelAdapter) -> None:
         """Of the latents' shape and finite; the arguments are left as they are."""
-        asked, kept = question(loaded, case.conditions), question(loaded, case.conditions)
-        answer = ask(loaded, asked)
+        asked, kept = make_question(loaded, case.conditions), make_question(loaded, case.conditions)
+        answer = predict_rows(loaded, asked)
         assert answer.shape == asked.latents.shape and answer.dtype == torch.float32
         assert bool(answer.isfinite().all())
-        assert torch.equal(answer, ask(loaded, asked))
+        assert torch.equal(answer, predict_rows(loaded, asked))
         assert torch.equal(asked.latents, kept.latents) and torch.equal(asked.sigma, kept.sigma)
-        require_same(dict(asked.conditioning), dict(kept.conditioning))
+        require_equal(dict(asked.conditioning), dict(kept.conditioning))
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_rows_do_not_know_their_batch(self, case: AdapterCase, dtype: torch.dtype) -> None:
         """A row gives the same alone, in company, and in another place of the batch, up to rounding."""
         adapter = load(case, dtype)
-        asked = question(adapter, case.conditions)
-        together = ask(adapter, asked)
-        backwards = ask(adapter, asked[[3, 2, 1, 0]]).flip(0)
-        alone = torch.cat([ask(adapter, asked[[row]]) for row in range(len(together))])
+        asked = make_question(adapter, case.conditions)
+        together = predict_rows(adapter, asked)
+        backwards = predict_rows(adapter, asked[[3, 2, 1, 0]]).flip(0)
+        alone = torch.cat([predict_rows(adapter, asked[[row]]) for row in range(len(together))])
         for found in (alone, backwards):
             require_close(found, together, case.tolerance[dtype])
 
@@ -102,9 +102,9 @@ class SamplingPromises(LoadedOnce):
         """Latents, noise level and condition; the weights are moved first, in case some start at zero."""
         adapter = load(case)
         randomise(adapter.denoiser)
-        asked = question(adapter, case.conditions)[[0]]
-        other = question(adapter, case.conditions)[[1]]
-        answer = ask(adapter, asked)
+        asked = make_question(adapter, case.conditions)[[0]]
+        other = make_question(adapter, case.conditions)[[1]]
+        answer = predict_rows(adapter, asked)
         for changed in (
             (other.latents, asked.sigma, asked.conditioning),
             (asked.latents, other.sigma, asked.conditioning),
@@ -116,12 +116,12 @@ class SamplingPromises(LoadedOnce):
     def test_a_frozen_copy_can_be_predicted_with(self, case: AdapterCase) -> None:
         """The module that is handed in answers, whatever has become of the adapter's own."""
         adapter = load(case)
-        asked = question(adapter, case.conditions)
+        asked = make_question(adapter, case.conditions)
         frozen = copy.deepcopy(adapter.denoiser).requires_grad_(False)
-        before = ask(adapter, asked)
+        before = predict_rows(adapter, asked)
         randomise(adapter.denoiser)
-        assert torch.equal(ask(adapter, asked, frozen), before)
-        assert not torch.equal(ask(adapter, asked), before)
+        assert torch.equal(predict_rows(adapter, asked, frozen), before)
+        assert not torch.equal(predict_rows(adapter, asked), before)
 
     def test_decoded_samples_are_media(self, loaded: ModelAdapter) -> None:
         """Float32 in [0, 1], of the adapter's modality, and different for different latents."""
@@ -143,11 +143,11 @@ class SamplingPromises(LoadedOnce):
 
     def test_samples_are_decoded_while_others_are_predicted(self, loaded: ModelAdapter, case: AdapterCase) -> None:
         """By another thread, as a run decodes the prompts that are done first."""
-        latents, asked = noise(loaded, 2), question(loaded, case.conditions)
-        decoded, answer = loaded.decode(latents).pixels, ask(loaded, asked)
+        latents, asked = noise(loaded, 2), make_question(loaded, case.conditions)
+        decoded, answer = loaded.decode(latents).pixels, predict_rows(loaded, asked)
         with ThreadPoolExecutor(max_workers=1) as executor:
             beside = [executor.submit(loaded.decode, latents) for _ in range(4)]
-            answers = [ask(loaded, asked) for _ in range(8)]
+            answers = [predict_rows(loaded, asked) for _ in range(8)]
             assert all(torch.equal(each.result().pixels, decoded) for each in beside)
         assert all(torch.equal(each, answer) for each in answers)
 
@@ -157,6 +157,6 @@ class SamplingPromises(LoadedOnce):
         latents = noise(adapter, 2)
         encoded, decoded = adapter.encode(case.conditions), adapter.decode(latents).pixels
         adapter.release_frozen()
-        require_same(dict(encoded), dict(adapter.encode(case.conditions)))
+        require_equal(dict(encoded), dict(adapter.encode(case.conditions)))
         adapter.release_frozen()
         assert torch.equal(decoded, adapter.decode(latents).pixels)

@@ -22,7 +22,7 @@ from branchtree.recipe.build import make_sampler
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.testing.case import AdapterCase
-from branchtree.testing.probe import Rows, ask, counted_rows, load, question, trainable
+from branchtree.testing.probe import Rows, counted_rows, load, make_question, predict_rows, trainable_parameters
 from branchtree.training.conditioning import ConditioningCache
 from branchtree.training.iteration import iterate
 from branchtree.training.metrics import gather_metrics
@@ -59,7 +59,7 @@ CANCELLING = ("loss", "log_prob/", "variance/component")
 
 
 @dataclass(frozen=True)
-class Measured:
+class MeasuredIterations:
     """Two iterations: the rows that went through the denoiser in each, and what the run says of them."""
 
     planned: RunPlan  # of the first
@@ -90,7 +90,7 @@ class TrainingPromises:
     @classmethod
     def measured(
         cls, case: AdapterCase, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-    ) -> Measured:
+    ) -> MeasuredIterations:
         """Two iterations of a tree, with a hook on the denoiser."""
         lora = case.lora is not None and request.param in WITH_LORA
         recipe = case.recipe({"tree.steps": 12, **TREES[request.param]}, lora=lora)
@@ -111,7 +111,7 @@ class TrainingPromises:
         train(recipe, output=output)
         return Finished(request.param, recipe, output)
 
-    def test_rows_are_those_of_the_plan_and_of_the_metrics(self, measured: Measured) -> None:
+    def test_rows_are_those_of_the_plan_and_of_the_metrics(self, measured: MeasuredIterations) -> None:
         """In rollout and gradient pass, guidance counted, as the hook saw them."""
         first = measured.rows[0]
         assert first.rollout == measured.planned.rollout_rows > 0
@@ -119,14 +119,16 @@ class TrainingPromises:
         for rows, logged in zip(measured.rows, measured.metrics, strict=True):
             assert (logged["rows/rollout"], logged["rows/gradient"]) == (rows.rollout, rows.gradient)
 
-    def test_the_ratio_is_exactly_one_at_the_first_update(self, measured: Measured) -> None:
+    def test_the_ratio_is_exactly_one_at_the_first_update(self, measured: MeasuredIterations) -> None:
         """In every precision, and again after the weights have moved."""
         for row in measured.metrics:
             assert row["ratio/max_deviation"] == 0.0
             assert row["ratio/clipped_fraction"] == 0.0
             assert row["grad_norm"] > 0
 
-    def test_the_update_sees_the_densities_of_the_rollout(self, case: AdapterCase, measured: Measured) -> None:
+    def test_the_update_sees_the_densities_of_the_rollout(
+        self, case: AdapterCase, measured: MeasuredIterations
+    ) -> None:
         """A state and its condition get the same prediction in both, up to the rounding of the precision."""
         half = measured.planned.recipe.run.precision == "bf16"
         for row in measured.metrics:
@@ -169,7 +171,7 @@ class TrainingPromises:
         whole, resumed = (_restored(case, finished.variant, output) for output in (finished.output, cut))
         assert torch.equal(_flat(whole), _flat(resumed))
         averages = [load_file(_last_checkpoint(output) / "average.safetensors") for output in (finished.output, cut)]
-        assert averages[0].keys() == averages[1].keys() == trainable(whole).keys()
+        assert averages[0].keys() == averages[1].keys() == trainable_parameters(whole).keys()
         assert all(torch.equal(value, averages[1][name]) for name, value in averages[0].items())
 
     def test_the_kl_reference_is_the_start_policy(self, finished: Finished) -> None:
@@ -192,12 +194,12 @@ class TrainingPromises:
             return
         adapter = load(case, path=finished.output / "final")
         averaged = load(case)
-        parameters = trainable(averaged)
+        parameters = trainable_parameters(averaged)
         with torch.no_grad():
             for name, value in load_file(_last_checkpoint(finished.output) / "average.safetensors").items():
                 parameters[name].copy_(value)
-        asked = question(adapter, case.conditions)
-        assert torch.equal(ask(adapter, asked), ask(averaged, asked))
+        asked = make_question(adapter, case.conditions)
+        assert torch.equal(predict_rows(adapter, asked), predict_rows(averaged, asked))
 
 
 class _PowerCutError(BaseException):
@@ -213,7 +215,7 @@ class _PowerCut(Callback):
             raise _PowerCutError
 
 
-def _measure(recipe: Recipe, output: Path) -> Measured:
+def _measure(recipe: Recipe, output: Path) -> MeasuredIterations:
     directory = RunDirectory(output)
     inputs = read_inputs(recipe)
     directory.claim(resume=False)
@@ -224,7 +226,7 @@ def _measure(recipe: Recipe, output: Path) -> Measured:
             done = iterate(session, iteration)
         counted.append(rows)
         metrics.append(gather_metrics(session, done))
-    return Measured(plan(recipe), tuple(counted), tuple(metrics))
+    return MeasuredIterations(plan(recipe), tuple(counted), tuple(metrics))
 
 
 def _tree(adapter: ModelAdapter, recipe: Recipe, ids: Sequence[int]) -> BranchTree:
@@ -266,4 +268,4 @@ def _restored(case: AdapterCase, variant: str, output: Path | None) -> ModelAdap
 
 def _flat(adapter: ModelAdapter) -> Tensor:
     """All trainable numbers."""
-    return torch.cat([value.detach().flatten() for value in trainable(adapter).values()])
+    return torch.cat([value.detach().flatten() for value in trainable_parameters(adapter).values()])

@@ -13,16 +13,16 @@ from branchtree.errors import CheckpointError
 from branchtree.plugins.protocols import LoraSettings, ModelAdapter
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
-    ask,
     load,
     load_trained,
+    make_question,
     noise,
-    question,
+    predict_rows,
     randomise,
     require_close,
-    require_same,
+    require_equal,
     state,
-    trainable,
+    trainable_parameters,
 )
 
 HALF, SINGLE = torch.bfloat16, torch.float32
@@ -45,7 +45,7 @@ class WeightPromises:
         plain = _gradients(adapter, case, autocast)
         adapter.enable_gradient_checkpointing()
         checkpointed = _gradients(adapter, case, autocast)
-        assert plain.keys() == checkpointed.keys() == trainable(adapter).keys()
+        assert plain.keys() == checkpointed.keys() == trainable_parameters(adapter).keys()
         assert all(bool(gradient.isfinite().all()) for gradient in plain.values())
         assert any(bool(gradient.any()) for gradient in plain.values())
         tolerance = case.tolerance[HALF if autocast else dtype]
@@ -57,15 +57,15 @@ class WeightPromises:
         drawn = []
         for seed, disturbance in ((3, 0), (3, 1), (4, 0)):
             adapter = load(case)
-            base = ask(adapter, question(adapter, case.conditions))
+            base = predict_rows(adapter, make_question(adapter, case.conditions))
             places = {parameter.data_ptr() for parameter in adapter.denoiser.parameters()}
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(disturbance)
                 before = torch.get_rng_state()
                 adapter.add_lora(_lora(case), seed)
                 assert torch.equal(torch.get_rng_state(), before)
-            assert torch.equal(ask(adapter, question(adapter, case.conditions)), base)
-            fresh = list(trainable(adapter).values())
+            assert torch.equal(predict_rows(adapter, make_question(adapter, case.conditions)), base)
+            fresh = list(trainable_parameters(adapter).values())
             assert fresh and not places & {parameter.data_ptr() for parameter in fresh}
             assert all(parameter.dtype == SINGLE for parameter in fresh)
             drawn.append(torch.cat([parameter.detach().flatten() for parameter in fresh]))
@@ -75,18 +75,18 @@ class WeightPromises:
     def test_without_lora_is_the_base_model(self, case: AdapterCase) -> None:
         """Also for a wrapped denoiser; afterwards, and after an exception, all is as before."""
         adapter = load(case)
-        asked = question(adapter, case.conditions)
-        base = ask(adapter, asked)
+        asked = make_question(adapter, case.conditions)
+        base = predict_rows(adapter, asked)
         adapter.add_lora(_lora(case), seed=0)
         randomise(adapter.denoiser)
-        trained, names = ask(adapter, asked), trainable(adapter).keys()
+        trained, names = predict_rows(adapter, asked), trainable_parameters(adapter).keys()
         assert not torch.allclose(trained, base, rtol=0, atol=1e-3)
         for denoiser in (adapter.denoiser, nn.ModuleList([adapter.denoiser])):
             with pytest.raises(KeyError), adapter.without_lora(denoiser):
-                assert torch.equal(ask(adapter, asked), base)
+                assert torch.equal(predict_rows(adapter, asked), base)
                 raise KeyError
-            assert torch.equal(ask(adapter, asked), trained)
-            assert trainable(adapter).keys() == names
+            assert torch.equal(predict_rows(adapter, asked), trained)
+            assert trainable_parameters(adapter).keys() == names
 
     @both_precisions
     @both_variants
@@ -96,13 +96,13 @@ class WeightPromises:
         """Into a model that was loaded anew and has other weights; the folder is made by ``save``."""
         adapter = load_trained(case, variant, dtype)
         fresh = load_trained(case, variant, dtype, seed=9)
-        asked, names = question(adapter, case.conditions), trainable(fresh).keys()
-        assert not torch.equal(ask(fresh, asked), ask(adapter, asked))
+        asked, names = make_question(adapter, case.conditions), trainable_parameters(fresh).keys()
+        assert not torch.equal(predict_rows(fresh, asked), predict_rows(adapter, asked))
         adapter.save(tmp_path / "run" / "model")
         fresh.restore(tmp_path / "run" / "model")
-        require_same(state(fresh), state(adapter))
-        assert torch.equal(ask(fresh, asked), ask(adapter, asked))
-        assert trainable(fresh).keys() == names
+        require_equal(state(fresh), state(adapter))
+        assert torch.equal(predict_rows(fresh, asked), predict_rows(adapter, asked))
+        assert trainable_parameters(fresh).keys() == names
 
     @both_precisions
     @both_variants
@@ -115,10 +115,10 @@ class WeightPromises:
         places = [parameter.data_ptr() for parameter in adapter.denoiser.parameters()]
         adapter.save(tmp_path / "saved", other)
         adapter.export(tmp_path / "exported", other)
-        require_same(state(adapter), live)
+        require_equal(state(adapter), live)
         assert [parameter.data_ptr() for parameter in adapter.denoiser.parameters()] == places
         adapter.restore(tmp_path / "saved")
-        require_same(state(adapter), live | {name: value.to(live[name].dtype) for name, value in other.items()})
+        require_equal(state(adapter), live | {name: value.to(live[name].dtype) for name, value in other.items()})
 
     @both_variants
     def test_weights_of_another_model_are_not_saved(self, case: AdapterCase, tmp_path: Path, variant: str) -> None:
@@ -145,7 +145,7 @@ class WeightPromises:
             file.write_bytes(b"damaged")
         with pytest.raises(CheckpointError):
             adapter.restore(tmp_path / "model")
-        require_same(state(adapter), before)
+        require_equal(state(adapter), before)
 
     @both_precisions
     def test_an_export_is_the_whole_model(self, case: AdapterCase, tmp_path: Path, dtype: torch.dtype) -> None:
@@ -153,10 +153,10 @@ class WeightPromises:
         adapter = load_trained(case, "full", dtype)
         adapter.export(tmp_path / "exported")
         again = load(case, dtype, path=tmp_path / "exported")
-        require_same(state(again), state(adapter))
-        asked = question(adapter, case.conditions)
-        require_same(dict(again.encode(case.conditions)), dict(adapter.encode(case.conditions)))
-        assert torch.equal(ask(again, asked), ask(adapter, asked))
+        require_equal(state(again), state(adapter))
+        asked = make_question(adapter, case.conditions)
+        require_equal(dict(again.encode(case.conditions)), dict(adapter.encode(case.conditions)))
+        assert torch.equal(predict_rows(again, asked), predict_rows(adapter, asked))
         assert torch.equal(again.decode(noise(again, 2)).pixels, adapter.decode(noise(adapter, 2)).pixels)
         assert torch.equal(again.sigmas(7), adapter.sigmas(7))
 
@@ -166,7 +166,7 @@ class WeightPromises:
         other = _shifted(adapter)
         adapter.export(tmp_path / "exported", other)
         again = load(case, path=tmp_path / "exported")
-        require_same({name: value.detach() for name, value in trainable(again).items()}, other)
+        require_equal({name: value.detach() for name, value in trainable_parameters(again).items()}, other)
 
 
 def _lora(case: AdapterCase) -> LoraSettings:
@@ -177,13 +177,13 @@ def _lora(case: AdapterCase) -> LoraSettings:
 
 def _shifted(adapter: ModelAdapter) -> dict[str, Tensor]:
     """Other weights for all that is trained, float32 as an average has them."""
-    return {name: (value.detach() + 0.5).float() for name, value in trainable(adapter).items()}
+    return {name: (value.detach() + 0.5).float() for name, value in trainable_parameters(adapter).items()}
 
 
 def _gradients(adapter: ModelAdapter, case: AdapterCase, autocast: bool) -> dict[str, Tensor]:
     """The gradients of the mean square of a prediction, of whatever parameters have one."""
     adapter.denoiser.zero_grad(set_to_none=True)
-    asked = question(adapter, case.conditions)
+    asked = make_question(adapter, case.conditions)
     context: AbstractContextManager[None] = torch.autocast("cpu", HALF, enabled=autocast)
     with context:
         answer = adapter.predict(asked.latents, asked.sigma, asked.conditioning)

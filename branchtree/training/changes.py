@@ -49,7 +49,7 @@ class Change:
         return f"{self.key} was {_shown(self.before)} and is {_shown(self.now)}"
 
 
-def require_same(
+def require_same_recipe(
     before: Mapping[str, Any],
     now: Mapping[str, Any],
     allow: Sequence[str],

@@ -27,7 +27,7 @@ TEXT = 500
 """Characters of a prompt or a reason that the log repeats."""
 OTHER_REASONS = "other reasons"
 
-Row = dict[str, Any]
+FailureRow = dict[str, Any]
 """A line of the log."""
 
 
@@ -60,7 +60,7 @@ class Leaves:
     conditions: Sequence[Condition]
     first: int  # the position of its first prompt among those of the iteration
 
-    def failed(self, scores: Mapping[str, Scores]) -> list[Row]:
+    def failed(self, scores: Mapping[str, Scores]) -> list[FailureRow]:
         """The first few leaves that a reward could not score, by prompt and leaf, each reward on a line of its own."""
         root, depth = self.topology.leaf_root.tolist(), self.topology.steps
         found = [(row, label) for label, score in scores.items() for row in (~score.valid).nonzero()[:, 0].tolist()]
@@ -88,7 +88,7 @@ def logged(text: str) -> str:
     return shortened(whole_text(text), TEXT)
 
 
-def log_rows(everyone: Sequence[Mapping[str, Failures]], listed: Sequence[Sequence[Row]]) -> list[Row]:
+def log_rows(everyone: Sequence[Mapping[str, Failures]], listed: Sequence[Sequence[FailureRow]]) -> list[FailureRow]:
     """The log's lines of an iteration, from all processes' counts and the failed leaves that each lists.
 
     After ``LISTED`` of them there is a line for each reward with the number of the rest.
@@ -140,7 +140,7 @@ class FailureWatch:
         accelerator: Any,
         scores: Mapping[str, Scores],
         leaves: Leaves | None = None,
-        log: Callable[[Row], None] | None = None,
+        log: Callable[[FailureRow], None] | None = None,
     ) -> None:
         """Count an iteration's failures. Raises RewardError, on every process, if there are too many.
 
@@ -149,7 +149,7 @@ class FailureWatch:
         from accelerate.utils import gather_object
 
         mine = (count_failures(scores), [] if leaves is None else leaves.failed(scores))
-        shares: list[tuple[dict[str, Failures], list[Row]]] = gather_object([mine])
+        shares: list[tuple[dict[str, Failures], list[FailureRow]]] = gather_object([mine])
         everyone = [counts for counts, _ in shares]
         if log is not None and accelerator.is_main_process:
             for row in log_rows(everyone, [listed for _, listed in shares]):

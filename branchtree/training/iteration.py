@@ -14,7 +14,7 @@ from branchtree.core.rollout import forwards
 from branchtree.core.scores import Scores
 from branchtree.core.tree import BranchTree, Topology
 from branchtree.errors import RewardError
-from branchtree.pictures.grid import thumbnails
+from branchtree.pictures.grid import make_thumbnails
 from branchtree.plugins.protocols import Condition, Media
 from branchtree.training.continuation import compare_continuation
 from branchtree.training.failures import Leaves, logged
@@ -88,7 +88,7 @@ def iterate(session: Session, iteration: int) -> Iteration:
     session.failures.check(session.accelerator, scores, failed, partial(session.log_failure, iteration))
 
     with watch.phase("credit"):
-        group = session.team.gather(GroupRecord(topology, log_prob, scores, thumbnails(leaves.media)))
+        group = session.team.gather(GroupRecord(topology, log_prob, scores, make_thumbnails(leaves.media)))
         rest = range(leaves.groups[len(credits)].start if credits else 0, topology.prompts)
         last = session.credit(group.topology, group.log_prob, group.of(rest), rest, tree.dimensions, iteration)
         credit = Credit.concatenate([*credits, last])

@@ -16,7 +16,7 @@ from branchtree.recipe.paths import make_absolute
 from branchtree.recipe.schema import Recipe
 from branchtree.recipe.source import Source
 from branchtree.run.contents import Contents
-from branchtree.training.changes import require_same, unused
+from branchtree.training.changes import require_same_recipe, unused
 from branchtree.training.checkpoint import (
     OPTIMIZER,
     Trained,
@@ -70,7 +70,7 @@ def find_checkpoint(
         files = (state["contents"], contents)
     elif contents is not None:
         log.warning("%s holds no digests of files: whether prompts, model and rewards are as before is not known", path)
-    changes = require_same(as_of_now(state["recipe"]), recipe.model_dump(mode="json"), allow, path, files)
+    changes = require_same_recipe(as_of_now(state["recipe"]), recipe.model_dump(mode="json"), allow, path, files)
     if state["iteration"] > recipe.run.iterations:
         raise CheckpointError(f"{path}: {state['iteration']} iterations are done, more than run.iterations asks for")
     for change in changes:

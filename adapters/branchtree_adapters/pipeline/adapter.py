@@ -16,7 +16,7 @@ from branchtree.plugins.lora_files import LoraSummary
 from branchtree.plugins.protocols import LoraSettings
 from branchtree_adapters.pipeline import sources as shared
 from branchtree_adapters.pipeline import speed, trained
-from branchtree_adapters.pipeline.components import require_finite, require_telling_apart
+from branchtree_adapters.pipeline.components import require_finite_component, require_telling_apart
 from branchtree_adapters.pipeline.encoders import EncoderSource, fingerprint
 from branchtree_adapters.pipeline.start import load_lora, start_denoiser, start_lora
 from branchtree_adapters.pipeline.tokenizers import check_tokenizer, probe_texts
@@ -60,7 +60,7 @@ class PipelineAdapter(ABC):
         """Take a pipeline that was read: the transformer to ``device``, frozen parts to the CPU until needed."""
         self._loaded, self._device, self._dtype = loaded, device, denoiser_dtype
         shared.own_storage(loaded.transformer, device)
-        require_finite(loaded.transformer, self._location("transformer"))
+        require_finite_component(loaded.transformer, self._location("transformer"))
         self._own({name: getattr(loaded, name, None) for name in self.frozen_parts})
 
     def _with_encoders(self) -> Any:
@@ -110,7 +110,7 @@ class PipelineAdapter(ABC):
         for name, part in parts.items():
             if part is not None:
                 shared.own_storage(part, torch.device("cpu"))
-                require_finite(part, self._location(name))
+                require_finite_component(part, self._location(name))
                 part.requires_grad_(False)
 
     def _absent_encoders(self) -> dict[str, Any]:

@@ -202,7 +202,7 @@ def _require_complete(component: Component, model: nn.Module, info: Mapping[str,
 
 
 @torch.no_grad()
-def require_finite(module: nn.Module, where: str) -> None:
+def require_finite_component(module: nn.Module, where: str) -> None:
     """Raise ModelError, naming tensors, if weights of ``module`` hold NaN or infinity. ``where`` names the files."""
     state = module.state_dict()
     wrong = [name for name, value in state.items() if not is_finite(value)]

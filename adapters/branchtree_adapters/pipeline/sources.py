@@ -42,7 +42,7 @@ class ModelSource:
         return self.name if self.folder is None else str(self.folder)
 
 
-def locate(path: str, revision: str | None = None) -> ModelSource:
+def locate_pipeline(path: str, revision: str | None = None) -> ModelSource:
     """Tell a local folder, a model shipped with the package (``bundled:NAME``) and a hub id apart.
 
     A path that exists or begins with ``/``, ``./``, ``../`` or ``~`` is a folder; ``org/name`` is a hub id.

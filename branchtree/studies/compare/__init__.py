@@ -6,6 +6,6 @@ are read into a table and a page (``collect``, ``table``, ``page``).
 
 from branchtree.studies.compare.collect import Comparison
 from branchtree.studies.compare.compare import run_comparison
-from branchtree.studies.compare.request import Budget, Request, Row
+from branchtree.studies.compare.request import Budget, ComparisonRequest, Row
 
-__all__ = ["Budget", "Comparison", "Request", "Row", "run_comparison"]
+__all__ = ["Budget", "Comparison", "ComparisonRequest", "Row", "run_comparison"]

@@ -9,10 +9,10 @@ from typing import Any
 from branchtree.report.curves import mean
 from branchtree.report.read import Evaluation, Run, read_run
 from branchtree.studies.compare.budget import nodes_per_leaf
-from branchtree.studies.compare.execute import Outcome, is_finished
+from branchtree.studies.compare.execute import RunOutcome, is_finished
 from branchtree.studies.compare.meter import cpu_seconds
 from branchtree.studies.compare.runs import PlannedRun, RunPlans
-from branchtree.studies.compare.statistics import Difference, Spread, paired_difference, spread
+from branchtree.studies.compare.statistics import Difference, SeedSpread, paired_difference, seed_spread
 
 WORK = {
     "rollout_rows": "rows/rollout",
@@ -55,14 +55,14 @@ class RowFigures:
         """The runs that count."""
         return [run for run in self.runs if run.status == "finished"]
 
-    def work(self, key: str) -> Spread | None:
+    def work(self, key: str) -> SeedSpread | None:
         """A figure of the work, per iteration."""
-        return spread([run.work[key] for run in self.finished if key in run.work])
+        return seed_spread([run.work[key] for run in self.finished if key in run.work])
 
-    def over_runs(self, name: str) -> Spread | None:
+    def over_runs(self, name: str) -> SeedSpread | None:
         """A plain figure of the runs by the name of its field."""
         values = (getattr(run, name) for run in self.finished)
-        return spread([float(value) for value in values if value is not None])
+        return seed_spread([float(value) for value in values if value is not None])
 
     def held_out(self, label: str, when: str) -> dict[int, float]:
         """A held-out figure by seed, ``before`` or ``after``."""
@@ -91,7 +91,7 @@ class Comparison:
         return paired_difference(row.held_out(label, "after"), self.rows[0].held_out(label, "after"))
 
 
-def collect(plans: RunPlans, outcomes: Mapping[tuple[str, int], Outcome]) -> Comparison:
+def collect_results(plans: RunPlans, outcomes: Mapping[tuple[str, int], RunOutcome]) -> Comparison:
     """Read every run. ``outcomes`` are those of the runs that were tried now, by row and seed."""
     rows, read = [], dict[tuple[str, int], Run]()
     for name in dict.fromkeys(run.row for run in plans.runs):
@@ -162,6 +162,6 @@ def as_data(comparison: Comparison) -> Sequence[Mapping[str, Any]]:
 
 
 def _held_out(comparison: Comparison, row: RowFigures, label: str) -> dict[str, Any]:
-    before, after = (spread(list(row.held_out(label, when).values())) for when in ("before", "after"))
+    before, after = (seed_spread(list(row.held_out(label, when).values())) for when in ("before", "after"))
     figures = {"before": before, "after": after, "difference_to_first": comparison.difference(row, label)}
     return {name: None if figure is None else asdict(figure) for name, figure in figures.items()}

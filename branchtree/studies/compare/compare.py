@@ -9,10 +9,10 @@ from branchtree.errors import OutputError
 from branchtree.files.reading import require_name
 from branchtree.files.writing import require_own_results, write_atomically
 from branchtree.studies.compare import record
-from branchtree.studies.compare.collect import Comparison, as_data, collect
-from branchtree.studies.compare.execute import Outcome, is_finished, perform_all
-from branchtree.studies.compare.page import render
-from branchtree.studies.compare.request import Request
+from branchtree.studies.compare.collect import Comparison, as_data, collect_results
+from branchtree.studies.compare.execute import RunOutcome, is_finished, perform_all
+from branchtree.studies.compare.page import render_comparison
+from branchtree.studies.compare.request import ComparisonRequest
 from branchtree.studies.compare.runs import PlannedRun, plan_runs
 from branchtree.studies.compare.table import figure, markdown
 
@@ -21,7 +21,9 @@ TABLE, PAGE = "compare.md", "compare.html"
 Tell = Callable[[str], None]
 
 
-def run_comparison(request: Request, output: Path, jobs: int = 1, tell: Tell = lambda line: None) -> Comparison:
+def run_comparison(
+    request: ComparisonRequest, output: Path, jobs: int = 1, tell: Tell = lambda line: None
+) -> Comparison:
     """Do what is left of a comparison, ``jobs`` runs at a time, and write its table and page into ``output``.
 
     Each run lives in ``output/ROW/seed_S`` as an ordinary run directory: finished ones are left alone, others go on
@@ -37,27 +39,27 @@ def run_comparison(request: Request, output: Path, jobs: int = 1, tell: Tell = l
     if len(left) < len(plans.runs):
         tell(f"{len(plans.runs) - len(left)} of {len(plans.runs)} runs were finished before")
     record.write(output, now, [])
-    outcomes: dict[tuple[str, int], Outcome] = {}
+    outcomes: dict[tuple[str, int], RunOutcome] = {}
 
-    def ended(run: PlannedRun, outcome: Outcome) -> None:
+    def ended(run: PlannedRun, outcome: RunOutcome) -> None:
         outcomes[run.row, run.seed] = outcome
         tell(f"[{len(outcomes)}/{len(left)}] {_line(run, outcome)}")
 
     perform_all(left, jobs, ended)
-    comparison = collect(plans, outcomes)
+    comparison = collect_results(plans, outcomes)
     title, told = request.title or _title(request), _told(request, plans.budget)
     write_atomically(output / TABLE, markdown(comparison, title, told).encode())
-    write_atomically(output / PAGE, render(comparison, title, told).encode())
+    write_atomically(output / PAGE, render_comparison(comparison, title, told).encode())
     record.write(output, now, as_data(comparison))
     return comparison
 
 
-def _title(request: Request) -> str:
+def _title(request: ComparisonRequest) -> str:
     recipes = dict.fromkeys(row.recipe for row in request.rows)
     return f"Comparison of {', '.join(recipes)}"
 
 
-def _told(request: Request, budget: Mapping[str, int]) -> str:
+def _told(request: ComparisonRequest, budget: Mapping[str, int]) -> str:
     """What is held equal, in a sentence."""
     if "rows" in budget:
         length = f"{budget['rows']} row equivalents (rollout rows + 3 x gradient rows)"
@@ -69,7 +71,7 @@ def _told(request: Request, budget: Mapping[str, int]) -> str:
     return f"Every run has {length}, the same prompts and the same evaluation; seeds {seeds}.{changed}"
 
 
-def _line(run: PlannedRun, outcome: Outcome) -> str:
+def _line(run: PlannedRun, outcome: RunOutcome) -> str:
     """How a run ended."""
     name = f"{run.row}, seed {run.seed}"
     if outcome.status != "finished":

@@ -15,7 +15,7 @@ from branchtree.report.markup import escape, number
 from branchtree.report.plot import SERIES, WIDE, large_ticks, plot, whole_ticks
 from branchtree.report.read import Run
 from branchtree.studies.compare.collect import Comparison
-from branchtree.studies.compare.statistics import spread
+from branchtree.studies.compare.statistics import seed_spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -99,7 +99,7 @@ def curves(comparison: Comparison, series: Series) -> list[Curve | None]:
         if not matched:
             found.append(None)
             continue
-        spreads = [spread([point.y for point in points]) for points in matched]
+        spreads = [seed_spread([point.y for point in points]) for points in matched]
         x = {axis: [_mean(getattr(point, axis) for point in points) for points in matched] for axis in AXES}
         means = [math.nan if one is None else one.mean for one in spreads]
         stds = [math.nan if one is None or one.std is None else one.std for one in spreads]

@@ -25,7 +25,7 @@ from branchtree.training.interrupt import StopRequest
 
 
 @dataclass(frozen=True)
-class Outcome:
+class RunOutcome:
     """How an attempt at a run ended."""
 
     status: Literal["finished", "failed", "stopped"]
@@ -34,7 +34,7 @@ class Outcome:
 
 KILLED = "its process was killed, perhaps for want of memory"
 
-Tell = Callable[[PlannedRun, Outcome], None]
+Tell = Callable[[PlannedRun, RunOutcome], None]
 
 
 def is_finished(run: PlannedRun) -> bool:
@@ -54,7 +54,7 @@ def is_finished(run: PlannedRun) -> bool:
     return True
 
 
-def perform(run: PlannedRun) -> Outcome:
+def perform(run: PlannedRun) -> RunOutcome:
     """Do a run, or go on with it where it has begun."""
     from branchtree.training.start import with_start
     from branchtree.training.trainer import train_recipe
@@ -65,9 +65,9 @@ def perform(run: PlannedRun) -> Outcome:
         begun = with_start(run.recipe, None, directory if resume else None)
         result = train_recipe(begun, run.folder, resume, [meter])
     except BranchTreeError as error:
-        return Outcome("failed", str(error))
+        return RunOutcome("failed", str(error))
     meter.close(result.iterations)
-    return Outcome("finished" if result.finished else "stopped")
+    return RunOutcome("finished" if result.finished else "stopped")
 
 
 def perform_all(runs: Sequence[PlannedRun], jobs: int, tell: Tell) -> None:
@@ -88,7 +88,7 @@ def perform_all(runs: Sequence[PlannedRun], jobs: int, tell: Tell) -> None:
     lanes = min(jobs, len(runs))
     lock = threading.Lock()
 
-    def tell_one(run: PlannedRun, outcome: Outcome) -> None:
+    def tell_one(run: PlannedRun, outcome: RunOutcome) -> None:
         with lock:
             tell(run, outcome)
 
@@ -112,7 +112,7 @@ def _lane(waiting: queue.SimpleQueue[PlannedRun], threads: int, stop: StopReques
             except BrokenProcessPool:
                 process.shutdown()
                 process = None
-                outcome = Outcome("stopped") if stop.requested else Outcome("failed", KILLED)
+                outcome = RunOutcome("stopped") if stop.requested else RunOutcome("failed", KILLED)
             tell(run, outcome)
             if outcome.status == "stopped":
                 return

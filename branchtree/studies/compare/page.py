@@ -11,7 +11,7 @@ from branchtree.studies.compare.curves import held_out_charts, training_charts
 from branchtree.studies.compare.table import Sheet, reward_sheet, troubles, work_sheet
 
 
-def render(comparison: Comparison, title: str, told: str) -> str:
+def render_comparison(comparison: Comparison, title: str, told: str) -> str:
     """The page as text: tables, then curves. It needs nothing beside itself."""
     parts = _parts(comparison)
     contents = "".join(f'<li><a href="#{name}">{head}</a></li>' for name, head, body, _ in parts if body)

@@ -13,7 +13,7 @@ from branchtree.errors import OutputError
 from branchtree.files.json_lines import read_json_object
 from branchtree.files.writing import write_atomically
 from branchtree.recipe import Recipe
-from branchtree.studies.compare.request import Request
+from branchtree.studies.compare.request import ComparisonRequest
 from branchtree.studies.compare.runs import RunPlans
 
 NAME = "compare.json"
@@ -21,7 +21,7 @@ FREE_KEYS = {"name", "description", "seed", "tree.noise_seed", "run.iterations"}
 """Keys of a row's recipe that the comparison sets, or that say nothing."""
 
 
-def asked(request: Request, plans: RunPlans) -> dict[str, Any]:
+def asked(request: ComparisonRequest, plans: RunPlans) -> dict[str, Any]:
     """What a comparison is, as plain data: the budget, the seeds, and every row's resolved recipe."""
     rows = {}
     for row in request.rows:

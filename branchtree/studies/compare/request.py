@@ -57,7 +57,7 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Request:
+class ComparisonRequest:
     """A whole comparison."""
 
     rows: tuple[Row, ...]

@@ -10,7 +10,7 @@ from typing import Any
 from branchtree.errors import RecipeError
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.studies.compare.budget import iterations_of_steps, iterations_within
-from branchtree.studies.compare.request import Request, Row
+from branchtree.studies.compare.request import ComparisonRequest, Row
 
 FREE_EVALUATION = {"every", "rows"}  # how often, and how many at a time, leave each figure as it is
 
@@ -37,7 +37,7 @@ class RunPlans:
         return [run for run in self.runs if run.row == row]
 
 
-def plan_runs(request: Request, output: Path) -> RunPlans:
+def plan_runs(request: ComparisonRequest, output: Path) -> RunPlans:
     """Resolve every recipe and give each run its seed, length and folder.
 
     Raises RecipeError if a recipe is wrong, or if the rows do not share their prompts and their evaluation.
@@ -56,14 +56,14 @@ def plan_runs(request: Request, output: Path) -> RunPlans:
     return RunPlans(tuple(runs), budget)
 
 
-def _load(request: Request, row: Row) -> Recipe:
+def _load(request: ComparisonRequest, row: Row) -> Recipe:
     try:
         return load_recipe(row.recipe, {**request.shared, **row.overrides}, smoke=request.smoke)
     except RecipeError as error:
         raise RecipeError(f"row '{row.name}': {error}") from None
 
 
-def _budget(request: Request, first: Recipe) -> dict[str, int]:
+def _budget(request: ComparisonRequest, first: Recipe) -> dict[str, int]:
     if request.budget.rows is not None:
         return {"rows": request.budget.rows}
     iterations = request.budget.iterations or first.run.iterations

@@ -13,7 +13,7 @@ CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedSpread:
     """Mean and sample standard deviation."""
 
     mean: float
@@ -31,11 +31,11 @@ class Difference:
     pairs: int
 
 
-def spread(values: Sequence[float]) -> Spread | None:
+def seed_spread(values: Sequence[float]) -> SeedSpread | None:
     """Mean and sample standard deviation (n - 1) of some values; None of none."""
     if not values:
         return None
-    return Spread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+    return SeedSpread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
 
 
 def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
@@ -43,7 +43,7 @@ def paired_difference(values: Mapping[int, float], reference: Mapping[int, float
 
     The interval is mean +- t(n - 1) s / sqrt(n), s being the standard deviation of the differences.
     """
-    found = spread([values[seed] - reference[seed] for seed in values if seed in reference])
+    found = seed_spread([values[seed] - reference[seed] for seed in values if seed in reference])
     if found is None:
         return None
     if found.std is None:

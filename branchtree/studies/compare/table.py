@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from branchtree.studies.compare.collect import Comparison, RowFigures
-from branchtree.studies.compare.statistics import Difference, Spread, spread
+from branchtree.studies.compare.statistics import Difference, SeedSpread, seed_spread
 
 MISSING = "-"
 
@@ -68,7 +68,9 @@ def reward_sheet(comparison: Comparison, labels: Sequence[str] | None = None) ->
     for row in comparison.rows:
         cells = [row.name]
         for label in labels:
-            cells += [_mean_and_std(spread(list(row.held_out(label, when).values()))) for when in ("before", "after")]
+            cells += [
+                _mean_and_std(seed_spread(list(row.held_out(label, when).values()))) for when in ("before", "after")
+            ]
             cells.append(MISSING if row is comparison.rows[0] else _difference(comparison.difference(row, label)))
         rows.append(tuple(cells))
     return Sheet(tuple(heads), tuple(rows))
@@ -124,11 +126,11 @@ def _range(values: Sequence[float]) -> str:
     return figure(low) if low == high else f"{figure(low)} to {figure(high)}"
 
 
-def _mean(found: Spread | None) -> str:
+def _mean(found: SeedSpread | None) -> str:
     return MISSING if found is None else figure(found.mean)
 
 
-def _mean_and_std(found: Spread | None) -> str:
+def _mean_and_std(found: SeedSpread | None) -> str:
     if found is None:
         return MISSING
     return figure(found.mean) if found.std is None else f"{figure(found.mean)} +- {figure(found.std)}"

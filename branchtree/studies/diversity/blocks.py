@@ -37,7 +37,7 @@ LEVEL = 0.95
 
 
 @dataclass(frozen=True)
-class Interval:
+class BlockInterval:
     """An estimate, its standard error and its interval."""
 
     value: float
@@ -86,7 +86,7 @@ def block_mmd(
     seed: int = 0,
     draws: int = DRAWS,
     level: float = LEVEL,
-) -> Interval:
+) -> BlockInterval:
     """U and its interval.
 
     Args:
@@ -106,7 +106,7 @@ def block_mmd(
     drawn = value + linear + quadratic - quadratic.mean()
     tails = torch.tensor([(1 - level) / 2, (1 + level) / 2], dtype=torch.float64)
     low, high = drawn.quantile(tails).tolist()
-    return Interval(value, float(drawn.std()), low, high, level)
+    return BlockInterval(value, float(drawn.std()), low, high, level)
 
 
 def _signed(within_x: Tensor, within_y: Tensor, between: Tensor, groups: Groups) -> Tensor:

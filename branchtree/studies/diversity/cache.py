@@ -14,7 +14,7 @@ from torch import nn
 
 from branchtree.files.writing import write_atomically
 from branchtree.recipe.schema import Recipe
-from branchtree.studies.diversity.sampling import Deal, Kind, Samples
+from branchtree.studies.diversity.sampling import Deal, FeatureSamples, Kind
 from branchtree.studies.diversity.spaces import NamedSpace
 
 VERSION = 1
@@ -27,7 +27,7 @@ class FeatureCache:
 
     folder: Path
 
-    def read(self, described: Mapping[str, Any], spaces: Sequence[NamedSpace]) -> Samples | None:
+    def read(self, described: Mapping[str, Any], spaces: Sequence[NamedSpace]) -> FeatureSamples | None:
         """The set so described, or None unless its features are there, and whole, in all spaces."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -37,9 +37,9 @@ class FeatureCache:
         except (FileNotFoundError, SafetensorError):
             return None
         distance = next(iter(found.values()))["latent_distance"]
-        return Samples({label: content["features"] for label, content in found.items()}, distance)
+        return FeatureSamples({label: content["features"] for label, content in found.items()}, distance)
 
-    def write(self, described: Mapping[str, Any], spaces: Sequence[NamedSpace], samples: Samples) -> None:
+    def write(self, described: Mapping[str, Any], spaces: Sequence[NamedSpace], samples: FeatureSamples) -> None:
         """Keep a set, each file whole or not at all."""
         from safetensors.torch import save
 

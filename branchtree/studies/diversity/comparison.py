@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from branchtree.studies.diversity.blocks import Groups, Interval, block_mmd
+from branchtree.studies.diversity.blocks import BlockInterval, Groups, block_mmd
 from branchtree.studies.diversity.estimators import Kid, SetSums, biased, kid, unbiased
 from branchtree.studies.diversity.kernels import CubicKernel, FeatureKernel, RbfKernel, median_bandwidth
 from branchtree.studies.diversity.sums import SampleSet, draw_subsets, pair_sums, self_sums
@@ -29,7 +29,7 @@ class Discrepancy:
     kid: Kid | None  # of the cubic kernel, from sets larger than one subset
     unbiased: float
     biased: float
-    groups: Interval  # of pairs of different groups alone
+    groups: BlockInterval  # of pairs of different groups alone
 
 
 def compare_sets(

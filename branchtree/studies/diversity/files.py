@@ -8,7 +8,7 @@ from typing import Any
 
 from branchtree.files.writing import write_atomically
 from branchtree.studies.diversity.blocks import DRAWS
-from branchtree.studies.diversity.request import RESULT, Request
+from branchtree.studies.diversity.request import RESULT, DiversityRequest
 from branchtree.studies.diversity.study import Study
 
 ESTIMATORS = {
@@ -48,7 +48,7 @@ def _record(study: Study) -> dict[str, Any]:
     }
 
 
-def sets_in_words(request: Request) -> dict[str, str]:
+def sets_in_words(request: DiversityRequest) -> dict[str, str]:
     """How each set was sampled."""
     shared = "from one initial noise each" if request.shared_noise else "each sample from an initial noise of its own"
     plain = f"independent trajectories under the same sampler and stochastic steps, in groups {shared}"

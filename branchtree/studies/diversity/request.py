@@ -25,7 +25,7 @@ RESULT = "diversity.json"
 GRID_SECTIONS = ("tree.", "sampler.")
 
 
-class Subject(Protocol):
+class SampledSubject(Protocol):
     """What is sampled: the base model of a recipe, or the model of a run's checkpoint."""
 
     @property
@@ -45,12 +45,12 @@ class Subject(Protocol):
         """How many iterations the checkpoint was trained for."""
 
 
-Find = Callable[[Mapping[str, Any]], Subject]
+Find = Callable[[Mapping[str, Any]], SampledSubject]
 """The subject under overrides of its recipe's keys."""
 
 
 @dataclass(frozen=True)
-class Choices:
+class DiversityChoices:
     """What a user asks for."""
 
     samples: int = 4096  # of each set, rounded up to whole groups
@@ -77,10 +77,10 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Request:
+class DiversityRequest:
     """A comparison that can start."""
 
-    subject: Subject
+    subject: SampledSubject
     model: ModelAdapter
     spaces: Sequence[NamedSpace]
     deal: Deal
@@ -94,7 +94,7 @@ class Request:
         return self.subject.recipe
 
 
-def make_request(find: Find, overrides: Mapping[str, Any], choices: Choices) -> Request:
+def make_diversity_request(find: Find, overrides: Mapping[str, Any], choices: DiversityChoices) -> DiversityRequest:
     """Look up plug-ins, read the prompts and have the model check them. Raises a BranchTreeError."""
     found = find(overrides)
     recipe = found.recipe
@@ -112,7 +112,7 @@ def make_request(find: Find, overrides: Mapping[str, Any], choices: Choices) -> 
         cells.append(Cell(changes, changed, _deal(changed, found, conditions, choices)))
     deal = _deal(recipe, found, conditions, choices)
     check_conditions(model, deal.conditions)
-    return Request(found, model, spaces, deal, cells, output, choices.shared_noise)
+    return DiversityRequest(found, model, spaces, deal, cells, output, choices.shared_noise)
 
 
 def grid_cells(grid: Sequence[str]) -> list[dict[str, Any]]:
@@ -128,19 +128,19 @@ def grid_cells(grid: Sequence[str]) -> list[dict[str, Any]]:
     return [dict(cell) for cell in itertools.product(*columns)] if columns else []
 
 
-def _default_output(subject: Subject) -> Path:
+def _default_output(subject: SampledSubject) -> Path:
     if subject.run is not None:
         return subject.run / "diversity"
     return Path("runs") / f"diversity-{folder_name(subject.recipe.name)}"
 
 
-def _conditions(recipe: Recipe, choices: Choices, model: ModelAdapter) -> list[Condition]:
+def _conditions(recipe: Recipe, choices: DiversityChoices, model: ModelAdapter) -> list[Condition]:
     if choices.prompts is None:
         return training_conditions(recipe.data, model)
     return load_conditions(str(choices.prompts), recipe.data.column, recipe.data.split, media=media_of(model))
 
 
-def _deal(recipe: Recipe, subject: Subject, conditions: Sequence[Condition], choices: Choices) -> Deal:
+def _deal(recipe: Recipe, subject: SampledSubject, conditions: Sequence[Condition], choices: DiversityChoices) -> Deal:
     """Whole groups, at least two of each prompt: the last prompts are left out if there are too many."""
     iteration = subject.iteration or 0
     size = make_schedule(recipe).plan(iteration, 0).leaves

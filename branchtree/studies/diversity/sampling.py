@@ -64,7 +64,7 @@ class Deal:
 
 
 @dataclass(frozen=True)
-class Policy:
+class SampledPolicy:
     """A loaded model and how it is rolled out."""
 
     model: ModelAdapter
@@ -77,7 +77,7 @@ class Policy:
 
 
 @dataclass(frozen=True)
-class Samples:
+class FeatureSamples:
     """What is kept of a set."""
 
     features: dict[str, Tensor]  # by label (G * K, D) float32, group after group
@@ -86,8 +86,8 @@ class Samples:
 
 @torch.no_grad()
 def draw_samples(
-    policy: Policy, kind: Kind, deal: Deal, spaces: Sequence[NamedSpace], advance: Advance | None = None
-) -> Samples:
+    policy: SampledPolicy, kind: Kind, deal: Deal, spaces: Sequence[NamedSpace], advance: Advance | None = None
+) -> FeatureSamples:
     """Roll out a set, some groups at a time, and keep its features. Raises RewardError for features not finite."""
     policy.cache.prepare(deal.conditions, replace=True)
     parts: dict[str, list[Tensor]] = {named.label: [] for named in spaces}
@@ -102,7 +102,7 @@ def draw_samples(
         if advance is not None:
             advance(len(latents))
     policy.model.release_frozen()
-    return Samples({label: torch.cat(part) for label, part in parts.items()}, torch.cat(distances))
+    return FeatureSamples({label: torch.cat(part) for label, part in parts.items()}, torch.cat(distances))
 
 
 def _checked(features: Tensor, label: str) -> Tensor:
@@ -111,7 +111,7 @@ def _checked(features: Tensor, label: str) -> Tensor:
     return features
 
 
-def _leaves(policy: Policy, kind: Kind, deal: Deal, span: range) -> Tensor:
+def _leaves(policy: SampledPolicy, kind: Kind, deal: Deal, span: range) -> Tensor:
     """Clean latents (len(span) * K, *latent) of some groups, group after group."""
     conditions = [deal.conditions[group % len(deal.conditions)] for group in span]
     plans = [policy.schedule.plan(deal.iteration, group) for group in span]
@@ -140,7 +140,7 @@ def _initial(model: ModelAdapter, kind: Kind, seed: int, group: int, place: int)
     return model.initial_noise(generator(seed, kind.number, group, 0, 0 if kind.shared else place, Purpose.INITIAL))
 
 
-def _for_rows(policy: Policy, conditions: Sequence[Condition], repeats: int) -> VelocityFunction:
+def _for_rows(policy: SampledPolicy, conditions: Sequence[Condition], repeats: int) -> VelocityFunction:
     """Return the velocity where a rollout's prompts are single samples of groups; a group's encoding is kept once."""
     velocity = training.Policy(policy.model, policy.cache, policy.sampler, policy.autocast, policy.device).under(
         conditions

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Spread:
+class DistanceSpread:
     """The mean over groups of a group's mean pairwise distance, and its standard error."""
 
     mean: float
@@ -29,12 +29,12 @@ def pairwise_distance(samples: Tensor) -> Tensor:
     return torch.stack([torch.pdist(group.flatten(1).double()).mean() / scale for group in samples])
 
 
-def spread(distances: Tensor) -> Spread | None:
+def distance_spread(distances: Tensor) -> DistanceSpread | None:
     """What groups' distances (G,) come to; None if groups have no pairs."""
     if not bool(distances.isfinite().all()):
         return None
     error = float(distances.std() / math.sqrt(len(distances))) if len(distances) > 1 else math.nan
-    return Spread(float(distances.mean()), error, len(distances))
+    return DistanceSpread(float(distances.mean()), error, len(distances))
 
 
 def grouped(features: Tensor, size: int) -> Tensor:

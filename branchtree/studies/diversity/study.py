@@ -13,20 +13,20 @@ from branchtree.recipe.build import make_sampler, make_schedule
 from branchtree.recipe.schema import Recipe
 from branchtree.studies.diversity.cache import FeatureCache, describe, weights_digest
 from branchtree.studies.diversity.comparison import Discrepancy, compare_sets
-from branchtree.studies.diversity.request import Request
+from branchtree.studies.diversity.request import DiversityRequest
 from branchtree.studies.diversity.sampling import (
     BRANCHED,
     CONTROL,
     INDEPENDENT,
     PLAIN,
     Deal,
+    FeatureSamples,
     Kind,
-    Policy,
-    Samples,
+    SampledPolicy,
     draw_samples,
 )
 from branchtree.studies.diversity.spaces import load_spaces
-from branchtree.studies.diversity.spread import Spread, grouped, pairwise_distance, spread
+from branchtree.studies.diversity.spread import DistanceSpread, distance_spread, grouped, pairwise_distance
 from branchtree.training.checkpoint import restore_weights
 from branchtree.training.conditioning import open_cache
 from branchtree.training.session import load_model
@@ -45,14 +45,14 @@ class GroupRow:
 
     name: str  # of the set, or the grid's values
     size: int  # samples of a group
-    spreads: dict[str, Spread | None]  # by feature space, latents among them
+    spreads: dict[str, DistanceSpread | None]  # by feature space, latents among them
 
 
 @dataclass(frozen=True)
 class Study:
     """All figures."""
 
-    request: Request
+    request: DiversityRequest
     backends: dict[str, str]  # by feature space
     discrepancies: Sequence[Discrepancy]
     groups: Sequence[GroupRow]
@@ -68,7 +68,7 @@ class _Draw:
     deal: Deal
 
 
-def run_study(request: Request, advance: Advance | None = None) -> Study:
+def run_study(request: DiversityRequest, advance: Advance | None = None) -> Study:
     """Sample what is not kept on disk, and compare. Raises a BranchTreeError."""
     policy, draws = _load(request), _draws(request)
     sets = _draw_all(request, policy, draws, advance)
@@ -89,7 +89,7 @@ def run_study(request: Request, advance: Advance | None = None) -> Study:
     return Study(request, {named.label: named.space.backend for named in request.spaces}, discrepancies, rows)
 
 
-def _draws(request: Request) -> list[_Draw]:
+def _draws(request: DiversityRequest) -> list[_Draw]:
     """The sets that are compared, then those that only distances within groups are of."""
     shared = request.shared_noise
     kinds = [BRANCHED, *(replace(kind, shared=shared) for kind in (PLAIN, CONTROL)), *([INDEPENDENT] if shared else [])]
@@ -97,7 +97,7 @@ def _draws(request: Request) -> list[_Draw]:
     return draws + [_Draw(cell.name, BRANCHED, cell.recipe, cell.deal) for cell in request.cells]
 
 
-def _load(request: Request) -> Policy:
+def _load(request: DiversityRequest) -> SampledPolicy:
     """The model with the weights that are asked about, and the feature spaces."""
     recipe, model, device = request.recipe, request.model, named_device("auto")
     if recipe.run.threads:
@@ -110,7 +110,7 @@ def _load(request: Request) -> Policy:
     def autocast() -> contextlib.AbstractContextManager[None]:
         return torch.autocast(device.type, torch.bfloat16, enabled=recipe.autocast)
 
-    return Policy(
+    return SampledPolicy(
         model=model,
         cache=open_cache(recipe.run, model, device),
         sampler=make_sampler(recipe, model),
@@ -121,7 +121,9 @@ def _load(request: Request) -> Policy:
     )
 
 
-def _draw_all(request: Request, policy: Policy, draws: Sequence[_Draw], advance: Advance | None) -> list[Samples]:
+def _draw_all(
+    request: DiversityRequest, policy: SampledPolicy, draws: Sequence[_Draw], advance: Advance | None
+) -> list[FeatureSamples]:
     """All sets, from the disk where they are there."""
     cache, weights = FeatureCache(request.output / CACHE), weights_digest(policy.model.denoiser)
     whole, done = sum(draw.deal.samples for draw in draws), 0
@@ -132,7 +134,7 @@ def _draw_all(request: Request, policy: Policy, draws: Sequence[_Draw], advance:
         if advance is not None:
             advance(done, whole)
 
-    sets: list[Samples] = []
+    sets: list[FeatureSamples] = []
     for draw in draws:
         recipe = draw.recipe
         described = describe(recipe, weights, draw.kind, draw.deal)
@@ -149,7 +151,7 @@ def _draw_all(request: Request, policy: Policy, draws: Sequence[_Draw], advance:
     return sets
 
 
-def _group_row(name: str, drawn: Samples, size: int) -> GroupRow:
+def _group_row(name: str, drawn: FeatureSamples, size: int) -> GroupRow:
     distances = {LATENTS: drawn.latent_distance}
     distances |= {label: pairwise_distance(grouped(value, size)) for label, value in drawn.features.items()}
-    return GroupRow(name, size, {label: spread(distance) for label, distance in distances.items()})
+    return GroupRow(name, size, {label: distance_spread(distance) for label, distance in distances.items()})

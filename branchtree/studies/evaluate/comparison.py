@@ -23,7 +23,7 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Comparison:
+class RewardComparison:
     """One reward's figures.
 
     Both models make a sample of each prompt from each noise, and such a pair counts if both samples are valid. Of a
@@ -41,9 +41,9 @@ class Comparison:
     prompts: int  # that have one that counts
 
 
-def compare(
+def compare_scores(
     base: Scores, trained: Scores | None, prompts: Sequence[int], seed: int, level: float = LEVEL
-) -> Comparison:
+) -> RewardComparison:
     """Compare two models' scores of S samples, the same prompts and noises; ``prompts`` says of which prompt each is.
 
     ``seed`` addresses the resamples of the interval.
@@ -53,7 +53,7 @@ def compare(
     values = values[valid]  # a value that is not valid may be anything
     clusters = torch.tensor(prompts, dtype=torch.int64)[valid]
     pairs = None if trained is None or not values.numel() else values
-    return Comparison(
+    return RewardComparison(
         base=figure_of(base),
         trained=None if trained is None else figure_of(trained),
         difference=None if pairs is None else float(pairs.mean()),

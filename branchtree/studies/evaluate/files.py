@@ -12,8 +12,8 @@ from branchtree.files.writing import write_atomically
 from branchtree.pictures.grid import write_pictures
 from branchtree.plugins.lora_files import LoraSummary
 from branchtree.studies.evaluate.bootstrap import LEVEL, RESAMPLES
-from branchtree.studies.evaluate.comparison import Comparison
-from branchtree.studies.evaluate.request import GRID, RESULT, SAMPLES, Request
+from branchtree.studies.evaluate.comparison import RewardComparison
+from branchtree.studies.evaluate.request import GRID, RESULT, SAMPLES, EvaluationRequest
 from branchtree.studies.score.results import FileScore, file_scores
 from branchtree.training.evaluation import Samples
 
@@ -21,12 +21,12 @@ INTERVAL = "studentised bootstrap over prompts, no narrower than Student's t"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class EvaluationOutcome:
     """Both models' samples, and each reward's figures by label."""
 
     base: Samples
     trained: Samples | None  # None where the base model is judged alone
-    figures: Mapping[str, Comparison]
+    figures: Mapping[str, RewardComparison]
     lora: LoraSummary | None = None
 
     @property
@@ -35,7 +35,7 @@ class Outcome:
         return {"base": self.base} if self.trained is None else {"base": self.base, "trained": self.trained}
 
 
-def write_files(request: Request, outcome: Outcome) -> None:
+def write_files(request: EvaluationRequest, outcome: EvaluationOutcome) -> None:
     """Write ``samples.jsonl``, the grid, and last ``evaluation.json``, each whole or not at all."""
     (request.output / RESULT).unlink(missing_ok=True)  # those of an earlier evaluation do not go with new samples
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in _rows(request, outcome))
@@ -45,7 +45,7 @@ def write_files(request: Request, outcome: Outcome) -> None:
     write_atomically(request.output / RESULT, f"{text}\n".encode())
 
 
-def _rows(request: Request, outcome: Outcome) -> Iterator[dict[str, Any]]:
+def _rows(request: EvaluationRequest, outcome: EvaluationOutcome) -> Iterator[dict[str, Any]]:
     """A row for each sample of each model."""
     for model, samples in outcome.models.items():
         scores: dict[str, list[FileScore]] = {label: file_scores(given) for label, given in samples.scores.items()}
@@ -59,7 +59,7 @@ def _rows(request: Request, outcome: Outcome) -> Iterator[dict[str, Any]]:
             }
 
 
-def _write_grid(request: Request, outcome: Outcome) -> None:
+def _write_grid(request: EvaluationRequest, outcome: EvaluationOutcome) -> None:
     """A row for each prompt; of each of its noises the base model's sample and, beside it, the trained model's."""
     shown, models = sorted(outcome.base.media), outcome.models
     prompts = sorted({prompt for prompt, _ in shown})
@@ -74,7 +74,7 @@ def _write_grid(request: Request, outcome: Outcome) -> None:
     write_atomically(request.output / f"{GRID}.json", json.dumps(index, ensure_ascii=False).encode())
 
 
-def _record(request: Request, outcome: Outcome) -> dict[str, Any]:
+def _record(request: EvaluationRequest, outcome: EvaluationOutcome) -> dict[str, Any]:
     """All figures, and all that they depend on."""
     subject = request.subject
     return {

@@ -33,7 +33,7 @@ MARKS = {RESULT: ("figures", "settings"), SAMPLES: ("model", "prompt", "noise", 
 
 
 @dataclass(frozen=True)
-class Choices:
+class EvaluationChoices:
     """What a user asks for in place of the recipe's ``evaluation`` section; None leaves what stands there."""
 
     rewards: Spec | Sequence[Spec] | None = None
@@ -55,7 +55,7 @@ class Draws:
 
 
 @dataclass(frozen=True)
-class Request:
+class EvaluationRequest:
     """An evaluation that can start."""
 
     subject: Subject
@@ -71,7 +71,7 @@ class Request:
         return self.subject.recipe
 
 
-def make_request(subject: Subject, choices: Choices) -> Request:
+def make_evaluation_request(subject: Subject, choices: EvaluationChoices) -> EvaluationRequest:
     """Look up plug-ins, read the prompts and have the model check them. Raises a BranchTreeError."""
     recipe, section = subject.recipe, subject.recipe.evaluation
     if section is None and (choices.rewards is None or choices.prompts is None):
@@ -98,10 +98,10 @@ def make_request(subject: Subject, choices: Choices) -> Request:
         for change in changed_files(before, read_contents(recipe, [], [])):
             if change.key.startswith("model."):
                 log.warning("%s: since then, %s", subject.checkpoint, change)
-    return Request(subject, model, rewards, conditions, draws, output)
+    return EvaluationRequest(subject, model, rewards, conditions, draws, output)
 
 
-def _rewards(section: EvaluationSection | None, choices: Choices, modality: str) -> list[NamedReward]:
+def _rewards(section: EvaluationSection | None, choices: EvaluationChoices, modality: str) -> list[NamedReward]:
     if choices.rewards is None:
         return make_rewards(section.rewards, ("evaluation", "rewards"), modality) if section else []
     specs = [choices.rewards] if isinstance(choices.rewards, str | Mapping) else list(choices.rewards)
@@ -114,7 +114,7 @@ def _rewards(section: EvaluationSection | None, choices: Choices, modality: str)
     return named
 
 
-def _conditions(section: EvaluationSection | None, choices: Choices, model: ModelAdapter) -> list[Condition]:
+def _conditions(section: EvaluationSection | None, choices: EvaluationChoices, model: ModelAdapter) -> list[Condition]:
     """The prompts; files of the user's own are read as the section says, but as a whole and from their own folder."""
     default = EvaluationSection.model_fields
     media = media_of(model)
@@ -130,7 +130,7 @@ def _conditions(section: EvaluationSection | None, choices: Choices, model: Mode
     return load_conditions(section.prompts, column, split, section.folder, "evaluation", media)[:limit]
 
 
-def _draws(section: EvaluationSection | None, choices: Choices) -> Draws:
+def _draws(section: EvaluationSection | None, choices: EvaluationChoices) -> Draws:
     default = EvaluationSection.model_fields
     keys = {name: getattr(section, name) if section else default[name].default for name in ("noises", "rows", "seed")}
     return Draws(**{**keys, **({} if choices.noises is None else {"noises": choices.noises})})

@@ -12,9 +12,9 @@ from branchtree.errors import CheckpointError
 from branchtree.plugins.lora_files import LoadsLora, LoraSummary
 from branchtree.recipe import Recipe
 from branchtree.recipe.build import make_sampler
-from branchtree.studies.evaluate.comparison import Comparison, compare
-from branchtree.studies.evaluate.files import Outcome, write_files
-from branchtree.studies.evaluate.request import Choices, Request, make_request
+from branchtree.studies.evaluate.comparison import RewardComparison, compare_scores
+from branchtree.studies.evaluate.files import EvaluationOutcome, write_files
+from branchtree.studies.evaluate.request import EvaluationChoices, EvaluationRequest, make_evaluation_request
 from branchtree.studies.evaluate.subject import find_subject
 from branchtree.training.checkpoint import restore_weights
 from branchtree.training.conditioning import open_cache
@@ -40,7 +40,7 @@ class EvaluationResult:
     iteration: int | None  # that the model was trained for; None for the base model alone
     prompts: int
     noises: int  # samples per prompt
-    rewards: Mapping[str, Comparison]  # by label
+    rewards: Mapping[str, RewardComparison]  # by label
     main_process: bool  # whether this process is the one that reports
     lora: LoraSummary | None = None  # the file that was judged in place of a run's own weights
 
@@ -53,15 +53,15 @@ class EvaluationResult:
 def evaluate_subject(
     subject: str | Path | Recipe,
     overrides: Mapping[str, Any] | None = None,
-    choices: Choices | None = None,
+    choices: EvaluationChoices | None = None,
     *,
     smoke: bool = False,
     checkpoint: int | None = None,
     advance: Advance | None = None,
 ) -> EvaluationResult:
     """Evaluate a run or a recipe's base model; see ``branchtree.evaluate``."""
-    choices = choices or Choices()
-    request = make_request(find_subject(subject, overrides, smoke, checkpoint, choices.lora), choices)
+    choices = choices or EvaluationChoices()
+    request = make_evaluation_request(find_subject(subject, overrides, smoke, checkpoint, choices.lora), choices)
     quiet = request.recipe.run.model_copy(update={"trackers": ()})  # an evaluation is tracked by nothing
     recipe = request.recipe.model_copy(update={"run": quiet})
     accelerator = make_accelerator(recipe)
@@ -71,11 +71,11 @@ def evaluate_subject(
     base, trained = _both(request, accelerator, advance)
     prompts = [prompt for prompt, _ in base.pairs]
     figures = {
-        label: compare(scores, None if trained is None else trained.scores[label], prompts, request.draws.seed)
+        label: compare_scores(scores, None if trained is None else trained.scores[label], prompts, request.draws.seed)
         for label, scores in base.scores.items()
     }
     if accelerator.is_main_process:
-        write_files(request, Outcome(base, trained, figures, lora))
+        write_files(request, EvaluationOutcome(base, trained, figures, lora))
     accelerator.wait_for_everyone()
     return EvaluationResult(
         output=request.output,
@@ -89,7 +89,7 @@ def evaluate_subject(
     )
 
 
-def _load_lora(request: Request) -> LoraSummary | None:
+def _load_lora(request: EvaluationRequest) -> LoraSummary | None:
     """Put the LoRA that is judged on the loaded model. Raises CheckpointError for one that does not fit."""
     source, model = request.subject.lora, request.model
     if source is None or not isinstance(model, LoadsLora):
@@ -100,7 +100,7 @@ def _load_lora(request: Request) -> LoraSummary | None:
         raise CheckpointError(f"lora: {error}") from error
 
 
-def _both(request: Request, accelerator: Any, advance: Advance | None) -> tuple[Samples, Samples | None]:
+def _both(request: EvaluationRequest, accelerator: Any, advance: Advance | None) -> tuple[Samples, Samples | None]:
     """The samples of the base model, then, with a checkpoint's or a LoRA's weights in it, those of the trained one."""
     evaluator, checkpoint, lora = _evaluator(request, accelerator), request.subject.checkpoint, request.subject.lora
     models = 1 if checkpoint is None and lora is None else 2
@@ -127,14 +127,14 @@ def _both(request: Request, accelerator: Any, advance: Advance | None) -> tuple[
         return base, evaluator.samples(accelerator, shown, count)
 
 
-def _average(request: Request) -> WeightAverage | None:
+def _average(request: EvaluationRequest) -> WeightAverage | None:
     """Room for the averaged weights, which are what the run exports, where its recipe keeps them."""
     decay = request.recipe.optim.ema
     parameters = request.model.denoiser.named_parameters()
     return WeightAverage({name: value for name, value in parameters if value.requires_grad}, decay) if decay else None
 
 
-def _evaluator(request: Request, accelerator: Any) -> Evaluator:
+def _evaluator(request: EvaluationRequest, accelerator: Any) -> Evaluator:
     recipe, model, device = request.recipe, request.model, accelerator.device
     limits = RowLimits(recipe.batch, request.draws.rows)
     policy = Policy(
@@ -150,7 +150,7 @@ def _evaluator(request: Request, accelerator: Any) -> Evaluator:
     )
 
 
-def _shown(request: Request) -> frozenset[Pair]:
+def _shown(request: EvaluationRequest) -> frozenset[Pair]:
     """The samples of the grid: as many prompts as a run shows, and the first of their noises."""
     prompts = min(request.recipe.run.sample_prompts, len(request.conditions))
     noises = 1 if request.model.modality == "video" else min(request.draws.noises, NOISES_SHOWN)

@@ -32,9 +32,9 @@ from branchtree_rewards.shared.footprints import CLIP_L_14, Skeleton, build_clip
 from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards.shared.other_versions import clip_size
 from branchtree_rewards.shared.pixels import from_pil, normalised, shortest_side_crop, to_pil
-from branchtree_rewards.shared.source import RANDOM_SMALL, Source, locate
+from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, locate_weights
 from branchtree_rewards.shared.weights import load_strictly, read_weights, state_dict
-from branchtree_rewards.small.aesthetic import CLIP, HEAD, SEED, write_small
+from branchtree_rewards.small.aesthetic import CLIP, HEAD, SEED, write_small_aesthetic
 from branchtree_rewards.small.clip import write_clip_folder
 
 HUB_CLIP = "openai/clip-vit-large-patch14"
@@ -98,7 +98,7 @@ def open_predictor(config: AestheticConfig) -> Opened:
             f"'{config.path}' is no existing file or folder; the aesthetic head is not on the hub: download '{HEAD}' "
             f"from {HEAD_SOURCE} and give its path, or '{RANDOM_SMALL}'"
         )
-    source = locate(config.path, None, write_small)
+    source = locate_weights(config.path, None, write_small_aesthetic)
     file = source.find(HEAD)
     clip_source = _locate_clip(config, source)
     clip, clip_file = load_clip(clip_source)
@@ -117,10 +117,10 @@ def _check_pair(head: Path, clip: Any, name: str) -> None:
         raise RewardError(f"'{head}' was fitted to {fitted[0]}, and clip '{name}' is {found}; give one pair")
 
 
-def _locate_clip(config: AestheticConfig, head: Source) -> Source:
+def _locate_clip(config: AestheticConfig, head: WeightsSource) -> WeightsSource:
     beside = head.folder / CLIP if head.folder else None
     chosen = config.clip or (str(beside) if beside and beside.is_dir() else HUB_CLIP)
-    return locate(chosen, config.revision, partial(write_clip_folder, seed=SEED))
+    return locate_weights(chosen, config.revision, partial(write_clip_folder, seed=SEED))
 
 
 @hookimpl

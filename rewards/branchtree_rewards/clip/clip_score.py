@@ -29,7 +29,7 @@ from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelR
 from branchtree_rewards.shared.other_versions import clip_size
 from branchtree_rewards.shared.pixels import from_pil, normalised, shortest_side_crop, to_pil
 from branchtree_rewards.shared.samples import unreadable_or_empty
-from branchtree_rewards.shared.source import locate
+from branchtree_rewards.shared.source import locate_weights
 from branchtree_rewards.shared.tokenizers import own_token
 from branchtree_rewards.shared.weights import read_weights, state_dict
 from branchtree_rewards.small.clip import write_clip_folder, write_open_clip
@@ -61,7 +61,7 @@ class ClipConfig(ModelRewardConfig, frozen=True):
     tokenizer: PathOrName | None = None
 
 
-class Clip(ModelReward[ClipConfig]):
+class ClipScore(ModelReward[ClipConfig]):
     """Scores how well images fit their prompts, by the cosine of CLIP's features."""
 
     def __init__(self, config: ClipConfig) -> None:
@@ -84,7 +84,7 @@ class Clip(ModelReward[ClipConfig]):
         return self._config.path or HUB[self._config.variant]
 
     def _open_openai(self) -> tuple[Opened, Any]:
-        source = locate(self._path, self._config.revision, partial(write_clip_folder, seed=0))
+        source = locate_weights(self._path, self._config.revision, partial(write_clip_folder, seed=0))
         network, file = load_clip(source)
         variant = self._config.variant
         if (found := SIZES.get(clip_size(network.config) or "", variant)) != variant:
@@ -94,7 +94,7 @@ class Clip(ModelReward[ClipConfig]):
 
     def _open_dfn5b(self) -> tuple[Opened, Any]:
         small = partial(write_open_clip, weights=DFN5B_FILE, key=None, quick_gelu=True, seed=0)
-        source = locate(self._path, self._config.revision, small)
+        source = locate_weights(self._path, self._config.revision, small)
         file = source.find(DFN5B_FILE)
         described = source.maybe(CONFIG_FILE)
         architecture = read_config(described) if described else VIT_H_14_378
@@ -137,7 +137,7 @@ def register_rewards(register: Callable[..., None]) -> None:
     """Add the `clip` reward to the registry."""
     register(
         "clip",
-        build=Clip,
+        build=ClipScore,
         config=ClipConfig,
         summary="CLIP score: the cosine of an image and its prompt under OpenAI's B/32 or L/14, or Apple's DFN5B H/14.",
         card=RewardCard(

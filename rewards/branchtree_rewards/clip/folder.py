@@ -8,13 +8,13 @@ from typing import Any
 import torch
 
 from branchtree.errors import RewardError
-from branchtree_rewards.shared.source import Source
+from branchtree_rewards.shared.source import WeightsSource
 from branchtree_rewards.shared.weights import from_pretrained
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-def load_clip(source: Source) -> tuple[Any, Path]:
+def load_clip(source: WeightsSource) -> tuple[Any, Path]:
     """The CLIPModel of ``source`` in float32 on the CPU, and the file that its weights came from.
 
     Raises RewardError if there is no such file, or if it does not fit its config.json.

@@ -25,7 +25,7 @@ from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelR
 from branchtree_rewards.shared.other_versions import refuse_file
 from branchtree_rewards.shared.pixels import normalised, to_rgb, to_uint8
 from branchtree_rewards.shared.samples import unreadable_or_empty
-from branchtree_rewards.shared.source import locate
+from branchtree_rewards.shared.source import locate_weights
 from branchtree_rewards.shared.tokenizers import own_token
 from branchtree_rewards.shared.weights import read_weights, state_dict
 from branchtree_rewards.small.clip import write_open_clip
@@ -61,7 +61,7 @@ class Hps(ModelReward[HpsConfig]):
     def _open(self) -> Opened:
         name = FILES[self._config.version]
         small = partial(write_open_clip, weights=name, key="state_dict", quick_gelu=False, seed=0)
-        source = locate(self._config.path, self._config.revision, small)
+        source = locate_weights(self._config.path, self._config.revision, small)
         version = self._config.version
         refuse_file(source, OTHERS[version], f"hps is to be {version}; set version, or give the file '{name}'")
         file = source.find(name)

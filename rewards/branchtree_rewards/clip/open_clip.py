@@ -17,7 +17,7 @@ from torch import Tensor
 
 from branchtree.errors import RewardError
 from branchtree.files.json_lines import read_json_object
-from branchtree_rewards.shared.footprints import Skeleton, on_meta, settings_file
+from branchtree_rewards.shared.footprints import Skeleton, settings_file, without_memory
 from branchtree_rewards.shared.weights import State, build_pretrained, check_fit, without
 
 CONFIG_FILE = "open_clip_config.json"
@@ -82,7 +82,7 @@ def open_clip_skeleton(path: str, revision: str | None, published: OpenClipConfi
 
     file = settings_file(path, revision, CONFIG_FILE)
     config = clip_config(read_config(file) if file else published)
-    return Skeleton(on_meta(lambda: CLIPModel(config)))
+    return Skeleton(without_memory(lambda: CLIPModel(config)))
 
 
 def load_open_clip(state: State, config: OpenClipConfig, where: str) -> Any:

@@ -25,7 +25,7 @@ from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelR
 from branchtree_rewards.shared.other_versions import refuse_name
 from branchtree_rewards.shared.pixels import from_pil, normalised, shortest_side_crop, to_pil
 from branchtree_rewards.shared.samples import unreadable_or_empty
-from branchtree_rewards.shared.source import locate
+from branchtree_rewards.shared.source import locate_weights
 from branchtree_rewards.shared.tokenizers import own_token
 from branchtree_rewards.small.clip import write_clip_folder
 
@@ -55,7 +55,7 @@ class PickScore(ModelReward[PickScoreConfig]):
         self._tokenizer: Any = None
 
     def _open(self) -> Opened:
-        source = locate(self._config.path, self._config.revision, partial(write_clip_folder, seed=SEED))
+        source = locate_weights(self._config.path, self._config.revision, partial(write_clip_folder, seed=SEED))
         refuse_name(self._config.path, OTHERS, f"PickScore v1 was fine-tuned from it; give '{HUB_ID}', or its folder")
         network, file = load_clip(source)
         self._tokenizer = load_own_tokenizer(source, self._config.tokenizer, TOKENIZER)

@@ -17,9 +17,9 @@ from torch import Tensor
 from branchtree.errors import RewardError
 from branchtree.files.checksums import verify_checksums
 from branchtree.files.reading import user_path
-from branchtree_rewards.shared.source import Source
+from branchtree_rewards.shared.source import WeightsSource
 from branchtree_rewards.shared.tokenizers import check_whole
-from branchtree_rewards.shared.weights import quiet
+from branchtree_rewards.shared.weights import quiet_libraries
 
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 BYTES = 256  # a byte-pair vocabulary has at least an entry for each
@@ -27,7 +27,7 @@ WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # what ope
 LEGACY_END = 2  # with this end id, transformers pools at the highest token id
 
 
-def load_tokenizer(location: str, revision: str | None) -> Any:
+def load_clip_tokenizer(location: str, revision: str | None) -> Any:
     """The CLIP tokenizer of a folder or hub id.
 
     Raises RewardError if it cannot be loaded, or has no vocabulary: transformers makes one of two entries where the
@@ -36,7 +36,7 @@ def load_tokenizer(location: str, revision: str | None) -> Any:
     from transformers import CLIPTokenizerFast
 
     try:
-        with quiet():
+        with quiet_libraries():
             tokenizer = CLIPTokenizerFast.from_pretrained(location, revision=revision)
     except Exception as error:  # the tokenizers library has exceptions of its own
         raise _unreadable(location, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
@@ -53,7 +53,7 @@ def _unreadable(location: str, reason: str) -> RewardError:
     )
 
 
-def load_own_tokenizer(source: Source, named: str | None, default: str) -> Any:
+def load_own_tokenizer(source: WeightsSource, named: str | None, default: str) -> Any:
     """The tokenizer that is ``named``, or else the one in a local checkpoint's folder, or else the ``default``.
 
     Raises RewardError.
@@ -61,10 +61,10 @@ def load_own_tokenizer(source: Source, named: str | None, default: str) -> Any:
     folder = source.folder
     if named is not None:
         verify_checksums(user_path(named), RewardError)
-        return load_tokenizer(named, None)
+        return load_clip_tokenizer(named, None)
     if folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return load_tokenizer(str(folder), None)
-    return load_tokenizer(default, source.revision if default == source.location else None)
+        return load_clip_tokenizer(str(folder), None)
+    return load_clip_tokenizer(default, source.revision if default == source.location else None)
 
 
 def as_open_clip(tokenizer: Any) -> Any:

@@ -13,9 +13,9 @@ from branchtree.files.checksums import file_sha256
 from branchtree.files.paths import PathOrName
 from branchtree_rewards.clip.cosine import image_features
 from branchtree_rewards.clip.folder import load_clip
-from branchtree_rewards.features.frames import NetworkFeatures, digest
+from branchtree_rewards.features.frames import NetworkFeatures, digest_of
 from branchtree_rewards.shared.pixels import from_pil, normalised, shortest_side_crop, to_pil
-from branchtree_rewards.shared.source import locate
+from branchtree_rewards.shared.source import locate_weights
 from branchtree_rewards.small.clip import write_clip_folder
 
 
@@ -52,14 +52,14 @@ class ClipFeatures(NetworkFeatures[ClipFeaturesConfig]):
 
     def load(self, device: torch.device) -> None:
         """Load the network in float32. Raises RewardError if files are missing or do not fit."""
-        source = locate(self._config.path, self._config.revision, partial(write_clip_folder, seed=0))
+        source = locate_weights(self._config.path, self._config.revision, partial(write_clip_folder, seed=0))
         network, file = load_clip(source)
         self._network = network.eval().requires_grad_(False).to(device)
         self._device, self._digest = device, file_sha256(file)
 
     def fingerprint(self) -> str:
         """See branchtree.studies.diversity.spaces.FeatureSpace."""
-        return digest("clip", self._digest, self._config.model_dump_json(include={"normalize", "frames"}))
+        return digest_of("clip", self._digest, self._config.model_dump_json(include={"normalize", "frames"}))
 
     def _measure(self, images: Tensor) -> Tensor:
         size = self._network.config.vision_config.image_size

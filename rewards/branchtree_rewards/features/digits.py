@@ -19,7 +19,7 @@ from branchtree_rewards.digits.classifier import (
     weights_name,
 )
 from branchtree_rewards.diversity import shrunk
-from branchtree_rewards.features.frames import digest
+from branchtree_rewards.features.frames import digest_of
 
 
 class DigitsFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -69,7 +69,7 @@ class DigitsFeatures:
         """See branchtree.studies.diversity.spaces.FeatureSpace."""
         assets = files("branchtree_rewards").joinpath("assets")
         weights = [assets.joinpath(weights_name(name)).read_bytes() for name in self._names.values()]
-        return digest("digits", *(hashlib.sha256(content).hexdigest() for content in weights))
+        return digest_of("digits", *(hashlib.sha256(content).hexdigest() for content in weights))
 
 
 class PixelsFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -108,4 +108,4 @@ class PixelsFeatures:
 
     def fingerprint(self) -> str:
         """See branchtree.studies.diversity.spaces.FeatureSpace."""
-        return digest("pixels", str(self._config.size))
+        return digest_of("pixels", str(self._config.size))

@@ -64,6 +64,6 @@ def averaged_features(media: Media, frames: int, batch: int, measure: Callable[[
     return found.reshape(len(media), len(kept), -1).mean(dim=1)
 
 
-def digest(*parts: str) -> str:
+def digest_of(*parts: str) -> str:
     """One digest of several texts, in hexadecimal."""
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()

@@ -19,7 +19,7 @@ from branchtree.errors import RewardError
 from branchtree.files.checksums import file_sha256
 from branchtree.files.paths import LocalPath
 from branchtree.files.reading import user_path
-from branchtree_rewards.features.frames import NetworkFeatures, digest
+from branchtree_rewards.features.frames import NetworkFeatures, digest_of
 from branchtree_rewards.shared.pixels import to_rgb, to_uint8
 from branchtree_rewards.shared.weights import read_weights, state_dict
 
@@ -64,7 +64,7 @@ class InceptionFeatures(NetworkFeatures[InceptionFeaturesConfig]):
 
     def fingerprint(self) -> str:
         """See branchtree.studies.diversity.spaces.FeatureSpace."""
-        return digest("inception", LAYER, self._digest, str(self._config.frames))
+        return digest_of("inception", LAYER, self._digest, str(self._config.frames))
 
     def _measure(self, images: Tensor) -> Tensor:
         found: Tensor = self._network(to_uint8(to_rgb(images.to(self._device))))[0]

@@ -108,7 +108,7 @@ def build_network(published: Mapping[str, Tensor], med_config: Mapping[str, Any]
     Raises RewardError for a missing, an unknown or a wrongly shaped tensor.
     """
     state = renamed(without(published, DROPPED), our_name)
-    network = skeleton(state, med_config, where)
+    network = blip_skeleton(state, med_config, where)
     check_fit(state, network.state_dict(), where)
     network.load_state_dict({name: value.to(torch.float32, copy=True) for name, value in state.items()}, assign=True)
     positions = torch.arange(med_config["max_position_embeddings"])[None]
@@ -129,10 +129,10 @@ def published_skeleton(med_config: Mapping[str, Any] | None) -> BlipReward:
     widths = (text["hidden_size"], *HEAD_WIDTHS)
     shapes |= {f"head.{place}.weight": (widths[at + 1], widths[at]) for at, place in enumerate(HEAD_PLACES)}
     state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    return skeleton(state, text, "the published checkpoint")
+    return blip_skeleton(state, text, "the published checkpoint")
 
 
-def skeleton(state: Mapping[str, Tensor], med_config: Mapping[str, Any], where: str) -> BlipReward:
+def blip_skeleton(state: Mapping[str, Tensor], med_config: Mapping[str, Any], where: str) -> BlipReward:
     """The network without weights, on the meta device.
 
     Sizes come from the shapes of ``state``, and those of the text encoder from the published med_config.json. Raises

@@ -26,10 +26,10 @@ from branchtree_rewards.shared.footprints import Skeleton, settings_file
 from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards.shared.pixels import from_pil, normalised, shortest_side_crop, to_pil
 from branchtree_rewards.shared.samples import unreadable_or_empty
-from branchtree_rewards.shared.source import Source, locate
+from branchtree_rewards.shared.source import WeightsSource, locate_weights
 from branchtree_rewards.shared.tokenizers import check_whole, own_token
-from branchtree_rewards.shared.weights import quiet, read_weights, state_dict
-from branchtree_rewards.small.imagereward import write_small
+from branchtree_rewards.shared.weights import quiet_libraries, read_weights, state_dict
+from branchtree_rewards.small.imagereward import write_small_imagereward
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # the publisher's constants
 BLIP_TOKENS = 2  # [DEC] and [ENC], which no prompt holds and the tokenizer need not have
@@ -58,14 +58,14 @@ class ImageReward(ModelReward[ImageRewardConfig]):
         self._tokenizer: Any = None
 
     def _open(self) -> Opened:
-        source = locate(self._config.path, self._config.revision, write_small)
+        source = locate_weights(self._config.path, self._config.revision, write_small_imagereward)
         file = source.find(WEIGHTS)
         described = _settings_file(source)
         med_config = _read_settings(described)
         network = build_network(state_dict(read_weights(file), file), med_config, source.name)
         if self._config.tokenizer is not None:
             verify_checksums(user_path(self._config.tokenizer), RewardError)
-        self._tokenizer = load_tokenizer(self._config.tokenizer or _own_tokenizer(source) or TOKENIZER)
+        self._tokenizer = load_bert_tokenizer(self._config.tokenizer or _own_tokenizer(source) or TOKENIZER)
         entries = med_config["vocab_size"]
         if len(self._tokenizer) not in {entries, entries - BLIP_TOKENS}:
             raise RewardError(
@@ -93,7 +93,7 @@ class ImageReward(ModelReward[ImageRewardConfig]):
         return Measured((scored - MEAN) / STD)
 
 
-def _settings_file(source: Source) -> Path:
+def _settings_file(source: WeightsSource) -> Path:
     file = source.maybe(SETTINGS)
     if file is None:
         raise RewardError(f"there is no '{SETTINGS}' beside the weights of '{source.name}'; it is published with them")
@@ -105,14 +105,14 @@ def _read_settings(file: Path) -> dict[str, Any]:
     return read_json_object(file, RewardError)
 
 
-def _own_tokenizer(source: Source) -> str | None:
+def _own_tokenizer(source: WeightsSource) -> str | None:
     """The folder of the checkpoint, if a tokenizer is in it; the publisher's hub repository has none."""
     if source.folder is None or not any((source.folder / name).is_file() for name in ("vocab.txt", "tokenizer.json")):
         return None
     return str(source.folder)
 
 
-def load_tokenizer(location: str) -> Any:
+def load_bert_tokenizer(location: str) -> Any:
     """The BERT tokenizer of a hub id or folder.
 
     Raises RewardError if it cannot be loaded, or has no vocabulary: transformers makes one of the special tokens alone
@@ -121,7 +121,7 @@ def load_tokenizer(location: str) -> Any:
     from transformers import BertTokenizer
 
     try:
-        with quiet():
+        with quiet_libraries():
             tokenizer = BertTokenizer.from_pretrained(location)
     except Exception as error:  # the tokenizers library has exceptions of its own
         raise _unreadable(location, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error

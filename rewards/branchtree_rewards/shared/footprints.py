@@ -127,10 +127,10 @@ def skeleton(
     file = settings_file(path, revision, "config.json")
     if file is not None:
         settings = read_json_object(file, RewardError)
-    return Skeleton(on_meta(lambda: build(settings)), "" if file or path == hub_id else hub_id)
+    return Skeleton(without_memory(lambda: build(settings)), "" if file or path == hub_id else hub_id)
 
 
-def on_meta(build: Callable[[], nn.Module]) -> nn.Module:
+def without_memory(build: Callable[[], nn.Module]) -> nn.Module:
     """What ``build`` makes, without memory for weights."""
     with torch.device("meta"):
         return build()

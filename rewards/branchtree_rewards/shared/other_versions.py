@@ -7,13 +7,13 @@ from pathlib import PurePath
 from typing import Any
 
 from branchtree.errors import RewardError
-from branchtree_rewards.shared.source import Source
+from branchtree_rewards.shared.source import WeightsSource
 
 VISION = {(32, 768, 224): "vit_b_32", (16, 768, 224): "vit_b_16", (14, 1024, 224): "vit_l_14"}
 LARGER = (14, 1024, 336)
 
 
-def refuse_file(source: Source, other: str, wanted: str) -> None:
+def refuse_file(source: WeightsSource, other: str, wanted: str) -> None:
     """Raise RewardError if the one file that was given has a name that matches ``other``.
 
     Args:

@@ -23,7 +23,7 @@ RANDOM_SMALL = "random:small"
 
 
 @dataclass(frozen=True)
-class Source:
+class WeightsSource:
     """Files by name, of one folder or one hub repository."""
 
     name: str
@@ -76,7 +76,7 @@ def _unreachable(name: str, error: Exception) -> RewardError:
     )
 
 
-def locate(path: str, revision: str | None, write_small: Callable[[Path], None]) -> Source:
+def locate_weights(path: str, revision: str | None, write_small: Callable[[Path], None]) -> WeightsSource:
     """Tell a hub id, a folder, a file and ``random:small`` apart; ``write_small`` fills a folder for the last.
 
     That folder is removed when the process ends.
@@ -92,18 +92,18 @@ def locate(path: str, revision: str | None, write_small: Callable[[Path], None])
         folder = Path(tempfile.mkdtemp(prefix="branchtree-small-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)  # a fingerprint reads the files long after loading
         write_small(folder)
-        return Source(path, folder)
+        return WeightsSource(path, folder)
     if path and os.path.isdir(local):
         verify_checksums(local, RewardError)
-        return Source(path, local)
+        return WeightsSource(path, local)
     if os.path.isfile(local):
-        return Source(path, local.parent, only=local)
+        return WeightsSource(path, local.parent, only=local)
     if path.startswith(("/", "./", "../", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
         raise RewardError(
             f"path '{path}' is no existing file or folder and no hub id; give a folder, a weights file, a hub id such "
             f"as 'org/name', or '{RANDOM_SMALL}'"
         )
-    return Source(path, None, revision=revision)
+    return WeightsSource(path, None, revision=revision)
 
 
 def verify(files: Mapping[str, Path], pin: str | Mapping[str, str] | None) -> None:

@@ -72,10 +72,10 @@ def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: 
     ]
     if found:
         raise RewardError(f"the weights of '{where}' do not fit the model: {'; '.join(found)}")
-    require_finite(state, where)
+    require_finite_weights(state, where)
 
 
-def require_finite(state: Mapping[str, Tensor], where: str) -> None:
+def require_finite_weights(state: Mapping[str, Tensor], where: str) -> None:
     """Raise RewardError for weights that are NaN or infinite, as those of a damaged file are."""
     broken = [name for name, value in state.items() if not value.is_meta and not is_finite(value)]
     if broken:
@@ -97,7 +97,7 @@ def build_pretrained(model: Any, config: Any, state: Mapping[str, Tensor], where
     with torch.device("meta"):
         wanted = model(config).state_dict()
     check_fit(state, wanted, where)
-    with quiet():
+    with quiet_libraries():
         return model.from_pretrained(None, config=config, state_dict=dict(state), dtype=dtype)
 
 
@@ -107,7 +107,7 @@ def from_pretrained(model: Any, location: str, dtype: torch.dtype, **settings: A
     Only weights in safetensors files, or read with ``weights_only``. Raises RewardError.
     """
     try:
-        with quiet():  # wrong sizes are let through here only to be named below
+        with quiet_libraries():  # wrong sizes are let through here only to be named below
             loaded, info = model.from_pretrained(
                 location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
             )
@@ -125,12 +125,12 @@ def from_pretrained(model: Any, location: str, dtype: torch.dtype, **settings: A
     found = [f"{what}: {', '.join(names[:SHOWN])}" for what, names in problems.items() if names]
     if found:
         raise RewardError(f"the weights of '{location}' do not fit the model: {'; '.join(found)}")
-    require_finite(loaded.state_dict(), location)
+    require_finite_weights(loaded.state_dict(), location)
     return loaded
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """A context without transformers' progress bars and load reports."""
     from transformers.utils import logging
 

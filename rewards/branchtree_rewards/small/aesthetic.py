@@ -14,7 +14,7 @@ CLIP = "clip"
 SEED = 20220816
 
 
-def write_small(folder: Path) -> None:
+def write_small_aesthetic(folder: Path) -> None:
     """Write the head's file and, in the folder "clip", the CLIPModel that it reads; always the same."""
     generator = torch.Generator().manual_seed(SEED)
     weight = torch.randn(1, EMBED, generator=generator) * 4 / math.sqrt(EMBED)

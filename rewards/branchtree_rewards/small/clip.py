@@ -16,7 +16,7 @@ from torch import Tensor
 
 from branchtree_rewards.clip.open_clip import CONFIG_FILE, OpenClipConfig, published_shapes
 from branchtree_rewards.shared.pixels import CLIP_MEAN, CLIP_STD
-from branchtree_rewards.shared.weights import State, build_pretrained, quiet
+from branchtree_rewards.shared.weights import State, build_pretrained, quiet_libraries
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY = 2 * 256 + 2
@@ -41,7 +41,7 @@ def write_clip_folder(folder: Path, seed: int) -> None:
         wanted = CLIPModel(config).state_dict()
     state = random_state({name: tensor.shape for name, tensor in wanted.items()}, seed)
     model = build_pretrained(CLIPModel, config, state, str(folder), torch.float32)
-    with quiet():
+    with quiet_libraries():
         model.save_pretrained(folder)
     write_tokenizer(folder)
     write_preprocessor(folder)

@@ -24,7 +24,7 @@ PROJECTION = 16
 SEED = 20230415
 
 
-def write_small(folder: Path) -> None:
+def write_small_imagereward(folder: Path) -> None:
     """Write the three files of a tiny checkpoint, always the same."""
     vocabulary = _vocabulary()
     sizes = _med_config(len(vocabulary) + 2)  # the published vocabulary has two entries more, which scoring never uses

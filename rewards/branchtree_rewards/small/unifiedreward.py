@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from branchtree_rewards.shared.pixels import CLIP_MEAN, CLIP_STD, to_pil
-from branchtree_rewards.shared.weights import build_pretrained, quiet
-from branchtree_rewards.unifiedreward.templates import FILES, LABELS, question
+from branchtree_rewards.shared.weights import build_pretrained, quiet_libraries
+from branchtree_rewards.unifiedreward.templates import FILES, LABELS, fill_template
 
 if TYPE_CHECKING:
     from transformers import Qwen2TokenizerFast
@@ -54,7 +54,7 @@ CHAT_TEMPLATE = (
 )
 
 
-def write_small(folder: Path) -> None:
+def write_small_unifiedreward(folder: Path) -> None:
     """Write the small checkpoint that answers in the right form."""
     _write(folder, talks=True)
 
@@ -69,7 +69,7 @@ def _write(folder: Path, talks: bool) -> None:
 
     turns = headings() if talks else []
     tokenizer = _tokenizer(turns)
-    with quiet():
+    with quiet_libraries():
         _write_settings(folder, tokenizer)
         config = AutoConfig.from_pretrained(folder)
         state = _random_state(config, tokenizer, turns)
@@ -114,7 +114,7 @@ def _tokenizer(turns: Sequence[Sequence[str]]) -> Qwen2TokenizerFast:
         eos_token=IM_END,
         pad_token="<|endoftext|>",
     )
-    lines = sorted({line for name in FILES for line in question(name, "\n").splitlines() if len(line) > 8})
+    lines = sorted({line for name in FILES for line in fill_template(name, "\n").splitlines() if len(line) > 8})
     spoken = [token for turn in turns for token in turn]
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL], special_tokens=True)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in [*lines, *spoken]])
@@ -266,7 +266,7 @@ def _measures(model: Any, folder: Path, tokenizer: Qwen2TokenizerFast) -> tuple[
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)
-    content = [{"type": "image"}, {"type": "text", "text": question("semantic", "a picture")}]
+    content = [{"type": "image"}, {"type": "text", "text": fill_template("semantic", "a picture")}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     text += "".join(turn[0] for turn in headings()[:-1])
     pictures = _pictures()

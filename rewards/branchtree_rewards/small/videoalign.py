@@ -33,7 +33,7 @@ WORDS = 1000  # entries of the vocabulary before the special tokens; enough to w
 ADAPTED = tuple(f"{kind}_proj.weight" for kind in ("q", "k", "v", "o", "gate", "up", "down"))
 
 
-def write_small(folder: Path, outputs: int = 1) -> None:
+def write_small_videoalign(folder: Path, outputs: int = 1) -> None:
     """Write the checkpoint, with a head of ``outputs`` rows: 1 as published, or 3 as the public training script has."""
     checkpoint = folder / f"checkpoint-{STEP}"
     checkpoint.mkdir(parents=True)

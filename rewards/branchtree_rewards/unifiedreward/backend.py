@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 
 from branchtree.plugins.protocols import RewardFootprint
-from branchtree_rewards.unifiedreward.templates import Failure, Spoken
+from branchtree_rewards.unifiedreward.templates import NoScore, Spoken
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,7 +30,7 @@ class Backend(Protocol):
     def prompt_flaw(self, prompt: str, asked: str) -> str | None:
         """Say why the model cannot be asked ``asked`` about a prompt, if it cannot be."""
 
-    def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | Failure]:
+    def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | NoScore]:
         """An answer to each question about the picture at the same place, or why there is none."""
 
     def release(self) -> None:

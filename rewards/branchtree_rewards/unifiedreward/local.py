@@ -14,11 +14,11 @@ from branchtree.errors import RewardError
 from branchtree.files.checksums import file_sha256
 from branchtree.plugins.protocols import RewardFootprint
 from branchtree_rewards.shared.footprints import QWEN2_5_VL_7B, build_answering, skeleton
-from branchtree_rewards.shared.source import RANDOM_SMALL, Source, locate, verify
+from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, locate_weights, verify
 from branchtree_rewards.shared.tokenizers import PROBES, check_whole, own_token
-from branchtree_rewards.shared.weights import from_pretrained, quiet
-from branchtree_rewards.small.unifiedreward import write_small
-from branchtree_rewards.unifiedreward.templates import Failure, Spoken
+from branchtree_rewards.shared.weights import from_pretrained, quiet_libraries
+from branchtree_rewards.small.unifiedreward import write_small_unifiedreward
+from branchtree_rewards.unifiedreward.templates import NoScore, Spoken
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -52,7 +52,7 @@ class LocalModel:
     ) -> None:
         self._path, self._revision, self._pin = path, revision, pin
         self._dtype, self._batch, self._max_tokens, self._offload = dtype, batch, max_tokens, offload
-        self._source: Source | None = None
+        self._source: WeightsSource | None = None
         self._files: dict[str, Path] = {}
         self._model: Any = None
         self._processor: Any = None
@@ -81,7 +81,7 @@ class LocalModel:
         """
         from transformers import AutoModelForImageTextToText
 
-        source = locate(self._path, self._revision, write_small)
+        source = locate_weights(self._path, self._revision, write_small_unifiedreward)
         if source.only is not None:
             raise RewardError(f"path '{self._path}' is a file; this reward needs its whole folder, or a hub id")
         files = weight_files(source)
@@ -119,7 +119,7 @@ class LocalModel:
         return int(text.max_position_embeddings)
 
     @torch.no_grad()
-    def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | Failure]:
+    def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | NoScore]:
         """The model's greedy answers."""
         self._model.to(self._device)
         starts = range(0, len(questions), self._batch)
@@ -149,7 +149,7 @@ class LocalModel:
         return "".join(f"{name} {file_sha256(file)}\n" for name, file in sorted(self._files.items()))
 
 
-def weight_files(source: Source) -> dict[str, Path]:
+def weight_files(source: WeightsSource) -> dict[str, Path]:
     """The weights' files by name: one, or the shards that an index names. Raises RewardError."""
     index = source.maybe(INDEX)
     if index is None:
@@ -166,7 +166,7 @@ def _processor(location: str, settings: Mapping[str, str]) -> Any:
     from transformers import AutoProcessor
 
     try:
-        with quiet():
+        with quiet_libraries():
             processor = AutoProcessor.from_pretrained(location, trust_remote_code=False, **settings)
     except Exception as error:  # each library below has exceptions of its own for a file that is not right
         reason = " ".join(str(error).split())[:300]

@@ -33,11 +33,11 @@ from branchtree_rewards.unifiedreward.templates import (
     AXES,
     FIELDS,
     OTHERS,
-    Failure,
     FieldName,
+    NoScore,
     Spoken,
     TemplateName,
-    question,
+    fill_template,
     read_axes,
     read_field,
 )
@@ -185,10 +185,12 @@ class UnifiedReward:
         return score_rest(media, conditions, flaws, self._ask)
 
     def _prompt_flaw(self, prompt: str) -> str | None:
-        return unreadable_or_empty(prompt) or self._backend.prompt_flaw(prompt, question(self._config.template, prompt))
+        return unreadable_or_empty(prompt) or self._backend.prompt_flaw(
+            prompt, fill_template(self._config.template, prompt)
+        )
 
     def _ask(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        questions = [question(self._config.template, condition.prompt) for condition in conditions]
+        questions = [fill_template(self._config.template, condition.prompt) for condition in conditions]
         return self._read(self._backend.answers(self._pictures(media.pixels), questions))
 
     def _pictures(self, images: Tensor) -> list[Image]:
@@ -196,14 +198,14 @@ class UnifiedReward:
         size = self._config.resize
         return pictures if size is None else [picture.resize((size, size)) for picture in pictures]
 
-    def _read(self, answers: Sequence[Spoken | Failure]) -> Scores:
+    def _read(self, answers: Sequence[Spoken | NoScore]) -> Scores:
         """The scores in the answers."""
         raw = torch.full((len(answers),), math.nan, dtype=torch.float32)
         details = {name: torch.full((len(answers),), math.nan, dtype=torch.float32) for name in AXES}
         reasons = {}
         for row, answer in enumerate(answers):
-            score = answer if isinstance(answer, Failure) else read_field(answer, self._config.measured)
-            if isinstance(score, Failure):
+            score = answer if isinstance(answer, NoScore) else read_field(answer, self._config.measured)
+            if isinstance(score, NoScore):
                 reasons[row] = score.reason
             else:
                 raw[row] = score

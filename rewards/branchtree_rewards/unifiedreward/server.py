@@ -17,7 +17,7 @@ import torch
 from branchtree.errors import RewardError
 from branchtree.plugins.protocols import RewardFootprint
 from branchtree_rewards.shared.http import Caller, CallError
-from branchtree_rewards.unifiedreward.templates import Failure, Spoken
+from branchtree_rewards.unifiedreward.templates import NoScore, Spoken
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -91,7 +91,7 @@ class ChatServer:
         found = MARKERS.search(prompt)
         return found and f"the prompt holds {found[0]}, which a server may not read as text"
 
-    def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | Failure]:
+    def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | NoScore]:
         """The server's answers, in the order of the questions; a question without one holds up no other."""
         caller = self._caller
         if caller is None:
@@ -158,12 +158,12 @@ class ChatServer:
                 f"'{self._url}' does not serve '{self._model}': {error}; it lists {listed}{ending}"
             ) from error
 
-    def _answer(self, caller: Caller, picture: Image, question: str) -> Spoken | Failure:
+    def _answer(self, caller: Caller, picture: Image, question: str) -> Spoken | NoScore:
         request = chat_request(self._model or "", data_url(picture, self._image_format), question, self._max_tokens)
         try:
             body = caller.post("/chat/completions", json=request).body
         except CallError as error:
-            return Failure(str(error))
+            return NoScore(str(error))
         return read_answer(body)
 
 
@@ -190,15 +190,15 @@ def chat_request(model: str, image: str, question: str, max_tokens: int) -> dict
     return {"model": model, "messages": [message], "temperature": 0, "max_tokens": max_tokens}
 
 
-def read_answer(body: bytes) -> Spoken | Failure:
+def read_answer(body: bytes) -> Spoken | NoScore:
     """The text of a chat completion."""
     try:
         choice = json.loads(body)["choices"][0]
         text, finish = choice["message"]["content"], choice.get("finish_reason")
     except ValueError:
-        return Failure(f"the server's answer is not JSON: '{body[:80].decode(errors='replace')}'")
+        return NoScore(f"the server's answer is not JSON: '{body[:80].decode(errors='replace')}'")
     except (KeyError, IndexError, TypeError, AttributeError):
-        return Failure(f"the server's answer is no chat completion: '{body[:80].decode(errors='replace')}'")
+        return NoScore(f"the server's answer is no chat completion: '{body[:80].decode(errors='replace')}'")
     if not isinstance(text, str):
-        return Failure("the server's answer has no text")
+        return NoScore("the server's answer has no text")
     return Spoken(text, complete=finish != "length")

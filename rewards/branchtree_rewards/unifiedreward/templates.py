@@ -59,20 +59,20 @@ class Spoken:
 
 
 @dataclass(frozen=True)
-class Failure:
+class NoScore:
     """Why there is no answer, or no score in it."""
 
     reason: str
 
 
-def question(template: TemplateName, caption: str) -> str:
+def fill_template(template: TemplateName, caption: str) -> str:
     """The template's text with ``caption`` in its place."""
     text = resources.files("branchtree_rewards").joinpath("data", FILES[template]).read_text(encoding="utf-8")
     before, after = text.split("{}")
     return f"{before}{caption}{after}"
 
 
-def read_score(answer: Spoken, name: str) -> float | Failure:
+def read_score(answer: Spoken, name: str) -> float | NoScore:
     """The number after the last label of field ``name``.
 
     The label is written as the question asks for it; asterisks of markdown may surround label, colon and number. The
@@ -83,15 +83,15 @@ def read_score(answer: Spoken, name: str) -> float | Failure:
     found = list(re.finditer(label, answer.text))
     if not found:
         cut = "" if answer.complete else ", and the answer was cut off at the limit of tokens"
-        return Failure(f"the answer has no '{LABELS[name]}:'{cut}{_quoted(answer)}")
+        return NoScore(f"the answer has no '{LABELS[name]}:'{cut}{_quoted(answer)}")
     number = NUMBER.match(answer.text, found[-1].end())
     if number is None:
-        return Failure(f"no number follows '{LABELS[name]}:'{_quoted(answer)}")
+        return NoScore(f"no number follows '{LABELS[name]}:'{_quoted(answer)}")
     if not answer.complete and number.end() == len(answer.text):
-        return Failure(f"the answer was cut off within the number after '{LABELS[name]}:'{_quoted(answer)}")
+        return NoScore(f"the answer was cut off within the number after '{LABELS[name]}:'{_quoted(answer)}")
     value = float(number[1])
     if not LOWEST[name] <= value <= HIGHEST:
-        return Failure(f"'{LABELS[name]}: {number[1][:20]}' is not between {LOWEST[name]:g} and 5{_quoted(answer)}")
+        return NoScore(f"'{LABELS[name]}: {number[1][:20]}' is not between {LOWEST[name]:g} and 5{_quoted(answer)}")
     return value
 
 
@@ -100,16 +100,16 @@ def read_axes(answer: Spoken, template: TemplateName) -> dict[str, float]:
     if "mean" not in FIELDS[template]:
         return dict.fromkeys(AXES, math.nan)
     scores = {name: read_score(answer, name) for name in AXES}
-    return {name: math.nan if isinstance(score, Failure) else score for name, score in scores.items()}
+    return {name: math.nan if isinstance(score, NoScore) else score for name, score in scores.items()}
 
 
-def read_field(answer: Spoken, name: FieldName) -> float | Failure:
+def read_field(answer: Spoken, name: FieldName) -> float | NoScore:
     """The score of one field; ``mean`` is the three axes' mean and needs all of them."""
     if name != "mean":
         return read_score(answer, name)
     scores = [read_score(answer, axis) for axis in AXES]
-    failures = [score for score in scores if isinstance(score, Failure)]
-    return failures[0] if failures else sum(score for score in scores if not isinstance(score, Failure)) / len(AXES)
+    failures = [score for score in scores if isinstance(score, NoScore)]
+    return failures[0] if failures else sum(score for score in scores if not isinstance(score, NoScore)) / len(AXES)
 
 
 def _quoted(answer: Spoken) -> str:

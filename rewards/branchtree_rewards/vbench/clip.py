@@ -22,9 +22,9 @@ from branchtree_rewards.clip.cosine import image_features
 from branchtree_rewards.clip.folder import load_clip
 from branchtree_rewards.shared.model_reward import Opened
 from branchtree_rewards.shared.samples import elongated
-from branchtree_rewards.shared.source import locate
+from branchtree_rewards.shared.source import locate_weights
 from branchtree_rewards.small.clip import write_clip_folder
-from branchtree_rewards.vbench.config import Figure, VBenchConfig, VBenchReward, spans
+from branchtree_rewards.vbench.config import VBenchConfig, VBenchReward, VideoFigure, spans
 from branchtree_rewards.vbench.frames import clip_input
 
 HUB_CLIP = "openai/clip-vit-base-patch32"
@@ -52,7 +52,7 @@ class VBenchAesthetic(VBenchReward[VBenchAestheticConfig]):
     def _open(self) -> Opened:
         return open_predictor(self._config)
 
-    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figure:
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
         predictor = cast(AestheticPredictor, network)
         ratings = torch.cat(
             [
@@ -60,7 +60,7 @@ class VBenchAesthetic(VBenchReward[VBenchAestheticConfig]):
                 for span in spans(len(frames), self._config.frames)
             ]
         )
-        return Figure((ratings / 10).mean())
+        return VideoFigure((ratings / 10).mean())
 
 
 class VBenchBackgroundConfig(VBenchConfig, frozen=True):
@@ -83,18 +83,18 @@ class VBenchBackground(VBenchReward[VBenchBackgroundConfig]):
     """
 
     def _open(self) -> Opened:
-        source = locate(self._config.path, self._config.revision, partial(write_clip_folder, seed=SMALL_SEED))
+        source = locate_weights(self._config.path, self._config.revision, partial(write_clip_folder, seed=SMALL_SEED))
         network, file = load_clip(source)
         return Opened(network, {file.name: file})
 
     def _shape_flaw(self, media: Media) -> str | None:
         return "a video of one frame has nothing to compare" if media.pixels.shape[1] < 2 else elongated(media)
 
-    def _figure(self, network: Any, frames: Tensor, fps: float | None) -> Figure:
+    def _figure(self, network: Any, frames: Tensor, fps: float | None) -> VideoFigure:
         size = int(network.config.vision_config.image_size)
         shown = spans(len(frames), self._config.frames)
         features = torch.cat([image_features(network, clip_input(frames[span], size)) for span in shown])
-        return Figure(consistency(features), {"frames": len(frames) - 1})
+        return VideoFigure(consistency(features), {"frames": len(frames) - 1})
 
 
 def consistency(features: Tensor) -> Tensor:

@@ -29,14 +29,14 @@ class VBenchConfig(ModelRewardConfig, frozen=True):
 
 
 @dataclass(frozen=True)
-class Figure:
+class VideoFigure:
     """What is said of one video: a number and details."""
 
     value: Tensor | float
     details: Mapping[str, Tensor | float] = field(default_factory=dict)
 
 
-def gathered(figures: Sequence[Figure], device: torch.device) -> Measured:
+def gather_figures(figures: Sequence[VideoFigure], device: torch.device) -> Measured:
     """The figures of B videos. Their details have the same names."""
 
     def column(values: Sequence[Tensor | float]) -> Tensor:
@@ -58,12 +58,12 @@ class VBenchReward(ModelReward[Config]):
     reads_prompt = False
 
     @abstractmethod
-    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figure:
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
         """Measure one video: frames (T, 3, H, W), floats from 0 to 255, that play at ``fps``."""
 
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
         figures = [self._figure(network, byte_values(video), media.fps) for video in media.pixels]
-        return gathered(figures, media.pixels.device)
+        return gather_figures(figures, media.pixels.device)
 
 
 def spans(length: int, size: int) -> Iterator[slice]:

@@ -22,9 +22,9 @@ from branchtree_rewards.shared.frame_rates import ClipFps, NoPlainFps
 from branchtree_rewards.shared.model_reward import Opened
 from branchtree_rewards.shared.other_versions import refuse_file
 from branchtree_rewards.shared.samples import elongated
-from branchtree_rewards.shared.source import RANDOM_SMALL, locate
+from branchtree_rewards.shared.source import RANDOM_SMALL, locate_weights
 from branchtree_rewards.small.vbench import RAFT_FILE, write_small_raft
-from branchtree_rewards.vbench.config import Figure, VBenchConfig, VBenchReward, spans
+from branchtree_rewards.vbench.config import VBenchConfig, VBenchReward, VideoFigure, spans
 from branchtree_rewards.vbench.frames import padded
 from branchtree_rewards.vbench.raft import largest_motions, load_raft
 
@@ -57,14 +57,14 @@ class VBenchDynamicConfig(NoPlainFps, VBenchConfig, frozen=True):
 
 
 @dataclass(frozen=True)
-class Motion:
+class FrameMotion:
     """How VBench judges the speeds between neighbouring frames."""
 
     share: float  # of the pairs that are faster than the threshold
     dynamic: bool
 
 
-def judged(speeds: Tensor, height: int, width: int) -> Motion:
+def judged(speeds: Tensor, height: int, width: int) -> FrameMotion:
     """The verdict on T - 1 speeds, in pixels a pair, of frames of ``height`` x ``width`` before padding.
 
     A pair moves if its speed is more than 6 min(height, width) / 256. A video does if round(4 T / 16) of its pairs
@@ -73,7 +73,7 @@ def judged(speeds: Tensor, height: int, width: int) -> Motion:
     threshold = 6.0 * (min(height, width) / 256.0)
     wanted = round(4 * ((len(speeds) + 1) / 16.0))
     moving = int((speeds > threshold).sum())
-    return Motion(moving / max(1, len(speeds)), len(speeds) > 0 and moving >= wanted)
+    return FrameMotion(moving / max(1, len(speeds)), len(speeds) > 0 and moving >= wanted)
 
 
 class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
@@ -91,7 +91,7 @@ class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
                 f"'{path}' is no existing file or folder; RAFT is not on the hub: download {PUBLISHED}, or "
                 f"'{PRINCETON_FILE}' as in https://github.com/princeton-vl/RAFT, and give its path, or '{RANDOM_SMALL}'"
             )
-        source = locate(path, self._config.revision, write_small_raft)
+        source = locate_weights(path, self._config.revision, write_small_raft)
         refuse_file(source, OTHERS, f"give '{RAFT_FILE}', or '{PRINCETON_FILE}', which is VBench's")
         file = source.find(RAFT_FILE, PRINCETON_FILE)
         return Opened(load_raft(file), {file.name: file})
@@ -107,7 +107,7 @@ class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
     def _rate(self, fps: float | None) -> float | None:
         return self._config.clip_fps or fps
 
-    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figure:
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
         rate = self._rate(fps)
         assert rate is not None
         looked = padded(frames[:: max(1, round(rate / RATE))], UNIT)
@@ -115,7 +115,7 @@ class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
         motion = judged(speeds, *frames.shape[-2:])
         mean = speeds.mean() if len(speeds) else torch.zeros(())
         value = float(motion.dynamic) if self._config.measure == "dynamic" else motion.share
-        return Figure(value, {"share": motion.share, "speed": mean, "pairs": len(speeds)})
+        return VideoFigure(value, {"share": motion.share, "speed": mean, "pairs": len(speeds)})
 
     def _speeds(self, network: nn.Module, frames: Tensor) -> Tensor:
         first, second = frames[:-1], frames[1:]

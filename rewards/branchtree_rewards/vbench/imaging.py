@@ -18,10 +18,10 @@ from branchtree.files.paths import PathOrName
 from branchtree.files.reading import user_path
 from branchtree_rewards.shared.model_reward import Opened
 from branchtree_rewards.shared.other_versions import refuse_file
-from branchtree_rewards.shared.source import RANDOM_SMALL, locate
+from branchtree_rewards.shared.source import RANDOM_SMALL, locate_weights
 from branchtree_rewards.shared.weights import check_fit, read_weights, state_dict
 from branchtree_rewards.small.vbench import MUSIQ_FILE, SIZES_FILE, write_small_musiq
-from branchtree_rewards.vbench.config import Figure, VBenchConfig, VBenchReward, spans
+from branchtree_rewards.vbench.config import VBenchConfig, VBenchReward, VideoFigure, spans
 from branchtree_rewards.vbench.frames import longer_side
 from branchtree_rewards.vbench.musiq import Musiq, MusiqSizes
 
@@ -56,16 +56,16 @@ class VBenchImaging(VBenchReward[VBenchImagingConfig]):
                 f"'{path}' is no existing file or folder; these weights are not on the hub: download {PUBLISHED} and "
                 f"give its path, or '{RANDOM_SMALL}'"
             )
-        source = locate(path, self._config.revision, write_small_musiq)
+        source = locate_weights(path, self._config.revision, write_small_musiq)
         refuse_file(source, OTHERS, f"VBench rates frames by MUSIQ for SPAQ; give '{MUSIQ_FILE}'")
         file = source.find(MUSIQ_FILE)
         described = source.maybe(SIZES_FILE) if source.only is None else None
         sizes = read_sizes(described) if described else MusiqSizes()
         return Opened(load_musiq(file, sizes), {file.name: file}, (described,) if described else ())
 
-    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figure:
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
         shown = longer_side(frames, LONGEST) / 255
-        return Figure(torch.cat([network(shown[span]) for span in spans(len(shown), self._config.frames)]).mean())
+        return VideoFigure(torch.cat([network(shown[span]) for span in spans(len(shown), self._config.frames)]).mean())
 
 
 def load_musiq(file: Path, sizes: MusiqSizes) -> Musiq:

@@ -29,14 +29,14 @@ def pieces(images: Tensor, lengths: tuple[int, ...], grid: int) -> Pieces:
     The publisher fills the smaller scales up with patches that attention masks. They take no part in any score, and are
     left out here.
     """
-    scaled = [*(resized(images, length) for length in sorted(lengths)), images]
+    scaled = [*(resize_picture(images, length) for length in sorted(lengths)), images]
     patches = [split(each) for each in scaled]
     places = [hashed_places(*_counts(each), grid).to(images.device) for each in scaled]
     scales = [torch.full_like(place, index) for index, place in enumerate(places)]
     return Pieces(torch.cat(patches, dim=1), torch.cat(places), torch.cat(scales))
 
 
-def resized(images: Tensor, length: int) -> Tensor:
+def resize_picture(images: Tensor, length: int) -> Tensor:
     """Pictures (N, C, H, W) with ``length`` as their longer side, bicubic, without antialiasing."""
     height, width = images.shape[-2:]
     ratio = length / max(height, width)

@@ -23,7 +23,7 @@ from branchtree.files.paths import PathOrName
 from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.shared.samples import check_batch, find_flaws, score_rest
 from branchtree_rewards.shared.scale import ScaleName, transform
-from branchtree_rewards.vbench.config import Figure, gathered, spans
+from branchtree_rewards.vbench.config import VideoFigure, gather_figures, spans
 from branchtree_rewards.vbench.frames import byte_values, padded, unpadded
 
 BLEND = "blend"
@@ -136,16 +136,16 @@ class VBenchSmoothness:
         return score_rest(media, conditions, flaws, lambda good, _: self._scores(interpolate, good.pixels))
 
     def _scores(self, interpolate: FrameInterpolator, videos: Tensor) -> Scores:
-        measured = gathered([self._figure(interpolate, video) for video in videos], torch.device("cpu"))
+        measured = gather_figures([self._figure(interpolate, video) for video in videos], torch.device("cpu"))
         valid = measured.raw.isfinite()
         reasons = dict.fromkeys((~valid).nonzero().flatten().tolist(), "the interpolator's frames are not finite")
         return Scores(self._scale(measured.raw), valid, measured.raw, measured.details, reasons)
 
-    def _figure(self, interpolate: FrameInterpolator, video: Tensor) -> Figure:
+    def _figure(self, interpolate: FrameInterpolator, video: Tensor) -> VideoFigure:
         difference = self._difference(interpolate, byte_values(video.to(self._device, torch.float32)))
         value = 1 - difference / 255
         blended = {"blend_not_vbench": value} if self._config.interpolator == BLEND else {}
-        return Figure(value, {"difference": difference, **blended})
+        return VideoFigure(value, {"difference": difference, **blended})
 
     def _difference(self, interpolate: FrameInterpolator, frames: Tensor) -> Tensor:
         """The mean difference of odd frames from the drawn ones, of frames (T, 3, H, W) from 0 to 255; float64."""

@@ -81,7 +81,7 @@ def frame_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
     return sides[0], sides[1]
 
 
-def resized(frames: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """8-bit frames (N, C, H, W) at another size, as float32 whole numbers in 0..255.
 
     This is torchvision's bicubic resize of 8-bit tensors with antialiasing, to the bit.
@@ -96,7 +96,7 @@ def patches(frames: Tensor, max_pixels: int) -> Patches:
     for frames that cannot be resized, or with another number of channels than 1, 3 or 4.
     """
     height, width = frame_size(frames.shape[-2], frames.shape[-1], max_pixels)
-    pixels = normalised(resized(to_uint8(to_rgb(frames)), (height, width)) / 255)
+    pixels = normalised(resize_frames(to_uint8(to_rgb(frames)), (height, width)) / 255)
     pairs, down, across = len(frames) // PAIR, height // UNIT, width // UNIT
     blocks = pixels.reshape(pairs, PAIR, 3, down, MERGE, PATCH, across, MERGE, PATCH)
     rows = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * PAIR * PATCH**2)

@@ -25,12 +25,12 @@ from branchtree_rewards.shared.footprints import QWEN2_VL_2B, Skeleton, build_qw
 from branchtree_rewards.shared.frame_rates import ClipFps, NoPlainFps, SampleFps
 from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards.shared.samples import unreadable, unreadable_or_empty
-from branchtree_rewards.shared.source import Source, locate
+from branchtree_rewards.shared.source import WeightsSource, locate_weights
 from branchtree_rewards.shared.weights import build_pretrained, read_weights, state_dict
-from branchtree_rewards.small.videoalign import write_small
+from branchtree_rewards.small.videoalign import write_small_videoalign
 from branchtree_rewards.videoalign.frames import Patches, frame_indices, frame_size, patches
 from branchtree_rewards.videoalign.network import VideoAlignNetwork
-from branchtree_rewards.videoalign.settings import DIMENSIONS, Settings, read_settings
+from branchtree_rewards.videoalign.settings import DIMENSIONS, VideoAlignSettings, read_settings
 from branchtree_rewards.videoalign.text import Questions, open_tokenizer
 from branchtree_rewards.videoalign.weights import reward_weights
 
@@ -84,7 +84,7 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
 
     modalities = frozenset({"video"})
     _dtype: torch.dtype
-    _settings: Settings
+    _settings: VideoAlignSettings
     _questions: Questions
 
     def __init__(self, config: VideoAlignConfig) -> None:
@@ -100,12 +100,12 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
 
     def _open(self) -> Opened:
         config = self._config
-        source = locate(config.path, config.revision, write_small)
+        source = locate_weights(config.path, config.revision, write_small_videoalign)
         if source.only is not None:
             raise RewardError(
                 f"path '{config.path}' is a file; give the folder with model_config.json and checkpoint-*"
             )
-        base = locate(config.base, None, _no_small_base)
+        base = locate_weights(config.base, None, _no_small_base)
         step = f"checkpoint-{config.checkpoint if config.checkpoint is not None else _latest(source)}"
         settings = self._sampled(read_settings(source.find("model_config.json")))
         file = _weights_file(source, step)
@@ -118,7 +118,7 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
         self._settings, self._questions = settings, questions
         return Opened(VideoAlignNetwork(backbone, weights.head, questions.reward_ids), {"model.pth": file})
 
-    def _sampled(self, settings: Settings) -> Settings:
+    def _sampled(self, settings: VideoAlignSettings) -> VideoAlignSettings:
         """The checkpoint's settings with the rate of sampling that is asked for."""
         if self._config.sample_fps is None:
             return settings
@@ -192,7 +192,7 @@ def _no_small_base(folder: Path) -> None:
     raise RewardError("base 'random:small' is no model; only 'path' can be random, and then brings its own config.json")
 
 
-def _latest(source: Source) -> int:
+def _latest(source: WeightsSource) -> int:
     """The step of the highest `checkpoint-*`; on the hub, the published one. Raises RewardError if there is none."""
     if source.folder is None:
         return PUBLISHED_STEP
@@ -203,7 +203,7 @@ def _latest(source: Source) -> int:
     return max(numbers)
 
 
-def _weights_file(source: Source, step: str) -> Path:
+def _weights_file(source: WeightsSource, step: str) -> Path:
     name = f"{step}/model.pth"
     if (file := source.maybe(name)) is not None:
         return file
@@ -214,7 +214,7 @@ def _weights_file(source: Source, step: str) -> Path:
     raise RewardError(f"'{source.name}' holds no '{name}'; set 'checkpoint' to a step that is there")
 
 
-def _architecture(source: Source, base: Source, vocabulary: int) -> Any:
+def _architecture(source: WeightsSource, base: WeightsSource, vocabulary: int) -> Any:
     """The configuration of Qwen2-VL with the checkpoint's vocabulary, the reward tokens included."""
     from transformers import Qwen2VLConfig
 

@@ -35,7 +35,7 @@ class Lora:
 
 
 @dataclass(frozen=True)
-class Settings:
+class VideoAlignSettings:
     """How a checkpoint was trained, and how its scores are normalised."""
 
     sampling: Sampling
@@ -44,7 +44,7 @@ class Settings:
     std: tuple[float, ...]
 
 
-def read_settings(file: Path) -> Settings:
+def read_settings(file: Path) -> VideoAlignSettings:
     """Read `model_config.json`. Raises RewardError for one that is damaged or asks for another kind of input."""
     try:
         content = read_json_object(file, RewardError)
@@ -56,7 +56,7 @@ def read_settings(file: Path) -> Settings:
                         f"trained with {value!r}"
                     )
         norms = _norms(content.get("inference_config") or {})
-        return Settings(
+        return VideoAlignSettings(
             sampling=_sampling(content["data_config"]),
             lora=_lora(content["peft_lora_config"]),
             mean=tuple(norm[0] for norm in norms),

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import RewardError
-from branchtree_rewards.shared.source import Source
+from branchtree_rewards.shared.source import WeightsSource
 from branchtree_rewards.shared.tokenizers import check_whole, own_token
-from branchtree_rewards.shared.weights import quiet
+from branchtree_rewards.shared.weights import quiet_libraries
 from branchtree_rewards.videoalign.settings import DIMENSIONS
 
 TEMPLATE = "videoalign_detailed_special.txt"
@@ -30,7 +30,7 @@ def template() -> str:
     return (resources.files("branchtree_rewards") / "data" / TEMPLATE).read_bytes().decode("utf-8")
 
 
-def question(prompt: str, video_tokens: int) -> str:
+def conversation(prompt: str, video_tokens: int) -> str:
     """The whole conversation: system line, video, template with ``prompt``, and the opening of an answer."""
     return (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -78,7 +78,7 @@ class Questions:
 
     def encode(self, prompt: str, video_tokens: int) -> list[int]:
         """Token ids of the question about one video."""
-        ids: list[int] = self._tokenizer(question(prompt, video_tokens), add_special_tokens=False)["input_ids"]
+        ids: list[int] = self._tokenizer(conversation(prompt, video_tokens), add_special_tokens=False)["input_ids"]
         return ids
 
     def batch(self, rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
@@ -90,7 +90,7 @@ class Questions:
         return ids, mask
 
 
-def open_tokenizer(source: Source, folder: str, base: Source) -> Any:
+def open_tokenizer(source: WeightsSource, folder: str, base: WeightsSource) -> Any:
     """The tokenizer in ``folder`` of the checkpoint; without one, the base model's with the reward tokens added.
 
     Raises RewardError if neither can be read.
@@ -102,7 +102,7 @@ def open_tokenizer(source: Source, folder: str, base: Source) -> Any:
     return tokenizer
 
 
-def _read_tokenizer(source: Source, prefix: str) -> Any:
+def _read_tokenizer(source: WeightsSource, prefix: str) -> Any:
     from transformers import AutoTokenizer
 
     # Always from a folder: in a subfolder of a hub repository, transformers would look for a model's config.json.
@@ -111,7 +111,7 @@ def _read_tokenizer(source: Source, prefix: str) -> Any:
         for name in ("vocab.json", "merges.txt"):
             source.find(f"{prefix}{name}")
     try:
-        with quiet():
+        with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(str(settings.parent))
     except Exception as error:  # tokenizers and transformers have exceptions of their own for a file that is not right
         reason = " ".join(str(error).split())[:300]

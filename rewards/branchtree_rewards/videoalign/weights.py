@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import RewardError
-from branchtree_rewards.shared.weights import State, renamed, require_finite, without
+from branchtree_rewards.shared.weights import State, renamed, require_finite_weights, without
 from branchtree_rewards.videoalign.settings import Lora
 
 DROPPED = ("lm_head.weight",)  # a reward writes no text
@@ -52,7 +52,7 @@ def reward_weights(state: Mapping[str, Tensor], lora: Lora | None, dtype: torch.
     head = named.pop(HEAD).float()
     if head.ndim != 2 or head.shape[0] not in {1, 3}:
         raise RewardError(f"'{where}' has a head of shape {tuple(head.shape)}; its rows must be 1 or 3")
-    require_finite({HEAD: head}, where)
+    require_finite_weights({HEAD: head}, where)
     return RewardWeights(_folded(named, lora, dtype, where), head)
 
 
