@@ -199,9 +199,9 @@ def diversity(
 
 def write_report(run: str | Path) -> Path:
     """Write a run's report.html from its files, and return its path. Raises OutputError if there is no run."""
-    from branchtree.report import write_report as write
+    from branchtree.report import write_page
 
-    return write(user_path(run))
+    return write_page(user_path(run))
 
 
 def _resolve(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None, smoke: bool) -> Recipe:

@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from branchtree.report import write_report
+from branchtree.report import write_page
 
 VOID = {"meta", "img", "input", "br", "hr", "link"}
 
@@ -84,4 +84,4 @@ def assert_described(shown: Page) -> None:
 
 
 def page(run: Path) -> Page:
-    return Page(write_report(run).read_text(encoding="utf-8"))
+    return Page(write_page(run).read_text(encoding="utf-8"))

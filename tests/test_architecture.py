@@ -67,6 +67,49 @@ def test_packages_look_downwards(package: str, graph: grimp.ImportGraph) -> None
     assert others <= LAYERS[package]
 
 
+def module_name(path: Path) -> str:
+    package = next(each for each in PACKAGES if (ROOT / each) in path.parents)
+    dotted = ".".join(path.relative_to((ROOT / package).parent).with_suffix("").parts)
+    return dotted.removesuffix(".__init__")
+
+
+TREES = {module_name(path): ast.parse(path.read_text(encoding="utf-8")) for path in SOURCES}
+
+
+def imported_modules(tree: ast.Module) -> set[str]:
+    """The library's modules that a module imports anywhere: at its top, in functions, or for types alone."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            named = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in TREES else node.module for name in named}
+    return found & TREES.keys()
+
+
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports inside functions count too."""
+    left = {name: imported_modules(tree) - {name} for name, tree in TREES.items()}
+    while leaves := [name for name, needs in left.items() if not needs & left.keys()]:
+        for name in leaves:
+            del left[name]
+    assert left == {}, "these modules import each other, or lead to some that do"
+
+
+def test_a_public_name_is_defined_once() -> None:
+    """Functions and classes. Hooks bear the names of their specifications, and commands those of what they call."""
+    owners: dict[str, list[str]] = {}
+    for module, tree in TREES.items():
+        if module.startswith("branchtree.cli."):
+            continue
+        for node in tree.body:
+            public = isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith(("_", "register_"))
+            if public:
+                owners.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in owners.items() if len(modules) > 1} == {}
+
+
 def test_importing_the_library_loads_no_heavy_one() -> None:
     done = run_code(
         """

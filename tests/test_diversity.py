@@ -268,6 +268,10 @@ def test_a_grid_is_all_combinations() -> None:
     assert found == [
         {"tree.strength": strength, "tree.splits": splits} for strength in (1, 2) for splits in ([0, 3], "dense")
     ]
+    assert grid_cells(["tree.window={size: 2, every: 5},null"]) == [
+        {"tree.window": {"size": 2, "every": 5}},
+        {"tree.window": None},
+    ]
     assert grid_cells([]) == []
 
 

@@ -13,7 +13,7 @@ import pytest
 from report_page import page
 
 from branchtree.errors import OutputError
-from branchtree.report import write_report
+from branchtree.report import write_page
 from branchtree.report.page import MARK
 from branchtree.report.read import read_run
 
@@ -92,14 +92,14 @@ def test_damaged_files_are_named_and_left_out(tmp_path: Path) -> None:
 def test_a_directory_that_is_no_run_is_refused(bare: Path, name: str) -> None:
     (bare / name).unlink()
     with pytest.raises(OutputError, match=rf"{re.escape(str(bare))}: is not a run directory, it holds no {name}; give"):
-        write_report(bare)
+        write_page(bare)
 
 
 @pytest.mark.parametrize("text", ["- a list", "a: [", ""])
 def test_a_recipe_that_is_none_is_refused(bare: Path, text: str) -> None:
     (bare / "recipe.yaml").write_text(text)
     with pytest.raises(OutputError, match=r"recipe\.yaml: .*; restore the recipe"):
-        write_report(bare)
+        write_page(bare)
 
 
 def test_the_page_is_replaced_whole_or_not_at_all(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_the_page_is_replaced_whole_or_not_at_all(bare: Path, monkeypatch: pytes
         real(source, goal)
 
     monkeypatch.setattr(os, "replace", replace)
-    assert write_report(bare) == target
+    assert write_page(bare) == target
     assert replaced == [target.read_text(encoding="utf-8")]
     assert replaced[0].endswith("</html>\n")
 
@@ -128,5 +128,5 @@ def test_a_page_that_cannot_be_written_leaves_nothing(bare: Path, monkeypatch: p
     before = sorted(bare.iterdir())
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(OutputError, match=r"report\.html: cannot be written: No space left on device; make"):
-        write_report(bare)
+        write_page(bare)
     assert sorted(bare.iterdir()) == before

@@ -32,7 +32,7 @@ from branchtree.errors import ModelError, RewardError
 from branchtree.plugins.protocols import Condition, Media
 from branchtree.recipe.build import NamedReward, make_schedule
 from branchtree.recipe.schema import BatchSection, ScoringSection
-from branchtree.report import write_report
+from branchtree.report import write_page
 from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.failures import FailureWatch
@@ -420,7 +420,7 @@ def test_each_failed_sample_is_logged_with_its_prompt_and_reason(model: Path, tm
     ids = order.batch(2, 2)
     assert [(row["prompt_id"], row["leaf"]) for row in by_iteration[2]] == [(i, leaf) for i in ids for leaf in range(4)]
     assert [row["prompt"] for row in by_iteration[2]] == [texts[order.index(i)] for i in ids for _ in range(4)]
-    page = write_report(tmp_path / "run").read_text()
+    page = write_page(tmp_path / "run").read_text()
     assert "Samples that could not be scored" in page and "no answer in 5 s" in page and ">10<" in page
 
 

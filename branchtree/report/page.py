@@ -21,7 +21,7 @@ MARK = '<p class="kicker">Run report'
 """What the template has, and no other page."""
 
 
-def write_report(run: Path) -> Path:
+def write_page(run: Path) -> Path:
     """Write ``report.html`` into a run directory and return its path.
 
     The page needs nothing beside itself: pictures, plots and styles are inside it. A run that is in progress or was

@@ -21,7 +21,7 @@ from branchtree.errors import CheckpointError, OutputError
 from branchtree.files.checksums import MANIFEST
 from branchtree.files.writing import synchronise, write_atomically
 from branchtree.run.lock import LOCK
-from branchtree.run.manifest import file_digest, first_foreign, remove_listed, write_manifest
+from branchtree.run.manifest import first_foreign, remove_listed, require_digest, write_manifest
 
 log = logging.getLogger("branchtree")
 
@@ -98,7 +98,7 @@ class Ledger:
         ``adopted`` gives the folders to record where a run of an earlier version kept no record.
         """
         if not self.exists:
-            self._recorded = {self._name(folder): [file_digest(folder / MANIFEST)] for folder in adopted()}
+            self._recorded = {self._name(folder): [require_digest(folder / MANIFEST)] for folder in adopted()}
         known = self._known()
         for name in self._temporary:
             shutil.rmtree(self._root / name, ignore_errors=True)
@@ -156,7 +156,7 @@ class Ledger:
             shutil.rmtree(temporary, ignore_errors=True)
             self._forget(names)
             raise
-        written = file_digest(temporary / MANIFEST)
+        written = require_digest(temporary / MANIFEST)
         with self._changing() as known:
             known.setdefault(self._name(path), []).append(written)
         if path.exists():

@@ -17,7 +17,9 @@ FORMAT = 1
 
 def write_manifest(folder: Path) -> None:
     """Describe every file that lies in a folder; nothing may be written into it afterwards."""
-    files = {name: {"size": path.stat().st_size, "sha256": file_digest(path)} for name, path in _files(folder).items()}
+    files = {
+        name: {"size": path.stat().st_size, "sha256": require_digest(path)} for name, path in _files(folder).items()
+    }
     text = json.dumps({"format": FORMAT, "files": files}, indent=1)
     (folder / MANIFEST).write_text(text, encoding="utf-8")
 
@@ -34,13 +36,13 @@ def require_whole(folder: Path) -> None:
         if size != expected[name]["size"]:
             raise CheckpointError(f"{path}: has {size} bytes, and {expected[name]['size']} were written")
     for name, path in found.items():
-        if file_digest(path) != expected[name]["sha256"]:
+        if require_digest(path) != expected[name]["sha256"]:
             raise CheckpointError(f"{path}: its content is not what was written (SHA-256 differs)")
 
 
 def first_foreign(folder: Path, known: Collection[str]) -> Path | None:
     """The first file in a folder that is not as it was written, or None; ``known`` are the digests of its manifests."""
-    if not (folder / MANIFEST).is_file() or file_digest(folder / MANIFEST) not in known:
+    if not (folder / MANIFEST).is_file() or require_digest(folder / MANIFEST) not in known:
         return next(iter(sorted(path for path in folder.rglob("*") if not path.is_dir())), folder)
     listed, written = _read(folder), (folder / MANIFEST).lstat().st_ctime_ns
     files = _files(folder).items()
@@ -52,7 +54,7 @@ def remove_listed(folder: Path, known: Collection[str]) -> None:
 
     ``known`` are the digests of its manifests. Raises CheckpointError if it has none of them.
     """
-    if file_digest(folder / MANIFEST) not in known:
+    if require_digest(folder / MANIFEST) not in known:
         raise CheckpointError(f"{folder / MANIFEST}: was not written by this run")
     listed, written = _read(folder), (folder / MANIFEST).lstat().st_ctime_ns
     try:
@@ -77,10 +79,10 @@ def _as_written(path: Path, listed: Mapping[str, Any] | None, written: int) -> b
     status = path.lstat()
     if status.st_size != listed["size"]:
         return False
-    return status.st_ctime_ns <= written or file_digest(path) == listed["sha256"]
+    return status.st_ctime_ns <= written or require_digest(path) == listed["sha256"]
 
 
-def file_digest(path: Path) -> str:
+def require_digest(path: Path) -> str:
     """The SHA-256 of a file. Raises CheckpointError if it cannot be read."""
     try:
         return file_sha256(path)

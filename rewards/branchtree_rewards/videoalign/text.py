@@ -30,7 +30,7 @@ def template() -> str:
     return (resources.files("branchtree_rewards") / "data" / TEMPLATE).read_bytes().decode("utf-8")
 
 
-def conversation(prompt: str, video_tokens: int) -> str:
+def conversation_text(prompt: str, video_tokens: int) -> str:
     """The whole conversation: system line, video, template with ``prompt``, and the opening of an answer."""
     return (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -78,7 +78,7 @@ class Questions:
 
     def encode(self, prompt: str, video_tokens: int) -> list[int]:
         """Token ids of the question about one video."""
-        ids: list[int] = self._tokenizer(conversation(prompt, video_tokens), add_special_tokens=False)["input_ids"]
+        ids: list[int] = self._tokenizer(conversation_text(prompt, video_tokens), add_special_tokens=False)["input_ids"]
         return ids
 
     def batch(self, rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
