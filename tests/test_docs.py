@@ -85,11 +85,6 @@ def test_an_edited_part_is_put_right(reference: ModuleType) -> None:
         reference.filled("<!-- generated: nothing -->\n<!-- end of nothing -->")
 
 
-def test_no_note_speaks_of_a_key_that_is_gone(reference: ModuleType) -> None:
-    keys = importlib.import_module("_recipe_keys")
-    assert set(keys.NOTES) == set(keys.recipe_keys(Recipe))
-
-
 # Everything is mentioned
 
 

@@ -41,37 +41,52 @@ class PluginSection(BaseModel):
 class ModelSection(PluginSection):
     """``model``: which model family; its other keys (path, size, guidance) belong to the adapter."""
 
-    adapter: str
-    start: LocalPath | None = None  # weights to start from: a run, one of its checkpoints, a LoRA's file or folder
+    adapter: str = Field(description="The model family's name; `branchtree plugins` lists them.")
+    start: LocalPath | None = Field(
+        default=None, description="Weights to start from: a run, one of its checkpoints, a LoRA's file or folder."
+    )
 
 
 class RewardSection(PluginSection):
     """An entry of ``rewards``: a reward by name and its weight; other keys belong to the reward."""
 
-    reward: str
-    weight: float = Field(default=1.0, ge=-1e6, le=1e6)  # at 0 the reward is only looked at
-    label: str | None = None  # its name in metrics; the reward's by default
+    reward: str = Field(description="The reward's name; `branchtree plugins` lists them.")
+    weight: float = Field(
+        default=1.0,
+        ge=-1e6,
+        le=1e6,
+        description="Its weight when advantages, or raw rewards, are added; at 0 the reward is only looked at.",
+    )
+    label: str | None = Field(
+        default=None, description="Unique within its list; its name in metrics; the reward's by default."
+    )
 
 
 class CallbackSection(PluginSection):
     """An entry of ``callbacks``: a callback by name; other keys belong to it."""
 
-    callback: str
+    callback: str = Field(description="The callback's name; `branchtree plugins` lists them.")
 
 
 class LoraSection(Section):
     """``lora``: train low-rank weights; leave the section out, or null, to train the whole denoiser."""
 
-    rank: int = Field(ge=1, le=4096)
-    alpha: float | None = Field(default=None, gt=0, le=1e6)  # twice the rank by default
-    targets: tuple[str, ...] | None = None  # module names; the adapter's own by default
+    rank: int = Field(ge=1, le=4096, description="Rank of the update.")
+    alpha: float | None = Field(
+        default=None, gt=0, le=1e6, description="The update is scaled by alpha over rank; twice the rank by default."
+    )
+    targets: tuple[str, ...] | None = Field(
+        default=None, description="Names of the modules that are trained; the adapter chooses by default."
+    )
 
 
 class DrawSection(Section):
     """``tree.draw``: where a drawn split may fall, as parts of the steps."""
 
-    first: float = Field(default=0.3, ge=0, lt=1)
-    last: float = Field(default=0.75, gt=0, lt=1)
+    first: float = Field(
+        default=0.3, ge=0, lt=1, description="Where the earliest drawn split falls, as a fraction of `tree.steps`."
+    )
+    last: float = Field(default=0.75, gt=0, lt=1, description="Where the latest drawn split falls, likewise.")
 
     @model_validator(mode="after")
     def _in_order(self) -> DrawSection:
@@ -83,10 +98,14 @@ class DrawSection(Section):
 class WindowSection(Section):
     """``tree.window``: the sliding window of SDE steps under ``tree.sde: window``."""
 
-    size: int = Field(default=4, ge=1)
-    start: int = Field(default=0, ge=0)
-    every: int = Field(default=30, ge=1)  # iterations per move
-    stop: int | None = Field(default=None, ge=0)  # the first step's last place; as deep as the grid allows by default
+    size: int = Field(default=4, ge=1, description="Steps in the window.")
+    start: int = Field(default=0, ge=0, description="The step that the window starts at when training begins.")
+    every: int = Field(default=30, ge=1, description="Iterations before the window moves one step deeper.")
+    stop: int | None = Field(
+        default=None,
+        ge=0,
+        description="The deepest step that the window may start at; as deep as the grid allows by default.",
+    )
 
     @model_validator(mode="after")
     def _moves_deeper(self) -> WindowSection:
@@ -98,20 +117,44 @@ class WindowSection(Section):
 class TreeSection(Section):
     """``tree``: the shape of the tree."""
 
-    steps: int = Field(default=20, ge=2, le=1000)
-    splits: str | tuple[int, ...] = "dense"  # dense, mixed, sparse, single, window, or a list of steps
-    branches: int | tuple[int, ...] = 2  # children at a split: for all, or one number per split
-    draw: DrawSection = DrawSection()
-    siblings: Literal["correlated", "independent", "simplex"] = "correlated"
-    strength: float = Field(default=4.0, gt=0, le=1e3)  # s of correlated siblings
-    sde: Literal["all", "splits", "window"] = "all"  # stochastic steps beside the splits
-    window: WindowSection = WindowSection()
-    # Steps of the grid that are walked after a prompt's last stochastic one, evenly spread; all of them by default.
-    continuation: int | None = Field(default=None, ge=3)
-    solver: Literal["euler", "dpm2m"] = "euler"  # of those steps; dpm2m is DPM-Solver++(2M)
-    continuation_check: int = Field(default=20, ge=1)  # iterations between comparisons with the whole grid
-    timestep_fraction: float = Field(default=1.0, gt=0, le=1)  # part of its stochastic steps that a trajectory trains
-    noise_seed: Seed = 1223627  # of the initial noise
+    steps: int = Field(
+        default=20, ge=2, le=1000, description="T, the number of denoising steps in a rollout and in an evaluation."
+    )
+    splits: str | tuple[int, ...] = Field(
+        default="dense",
+        description="Steps at which every node gets several children: `dense`, `mixed`, `sparse`, "
+        "`single`, `window`, or a list of steps.",
+    )
+    branches: int | tuple[int, ...] = Field(
+        default=2, description="K, the children of a node at a split: one number for all splits, or one for each."
+    )
+    draw: DrawSection = Field(default=DrawSection(), description="Where drawn splits fall.")
+    siblings: Literal["correlated", "independent", "simplex"] = Field(
+        default="correlated", description="How the noises of one parent's children relate."
+    )
+    strength: float = Field(
+        default=4.0, gt=0, le=1e3, description="s: the noises of `correlated` siblings correlate by 1 / (1 + s^2)."
+    )
+    sde: Literal["all", "splits", "window"] = Field(default="all", description="Stochastic steps beside the splits.")
+    window: WindowSection = Field(default=WindowSection(), description="The sliding window.")
+    continuation: int | None = Field(
+        default=None,
+        ge=3,
+        description="How many of the grid's steps are taken after a prompt's last stochastic one, evenly "
+        "spread; all of them by default.",
+    )
+    solver: Literal["euler", "dpm2m"] = Field(
+        default="euler",
+        description="The solver of the steps after a prompt's last stochastic one: Euler's method, or "
+        "`dpm2m`, DPM-Solver++(2M).",
+    )
+    continuation_check: int = Field(
+        default=20, ge=1, description="Iterations between comparisons of a shortened continuation with the whole grid."
+    )
+    timestep_fraction: float = Field(
+        default=1.0, gt=0, le=1, description="The fraction of its stochastic steps that each trajectory trains."
+    )
+    noise_seed: Seed = Field(default=1223627, description="Seed of the initial noise.")
 
     @field_validator("splits")
     @classmethod
@@ -202,11 +245,24 @@ class TreeSection(Section):
 class SamplerSection(Section):
     """``sampler``: the stochastic step and the time grid."""
 
-    kind: Literal["dance", "flow", "cps", "ddim"] = "dance"
-    eta: float = Field(default=0.3, ge=1e-8, le=10)  # under cps and ddim at most 1
-    grid: Literal["linear", "pipeline"] = "linear"  # pipeline: the model's own schedule, shift included
-    shift: float = Field(default=3.0, ge=0.01, le=100)  # of the linear grid
-    log_prob: Literal["mean", "sum"] = "mean"  # over latent dimensions
+    kind: Literal["dance", "flow", "cps", "ddim"] = Field(
+        default="dance",
+        description="The transition kernel. `ddim` is for models that predict noise or v, the others for velocity.",
+    )
+    eta: float = Field(
+        default=0.3,
+        ge=1e-8,
+        le=10,
+        description="The noise level of a stochastic step; at most 1 under `cps` and `ddim`.",
+    )
+    grid: Literal["linear", "pipeline"] = Field(
+        default="linear",
+        description="`linear` is an even grid, shifted; `pipeline` is the model's own schedule, shift included.",
+    )
+    shift: float = Field(default=3.0, ge=0.01, le=100, description="The time shift s of the linear grid.")
+    log_prob: Literal["mean", "sum"] = Field(
+        default="mean", description="An edge's log-density is averaged or summed over latent dimensions."
+    )
 
     @field_validator("eta")
     @classmethod
@@ -220,119 +276,220 @@ class SamplerSection(Section):
 class CreditSection(Section):
     """``credit``: from leaf rewards to advantages."""
 
-    beta: float = Field(default=1.0, ge=0, le=1e6)
-    path_scale: Literal["mean", "sum", "standardised"] = "mean"
-    advantage: Literal["depth", "leaf", "sibling"] = "depth"
-    combine: Literal["advantages", "rewards"] = "advantages"
-    eps: float = Field(default=1e-8, gt=0, le=1e6)
-    clip: float = Field(default=5.0, gt=0, le=1e6)
+    beta: float = Field(default=1.0, ge=0, le=1e6, description="Fusion's temperature; 0 is the plain mean over leaves.")
+    path_scale: Literal["mean", "sum", "standardised"] = Field(
+        default="mean", description="The scale of path log-densities in fusion."
+    )
+    advantage: Literal["depth", "leaf", "sibling"] = Field(
+        default="depth",
+        description="The estimator: `depth` is the paper's, `leaf` is leave-one-out, `sibling` compares siblings.",
+    )
+    combine: Literal["advantages", "rewards"] = Field(
+        default="advantages",
+        description="How several rewards are combined: their weighted `advantages` are added, or the "
+        "weighted raw `rewards` first.",
+    )
+    eps: float = Field(default=1e-8, gt=0, le=1e6, description="Added to the deviation that advantages are divided by.")
+    clip: float = Field(
+        default=5.0,
+        gt=0,
+        le=1e6,
+        description="Each reward's advantages are clipped to plus and minus this, before its weight.",
+    )
 
 
 class PruningSection(Section):
     """``pruning``: edges left out of the gradient pass."""
 
-    kind: Literal["none", "parent_top1", "extreme", "depth"] = "none"
-    count: int = Field(default=4, ge=1)  # extreme: leaves kept at each end
-    size: int = Field(default=4, ge=1)  # depth: steps in the window
-    every: int = Field(default=30, ge=1)  # depth: iterations per move
-    stop: int = Field(default=15, ge=0)  # depth: where the window's first step stops
+    kind: Literal["none", "parent_top1", "extreme", "depth"] = Field(
+        default="none", description="The rule; `parent_top1` and `extreme` are the paper's width pruning."
+    )
+    count: int = Field(default=4, ge=1, description="`extreme`: leaves kept at each end.")
+    size: int = Field(default=4, ge=1, description="`depth`: steps in the window.")
+    every: int = Field(default=30, ge=1, description="`depth`: iterations before the window moves one step deeper.")
+    stop: int = Field(default=15, ge=0, description="`depth`: the deepest step that the window may start at.")
 
 
 class LossSection(Section):
     """``loss``: the clipped objective."""
 
-    clip_range: float = Field(default=1e-4, gt=0, le=1e6)
-    kl: float = Field(default=0.0, ge=0, le=1e6)  # weight of the KL to the start policy
-    kl_every: int | None = Field(default=None, ge=1)  # iterations between measurements of it where it has no weight
-    weighting: Literal["none", "noise"] = "none"  # noise: each step by its noise, of mean 1 over the grid
-    # Behaviour densities after an iteration's first optimiser step: those of the rollout, or computed again, at the
-    # price of a forward, in the batches that are trained, which leaves no numerical mismatch.
-    old_log_prob: Literal["rollout", "recomputed"] = "rollout"
+    clip_range: float = Field(
+        default=1e-4, gt=0, le=1e6, description="How far the probability ratio may leave 1 before it is clipped."
+    )
+    kl: float = Field(default=0.0, ge=0, le=1e6, description="Weight of the KL divergence to the start policy.")
+    kl_every: int | None = Field(
+        default=None,
+        ge=1,
+        description="Iterations between measurements of that KL where it has no weight; it is not measured by default.",
+    )
+    weighting: Literal["none", "noise"] = Field(
+        default="none", description="`noise` weights each step by its noise level, with mean 1 over the grid."
+    )
+    old_log_prob: Literal["rollout", "recomputed"] = Field(
+        default="rollout",
+        description="The behaviour policy's densities after an iteration's first optimiser step: those of "
+        "the `rollout`, or `recomputed` in the batches that are trained, which costs a "
+        "forward and leaves no numerical mismatch.",
+    )
 
 
 class OptimSection(Section):
     """``optim``: AdamW and what surrounds it."""
 
-    lr: float = Field(default=1e-5, gt=0, le=1e6)
-    weight_decay: float = Field(default=1e-4, ge=0, le=10)
-    betas: tuple[Momentum, Momentum] = (0.9, 0.999)
-    eps: float = Field(default=1e-8, ge=1e-30, le=1)
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e12)
-    # Norm before clipping above which an update is left out.
-    refuse_above: float | None = Field(default=None, gt=0, le=1e12)
-    max_refused: int = Field(default=3, ge=0)  # updates left out in a row, for this or for not being finite
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    warmup: int = Field(default=0, ge=0)  # optimiser steps
-    steps_per_iteration: int = Field(default=1, ge=1, le=1000)
-    ema: float | None = Field(default=None, gt=0, lt=1)
+    lr: float = Field(default=1e-5, gt=0, le=1e6, description="Learning rate.")
+    weight_decay: float = Field(default=1e-4, ge=0, le=10, description="AdamW's decoupled decay.")
+    betas: tuple[Momentum, Momentum] = Field(default=(0.9, 0.999), description="AdamW's moment decays.")
+    eps: float = Field(default=1e-8, ge=1e-30, le=1, description="AdamW's epsilon.")
+    max_grad_norm: float = Field(default=1.0, gt=0, le=1e12, description="The gradient is scaled down to this norm.")
+    refuse_above: float | None = Field(
+        default=None, gt=0, le=1e12, description="Norm before clipping above which an update is left out."
+    )
+    max_refused: int = Field(
+        default=3,
+        ge=0,
+        description="Updates in a row that may be left out, for their norm or because they are not "
+        "finite, before the run ends.",
+    )
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant",
+        description="`linear` and `cosine` fall from `lr` to 0 at the last planned optimiser step, taken or not.",
+    )
+    warmup: int = Field(
+        default=0,
+        ge=0,
+        description="Optimiser steps over which the learning rate rises linearly; no more than the run has.",
+    )
+    steps_per_iteration: int = Field(
+        default=1, ge=1, le=1000, description="Optimiser steps that share the edges of one rollout."
+    )
+    ema: float | None = Field(
+        default=None,
+        gt=0,
+        lt=1,
+        description="Decay of a moving average of the trained weights, reached over the first steps; "
+        "`final/`, held-out figures and sample grids are of the average.",
+    )
 
 
 class BatchSection(Section):
     """``batch``: how much at a time. Only ``prompts`` changes results by more than rounding."""
 
-    prompts: int = Field(default=2, ge=1)  # per iteration, over all processes
-    rollout_rows: int | None = Field(default=None, ge=1)  # predictions per forward; all of a depth by default
-    update_rows: int | None = Field(default=None, ge=1)  # families per forward and backward; all by default
-    decode_rows: int | None = Field(default=None, ge=1)  # leaves decoded and scored at a time
-    rollout_prompts: int | None = Field(default=None, ge=1)  # that go on together after the last split
-    states: Literal["device", "host"] = "device"  # where the tree's states are kept
-    processes_per_prompt: int = Field(default=1, ge=1)  # that share each prompt's tree, every one a run of its leaves
+    prompts: int = Field(default=2, ge=1, description="Prompts per iteration, over all processes.")
+    rollout_rows: int | None = Field(
+        default=None, ge=1, description="Predictions per forward in the rollout; all of a depth by default."
+    )
+    update_rows: int | None = Field(
+        default=None, ge=1, description="Families per forward and backward in the gradient pass; all by default."
+    )
+    decode_rows: int | None = Field(default=None, ge=1, description="Leaves decoded and scored at a time.")
+    rollout_prompts: int | None = Field(
+        default=None, ge=1, description="Prompts whose trees go on together after the last split; all by default."
+    )
+    states: Literal["device", "host"] = Field(default="device", description="Where the tree's states are kept.")
+    processes_per_prompt: int = Field(
+        default=1,
+        ge=1,
+        description="Processes that share each prompt's tree; each grows, scores and trains some of its leaves.",
+    )
 
 
 class ScoringSection(Section):
     """``scoring``: how leaves are scored, and when failing rewards end the run. Nothing here changes a result."""
 
-    overlap: bool = True  # decode and score while trees grow and the gradient pass begins
-    max_invalid: float = Field(default=0.5, ge=0, le=1)  # share of samples a reward may fail on before the run ends
-    window: int = Field(default=3, ge=1, le=10_000)  # iterations that the share is taken over
+    overlap: bool = Field(default=True, description="Decode and score while trees grow and the gradient pass begins.")
+    max_invalid: float = Field(
+        default=0.5, ge=0, le=1, description="Share of samples a reward may fail on before the run ends."
+    )
+    window: int = Field(default=3, ge=1, le=10_000, description="Iterations that the share is taken over.")
 
 
 class DataSection(Section):
     """``data``: the prompts."""
 
-    prompts: PromptFile | tuple[str, ...]  # a .txt, .jsonl or .parquet file, hub:org/name, or the prompts themselves
-    column: str = "prompt"
-    split: str = "train"
-    folder: LocalPath | None = None  # where images and videos lie; by default the folder of the prompt file
-    shuffle: bool = True
+    prompts: PromptFile | tuple[str, ...] = Field(
+        description="A .txt, .jsonl or .parquet file, hub:org/name, or the prompts themselves."
+    )
+    column: str = Field(
+        default="prompt", description="The key or column that holds the prompt, in .jsonl, .parquet and hub data."
+    )
+    split: str = Field(default="train", description="The split of a hub dataset.")
+    folder: LocalPath | None = Field(
+        default=None,
+        description="The folder of images and videos: their paths are relative to it and may not lead out "
+        "of it. The prompt file's own folder by default.",
+    )
+    shuffle: bool = Field(default=True, description="Shuffle the prompts again in each pass.")
 
 
 class EvaluationSection(Section):
     """``evaluation``: held-out figures, from deterministic samples of fixed noises, before and after training."""
 
-    prompts: PromptFile | tuple[str, ...]
-    column: str = "prompt"
-    split: str = "test"
-    folder: LocalPath | None = None
-    rewards: tuple[RewardSection, ...] = Field(min_length=1)
-    limit: int | None = Field(default=None, ge=1)  # use only the first prompts
-    noises: int = Field(default=1, ge=1, le=1000)  # samples per prompt
-    every: int | None = Field(default=None, ge=1)  # iterations; only before and after by default
-    rows: int = Field(default=64, ge=1)  # samples at a time
-    seed: Seed = 7
+    prompts: PromptFile | tuple[str, ...] = Field(description="As `data.prompts`.")
+    column: str = Field(default="prompt", description="As `data.column`.")
+    split: str = Field(default="test", description="As `data.split`.")
+    folder: LocalPath | None = Field(default=None, description="As `data.folder`.")
+    rewards: tuple[RewardSection, ...] = Field(
+        min_length=1, description="Rewards that judge; they need not be those that are trained."
+    )
+    limit: int | None = Field(default=None, ge=1, description="Use only the first prompts.")
+    noises: int = Field(default=1, ge=1, le=1000, description="Samples per prompt.")
+    every: int | None = Field(
+        default=None, ge=1, description="Iterations between evaluations; only before and after training by default."
+    )
+    rows: int = Field(default=64, ge=1, description="Samples at a time.")
+    seed: Seed = Field(default=7, description="Seed of the samples' starting noise.")
 
 
 class RunSection(Section):
     """``run``: length, precision, and what is written when."""
 
-    iterations: int = Field(default=300, ge=1, le=10**7)
-    precision: Literal["fp32", "bf16"] = "fp32"
-    tf32: bool = True
-    gradient_checkpointing: bool = False
-    compile: str | None = None  # torch.compile's back-end for the denoiser's blocks, such as inductor; none by default
-    # Keep encoded prompts for later runs: in a folder, or, by the word user, in the user's cache folder.
-    embeddings: Annotated[str, PathKey(always=True, names=("user",))] | None = None
-    # The folder's size, above which the least recently used give way.
-    embeddings_gib: float = Field(default=50.0, gt=0, le=1e6)
-    checkpoint_every: int = Field(default=40, ge=1)
-    keep_checkpoints: int = Field(default=3, ge=1)
-    checkpoint_async: bool = False  # write them while training goes on
-    sample_every: int = Field(default=20, ge=1)
-    sample_prompts: int = Field(default=8, ge=1)
-    tree_every: int = Field(default=20, ge=1)  # iterations between recorded trees
-    trackers: tuple[str, ...] = ()  # accelerate's: tensorboard, wandb, ...
-    threads: int | None = Field(default=None, ge=1, le=256)
-    timeout: float = Field(default=120.0, gt=0, le=10080)  # minutes that processes wait for each other, at most
+    iterations: int = Field(default=300, ge=1, le=10**7, description="Iterations in all: a rollout and an update each.")
+    precision: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="`bf16` computes in bfloat16; weights that are trained, latents and densities stay float32.",
+    )
+    tf32: bool = Field(default=True, description="Allow TF32 in float32 matrix products on CUDA.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Recompute activations in the backward pass: less memory, about a third more work."
+    )
+    compile: str | None = Field(
+        default=None,
+        description="A back-end of torch.compile for the denoiser's blocks, such as `inductor`; they are "
+        "not compiled by default.",
+    )
+    embeddings: Annotated[str, PathKey(always=True, names=("user",))] | None = Field(
+        default=None,
+        description="The folder in which encoded prompts are kept for later runs; `user` stands for one "
+        "in the user's cache folder.",
+    )
+    embeddings_gib: float = Field(
+        default=50.0,
+        gt=0,
+        le=1e6,
+        description="The size of that folder in GiB, above which the least recently used prompts are removed.",
+    )
+    checkpoint_every: int = Field(
+        default=40, ge=1, description="Iterations between checkpoints; the last iteration is always saved."
+    )
+    keep_checkpoints: int = Field(
+        default=3, ge=1, description="How many of the newest checkpoints are kept; older ones are deleted."
+    )
+    checkpoint_async: bool = Field(
+        default=False,
+        description="Write checkpoints while training goes on, from a copy in host memory; the bytes are the same.",
+    )
+    sample_every: int = Field(default=20, ge=1, description="Iterations between sample grids.")
+    sample_prompts: int = Field(default=8, ge=1, description="Samples in a grid.")
+    tree_every: int = Field(default=20, ge=1, description="Iterations between recorded trees.")
+    trackers: tuple[str, ...] = Field(
+        default=(), description="Experiment trackers, by accelerate's names: tensorboard, wandb and others."
+    )
+    threads: int | None = Field(
+        default=None, ge=1, le=256, description="CPU threads of PyTorch, which chooses by default."
+    )
+    timeout: float = Field(
+        default=120.0, gt=0, le=10080, description="Minutes that processes wait for each other, at most."
+    )
 
 
 SINGLE: dict[str, dict[str, Any]] = {
@@ -345,24 +502,31 @@ SINGLE: dict[str, dict[str, Any]] = {
 class Recipe(Section):
     """A whole recipe."""
 
-    name: Annotated[str, AfterValidator(checked_name)]
-    description: str = ""
-    seed: Seed = 42
-    model: ModelSection
-    lora: LoraSection | None = None
-    tree: TreeSection = TreeSection()
-    sampler: SamplerSection = SamplerSection()
-    rewards: tuple[RewardSection, ...] = Field(min_length=1)
-    credit: CreditSection = CreditSection()
-    pruning: PruningSection = PruningSection()
-    loss: LossSection = LossSection()
-    optim: OptimSection = OptimSection()
-    batch: BatchSection = BatchSection()
-    scoring: ScoringSection = ScoringSection()
-    data: DataSection
-    evaluation: EvaluationSection | None = None
-    run: RunSection = RunSection()
-    callbacks: tuple[CallbackSection, ...] = ()
+    name: Annotated[str, AfterValidator(checked_name)] = Field(
+        description="The run's name, and that of its directory under `runs/`. It is not inherited."
+    )
+    description: str = Field(default="", description="One line, shown by `branchtree recipes`. It is not inherited.")
+    seed: Seed = Field(
+        default=42,
+        description="Seed of everything drawn but the initial noise: edges, drawn splits, prompt order, LoRA's start.",
+    )
+    model: ModelSection = Field(description="The model and its options.")
+    lora: LoraSection | None = Field(default=None, description="Train low-rank weights; the whole denoiser by default.")
+    tree: TreeSection = Field(default=TreeSection(), description="The shape of the tree.")
+    sampler: SamplerSection = Field(default=SamplerSection(), description="The stochastic step and the time grid.")
+    rewards: tuple[RewardSection, ...] = Field(min_length=1, description="What is optimised; at least one.")
+    credit: CreditSection = Field(default=CreditSection(), description="From leaf rewards to advantages.")
+    pruning: PruningSection = Field(default=PruningSection(), description="Edges left out of the gradient pass.")
+    loss: LossSection = Field(default=LossSection(), description="The clipped objective.")
+    optim: OptimSection = Field(default=OptimSection(), description="The optimiser.")
+    batch: BatchSection = Field(default=BatchSection(), description="How much at a time.")
+    scoring: ScoringSection = Field(
+        default=ScoringSection(), description="How leaves are scored, and when failing rewards end the run."
+    )
+    data: DataSection = Field(description="The prompts to train on.")
+    evaluation: EvaluationSection | None = Field(default=None, description="Held-out figures; none by default.")
+    run: RunSection = Field(default=RunSection(), description="Length, precision, output.")
+    callbacks: tuple[CallbackSection, ...] = Field(default=(), description="Callbacks by name.")
 
     @model_validator(mode="after")
     def _trees_of_bearable_size(self) -> Recipe:
