@@ -9,12 +9,15 @@ from pathlib import Path
 
 import torch
 from branchtree_adapters.flux import Flux, FluxConfig
-from branchtree_guest.model import LATENT, WEIGHTS, GuestGaussian, GuestGaussianConfig
+from branchtree_guest.model import GuestGaussian, GuestGaussianConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from branchtree.plugins.base import DENOISER_FILE as WEIGHTS
 from branchtree.plugins.hookspecs import Register, hookimpl
 from branchtree.plugins.protocols import Condition, Conditioning, Footprint, LoraSettings, Media
+
+LATENT = (3, 4, 4)
 
 
 class MixesRows(GuestGaussian):
@@ -129,10 +132,10 @@ class LoadsAtOnce(GuestGaussian):
 
 
 class PassesErrorsOn(GuestGaussian):
-    def _weights(self) -> Path | None:
+    def _weights_file(self) -> Path | None:
         if self.config.path is not None and not self.config.path.exists():
             raise FileNotFoundError(self.config.path)
-        return super()._weights()
+        return super()._weights_file()
 
 
 class TakesAnyCondition(GuestGaussian):

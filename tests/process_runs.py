@@ -22,8 +22,8 @@ from branchtree import load_recipe, train
 from branchtree.plugins.protocols import Condition
 from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import randomise
-from branchtree.training.engine import make_engine
 from branchtree.training.session import load_model, make_accelerator, open_session, read_inputs
+from branchtree.training.sharding import make_engine
 
 
 def main() -> None:

@@ -167,7 +167,7 @@ def test_the_shares_of_processes_join_in_the_order_of_the_prompts() -> None:
         given = Scores(values, values % 10 != 1, raw=-values, details={"twice": 2 * values}, reasons=reasons)
         return Samples(pairs, {"r": given}, media)
 
-    whole = Samples.joined([share([(0, 0), (0, 1), (2, 0), (2, 1)]), share([(1, 0), (1, 1)])])
+    whole = Samples.merge([share([(0, 0), (0, 1), (2, 0), (2, 1)]), share([(1, 0), (1, 1)])])
     assert whole.pairs == [(p, n) for p in range(3) for n in range(2)]
     joined, values = whole.scores["r"], [0.0, 1.0, 10.0, 11.0, 20.0, 21.0]
     assert joined.raw is not None

@@ -106,7 +106,7 @@ def test_clips_are_told_apart_by_the_sizes_that_transformers_gives_them() -> Non
 
 
 def test_the_weights_of_another_clip_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from branchtree_rewards.clip.clip_score import clip_score as clip
+    from branchtree_rewards.clip import clip_score as clip
 
     small = loaded("clip", path=RANDOM_SMALL)
     folder = shutil.copytree(small._opened.files["model.safetensors"].parent, tmp_path / "copy")

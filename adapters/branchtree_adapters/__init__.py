@@ -1,1 +1,5 @@
-"""Model adapters shipped with branchtree, one module per model family."""
+"""Model adapters shipped with branchtree: one module per model family, and the base class of diffusers pipelines."""
+
+from branchtree_adapters.pipeline.adapter import PipelineAdapter
+
+__all__ = ["PipelineAdapter"]

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 
 from branchtree.errors import DataError
 from branchtree.files.paths import PathOrName
+from branchtree.plugins import weights
 from branchtree.plugins.hookspecs import Register, hookimpl
 from branchtree.plugins.protocols import Condition, Conditioning, Footprint, Media
 from branchtree_adapters.pipeline import sources as shared
-from branchtree_adapters.pipeline import speed, trained
+from branchtree_adapters.pipeline import speed
 from branchtree_adapters.pipeline.adapter import PipelineAdapter
 from branchtree_adapters.pipeline.decoders import decoder_of_images
 from branchtree_adapters.pipeline.grids import scheduler_grid
@@ -115,7 +116,7 @@ class Flux(PipelineAdapter):
             checkpointed_numbers_per_row=unit * (double + single + 28 + 6),
             forward_flops_per_row=(double + single) * unit * (24 * unit // tokens + 4 * tokens),
             rows_per_prediction=self.rows_per_prediction,
-            lora_parameters_per_rank=trained.lora_parameters_per_rank(transformer, LORA_TARGETS),
+            lora_parameters_per_rank=weights.lora_parameters_per_rank(transformer, LORA_TARGETS),
             source=origin,
             forward_numbers_per_row=unit * (15 if single else 11),
             attention_flops_per_row=(double + single) * unit * 4 * tokens,

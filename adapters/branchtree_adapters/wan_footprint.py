@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
+from branchtree.plugins import weights
 from branchtree.plugins.protocols import Footprint
 from branchtree_adapters.pipeline import sources as shared
-from branchtree_adapters.pipeline import trained
 from branchtree_adapters.pipeline.decoders import decoder_of_videos
 from branchtree_adapters.wan_layout import (
     IMAGE_ENCODER,
@@ -40,7 +40,7 @@ def footprint(config: WanConfig, lora_targets: tuple[str, ...]) -> Footprint:
         checkpointed_numbers_per_row=work.checkpointed,
         forward_flops_per_row=work.forward_flops,
         rows_per_prediction=config.rows_per_prediction,
-        lora_parameters_per_rank=trained.lora_parameters_per_rank(transformer, lora_targets),
+        lora_parameters_per_rank=weights.lora_parameters_per_rank(transformer, lora_targets),
         source=origin,
         forward_numbers_per_row=work.forward_peak,
         attention_flops_per_row=work.attention_flops,

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import ModelError
+from branchtree.plugins import weights
 from branchtree.plugins.lora_files import LoraSummary
 from branchtree.plugins.protocols import LoraSettings
 from branchtree_adapters.pipeline import sources as shared
@@ -160,11 +161,11 @@ class PipelineAdapter(ABC):
 
         Raises ModelError for a target that names no linear layer.
         """
-        trained.add_lora(self.denoiser, settings, settings.targets or self.lora_targets, seed)
+        trained.add_diffusers_lora(self.denoiser, settings, settings.targets or self.lora_targets, seed)
 
     def without_lora(self, denoiser: nn.Module) -> AbstractContextManager[None]:
         """A context in which ``denoiser`` acts without its LoRA. Raises ModelError on entry if it has none."""
-        return trained.lora_disabled(denoiser)
+        return weights.lora_disabled(denoiser)
 
     def enable_gradient_checkpointing(self) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""
@@ -180,7 +181,7 @@ class PipelineAdapter(ABC):
         ``denoiser_state`` (by trainable-parameter name, all of them) is written in place of the trained weights,
         which stay as they are. Raises CheckpointError if its names or shapes are not the transformer's.
         """
-        if trained.has_lora(self.denoiser):
+        if weights.has_lora(self.denoiser):
             trained.save_lora(self._pipeline, self.denoiser, directory, denoiser_state, exact=True)
         else:
             trained.with_weights(self.denoiser, denoiser_state).save_pretrained(directory / "transformer")
@@ -190,7 +191,7 @@ class PipelineAdapter(ABC):
 
         The LoRA file gives every reader the trained strength, whether it knows of alpha or not.
         """
-        if trained.has_lora(self.denoiser):
+        if weights.has_lora(self.denoiser):
             trained.save_lora(self._pipeline, self.denoiser, directory, denoiser_state, exact=False)
         else:
             trained_part = trained.with_weights(self.denoiser, denoiser_state)
@@ -200,7 +201,7 @@ class PipelineAdapter(ABC):
 
     def restore(self, directory: Path) -> None:
         """Read back what ``save`` wrote, to the bit, before sharding. Raises CheckpointError if it does not fit."""
-        if trained.has_lora(self.denoiser):
+        if weights.has_lora(self.denoiser):
             trained.restore_lora(self.denoiser, directory)
         else:
             trained.restore_denoiser(self.denoiser, directory / "transformer")
@@ -210,7 +211,7 @@ class PipelineAdapter(ABC):
 
         Raises CheckpointError if they do not fit.
         """
-        if trained.has_lora(self.denoiser):
+        if weights.has_lora(self.denoiser):
             start_lora(self.denoiser, source, type(self._pipeline))
         else:
             start_denoiser(self.denoiser, source)

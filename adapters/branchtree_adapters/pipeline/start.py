@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError
 from branchtree.plugins.lora_files import LoraSummary
-from branchtree_adapters.pipeline import trained
+from branchtree.plugins.weights import has_lora, require_same_shapes, trained_state
 from branchtree_adapters.pipeline.lora_file import DOWN, UP, read_lora, read_tensors, require_layers
 from branchtree_adapters.pipeline.sources import LORA_FILE
 
@@ -28,7 +28,7 @@ def start_lora(denoiser: Any, source: Path, pipeline: type[Any]) -> None:
     from peft import get_peft_model_state_dict
 
     file = read_lora(source, pipeline)
-    live = get_peft_model_state_dict(denoiser, state_dict=trained.trained_state(denoiser, None))
+    live = get_peft_model_state_dict(denoiser, state_dict=trained_state(denoiser, None))
     weights = {f"{name}{DOWN}": layer.down for name, layer in file.layers.items()}
     weights |= {f"{name}{UP}": layer.up for name, layer in file.layers.items()}
     _require_fit(file.path, live, weights)
@@ -48,7 +48,7 @@ def load_lora(denoiser: Any, source: Path, pipeline: type[Any]) -> LoraSummary:
     B is multiplied by the strength. Raises CheckpointError for one that is damaged or does not fit.
     """
     file = read_lora(source, pipeline)
-    if trained.has_lora(denoiser):
+    if has_lora(denoiser):
         denoiser.unload_lora()
     require_layers(file, denoiser)
     state = {f"{name}{DOWN}": layer.down.float() for name, layer in file.layers.items()}
@@ -79,7 +79,7 @@ def start_denoiser(denoiser: nn.Module, source: Path) -> None:
     for file in files:
         saved |= read_tensors(file)[0]
     live = denoiser.state_dict()
-    trained.require_same(f"the weights in '{folder}'", live, saved)
+    require_same_shapes(f"the weights in '{folder}'", live, saved)
     for name, tensor in live.items():
         tensor.copy_(saved[name])
 

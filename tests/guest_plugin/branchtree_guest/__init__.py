@@ -6,7 +6,7 @@ The entry point in pyproject.toml names this module; branchtree calls its hooks.
 from collections.abc import Callable
 from pathlib import Path
 
-from branchtree.plugins.hookspecs import Register, hookimpl
+from branchtree.plugins import Register, hookimpl
 from branchtree_guest.model import GuestGaussian, GuestGaussianConfig
 from branchtree_guest.reward import Brightness, BrightnessConfig
 from branchtree_guest.watch import BestIteration, BestIterationConfig

@@ -5,8 +5,7 @@ from collections.abc import Sequence
 import pydantic
 import torch
 
-from branchtree.core.scores import Scores
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media, Scores
 
 
 class BrightnessConfig(pydantic.BaseModel, extra="forbid", frozen=True):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pydantic
 
-from branchtree.plugins.protocols import Callback
+from branchtree.plugins import Callback
 
 
 class BestIterationConfig(pydantic.BaseModel, extra="forbid", frozen=True):

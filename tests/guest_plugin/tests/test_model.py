@@ -11,7 +11,6 @@ def case() -> AdapterCase:
         model={"adapter": "guest_gaussian"},
         reward={"reward": "guest_brightness"},
         prompts=["a lamp", "the sun", "a candle"],
-        lora=None,
     )
 
 

@@ -1,0 +1,179 @@
+"""A base class for model plug-ins: all that is not the model's own has a default here."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from branchtree.errors import ModelError
+from branchtree.plugins import weights
+from branchtree.plugins.protocols import Condition, Conditioning, Footprint, LoraSettings, Media
+
+DENOISER_FILE = "denoiser.safetensors"
+LORA_FILE = "lora.safetensors"
+
+
+class ModelBase(ABC):
+    """A model whose denoiser is one torch module.
+
+    A plug-in writes ``modality``, ``latent_shape``, ``build_denoiser``, ``encode``, ``predict`` and ``decode``. All
+    else has a default that it may override: flow matching on an even grid, no guidance, no frozen components, any
+    prompt and no media in a condition, LoRA on every linear layer, and weights in safetensors files. If the
+    configuration has a field ``path``, it names a folder that ``export`` wrote, or is None.
+    """
+
+    modality: str
+    """``"image"`` or ``"video"``: what ``decode`` returns."""
+    latent_shape: tuple[int, ...]
+    """The shape of one sample's latents."""
+    prediction = "velocity"
+    rows_per_prediction = 1
+    media: frozenset[str] = frozenset()
+    lora_targets: tuple[str, ...] | None = None
+    """Endings of the names of the linear layers that get LoRA; None: of all."""
+
+    def __init__(self, config: Any) -> None:
+        self.config = config
+        self._denoiser: nn.Module | None = None
+
+    @abstractmethod
+    def build_denoiser(self) -> nn.Module:
+        """Return a new denoiser, with its first weights, in float32. It is also called on torch's meta device."""
+
+    @abstractmethod
+    def encode(self, conditions: Sequence[Condition]) -> Conditioning:
+        """Encode P conditions: named float tensors on the CPU with P as first axis, each row for itself."""
+
+    @abstractmethod
+    def predict(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """Return the prediction (B, *latent), float32, for latents (B, *latent) at sigma (B,).
+
+        ``denoiser`` is the module to send them through, ``self.denoiser`` where it is None.
+        """
+
+    @abstractmethod
+    def decode(self, latents: Tensor) -> Media:
+        """Decode clean latents (B, *latent) to media in [0, 1]."""
+
+    @property
+    def denoiser(self) -> nn.Module:
+        """The module that is trained. Raises ModelError before ``load``."""
+        if self._denoiser is None:
+            raise ModelError("the model is not loaded; call load first")
+        return self._denoiser
+
+    def check(self, condition: Condition) -> None:  # noqa: B027 - a default, not a gap
+        """Refuse a condition that the model cannot take, by a DataError. The default takes any prompt."""
+
+    def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
+        """Build the denoiser, and read its weights where the configuration names a ``path``.
+
+        Raises ModelError if they cannot be read.
+        """
+        file, denoiser = self._weights_file(), self.build_denoiser()
+        if file is not None:
+            from safetensors import SafetensorError
+            from safetensors.torch import load_file
+
+            try:
+                denoiser.load_state_dict(load_file(file))
+            except (OSError, RuntimeError, SafetensorError) as error:
+                raise ModelError(f"model.path: '{file}' holds no weights of this model: {error}") from error
+        self._denoiser = denoiser.to(device, denoiser_dtype)
+
+    def _weights_file(self) -> Path | None:
+        path = getattr(self.config, "path", None)
+        if path is None:
+            return None
+        file = Path(path) / DENOISER_FILE
+        if not file.is_file():
+            raise ModelError(f"model.path: no model in '{path}'; name a folder that holds {DENOISER_FILE}")
+        return file
+
+    def footprint(self) -> Footprint:
+        """Count the model's parameters, and estimate its work as if a row used each weight once.
+
+        Override it where many tokens share the weights. Raises ModelError if ``path`` names no model.
+        """
+        self._weights_file()
+        with torch.device("meta"):
+            denoiser = self.build_denoiser()
+        parameters = sum(parameter.numel() for parameter in denoiser.parameters())
+        outputs = sum(layer.out_features for layer in denoiser.modules() if isinstance(layer, nn.Linear))
+        numbers = outputs + 4 * torch.Size(self.latent_shape).numel()
+        targets = self._lora_targets(denoiser, None)
+        return Footprint(
+            denoiser_parameters=parameters,
+            frozen_parameters=0,
+            latent_shape=tuple(self.latent_shape),
+            activation_numbers_per_row=numbers,
+            checkpointed_numbers_per_row=numbers,
+            forward_flops_per_row=2.0 * parameters,
+            rows_per_prediction=self.rows_per_prediction,
+            lora_parameters_per_rank=weights.lora_parameters_per_rank(denoiser, targets),
+            source="counted on the denoiser, each weight used once a row",
+        )
+
+    def _lora_targets(self, denoiser: nn.Module, asked: Sequence[str] | None) -> Sequence[str]:
+        linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+        return asked or self.lora_targets or linear
+
+    def add_lora(self, settings: LoraSettings, seed: int) -> None:
+        """Freeze the denoiser and put float32 low-rank weights on ``lora_targets``, or those of the settings.
+
+        Raises ModelError for a target that names no linear layer.
+        """
+        weights.add_lora(self.denoiser, settings, self._lora_targets(self.denoiser, settings.targets), seed)
+
+    def without_lora(self, denoiser: nn.Module) -> AbstractContextManager[None]:
+        """Return a context in which ``denoiser`` acts without its LoRA. Raises ModelError on entry if it has none."""
+        return weights.lora_disabled(denoiser)
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Trade computation for memory in the gradient pass, where the denoiser has a method of this name."""
+        enable = getattr(self.denoiser, "enable_gradient_checkpointing", None)
+        if enable is not None:
+            enable()
+
+    def release_frozen(self) -> None:  # noqa: B027 - a default, not a gap
+        """Move encoders and decoder off the device. By default there are none."""
+
+    def initial_noise(self, generator: torch.Generator) -> Tensor:
+        """Return one sample's starting latents (*latent), standard normal."""
+        return torch.randn(self.latent_shape, generator=generator)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Return an even grid from 1 to 0, (steps + 1,)."""
+        return torch.linspace(1, 0, steps + 1)
+
+    def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
+        """Write the trained weights: ``denoiser.safetensors``, or under LoRA ``lora.safetensors``.
+
+        ``denoiser_state`` is written in place of the trained weights. Raises CheckpointError if it does not fit.
+        """
+        from safetensors.torch import save_file
+
+        state, file = weights.trained_state(self.denoiser, denoiser_state), LORA_FILE
+        if not weights.has_lora(self.denoiser):
+            state, file = {**self.denoiser.state_dict(), **state}, DENOISER_FILE
+        directory.mkdir(parents=True, exist_ok=True)
+        save_file({name: value.cpu().contiguous() for name, value in state.items()}, directory / file)
+
+    def export(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
+        """Write what ``path`` reads, or under LoRA the low-rank weights; see ``save``."""
+        self.save(directory, denoiser_state)
+
+    def restore(self, directory: Path) -> None:
+        """Read back, to the bit, what ``save`` wrote. Raises CheckpointError if it does not fit."""
+        if weights.has_lora(self.denoiser):
+            weights.copy_exactly(weights.trained_state(self.denoiser, None), [directory / LORA_FILE])
+        else:
+            weights.copy_exactly(self.denoiser.state_dict(), [directory / DENOISER_FILE])
