@@ -116,7 +116,7 @@ def test_a_tree_is_not_cut_into_more_parts_than_leaves() -> None:
     with pytest.raises(ValueError, match="2 leaves cannot be cut into 3 shares"):
         cut(plan, 3)
     for leaves in (range(1, 1), range(1, 3), range(0, 2, 2)):
-        with pytest.raises(ValueError, match="no run of a tree's 2 leaves"):
+        with pytest.raises(ValueError, match="not consecutive leaves of a tree's 2"):
             TreeShare(plan, leaves)
 
 
