@@ -38,17 +38,17 @@ class Result:
 
     @property
     def phases(self) -> list[Timed]:
-        """Those that were timed."""
+        """The phases that were timed."""
         return [phase for phase in (self.rollout, self.update, self.decode) if phase is not None]
 
     @property
     def seconds(self) -> float:
-        """Of the whole iteration."""
+        """The seconds of the whole iteration, by what was timed."""
         return sum(phase.seconds for phase in self.phases)
 
     @property
     def seconds_run(self) -> float:
-        """Of what was run of it."""
+        """The seconds of the share of it that was run."""
         return sum(phase.seconds_run for phase in self.phases)
 
     @property

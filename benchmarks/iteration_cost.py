@@ -45,7 +45,7 @@ class Tally:
 
     @property
     def predicted_saving(self) -> float:
-        """Of the gradient pass by sharing parents, from counts."""
+        """What sharing parents saves in the gradient pass, from counts."""
         return 1 - self.families / self.edges
 
     @property

@@ -35,7 +35,7 @@ PHASES: tuple[Phase, ...] = ("startup", "training", "checkpoint", "final")
 RHYTHM: tuple[Phase, ...] = ("training", "checkpoint", "startup", "startup", "training", "checkpoint")
 """What kills are aimed at in turn; of two startups in a row the second finds no progress since the first."""
 FINAL_SHARE = 10
-"""Of so many kills one, and one at least, comes in the end for ``final/``."""
+"""Every how many kills one is aimed at the writing of ``final/``, and one at least."""
 COMPARED = ("metrics.jsonl", "evaluation.jsonl")
 POLL = 0.0005
 """Seconds between two looks: a checkpoint of the small model is written in a few milliseconds."""
@@ -202,7 +202,7 @@ def compare(first: Path, second: Path) -> dict[str, bool]:
 
 
 def _digest(path: Path) -> str | None:
-    """Of a file's bytes; of a safetensors file's header as data, for that library writes its metadata in any order."""
+    """Digest a file's bytes; a safetensors header as data, for that library writes its metadata in any order."""
     if not path.is_file():
         return None
     content = path.read_bytes()

@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Operations:
-    """Of one prediction, guidance counted; a multiplication and an addition are two."""
+    """Count the operations of one prediction, guidance included; a multiplication and an addition are two."""
 
     forward: float  # in a rollout
     trained: float  # in the gradient pass: forward, recomputation and backward

@@ -30,7 +30,7 @@ class Timed:
         return Timed(rows, rows_run, seconds, seconds * rows / rows_run)
 
     def record(self) -> dict[str, float]:
-        """Its figures by name."""
+        """The figures by name."""
         return asdict(self)
 
 
@@ -63,7 +63,7 @@ class SampledDenoiser:
 
     @property
     def seconds_run(self) -> float:
-        """Of the batches that were run."""
+        """The seconds of the batches that were run."""
         return sum(sum(times) for times in self.seconds.values())
 
     def timed(self, total: float) -> Timed:

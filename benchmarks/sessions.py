@@ -58,7 +58,7 @@ class Prompts:
 
     @staticmethod
     def of(session: Session, iteration: int) -> Prompts:
-        """Those that a run would take."""
+        """The prompts that a run would take."""
         batch = plan_batch(session, iteration)
         return Prompts(batch, session.policy.under(batch.conditions))
 

@@ -122,12 +122,12 @@ class Work:
 
     @property
     def attention_flops(self) -> float:
-        """Of them, those of attention: N 4 S (S + C) D."""
+        """The operations of attention among them: N 4 S (S + C) D."""
         tokens = self.layout.tokens
         return float(self.sizes.num_layers * 4 * tokens * self.width * (tokens + self.text + self.image))
 
     def conditioning(self, texts: int) -> int:
-        """Of one encoded condition with ``texts`` texts; the conditioning video is float32, two numbers each."""
+        """Return the numbers of one encoded condition with ``texts`` texts; a float32 number counts twice."""
         video = self.sizes.in_channels - self.layout.latent[0]
         video_numbers = 2 * video * math.prod(self.layout.latent[1:])
         return int(texts * self.text * self.sizes.text_dim + self.image * (self.sizes.image_dim or 0) + video_numbers)

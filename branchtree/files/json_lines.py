@@ -13,9 +13,9 @@ from branchtree.errors import BranchTreeError, DataError, shortened, shown
 from branchtree.files.reading import half_character, read_text
 
 MOST_DIGITS = 300
-"""Of a whole number; a longer one is no float either, and Python refuses to print the longest ones."""
+"""Digits that a whole number may have; a longer one is no float either, and Python refuses to print the longest."""
 MOST_LEVELS = 64
-"""Of lists and objects in each other, so that whatever walks through them later can."""
+"""How deep lists and objects may lie in each other, so that whatever walks through them later can."""
 
 
 def numbered_lines(path: Path) -> list[tuple[str, str]]:

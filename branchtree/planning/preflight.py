@@ -34,7 +34,7 @@ PROCESSES = (2, 4, 8, 16, 32, 64)
 """Numbers of GPUs that weights may be sharded over, in the order they are tried."""
 NAMED = 4  # needs that a message names
 RELIEF = 0.9
-"""Of what stays on the device by the estimate, what must be left where that did not fit after all."""
+"""The fraction of the estimate that must suffice where the whole of it did not fit after all."""
 NOTHING = "nothing that is known here; take a larger device"
 
 

@@ -16,9 +16,9 @@ PromptFile = Annotated[str, PathKey(always=True, names=("hub:",))]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 
 MOST_LEAVES = 2**16
-"""Of one prompt's tree."""
+"""Leaves that one prompt's tree may have."""
 MOST_NODES = 2**19
-"""Of all trees of an iteration; their indices alone are worked with before anything is planned."""
+"""Nodes that all trees of an iteration may have; their indices are worked with before anything is planned."""
 
 
 class Section(BaseModel):

@@ -12,7 +12,7 @@ LONGEST = 160  # pixels
 MOVING_BYTES = 4 * 1024**2  # of the page, for animations
 
 Thumbnails = Mapping[int, Picture]
-"""Of one tree, by node."""
+"""The thumbnails of one tree, by node."""
 
 
 def read_thumbnails(run: Run, trees: Sequence[Tree]) -> list[Thumbnails]:

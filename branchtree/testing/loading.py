@@ -69,7 +69,7 @@ class LoadingPromises(LoadedOnce):
                 continue
 
     def test_conditions_are_checked_before_loading(self, case: AdapterCase) -> None:
-        """Those of the case pass; those it says must be refused are, by a DataError that names them."""
+        """The case's conditions pass; the ones that must be refused are, by a DataError that names them."""
         adapter = case.build()
         for condition in case.conditions:
             adapter.check(condition)

@@ -201,7 +201,7 @@ class RewardPromises:
             _require_close(_score(loaded, case, media, order).values, whole[order], case.tolerance)
 
     def test_a_group_has_no_order(self, case: RewardCase, loaded: RewardAdapter) -> None:
-        """Of a reward that compares: samples in another order have the same scores in that order."""
+        """A reward that compares samples gives them the same scores in another order."""
         if not _groupwise(loaded):
             pytest.skip("this reward judges each sample alone")
         for media in case.samples():
@@ -231,7 +231,7 @@ class RewardPromises:
             _require_equal(_score(twin, case, media), scores)
 
     def test_it_leaves_the_global_random_state_alone(self, case: RewardCase) -> None:
-        """That of torch, of numpy and of Python: building, loading and scoring draw nothing from them."""
+        """Building, loading and scoring draw nothing from the generators of torch, numpy and Python."""
         with _global_seed(271_828):
             before = _random_states()
             adapter = case.load()

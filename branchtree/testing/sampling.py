@@ -78,7 +78,7 @@ class SamplingPromises(LoadedOnce):
         assert any(not torch.equal(rows[0], rows[1]) for rows in together.values())
 
     def test_predictions_are_float32_and_repeatable(self, case: AdapterCase, loaded: ModelAdapter) -> None:
-        """Of the latents' shape and finite; the arguments are left as they are."""
+        """They have the latents' shape and are finite; the arguments are left as they are."""
         asked, kept = make_question(loaded, case.conditions), make_question(loaded, case.conditions)
         answer = predict_rows(loaded, asked)
         assert answer.shape == asked.latents.shape and answer.dtype == torch.float32

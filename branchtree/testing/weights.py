@@ -53,7 +53,7 @@ class WeightPromises:
             require_close(checkpointed[name], gradient, tolerance)
 
     def test_lora_starts_as_the_base_model_from_its_seed_alone(self, case: AdapterCase) -> None:
-        """Its weights are new, float32 and the only ones trained; torch's global random state is left as it was."""
+        """The new weights are float32 and the only ones trained; torch's global random state is left as it was."""
         drawn = []
         for seed, disturbance in ((3, 0), (3, 1), (4, 0)):
             adapter = load(case)

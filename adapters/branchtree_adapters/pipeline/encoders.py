@@ -40,7 +40,7 @@ class EncoderSource:
         others: Mapping[str, torch.dtype],
         encoders: Iterable[str],
     ) -> EncoderSource:
-        """Those of ``encoders`` that the pipeline's class has a place for."""
+        """The ``encoders`` that the pipeline's class takes."""
         places = inspect.signature(pipeline.__init__).parameters
         return EncoderSource(pipeline, source, dtype, others, tuple(name for name in encoders if name in places))
 

@@ -14,7 +14,7 @@ from branchtree.studies.diversity.kernels import CubicKernel, FeatureKernel, Rbf
 from branchtree.studies.diversity.sums import SampleSet, draw_subsets, pair_sums, self_sums
 
 SUBSETS, SUBSET_SIZE = 100, 1000
-"""Those of KID as others report it."""
+"""Subsets, and samples in each, that KID is commonly reported with."""
 
 
 @dataclass(frozen=True)

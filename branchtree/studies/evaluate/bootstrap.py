@@ -49,7 +49,7 @@ def clustered_interval(
 
 
 def _standard_error(squares: Tensor, samples: Tensor, prompts: int) -> Tensor:
-    """Of a mean, from the sum of its prompts' squared residuals: the cluster-robust one, with G / (G - 1)."""
+    """Return a mean's cluster-robust standard error from the sum of its prompts' squared residuals (G / (G - 1))."""
     return (squares * prompts / (prompts - 1)).sqrt() / samples
 
 

@@ -67,7 +67,7 @@ def compare_scores(
 
 
 def _interval(values: Tensor, clusters: Tensor, seed: int, level: float) -> Interval | None:
-    """Of the mean of S values, whose prompts are the clusters; prompts without a value take no part."""
+    """Return the interval of the mean of S values; their prompts are clusters, and one without a value is left out."""
     present, member = clusters.unique(return_inverse=True)
     if len(present) < 2:
         return None

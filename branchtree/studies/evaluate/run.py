@@ -25,10 +25,10 @@ from branchtree.training.policy import Policy
 from branchtree.training.session import load_model, load_rewards, make_accelerator
 
 NOISES_SHOWN = 4
-"""Of a prompt, in a grid of images; a video's strip of frames is as wide as these."""
+"""Samples of a prompt in a grid of images; a video's strip of frames is as wide as these."""
 
 Advance = Callable[[int, int], None]
-"""Told how many samples this process has made, and how many all processes will make."""
+"""Called with the number of samples that this process has made, and that all processes will make."""
 
 
 @dataclass(frozen=True)

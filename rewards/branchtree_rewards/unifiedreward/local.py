@@ -60,7 +60,7 @@ class LocalModel:
 
     @property
     def name(self) -> str:
-        """Its hub id or folder."""
+        """The model's hub id or folder."""
         return self._path
 
     def footprint(self) -> RewardFootprint | None:
