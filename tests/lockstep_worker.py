@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from branchtree import load_recipe
 from branchtree.core.families import collect_families
+from branchtree.core.loss import clipped_loss
 from branchtree.core.noise import IndependentSiblings, NoiseSource
 from branchtree.core.rollout import Sampler, forwards, rollout
 from branchtree.core.schedule import TreePlan
@@ -184,7 +186,7 @@ def run(accelerator: Any, schedule: Schedule, mine: Schedule) -> dict[str, Any]:
         accelerator=accelerator,
         engine=engine,
         scheduler=LearningRate(engine.optimizer, OptimSection(), schedule["steps"]),
-        objective=Objective(sampler, loss, accelerator.device),
+        objective=Objective(sampler, loss, accelerator.device, partial(clipped_loss, clip=loss.clip_range)),
         max_grad_norm=1.0,
         limit=RowLimit("batch.update_rows", schedule["update_rows"]),
         guard=UpdateGuard(OptimSection()),

@@ -137,7 +137,7 @@ def recipes() -> None:
 
 @app.command()
 def plugins() -> None:
-    """List the installed models, rewards, callbacks and feature spaces, and plug-ins that cannot be loaded."""
+    """List the installed models, rewards, callbacks, feature spaces and rules, and plug-ins that cannot be loaded."""
     console = make_console()
     from branchtree.plugins.registry import registry
 
@@ -148,6 +148,7 @@ def plugins() -> None:
         "reward": found.rewards,
         "callback": found.callbacks,
         "features": found.features,
+        **found.rules,
     }
     for kind, entries in kinds.items():
         for entry in entries.values():

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from branchtree.core.advantages import ESTIMATORS, Advantages
+from branchtree.core.advantages import ESTIMATORS, Advantages, Estimator
 from branchtree.core.families import Families, collect_families, trained_edges
 from branchtree.core.fusion import TIE, NodeValues, PathScale, fuse
-from branchtree.core.pruning import EdgeMask, all_of, depth_window, extreme_leaves, parent_top1, trainable_edges
+from branchtree.core.pruning import EdgeMask, Prune, all_of, depth_window, extreme_leaves, parent_top1, trainable_edges
 from branchtree.core.scores import Scores
 from branchtree.core.segments import segment_size, segment_standardised
 from branchtree.core.tree import Topology
@@ -28,7 +28,7 @@ class CreditRule:
 
     beta: float = 1.0
     scale: PathScale = "mean"
-    estimator: Literal["depth", "leaf", "sibling"] = "depth"
+    estimator: str | Estimator = "depth"  # a built-in one by name: depth, leaf or sibling
     combine: Literal["advantages", "rewards"] = "advantages"
     eps: float = 1e-8
     clip: float = 5.0
@@ -37,13 +37,14 @@ class CreditRule:
 
 @dataclass(frozen=True)
 class PruningRule:
-    """Which edges are left out of the gradient pass."""
+    """Which edges are left out of the gradient pass: by a built-in rule, or by one that is given."""
 
-    kind: Literal["none", "parent_top1", "extreme", "depth"] = "none"
+    kind: Literal["none", "parent_top1", "extreme", "depth", "given"] = "none"
     count: int = 4  # extreme: leaves kept at each end
     size: int = 4  # depth: steps in the window
     every: int = 30  # depth: iterations per move
     stop: int = 15  # depth: where the window's first step stops
+    given: Prune | None = None
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ def assign_credit(
 
 def prune(topology: Topology, values: NodeValues, rule: PruningRule, iteration: int) -> EdgeMask:
     """The edges that a pruning rule other than ``none`` keeps; ``values`` rank nodes and, at the last depth, leaves."""
+    if rule.given is not None:
+        return rule.given(topology, values, iteration)
     if rule.kind == "parent_top1":
         return parent_top1(topology, values)
     if rule.kind == "extreme":
@@ -165,7 +168,8 @@ def _size(topology: Topology, rewards: Tensor, valid: Tensor) -> Tensor:
 
 
 def _estimate(topology: Topology, values: NodeValues, rule: CreditRule) -> Advantages:
-    return ESTIMATORS[rule.estimator](topology, values, rule.eps)
+    estimator = ESTIMATORS[rule.estimator] if isinstance(rule.estimator, str) else rule.estimator
+    return estimator(topology, values, rule.eps)
 
 
 def _added(advantages: Sequence[Advantages]) -> Advantages:

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+EdgeLoss = Callable[[Tensor, Tensor], Tensor]
+"""(ratio (E,), advantage (E,)) -> loss (E,), differentiable in the ratio."""
 
 
 def probability_ratio(log_prob: Tensor, old_log_prob: Tensor) -> Tensor:

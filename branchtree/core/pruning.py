@@ -5,7 +5,7 @@ A mask is per depth (N_d,) bool and speaks of the edge into each node; that of d
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,8 @@ from branchtree.core.segments import segment_count, segment_max
 from branchtree.core.tree import Topology
 
 EdgeMask = tuple[Tensor, ...]
+Prune = Callable[[Topology, NodeValues, int], EdgeMask]
+"""Returns the edges to train, from the values that rank nodes and leaves, at an iteration."""
 
 
 def trainable_edges(topology: Topology) -> EdgeMask:

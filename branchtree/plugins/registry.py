@@ -21,13 +21,23 @@ from branchtree.errors import PluginError, nearest
 from branchtree.plugins import hookspecs
 from branchtree.plugins.protocols import RewardCard
 
+RULES = {
+    "transition": "register_transitions",
+    "sibling noise": "register_siblings",
+    "split rule": "register_splits",
+    "advantage estimator": "register_estimators",
+    "pruning rule": "register_pruning",
+    "loss": "register_losses",
+}
+"""The kinds of rules that a method is made of, and the hook that registers each."""
+
 
 @dataclass(frozen=True)
 class Entry:
-    """One registered model family, reward, feature space or callback."""
+    """One registered model family, reward, feature space, callback or rule of the method."""
 
     name: str
-    build: Callable[[Any], Any]  # from a validated config
+    build: Callable[..., Any]  # from a validated config; a rule also gets its section of the recipe
     config: type[BaseModel]
     summary: str
     distribution: str
@@ -56,6 +66,7 @@ class Registry:
     rewards: dict[str, Entry] = field(default_factory=dict)
     callbacks: dict[str, Entry] = field(default_factory=dict)
     features: dict[str, Entry] = field(default_factory=dict)
+    rules: dict[str, dict[str, Entry]] = field(default_factory=lambda: {kind: {} for kind in RULES})
     recipe_folders: list[Path] = field(default_factory=list)
     broken: list[Broken] = field(default_factory=list)
 
@@ -74,6 +85,10 @@ class Registry:
     def feature(self, name: str) -> Entry:
         """The feature space of that name. Raises PluginError."""
         return self._lookup("feature space", self.features, name)
+
+    def rule(self, kind: str, name: str) -> Entry:
+        """Return a rule of the method, such as the ``transition`` of that name. Raises PluginError."""
+        return self._lookup(kind, self.rules[kind], name)
 
     @property
     def failures(self) -> str:
@@ -130,6 +145,8 @@ def _register(found: Registry, name: str, distribution: str, plugin: object) -> 
     manager.hook.register_rewards(register=_adder("reward", found.rewards, distribution))
     manager.hook.register_callbacks(register=_adder("callback", found.callbacks, distribution))
     manager.hook.register_features(register=_adder("feature space", found.features, distribution))
+    for kind, hook in RULES.items():
+        getattr(manager.hook, hook)(register=_adder(kind, found.rules[kind], distribution))
     manager.hook.register_recipes(register=found.recipe_folders.append)
 
 
@@ -144,7 +161,7 @@ def _adder(kind: str, entries: dict[str, Entry], distribution: str) -> Callable[
     def register(
         name: str,
         *,
-        build: Callable[[Any], Any],
+        build: Callable[..., Any],
         config: type[BaseModel],
         summary: str,
         card: RewardCard | None = None,

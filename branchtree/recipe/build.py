@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,16 +12,18 @@ from pydantic import BaseModel
 
 from branchtree.core.credit import CreditRule, PruningRule
 from branchtree.core.grid import time_grid
-from branchtree.core.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
+from branchtree.core.loss import EdgeLoss
+from branchtree.core.noise import Siblings
 from branchtree.core.rollout import Sampler
-from branchtree.core.schedule import DrawnSplits, FixedSplits, Schedule, SlidingWindow, SplitAtWindow, Splits, TreePlan
+from branchtree.core.schedule import Schedule, TreePlan
 from branchtree.core.sharing import TreeShare, cut
-from branchtree.core.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel
+from branchtree.core.transitions import Kernel
 from branchtree.errors import RecipeError
+from branchtree.plugins.builtin import sliding_window
 from branchtree.plugins.protocols import Callback, GroupReward, ModelAdapter, RewardAdapter
 from branchtree.plugins.registry import registry
 from branchtree.recipe.load import validate_options
-from branchtree.recipe.schema import CallbackSection, Recipe, RewardSection, SamplerSection, TreeSection
+from branchtree.recipe.schema import CallbackSection, Choice, Recipe, RewardSection, SamplerSection, TreeSection
 from branchtree.recipe.source import KeyPath
 
 log = logging.getLogger("branchtree")
@@ -43,15 +44,24 @@ class NamedReward:
         return isinstance(self.adapter, GroupReward) and self.adapter.groupwise
 
 
+def make_rule(kind: str, name: str, choice: Choice | None, at: KeyPath, *given: Any) -> Any:
+    """Build a rule of the method: the one of a section's ``choice``, or that of ``name``.
+
+    ``at`` is the choice's key; ``given`` is what the kind's ``build`` gets beside its own configuration. Raises
+    PluginError for a name that is not registered, and RecipeError for keys that the rule does not have.
+    """
+    entry = registry().rule(kind, name if choice is None else choice.name)
+    return entry.build(validate_options(entry.config, {} if choice is None else choice.options, at), *given)
+
+
 def make_schedule(recipe: Recipe) -> Schedule:
-    """The schedule of the ``tree`` section."""
+    """Return the schedule of the ``tree`` section."""
     tree = recipe.tree
-    deepest = tree.steps - 2  # the last step is deterministic
-    window = _window(tree, deepest)
+    name = tree.splits if isinstance(tree.splits, str) else "list"
     return Schedule(
         steps=tree.steps,
-        splits=_splits(tree, recipe.seed, deepest, window),
-        sde=window if tree.sde == "window" else tree.sde,
+        splits=make_rule("split rule", name, tree.split_rule, ("tree", "split_rule"), tree, recipe.seed),
+        sde=sliding_window(tree) if tree.sde == "window" else tree.sde,
         continuation=tree.continuation,
         fraction=tree.timestep_fraction,
         seed=recipe.seed,
@@ -71,43 +81,17 @@ def make_shares(recipe: Recipe, plan: TreePlan) -> list[TreeShare]:
     return cut(plan, processes)
 
 
-def _window(tree: TreeSection, deepest: int) -> SlidingWindow:
-    window = tree.window
-    stop = deepest + 1 - window.size if window.stop is None else window.stop
-    return SlidingWindow(window.size, window.start, window.every, max(stop, window.start))
-
-
-def _splits(tree: TreeSection, seed: int, deepest: int, window: SlidingWindow) -> Splits:
-    one = tree.branches if isinstance(tree.branches, int) else tree.branches[0]
-    if tree.splits == "window":
-        return SplitAtWindow(window, one)
-    if tree.splits == "single":
-        first = min(math.ceil(tree.draw.first * tree.steps), deepest)
-        last = min(math.floor(tree.draw.last * tree.steps), deepest)
-        return DrawnSplits(first, max(first, last), one, seed)
-    steps = tree.split_steps
-    branches_each = (tree.branches,) * len(steps) if isinstance(tree.branches, int) else tree.branches
-    return FixedSplits(steps, branches_each)
-
-
 def make_kernel(sampler: SamplerSection, prediction: str) -> Kernel:
-    """The transition kernel. Raises RecipeError if it does not suit what the model predicts."""
-    if (sampler.kind == "ddim") != (prediction in {"noise", "v"}):
-        suits = "ddim" if prediction in {"noise", "v"} else "dance, flow or cps"
-        raise RecipeError(
-            f"sampler.kind: '{sampler.kind}' does not suit a model that predicts {prediction}; use {suits}"
-        )
-    if sampler.kind == "ddim":
-        return Ddim(sampler.eta, "v" if prediction == "v" else "noise")
-    kernels: dict[str, Callable[[float], Kernel]] = {"dance": DanceSde, "flow": FlowSde, "cps": CpsSde}
-    return kernels[sampler.kind](sampler.eta)
+    """Return the transition kernel. Raises RecipeError if it does not suit what the model predicts."""
+    at = ("sampler", "transition")
+    kernel: Kernel = make_rule("transition", sampler.kind, sampler.transition, at, sampler, prediction)
+    return kernel
 
 
 def make_siblings(tree: TreeSection) -> Siblings:
-    """How siblings' noises relate."""
-    if tree.siblings == "correlated":
-        return CorrelatedSiblings(tree.strength)
-    return SimplexSiblings() if tree.siblings == "simplex" else IndependentSiblings()
+    """Return how siblings' noises relate."""
+    siblings: Siblings = make_rule("sibling noise", tree.siblings, tree.sibling_noise, ("tree", "sibling_noise"), tree)
+    return siblings
 
 
 def make_sampler(recipe: Recipe, model: ModelAdapter) -> Sampler:
@@ -131,7 +115,7 @@ def make_credit_rule(recipe: Recipe) -> CreditRule:
     return CreditRule(
         credit.beta,
         credit.path_scale,
-        credit.advantage,
+        make_rule("advantage estimator", credit.advantage, credit.estimator, ("credit", "estimator"), credit),
         credit.combine,
         credit.eps,
         credit.clip,
@@ -164,8 +148,18 @@ def check_learns(recipe: Recipe) -> None:
 
 
 def make_pruning_rule(recipe: Recipe) -> PruningRule:
-    """The ``pruning`` section."""
-    return PruningRule(**recipe.pruning.model_dump())
+    """Return the rule of the ``pruning`` section."""
+    section = recipe.pruning
+    if section.rule is None and section.kind == "none":
+        return PruningRule()
+    given = make_rule("pruning rule", section.kind, section.rule, ("pruning", "rule"), section)
+    return PruningRule("given", every=section.every, given=given)
+
+
+def make_edge_loss(recipe: Recipe) -> EdgeLoss:
+    """Return the loss of an edge."""
+    loss: EdgeLoss = make_rule("loss", "clipped", recipe.loss.objective, ("loss", "objective"), recipe.loss)
+    return loss
 
 
 def make_model(recipe: Recipe) -> ModelAdapter:

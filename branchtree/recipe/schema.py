@@ -38,6 +38,12 @@ class PluginSection(BaseModel):
         return dict(self.model_extra or {})
 
 
+class Choice(PluginSection):
+    """``name``: a rule of the method that a plug-in registers; other keys belong to it."""
+
+    name: str = Field(description="The rule's name; `branchtree plugins` lists them.")
+
+
 class ModelSection(PluginSection):
     """``model``: which model family; its other keys (path, size, guidance) belong to the adapter."""
 
@@ -155,6 +161,12 @@ class TreeSection(Section):
         default=1.0, gt=0, le=1, description="The fraction of its stochastic steps that each trajectory trains."
     )
     noise_seed: Seed = Field(default=1223627, description="Seed of the initial noise.")
+    split_rule: Choice | None = Field(
+        default=None, description="A rule of where trees split, by name, in place of `splits`."
+    )
+    sibling_noise: Choice | None = Field(
+        default=None, description="A relation of siblings' noises, by name, in place of `siblings`."
+    )
 
     @field_validator("splits")
     @classmethod
@@ -221,7 +233,7 @@ class TreeSection(Section):
     @property
     def factors(self) -> dict[int, int]:
         """The split steps and their branch factors; one that is drawn or slides stands at the first step."""
-        steps = self.split_steps or (() if self.splits == () else (0,))
+        steps = self.split_steps or (() if self.splits == () and self.split_rule is None else (0,))
         branches = (self.branches,) * len(steps) if isinstance(self.branches, int) else self.branches
         return dict(zip(steps, branches, strict=False))
 
@@ -236,7 +248,9 @@ class TreeSection(Section):
 
     @property
     def split_steps(self) -> tuple[int, ...]:
-        """The fixed split steps; none where they are drawn."""
+        """The fixed split steps; none where they are drawn, or a plug-in's rule says where they are."""
+        if self.split_rule is not None:
+            return ()
         if isinstance(self.splits, str):
             return PRESET_SPLITS.get(self.splits, ())
         return self.splits
@@ -263,6 +277,7 @@ class SamplerSection(Section):
     log_prob: Literal["mean", "sum"] = Field(
         default="mean", description="An edge's log-density is averaged or summed over latent dimensions."
     )
+    transition: Choice | None = Field(default=None, description="A transition, by name, in place of `kind`.")
 
     @field_validator("eta")
     @classmethod
@@ -296,6 +311,9 @@ class CreditSection(Section):
         le=1e6,
         description="Each reward's advantages are clipped to plus and minus this, before its weight.",
     )
+    estimator: Choice | None = Field(
+        default=None, description="An estimator of advantages, by name, in place of `advantage`."
+    )
 
 
 class PruningSection(Section):
@@ -308,6 +326,7 @@ class PruningSection(Section):
     size: int = Field(default=4, ge=1, description="`depth`: steps in the window.")
     every: int = Field(default=30, ge=1, description="`depth`: iterations before the window moves one step deeper.")
     stop: int = Field(default=15, ge=0, description="`depth`: the deepest step that the window may start at.")
+    rule: Choice | None = Field(default=None, description="A pruning rule, by name, in place of `kind`.")
 
 
 class LossSection(Section):
@@ -330,6 +349,9 @@ class LossSection(Section):
         description="The behaviour policy's densities after an iteration's first optimiser step: those of "
         "the `rollout`, or `recomputed` in the batches that are trained, which costs a "
         "forward and leaves no numerical mismatch.",
+    )
+    objective: Choice | None = Field(
+        default=None, description="The loss of an edge, by name; the clipped policy gradient by default."
     )
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from branchtree.core.families import Families, FamilyBatch, gather
-from branchtree.core.loss import clipped_away, clipped_loss, probability_ratio
+from branchtree.core.loss import EdgeLoss, clipped_away, probability_ratio
 from branchtree.core.noise import Purpose, generator
 from branchtree.core.rollout import Sampler, VelocityFunction, chunks
 from branchtree.core.transfer import send
@@ -86,6 +86,7 @@ class Objective:
     sampler: Sampler
     loss: LossSection
     device: torch.device
+    edge_loss: EdgeLoss
 
     @cached_property
     def _noise_weights(self) -> Tensor:
@@ -108,7 +109,7 @@ class Objective:
             old = log_prob.detach()
             record.mismatch.append((old - batch.log_prob).abs())
         ratio = probability_ratio(log_prob, batch.log_prob if old is None else old)
-        losses = clipped_loss(ratio, batch.advantage, self.loss.clip_range)
+        losses = self.edge_loss(ratio, batch.advantage)
         if self.loss.weighting == "noise":
             weights = self._noise_weights[batch.families.depth][batch.families.family]
             losses = losses * send(weights, losses.device)

@@ -21,8 +21,9 @@ def iteration_costs(recipe: Recipe) -> Iterator[Cost]:
     iteration = 0
     while True:
         plans = tuple(schedule.plan(iteration, prompt) for prompt in order.batch(iteration, recipe.batch.prompts))
-        # A pruning window moves every so many iterations; nothing else of the cost depends on the iteration itself.
-        key = (plans, iteration // pruning.every if pruning.kind == "depth" else 0)
+        # A pruning window moves every so many iterations, and a plug-in's rule may look at each; nothing else does.
+        section = recipe.pruning
+        key = (plans, iteration if section.rule else iteration // section.every if section.kind == "depth" else 0)
         if key not in known:
             known[key] = count(plans, rule, pruning, iteration)
         yield known[key]

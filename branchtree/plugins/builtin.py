@@ -1,0 +1,160 @@
+"""The library's own rules of the method, registered as any plug-in's are."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from branchtree.core.advantages import ESTIMATORS, Estimator
+from branchtree.core.credit import PruningRule, prune
+from branchtree.core.loss import EdgeLoss, clipped_loss
+from branchtree.core.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
+from branchtree.core.pruning import Prune, trainable_edges
+from branchtree.core.schedule import PRESET_SPLITS, DrawnSplits, FixedSplits, SlidingWindow, SplitAtWindow, Splits
+from branchtree.core.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel
+from branchtree.errors import RecipeError
+from branchtree.plugins.hookspecs import Register, hookimpl
+
+
+class NoKeys(BaseModel):
+    """The built-in rules read the keys of their section, and have none of their own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@hookimpl
+def register_transitions(register: Register) -> None:
+    """Register the four kernels."""
+    flow: dict[str, tuple[Callable[[float], Kernel], str]] = {
+        "dance": (DanceSde, "The flow's SDE at one noise level everywhere (DanceGRPO)."),
+        "flow": (FlowSde, "The flow's SDE at a noise level that grows with sigma (Flow-GRPO)."),
+        "cps": (CpsSde, "Coefficient-preserving sampling (Flow-CPS)."),
+    }
+    for name, (kernel, summary) in flow.items():
+        register(name, build=partial(_flow_kernel, name, kernel), config=NoKeys, summary=summary)
+    register("ddim", build=_ddim, config=NoKeys, summary="The eta-DDIM posterior, for models that predict noise or v.")
+
+
+def _flow_kernel(name: str, kernel: Callable[[float], Kernel], config: NoKeys, section: Any, prediction: str) -> Kernel:
+    if prediction != "velocity":
+        raise RecipeError(f"sampler.kind: '{name}' does not suit a model that predicts {prediction}; use ddim")
+    return kernel(section.eta)
+
+
+def _ddim(config: NoKeys, section: Any, prediction: str) -> Kernel:
+    if prediction not in {"noise", "v"}:
+        raise RecipeError(
+            f"sampler.kind: 'ddim' does not suit a model that predicts {prediction}; use dance, flow or cps"
+        )
+    return Ddim(section.eta, "v" if prediction == "v" else "noise")
+
+
+@hookimpl
+def register_siblings(register: Register) -> None:
+    """Register how siblings' noises may relate."""
+
+    def correlated(config: NoKeys, section: Any) -> Siblings:
+        return CorrelatedSiblings(section.strength)
+
+    def independent(config: NoKeys, section: Any) -> Siblings:
+        return IndependentSiblings()
+
+    def simplex(config: NoKeys, section: Any) -> Siblings:
+        return SimplexSiblings()
+
+    register("correlated", build=correlated, config=NoKeys, summary="Siblings' noises correlate (BranchGRPO).")
+    register("independent", build=independent, config=NoKeys, summary="Siblings' noises are independent.")
+    register("simplex", build=simplex, config=NoKeys, summary="Siblings' noises sum to 0.")
+
+
+@hookimpl
+def register_splits(register: Register) -> None:
+    """Register the presets, a list of steps, a drawn step and the step of a sliding window."""
+    for name in (*PRESET_SPLITS, "list"):
+        summary = "The steps that the recipe lists." if name == "list" else f"Steps {PRESET_SPLITS[name]}."
+        register(name, build=_fixed_splits, config=NoKeys, summary=summary)
+    register("single", build=_drawn_split, config=NoKeys, summary="One step, drawn for each prompt and iteration.")
+    register("window", build=_window_split, config=NoKeys, summary="The first step of the sliding SDE window.")
+
+
+def _fixed_splits(config: NoKeys, section: Any, seed: int) -> Splits:
+    steps = section.split_steps
+    branches = (section.branches,) * len(steps) if isinstance(section.branches, int) else section.branches
+    return FixedSplits(steps, branches)
+
+
+def _drawn_split(config: NoKeys, section: Any, seed: int) -> Splits:
+    deepest = section.steps - 2  # the last step is deterministic
+    first = min(math.ceil(section.draw.first * section.steps), deepest)
+    last = min(math.floor(section.draw.last * section.steps), deepest)
+    return DrawnSplits(first, max(first, last), _one_factor(section), seed)
+
+
+def _window_split(config: NoKeys, section: Any, seed: int) -> Splits:
+    return SplitAtWindow(sliding_window(section), _one_factor(section))
+
+
+def _one_factor(section: Any) -> int:
+    return int(section.branches if isinstance(section.branches, int) else section.branches[0])
+
+
+def sliding_window(section: Any) -> SlidingWindow:
+    """Return the window of SDE steps of a ``tree`` section."""
+    window, deepest = section.window, section.steps - 2
+    stop = deepest + 1 - window.size if window.stop is None else window.stop
+    return SlidingWindow(window.size, window.start, window.every, max(stop, window.start))
+
+
+@hookimpl
+def register_estimators(register: Register) -> None:
+    """Register the three estimators of advantages."""
+    summaries = {
+        "depth": "Each node against its depth (BranchGRPO).",
+        "leaf": "Each node against the leaves that are not below it.",
+        "sibling": "Each node against its siblings.",
+    }
+
+    def builder(estimator: Estimator) -> Callable[[NoKeys, Any], Estimator]:
+        return lambda config, section: estimator
+
+    for name, summary in summaries.items():
+        register(name, build=builder(ESTIMATORS[name]), config=NoKeys, summary=summary)
+
+
+@hookimpl
+def register_pruning(register: Register) -> None:
+    """Register no pruning, and the paper's three rules."""
+    summaries = {
+        "parent_top1": "Below the last split, only the best child of each parent is trained.",
+        "extreme": "Below the last split, only the best and worst leaves are trained.",
+        "depth": "A window of steps that slides deeper is left out.",
+    }
+
+    def builder(kind: Any) -> Callable[[NoKeys, Any], Prune]:
+        def build(config: NoKeys, section: Any) -> Prune:
+            rule = PruningRule(kind, section.count, section.size, section.every, section.stop)
+            return lambda topology, values, iteration: prune(topology, values, rule, iteration)
+
+        return build
+
+    for name, summary in summaries.items():
+        register(name, build=builder(name), config=NoKeys, summary=summary)
+
+    def none(config: NoKeys, section: Any) -> Prune:
+        return lambda topology, values, iteration: trainable_edges(topology)
+
+    register("none", build=none, config=NoKeys, summary="All edges that the schedule trains.")
+
+
+@hookimpl
+def register_losses(register: Register) -> None:
+    """Register the clipped policy gradient."""
+
+    def clipped(config: NoKeys, section: Any) -> EdgeLoss:
+        return partial(clipped_loss, clip=section.clip_range)
+
+    register("clipped", build=clipped, config=NoKeys, summary="PPO's clipped objective.")
