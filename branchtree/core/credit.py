@@ -126,12 +126,12 @@ def assign_credit(
         return fuse(topology, log_prob, reward, valid, rule.beta, rule.scale, dimensions, size)
 
     values = {name: fused(reward, sizes[name]) for name, reward in rewards.items()}
-    advantages = _added(
-        [
-            tuple(weights[name] * level.clamp(-rule.clip, rule.clip) for level in _estimate(topology, value, rule))
-            for name, value in values.items()
-        ]
-    )
+    estimate = ESTIMATORS[rule.estimator] if isinstance(rule.estimator, str) else rule.estimator
+    weighted = []
+    for name, value in values.items():
+        levels = estimate(topology, value, rule.eps)
+        weighted.append([weights[name] * level.clamp(-rule.clip, rule.clip) for level in levels])
+    advantages = tuple(torch.stack(levels).sum(dim=0) for levels in zip(*weighted, strict=True))
     keep = trainable_edges(topology)
     if pruning.kind != "none":
         ranked = [
@@ -165,12 +165,3 @@ def standardised(topology: Topology, rewards: Tensor, valid: Tensor, size: Tenso
 def _size(topology: Topology, rewards: Tensor, valid: Tensor) -> Tensor:
     """Return the largest magnitude among each prompt's valid rewards, (P,)."""
     return segment_size(rewards[valid], topology.leaf_root[valid], topology.prompts)
-
-
-def _estimate(topology: Topology, values: NodeValues, rule: CreditRule) -> Advantages:
-    estimator = ESTIMATORS[rule.estimator] if isinstance(rule.estimator, str) else rule.estimator
-    return estimator(topology, values, rule.eps)
-
-
-def _added(advantages: Sequence[Advantages]) -> Advantages:
-    return tuple(torch.stack(levels).sum(dim=0) for levels in zip(*advantages, strict=True))
