@@ -9,8 +9,8 @@ things are set from outside: sdpa in place of flash attention, and float32 in pl
 
 In this project's environment, write a checkpoint:
 
-    python -c "from pathlib import Path; from branchtree_rewards.small.videoalign import write_small; \
-write_small(Path('small'))"
+    python -c "from pathlib import Path; from branchtree_rewards.small.videoalign import write_small_videoalign; \
+write_small_videoalign(Path('small'))"
 
 In the other one, record:
 

@@ -36,7 +36,7 @@ def test_500_iterations_need_no_more_memory_than_100(
 ) -> None:
     """The bound is half of what one tree kept per iteration would add."""
     plug(guest_site)
-    monkeypatch.setattr("branchtree_guest.model.LATENT", LATENT)
+    monkeypatch.setattr("branchtree_guest.model.GuestGaussian.latent_shape", LATENT)
     changes = {
         "tree.steps": 3,
         "tree.splits": [0],

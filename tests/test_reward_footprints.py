@@ -10,9 +10,9 @@ import torch
 from branchtree_rewards.clip.hps import FILES
 from branchtree_rewards.small.aesthetic import write_small_aesthetic as write_aesthetic
 from branchtree_rewards.small.clip import write_clip_folder, write_open_clip
-from branchtree_rewards.small.imagereward import write_small_aesthetic as write_imagereward
-from branchtree_rewards.small.unifiedreward import write_small_aesthetic as write_unifiedreward
-from branchtree_rewards.small.videoalign import write_small_aesthetic as write_videoalign
+from branchtree_rewards.small.imagereward import write_small_imagereward as write_imagereward
+from branchtree_rewards.small.unifiedreward import write_small_unifiedreward as write_unifiedreward
+from branchtree_rewards.small.videoalign import write_small_videoalign as write_videoalign
 
 from branchtree.plugins.protocols import RewardFootprint, SizedReward
 from branchtree.plugins.registry import registry

@@ -80,8 +80,8 @@ def test_a_folder_gives_its_files_and_a_file_stands_for_the_weights(tmp_path: Pa
 
 def test_a_small_checkpoint_is_written_when_asked_for_and_removed_at_the_end() -> None:
     program = """
-from branchtree_rewards.shared.source import locate
-source = locate("random:small", None, lambda folder: (folder / "w").touch())
+from branchtree_rewards.shared.source import locate_weights
+source = locate_weights("random:small", None, lambda folder: (folder / "w").touch())
 assert source.find("w").is_file()
 print(source.folder)
 """

@@ -1,5 +1,6 @@
 """The ``guest_gaussian`` model: images of a prompt are Gaussian around a mean that depends on the prompt's words."""
 
+import math
 import zlib
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -29,7 +30,7 @@ class GuestGaussian(ModelBase):
 
     def build_denoiser(self) -> nn.Module:
         """The mean of each bucket's words, 0 at first."""
-        mean = nn.Linear(WORDS, 3 * 4 * 4)
+        mean = nn.Linear(WORDS, math.prod(self.latent_shape))
         nn.init.zeros_(mean.weight)
         nn.init.zeros_(mean.bias)
         return nn.Sequential(OrderedDict(mean=mean))
@@ -42,7 +43,7 @@ class GuestGaussian(ModelBase):
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
-        """E[noise - image | latents] of latents (B, 3, 4, 4) = (1 - sigma) image + sigma noise."""
+        """E[noise - image | latents] of latents (B, *latent) = (1 - sigma) image + sigma noise."""
         denoiser, level = denoiser or self.denoiser, sigma.view(-1, 1, 1, 1)
         mean = denoiser(conditioning["words"].to(next(denoiser.parameters()).dtype)).view_as(latents)
         variance = ((1 - level) * self.config.spread) ** 2 + level**2
