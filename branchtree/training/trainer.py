@@ -191,10 +191,12 @@ class Trainer:
 
     def _divergence(self, error: Exception | None = None) -> DivergenceError | None:
         """What to raise if the weights have diverged: an ``error`` that ended the run is then only a symptom."""
-        policy = self._probe()
+        policy, processes = self._probe(), self._session.processes
+        together = error is None or processes.joint
+        if together and not all(processes.everyone(policy is not None)):
+            return None  # one that has no encoded prompt could not take part in the others' forwards
         if policy is None:
             return None
-        together = error is None or self._session.processes.joint
         try:
             problem = find_divergence(self._session, policy, together)
         except Exception as second:
