@@ -263,15 +263,13 @@ def test_costs_of_memory_in_a_process_of_its_own(words: list[str], monkeypatch: 
 def test_costs_of_processes(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each prompt 17 rows rolled out and 13 trained, with splits 0 and 2 in 6 steps.
 
-    Two processes that share each prompt's tree both compute its root, and a run of one process refuses to share.
+    Two processes that share each prompt's tree both compute its root.
     """
-    monkeypatch.setattr(costs, "COUNTS", (1,))
-    alone = costs.main(["processes", "--rounds", "1", *words])["processes"][1]
-    assert alone["rows"] == 2 * (1 + 2 + 2 + 4 + 4 + 4) + 2 * (1 + 2 + 2 + 4 + 4)
-    assert alone["total"] >= alone["rollout"] + alone["update"]
     monkeypatch.setattr(costs, "COUNTS", (2,))
     shared = costs.main(["processes", "--rounds", "1", *words, "batch.processes_per_prompt=2"])["processes"][2]
-    assert shared["rows"] > alone["rows"] / 2
+    alone = 2 * (1 + 2 + 2 + 4 + 4 + 4) + 2 * (1 + 2 + 2 + 4 + 4)
+    assert alone / 2 < shared["rows"] < alone
+    assert shared["total"] >= shared["rollout"] + shared["update"]
 
 
 def test_overhead_with_an_expensive_decoder(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,8 +17,8 @@ from branchtree.recipe.load import method_names
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
 NAMES = ("cuda", "cuda:0")  # as accelerate gives it, without an index, and with one
-BOTH = {"quickstart", "wan_quickstart"}
-JUDGED = {*BOTH, "flux_t2i_branchgrpo", "wan_i2v_motion"}
+BOTH = {"quickstart", "flux_t2i_branchgrpo"}
+JUDGED = {*BOTH, "wan_i2v_motion"}
 
 
 def briefly(name: str) -> dict[str, Any]:
