@@ -35,11 +35,11 @@ from sessions import QUIET, Prompts, credited, grown, opened, under, updated
 from branchtree.cli.arguments import parse_overrides
 from branchtree.planning.memory import estimate_memory
 from branchtree.recipe import load_recipe
+from branchtree.run.checkpoint import newest_whole
 from branchtree.run.directory import METRICS, TIMING, RunDirectory
-from branchtree.training.checkpoint import newest_whole, restore_weights
 from branchtree.training.keeper import CheckpointKeeper
-from branchtree.training.restore import load_checkpoint
 from branchtree.training.session import Session
+from branchtree.training.trained import load_checkpoint, restore_weights
 
 PRUNING = {"none": "branchgrpo", "parent_top1": "width_pruned", "extreme": "extreme_pruned", "depth": "depth_pruned"}
 COUNTS = (1, 2)  # of processes

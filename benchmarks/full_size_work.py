@@ -29,7 +29,8 @@ from branchtree.plugins.protocols import ModelAdapter
 from branchtree.recipe import load_recipe
 from branchtree.recipe.build import make_credit_rule, make_pruning_rule, make_schedule
 from branchtree.recipe.schema import Recipe
-from branchtree.training.session import Inputs, Session
+from branchtree.training.inputs import Inputs
+from branchtree.training.session import Session
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ from branchtree.core.tree import Topology
 from branchtree.plugins.protocols import Callback, Condition
 from branchtree.recipe import load_recipe
 from branchtree.run.directory import TIMING, RunDirectory
+from branchtree.training.inputs import read_inputs
 from branchtree.training.iteration import plan_batch
-from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
+from branchtree.training.loading import make_accelerator, open_session
+from branchtree.training.session import Session
 from branchtree.training.trainer import Trainer
 
 EXPENSIVE_REWARDS = [{"reward": name, "path": "random:small"} for name in ("hps", "pickscore")]

@@ -28,8 +28,10 @@ from branchtree.plugins.protocols import Condition, Media
 from branchtree.recipe import load_recipe
 from branchtree.recipe.build import NamedReward
 from branchtree.run.directory import RunDirectory
+from branchtree.training.inputs import read_inputs
 from branchtree.training.iteration import iterate
-from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
+from branchtree.training.loading import make_accelerator, open_session
+from branchtree.training.session import Session
 
 
 @dataclass

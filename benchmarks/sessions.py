@@ -17,9 +17,11 @@ from branchtree.core.tree import BranchTree
 from branchtree.recipe.build import make_credit_rule, make_edge_loss, make_pruning_rule, make_sampler, make_schedule
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import RunDirectory
+from branchtree.training.inputs import Inputs, read_inputs
 from branchtree.training.iteration import Batch, LeafScores, plan_batch
+from branchtree.training.loading import make_accelerator, open_session
 from branchtree.training.policy import Policy
-from branchtree.training.session import Inputs, Session, make_accelerator, open_session, read_inputs
+from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
 from branchtree.training.update import Objective, UpdateRecord
 

@@ -46,7 +46,7 @@ def train(
     where, before work is done that it would cost.
     """
     from branchtree.run.directory import RunDirectory
-    from branchtree.training.start import with_start
+    from branchtree.run.start import with_start
     from branchtree.training.trainer import train_recipe
 
     resolved = _resolve(recipe, overrides, smoke)

@@ -22,7 +22,8 @@ from branchtree import load_recipe, train
 from branchtree.plugins.protocols import Condition
 from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import randomise
-from branchtree.training.session import load_model, make_accelerator, open_session, read_inputs
+from branchtree.training.inputs import read_inputs
+from branchtree.training.loading import load_model, make_accelerator, open_session
 from branchtree.training.sharding import make_engine
 
 

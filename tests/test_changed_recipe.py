@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from branchtree import train
 from branchtree.errors import CheckpointError, RecipeError
-from branchtree.training.changes import differences, require_same_recipe, unused
+from branchtree.run.resume import differences, require_same_recipe, unused
 
 RECIPE: dict[str, Any] = {
     "name": "mine",

@@ -17,10 +17,10 @@ from training_runs import small
 
 from branchtree import load_recipe, train
 from branchtree.errors import CheckpointError, OutputError
+from branchtree.run.checkpoint import list_checkpoints, newest_whole
 from branchtree.run.ledger import LEDGER
 from branchtree.run.manifest import MANIFEST, require_whole, write_manifest
 from branchtree.studies.evaluate.subject import find_subject
-from branchtree.training.checkpoint import list_checkpoints, newest_whole
 from branchtree.training.keeper import CheckpointWriter
 
 SETTINGS = {"run.iterations": 6, "run.checkpoint_every": 2, "optim.ema": 0.5, "callbacks": []}

@@ -43,7 +43,7 @@ from branchtree.studies.diversity.sampling import (
 )
 from branchtree.studies.diversity.study import run_study
 from branchtree.studies.evaluate.subject import find_subject
-from branchtree.training.session import load_model
+from branchtree.training.loading import load_model
 
 SMALL = {"tree.steps": 4, "tree.splits": [0, 1], "batch.rollout_prompts": 3, "batch.decode_rows": 5}
 WORDS = ["tree.steps=4", "tree.splits=[0,1]"]

@@ -16,10 +16,11 @@ from training_runs import small
 
 from branchtree import load_recipe, train
 from branchtree.errors import BranchTreeError, TrackerError
+from branchtree.run.checkpoint import list_checkpoints, read_state
 from branchtree.run.directory import RunDirectory
 from branchtree.run.manifest import require_whole
-from branchtree.training.checkpoint import list_checkpoints, read_state
-from branchtree.training.session import make_accelerator, open_session, read_inputs
+from branchtree.training.inputs import read_inputs
+from branchtree.training.loading import make_accelerator, open_session
 from branchtree.training.trainer import Trainer
 
 JUDGED = {"prompts": ["a bright lamp"], "noises": 2, "every": 2, "rewards": [{"reward": "brittle"}]}

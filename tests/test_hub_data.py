@@ -18,7 +18,7 @@ from branchtree.recipe import load_recipe
 from branchtree.recipe.build import make_model
 from branchtree.studies.evaluate.request import EvaluationChoices, make_evaluation_request
 from branchtree.studies.evaluate.subject import Subject
-from branchtree.training.session import read_inputs
+from branchtree.training.inputs import read_inputs
 
 datasets = pytest.importorskip("datasets")
 

@@ -27,9 +27,11 @@ from branchtree.plugins.scores import ask
 from branchtree.recipe.build import NamedReward
 from branchtree.run.directory import RunDirectory
 from branchtree.run.manifest import write_manifest
+from branchtree.run.resume import find_checkpoint
 from branchtree.training.engine import WeightAverage
-from branchtree.training.restore import find_checkpoint
-from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
+from branchtree.training.inputs import read_inputs
+from branchtree.training.loading import make_accelerator, open_session
+from branchtree.training.session import Session
 from branchtree.training.trainer import Trainer
 
 

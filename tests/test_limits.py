@@ -27,10 +27,10 @@ from PIL import Image
 
 from branchtree.errors import OutputError
 from branchtree.files.writing import disk_failure, writing
+from branchtree.run.checkpoint import list_checkpoints
 from branchtree.run.lock import LOCK, sole_process
 from branchtree.run.manifest import require_whole
 from branchtree.training import conditioning as policy
-from branchtree.training.checkpoint import list_checkpoints
 
 # --- a full disk: files may not grow any more, which the system says as it says that a disk is full ---
 

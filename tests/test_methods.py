@@ -36,7 +36,9 @@ from branchtree.recipe.load import method_names
 from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import counted_rows
 from branchtree.training.continuation import ContinuationWatch, _compared
-from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
+from branchtree.training.inputs import read_inputs
+from branchtree.training.loading import make_accelerator, open_session
+from branchtree.training.session import Session
 from branchtree.training.trainer import Trainer
 
 LATENT = (2, 3)

@@ -26,9 +26,11 @@ from branchtree.recipe.build import NamedReward, make_credit_rule, make_pruning_
 from branchtree.recipe.schema import BatchSection
 from branchtree.run.directory import LIMITS, RunDirectory
 from branchtree.testing.probe import require_equal
+from branchtree.training.inputs import read_inputs
 from branchtree.training.limits import RowLimit, RowLimits
+from branchtree.training.loading import make_accelerator, open_session
 from branchtree.training.scoring import Piece, ScoringQueue
-from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
+from branchtree.training.session import Session
 from branchtree.training.trainer import Trainer
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about the device."

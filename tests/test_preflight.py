@@ -41,7 +41,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> Callable[[float, float], None]:
 
     def pretend(total: float, free: float) -> None:
         memory = DeviceMemory("cuda:0", int(total * GIB), int(free * GIB))
-        for module in ("planning.preflight", "training.session"):
+        for module in ("planning.preflight", "training.loading"):
             monkeypatch.setattr(f"branchtree.{module}.device_memory", lambda: memory)
 
     return pretend

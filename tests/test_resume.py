@@ -26,7 +26,7 @@ from branchtree.run.contents import (
     read_contents,
     same_files,
 )
-from branchtree.training.restore import as_of_now
+from branchtree.run.resume import as_of_now
 
 SMALL: dict[str, Any] = {
     "run.iterations": 2,
@@ -302,7 +302,7 @@ def test_an_earlier_recipe_is_read_with_todays_defaults_and_absolute_paths(
 
 
 def test_an_identity_is_all_that_figures_depend_on(tmp_path: Path) -> None:
-    from branchtree.training.session import read_inputs
+    from branchtree.training.inputs import read_inputs
 
     def identity(**changes: Any) -> str:
         inputs = read_inputs(recipe(tmp_path, **changes))

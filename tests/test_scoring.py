@@ -33,14 +33,15 @@ from branchtree.plugins.protocols import Condition, Media
 from branchtree.recipe.build import NamedReward, make_schedule
 from branchtree.recipe.schema import BatchSection, ScoringSection
 from branchtree.report import write_page
+from branchtree.run.checkpoint import list_checkpoints
 from branchtree.run.directory import METRICS, RunDirectory
-from branchtree.training.checkpoint import list_checkpoints
+from branchtree.run.resume import find_checkpoint
 from branchtree.training.failures import FailureWatch
+from branchtree.training.inputs import read_inputs
 from branchtree.training.iteration import scoring_groups
 from branchtree.training.limits import RowLimits
-from branchtree.training.restore import find_checkpoint
+from branchtree.training.loading import make_accelerator, open_session
 from branchtree.training.scoring import AHEAD, Piece, Scorer, ScoringQueue
-from branchtree.training.session import make_accelerator, open_session, read_inputs
 from branchtree.training.trainer import Trainer
 from branchtree.training.update import Gradient
 

@@ -24,7 +24,8 @@ from branchtree.errors import ModelError
 from branchtree.plugins.protocols import Condition, LoraSettings
 from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import randomise
-from branchtree.training.session import make_accelerator, open_session, read_inputs
+from branchtree.training.inputs import read_inputs
+from branchtree.training.loading import make_accelerator, open_session
 from branchtree.training.trainer import Trainer
 
 CPU = torch.device("cpu")

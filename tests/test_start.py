@@ -16,7 +16,8 @@ from training_runs import largest_difference, metrics, small, weights
 
 from branchtree import evaluate, load_recipe, train
 from branchtree.errors import CheckpointError, RecipeError
-from branchtree.training.start import find_start, frozen_copy
+from branchtree.run.start import find_start
+from branchtree.training.loading import frozen_copy
 
 LORA = "pytorch_lora_weights.safetensors"
 HELD_OUT = {"prompts": ["a one"], "rewards": [{"reward": "digits"}]}
@@ -97,7 +98,7 @@ def test_what_a_path_stands_for(first: Path, tmp_path: Path) -> None:
 def flux(model: Path, **changes: Any) -> Any:
     """A loaded model as a run begins with it."""
     from branchtree.recipe.build import make_model
-    from branchtree.training.session import load_model
+    from branchtree.training.loading import load_model
 
     recipe = load_recipe("quickstart", lora(model, **changes))
     adapter = make_model(recipe)

@@ -150,9 +150,9 @@ def test_a_tracker_that_takes_nothing_back_is_sent_no_step_twice(recorder: type[
 def test_a_tracker_that_cannot_start_is_one_message_before_the_model_is_loaded(
     recorder: type[Recorder], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from branchtree.training import session
+    from branchtree.training import loading
 
-    monkeypatch.setattr(session, "load_model", lambda *_: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(loading, "load_model", lambda *_: pytest.fail("the model was loaded"))
     recorder.fails = "start"
     changes = {**SMALL, "run.trackers": ["tensorboard", "recorder"]}
     with pytest.raises(RecipeError) as told:

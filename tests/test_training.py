@@ -21,7 +21,8 @@ from branchtree.recipe import recipe_names
 from branchtree.recipe.load import builtin_folder
 from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import counted_rows
-from branchtree.training.session import make_accelerator, open_session, read_inputs
+from branchtree.training.inputs import read_inputs
+from branchtree.training.loading import make_accelerator, open_session
 from branchtree.training.trainer import Trainer
 
 AS_SHIPPED = {"flux_t2i_branchgrpo", "wan_quickstart"}

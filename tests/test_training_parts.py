@@ -36,15 +36,16 @@ from branchtree.plugins.protocols import Condition, Conditioning, Media
 from branchtree.plugins.scores import ask
 from branchtree.recipe.build import NamedReward
 from branchtree.recipe.schema import OptimSection
+from branchtree.run.checkpoint import list_checkpoints
 from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.run.ledger import LEDGER, Ledger
 from branchtree.training import conditioning as policy
-from branchtree.training.checkpoint import list_checkpoints
 from branchtree.training.conditioning import ConditioningCache
 from branchtree.training.engine import WeightAverage
+from branchtree.training.inputs import read_inputs
 from branchtree.training.interrupt import StopRequest
 from branchtree.training.learning_rate import learning_rate_factor
-from branchtree.training.session import make_accelerator, open_session, read_inputs
+from branchtree.training.loading import make_accelerator, open_session
 from branchtree.training.trainer import Trainer
 from branchtree.training.update import partition
 

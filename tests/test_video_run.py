@@ -16,7 +16,9 @@ from training_runs import metrics
 
 from branchtree import load_recipe, plan
 from branchtree.run.directory import RunDirectory
-from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
+from branchtree.training.inputs import read_inputs
+from branchtree.training.loading import make_accelerator, open_session
+from branchtree.training.session import Session
 from branchtree.training.trainer import Trainer
 
 SHORT: dict[str, Any] = {

@@ -11,7 +11,7 @@ import torch
 from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
 from branchtree.recipe.build import make_model
 from branchtree.recipe.schema import Recipe
-from branchtree.training.session import read_inputs
+from branchtree.training.inputs import read_inputs
 
 SMALL: Mapping[str, Any] = {
     "name": "conformance",

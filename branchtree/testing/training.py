@@ -24,10 +24,11 @@ from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import Rows, counted_rows, load, make_question, predict_rows, trainable_parameters
 from branchtree.training.conditioning import ConditioningCache
+from branchtree.training.inputs import read_inputs
 from branchtree.training.iteration import iterate
+from branchtree.training.loading import make_accelerator, open_session
 from branchtree.training.metrics import gather_metrics
 from branchtree.training.policy import Policy
-from branchtree.training.session import make_accelerator, open_session, read_inputs
 
 TREES: Mapping[str, Mapping[str, Any]] = {
     "dense": {"tree.splits": "dense"},

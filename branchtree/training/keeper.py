@@ -13,17 +13,10 @@ from branchtree.core.schedule import Schedule, SlidingWindow
 from branchtree.data.prompts import PromptOrder
 from branchtree.files.writing import writing
 from branchtree.recipe.schema import Recipe
+from branchtree.run.checkpoint import DAMAGED, LATER, list_checkpoints, set_aside, write_checkpoint
 from branchtree.run.directory import METRICS
-from branchtree.training.checkpoint import (
-    DAMAGED,
-    LATER,
-    list_checkpoints,
-    set_aside,
-    take_snapshot,
-    write_checkpoint,
-)
-from branchtree.training.restore import load_checkpoint
 from branchtree.training.session import Session
+from branchtree.training.trained import load_checkpoint, take_snapshot
 
 log = logging.getLogger("branchtree")
 

@@ -26,20 +26,22 @@ from branchtree.pictures.grid import write_tree
 from branchtree.planning.preflight import require_memory
 from branchtree.plugins.protocols import Callback, Condition
 from branchtree.recipe.schema import Recipe
+from branchtree.run.checkpoint import iteration_of
 from branchtree.run.directory import METRICS, TREES, RunDirectory
-from branchtree.training.checkpoint import Progress, iteration_of
 from branchtree.training.continuation import ContinuationWatch
 from branchtree.training.faults import REMEDY
+from branchtree.training.inputs import read_inputs
 from branchtree.training.interrupt import StopRequest
 from branchtree.training.iteration import iterate
 from branchtree.training.keeper import CheckpointKeeper
+from branchtree.training.loading import agreed_checkpoint, make_accelerator, open_session
 from branchtree.training.metrics import gather_metrics
 from branchtree.training.policy import Policy
 from branchtree.training.reporter import Reporter, TrainResult
-from branchtree.training.restore import agreed_checkpoint
-from branchtree.training.session import Session, make_accelerator, open_session, read_inputs
+from branchtree.training.session import Session
 from branchtree.training.soundness import find_divergence, find_fault
 from branchtree.training.tracking import Trackers, running_trackers
+from branchtree.training.trained import Progress
 
 log = logging.getLogger("branchtree")
 

@@ -56,7 +56,7 @@ def is_finished(run: PlannedRun) -> bool:
 
 def perform(run: PlannedRun) -> RunOutcome:
     """Do a run, or go on with it where it has begun."""
-    from branchtree.training.start import with_start
+    from branchtree.run.start import with_start
     from branchtree.training.trainer import train_recipe
 
     meter, directory = CpuMeter(), RunDirectory(run.folder)

@@ -27,9 +27,9 @@ from branchtree.studies.diversity.sampling import (
 )
 from branchtree.studies.diversity.spaces import load_spaces
 from branchtree.studies.diversity.spread import DistanceSpread, distance_spread, grouped, pairwise_distance
-from branchtree.training.checkpoint import restore_weights
 from branchtree.training.conditioning import open_cache
-from branchtree.training.session import load_model
+from branchtree.training.loading import load_model
+from branchtree.training.trained import restore_weights
 
 CACHE = "features"
 LATENTS = "latents"

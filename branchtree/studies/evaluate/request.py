@@ -17,11 +17,11 @@ from branchtree.plugins.lora_files import LoadsLora
 from branchtree.plugins.protocols import Condition, ModelAdapter
 from branchtree.recipe.build import NamedReward, make_kernel, make_model, make_rewards
 from branchtree.recipe.schema import EvaluationSection, Recipe
+from branchtree.run.checkpoint import read_state
 from branchtree.run.contents import changed_files, read_contents
 from branchtree.studies.evaluate.subject import Subject
 from branchtree.studies.score.results import check_output
 from branchtree.studies.score.specs import Spec, make_named
-from branchtree.training.checkpoint import read_state
 
 log = logging.getLogger("branchtree")
 

@@ -16,13 +16,13 @@ from branchtree.studies.evaluate.comparison import RewardComparison, compare_sco
 from branchtree.studies.evaluate.files import EvaluationOutcome, write_files
 from branchtree.studies.evaluate.request import EvaluationChoices, EvaluationRequest, make_evaluation_request
 from branchtree.studies.evaluate.subject import find_subject
-from branchtree.training.checkpoint import restore_weights
 from branchtree.training.conditioning import open_cache
 from branchtree.training.engine import WeightAverage
 from branchtree.training.evaluation import Evaluator, Pair, Samples
 from branchtree.training.limits import RowLimits
+from branchtree.training.loading import load_model, load_rewards, make_accelerator
 from branchtree.training.policy import Policy
-from branchtree.training.session import load_model, load_rewards, make_accelerator
+from branchtree.training.trained import restore_weights
 
 NOISES_SHOWN = 4
 """Samples of a prompt in a grid of images; a video's strip of frames is as wide as these."""

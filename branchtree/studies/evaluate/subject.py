@@ -13,9 +13,9 @@ from branchtree.files.names import folder_name
 from branchtree.files.reading import user_path
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.load import SUFFIXES, recipe_names
+from branchtree.run.checkpoint import AVERAGE, chosen_checkpoint, iteration_of, list_checkpoints, newest_whole
 from branchtree.run.directory import RunDirectory
-from branchtree.training.checkpoint import AVERAGE, chosen_checkpoint, iteration_of, list_checkpoints, newest_whole
-from branchtree.training.start import find_start
+from branchtree.run.start import find_start
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,25 @@
-"""What may change in a recipe when its run is continued, and how what may not is named."""
+"""Going on with a run: from which checkpoint, and what may have changed in its recipe and files since."""
 
 from __future__ import annotations
 
+import copy
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from branchtree.errors import CheckpointError, RecipeError, nearest
+from branchtree.recipe.paths import make_absolute
+from branchtree.recipe.schema import Recipe
+from branchtree.recipe.source import Source
+from branchtree.run.checkpoint import chosen_checkpoint, newest_whole, read_state
 from branchtree.run.contents import Contents, FileChange, changed_files, same_files
+
+log = logging.getLogger("branchtree")
 
 FREE_SECTIONS = ("name", "description", "evaluation", "callbacks", "scoring")
 FREE_RUN_KEYS = (
@@ -47,6 +57,48 @@ class Change:
 
     def __str__(self) -> str:
         return f"{self.key} was {_shown(self.before)} and is {_shown(self.now)}"
+
+
+def find_checkpoint(
+    folder: Path,
+    recipe: Recipe,
+    allow: Sequence[str],
+    contents: Contents | None = None,
+    iteration: int | None = None,
+) -> Path | None:
+    """The newest checkpoint that is whole, or that of ``iteration``, if it can be gone on from; None without any.
+
+    ``contents`` are the digests of the files that are read now. Raises CheckpointError if no checkpoint is whole, or it
+    was written under a recipe or files that would learn something else in keys that ``allow`` does not name;
+    RecipeError for an allowed key that does not exist.
+    """
+    path = newest_whole(folder) if iteration is None else chosen_checkpoint(folder, iteration)
+    if path is None:
+        return None
+    state = read_state(path)
+    files: tuple[Contents, Contents] = ({}, {})
+    if contents is not None and "contents" in state:
+        files = (state["contents"], contents)
+    elif contents is not None:
+        log.warning("%s holds no digests of files: whether prompts, model and rewards are as before is not known", path)
+    changes = require_same_recipe(as_of_now(state["recipe"]), recipe.model_dump(mode="json"), allow, path, files)
+    if state["iteration"] > recipe.run.iterations:
+        raise CheckpointError(f"{path}: {state['iteration']} iterations are done, more than run.iterations asks for")
+    for change in changes:
+        log.warning("from iteration %d on, %s", state["iteration"], change)
+    for key in unused(allow, changes):
+        log.warning("--allow %s: nothing changed there", key)
+    return path
+
+
+def as_of_now(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint's recipe with the defaults of keys that it did not know yet, and with absolute paths."""
+    source = Source(copy.deepcopy(recipe))
+    make_absolute(source)
+    try:
+        return Recipe.model_validate(source.data).model_dump(mode="json")
+    except ValidationError:  # another version's; what differs is named as it stands
+        return source.data
 
 
 def require_same_recipe(

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 from pathlib import Path
-
-from torch import nn
 
 from branchtree.errors import CheckpointError, RecipeError
 from branchtree.files.checksums import verify_checksums
@@ -13,8 +10,8 @@ from branchtree.files.reading import user_path
 from branchtree.plugins.protocols import ModelAdapter, StartsFromWeights
 from branchtree.recipe.schema import Recipe
 from branchtree.recipe.source import read_yaml
+from branchtree.run.checkpoint import STATE, newest_whole, require_usable
 from branchtree.run.directory import RunDirectory
-from branchtree.training.checkpoint import STATE, newest_whole, require_usable
 
 
 def with_start(recipe: Recipe, start: Path | None, resumed: RunDirectory | None) -> Recipe:
@@ -83,9 +80,3 @@ def _verify(source: Path) -> None:
     verify_checksums(source.parent, CheckpointError, [source.name])
     if source.is_dir():
         verify_checksums(source, CheckpointError)
-
-
-def frozen_copy(denoiser: nn.Module) -> nn.Module:
-    """Return a frozen copy of a denoiser as it is now, with its own trained weights and the frozen ones in common."""
-    shared: dict[int, object] = {id(value): value for value in denoiser.parameters() if not value.requires_grad}
-    return copy.deepcopy(denoiser, shared).requires_grad_(False)
