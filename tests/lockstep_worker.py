@@ -18,11 +18,11 @@ from torch.distributed.tensor import DTensor
 
 from branchtree import load_recipe
 from branchtree.core.families import collect_families
+from branchtree.core.gaussian import DanceSde
 from branchtree.core.loss import clipped_loss
 from branchtree.core.noise import IndependentSiblings, NoiseSource
 from branchtree.core.rollout import Sampler, forwards, rollout
 from branchtree.core.schedule import TreePlan
-from branchtree.core.transitions import DanceSde
 from branchtree.core.tree import grow
 from branchtree.errors import RewardError
 from branchtree.recipe.schema import LossSection, OptimSection

@@ -19,13 +19,13 @@ from torch import Tensor
 from training_runs import small
 
 from branchtree import train
+from branchtree.core.gaussian import DanceSde
 from branchtree.core.grid import time_grid
 from branchtree.core.noise import CorrelatedSiblings, NoiseSource
 from branchtree.core.rollout import Sampler, forwards, rollout
 from branchtree.core.schedule import TreePlan
 from branchtree.core.solvers import Solver
 from branchtree.core.transfer import send
-from branchtree.core.transitions import DanceSde
 from branchtree.core.tree import grow
 from branchtree.plugins.protocols import Callback
 

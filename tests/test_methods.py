@@ -21,14 +21,14 @@ from torch import Tensor
 from training_runs import metrics, small
 
 from branchtree import load_recipe, plan, train
+from branchtree.core.gaussian import DanceSde, FlowSde
 from branchtree.core.grid import time_grid
-from branchtree.core.noise import IndependentSiblings, NoiseSource, Purpose, child_noise, generator
+from branchtree.core.noise import IndependentSiblings, NoiseSource, Purpose, generator
 from branchtree.core.pruning import trainable_edges
 from branchtree.core.rollout import Sampler, rollout
 from branchtree.core.schedule import DrawnSplits, FixedSplits, Schedule, TreePlan, skipped_steps
 from branchtree.core.scores import Scores
 from branchtree.core.solvers import SolverHistory, dpm2m
-from branchtree.core.transitions import DanceSde, FlowSde
 from branchtree.core.tree import BranchTree, grow
 from branchtree.errors import RecipeError
 from branchtree.recipe.build import make_schedule
@@ -280,7 +280,7 @@ def test_a_baseline_is_the_baseline(name: str, model: Path, tmp_path: Path) -> N
     start = adapter.initial_noise(generator(recipe.tree.noise_seed, 0, prompt, 0, 0, Purpose.INITIAL))
     source, siblings = NoiseSource(recipe.seed, 0), IndependentSiblings()
     drawn = {
-        step: child_noise(source, siblings, prompt, step + 1, range(1 if step == split else BRANCHES),
+        step: siblings.draw(source, prompt, step + 1, range(1 if step == split else BRANCHES),
                           BRANCHES if step == split else 1, start.shape)
         for step in sde
     }  # fmt: skip

@@ -17,7 +17,6 @@ from branchtree.core.noise import (
     Purpose,
     Siblings,
     SimplexSiblings,
-    child_noise,
 )
 
 SOURCE = NoiseSource(seed=42, iteration=7)
@@ -27,7 +26,7 @@ ALPHA = 1e-3
 
 def family(siblings: Siblings, branches: int, parents: int = 64, size: int = 4096) -> Tensor:
     """Noises (parents, branches, size)."""
-    noise = child_noise(SOURCE, siblings, 3, 5, range(parents), branches, (size,))
+    noise = siblings.draw(SOURCE, 3, 5, range(parents), branches, (size,))
     return noise.view(parents, branches, size)
 
 
@@ -84,7 +83,7 @@ def test_shared_noise_is_fresh_per_parent_and_depth() -> None:
     strong = CorrelatedSiblings(strength=0.1)  # siblings are nearly one noise
     noise = family(strong, 2)
     assert correlation(noise[:-1, 0], noise[1:, 0]) == pytest.approx(0, abs=0.01)
-    deeper = child_noise(SOURCE, strong, 3, 6, range(64), 2, (4096,)).view(64, 2, 4096)
+    deeper = strong.draw(SOURCE, 3, 6, range(64), 2, (4096,)).view(64, 2, 4096)
     assert correlation(noise, deeper) == pytest.approx(0, abs=0.01)
 
 
@@ -129,8 +128,8 @@ def test_noise_does_not_depend_on_which_nodes_are_asked_for_together() -> None:
 
 @pytest.mark.parametrize("siblings", [CorrelatedSiblings(), IndependentSiblings(), SimplexSiblings()])
 def test_a_run_of_parents_gets_the_same_noise_as_in_the_whole(siblings: Siblings) -> None:
-    whole = child_noise(SOURCE, siblings, 3, 5, range(6), 3, (8,))
-    part = child_noise(SOURCE, siblings, 3, 5, range(2, 5), 3, (8,))
+    whole = siblings.draw(SOURCE, 3, 5, range(6), 3, (8,))
+    part = siblings.draw(SOURCE, 3, 5, range(2, 5), 3, (8,))
     torch.testing.assert_close(part, whole[6:15], rtol=0, atol=1e-6)
 
 
@@ -146,11 +145,11 @@ def test_the_global_generator_is_neither_read_nor_moved() -> None:
 def test_an_only_child_gets_its_own_noise() -> None:
     expected = SOURCE.normal(Purpose.EDGE, 3, 5, range(4), (8,))
     for siblings in (CorrelatedSiblings(), IndependentSiblings(), SimplexSiblings()):
-        assert torch.equal(child_noise(SOURCE, siblings, 3, 5, range(4), 1, (8,)), expected)
+        assert torch.equal(siblings.draw(SOURCE, 3, 5, range(4), 1, (8,)), expected)
 
 
 def test_correlated_noise_is_made_of_the_addressed_parts() -> None:
-    noise = child_noise(SOURCE, CorrelatedSiblings(2.0), 3, 5, range(2), 3, (8,))
+    noise = CorrelatedSiblings(2.0).draw(SOURCE, 3, 5, range(2), 3, (8,))
     own = SOURCE.normal(Purpose.EDGE, 3, 5, range(6), (8,))
     shared = SOURCE.normal(Purpose.SHARED, 3, 5, [0, 0, 0, 1, 1, 1], (8,))
     torch.testing.assert_close(noise, (shared + 2 * own) / math.sqrt(5), rtol=1e-6, atol=1e-6)

@@ -16,15 +16,16 @@ from branchtree.plugins.registry import RULES, registry
 from branchtree.recipe.build import make_kernel, make_pruning_rule, make_schedule, make_siblings
 
 RULES_OF_A_STRANGER = """
-    from dataclasses import replace
+    from dataclasses import dataclass, replace
 
     import torch
     from pydantic import BaseModel
 
     from branchtree.core.advantages import depth_advantages
+    from branchtree.core.noise import Purpose
     from branchtree.core.pruning import trainable_edges
     from branchtree.core.schedule import FixedSplits
-    from branchtree.core.transitions import DanceSde
+    from branchtree.core.gaussian import DanceSde
     from branchtree.plugins import hookimpl
 
 
@@ -32,12 +33,60 @@ RULES_OF_A_STRANGER = """
         factor: float = 1.0
 
 
-    class Half:
-        shares = False
+    @dataclass(frozen=True)
+    class Laplace:
+        mean: torch.Tensor
+        scale: torch.Tensor
 
-        def combine(self, own, shared):
+        def sample(self, noise):
+            return self.mean if noise is None else self.mean + self.scale * noise
+
+        def _average(self, values):
+            random = self.scale.flatten() > 0
+            return torch.where(random, values.flatten(1).mean(1), 0.0)
+
+        @property
+        def _safe(self):
+            return torch.where(self.scale > 0, self.scale, 1.0)
+
+        def log_prob(self, following, reduction):
+            return self._average(-(following - self.mean).abs() / self._safe - (2 * self._safe).log())
+
+        def kl(self, reference, reduction):
+            distance = (self.mean - reference.mean).abs() / self._safe
+            return self._average((-distance).exp() + distance - 1)
+
+        def rows(self, index):
+            return Laplace(self.mean[index], self.scale[index])
+
+
+    @dataclass(frozen=True)
+    class LaplaceStep:
+        scale: float
+
+        def __call__(self, latents, prediction, sigma, sigma_next, active):
+            def like(rows):
+                return rows.to(latents.dtype).view(-1, *[1] * (latents.ndim - 1))
+
+            return Laplace(latents + prediction * like(sigma_next - sigma), self.scale * like(active))
+
+
+    class LaplaceSiblings:
+        def draw(self, source, prompt, depth, parents, branches, shape):
+            children = range(parents.start * branches, parents.stop * branches)
+            normal = source.normal(Purpose.EDGE, prompt, depth, children, shape)
+            return -normal.sign() * torch.special.erfc(normal.abs() / 2**0.5).log()
+
+
+    class Half:
+        def draw(self, source, prompt, depth, parents, branches, shape):
+            children = range(parents.start * branches, parents.stop * branches)
+            own = source.normal(Purpose.EDGE, prompt, depth, children, shape)
+            if branches == 1:
+                return own
+            own = own.view(len(parents), branches, *shape)
             mean = own.mean(dim=1, keepdim=True)
-            return (own - mean) * (own.shape[1] / (own.shape[1] - 1)) ** 0.5
+            return ((own - mean) * (branches / (branches - 1)) ** 0.5).flatten(0, 1)
 
 
     @hookimpl
@@ -45,11 +94,16 @@ RULES_OF_A_STRANGER = """
         def build(config, section, prediction):
             return DanceSde(config.factor * section.eta)
 
+        def laplace(config, section, prediction):
+            return LaplaceStep(config.factor * section.eta)
+
         register("scaled", build=build, config=Scale, summary="dance, scaled")
+        register("laplace", build=laplace, config=Scale, summary="Laplace noise")
 
 
     @hookimpl
     def register_siblings(register):
+        register("laplace", build=lambda config, section: LaplaceSiblings(), config=Scale, summary="Laplace noise")
         register("opposite", build=lambda config, section: Half(), config=Scale, summary="mirror images")
 
 
@@ -133,6 +187,24 @@ def test_a_transition_of_a_stranger_is_that_of_its_keys(tmp_path: Path) -> None:
 def test_sibling_noise_of_a_stranger_is_used(tmp_path: Path) -> None:
     found = trained(tmp_path / "run", tree__sibling_noise={"name": "opposite"})
     assert found == trained(tmp_path / "own", tree__siblings="simplex")
+
+
+LAPLACE = {"sampler__transition": {"name": "laplace", "factor": 0.1}, "tree__sibling_noise": {"name": "laplace"}}
+
+
+@pytest.mark.usefixtures("stranger")
+def test_a_transition_need_not_be_gaussian(tmp_path: Path) -> None:
+    """The rollout's densities are those of the gradient pass, and the divergence from the start policy begins at 0."""
+    found = trained(tmp_path / "run", **LAPLACE, loss__kl=0.1, optim__steps_per_iteration=2)
+    assert found["ratio/first_step_max_deviation"] == 0 < found["ratio/max_deviation"]
+    assert found["kl"] > 0 and found["grad_norm"] > 0
+
+
+@pytest.mark.usefixtures("stranger")
+def test_noise_without_a_scale_cannot_weigh_the_loss(tmp_path: Path) -> None:
+    changes = {"sampler.transition": LAPLACE["sampler__transition"], "loss.weighting": "noise"}
+    with pytest.raises(RecipeError, match=r"loss\.weighting: the noise of the transition 'laplace' has no scale"):
+        plan("guest", {**GUEST, **changes})
 
 
 @pytest.mark.usefixtures("stranger")

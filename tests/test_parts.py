@@ -19,6 +19,7 @@ from torch import Tensor
 from branchtree.core.credit import Credit, CreditRule, PruningRule, assign_credit
 from branchtree.core.families import Families, collect_families, gather
 from branchtree.core.gathering import gather_levels, gather_scores, own_families, owned_nodes
+from branchtree.core.gaussian import DanceSde
 from branchtree.core.grid import time_grid
 from branchtree.core.noise import (
     CorrelatedSiblings,
@@ -33,7 +34,6 @@ from branchtree.core.schedule import DrawnSplits, Schedule, TreePlan
 from branchtree.core.scores import Scores
 from branchtree.core.sharing import TreeShare, cut
 from branchtree.core.solvers import Solver
-from branchtree.core.transitions import DanceSde
 from branchtree.core.tree import BranchTree, Topology, grow, grow_shares, indices_in
 
 LATENT = (2, 3)

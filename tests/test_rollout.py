@@ -16,6 +16,7 @@ from strategies import batches, make_plan, thorough
 from torch import Tensor
 from torch.distributions import Normal
 
+from branchtree.core.gaussian import CpsSde, DanceSde, Ddim, FlowSde
 from branchtree.core.grid import time_grid
 from branchtree.core.noise import (
     CorrelatedSiblings,
@@ -24,12 +25,11 @@ from branchtree.core.noise import (
     Purpose,
     Siblings,
     SimplexSiblings,
-    child_noise,
 )
 from branchtree.core.rollout import Growth, Sampler, Stage, chunks, forwards, rollout, stages
 from branchtree.core.schedule import PRESET_SPLITS, TreePlan
 from branchtree.core.solvers import Solver
-from branchtree.core.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel, Ode
+from branchtree.core.transitions import Kernel
 from branchtree.core.tree import BranchTree, grow
 
 LATENT = (2, 3)
@@ -164,8 +164,8 @@ def test_every_node_follows_from_its_parent(kernel: Kernel, step: reference.Step
             origin = tree.states[depth - 1][node.parent.place]
             guess = velocity(origin[None], torch.tensor([sigma]), torch.tensor([node.prompt]))[0]
             own = [n for n in reference.level(roots, depth - 1) if n.prompt == node.prompt].index(node.parent)
-            twins = child_noise(
-                source, siblings, ids[node.prompt], depth, range(own, own + 1), len(node.parent.children), LATENT
+            twins = siblings.draw(
+                source, ids[node.prompt], depth, range(own, own + 1), len(node.parent.children), LATENT
             )
             xi = twins[node.parent.children.index(node)]
             density = []
@@ -437,15 +437,8 @@ def test_prompts_initial_noises_and_ids_must_agree(prompts: int, ids: tuple[int,
         run(4, time_grid(4), prompts, ids)
 
 
-def test_an_ode_rollout_of_a_stochastic_plan_is_refused() -> None:
-    setting = replace(sampler(4), kernel=Ode())
-    with pytest.raises(ValueError, match="no stochastic step"):
-        rollout(Counter(), setting, grow([make_plan(4, {})]), torch.zeros(1, 2), NoiseSource(0, 0), [0])
-
-
 def test_an_ode_chain_is_euler() -> None:
-    setting = replace(sampler(4), kernel=Ode())
-    tree = rollout(Counter(), setting, grow([make_plan(4, {}, [])]), torch.ones(1, 2), NoiseSource(0, 0), [0])
+    tree = rollout(Counter(), sampler(4), grow([make_plan(4, {}, [])]), torch.ones(1, 2), NoiseSource(0, 0), [0])
     x, grid = 1.0, time_grid(4, 3.0).tolist()
     for here, there in itertools.pairwise(grid):
         x = reference.ode_step(x, 0.5 * x - here, here, there)

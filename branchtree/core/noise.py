@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import struct
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -57,87 +58,80 @@ class NoiseSource:
 
 
 class Siblings(Protocol):
-    """How the noises of one parent's K children relate. Each child's noise must be exactly N(0, I)."""
+    """Draws the base noise of one parent's children, which may depend on each other.
 
-    @property
-    def shares(self) -> bool:
-        """Whether ``combine`` wants a noise shared by the siblings."""
+    Each child's noise alone must have the distribution that the transition's ``sample`` expects.
+    """
 
+    def draw(
+        self, source: NoiseSource, prompt: int, depth: int, parents: range, branches: int, shape: Sequence[int]
+    ) -> Tensor:
+        """Return the noise of some parents' children at ``depth``, (len(parents) * branches, *shape), on the CPU.
+
+        ``parents`` are indices among the prompt's nodes of the depth before; child b of parent p is node
+        p * branches + b of its own depth. A node's noise may depend on nothing but its address.
+        """
+
+
+class NormalSiblings(ABC):
+    """Siblings whose noise is standard normal, each by itself: what Gaussian transitions expect."""
+
+    shares = False
+    """Whether ``combine`` wants a noise that siblings have in common."""
+
+    def draw(
+        self, source: NoiseSource, prompt: int, depth: int, parents: range, branches: int, shape: Sequence[int]
+    ) -> Tensor:
+        """See Siblings."""
+        children = range(parents.start * branches, parents.stop * branches)
+        own = source.normal(Purpose.EDGE, prompt, depth, children, shape)
+        if branches == 1:
+            return own
+        families = own.view(len(parents), branches, *shape)
+        shared = source.normal(Purpose.SHARED, prompt, depth, parents, shape).unsqueeze(1) if self.shares else None
+        return self.combine(families, shared).reshape(own.shape)
+
+    @abstractmethod
     def combine(self, own: Tensor, shared: Tensor | None) -> Tensor:
-        """The siblings' noises (F, K, *latent), from independent ones of that shape and shared ones (F, 1, *latent)."""
+        """Return the siblings' noises (F, K, *latent), each N(0, I).
+
+        ``own`` are independent ones of that shape, and ``shared`` (F, 1, *latent) those that siblings have in common.
+        """
 
 
 @dataclass(frozen=True)
-class CorrelatedSiblings:
+class CorrelatedSiblings(NormalSiblings):
     """xi_b = (xi_0 + s * eta_b) / sqrt(1 + s^2): siblings correlate by 1 / (1 + s^2) (arXiv 2509.06040, eq. 2)."""
 
     strength: float = 4.0  # s
 
-    @property
-    def shares(self) -> bool:
-        """See Siblings."""
-        return True
+    shares = True
 
     def combine(self, own: Tensor, shared: Tensor | None) -> Tensor:
-        """See Siblings."""
+        """See NormalSiblings."""
         if shared is None:
             raise ValueError("correlated siblings need a shared noise")
         return (shared + self.strength * own) / math.sqrt(1 + self.strength**2)
 
 
 @dataclass(frozen=True)
-class IndependentSiblings:
+class IndependentSiblings(NormalSiblings):
     """Siblings whose noises are independent: the limit of large s."""
 
-    @property
-    def shares(self) -> bool:
-        """See Siblings."""
-        return False
-
     def combine(self, own: Tensor, shared: Tensor | None) -> Tensor:
-        """See Siblings."""
+        """See NormalSiblings."""
         return own
 
 
 @dataclass(frozen=True)
-class SimplexSiblings:
+class SimplexSiblings(NormalSiblings):
     """sqrt(K / (K - 1)) * (eta_b - mean): siblings' noises sum to 0, so each pair correlates by -1 / (K - 1).
 
     For K = 2 the siblings are mirror images. The marginals stay N(0, I): eta_b minus the mean of K has variance
     (K - 1) / K.
     """
 
-    @property
-    def shares(self) -> bool:
-        """See Siblings."""
-        return False
-
     def combine(self, own: Tensor, shared: Tensor | None) -> Tensor:
-        """See Siblings."""
+        """See NormalSiblings."""
         branches = own.shape[1]
         return math.sqrt(branches / (branches - 1)) * (own - own.mean(dim=1, keepdim=True))
-
-
-def child_noise(
-    source: NoiseSource,
-    siblings: Siblings,
-    prompt: int,
-    depth: int,
-    parents: range,
-    branches: int,
-    shape: Sequence[int],
-) -> Tensor:
-    """Noise of the children, at ``depth``, of some parents of one prompt: (len(parents) * branches, *shape).
-
-    ``parents`` are the parents' places among the prompt's nodes of the depth before; child b of parent p is
-    node p * branches + b of its own depth.
-    """
-    children = range(parents.start * branches, parents.stop * branches)
-    own = source.normal(Purpose.EDGE, prompt, depth, children, shape)
-    if branches == 1:
-        return own
-    families = own.view(len(parents), branches, *shape)
-    shared = None
-    if siblings.shares:
-        shared = source.normal(Purpose.SHARED, prompt, depth, parents, shape).unsqueeze(1)
-    return siblings.combine(families, shared).reshape(own.shape)

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from branchtree.core.grid import check_grid
-from branchtree.core.noise import NoiseSource, Siblings, child_noise
+from branchtree.core.noise import NoiseSource, Siblings
 from branchtree.core.solvers import Solver, SolverHistory, dpm2m
 from branchtree.core.transfer import fetch_rows, send
-from branchtree.core.transitions import GaussianTransition, Kernel, Reduction
+from branchtree.core.transitions import Kernel, Reduction, ScalesNoise, Transition
 from branchtree.core.tree import BranchTree, Topology
 
 VelocityFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -32,22 +32,22 @@ class Sampler:
 
     def transition(
         self, latents: Tensor, prediction: Tensor, depth: Tensor, active: Tensor, target: Tensor | None = None
-    ) -> GaussianTransition:
+    ) -> Transition:
         """The transitions of rows at their own depths (B,), each to its ``target`` depth, by default the one after."""
         target = depth + 1 if target is None else target
         sigma, sigma_next = (send(self.sigmas[d], latents.device) for d in (depth, target))
         return self.kernel(latents, prediction, sigma, sigma_next, send(active, latents.device))
 
     def noise_weights(self) -> Tensor:
-        """Each step's noise std over the mean of all steps' that can be stochastic, (T,) float32; 0 for the last.
+        """Return each step's noise scale over the mean of all that can be stochastic, (T,) float32; 0 for the last.
 
-        TempFlow-GRPO's noise-aware weights (arXiv 2508.04324, eq. 7): their mean is 1.
+        TempFlow-GRPO's noise-aware weights (arXiv 2508.04324, eq. 7): their mean is 1. Raises ValueError for a kernel
+        whose noise has no scale.
         """
-        steps = self.sigmas.numel() - 1
-        depth = torch.arange(steps - 1)
-        nothing = torch.zeros(steps - 1, 1)
-        std = self.transition(nothing, nothing, depth, torch.ones(steps - 1, dtype=torch.bool)).std.flatten()
-        return torch.cat([std / std.mean(), torch.zeros(1)])
+        if not isinstance(self.kernel, ScalesNoise):
+            raise ValueError(f"{type(self.kernel).__name__} has no noise scale to weigh steps by")
+        scale = self.kernel.noise_scale(self.sigmas[:-2], self.sigmas[1:-1])
+        return torch.cat([scale / scale.mean(), torch.zeros(1)])
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def _noise(
         start = children[first] - nodes.start + topology.shares[prompt].held[step + 1].start
         branches, stop = plan.factors[step], start + last - first
         parents = range(start // branches, -(-stop // branches))
-        families = child_noise(source, siblings, prompt_ids[prompt], step + 1, parents, branches, shape)
+        families = siblings.draw(source, prompt_ids[prompt], step + 1, parents, branches, shape)
         skipped = start - parents.start * branches
         noise[first:last] = families[skipped : skipped + last - first]
     return noise

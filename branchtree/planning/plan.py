@@ -93,8 +93,7 @@ class RunPlan:
 def plan_recipe(recipe: Recipe) -> RunPlan:
     """Plan the first iteration. Raises a BranchTreeError if the recipe's model or prompts cannot be found."""
     model = make_model(recipe)
-    make_kernel(recipe.sampler, model.prediction)  # refuses what training would
-    check_learns(recipe)
+    check_learns(recipe, make_kernel(recipe.sampler, model.prediction))  # refuses what training would
     schedule, rule, pruning = make_schedule(recipe), make_credit_rule(recipe), make_pruning_rule(recipe)
     plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe, model)]
     footprint = model.footprint()

@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict
 
 from branchtree.core.advantages import ESTIMATORS, Estimator
 from branchtree.core.credit import PruningRule, prune
+from branchtree.core.gaussian import CpsSde, DanceSde, Ddim, FlowSde
 from branchtree.core.loss import EdgeLoss, clipped_loss
 from branchtree.core.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
 from branchtree.core.pruning import Prune, trainable_edges
 from branchtree.core.schedule import PRESET_SPLITS, DrawnSplits, FixedSplits, SlidingWindow, SplitAtWindow, Splits
-from branchtree.core.transitions import CpsSde, DanceSde, Ddim, FlowSde, Kernel
+from branchtree.core.transitions import Kernel
 from branchtree.errors import RecipeError
 from branchtree.plugins.hookspecs import Register, hookimpl
 

@@ -17,7 +17,7 @@ from branchtree.core.noise import Siblings
 from branchtree.core.rollout import Sampler
 from branchtree.core.schedule import Schedule, TreePlan
 from branchtree.core.sharing import TreeShare, cut
-from branchtree.core.transitions import Kernel
+from branchtree.core.transitions import Kernel, ScalesNoise
 from branchtree.errors import RecipeError
 from branchtree.plugins.builtin import sliding_window
 from branchtree.plugins.protocols import Callback, GroupReward, ModelAdapter, RewardAdapter
@@ -128,13 +128,18 @@ def planned_steps(recipe: Recipe) -> int:
     return recipe.run.iterations * recipe.optim.steps_per_iteration
 
 
-def check_learns(recipe: Recipe) -> None:
-    """Refuse a recipe that has nothing to learn from, and warn of one whose warm-up outlasts it. Raises RecipeError.
+def check_learns(recipe: Recipe, kernel: Kernel) -> None:
+    """Refuse a recipe that cannot learn what it says, and warn of a warm-up that outlasts it. Raises RecipeError.
 
     Beside the checks of the schema, for a run that was made before these were here can still be evaluated.
     """
     if all(reward.weight == 0 for reward in recipe.rewards):
         raise RecipeError("rewards: every weight is 0, so that there is nothing to learn from; give one a weight")
+    if recipe.loss.weighting == "noise" and not isinstance(kernel, ScalesNoise):
+        name = recipe.sampler.transition.name if recipe.sampler.transition else recipe.sampler.kind
+        raise RecipeError(
+            f"loss.weighting: the noise of the transition '{name}' has no scale to weigh by; set it to none"
+        )
     optim, iterations, total = recipe.optim, recipe.run.iterations, planned_steps(recipe)
     if optim.warmup > total:
         log.warning(

@@ -55,8 +55,7 @@ class Inputs:
 def read_inputs(recipe: Recipe) -> Inputs:
     """Look up plug-ins, read prompts and have the model check them. Raises a BranchTreeError naming what is wrong."""
     model = make_model(recipe)
-    make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
-    check_learns(recipe)
+    check_learns(recipe, make_kernel(recipe.sampler, model.prediction))
     section = recipe.evaluation
     rewards = make_rewards(recipe.rewards, ("rewards",), model.modality)
     built = {reward.described: reward.adapter for reward in rewards}

@@ -20,7 +20,7 @@ from branchtree.core.loss import EdgeLoss, clipped_away, probability_ratio
 from branchtree.core.noise import Purpose, generator
 from branchtree.core.rollout import Sampler, VelocityFunction, chunks
 from branchtree.core.transfer import send
-from branchtree.core.transitions import GaussianTransition
+from branchtree.core.transitions import Transition
 from branchtree.core.tree import BranchTree
 from branchtree.errors import BranchTreeError, DeviceMemoryError
 from branchtree.recipe.schema import LossSection, OptimSection
@@ -93,7 +93,7 @@ class Objective:
         """Each step's weight, (T,)."""
         return self.sampler.noise_weights()
 
-    def _transition(self, velocity: VelocityFunction, batch: FamilyBatch) -> GaussianTransition:
+    def _transition(self, velocity: VelocityFunction, batch: FamilyBatch) -> Transition:
         prediction = velocity(batch.latents, batch.sigma, send(batch.families.prompt, batch.latents.device))
         active = torch.ones(len(batch.families), dtype=torch.bool)
         return self.sampler.transition(batch.latents, prediction, batch.families.depth, active)
@@ -128,7 +128,7 @@ class Objective:
             losses = losses + self.loss.kl * divergence
         return losses
 
-    def _divergence(self, reference: VelocityFunction, batch: FamilyBatch, transition: GaussianTransition) -> Tensor:
+    def _divergence(self, reference: VelocityFunction, batch: FamilyBatch, transition: Transition) -> Tensor:
         """Return the KL of each edge's transition to the start policy's, (E,)."""
         with torch.no_grad():
             start = self._transition(reference, batch)
