@@ -27,7 +27,7 @@ from branchtree.data.prompts import training_conditions
 from branchtree.planning.memory import estimate_memory
 from branchtree.plugins.protocols import ModelAdapter
 from branchtree.recipe import load_recipe
-from branchtree.recipe.build import make_credit_rule, make_pruning_rule, make_schedule
+from branchtree.recipe.build import make_credit_rule, make_schedule
 from branchtree.recipe.schema import Recipe
 from branchtree.training.inputs import Inputs
 from branchtree.training.session import Session
@@ -107,7 +107,7 @@ def cost_of(recipe: Recipe, iteration: int) -> Cost:
     """The rows of an iteration, by the planner's own count."""
     schedule = make_schedule(recipe)
     plans = [schedule.plan(iteration, prompt) for prompt in range(recipe.batch.prompts)]
-    return count(plans, make_credit_rule(recipe), make_pruning_rule(recipe), iteration)
+    return count(plans, make_credit_rule(recipe), iteration)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from branchtree.core.credit import assign_credit
 from branchtree.core.families import Families
 from branchtree.core.scores import Scores
 from branchtree.core.tree import BranchTree
-from branchtree.recipe.build import make_credit_rule, make_edge_loss, make_pruning_rule, make_sampler, make_schedule
+from branchtree.recipe.build import make_credit_rule, make_edge_loss, make_sampler, make_schedule
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import RunDirectory
 from branchtree.training.inputs import Inputs, read_inputs
@@ -48,7 +48,6 @@ def under(session: Session, recipe: Recipe) -> Session:
         policy=replace(session.policy, sampler=sampler),
         updater=replace(session.updater, objective=objective),
         credit_rule=make_credit_rule(recipe),
-        pruning_rule=make_pruning_rule(recipe),
     )
 
 
@@ -80,8 +79,7 @@ def credited(session: Session, iteration: int, tree: BranchTree, scores: dict[st
     """The edges that the iteration trains, by parent."""
     log_prob = tree.mean_log_prob(session.sampler.reduction)
     weights = dict.fromkeys(scores, 1.0) | {reward.label: reward.weight for reward in session.inputs.rewards}
-    rules = (session.credit_rule, session.pruning_rule)
-    credit = assign_credit(tree.topology, log_prob, scores, weights, *rules, iteration, tree.dimensions)
+    credit = assign_credit(tree.topology, log_prob, scores, weights, session.credit_rule, iteration, tree.dimensions)
     return credit.families(tree.topology)
 
 

@@ -27,7 +27,7 @@ from branchtree.core.schedule import PRESET_SPLITS, FixedSplits, Schedule, TreeP
 from branchtree.planning.plan import draw_tree
 from branchtree.plugins.registry import registry
 from branchtree.recipe import Recipe
-from branchtree.recipe.build import make_credit_rule, make_pruning_rule, make_schedule
+from branchtree.recipe.build import make_credit_rule, make_schedule
 from branchtree.recipe.load import builtin_folder, method_names
 
 ROOT = Path(__file__).parents[1]
@@ -105,13 +105,13 @@ def counts() -> str:
     schedules["Dense, Mix"] = make_schedule(small_recipe(DRAWN["tree/mix"]))
     schedules["`single`, split at step 10"] = Schedule(20, FixedSplits((10,), (16,)), "splits")
     schedules["16 trajectories from one noise"] = Schedule(20, FixedSplits((0,), (16,)))
-    rule, pruning = make_credit_rule(recipe), make_pruning_rule(recipe)
+    rule = make_credit_rule(recipe)
     lines = [
         "| tree | nodes | edges | leaves | rollout rows | gradient rows | trained edges | nodes / leaves |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for name, schedule in schedules.items():
-        cost: Cost = count([schedule.plan(0, 0)], rule, pruning, 0)
+        cost: Cost = count([schedule.plan(0, 0)], rule, 0)
         figures = (cost.nodes, cost.edges, cost.leaves, cost.rollout_rows, cost.gradient_rows, cost.trained_edges)
         lines.append(f"| {name} | {' | '.join(map(str, figures))} | {cost.nodes_per_leaf:.2f} |")
     return "\n".join(lines)
@@ -133,7 +133,7 @@ def method_list() -> str:
     lines = ["| method | what it is | rollout rows | gradient rows |", "| --- | --- | --- | --- |"]
     for name, path in method_names([builtin_folder()]).items():
         recipe = load_recipe(f"quickstart+{name}")
-        cost = count([make_schedule(recipe).plan(0, 0)], make_credit_rule(recipe), make_pruning_rule(recipe), 0)
+        cost = count([make_schedule(recipe).plan(0, 0)], make_credit_rule(recipe), 0)
         text = yaml.safe_load(path.read_text(encoding="utf-8"))
         lines.append(f"| `{name}` | {text['description']} | {cost.rollout_rows} | {cost.gradient_rows} |")
     return "\n".join(lines)

@@ -17,15 +17,19 @@ from reference import Keep, Node
 from strategies import Forest, make_plan
 from torch import Tensor
 
+from branchtree.core.advantages import ESTIMATORS
 from branchtree.core.cost import Cost, count
-from branchtree.core.credit import Credit, CreditRule, PruningRule, assign_credit
+from branchtree.core.credit import Credit, CreditRule, assign_credit
 from branchtree.core.families import collect_families
 from branchtree.core.noise import Purpose
 from branchtree.core.schedule import PRESET_SPLITS, FixedSplits, Schedule, SlidingWindow, TreePlan
 from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
+from branchtree.recipe.build import make_prune
+from branchtree.recipe.schema import PruningSection
 
 ITERATION = 45
+NAMES = {estimator: name for name, estimator in ESTIMATORS.items()}
 
 
 def scores(rewards: Tensor, valid: Tensor) -> Scores:
@@ -35,7 +39,7 @@ def scores(rewards: Tensor, valid: Tensor) -> Scores:
 def credit_of(
     forest: Forest,
     rule: CreditRule | None = None,
-    pruning: PruningRule | None = None,
+    pruning: PruningSection | None = None,
     by_name: Mapping[str, Scores] | None = None,
     weights: Mapping[str, float] | None = None,
     dimensions: int = 1,
@@ -45,8 +49,7 @@ def credit_of(
         forest.edge_log_prob,
         by_name or {"reward": scores(forest.reward_tensor, forest.valid_tensor)},
         weights or {"reward": 1.0},
-        rule or CreditRule(),
-        pruning or PruningRule(),
+        replace(rule or CreditRule(), prune=make_prune(pruning or PruningSection())),
         ITERATION,
         dimensions,
     )
@@ -57,7 +60,7 @@ def in_float32(forest: Forest) -> Forest:
     return forest.with_rewards(torch.tensor(forest.rewards).tolist())
 
 
-def reference_keep(roots: list[Node], pruning: PruningRule) -> Keep:
+def reference_keep(roots: list[Node], pruning: PruningSection) -> Keep:
     if pruning.kind == "parent_top1":
         return reference.parent_top1(roots)
     if pruning.kind == "extreme":
@@ -71,12 +74,12 @@ rules = st.builds(
     CreditRule,
     beta=st.sampled_from([0.0, 1.0]),
     scale=st.sampled_from(["mean", "sum", "standardised"]),
-    estimator=st.sampled_from(["depth", "leaf", "sibling"]),
+    estimator=st.sampled_from(list(ESTIMATORS.values())),
     clip=st.sampled_from([1.0, 5.0]),
     regularised=st.booleans(),
 )
 prunings = st.builds(
-    PruningRule,
+    PruningSection,
     kind=st.sampled_from(["none", "parent_top1", "extreme", "depth"]),
     count=st.integers(1, 4),
     size=st.integers(1, 3),
@@ -88,12 +91,12 @@ prunings = st.builds(
 @given(strategies.forests(ties=False).map(in_float32), rules, prunings)
 @strategies.thorough
 def test_trained_edges_and_advantages_equal_the_reference(
-    forest: Forest, rule: CreditRule, pruning: PruningRule
+    forest: Forest, rule: CreditRule, pruning: PruningSection
 ) -> None:
     """The order is fuse, normalise, prune: pruning changes no advantage."""
     roots = forest.nodes()
     reference.fuse_all(roots, rule.beta, rule.scale, 2)
-    reference.assign_advantages(roots, rule.estimator, rule.eps, rule.clip)
+    reference.assign_advantages(roots, NAMES[rule.estimator], rule.eps, rule.clip)
     credit = credit_of(forest, rule, pruning, dimensions=2)
     for depth in forest.topology.depths:
         expected = [node.advantage for node in reference.level(roots, depth)]
@@ -145,7 +148,7 @@ def test_several_rewards_are_added_as_asked(forest: Forest, combine: str) -> Non
 
 @given(strategies.forests(), rules, prunings)
 @strategies.thorough
-def test_masked_rewards_leave_no_trace(forest: Forest, rule: CreditRule, pruning: PruningRule) -> None:
+def test_masked_rewards_leave_no_trace(forest: Forest, rule: CreditRule, pruning: PruningSection) -> None:
     """NaN and infinities in masked places, against zeros there; and a failed leaf's own edges are not trained."""
     poisoned = credit_of(forest, rule, pruning)
     zeros = torch.where(forest.valid_tensor, forest.reward_tensor, 0.0)
@@ -188,7 +191,7 @@ def test_a_tie_has_no_say_in_what_is_pruned() -> None:
     rounding = torch.nextafter(torch.full((4,), 0.5), torch.tensor([0.0, 0.0, 1.0, 1.0]))
     told_apart = scores(torch.tensor([0.1, 0.2, 0.3, 0.4]), forest.valid_tensor)
     by_name = {"close": scores(rounding, forest.valid_tensor), "apart": told_apart}
-    rule = PruningRule("extreme", count=1)
+    rule = PruningSection(kind="extreme", count=1)
     both = credit_of(forest, None, rule, by_name, {"close": -5.0, "apart": 1.0})
     alone = credit_of(forest, None, rule, {"apart": told_apart}, {"apart": 1.0})
     assert all(torch.equal(a, b) for a, b in zip(both.keep, alone.keep, strict=True))
@@ -219,7 +222,7 @@ def test_advantages_are_clipped_before_they_are_weighted() -> None:
 @given(strategies.forests(), st.randoms(use_true_random=False), rules, prunings)
 @strategies.thorough
 def test_credit_does_not_depend_on_batch_mates_or_order(
-    forest: Forest, shuffler: random.Random, rule: CreditRule, pruning: PruningRule
+    forest: Forest, shuffler: random.Random, rule: CreditRule, pruning: PruningSection
 ) -> None:
     chosen = shuffler.sample(range(len(forest.plans)), shuffler.randint(1, len(forest.plans)))
     whole, part = credit_of(forest, rule, pruning), credit_of(forest.take(chosen), rule, pruning)
@@ -234,8 +237,8 @@ def test_credit_does_not_depend_on_batch_mates_or_order(
 
 
 def cost_of(plan: TreePlan, prompts: int = 1, estimator: str = "depth", **pruning: object) -> Cost:
-    rule = CreditRule(estimator=estimator)  # type: ignore[arg-type]
-    return count([plan] * prompts, rule, PruningRule(**pruning), 0)  # type: ignore[arg-type]
+    prune = make_prune(PruningSection(**pruning))  # type: ignore[arg-type]
+    return count([plan] * prompts, CreditRule(estimator=ESTIMATORS[estimator], prune=prune), 0)
 
 
 def preset(name: str) -> TreePlan:
@@ -325,9 +328,8 @@ def test_costs_equal_the_reference(kind: str, estimator: str, name: str) -> None
         leaf.reward = numbers.gauss(0, 1)
     reference.fuse_all(roots, 1.0)
     reference.assign_advantages(roots, estimator, 1e-8, 5.0)
-    pruning = PruningRule(kind=kind)  # type: ignore[arg-type]
-    rule = CreditRule(estimator=estimator)  # type: ignore[arg-type]
-    cost = count([plan] * 2, rule, pruning, ITERATION)
+    pruning = PruningSection(kind=kind)  # type: ignore[arg-type]
+    cost = count([plan] * 2, CreditRule(estimator=ESTIMATORS[estimator], prune=make_prune(pruning)), ITERATION)
     families = reference.families(roots, reference_keep(roots, pruning))
     assert cost.gradient_rows == len(families)
     assert cost.trained_edges == sum(len(children) for _, children in families)
@@ -335,15 +337,17 @@ def test_costs_equal_the_reference(kind: str, estimator: str, name: str) -> None
 
 @given(strategies.batches(), rules, prunings)
 @strategies.thorough
-def test_ragged_costs_equal_the_reference(plans: tuple[TreePlan, ...], rule: CreditRule, pruning: PruningRule) -> None:
+def test_ragged_costs_equal_the_reference(
+    plans: tuple[TreePlan, ...], rule: CreditRule, pruning: PruningSection
+) -> None:
     numbers = random.Random(2)
     roots = [reference.plant(i, plan.factors, plan.stochastic, plan.trained) for i, plan in enumerate(plans)]
     reference.number(roots)
     for leaf in reference.level(roots, plans[0].steps):
         leaf.reward = numbers.gauss(0, 1)
     reference.fuse_all(roots, rule.beta, rule.scale)
-    reference.assign_advantages(roots, rule.estimator, rule.eps, rule.clip)
-    cost = count(plans, rule, pruning, ITERATION)
+    reference.assign_advantages(roots, NAMES[rule.estimator], rule.eps, rule.clip)
+    cost = count(plans, replace(rule, prune=make_prune(pruning)), ITERATION)
     widths = [len(reference.level(roots, depth)) for depth in range(plans[0].steps + 1)]
     assert (cost.nodes, cost.edges, cost.leaves) == (sum(widths), sum(widths) - len(plans), widths[-1])
     assert cost.rollout_rows == sum(widths[:-1])
@@ -355,7 +359,7 @@ def test_a_mix_window_trains_only_its_own_steps_and_the_splits() -> None:
     topology = grow([plan])
     log_prob = [torch.zeros(topology.width(depth)) for depth in topology.depths]
     rewards = Scores(torch.arange(16.0).square(), torch.ones(16, dtype=torch.bool))
-    credit = assign_credit(topology, log_prob, {"r": rewards}, {"r": 1.0}, CreditRule(), PruningRule(), 0, dimensions=1)
+    credit = assign_credit(topology, log_prob, {"r": rewards}, {"r": 1.0}, CreditRule(), 0, dimensions=1)
     families = collect_families(topology, credit.advantages, credit.keep)
     assert sorted(set(families.depth.tolist())) == [0, 3, 6, 9, 12, 13, 14, 15]
 

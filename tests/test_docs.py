@@ -21,14 +21,14 @@ import branchtree
 from branchtree.cli.app import app
 from branchtree.cli.arguments import parse_overrides
 from branchtree.core.cost import count
-from branchtree.core.credit import CreditRule, PruningRule, assign_credit
+from branchtree.core.credit import CreditRule, assign_credit
 from branchtree.core.families import collect_families
 from branchtree.core.schedule import FixedSplits, Schedule
 from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
 from branchtree.plugins import hookspecs
 from branchtree.recipe import Recipe, load_recipe, recipe_names
-from branchtree.recipe.build import make_credit_rule, make_pruning_rule, make_schedule
+from branchtree.recipe.build import make_credit_rule, make_schedule
 from branchtree.recipe.load import builtin_folder, method_names
 from branchtree.training.metrics import ShareRecord, iteration_metrics
 from branchtree.training.update import UpdateRecord
@@ -123,7 +123,7 @@ def written_metrics() -> set[str]:
     topology, values = grow(plans), torch.tensor([0.1, 0.5, 0.2, 0.9])
     scores = {"LABEL": Scores(values, torch.ones(4, dtype=torch.bool), raw=values, details={"DETAIL": values})}
     flat = [torch.zeros(topology.width(depth)) for depth in topology.depths]
-    credit = assign_credit(topology, flat, scores, {"LABEL": 1.0}, CreditRule(), PruningRule(), 0, 1)
+    credit = assign_credit(topology, flat, scores, {"LABEL": 1.0}, CreditRule(), 0, 1)
     edges = collect_families(topology, credit.advantages, credit.keep)
     one = [torch.ones(edges.edges)]
     update = UpdateRecord(
@@ -156,7 +156,7 @@ def test_the_metrics_page_names_every_phase_and_file() -> None:
 def test_the_tutorial_states_the_counts_of_the_quickstart() -> None:
     recipe = load_recipe("quickstart")
     plans = [make_schedule(recipe).plan(0, prompt) for prompt in range(recipe.batch.prompts)]
-    cost = count(plans, make_credit_rule(recipe), make_pruning_rule(recipe), 0)
+    cost = count(plans, make_credit_rule(recipe), 0)
     stated = f"these are {cost.rollout_rows} rows for the rollout and {cost.gradient_rows} for the gradient pass"
     assert stated in " ".join(TEXT[ROOT / "docs" / "tutorial.md"].split())
 

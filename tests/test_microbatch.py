@@ -22,7 +22,7 @@ from branchtree.errors import DeviceMemoryError, RewardError
 from branchtree.planning.fitting import open_limits
 from branchtree.planning.memory import estimate_memory
 from branchtree.plugins.protocols import Condition, Footprint, Media
-from branchtree.recipe.build import NamedReward, make_credit_rule, make_pruning_rule, make_schedule
+from branchtree.recipe.build import NamedReward, make_credit_rule, make_schedule
 from branchtree.recipe.schema import BatchSection
 from branchtree.run.directory import LIMITS, RunDirectory
 from branchtree.testing.probe import require_equal
@@ -220,7 +220,7 @@ def test_open_limits_start_from_the_estimate() -> None:
     recipe = load_recipe("quickstart", {"batch.update_rows": None, "batch.rollout_rows": None})
     sizes = Footprint(1000, 0, (4,), 500, 100, 1.0, 1, 10, "made up", forward_numbers_per_row=50)
     plans = [make_schedule(recipe).plan(0, prompt) for prompt in range(4)]
-    cost = count(plans, make_credit_rule(recipe), make_pruning_rule(recipe), 0)
+    cost = count(plans, make_credit_rule(recipe), 0)
     resident = estimate_memory(recipe, sizes, cost).resident
     found = open_limits(recipe, sizes, cost, resident + 20 * 4 * 500)
     assert found == {"batch.update_rows": 16}  # of 20 families, the power of two; all rollout rows fit

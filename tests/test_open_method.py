@@ -13,7 +13,7 @@ from training_runs import metrics
 from branchtree import load_recipe, plan, train
 from branchtree.errors import PluginError, RecipeError
 from branchtree.plugins.registry import RULES, registry
-from branchtree.recipe.build import make_kernel, make_pruning_rule, make_schedule, make_siblings
+from branchtree.recipe.build import make_kernel, make_prune, make_schedule, make_siblings
 
 RULES_OF_A_STRANGER = """
     from dataclasses import dataclass, replace
@@ -279,4 +279,4 @@ def test_a_built_in_rule_can_be_named_in_both_ways() -> None:
     assert make_kernel(plain.sampler, "velocity") == make_kernel(named.sampler, "velocity")
     assert make_siblings(plain.tree) == make_siblings(named.tree)
     assert make_schedule(plain).plan(3, 5).splits == make_schedule(named).plan(3, 5).splits
-    assert make_pruning_rule(named).given is not None
+    assert make_prune(plain.pruning) is make_prune(named.pruning) is None

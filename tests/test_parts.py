@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from strategies import Forest, make_plan
 from torch import Tensor
 
-from branchtree.core.credit import Credit, CreditRule, PruningRule, assign_credit
+from branchtree.core.credit import Credit, CreditRule, assign_credit
 from branchtree.core.families import Families, collect_families, gather
 from branchtree.core.gathering import gather_levels, gather_scores, own_families, owned_nodes
 from branchtree.core.gaussian import DanceSde
@@ -35,6 +35,8 @@ from branchtree.core.scores import Scores
 from branchtree.core.sharing import TreeShare, cut
 from branchtree.core.solvers import Solver
 from branchtree.core.tree import BranchTree, Topology, grow, grow_shares, indices_in
+from branchtree.recipe.build import make_prune
+from branchtree.recipe.schema import PruningSection
 
 LATENT = (2, 3)
 
@@ -207,16 +209,19 @@ def rows_of(scores: Scores, places: Tensor) -> Scores:
     )
 
 
-RULES = [PruningRule(), PruningRule("parent_top1"), PruningRule("extreme", count=1), PruningRule("depth", size=2)]
+RULES = [
+    CreditRule(prune=make_prune(PruningSection(**section)))
+    for section in ({}, {"kind": "parent_top1"}, {"kind": "extreme", "count": 1}, {"kind": "depth", "size": 2})
+]
 
 
-def credit_of(topology: Topology, log_prob: Sequence[Tensor], scores: Scores, pruning: PruningRule) -> Credit:
-    return assign_credit(topology, log_prob, {"r": scores}, {"r": 1.0}, CreditRule(), pruning, 0, 6)
+def credit_of(topology: Topology, log_prob: Sequence[Tensor], scores: Scores, rule: CreditRule) -> Credit:
+    return assign_credit(topology, log_prob, {"r": scores}, {"r": 1.0}, rule, 0, 6)
 
 
 @given(splits(), st.sampled_from(RULES))
 @fewer
-def test_credit_from_joined_parts_is_the_wholes(split: Split, pruning: PruningRule) -> None:
+def test_credit_from_joined_parts_is_the_wholes(split: Split, rule: CreditRule) -> None:
     forest, scores = split.forest, scores_of(split.forest)
     places = [indices_in(split.whole, parts) for parts in split.parts]
     # What a part says of a node that it does not own is not read.
@@ -232,15 +237,15 @@ def test_credit_from_joined_parts_is_the_wholes(split: Split, pruning: PruningRu
     all_scores = gather_scores(split.whole, split.topologies, [rows_of(scores, where[-1]) for where in places])
     assert all_scores.details["place"].tolist() == list(range(len(scores)))
     assert all_scores.reasons == scores.reasons
-    first = credit_of(split.whole, forest.edge_log_prob, scores, pruning)
-    second = credit_of(split.whole, joined, all_scores, pruning)
+    first = credit_of(split.whole, forest.edge_log_prob, scores, rule)
+    second = credit_of(split.whole, joined, all_scores, rule)
     for a, b in zip((*first.advantages, *first.keep), (*second.advantages, *second.keep), strict=True):
         assert torch.equal(a, b)
 
 
 @given(splits(), st.sampled_from(RULES), st.integers(0, 3))
 @fewer
-def test_credit_is_each_prompts_own(split: Split, pruning: PruningRule, first: int) -> None:
+def test_credit_is_each_prompts_own(split: Split, rule: CreditRule, first: int) -> None:
     """To the bit, however prompts are taken together; and so are the edges that are trained."""
     whole, scores, log_prob = split.whole, scores_of(split.forest), split.forest.edge_log_prob
     cuts = sorted({0, min(first, whole.prompts), whole.prompts})
@@ -250,9 +255,9 @@ def test_credit_is_each_prompts_own(split: Split, pruning: PruningRule, first: i
         blocks = [whole.block(prompts, depth) for depth in whole.depths]
         own = [level[block.start : block.stop] for level, block in zip(log_prob, blocks, strict=True)]
         leaves = torch.arange(blocks[-1].start, blocks[-1].stop)
-        credits.append(credit_of(whole.select(prompts), own, scores.rows(leaves), pruning))
+        credits.append(credit_of(whole.select(prompts), own, scores.rows(leaves), rule))
         families.append(credits[-1].families(whole.select(prompts)).within(whole, prompts.start))
-    together, alone = Credit.concatenate(credits), credit_of(whole, log_prob, scores, pruning)
+    together, alone = Credit.concatenate(credits), credit_of(whole, log_prob, scores, rule)
     for a, b in zip(
         (*together.advantages, *together.keep, *together.values["r"].value, together.valid, together.rewards["r"]),
         (*alone.advantages, *alone.keep, *alone.values["r"].value, alone.valid, alone.rewards["r"]),
@@ -301,8 +306,8 @@ def gradient(tree: BranchTree, families: Families) -> Tensor:
 
 @given(splits(), st.sampled_from(RULES))
 @fewer
-def test_gradients_of_the_parts_add_up(split: Split, pruning: PruningRule) -> None:
-    credit = credit_of(split.whole, split.forest.edge_log_prob, scores_of(split.forest), pruning)
+def test_gradients_of_the_parts_add_up(split: Split, rule: CreditRule) -> None:
+    credit = credit_of(split.whole, split.forest.edge_log_prob, scores_of(split.forest), rule)
     families = collect_families(split.whole, credit.advantages, credit.keep)
     own = [own_families(families, split.whole, part) for part in split.topologies]
     assert sum(part.edges for part in own) == families.edges
@@ -319,7 +324,7 @@ def test_a_family_of_two_owners_is_a_row_in_each() -> None:
     whole = grow([plan])
     flat = [torch.zeros(whole.width(depth)) for depth in whole.depths]
     scores = Scores(torch.tensor([0.1, 0.9, 0.4, 0.2]), torch.ones(4, dtype=torch.bool))
-    credit = credit_of(whole, flat, scores, PruningRule())
+    credit = credit_of(whole, flat, scores, CreditRule())
     families = collect_families(whole, credit.advantages, credit.keep)
     first, second = (own_families(families, whole, grow_shares([part])) for part in cut(plan, 2))
     for own, rewards in ((first, [0, 1]), (second, [2, 3])):

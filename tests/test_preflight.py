@@ -335,7 +335,7 @@ def test_the_timeout_reaches_the_process_group() -> None:
         from accelerate import PartialState
         from branchtree import load_recipe
         from branchtree.run.directory import RunDirectory
-        from branchtree.training.session import make_accelerator
+        from branchtree.training.loading import make_accelerator
         from pathlib import Path
         for changes in ({}, {"run.timeout": 10}, {"run.timeout": 0.5}):
             make_accelerator(load_recipe("quickstart", changes))

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from branchtree.core.credit import CreditRule, PruningRule, assign_credit
+from branchtree.core.credit import CreditRule, assign_credit
 from branchtree.core.schedule import FixedSplits, Schedule
 from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
@@ -218,7 +218,7 @@ def record(folder: Path, media: list[Media]) -> Iterator[tuple[str, Path]]:
     topology = grow([Schedule(4, FixedSplits((0, 1), (2, 2))).plan(0, 0)])
     scores = {"r": Scores(torch.tensor([0.1, 0.5, 0.2, 0.9]), torch.ones(4, dtype=torch.bool))}
     log_prob = [torch.zeros(topology.width(depth)) for depth in topology.depths]
-    credit = assign_credit(topology, log_prob, scores, {"r": 1.0}, CreditRule(), PruningRule(), 0, 1)
+    credit = assign_credit(topology, log_prob, scores, {"r": 1.0}, CreditRule(), 0, 1)
     write_tree(folder, 40, "a two", topology, scores, credit, make_thumbnails(media))
     for leaf in json.loads((folder / "iteration_000040.json").read_text())["leaves"]:
         path = folder / leaf["thumbnail"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from branchtree.core.credit import CreditRule, PruningRule, assign_credit
+from branchtree.core.credit import CreditRule, assign_credit
 from branchtree.core.schedule import TreePlan
 from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
@@ -30,7 +30,7 @@ class Cost:
         return self.nodes / self.leaves
 
 
-def count(plans: Sequence[TreePlan], rule: CreditRule, pruning: PruningRule, iteration: int) -> Cost:
+def count(plans: Sequence[TreePlan], rule: CreditRule, iteration: int) -> Cost:
     """The cost of one iteration in which every leaf is valid and no two rewards tie.
 
     The tree is scored with made-up distinct rewards by the very functions that training uses, so these are the
@@ -43,7 +43,7 @@ def count(plans: Sequence[TreePlan], rule: CreditRule, pruning: PruningRule, ite
     rewards = torch.sin(torch.arange(1, leaves + 1, dtype=torch.float64).square()).float()
     flat = [torch.zeros(width) for width in widths]
     scores = {"made up": Scores(rewards, torch.ones(leaves, dtype=torch.bool))}
-    credit = assign_credit(topology, flat, scores, {"made up": 1.0}, rule, pruning, iteration, dimensions=1)
+    credit = assign_credit(topology, flat, scores, {"made up": 1.0}, rule, iteration, dimensions=1)
     families = credit.families(topology)
     return Cost(
         nodes=sum(widths),

@@ -13,10 +13,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from branchtree.core.advantages import ESTIMATORS, Advantages, Estimator
+from branchtree.core.advantages import Advantages, Estimator, depth_advantages
 from branchtree.core.families import Families, collect_families, trained_edges
 from branchtree.core.fusion import TIE, NodeValues, PathScale, fuse
-from branchtree.core.pruning import EdgeMask, Prune, all_of, depth_window, extreme_leaves, parent_top1, trainable_edges
+from branchtree.core.pruning import EdgeMask, Prune, all_of, trainable_edges
 from branchtree.core.scores import Scores
 from branchtree.core.segments import segment_size, segment_standardised
 from branchtree.core.tree import Topology
@@ -24,27 +24,16 @@ from branchtree.core.tree import Topology
 
 @dataclass(frozen=True)
 class CreditRule:
-    """How leaf rewards become advantages."""
+    """How leaf rewards become advantages, and which edges are left out of the gradient pass."""
 
     beta: float = 1.0
     scale: PathScale = "mean"
-    estimator: str | Estimator = "depth"  # a built-in one by name: depth, leaf or sibling
+    estimator: Estimator = depth_advantages
     combine: Literal["advantages", "rewards"] = "advantages"
     eps: float = 1e-8
     clip: float = 5.0
     regularised: bool = False  # a KL term acts on every kept edge, so that those without an advantage are trained too
-
-
-@dataclass(frozen=True)
-class PruningRule:
-    """Which edges are left out of the gradient pass: by a built-in rule, or by one that is given."""
-
-    kind: Literal["none", "parent_top1", "extreme", "depth", "given"] = "none"
-    count: int = 4  # extreme: leaves kept at each end
-    size: int = 4  # depth: steps in the window
-    every: int = 30  # depth: iterations per move
-    stop: int = 15  # depth: where the window's first step stops
-    given: Prune | None = None
+    prune: Prune | None = None  # all edges that the schedule trains are kept by default
 
 
 @dataclass(frozen=True)
@@ -101,7 +90,6 @@ def assign_credit(
     scores: Mapping[str, Scores],
     weights: Mapping[str, float],
     rule: CreditRule,
-    pruning: PruningRule,
     iteration: int,
     dimensions: int,
 ) -> Credit:
@@ -126,31 +114,19 @@ def assign_credit(
         return fuse(topology, log_prob, reward, valid, rule.beta, rule.scale, dimensions, size)
 
     values = {name: fused(reward, sizes[name]) for name, reward in rewards.items()}
-    estimate = ESTIMATORS[rule.estimator] if isinstance(rule.estimator, str) else rule.estimator
     weighted = []
     for name, value in values.items():
-        levels = estimate(topology, value, rule.eps)
+        levels = rule.estimator(topology, value, rule.eps)
         weighted.append([weights[name] * level.clamp(-rule.clip, rule.clip) for level in levels])
     advantages = tuple(torch.stack(levels).sum(dim=0) for levels in zip(*weighted, strict=True))
     keep = trainable_edges(topology)
-    if pruning.kind != "none":
+    if rule.prune is not None:
         ranked = [
             weights[name] * standardised(topology, reward, valid, sizes[name]) for name, reward in rewards.items()
         ]
         ranking = sum(ranked, start=nothing)
-        keep = all_of(keep, prune(topology, fused(ranking, None), pruning, iteration))
+        keep = all_of(keep, rule.prune(topology, fused(ranking, None), iteration))
     return Credit(rewards, valid, values, advantages, keep, rule.regularised)
-
-
-def prune(topology: Topology, values: NodeValues, rule: PruningRule, iteration: int) -> EdgeMask:
-    """The edges that a pruning rule other than ``none`` keeps; ``values`` rank nodes and, at the last depth, leaves."""
-    if rule.given is not None:
-        return rule.given(topology, values, iteration)
-    if rule.kind == "parent_top1":
-        return parent_top1(topology, values)
-    if rule.kind == "extreme":
-        return extreme_leaves(topology, values.value[-1], values.valid[-1], rule.count)
-    return depth_window(topology, rule.size, rule.every, rule.stop, iteration)
 
 
 def standardised(topology: Topology, rewards: Tensor, valid: Tensor, size: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from branchtree.core.tree import Topology
 
 EdgeMask = tuple[Tensor, ...]
 Prune = Callable[[Topology, NodeValues, int], EdgeMask]
-"""Returns the edges to train, from the values that rank nodes and leaves, at an iteration."""
+"""(topology, the values that rank nodes and, at the last depth, leaves, iteration) -> the edges to train."""
 
 
 def trainable_edges(topology: Topology) -> EdgeMask:

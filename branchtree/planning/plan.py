@@ -18,7 +18,6 @@ from branchtree.recipe.build import (
     make_credit_rule,
     make_kernel,
     make_model,
-    make_pruning_rule,
     make_schedule,
     make_shares,
 )
@@ -94,16 +93,16 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
     """Plan the first iteration. Raises a BranchTreeError if the recipe's model or prompts cannot be found."""
     model = make_model(recipe)
     check_learns(recipe, make_kernel(recipe.sampler, model.prediction))  # refuses what training would
-    schedule, rule, pruning = make_schedule(recipe), make_credit_rule(recipe), make_pruning_rule(recipe)
+    schedule, rule = make_schedule(recipe), make_credit_rule(recipe)
     plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe, model)]
     footprint = model.footprint()
-    iteration = count(plans, rule, pruning, 0)
+    iteration = count(plans, rule, 0)
     rewards = reward_sizes(recipe)
     around = rewards.around()
     return RunPlan(
         recipe=recipe,
         tree=plans[0],
-        per_prompt=count(plans[:1], rule, pruning, 0),
+        per_prompt=count(plans[:1], rule, 0),
         parts=tuple(
             PartCost(len(part.leaves), grow_shares([part]).rollout_rows) for part in make_shares(recipe, plans[0])
         ),

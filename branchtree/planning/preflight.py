@@ -22,7 +22,6 @@ from branchtree.recipe.build import (
     NamedReward,
     make_credit_rule,
     make_model,
-    make_pruning_rule,
     make_reward,
     make_schedule,
 )
@@ -154,9 +153,9 @@ class TrainingNeed:
         """For the processes that this one belongs to, as their launcher says in the environment."""
         rewards, processes = reward_sizes(recipe), int(os.environ.get("WORLD_SIZE", "1"))
         footprint = (model or make_model(recipe)).footprint()
-        schedule, rules = make_schedule(recipe), (make_credit_rule(recipe), make_pruning_rule(recipe))
+        schedule, rule = make_schedule(recipe), make_credit_rule(recipe)
         costs = {
-            number: count([schedule.plan(0, prompt) for prompt in range(prompts_each(recipe, number))], *rules, 0)
+            number: count([schedule.plan(0, prompt) for prompt in range(prompts_each(recipe, number))], rule, 0)
             for number in {processes, *PROCESSES}
         }
         sharded = _asked("ACCELERATE_USE_FSDP", "false")

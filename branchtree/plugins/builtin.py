@@ -10,11 +10,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from branchtree.core.advantages import ESTIMATORS, Estimator
-from branchtree.core.credit import PruningRule, prune
 from branchtree.core.gaussian import CpsSde, DanceSde, Ddim, FlowSde
 from branchtree.core.loss import EdgeLoss, clipped_loss
 from branchtree.core.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
-from branchtree.core.pruning import Prune, trainable_edges
+from branchtree.core.pruning import Prune, depth_window, extreme_leaves, parent_top1
 from branchtree.core.schedule import PRESET_SPLITS, DrawnSplits, FixedSplits, SlidingWindow, SplitAtWindow, Splits
 from branchtree.core.transitions import Kernel
 from branchtree.errors import RecipeError
@@ -129,26 +128,27 @@ def register_estimators(register: Register) -> None:
 @hookimpl
 def register_pruning(register: Register) -> None:
     """Register no pruning, and the paper's three rules."""
-    summaries = {
-        "parent_top1": "Below the last split, only the best child of each parent is trained.",
-        "extreme": "Below the last split, only the best and worst leaves are trained.",
-        "depth": "A window of steps that slides deeper is left out.",
-    }
 
-    def builder(kind: Any) -> Callable[[NoKeys, Any], Prune]:
-        def build(config: NoKeys, section: Any) -> Prune:
-            rule = PruningRule(kind, section.count, section.size, section.every, section.stop)
-            return lambda topology, values, iteration: prune(topology, values, rule, iteration)
+    def none(config: NoKeys, section: Any) -> None:
+        return None
 
-        return build
+    def top1(config: NoKeys, section: Any) -> Prune:
+        return lambda topology, values, iteration: parent_top1(topology, values)
 
-    for name, summary in summaries.items():
-        register(name, build=builder(name), config=NoKeys, summary=summary)
+    def extreme(config: NoKeys, section: Any) -> Prune:
+        return lambda topology, values, iteration: extreme_leaves(
+            topology, values.value[-1], values.valid[-1], section.count
+        )
 
-    def none(config: NoKeys, section: Any) -> Prune:
-        return lambda topology, values, iteration: trainable_edges(topology)
+    def depth(config: NoKeys, section: Any) -> Prune:
+        return lambda topology, values, iteration: depth_window(
+            topology, section.size, section.every, section.stop, iteration
+        )
 
     register("none", build=none, config=NoKeys, summary="All edges that the schedule trains.")
+    register("parent_top1", build=top1, config=NoKeys, summary="After the last split, the best child of each parent.")
+    register("extreme", build=extreme, config=NoKeys, summary="After the last split, the best and the worst leaves.")
+    register("depth", build=depth, config=NoKeys, summary="All steps but a window that slides deeper.")
 
 
 @hookimpl

@@ -84,7 +84,8 @@ def register_estimators(register: Register) -> None:
 def register_pruning(register: Register) -> None:
     """``register(name, build=..., config=ConfigModel, summary="one line")`` for each rule of which edges are trained.
 
-    ``build(config, section)`` gets the ``pruning`` section and returns a ``branchtree.core.pruning.Prune``.
+    ``build(config, section)`` gets the ``pruning`` section and returns a ``branchtree.core.pruning.Prune``, or
+    None for no pruning.
     """
 
 

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from pydantic import BaseModel
 
-from branchtree.core.credit import CreditRule, PruningRule
+from branchtree.core.credit import CreditRule
 from branchtree.core.grid import time_grid
 from branchtree.core.loss import EdgeLoss
 from branchtree.core.noise import Siblings
+from branchtree.core.pruning import Prune
 from branchtree.core.rollout import Sampler
 from branchtree.core.schedule import Schedule, TreePlan
 from branchtree.core.sharing import TreeShare, cut
@@ -23,7 +24,15 @@ from branchtree.plugins.builtin import sliding_window
 from branchtree.plugins.protocols import Callback, GroupReward, ModelAdapter, RewardAdapter
 from branchtree.plugins.registry import registry
 from branchtree.recipe.load import validate_options
-from branchtree.recipe.schema import CallbackSection, Choice, Recipe, RewardSection, SamplerSection, TreeSection
+from branchtree.recipe.schema import (
+    CallbackSection,
+    Choice,
+    PruningSection,
+    Recipe,
+    RewardSection,
+    SamplerSection,
+    TreeSection,
+)
 from branchtree.recipe.source import KeyPath
 
 log = logging.getLogger("branchtree")
@@ -110,7 +119,7 @@ def make_sampler(recipe: Recipe, model: ModelAdapter) -> Sampler:
 
 
 def make_credit_rule(recipe: Recipe) -> CreditRule:
-    """The ``credit`` section, and whether the loss has a KL term."""
+    """The rules of the ``credit`` and ``pruning`` sections, and whether the loss has a KL term."""
     credit = recipe.credit
     return CreditRule(
         credit.beta,
@@ -120,6 +129,7 @@ def make_credit_rule(recipe: Recipe) -> CreditRule:
         credit.eps,
         credit.clip,
         regularised=recipe.loss.kl > 0,
+        prune=make_prune(recipe.pruning),
     )
 
 
@@ -152,13 +162,10 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
         )
 
 
-def make_pruning_rule(recipe: Recipe) -> PruningRule:
-    """Return the rule of the ``pruning`` section."""
-    section = recipe.pruning
-    if section.rule is None and section.kind == "none":
-        return PruningRule()
-    given = make_rule("pruning rule", section.kind, section.rule, ("pruning", "rule"), section)
-    return PruningRule("given", every=section.every, given=given)
+def make_prune(section: PruningSection) -> Prune | None:
+    """Return the rule of the ``pruning`` section; None where nothing is pruned."""
+    prune: Prune | None = make_rule("pruning rule", section.kind, section.rule, ("pruning", "rule"), section)
+    return prune
 
 
 def make_edge_loss(recipe: Recipe) -> EdgeLoss:

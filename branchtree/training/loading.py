@@ -29,7 +29,6 @@ from branchtree.recipe.build import (
     NamedReward,
     make_credit_rule,
     make_edge_loss,
-    make_pruning_rule,
     make_sampler,
     planned_steps,
 )
@@ -106,7 +105,6 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
         failures=FailureWatch(recipe.scoring, {reward.label for reward in inputs.rewards if reward.weight == 0}),
         order=PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle),
         credit_rule=make_credit_rule(recipe),
-        pruning_rule=make_pruning_rule(recipe),
         reference=reference,
         checkpoint=checkpoint,
         base=base,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from branchtree.core.credit import Credit, CreditRule, PruningRule, assign_credit
+from branchtree.core.credit import Credit, CreditRule, assign_credit
 from branchtree.core.noise import NoiseSource
 from branchtree.core.rollout import Growth, Sampler
 from branchtree.core.scores import Scores
@@ -49,7 +49,6 @@ class Session:
     failures: FailureWatch
     order: PromptOrder
     credit_rule: CreditRule
-    pruning_rule: PruningRule
     reference: nn.Module | None  # a frozen copy of the start policy, where KL needs one
     checkpoint: Path | None  # the one that the weights were taken from
     base: dict[str, Figure] | None  # held-out figures of the start policy, where a run that goes on had none
@@ -141,8 +140,7 @@ class Session:
             for level, block in zip(log_prob, (topology.block(prompts, d) for d in topology.depths), strict=True)
         ]
         weights = {reward.label: reward.weight for reward in self.inputs.rewards}
-        rules = self.credit_rule, self.pruning_rule
-        return assign_credit(topology.select(prompts), own, scores, weights, *rules, iteration, dimensions)
+        return assign_credit(topology.select(prompts), own, scores, weights, self.credit_rule, iteration, dimensions)
 
     @property
     def learns_early(self) -> bool:

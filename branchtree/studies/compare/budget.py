@@ -8,14 +8,14 @@ from itertools import islice
 from branchtree.core.cost import Cost, count
 from branchtree.data.prompts import PromptOrder, training_conditions
 from branchtree.errors import RecipeError
-from branchtree.recipe.build import make_credit_rule, make_model, make_pruning_rule, make_schedule
+from branchtree.recipe.build import make_credit_rule, make_model, make_schedule
 from branchtree.recipe.schema import Recipe
 from branchtree.training.metrics import GRADIENT_COST
 
 
 def iteration_costs(recipe: Recipe) -> Iterator[Cost]:
     """The cost of iteration 0, 1, ... without end. Raises a BranchTreeError if prompts or rules cannot be had."""
-    schedule, rule, pruning = make_schedule(recipe), make_credit_rule(recipe), make_pruning_rule(recipe)
+    schedule, rule = make_schedule(recipe), make_credit_rule(recipe)
     order = PromptOrder(len(training_conditions(recipe.data, make_model(recipe))), recipe.seed, recipe.data.shuffle)
     known: dict[object, Cost] = {}
     iteration = 0
@@ -25,7 +25,7 @@ def iteration_costs(recipe: Recipe) -> Iterator[Cost]:
         section = recipe.pruning
         key = (plans, iteration if section.rule else iteration // section.every if section.kind == "depth" else 0)
         if key not in known:
-            known[key] = count(plans, rule, pruning, iteration)
+            known[key] = count(plans, rule, iteration)
         yield known[key]
         iteration += 1
 
