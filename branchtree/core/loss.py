@@ -24,5 +24,5 @@ def clipped_loss(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
 
 
 def clipped_away(ratio: Tensor, advantage: Tensor, clip: float) -> Tensor:
-    """Which edges the clip silences, (E,) bool: those whose ratio has gone past it in the favoured direction."""
+    """Return which edges the clip silences, (E,) bool: those whose ratio has gone past it in the favoured direction."""
     return ((advantage > 0) & (ratio > 1 + clip)) | ((advantage < 0) & (ratio < 1 - clip))

@@ -21,11 +21,11 @@ Prune = Callable[[Topology, NodeValues, int], EdgeMask]
 
 
 def trainable_edges(topology: Topology) -> EdgeMask:
-    """The edges that the plans allow to be trained; of a part drawn by trajectory, those that any leaf below drew."""
+    """Return the edges that the plans train; where trajectories draw their steps, those that any leaf below drew."""
     masks = [torch.zeros(topology.prompts, dtype=torch.bool)]
     for step in range(topology.steps):
         masks.append(topology.per_edge(step, [plan.trained[step] for plan in topology.plans]))
-    if any(plan.part for plan in topology.plans):
+    if any(plan.fraction for plan in topology.plans):
         return all_of(tuple(masks), _drawn(topology))
     return tuple(masks)
 
@@ -34,13 +34,13 @@ def _drawn(topology: Topology) -> EdgeMask:
     """The edges that lead to a leaf whose trajectory trains their step."""
     trains = torch.ones(topology.steps, topology.width(topology.steps), dtype=torch.bool)
     for prompt, plan in enumerate(topology.plans):
-        if plan.part is None:
+        if plan.fraction is None:
             continue
         steps = [step for step in range(plan.steps) if plan.trained[step]]
         leaves = topology.span(prompt, topology.steps)
         trains[:, leaves.start : leaves.stop] = False
-        for place, leaf in enumerate(leaves):
-            trains[plan.part.steps(place, steps), leaf] = True
+        for i, leaf in enumerate(leaves):
+            trains[plan.fraction.steps(i, steps), leaf] = True
     masks = [torch.zeros(topology.prompts, dtype=torch.bool)]
     for step in range(topology.steps):
         below = topology.ancestor[step + 1][trains[step]]
@@ -88,7 +88,7 @@ def parent_top1(topology: Topology, values: NodeValues) -> EdgeMask:
 
 
 def _first_best(values: Tensor, group: Tensor, groups: int) -> Tensor:
-    """Which members are the first to hold their group's maximum; none in a group of only -inf."""
+    """Return which members are the first to hold their group's maximum; none in a group of only -inf."""
     best = (values == segment_max(values, group, groups)[group]) & (values > -torch.inf)
     order = torch.arange(values.numel())
     first = torch.full((groups,), values.numel()).scatter_reduce_(0, group[best], order[best], "amin")

@@ -52,7 +52,7 @@ class Sampler:
 
 @dataclass(frozen=True)
 class Stage:
-    """Consecutive steps that the nodes of adjoining prompts take in the same batches."""
+    """Consecutive steps that the nodes of consecutive prompts take in the same batches."""
 
     steps: range
     prompts: range
@@ -74,7 +74,7 @@ def stages(topology: Topology, together: int | None = None) -> list[Stage]:
 class Growth:
     """Trees of P prompts while they grow. Iterate over it: it takes the steps, and yields prompts that are complete.
 
-    All nodes of a depth are one batch, cut to ``max_rows`` only for memory. What it yields are adjoining prompts and
+    All nodes of a depth are one batch, cut to ``max_rows`` only for memory. What it yields are consecutive prompts and
     their clean latents (L, *latent); once it is exhausted, ``tree`` is the whole.
 
     Args:
@@ -202,7 +202,7 @@ def rollout(
 
 
 def forwards(topology: Topology, max_rows: int | None, together: int | None = None) -> int:
-    """How often ``rollout`` asks for predictions."""
+    """Return how often ``rollout`` asks for predictions."""
     return sum(
         len(chunks(len(topology.evaluated(step, stage.prompts)), max_rows))
         for stage in stages(topology, together)
@@ -232,7 +232,7 @@ def _solve(
     """Take the solver's step instead for the children that come after their prompt's last stochastic step.
 
     ``parents`` are the parents' latents and predictions, and ``family`` says which of them is each child's.
-    ``reached``, by child, and ``history``, by node from ``first`` on, are changed in place.
+    ``reached``, by child, and ``history``, by node from ``first`` on, are overwritten.
     """
     after = topology.per_edge(step, [plan.last_stochastic < step for plan in topology.plans])
     chosen = torch.nonzero(after[children])[:, 0]
@@ -271,7 +271,7 @@ def _noise(
         if not plan.stochastic[step]:
             continue
         nodes = topology.span(prompt, step + 1)
-        # A prompt's nodes adjoin and are all evaluated or none: those among the children are a run of them.
+        # A prompt's nodes are consecutive, and all evaluated or none: those among the children are a run of them.
         first, last = bisect_left(children, nodes.start), bisect_left(children, nodes.stop)
         if first >= last:
             continue

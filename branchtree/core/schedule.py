@@ -15,8 +15,8 @@ from typing import Literal, Protocol
 
 
 @dataclass(frozen=True)
-class TrainedPart:
-    """A random part of a trajectory's trained steps (DanceGRPO's timestep fraction, arXiv 2505.07818).
+class TimestepFraction:
+    """A random fraction of a trajectory's trained steps (DanceGRPO's timestep fraction, arXiv 2505.07818).
 
     Drawn for each leaf by itself, from an address that depends on the seed, iteration and prompt alone.
     """
@@ -25,7 +25,7 @@ class TrainedPart:
     address: str
 
     def steps(self, leaf: int, steps: Sequence[int]) -> list[int]:
-        """Which of the trained ``steps`` the trajectory to this leaf trains: the part, rounded down, of them."""
+        """Return those of the trained ``steps`` that the trajectory to this leaf trains, their number rounded down."""
         return random.Random(f"{self.address} {leaf}").sample(steps, int(self.fraction * len(steps)))
 
 
@@ -39,14 +39,14 @@ class TreePlan:
     arXiv 2509.06040, "ignore last step").
 
     A skipped step is not evaluated: the evaluated step before it leads straight to the depth after it, so that the rest
-    of a trajectory can be walked in fewer, longer steps. Of the trained steps a trajectory may train a random part.
+    of a trajectory can be walked in fewer, longer steps. Of the trained steps a trajectory may train a random fraction.
     """
 
     factors: tuple[int, ...]  # (T,)
     stochastic: tuple[bool, ...]  # (T,)
     trained: tuple[bool, ...]  # (T,)
     skipped: frozenset[int] = frozenset()  # steps that are not evaluated
-    part: TrainedPart | None = None  # of the trained steps, by trajectory; all by default
+    fraction: TimestepFraction | None = None  # of the trained steps, by trajectory; all by default
 
     def __post_init__(self) -> None:
         if not len(self.factors) == len(self.stochastic) == len(self.trained) > 0:
@@ -97,7 +97,7 @@ class TreePlan:
         return tuple(depths)
 
     def evaluated(self, depth: int) -> int:
-        """How many nodes of a depth go through the denoiser."""
+        """Return how many nodes of a depth go through the denoiser."""
         return 0 if depth in self.skipped else self.widths[depth]
 
     @property
@@ -202,14 +202,14 @@ class Schedule:
     splits: Splits
     sde: Literal["all", "splits"] | SlidingWindow = "all"
     continuation: int | None = None  # steps that remain after the last stochastic one; all of the grid's by default
-    fraction: float = 1.0  # part of the stochastic steps that each trajectory trains
-    seed: int = 0  # of the drawn part
+    fraction: float = 1.0  # of the stochastic steps, that each trajectory trains
+    seed: int = 0  # of the drawn fraction
 
     def __post_init__(self) -> None:
         if self.continuation is not None and self.continuation < 1:
             raise ValueError(f"a continuation needs at least 1 step, not {self.continuation}")
         if not 0 < self.fraction <= 1:
-            raise ValueError(f"a part of the steps is trained, above 0 and up to 1, not {self.fraction}")
+            raise ValueError(f"a fraction of the steps is trained, above 0 and up to 1, not {self.fraction}")
         if not isinstance(self.sde, SlidingWindow) and self.sde not in {"all", "splits"}:
             raise ValueError(f"sde is 'all', 'splits' or a window, not {self.sde!r}")
 
@@ -226,13 +226,15 @@ class Schedule:
                 raise ValueError(f"split step {step} has branch factor {factor}; a split needs at least 2")
         inside = self._sde_steps(iteration)
         stochastic = tuple(step < self.steps - 1 and (step in factors or step in inside) for step in range(self.steps))
-        part = None if self.fraction == 1 else TrainedPart(self.fraction, f"part {self.seed} {iteration} {prompt}")
+        fraction = (
+            None if self.fraction == 1 else TimestepFraction(self.fraction, f"part {self.seed} {iteration} {prompt}")
+        )
         return TreePlan(
             factors=tuple(factors.get(step, 1) for step in range(self.steps)),
             stochastic=stochastic,
             trained=stochastic,
             skipped=skipped_steps(last_true(stochastic) + 1, self.steps, self.continuation),
-            part=part,
+            fraction=fraction,
         )
 
     def _sde_steps(self, iteration: int) -> range:
@@ -242,19 +244,19 @@ class Schedule:
 
 
 def last_true(flags: Sequence[bool]) -> int:
-    """The place of the last flag that is set, or -1."""
-    return max((place for place, flag in enumerate(flags) if flag), default=-1)
+    """Return the index of the last flag that is set, or -1."""
+    return max((i for i, flag in enumerate(flags) if flag), default=-1)
 
 
 def skipped_steps(first: int, steps: int, kept: int | None) -> frozenset[int]:
-    """Which of the steps from ``first`` on are left out so that ``kept`` remain, spread evenly over the grid.
+    """Return which of the steps from ``first`` on are left out so that ``kept`` remain, spread evenly over the grid.
 
     The first of them is always kept. None, or as many as there are, leaves out none.
     """
     count = steps - first
     if kept is None or kept >= count:
         return frozenset()
-    remaining = {first + place * count // kept for place in range(kept)}
+    remaining = {first + i * count // kept for i in range(kept)}
     return frozenset(range(first, steps)) - remaining
 
 

@@ -32,7 +32,7 @@ class TreeShare:
 
     @property
     def is_whole(self) -> bool:
-        """Whether nothing is left out."""
+        """Return whether nothing is left out."""
         return len(self.leaves) == self.plan.leaves
 
     @cached_property

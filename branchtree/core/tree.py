@@ -1,7 +1,7 @@
 """The branching tree of one batch of prompts, as flat arrays.
 
 Axis letters: P prompts, L leaves, N_d nodes at depth d (all prompts together). Nodes of a depth are ordered by
-prompt, then by parent, then by place among siblings, so a prompt's nodes and a parent's children are contiguous.
+prompt, then by parent, then by order among siblings, so a prompt's nodes and a parent's children are contiguous.
 Prompts may branch at different steps: the arrays are ragged in d and never padded.
 """
 
@@ -51,7 +51,7 @@ class Topology:
         return self.parent[depth].numel()
 
     def evaluated(self, depth: int, prompts: range | None = None) -> Tensor:
-        """The nodes of a depth that go through the denoiser, ascending; those of some adjoining prompts, or all."""
+        """The nodes of a depth that go through the denoiser, ascending; those of some consecutive prompts, or all."""
         here = self.block(range(self.prompts) if prompts is None else prompts, depth)
         walked = torch.tensor([depth not in plan.skipped for plan in self.plans])
         return torch.nonzero(walked[self.root[depth][here.start : here.stop]])[:, 0] + here.start
@@ -84,7 +84,7 @@ class Topology:
         return tuple(reversed(chain))
 
     def unbranched(self, depth: int) -> bool:
-        """Whether every node of a depth has exactly one child, and so shares its child's place and its leaves."""
+        """Return whether each node of a depth has exactly one child, and so its child's index and leaves."""
         return depth < self.steps and self.width(depth) == self.width(depth + 1)
 
     def per_edge(self, step: int, flags: Sequence[bool] | Sequence[int]) -> Tensor:
@@ -92,20 +92,20 @@ class Topology:
         return torch.tensor(flags)[self.root[step + 1]]
 
     def stochastic(self, step: int) -> Tensor:
-        """Which nodes of depth ``step`` take a stochastic step, (N_step,) bool."""
+        """Return which nodes of depth ``step`` take a stochastic step, (N_step,) bool."""
         return torch.tensor([plan.stochastic[step] for plan in self.plans])[self.root[step]]
 
     def span(self, prompt: int, depth: int) -> range:
-        """Where a prompt's nodes lie among those of a depth."""
+        """Return where a prompt's nodes lie among those of a depth."""
         start = sum(len(share.held[depth]) for share in self.shares[:prompt])
         return range(start, start + len(self.shares[prompt].held[depth]))
 
     def block(self, prompts: range, depth: int) -> range:
-        """Where the nodes of some adjoining prompts lie among those of a depth."""
+        """Return where the nodes of some consecutive prompts lie among those of a depth."""
         return range(self.span(prompts[0], depth).start, self.span(prompts[-1], depth).stop)
 
     def select(self, prompts: range) -> Topology:
-        """Return the topology of some adjoining prompts alone."""
+        """Return the topology of some consecutive prompts alone."""
         blocks = [self.block(prompts, depth) for depth in self.depths]
         above = [0, *(block.start for block in blocks[:-1])]
         return Topology(

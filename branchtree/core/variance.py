@@ -21,9 +21,9 @@ from branchtree.core.tree import Topology
 class SplitVariance:
     """One entry per split, in order, pooled over prompts with a valid leaf."""
 
-    share: Tensor  # (S,) part of the within-prompt sum of squares that arises at this level
-    independent_share: Tensor  # (S,) the part it would have if all leaves were independent
-    component: Tensor  # (S,) unbiased variance component, as a part of their sum; may be negative
+    share: Tensor  # (S,) share of the within-prompt sum of squares that arises at this level
+    independent_share: Tensor  # (S,) the share it would have if all leaves were independent
+    component: Tensor  # (S,) unbiased variance component, over their sum; may be negative
 
 
 @dataclass(frozen=True)
@@ -103,21 +103,21 @@ class SplitSpread:
     """One entry per split, in order, over the parents that split there and have at least two valid children."""
 
     spread: Tensor  # (S,) mean sample deviation of siblings' values
-    ties: Tensor  # (S,) part of the parents whose children's values are all equal, but for the scores' rounding
+    ties: Tensor  # (S,) fraction of the parents whose children's values are all equal, but for the scores' rounding
 
 
 def split_spread(topology: Topology, values: NodeValues) -> SplitSpread:
-    """How far siblings' values lie apart at each split; an entry is NaN where no parent can be compared."""
+    """Return how far siblings' values lie apart at each split; an entry is NaN where no parent can be compared."""
     splits = max(len(plan.splits) for plan in topology.plans)
     spread: list[list[Tensor]] = [[] for _ in range(splits)]
     rounding = values.rounding(topology)
     for steps, prompts in _alike([plan.splits for plan in topology.plans]):
-        for place, step in enumerate(steps):
+        for split, step in enumerate(steps):
             mine = values.valid[step + 1] & prompts[topology.root[step + 1]]
             family, parents = topology.parent[step + 1][mine], topology.width(step)
             compared = segment_count(family, parents) > 1
             floor = rounding[topology.root[step]]
-            spread[place].append(segment_std(values.value[step + 1][mine], family, parents, floor)[compared])
+            spread[split].append(segment_std(values.value[step + 1][mine], family, parents, floor)[compared])
     levels = [torch.cat(level) for level in spread]
     return SplitSpread(
         spread=torch.stack([level.mean() for level in levels]) if levels else torch.zeros(0),

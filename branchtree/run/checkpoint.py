@@ -78,14 +78,14 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def iteration_of(path: Path) -> int:
-    """How many iterations a checkpoint was trained for, by its name."""
+    """Return how many iterations a checkpoint was trained for, by its name."""
     return int(path.name.removeprefix("iteration_"))
 
 
 def newest_whole(folder: Path) -> Path | None:
     """The newest checkpoint that is as it was written; None if there are no checkpoints.
 
-    Newer ones that are damaged are told of in the log. Raises CheckpointError if all of them are.
+    Newer ones that are damaged are named in the log. Raises CheckpointError if all of them are.
     """
     checkpoints = list_checkpoints(folder)
     for path in reversed(checkpoints):
@@ -120,7 +120,7 @@ def require_usable(path: Path) -> None:
 
 
 def read_state(path: Path) -> dict[str, Any]:
-    """What a checkpoint's state.json says. Raises CheckpointError if it cannot be read."""
+    """Return what a checkpoint's state.json says. Raises CheckpointError if it cannot be read."""
     try:
         state = read_json_object(path / STATE, CheckpointError)
         if not isinstance(state["recipe"]["optim"], dict) or int(state["iteration"]) != iteration_of(path):

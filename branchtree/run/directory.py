@@ -63,7 +63,7 @@ class RunDirectory:
 
     @property
     def holds_run(self) -> bool:
-        """Whether a run was begun here: there is a recipe, and not one that a user keeps here."""
+        """Return whether a run was begun here: there is a recipe, and not one that a user keeps here."""
         return self.recipe_file.is_file() and (self.ledger.exists or any(self.checkpoints.glob(f"*/{MANIFEST}")))
 
     def require_usable(self, resume: bool) -> None:
@@ -183,7 +183,7 @@ class RunDirectory:
         return [line.row for line in lines if line.row is not None]
 
     def evaluated(self, iteration: int, identity: Mapping[str, Any] | None) -> bool:
-        """Whether held-out figures of that identity were written after ``iteration`` iterations."""
+        """Return whether held-out figures of that identity were written after ``iteration`` iterations."""
         return any(row["iteration"] == iteration and row.get("identity") == identity for row in self.rows(EVALUATION))
 
     def rewind(self, iteration: int) -> None:

@@ -47,7 +47,7 @@ class Ledger:
 
     @property
     def exists(self) -> bool:
-        """Whether a run has claimed the folder."""
+        """Return whether a run has claimed the folder."""
         return (self._root / LEDGER).is_file()
 
     def make(self, folder: Path) -> None:
@@ -123,7 +123,7 @@ class Ledger:
         return self._recorded
 
     def owns(self, folder: Path) -> bool:
-        """Whether this run wrote a folder of that name."""
+        """Return whether this run wrote a folder of that name."""
         return self._name(folder) in self._known()
 
     def require_own(self, folder: Path) -> None:

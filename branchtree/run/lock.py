@@ -76,7 +76,7 @@ def _lock(descriptor: int, path: Path) -> None:
 
 
 def _is_named(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one of that name."""
+    """Return whether an open file is still the one of that name."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:

@@ -65,7 +65,7 @@ def _line(number: int, content: bytes) -> Line:
 
 
 def _problem(row: Any) -> str:
-    """What keeps a line's content from being a row of any of the files; empty if nothing does."""
+    """Return what keeps a line's content from being a row of any of the files; empty if nothing does."""
     if not isinstance(row, dict):
         return "it is not a JSON object"
     iteration = row.get("iteration")

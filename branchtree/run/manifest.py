@@ -73,7 +73,7 @@ def remove_listed(folder: Path, known: Collection[str]) -> None:
 
 
 def _as_written(path: Path, listed: Mapping[str, Any] | None, written: int) -> bool:
-    """Whether a file is the one that was listed. Only one that was changed after the manifest has to be read."""
+    """Return whether a file is the one that was listed. Only one that was changed after the manifest has to be read."""
     if listed is None or path.is_symlink():
         return False
     status = path.lstat()

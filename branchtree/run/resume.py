@@ -147,7 +147,7 @@ def unused(allow: Sequence[str], changes: Sequence[Change | FileChange]) -> list
 
 
 def differences(before: Any, now: Any, key: str = "") -> Iterator[Change]:
-    """Where two recipes differ, by the innermost key: a value, or an entry or section that only one of them has."""
+    """Yield where two recipes differ, by the innermost key: a value, or what only one of them has."""
     if isinstance(before, Mapping) and isinstance(now, Mapping):
         pairs = [(name, before.get(name, ABSENT), now.get(name, ABSENT)) for name in {**before, **now}]
     elif _is_sections(before) and _is_sections(now):
@@ -162,16 +162,16 @@ def differences(before: Any, now: Any, key: str = "") -> Iterator[Change]:
 
 
 def _is_sections(value: Any) -> bool:
-    """Whether it is a list of sections, as ``rewards`` is; any other list is one value."""
+    """Return whether it is a list of sections, as ``rewards`` is; any other list is one value."""
     return isinstance(value, list) and all(isinstance(entry, Mapping) for entry in value)
 
 
-def _entry(values: Sequence[Any], place: int) -> Any:
-    return values[place] if place < len(values) else ABSENT
+def _entry(values: Sequence[Any], index: int) -> Any:
+    return values[index] if index < len(values) else ABSENT
 
 
 def _covered(key: str, names: Sequence[str]) -> bool:
-    """Whether a key is one of those named, or lies in a section that is."""
+    """Return whether a key is one of those named, or lies in a section that is."""
     return any(key == name or key.startswith(f"{name}.") for name in names)
 
 
@@ -193,7 +193,7 @@ def _keys(value: Any, key: str = "") -> Iterator[str]:
     if isinstance(value, Mapping):
         entries = value
     elif _is_sections(value):
-        entries = {str(place): entry for place, entry in enumerate(value)}
+        entries = {str(i): entry for i, entry in enumerate(value)}
     for name, entry in entries.items():
         yield from _keys(entry, f"{key}.{name}" if key else name)
 

@@ -62,7 +62,7 @@ class ConditioningCache:
         return {name: send(torch.stack([row[name] for row in rows]), device) for name in rows[0]}
 
     def holds(self, conditions: Iterable[Condition]) -> bool:
-        """Whether all of these are encoded."""
+        """Return whether all of these are encoded."""
         return all(_key(condition) in self._rows for condition in conditions)
 
     def prepare(self, conditions: Iterable[Condition], replace: bool = False) -> None:
@@ -73,15 +73,15 @@ class ConditioningCache:
         """
         coming, asked = iter(conditions), set[Key]()
         try:
-            while part := {_key(condition): condition for condition in islice(coming, PREPARED)}:
-                self._add(self._found({key: condition for key, condition in part.items() if key not in self._rows}))
-                asked |= part.keys()
-                for key in part:
+            while batch := {_key(condition): condition for condition in islice(coming, PREPARED)}:
+                self._add(self._found({key: condition for key, condition in batch.items() if key not in self._rows}))
+                asked |= batch.keys()
+                for key in batch:
                     self._rows.move_to_end(key)
                 if replace:
                     self._shrink(keep=len(asked))
                 kept = len(asked) if replace else len(self._rows)
-                if self._bytes / len(self._rows) * (kept + len(part)) > self._limit:
+                if self._bytes / len(self._rows) * (kept + len(batch)) > self._limit:
                     return
         except DataError:
             return
@@ -112,8 +112,8 @@ class ConditioningCache:
             return rows
         self._encoding = True
         encoded = self._model.encode(list(unknown.values()))
-        for place, (key, condition) in enumerate(unknown.items()):
-            rows[key] = {name: value[place].clone() for name, value in encoded.items()}
+        for i, (key, condition) in enumerate(unknown.items()):
+            rows[key] = {name: value[i].clone() for name, value in encoded.items()}
             require_finite_encoding(self._model, condition, rows[key])
             if store is not None:
                 store.write(condition, rows[key])

@@ -55,7 +55,7 @@ def user_folder() -> Path:
 
 
 def arithmetic(device: torch.device) -> list[str]:
-    """What the last bits of a result depend on beside model and input."""
+    """Return what the last bits of a result depend on beside model and input."""
     if device.type == "cuda":
         matmul, cudnn = torch.backends.cuda.matmul.allow_tf32, torch.backends.cudnn.allow_tf32
         return [torch.__version__, torch.cuda.get_device_name(device), f"tf32 {matmul} {cudnn}"]
@@ -111,7 +111,7 @@ class EncodingStore:
             log.warning("%s: encoded prompts cannot be kept here: %s", self._root, error.strerror or error)
 
     def path(self, condition: Condition) -> Path:
-        """Where a condition's encoding lies. Raises OSError if one of its files cannot be read."""
+        """Return where a condition's encoding lies. Raises OSError if one of its files cannot be read."""
         files = [condition.image, condition.last_image, condition.video]
         described = [
             self._context,

@@ -29,7 +29,7 @@ class Engine(Protocol):
 
     @property
     def joint(self) -> bool:
-        """Whether a forward or a backward is a call that all processes must make."""
+        """Return whether a forward or a backward is a call that all processes must make."""
 
     def accumulating(self, last: bool) -> AbstractContextManager[None]:
         """A context for a forward and backward; ``last`` of a step."""

@@ -99,7 +99,10 @@ class Evaluator:
         keep: AbstractSet[Pair] = frozenset(),
         advance: Callable[[int], None] | None = None,
     ) -> Samples:
-        """All samples, scored. ``keep`` are those to look at; ``advance`` is told of each batch how many it holds."""
+        """Return all samples, scored, and the media of those in ``keep``.
+
+        ``advance`` is called with the number of samples of each batch.
+        """
         from accelerate.utils import gather_object
 
         pairs = [(p, draw) for p in range(len(self.conditions)) for draw in range(self.section.noises)]
@@ -139,7 +142,7 @@ class Evaluator:
         return scored
 
     def _fill(self, pairs: Sequence[Pair], times: int) -> None:
-        """Where a forward is a call that all processes make, make those of samples that are thrown away."""
+        """Sample for nothing, where every forward is a call that all processes must make."""
         for _ in range(times if self.joint else 0):
             self._sampled(pairs, [self.conditions[prompt] for prompt, _ in pairs])
 

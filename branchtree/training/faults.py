@@ -60,7 +60,7 @@ def mask_faults(scores: Scores, faults: Mapping[int, str]) -> Scores:
 
 
 def are_faults(reasons: Collection[str]) -> bool:
-    """Whether all of some reasons for invalid samples are the model's."""
+    """Return whether all of some reasons for invalid samples are the model's."""
     return bool(reasons) and all(reason.startswith(MARK) for reason in reasons)
 
 

@@ -127,7 +127,7 @@ class LeafScores:
         self.groups: list[range] = []  # prompts that are scored together
 
     def put(self, prompts: range, latents: Tensor) -> None:
-        """Hand over the clean latents (L, *latent) of adjoining prompts."""
+        """Hand over the clean latents (L, *latent) of consecutive prompts."""
         topology = self._batch.topology
         for group in scoring_groups(topology, prompts):
             leaves = topology.block(group, topology.steps)

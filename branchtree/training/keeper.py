@@ -145,7 +145,7 @@ class CheckpointKeeper:
         self._writer.wait()
 
     def kept(self, remedy: str, flags: str = "", good: str = "") -> str:
-        """What a failure leaves of the run, and how to go on once the ``remedy`` is applied."""
+        """Return what a failure leaves of the run, and how to go on once the ``remedy`` is applied."""
         output = self._session.output
         checkpoints = list_checkpoints(output.checkpoints)
         if checkpoints:

@@ -29,7 +29,7 @@ REWARD_REMEDY = "set the reward's own batch or offload, or score on another mach
 
 
 def ran_out_of_memory(error: BaseException) -> bool:
-    """Whether an error says that the device's memory, or the host's, is full."""
+    """Return whether an error says that the device's memory, or the host's, is full."""
     from accelerate.utils.memory import should_reduce_batch_size
 
     return isinstance(error, torch.OutOfMemoryError) or (

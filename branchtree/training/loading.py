@@ -134,7 +134,7 @@ def make_accelerator(recipe: Recipe) -> Any:
     # accelerate keeps its precision in a process-wide state; a second run in one process may want another.
     AcceleratorState._reset_state()
     accelerator = Accelerator(
-        # Told so only because several processes without a GPU would otherwise each train alone.
+        # Set because several processes without a GPU would otherwise each train alone.
         cpu=not torch.accelerator.is_available(),
         mixed_precision="bf16" if recipe.autocast else "no",
         kwargs_handlers=[process_group(recipe.run.timeout)],

@@ -101,7 +101,7 @@ class GroupRecord:
     thumbnails: Sequence[Thumbnail]  # of the first prompt's leaves, where its tree is recorded
 
     def of(self, prompts: range) -> dict[str, Scores]:
-        """Return the scores of some adjoining prompts."""
+        """Return the scores of some consecutive prompts."""
         leaves = self.topology.block(prompts, self.topology.steps)
         return {label: scores.rows(torch.arange(leaves.start, leaves.stop)) for label, scores in self.scores.items()}
 
@@ -116,7 +116,7 @@ class Team:
     index: int  # of the team
 
     def prompts(self, count: int) -> slice:
-        """Return which of an iteration's prompts are the team's, adjoining ones."""
+        """Return which of an iteration's prompts are the team's; they are consecutive."""
         return slice(count * self.index // self.teams, count * (self.index + 1) // self.teams)
 
     def grow(self, plans: Sequence[TreePlan]) -> Topology:

@@ -137,7 +137,7 @@ class Reporter:
             write_grid(session.output.root / SAMPLES, done, media, prompts)
 
     def shown(self, done: int) -> tuple[bool, bool]:
-        """Whether this process, the main one, wrote held-out figures and samples after ``done`` iterations."""
+        """Return whether this process, the main one, wrote held-out figures and samples after ``done`` iterations."""
         output = self._session.output
         sampled = sample_index(output.root / SAMPLES, done).is_file()
         return output.evaluated(done, self._session.inputs.identity), sampled
@@ -166,7 +166,7 @@ class Reporter:
         self._call("on_end", output.root)
 
     def result(self, done: int, finished: bool) -> TrainResult:
-        """What the run came to: held-out figures before and after are those of the recipe's prompts and rewards."""
+        """Return what the run came to, with held-out figures of the recipe's prompts and rewards alone."""
         output = self._session.output
         found: dict[bool, dict[str, Figure]] = {}
         if self._main:

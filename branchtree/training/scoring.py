@@ -31,7 +31,7 @@ AHEAD = 2
 
 @dataclass(frozen=True)
 class Piece:
-    """Decoded samples, what each was asked to show, and which prompt it belongs to; a prompt's samples adjoin."""
+    """Decoded samples, what each was asked to show, and its prompt; a prompt's samples are consecutive."""
 
     media: Media
     conditions: Sequence[Condition]

@@ -130,7 +130,7 @@ class Session:
         dimensions: int,
         iteration: int,
     ) -> Credit:
-        """Return the credit of some adjoining prompts' trees; a prompt's is the same with and without others.
+        """Return the credit of some consecutive prompts' trees; a prompt's is the same with and without others.
 
         ``topology`` and ``log_prob``, means over ``dimensions``, are of all prompts, ``scores`` of these. See
         ``assign_credit``.
@@ -144,7 +144,7 @@ class Session:
 
     @property
     def learns_early(self) -> bool:
-        """Whether the gradient pass can begin with the prompts that are scored first.
+        """Return whether the gradient pass can begin with the prompts that are scored first.
 
         Not where the families of a step are drawn from all prompts, where processes must know each other's scores
         first, or where a reward on the same GPU is to make room for the gradient pass.

@@ -33,12 +33,12 @@ class ShardSettings:
 
 
 def sharding_asked() -> bool:
-    """Whether ``accelerate launch`` was told to use FSDP."""
+    """Return whether ``accelerate launch`` was told to use FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def read_shard_settings(accelerator: Any) -> ShardSettings:
-    """What accelerate's configuration says. Raises RecipeError for what is not supported rather than ignore it."""
+    """Read accelerate's configuration. Raises RecipeError for what is not supported rather than ignore it."""
     from accelerate.utils import DynamoBackend, FullyShardedDataParallelPlugin
 
     plugin = FullyShardedDataParallelPlugin()
@@ -94,8 +94,8 @@ def _shard_unit(
 
     if kept.isdisjoint(unit.parameters()):
         return sharded(unit, reduced)
-    for part in _parts_without(unit, kept):  # one dtype is all that torch gathers a unit's trained weights in
-        sharded(part, reduced)
+    for child in _modules_without(unit, kept):  # one dtype is all that torch gathers a unit's trained weights in
+        sharded(child, reduced)
     return sharded(unit, None)
 
 
@@ -105,15 +105,15 @@ def _kept_in_float32(module: nn.Module) -> frozenset[nn.Parameter]:
     return frozenset(value for name, value in module.named_parameters() if names.intersection(name.split(".")))
 
 
-def _parts_without(unit: nn.Module, kept: frozenset[nn.Parameter]) -> Iterator[nn.Module]:
+def _modules_without(unit: nn.Module, kept: frozenset[nn.Parameter]) -> Iterator[nn.Module]:
     """The largest modules inside a unit that hold weights, none of ``kept`` among them, and are not sharded."""
-    for part in unit.children():
-        if isinstance(part, FSDPModule) or next(part.parameters(), None) is None:
+    for child in unit.children():
+        if isinstance(child, FSDPModule) or next(child.parameters(), None) is None:
             continue
-        if isinstance(part, nn.ModuleList | nn.ModuleDict) or not kept.isdisjoint(part.parameters()):
-            yield from _parts_without(part, kept)
+        if isinstance(child, nn.ModuleList | nn.ModuleDict) or not kept.isdisjoint(child.parameters()):
+            yield from _modules_without(child, kept)
         else:
-            yield part
+            yield child
 
 
 def _blocks(module: nn.Module, settings: ShardSettings) -> list[nn.Module]:
@@ -121,7 +121,7 @@ def _blocks(module: nn.Module, settings: ShardSettings) -> list[nn.Module]:
         return []
     own: list[str] | None = getattr(module, "_no_split_modules", None)  # how models of Hugging Face's libraries say it
     names = settings.blocks or tuple(own or ())
-    found = [part for part in module.modules() if type(part).__name__ in names]
+    found = [child for child in module.modules() if type(child).__name__ in names]
     if not found:
         wanted = f"no {' or '.join(names)} in the model" if names else "the model does not name its blocks"
         raise RecipeError(
@@ -165,9 +165,9 @@ class ShardedWeights(Stepped):
 
     def forget_copies(self) -> None:
         """Give up gathered weights, which a change of the sharded ones would leave behind."""
-        for part in self.module.modules():
-            if isinstance(part, FSDPModule):
-                part.reshard()
+        for child in self.module.modules():
+            if isinstance(child, FSDPModule):
+                child.reshard()
 
     def denoiser_state(self) -> dict[str, Tensor]:
         """The trained weights, whole, on the main process; empty on the others. Every process must call this."""

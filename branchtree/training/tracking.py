@@ -76,7 +76,7 @@ class Trackers:
                 try:
                     tracker.finish()
                 except Exception as error:  # a tracker can raise anything
-                    log.warning("run.trackers: '%s' could not be closed: %s", tracker.name, _told(error))
+                    log.warning("run.trackers: '%s' could not be closed: %s", tracker.name, _described(error))
 
     def _send(self, figures: Mapping[str, float], step: int) -> None:
         for tracker in self._running:
@@ -85,7 +85,7 @@ class Trackers:
             try:
                 tracker.log(dict(figures), step=step)
             except Exception as error:  # a tracker can raise anything
-                raise TrackerError(f"run.trackers: '{tracker.name}' failed: {_told(error)}") from error
+                raise TrackerError(f"run.trackers: '{tracker.name}' failed: {_described(error)}") from error
 
 
 @contextmanager
@@ -129,7 +129,7 @@ def _start(recipe: Recipe, output: RunDirectory, resumed_at: int | None) -> Trac
                     started.append(_begin(name, recipe, output, run, resumed_at))
                 except Exception as error:  # a tracker can raise anything
                     raise RecipeError(
-                        f"run.trackers: '{name}' cannot start: {_told(error)}; set it up, or leave it out with "
+                        f"run.trackers: '{name}' cannot start: {_described(error)}; set it up, or leave it out with "
                         f"run.trackers=[{', '.join(other for other in recipe.run.trackers if other != name)}]"
                     ) from error
         trackers = Trackers(started, output, run, sent)
@@ -164,7 +164,7 @@ def _state(folder: Path, output: RunDirectory) -> tuple[str, int]:
 
 
 def _begin(name: str, recipe: Recipe, output: RunDirectory, run: str, resumed_at: int | None) -> Any:
-    """Start one tracker, whose files lie in the run's directory as far as it can be told so."""
+    """Start one tracker, whose files lie in the run's directory as far as it allows."""
     from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
     folder = output.root / TRACKERS
@@ -177,13 +177,13 @@ def _begin(name: str, recipe: Recipe, output: RunDirectory, run: str, resumed_at
         "swanlab": {"logdir": str(folder / "swanlab")},
     }
     made = LOGGER_TYPE_TO_CLASS[name]
-    place = [str(folder)] if made.requires_logging_directory else []
-    tracker = made(project_name(recipe.name), *place, **own.get(name, {}))
+    where = [str(folder)] if made.requires_logging_directory else []
+    tracker = made(project_name(recipe.name), *where, **own.get(name, {}))
     tracker.start()
     if not (resumed and name == TENSORBOARD):  # which would list it as another run
         tracker.store_init_configuration({"recipe": json.dumps(recipe.model_dump(mode="json"))})
     return tracker
 
 
-def _told(error: Exception) -> str:
+def _described(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"

@@ -31,7 +31,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Trained:
-    """The parts of a run that training changes. All processes call its methods together."""
+    """What training changes in a run. All processes call its methods together."""
 
     model: ModelAdapter
     engine: Engine
@@ -50,7 +50,7 @@ class Trained:
                 self.engine.forget_copies()
 
     def progress(self) -> Progress:
-        """What training moves along beside the weights."""
+        """Return what training moves along beside the weights."""
         return Progress(self.scheduler.planned, self.guard.in_a_row)
 
     def go_back(self, progress: Progress) -> None:
@@ -71,7 +71,7 @@ def take_snapshot(
     copied: bool,
     contents: Contents,
 ) -> Snapshot:
-    """What is to be saved after ``iteration`` done iterations, to be written by the main process. All must call this.
+    """Copy what is to be saved after ``iteration`` iterations. All processes call this; the main one writes it.
 
     ``copied`` puts all of it into host memory of its own, so that training can go on while it is written; without it,
     the weights are the live ones. ``position`` is for people who read the state, and ``contents`` are the digests of

@@ -192,7 +192,7 @@ class Trainer:
             raise ModelError(f"before anything was trained, {fault}; {REMEDY}") from error
 
     def _divergence(self, error: Exception | None = None) -> DivergenceError | None:
-        """What to raise if the weights have diverged: an ``error`` that ended the run is then only a symptom."""
+        """Return what to raise if the weights have diverged: an ``error`` that ended the run is then only a symptom."""
         policy, processes = self._probe(), self._session.processes
         together = error is None or processes.joint
         if together and not all(processes.everyone(policy is not None)):
@@ -223,7 +223,7 @@ class Trainer:
         return None
 
     def _any_process(self, flag: bool) -> bool:
-        """Whether the flag is set on any process: a signal may reach them between different iterations."""
+        """Return whether the flag is set on any process: a signal may reach them between different iterations."""
         accelerator = self._session.accelerator
         return bool(accelerator.reduce(torch.tensor(int(flag), device=accelerator.device), "sum"))
 
@@ -285,7 +285,7 @@ class Trainer:
         self._reporter.announce(iteration, metrics)
 
     def _after(self, done: int, stopping: bool) -> None:
-        """What happens between iterations: a checkpoint first, at the end ``final/``, then what is shown."""
+        """Write a checkpoint where it is due, at the end ``final/``, and then show what is to be shown."""
         recipe = self._session.recipe
         last = done == recipe.run.iterations
         if last or stopping or done % recipe.run.checkpoint_every == 0:
