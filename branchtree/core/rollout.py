@@ -22,13 +22,19 @@ VelocityFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Sampler:
-    """How transitions are sampled and scored; the same in the rollout and in the gradient pass."""
+    """How transitions are sampled and scored, alike in the rollout and the gradient pass.
+
+    Raises ValueError for a grid that does not fall to 0.
+    """
 
     kernel: Kernel
     siblings: Siblings
     sigmas: Tensor  # (T + 1,) float32, CPU
     reduction: Reduction = "mean"
     solver: Solver = "euler"  # of a prompt's steps after its last stochastic one
+
+    def __post_init__(self) -> None:
+        check_grid(self.sigmas)
 
     def transition(
         self, latents: Tensor, prediction: Tensor, depth: Tensor, active: Tensor, target: Tensor | None = None
@@ -104,7 +110,6 @@ class Growth:
         store: torch.device | None = None,
         together: int | None = None,
     ) -> None:
-        check_grid(sampler.sigmas)
         if sampler.sigmas.numel() != topology.steps + 1:
             raise ValueError(
                 f"{topology.steps} steps need {topology.steps + 1} noise levels, not {sampler.sigmas.numel()}"

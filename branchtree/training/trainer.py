@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -114,38 +114,45 @@ class Trainer:
         was learnt until then is saved first. Raises one of ``REMEDIES`` or DivergenceError, which say what is
         kept, and whatever else is raised while it trains.
         """
+        session, recipe = self._session, self._session.recipe
+        started = time.perf_counter()
+        with self._saying_what_is_kept(), self._keeper, self._saving_on_failure():
+            done = self._start(resume, chosen)
+            with StopRequest() as stop:
+                for iteration in range(done, recipe.run.iterations):
+                    self._keeper.check()
+                    self._iteration(iteration)
+                    done = iteration + 1
+                    stopping = self._any_process(stop.requested)
+                    self._after(done, stopping)
+                    if stopping:
+                        break
+            self._keeper.wait()
+            finished = done == recipe.run.iterations
+            if finished:
+                self._reporter.finish(done, time.perf_counter() - started)
+            session.accelerator.end_training()
+            return self._reporter.result(done, finished)
+
+    @contextmanager
+    def _saying_what_is_kept(self) -> Iterator[None]:
+        """Add to the error of a block what it leaves of the run, and how to go on."""
         try:
-            with self._keeper:
-                try:
-                    return self._run(resume, chosen)
-                except Exception as error:
-                    self._keep(error)
-                    raise
+            yield
         except tuple(REMEDIES) as error:
             raise type(error)(f"{error}. {self._keeper.kept(REMEDIES[type(error)])}") from error
         except DivergenceError as error:
             remedy, flags = "with a lower optim.lr or optim.max_grad_norm", " and --allow with the key that is changed"
             raise DivergenceError(f"{error}. {self._keeper.kept(remedy, flags, 'last good ')}") from error
 
-    def _run(self, resume: bool, chosen: bool) -> TrainResult:
-        session, recipe = self._session, self._session.recipe
-        started = time.perf_counter()
-        done = self._start(resume, chosen)
-        with StopRequest() as stop:
-            for iteration in range(done, recipe.run.iterations):
-                self._keeper.check()
-                self._iteration(iteration)
-                done = iteration + 1
-                stopping = self._any_process(stop.requested)
-                self._after(done, stopping)
-                if stopping:
-                    break
-        self._keeper.wait()
-        finished = done == recipe.run.iterations
-        if finished:
-            self._reporter.finish(done, time.perf_counter() - started)
-        session.accelerator.end_training()
-        return self._reporter.result(done, finished)
+    @contextmanager
+    def _saving_on_failure(self) -> Iterator[None]:
+        """Save what was learnt where a block ends by an error."""
+        try:
+            yield
+        except Exception as error:
+            self._keep(error)
+            raise
 
     def _stand(self, done: int) -> Standing:
         """The weights are those after ``done`` iterations, and all that is logged of them is written."""
