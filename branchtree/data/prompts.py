@@ -206,7 +206,7 @@ def require_characters(text: str, location: str) -> None:
     """Raise DataError, beginning with the location, for a text with characters that no tokenizer or file accepts."""
     wrong = "a NUL character" if "\0" in text else half_character(text)
     if wrong:
-        raise DataError(f"{location}: holds {wrong}, which stands for nothing that can be shown; leave it out")
+        raise DataError(f"{location}: holds {wrong}, which cannot be shown; leave it out")
 
 
 def _kind(value: object) -> str:

@@ -112,7 +112,7 @@ def override(source: Source, overrides: Mapping[str, Any]) -> None:
             raise RecipeError(f"override {written}: {NO_TEXT}")
         words = dotted.split(".")
         if len(words) > MOST_LEVELS:
-            raise RecipeError(f"override {written}: a key has at most {MOST_LEVELS} parts, not {len(words)}")
+            raise RecipeError(f"override {written}: a key has at most {MOST_LEVELS} levels, not {len(words)}")
         section: Any = source.data
         origin = Origin(f"override {written}")
         path: KeyPath = ()

@@ -153,9 +153,9 @@ def evaluation_labels(evaluations: Sequence[Evaluation]) -> list[str]:
     return list(dict.fromkeys(label for evaluation in evaluations for label in evaluation.figures))
 
 
-def keys(rows: Sequence[LogRow], prefix: str = "", rest: str = ".*") -> list[str]:
+def keys(rows: Sequence[LogRow], prefix: str = "", suffix: str = ".*") -> list[str]:
     """Return the names of figures that have a value in some row, in the order of first appearance."""
-    pattern = re.compile(re.escape(prefix) + rest, re.DOTALL)
+    pattern = re.compile(re.escape(prefix) + suffix, re.DOTALL)
     found = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
     return [key for key in found if pattern.fullmatch(key)]
 
