@@ -1,6 +1,6 @@
 """branchtree: tree-structured reinforcement learning for diffusion and flow-matching models.
 
-Implements BranchGRPO (arXiv 2509.06040) on one modality-agnostic core; models and rewards are plug-ins.
+Implements BranchGRPO (arXiv 2509.06040) on one core for images and videos; models and rewards are plug-ins.
 """
 
 from branchtree.api import compare, diversity, evaluate, plan, score, train, write_report

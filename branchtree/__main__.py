@@ -1,4 +1,4 @@
-"""``python -m branchtree``, and ``accelerate launch -m branchtree``."""
+"""The entry point of ``python -m branchtree`` and ``accelerate launch -m branchtree``."""
 
 from branchtree.cli import main
 

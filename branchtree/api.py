@@ -1,4 +1,4 @@
-"""The functions behind ``import branchtree``."""
+"""The functions of ``import branchtree``. Heavy modules are imported inside them, so that the import is fast."""
 
 from __future__ import annotations
 
@@ -36,14 +36,22 @@ def train(
 ) -> TrainResult:
     """Train a model by a recipe.
 
-    ``recipe`` is a name, a YAML path, or a loaded Recipe; ``overrides`` maps dotted keys to values, as in
-    ``{"optim.lr": 2e-5}``. The run is written to ``output``, by default ``runs/<recipe name>``; ``resume`` continues
-    the one that is there, under the same recipe but for keys that do not touch what is learnt and those that ``allow``
-    names, as in ``("optim.lr", "rewards.0.url")``; it goes on from the newest checkpoint, or from that of
-    ``checkpoint`` iterations. ``start`` begins a new run with the weights of a run, a checkpoint, or a LoRA's file or
-    folder. ``smoke`` swaps in the recipe's small models and rewards. On a GPU whose free memory is less than the plan's
-    estimate nothing is downloaded or loaded, unless ``force`` is true. Raises a BranchTreeError, with what is wrong and
-    where, before work is done that it would cost.
+    Args:
+        recipe: A recipe's name, the path of a YAML file, or a loaded Recipe.
+        overrides: Values by dotted key, as in ``{"optim.lr": 2e-5}``.
+        output: The run's directory; ``runs/<recipe name>`` by default.
+        smoke: Whether to use the recipe's small model and rewards.
+        resume: Whether to continue the run in ``output``, from its newest checkpoint. The recipe must be the same, but
+            for keys that do not affect learning and those that ``allow`` names.
+        allow: Keys that may have changed since, as in ``("optim.lr", "rewards.0.url")``.
+        checkpoint: With ``resume``, the number of iterations of the checkpoint to continue from instead.
+        start: Weights to begin a new run with: a run, a checkpoint, or a LoRA's file or folder.
+        callbacks: Called during training, besides those of the recipe.
+        force: Whether to start even on a GPU whose free memory is less than the plan's estimate. Otherwise nothing is
+            downloaded or loaded there.
+
+    Raises:
+        BranchTreeError: Something is wrong; the message says what and where. It is raised as early as it can be known.
     """
     from branchtree.run.directory import RunDirectory
     from branchtree.run.start import with_start
@@ -57,7 +65,7 @@ def train(
 
 
 def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None, *, smoke: bool = False) -> RunPlan:
-    """Work out a recipe's tree, rows and memory without loading a model; see ``train`` for the arguments."""
+    """Compute a recipe's tree, rows and memory without loading a model; the arguments are those of ``train``."""
     from branchtree.planning.plan import plan_recipe
 
     return plan_recipe(_resolve(recipe, overrides, smoke))
@@ -79,15 +87,28 @@ def evaluate(
 ) -> EvaluationResult:
     """Judge a run's model, or a LoRA, against its base on held-out prompts, or a recipe's base model alone.
 
-    ``run_or_recipe`` is a run's directory, whose newest checkpoint is taken, or that of ``checkpoint`` iterations; or
-    a recipe as ``train`` takes it. Both models make samples of the same prompts from the same noises, without further
-    noise, and each reward's difference comes with an interval over prompts. ``rewards``, named as ``score`` names
-    them, ``prompts`` (a file, or texts), ``noises`` per prompt and ``limit``, of prompts, stand in for what the
-    recipe's ``evaluation`` section says. ``lora`` is a LoRA's file or folder, of any common kind, or a run that trained
-    one: it is judged in place of the run's own weights. Figures, every sample's scores and pictures are written to
-    ``output``, by default ``evaluation`` in the run's directory, or ``runs/evaluation-<recipe name>``. ``force`` is as
-    in ``train``.
-    Raises a BranchTreeError, with what is wrong and where, before anything is loaded if it can be known then.
+    Both models make samples of the same prompts from the same noises, without further noise, and each reward's
+    difference has a confidence interval over prompts.
+
+    Args:
+        run_or_recipe: A run's directory, or a recipe as for ``train``.
+        overrides: Values by dotted key of the recipe.
+        rewards: The rewards that judge, as for ``score``; by default those of the recipe's ``evaluation`` section, as
+            for the next three arguments.
+        prompts: A file of prompts, or the prompts themselves.
+        noises: Samples per prompt.
+        limit: The most prompts that are used.
+        checkpoint: The number of iterations of the checkpoint to judge; the newest one by default.
+        lora: A LoRA to judge instead of the run's own weights: a file or folder of any common kind, or a run that
+            trained one.
+        output: The folder for figures, every sample's scores, and pictures; by default ``evaluation`` in the run's
+            directory, or ``runs/evaluation-<recipe name>``.
+        smoke: Whether to use the recipe's small model and rewards.
+        force: As for ``train``.
+
+    Raises:
+        BranchTreeError: Something is wrong; the message says what and where. It is raised before anything is loaded if
+            it can be known then.
     """
     from branchtree.studies.evaluate import evaluate_subject
     from branchtree.studies.evaluate.request import EvaluationChoices
@@ -105,13 +126,19 @@ def score(
     device: str = "auto",
     batch: int = 8,
 ) -> list[ScoredFile]:
-    """Score pictures and videos that lie in files, in the order given.
+    """Score files of pictures and videos, and return the scores in the order of the files.
 
-    ``files`` are images, videos, folders of them, ``.jsonl`` lists, or rows as the lists hold them:
-    ``{"image": path, "prompt": text}``, or ``"video"``; other keys are kept as metadata. ``rewards`` are names,
-    ``"hps version=v2.0"``, or mappings as in a recipe's ``rewards``. ``prompt`` is for files that bring none. ``batch``
-    samples of one size are scored at a time, fewer if they are large. Raises a BranchTreeError, with file and line,
-    before anything is loaded if an input cannot be read or is of a kind that a reward does not score.
+    Args:
+        files: Images, videos, folders of them, ``.jsonl`` lists, or rows as in such a list:
+            ``{"image": path, "prompt": text}``, or with ``"video"``; other keys are kept as metadata.
+        rewards: Names with settings, as in ``"hps version=v2.0"``, or mappings as in a recipe's ``rewards``.
+        prompt: The prompt of files that have none of their own.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        batch: Samples of one size that are scored at a time; fewer if they are large.
+
+    Raises:
+        BranchTreeError: An input cannot be read, or is of a kind that a reward does not score. The message has file and
+            line, and is raised before anything is loaded.
     """
     from branchtree.studies.score import score_files
 
@@ -134,12 +161,24 @@ def compare(
 ) -> Comparison:
     """Train several recipes under the same seeds, prompts and budget, and put them into one table and one page.
 
-    ``recipes`` are names or paths, each with changes of its own as in ``"quickstart@tree.branches=4"``; ``overrides``
-    change all of them, and a ``grid`` word such as ``"tree.strength=1,2,4"`` makes a row of every recipe and value. The
-    budget is ``iterations`` of the first row, or ``rows`` through the denoiser for every run. Runs are written below
-    ``output``, ``jobs`` at a time; those that are there and finished are left alone, so that the same call goes on
-    after an interruption. ``tell`` gets a line for every run. Raises a BranchTreeError if a recipe is wrong or
-    ``output`` holds another comparison; a run that fails is named in the result.
+    Finished runs in ``output`` are kept, so the same call continues after an interruption. A run that fails is named in
+    the result.
+
+    Args:
+        recipes: Names or paths, each with changes of its own as in ``"quickstart@tree.branches=4"``.
+        overrides: Values by dotted key that change all recipes.
+        seeds: Every recipe is trained once with each.
+        iterations: The budget: iterations of the first recipe. The others take as many optimiser steps.
+        rows: The budget instead: row equivalents through the denoiser for every run.
+        grid: Words such as ``"tree.strength=1,2,4"``, each of which makes a row of every recipe and value.
+        jobs: Runs at a time.
+        output: The folder of the runs, the table and the page.
+        smoke: Whether to use the recipes' small models and rewards.
+        title: The title of table and page.
+        tell: Called with a line of text for every run.
+
+    Raises:
+        BranchTreeError: A recipe is wrong, or ``output`` has another comparison.
     """
     from branchtree.studies.common.grids import parse_grid
     from branchtree.studies.compare.compare import run_comparison
@@ -173,13 +212,22 @@ def diversity(
 ) -> Study:
     """Compare branched with plain rollouts of one model: KID, MMD^2, and distances within prompts.
 
-    ``run_or_recipe`` is as in ``evaluate``. ``samples`` of each set are rounded up to whole trees; ``features`` are
-    feature spaces by name, with settings as in ``"clip normalize=true"``. ``grid`` words such as
-    ``"tree.strength=1,2,4"`` are ways to branch, tried in all combinations. With ``shared_noise`` plain samples come in
-    groups that start from one initial noise, too. ``seed`` addresses all noise, the recipe's by default. Figures are
-    written to ``output``, by default ``diversity`` in the run's directory or ``runs/diversity-<recipe name>``.
-    ``advance`` is called with the number of samples made and wanted. Raises a BranchTreeError before anything is loaded
-    if what is wrong can be known then.
+    Args:
+        run_or_recipe: As for ``evaluate``.
+        overrides: Values by dotted key of the recipe.
+        samples: Size of each set, rounded up to whole trees.
+        features: Feature spaces by name, with settings as in ``"clip normalize=true"``.
+        prompts: A file of prompts; those to train on by default.
+        grid: Words such as ``"tree.strength=1,2,4"``: ways to branch, tried in all combinations.
+        shared_noise: Whether plain samples, too, come in groups that start from one initial noise.
+        seed: Seed of all noise; the recipe's by default.
+        output: The folder for the figures; by default ``diversity`` in the run's directory, or
+            ``runs/diversity-<recipe name>``.
+        smoke: Whether to use the recipe's small model.
+        advance: Called with the number of samples made and wanted.
+
+    Raises:
+        BranchTreeError: Something is wrong. It is raised before anything is loaded if it can be known then.
     """
     from functools import partial
 

@@ -1,4 +1,4 @@
-"""The errors a user can meet. Every message says what was wrong, where, and what would be right."""
+"""The errors that a user can meet. Every message says what is wrong, where, and what would be right."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import difflib
 from collections.abc import Callable, Iterable, Sequence
 
 SHOWN_CHARACTERS = 200
-"""How much of a user's text a message repeats."""
+"""The most characters of a user's text that a message repeats."""
 SHOWN_REASONS = 5
-"""How many bad files one message lists."""
+"""The most bad files that one message lists."""
 
 
 class BranchTreeError(Exception):
@@ -60,14 +60,14 @@ class DeviceMemoryError(BranchTreeError):
 
 
 def refuse(reasons: Sequence[str]) -> None:
-    """Raise DataError with the first few reasons, a line each, and how many more there are; nothing without any."""
+    """Raise DataError with the first few reasons, one per line, and the number of the others, if there are reasons."""
     if reasons:
         more = [f"and {len(reasons) - SHOWN_REASONS} more"] if len(reasons) > SHOWN_REASONS else []
         raise DataError("\n".join([*reasons[:SHOWN_REASONS], *more]))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The hint that closes a message about an unknown name: the nearest known one, then all of them."""
+    """Return the hint that ends a message about an unknown name: the nearest known name, then all known names."""
     names = sorted(known)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     guess = f"; did you mean '{close[0]}'?" if close else "."
@@ -75,19 +75,19 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def reason_of(error: Exception) -> str:
-    """The message of an error that was raised on purpose; of another one, its kind too."""
+    """Return the message of an error, with its class where it was not raised on purpose."""
     return str(error) if isinstance(error, BranchTreeError) else f"{type(error).__name__}: {error}"
 
 
 def shortened(text: str, characters: int = SHOWN_CHARACTERS) -> str:
-    """The beginning of a text, and how long it is where it goes on."""
+    """Return a text, or the beginning and the length of a longer one."""
     return text if len(text) <= characters else f"{text[:characters]}... ({len(text)} characters)"
 
 
 def shown(value: object, write: Callable[[object], str] = repr) -> str:
-    """A value as a message repeats it, with codes for what no terminal prints.
+    """Return a value as a message repeats it, with codes for characters that a terminal does not print.
 
-    What Python itself refuses to write, such as a huge integer, stands by its type.
+    A value that Python refuses to write, such as a huge integer, is given by its type.
     """
     try:
         text = write(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 import re
+import textwrap
 import types
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,6 +18,8 @@ from pydantic_core import PydanticUndefined
 FILLED_IN: Mapping[str, str] = {"name": "the file's name"}
 """Required keys that are filled in before a recipe is checked."""
 
+WIDTH = 120
+"""Columns of a line of prose."""
 PLAIN = {int: "integer", float: "number", str: "text", bool: "boolean", Path: "path", type(None): "null"}
 
 
@@ -31,11 +34,11 @@ def recipe_tables(root: type[BaseModel]) -> str:
 def recipe_keys(root: type[BaseModel]) -> list[str]:
     """Every dotted key."""
     sections = [("", root), *_sections(root, "")]
-    return [_join(prefix, name) for prefix, section in sections for name in section.model_fields]
+    return [_dotted(prefix, name) for prefix, section in sections for name in section.model_fields]
 
 
 def option_table(config: type[BaseModel]) -> str:
-    """A plug-in's own keys; their meaning is told by the docstring above the table."""
+    """A plug-in's own keys, below the docstring that gives their meaning."""
     rows = [f"| `{name}` | {_type(field)} | {_default(field)} |" for name, field in config.model_fields.items()]
     return "\n".join([_prose(config), "", "| key | type | default |", "| --- | --- | --- |", *rows])
 
@@ -45,8 +48,8 @@ def _sections(model: type[BaseModel], prefix: str) -> list[tuple[str, type[BaseM
     for name, field in model.model_fields.items():
         section = _section(field.annotation)
         if section is not None:
-            found.append((_join(prefix, name), section))
-            found += _sections(section, _join(prefix, name))
+            found.append((_dotted(prefix, name), section))
+            found += _sections(section, _dotted(prefix, name))
     # Entries of `evaluation.rewards` are those of `rewards`, described there.
     return [(key, section) for key, section in found if key != "evaluation.rewards"]
 
@@ -54,10 +57,10 @@ def _sections(model: type[BaseModel], prefix: str) -> list[tuple[str, type[BaseM
 def _section(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    return next((section for part in get_args(annotation) if (section := _section(part)) is not None), None)
+    return next((section for inner in get_args(annotation) if (section := _section(inner)) is not None), None)
 
 
-def _join(prefix: str, name: str) -> str:
+def _dotted(prefix: str, name: str) -> str:
     return f"{prefix}.{name}" if prefix else name
 
 
@@ -70,17 +73,23 @@ def _lead(section: type[BaseModel]) -> str:
 
 
 def _prose(section: type[BaseModel]) -> str:
-    """A docstring as Markdown; its list of attributes, if any, as a list."""
-    text, _, attributes = (inspect.getdoc(section) or "").partition("\nAttributes:\n")
+    """A docstring as Markdown with lines of the page's width; its list of attributes, if any, as a list."""
+    text, _, attributes = re.sub(r"``(.+?)``", r"`\1`", inspect.getdoc(section) or "").partition("\nAttributes:\n")
     entries = re.sub(r"\n {5,}", " ", attributes)
-    items = [re.sub(r"^ *(\w+):", r"- `\1`:", line) for line in entries.splitlines()]
-    return re.sub(r"``(.+?)``", r"`\1`", "\n".join([text, *items]))
+    items = [_lines(re.sub(r"^ *(\w+):", r"- `\1`:", entry), indent="  ") for entry in entries.splitlines()]
+    paragraphs = [_lines(paragraph) for paragraph in text.strip().split("\n\n")]
+    return "\n\n".join([*paragraphs, "\n".join(items)]).rstrip()
+
+
+def _lines(text: str, indent: str = "") -> str:
+    words = " ".join(text.split())
+    return textwrap.fill(words, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(section: type[BaseModel], prefix: str, root: type[BaseModel]) -> str:
     lines = ["| key | type | default | meaning |", "| --- | --- | --- | --- |"]
     for name, field in section.model_fields.items():
-        key = _join(prefix, name)
+        key = _dotted(prefix, name)
         if not field.description:
             raise SystemExit(f"the recipe key '{key}' has no meaning: give its field a description")
         meaning = field.description.replace("|", "\\|")
@@ -105,23 +114,23 @@ def _limits(metadata: Iterable[Any]) -> list[str]:
 
 
 def _words(annotation: Any) -> str:
-    origin, parts = get_origin(annotation), get_args(annotation)
+    origin, inner = get_origin(annotation), get_args(annotation)
     if origin is None:
         return PLAIN.get(annotation) or ("section" if _section(annotation) is not None else str(annotation))
     if origin is tuple:
-        return _words_of_list(parts)
+        return _words_of_list(inner)
     if origin is Literal:
-        return ", ".join(f"`{part}`" for part in parts)
+        return ", ".join(f"`{value}`" for value in inner)
     if origin in (Union, types.UnionType):
-        return " or ".join(_words(part) for part in parts)
+        return " or ".join(map(_words, inner))
     if origin in (Mapping, dict):
-        return f"mapping to {_words(parts[1])}"
-    return ", ".join([_words(parts[0]), *_limits(parts[1:])])  # what is annotated
+        return f"mapping to {_words(inner[1])}"
+    return ", ".join([_words(inner[0]), *_limits(inner[1:])])  # what is annotated
 
 
-def _words_of_list(parts: Sequence[Any]) -> str:
-    kind, *limits = _words(parts[0]).split(", ")
-    return ", ".join([f"{'list of' if parts[-1] is Ellipsis else len(parts)} {kind}s", *limits])
+def _words_of_list(inner: Sequence[Any]) -> str:
+    kind, *limits = _words(inner[0]).split(", ")
+    return ", ".join([f"{'list of' if inner[-1] is Ellipsis else len(inner)} {kind}s", *limits])
 
 
 def _default(field: FieldInfo) -> str:

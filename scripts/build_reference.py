@@ -1,7 +1,7 @@
-"""Write the parts of the documentation that the code itself knows.
+"""Write the sections of the documentation that follow from the code.
 
-A page marks such a part with a pair of comments, <!-- generated: NAME --> and <!-- end of NAME -->; what stands between
-them is replaced. With --check nothing is written, and a page that is out of date is an error.
+A page marks such a section with two comments, <!-- generated: NAME --> and <!-- end of NAME -->; what is between them
+is replaced. With --check nothing is written, and a page that is out of date is an error.
 
     python scripts/build_reference.py
     python scripts/build_reference.py --check
@@ -44,7 +44,7 @@ DRAWN: Mapping[str, Mapping[str, object]] = {
 
 
 def regions() -> Mapping[str, Callable[[], str]]:
-    """Every generated part by name."""
+    """Every generated section by name."""
     files = ["pyproject.toml", *(f"branchtree_guest/{name}" for name in ("__init__.py", "reward.py", "model.py"))]
     files += ["branchtree_guest/watch.py", "branchtree_guest/recipes/guest.yaml", "tests/test_model.py"]
     files += ["tests/test_reward.py"]
@@ -61,12 +61,12 @@ def regions() -> Mapping[str, Callable[[], str]]:
 
 
 def filled(text: str) -> str:
-    """A page with its generated parts as they should be."""
+    """A page with its generated sections as they should be."""
     known = regions()
 
     def fill(match: re.Match[str]) -> str:
         if match["name"] not in known:
-            raise SystemExit(f"unknown part '{match['name']}'; known: {', '.join(known)}")
+            raise SystemExit(f"unknown section '{match['name']}'; known: {', '.join(known)}")
         return f"{match['open']}\n{known[match['name']]()}\n\n{match['close']}"
 
     return REGION.sub(fill, text)
@@ -142,12 +142,12 @@ def method_list() -> str:
 def plugin_options() -> str:
     """The keys of the library's own models, rewards and callbacks."""
     found = registry()
-    parts = []
+    sections = []
     for kind, entries in (("model", found.models), ("reward", found.rewards), ("callback", found.callbacks)):
         for name, entry in sorted(entries.items()):
             if entry.distribution == DISTRIBUTION:
-                parts.append(f"### {kind} `{name}`\n\n{entry.summary.rstrip('.')}.\n\n{option_table(entry.config)}")
-    return "\n\n".join(parts)
+                sections.append(f"### {kind} `{name}`\n\n{entry.summary.rstrip('.')}.\n\n{option_table(entry.config)}")
+    return "\n\n".join(sections)
 
 
 def commands() -> str:

@@ -1,4 +1,4 @@
-"""The documentation against the code: nothing missing, nothing stale, nothing that leads nowhere."""
+"""The documentation against the code: nothing missing, nothing out of date, no link or name that leads nowhere."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from branchtree.core.families import collect_families
 from branchtree.core.schedule import FixedSplits, Schedule
 from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
+from branchtree.errors import RecipeError
 from branchtree.plugins import hookspecs
 from branchtree.recipe import Recipe, load_recipe, recipe_names
 from branchtree.recipe.build import make_credit_rule, make_schedule
@@ -39,13 +40,14 @@ FOLDERS = ["adapters/README.md", "rewards/README.md", "recipes/README.md"]
 PAGES = [*DOCS, *(ROOT / name for name in (*FOLDERS, "CONTRIBUTING.md", "CHANGELOG.md", "README.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 EVERYTHING = "\n".join(TEXT[page] for page in DOCS)
+PROSE = sorted({*PAGES, ROOT / "tests" / "pretend_gpu" / "README.md"} - {ROOT / "docs" / "extending.md"})
 COMMANDS = typer.main.get_command(app).commands
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 @pytest.fixture
 def reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """The script that writes the generated parts."""
+    """The script that writes the generated sections."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     yield importlib.import_module("build_reference")
     for name in ("build_reference", "_recipe_keys"):
@@ -64,25 +66,53 @@ def quoted(page: Path) -> list[str]:
     return re.findall(r"`([^`\n]+)`", prose(page))
 
 
-# Generated parts
+# Generated sections
 
 
-def test_generated_parts_are_up_to_date(reference: ModuleType) -> None:
+def test_generated_sections_are_up_to_date(reference: ModuleType) -> None:
     stale = [page.name for page in DOCS if reference.filled(TEXT[page]) != TEXT[page]]
     assert not stale, "run: python scripts/build_reference.py"
 
 
-def test_every_generated_part_stands_on_a_page(reference: ModuleType) -> None:
+def test_every_generated_section_is_on_a_page(reference: ModuleType) -> None:
     assert set(reference.regions()) == {match["name"] for match in reference.REGION.finditer(EVERYTHING)}
 
 
-def test_an_edited_part_is_put_right(reference: ModuleType) -> None:
+def test_an_edited_section_is_corrected(reference: ModuleType) -> None:
     page = ROOT / "docs" / "concepts.md"
     edited = TEXT[page].replace("| Dense | 219 |", "| Dense | 220 |")
     assert edited != TEXT[page]
     assert reference.filled(edited) == TEXT[page]
-    with pytest.raises(SystemExit, match="unknown part 'nothing'"):
+    with pytest.raises(SystemExit, match="unknown section 'nothing'"):
         reference.filled("<!-- generated: nothing -->\n<!-- end of nothing -->")
+
+
+# The form of the pages
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_lines_of_prose_end_by_column_120(page: Path) -> None:
+    """Tables and code may be longer, and so may a line that is one link."""
+    text = re.sub(r"^ *```.*?^ *```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    lines = [line for line in text.splitlines() if not re.match(r"\|| *\S+$", line)]
+    assert [line for line in lines if len(line) > 120] == []
+
+
+@pytest.mark.parametrize("page", PROSE, ids=lambda page: str(page.relative_to(ROOT)))
+def test_no_wrapped_line_turns_into_a_list(page: Path) -> None:
+    """Markdown makes a list item of a line that begins with a dash or a number with a full stop."""
+    text = re.sub(r"^ *```.*?^ *```", "```", page.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    item = r" *(?:[-*+]|\d+[.)]) "
+    pairs = zip(text.splitlines(), text.splitlines()[1:], strict=False)
+    wrapped = [line for before, line in pairs if re.match(item, line) and re.match(rf"(?!{item})\S", before)]
+    assert wrapped == []
+
+
+def test_the_error_on_the_page_of_recipes_is_the_one_that_is_raised() -> None:
+    (shown,) = [line for block in blocks(ROOT / "docs" / "recipes.md", "text") for line in block.splitlines()]
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("quickstart", {"optim.rl": 1e-4})
+    assert shown == f"error: {caught.value}"
 
 
 # Everything is mentioned
@@ -198,15 +228,15 @@ def test_dotted_names_can_be_imported(page: Path) -> None:
 
 def resolves(dotted: str) -> bool:
     """Whether a dotted name is a module, or an attribute or field of something in one."""
-    parts = dotted.split(".")
-    for cut in range(len(parts), 0, -1):
+    names = dotted.split(".")
+    for cut in range(len(names), 0, -1):
         try:
-            place: object = importlib.import_module(".".join(parts[:cut]))
+            found: object = importlib.import_module(".".join(names[:cut]))
         except ModuleNotFoundError:
             continue
-        for name in parts[cut:]:
-            place = getattr(place, name, None)
-        return place is not None
+        for name in names[cut:]:
+            found = getattr(found, name, None)
+        return found is not None
     return False
 
 
@@ -254,11 +284,11 @@ def test_hooks_in_the_readmes_register(name: str) -> None:
 
 @each_page
 def test_yaml_blocks_are_recipes(page: Path, tmp_path: Path) -> None:
-    for place, text in enumerate(blocks(page, "yaml")):
+    for index, text in enumerate(blocks(page, "yaml")):
         if "guest_" in text:
             continue  # needs the example plug-in, and is tested with it
         whole = text if re.search(r"^(extends|model):", text, re.MULTILINE) else f"extends: quickstart\n{text}"
-        file = tmp_path / f"block_{place}.yaml"
+        file = tmp_path / f"block_{index}.yaml"
         file.write_text(whole, encoding="utf-8")
         load_recipe(file)
 
@@ -289,8 +319,8 @@ def test_messages_in_troubleshooting_are_those_of_the_code() -> None:
     for message in shown:
         if message.startswith("input should be"):
             continue  # pydantic's words
-        parts = [part.strip(" ;:?.") for part in re.split(r"\.\.\.|'[^']*'|\b\d+\b|\bN\b", message)]
-        longest = max(parts, key=len)
+        pieces = [piece.strip(" ;:?.") for piece in re.split(r"\.\.\.|'[^']*'|\b\d+\b|\bN\b", message)]
+        longest = max(pieces, key=len)
         assert any(longest in sentence for sentence in known), message
 
 
@@ -301,8 +331,8 @@ def messages() -> list[str]:
         for path in (ROOT / folder).rglob("*.py"):
             for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
                 if isinstance(node, ast.JoinedStr):
-                    parts = [part.value if isinstance(part, ast.Constant) else "\0" for part in node.values]
-                    found.append("".join(str(part) for part in parts))
+                    pieces = [piece.value if isinstance(piece, ast.Constant) else "\0" for piece in node.values]
+                    found.append("".join(map(str, pieces)))
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.append(node.value)
     return found

@@ -269,7 +269,7 @@ def test_metadata_and_configurations_are_checked(folders: dict[str, Path], tmp_p
     said = {"transformer.r": 2, "transformer.lora_alpha": 4}
     for metadata, message in {
         "{": "not valid JSON",
-        '{"transformer.r": 2, "transformer.r": 4}': "the key 'transformer.r' stands twice",
+        '{"transformer.r": 2, "transformer.r": 4}': "the key 'transformer.r' is given twice",
         "[1]": "is not a JSON object",
         json.dumps({**said, "transformer.use_dora": True}): "DoRA",
         json.dumps({**said, "transformer.init_lora_weights": "pissa"}): "began from changed weights",

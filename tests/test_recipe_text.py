@@ -317,7 +317,7 @@ def test_bases_that_many_share_are_read_once(tmp_path: Path) -> None:
         ("rewards.99999999999=1", "'rewards' is a list of 1; write an index from 0"),
         (f"rewards.{'9' * 5000}=1", "'rewards' is a list of 1; write an index from 0"),
         ("data.prompts.0.x=1", "override data.prompts.0.x: 'data.prompts' holds a plain value, not keys"),
-        (f"{'.'.join('a' * 200)}=1", "a key has at most 64 parts, not 200"),
+        (f"{'.'.join('a' * 200)}=1", "a key has at most 64 levels, not 200"),
         ("tree.splits=[1", "override tree.splits: '[1' is not YAML: "),
         (f"tree.splits={'[' * 9000}", "is nested deeper than 64 levels"),
         ("tree.splits=&a [*a]", "holds itself"),

@@ -95,7 +95,7 @@ def test_a_key_that_stands_twice_is_refused(text: str, key: str, tmp_path: Path)
         lambda path: load_conditions(str(path), "prompt", "train"),
         lambda path: list_items(path, None),
     ):
-        with pytest.raises(DataError, match=rf"rows\.jsonl:2: not valid JSON: the key '{key}' stands twice"):
+        with pytest.raises(DataError, match=rf"rows\.jsonl:2: not valid JSON: the key '{key}' is given twice"):
             read(tmp_path / "rows.jsonl")
 
 
@@ -272,7 +272,7 @@ def test_the_longest_number_is_read_back() -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ('{"format": 1, "format": 2}', "the key 'format' stands twice"),
+        ('{"format": 1, "format": 2}', "the key 'format' is given twice"),
         (f'{{"format": {"9" * 5000}}}', "a number of 5000 digits"),
         ('{"format": NaN}', "NaN is no number"),
         ("[" * 100_000, "nested deeper than 64 levels|not valid JSON"),
@@ -295,4 +295,4 @@ def test_a_damaged_line_of_a_log_says_what_it_is(tmp_path: Path, caplog: pytest.
     path.write_text('{"iteration": 0}\n{"iteration": 1, "lr": 1, "lr": 2}\n')
     caplog.set_level(logging.WARNING)
     good, damaged = read_lines(path)
-    assert not good.problem and "the key 'lr' stands twice" in damaged.problem
+    assert not good.problem and "the key 'lr' is given twice" in damaged.problem

@@ -170,7 +170,7 @@ def test_the_plan_tells_what_each_process_does() -> None:
     # Dense without splits before step 3 of 20: root and its chain, 8 leaves below each of the first split's children.
     shared = plan("quickstart", {"tree.splits": [3, 6, 9, 12], "batch.processes_per_prompt": 2})
     rows = 4 + 3 * 1 + 3 * 2 + 3 * 4 + 7 * 8
-    assert [(part.leaves, part.rollout_rows) for part in shared.parts] == [(8, rows)] * 2
+    assert [(share.leaves, share.rollout_rows) for share in shared.shares] == [(8, rows)] * 2
     console = Console(file=io.StringIO(), width=400)
     print_plan(console, shared)
     assert f"at most 8 leaves and {rows} rollout predictions for each, {2 * rows} in all" in console.file.getvalue()

@@ -30,7 +30,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-INTERRUPTED = 128 + signal.SIGINT  # the exit code of a process that Ctrl-C ended, as shells give it
+INTERRUPTED = 128 + signal.SIGINT  # the exit code that shells give a process which Ctrl-C ended
 
 
 def main() -> None:
@@ -176,7 +176,7 @@ def report(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> N
 
 
 def leave_at_once(message: str) -> NoReturn:
-    """End the process as an interrupted one, without waiting for threads that still score or write."""
+    """Print a message and end the process as interrupted, without waiting for threads that still score or write."""
     make_console(stderr=True, soft_wrap=True).print(message)
     sys.stdout.flush()
     os._exit(INTERRUPTED)

@@ -18,9 +18,9 @@ def compare(
             help="Recipes, each with changes of its own as in RECIPE@key=value,key=value; and changes of all.",
         ),
     ],
-    seeds: Annotated[str, typer.Option(help="One run of every row for each.")] = "0,1,2",
+    seeds: Annotated[str, typer.Option(help="Seeds; every row is run once with each.")] = "0,1,2",
     iterations: Annotated[
-        int | None, typer.Option(min=1, help="Of the first row; all rows take as many optimiser steps.")
+        int | None, typer.Option(min=1, help="Iterations of the first row; all rows take as many optimiser steps.")
     ] = None,
     rows: Annotated[
         int | None, typer.Option(min=1, help="Row equivalents that every run may spend: rollout + 3 x gradient rows.")
@@ -32,7 +32,7 @@ def compare(
     jobs: Annotated[int, typer.Option(min=1, help="Runs at a time, each in a process of its own.")] = 1,
     output: Annotated[Path, typer.Option(help="Holds the runs, the table and the page.")] = Path("runs/compare"),
     smoke: Annotated[bool, typer.Option("--smoke", help="Use the recipes' bundled small models and rewards.")] = False,
-    title: Annotated[str, typer.Option(help="Of the table and the page.")] = "",
+    title: Annotated[str, typer.Option(help="Title of the table and the page.")] = "",
 ) -> None:
     """Compare recipes under the same seeds, prompts and budget; run it again to go on."""
     from branchtree.api import compare as run

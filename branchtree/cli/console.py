@@ -1,4 +1,4 @@
-"""Where the commands print: text as it is, with what a terminal cannot show replaced."""
+"""The console of the commands: text is printed as it is, but for characters that a terminal cannot show."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def make_console(stderr: bool = False, soft_wrap: bool = False) -> Console:
-    """A console that takes no text for markup: brackets and colons in names, prompts and paths stay what they are."""
+    """Return a console without markup, which prints brackets and colons in names, prompts and paths as they are."""
     return Console(stderr=stderr, soft_wrap=soft_wrap, highlight=False, markup=False, emoji=False)
 
 
 def replace_unencodable() -> None:
-    """Have standard output replace characters that its encoding lacks; standard error writes their codes already."""
+    """Make standard output replace characters that its encoding lacks; standard error already writes their codes."""
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 def visible(text: str) -> str:
-    """A text without control characters, which move a cursor or colour a terminal: their codes stand there."""
+    """Return a text with codes instead of control characters, which could move a cursor or colour a terminal."""
     return _CONTROLS.sub(lambda found: f"\\x{ord(found[0]):02x}", text)

@@ -17,11 +17,11 @@ from branchtree.plugins.protocols import Callback
 from branchtree.training.evaluation import Figure
 
 ASCII_LINES = str.maketrans("━─│├└┬", "=-|+++")
-"""The lines of a drawn tree for a terminal that has no others."""
+"""Lines of a drawn tree for a terminal whose encoding has ASCII only."""
 RATE = 4e14
-"""Operations a second that the time estimate assumes."""
+"""Operations a second that the estimate of time assumes."""
 UNCOUNTED = ("kernels' workspaces", "activations of encoders and reward models")
-"""What no plan counts."""
+"""Needs that no plan counts."""
 
 
 class ProgressDisplay(Callback):
@@ -82,7 +82,7 @@ def _is_mean(name: str) -> bool:
 
 
 def figures_table(before: Mapping[str, Figure], after: Mapping[str, Figure]) -> Table:
-    """Held-out figures before and after training; of a label that only ``after`` has there is no change to show."""
+    """Return a table of held-out figures before and after training; a label without a figure before has no change."""
     table = Table("Held out", "Before", "After", "Change", "Samples", header_style="bold")
     for label, end in after.items():
         start = before[label].mean if label in before else None
@@ -96,7 +96,7 @@ def _shown(value: float | None) -> str:
 
 
 def print_plan(console: Console, plan: RunPlan) -> None:
-    """A plan: the tree, the counts, the memory, which GPUs it fits on, the time."""
+    """Print a plan: the tree, the counts, the memory, the GPUs that it fits on, and the time."""
     recipe = plan.recipe
     ascii_only = console.options.ascii_only
     heavy, light, lines = ("=", "-", ASCII_LINES) if ascii_only else ("heavy", "light", {})
@@ -121,18 +121,18 @@ def print_plan(console: Console, plan: RunPlan) -> None:
 def _time(plan: RunPlan) -> str:
     rollout, gradient, decoding = plan.rollout_flops / RATE, plan.gradient_flops / RATE, _decoding_seconds(plan)
     whole = rollout + gradient + decoding
-    parts = [f"rollout {_figure(rollout)} s", f"gradient pass {_figure(gradient)} s"]
+    phases = [f"rollout {_figure(rollout)} s", f"gradient pass {_figure(gradient)} s"]
     if decoding:
-        parts = [", ".join(parts), f"decoding {_figure(decoding)} s ({decoding / whole:.1%})"]
+        phases = [", ".join(phases), f"decoding {_figure(decoding)} s ({decoding / whole:.1%})"]
     slower = ", half of it for a decoder in float32" if _decodes_in_float32(plan) else ""
     return (
         f"Denoiser work: {_figure(plan.flops / 1e15)} PFLOP an iteration. Estimated time: {_figure(whole)} s, of which "
-        f"{' and '.join(parts)}, assuming {RATE / 1e12:.0f} TFLOP/s (40% of an H100's bf16 peak{slower})."
+        f"{' and '.join(phases)}, assuming {RATE / 1e12:.0f} TFLOP/s (40% of an H100's bf16 peak{slower})."
     )
 
 
 def _decoding_seconds(plan: RunPlan) -> float:
-    """By a rate that is half the denoiser's where the decoder works in float32 (TF32) beside a bf16 denoiser."""
+    """Return the seconds of decoding; the rate is halved where the decoder runs in float32 (TF32) and not in bf16."""
     return plan.decoder_flops / (RATE / 2 if _decodes_in_float32(plan) else RATE)
 
 
@@ -165,10 +165,10 @@ def _counts(plan: RunPlan) -> Table:
 
 
 def _shared(plan: RunPlan) -> list[str]:
-    """What each process does of a tree that several share."""
-    if len(plan.parts) == 1:
+    """Return a line about the work of each process that shares a tree; none where one process has it all."""
+    if len(plan.shares) == 1:
         return []
-    leaves, rows = max(part.leaves for part in plan.parts), [part.rollout_rows for part in plan.parts]
+    leaves, rows = max(share.leaves for share in plan.shares), [share.rollout_rows for share in plan.shares]
     return [
         f"Shared by {len(rows)} processes, the first prompt's tree is at most {leaves} leaves and {max(rows)} rollout "
         f"predictions for each, {sum(rows)} in all, since each computes the nodes above its leaves. The tables are for "
@@ -189,7 +189,7 @@ def _memory(plan: RunPlan) -> Table:
 
 
 def _rewards(plan: RunPlan) -> list[str]:
-    """The reward models' memory, one by one."""
+    """Return a line with the memory of each reward model."""
     named = [
         f"{size.label} {_figure(size.footprint.weights / GIB)} GiB"
         + (" (leaves the device between its calls)" if size.footprint.offloads else "")
@@ -212,7 +212,7 @@ def _not_counted(plan: RunPlan) -> str:
 
 
 def _assumptions(plan: RunPlan) -> list[str]:
-    """What the figures stand on that may not be so."""
+    """Return a warning for each assumption on which the figures depend."""
     lines = [f"the model's sizes are {plan.footprint.source}"] if plan.footprint.assumed else []
     lines += [
         f"the size of the reward '{size.label}' is assumed to be that of {size.footprint.assumed}"
@@ -223,7 +223,7 @@ def _assumptions(plan: RunPlan) -> list[str]:
 
 
 def fits_lines(fits: Sequence[Fit]) -> list[str]:
-    """Which GPUs a plan fits on as it is, which after changes, and which not."""
+    """Return lines that say on which GPUs a plan fits, on which after changes, and on which not at all."""
     groups: dict[str | None, list[str]] = {"": [], None: []}
     for fit in fits:
         words = None if fit.changes is None else in_words(fit.changes)

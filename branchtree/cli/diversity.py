@@ -39,7 +39,7 @@ def diversity(
         bool,
         typer.Option("--shared-noise/--own-noise", help="Groups of plain samples start from one initial noise or not."),
     ] = True,
-    seed: Annotated[int | None, typer.Option(min=0, help="Of all noise; the recipe's by default.")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of all noise; the recipe's by default.")] = None,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Where files go; RUN/diversity by default.")
     ] = None,
@@ -86,7 +86,7 @@ def _report(console: Console, study: Study) -> None:
 
 
 def discrepancy_table(label: str, found: Sequence[Discrepancy]) -> Table:
-    """A row for each kernel and pair of sets; the control's stands below the one that is to be held to it."""
+    """Return a table with a row for each kernel and pair of sets; the control is below the set compared with it."""
     table = Table("Kernel", "MMD^2 of", title=Text(label), title_justify="left", header_style="bold")
     for name in ("KID", "unbiased", "biased", "groups apart", f"{found[0].groups.level:.0%} interval"):
         table.add_column(name, justify="right")
@@ -101,7 +101,7 @@ def discrepancy_table(label: str, found: Sequence[Discrepancy]) -> Table:
 
 
 def group_table(study: Study) -> Table:
-    """A row for each way of sampling: the mean pairwise distance of one group's samples in each space."""
+    """Return a table of the mean distance between samples of a group, one row per way of sampling."""
     table = Table(title="Distance within groups", title_justify="left", header_style="bold")
     table.add_column("Samples", overflow="fold")
     table.add_column("Size", justify="right")

@@ -68,7 +68,7 @@ def _report(console: Console, result: EvaluationResult) -> None:
 
 
 def comparison_table(result: EvaluationResult) -> Table:
-    """A row for each reward: both means, the paired difference and how sure it is; or the mean of a model alone."""
+    """Return a table with a row per reward: both means, their paired difference and its interval, or one mean alone."""
     alone = result.alone
     level = next((f"{one.interval.level:.0%}" for one in result.rewards.values() if one.interval), "")
     compared = [] if alone else ["Trained", "Difference"]

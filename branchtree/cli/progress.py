@@ -1,4 +1,4 @@
-"""A bar for work whose length is known once it has begun."""
+"""A progress bar for work whose length is known only once it has begun."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from rich.progress import Progress
 from branchtree.cli.console import make_console
 
 Advance = Callable[[int, int], None]
-"""Told how much is done, and how much there will be."""
+"""Called with how much is done, and how much there will be."""
 
 
 @contextmanager
 def late_progress(what: str) -> Iterator[Advance]:
-    """A bar on standard error that appears with the first advance and is gone afterwards.
+    """Return a context with a bar on standard error that appears at the first advance and disappears at the end.
 
-    Until then an error in an input is all there is to read.
+    Before the first advance nothing is printed, so that an error in an input is easy to see.
     """
     progress = Progress(console=make_console(stderr=True), transient=True)
     bar = progress.add_task(what, total=None)

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from branchtree.studies.score import FileScore, ScoredFile
 
 PROMPT_SHOWN = 40
-"""Characters of a prompt that the table has room for."""
+"""The most characters of a prompt that the table shows."""
 
 
 def score(
@@ -57,7 +57,7 @@ def rewards() -> None:
 
 
 def score_table(scored: Sequence[ScoredFile]) -> Table:
-    """A row for each file, and below them each reward's mean over its valid scores."""
+    """Return a table with a row for each file, and below them each reward's mean over its valid scores."""
     labels = list(scored[0].scores)
     table = Table("File", "Prompt", header_style="bold", show_footer=len(scored) > 1)
     for label in labels:
@@ -91,7 +91,7 @@ def _mean(scores: Sequence[FileScore]) -> str:
 
 
 def reward_table(entries: Sequence[Entry]) -> Table:
-    """A row for each registered reward; what its card does not say is told apart from what is nought."""
+    """Return a table with a row for each registered reward; a dash means that its card does not say."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 1, 0))
     table.add_column("Reward", no_wrap=True)
     for name, width in (("Scores", 6), ("GB", 5), ("Non-commercial", 14)):

@@ -1,4 +1,4 @@
-"""The command that serves a reward to runs elsewhere."""
+"""The command ``serve-reward``, which serves a reward to runs elsewhere."""
 
 from __future__ import annotations
 
@@ -41,14 +41,14 @@ def serve_reward(
     server = RewardServer(service, bind(host, port, token), token)
 
     def announce(info: Info) -> None:
-        told = f"fingerprint {info.fingerprint[:12]}" if info.fingerprint else "no fingerprint"
-        make_console(soft_wrap=True).print(f"Serving {reward} at {server.url} ({told})")
+        identified = f"fingerprint {info.fingerprint[:12]}" if info.fingerprint else "no fingerprint"
+        make_console(soft_wrap=True).print(f"Serving {reward} at {server.url} ({identified})")
 
     server.run(announce)
 
 
 def make_adapter(name: str, words: list[str]) -> NamedAdapter:
-    """The registered reward with options given as ``key=value``, not yet loaded. Raises PluginError or RecipeError."""
+    """Return a reward, not yet loaded, with options given as ``key=value``. Raises PluginError or RecipeError."""
     from branchtree.recipe.build import make_reward
     from branchtree.serving.service import NamedAdapter
 

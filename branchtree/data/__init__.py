@@ -1,1 +1,1 @@
-"""Prompts, pictures and videos as they come from files."""
+"""Reading of prompts, pictures and videos."""

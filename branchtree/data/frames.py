@@ -1,4 +1,4 @@
-"""The frames that condition a video, read from pictures and videos."""
+"""The first and the last frame of a condition, read from pictures and videos."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def first_frame(condition: Condition) -> Image.Image | None:
-    """The RGB frame that a condition's video starts from: its ``image``, else its ``video``'s first frame, else None.
+    """Return the RGB frame that a video starts from: a condition's ``image``, or its ``video``'s first frame, or None.
 
     Raises DataError naming the condition and the file if it is missing or cannot be read.
     """
@@ -25,7 +25,7 @@ def first_frame(condition: Condition) -> Image.Image | None:
 
 
 def last_frame(condition: Condition) -> Image.Image | None:
-    """The RGB frame that a condition's video ends on, or None. Raises DataError like ``first_frame``."""
+    """Return the RGB frame that a video ends on, or None. Raises DataError like ``first_frame``."""
     return None if condition.last_image is None else read_image(condition.last_image, f"{condition}: ", upright=True)
 
 

@@ -1,4 +1,4 @@
-"""Pictures read from files as 8-bit RGB: never clipped, never one of several, or refused with the reason."""
+"""Pictures read from files as 8-bit RGB. What would have to be clipped, or is several pictures, is refused."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ WHITE_IS_ZERO = 0
 def read_image(path: Path, at: str, upright: bool = False) -> Image.Image:
     """Read the picture in a file as RGB.
 
-    Alpha channels and colour profiles are left out, as ``convert("RGB")`` of Pillow leaves them. Of a grey picture of
-    more than 8 bits the highest 8 count, as Pillow reads colours of 16 bits.
+    Alpha channels and colour profiles are dropped, as by Pillow's ``convert("RGB")``. A grey picture with more than 8
+    bits is reduced to the highest 8, as Pillow does with colours of 16 bits.
 
     Args:
-        path: The file; its content says what it is, not its name.
-        at: What an error begins with.
+        path: The file; its format is found from its content, not its name.
+        at: The beginning of an error's message.
         upright: Whether to turn the picture as its EXIF data asks. Pillow itself turns TIFF and AVIF pictures.
 
     Raises:
-        DataError: The file is missing, damaged, no picture, several pictures, or has numbers of no stated range.
+        DataError: The file is missing, damaged, no picture, several pictures, or has numbers without a stated range.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
@@ -67,7 +67,7 @@ def _require_one(image: Image.Image, path: Path, at: str) -> None:
 
 
 def _grey_bits(image: Image.Image, path: Path, at: str) -> int | None:
-    """How many bits white has, of a grey picture that Pillow would clip to 8; None for all others."""
+    """Return the number of bits of white in a grey picture that Pillow would clip to 8; None for other pictures."""
     if image.mode.startswith("I;16"):
         tags = getattr(image, "tag_v2", {})
         if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:

@@ -1,4 +1,4 @@
-"""Prompts: reading them with the images and videos that they name, and saying which ones an iteration uses."""
+"""Reading of prompts, with the images and videos that they name, and the order in which iterations use them."""
 
 from __future__ import annotations
 
@@ -35,17 +35,17 @@ class PromptOrder:
     shuffle: bool
 
     def at(self, position: int) -> int:
-        """The prompt id at a place of the sequence: pass * prompts + index, so that no id comes twice."""
+        """Return the prompt id at a position of the sequence: pass * prompts + index, so that ids are unique."""
         return self.batch(position, 1)[0]
 
     def batch(self, iteration: int, size: int) -> list[int]:
-        """The prompt ids of an iteration."""
-        places = [divmod(place, self.prompts) for place in range(iteration * size, (iteration + 1) * size)]
-        passes = {number: self._pass(number) for number in {number for number, _ in places}}
-        return [number * self.prompts + passes[number][place] for number, place in places]
+        """Return the prompt ids of an iteration of ``size`` prompts."""
+        positions = [divmod(position, self.prompts) for position in range(iteration * size, (iteration + 1) * size)]
+        passes = {number: self._pass(number) for number in {number for number, _ in positions}}
+        return [number * self.prompts + passes[number][rank] for number, rank in positions]
 
     def index(self, prompt_id: int) -> int:
-        """Which prompt an id stands for."""
+        """Return the index of the prompt that has an id."""
         return prompt_id % self.prompts
 
     def _pass(self, number: int) -> list[int]:
@@ -58,12 +58,12 @@ class PromptOrder:
 
 
 def training_conditions(section: DataSection, model: ModelAdapter | None = None) -> list[Condition]:
-    """The prompts to train ``model`` on. Raises DataError."""
+    """Read the prompts to train ``model`` on. Raises DataError."""
     return load_conditions(section.prompts, section.column, section.split, section.folder, "data", media_of(model))
 
 
 def held_out_conditions(section: EvaluationSection | None, model: ModelAdapter | None = None) -> list[Condition]:
-    """The prompts of an evaluation of ``model``, at most ``limit``; none without one. Raises DataError."""
+    """Read the prompts of an evaluation of ``model``, at most ``limit``; none without a section. Raises DataError."""
     if section is None:
         return []
     media = media_of(model)
@@ -72,7 +72,7 @@ def held_out_conditions(section: EvaluationSection | None, model: ModelAdapter |
 
 
 def media_of(model: ModelAdapter | None) -> Collection[str]:
-    """Keys of images and videos that a model may look at: all of them, unless it says which."""
+    """Return the keys of images and videos that a model reads: all of them, unless it names its own."""
     return model.media if isinstance(model, NamesItsMedia) else MEDIA
 
 
@@ -86,10 +86,18 @@ def load_conditions(
 ) -> list[Condition]:
     """Read prompts from a list, a .txt, .jsonl or .parquet file, or ``hub:org/name``.
 
-    ``folder`` is the data folder, which images and videos lie in and are named from; by default that of the file
-    that names them. ``section`` is the part of the recipe that asks, for messages. ``media`` are the keys of images and
-    videos that are wanted; a dataset of the hub is read without the others. Raises DataError naming file and
-    line if something is missing, unreadable or empty, or if a path leads out of the data folder.
+    Args:
+        prompts: The prompts, or where they are.
+        column: The key or column of the prompt.
+        split: The split of a hub dataset.
+        folder: The data folder, to which the paths of images and videos are relative; by default the folder of the file
+            that names them.
+        section: The section of the recipe, for messages.
+        media: Keys of images and videos to read; columns of a hub dataset with other media are dropped.
+
+    Raises:
+        DataError: Something is missing, unreadable or empty, or a path leads out of the data folder; the message names
+            file and line.
     """
     files = None if folder is None else user_path(folder)
     if files is not None and not os.path.isdir(files):
@@ -104,15 +112,15 @@ def load_conditions(
         path = Path(prompts)
         conditions = _from_file(path, _Reader(column, path.parent if files is None else files, section))
     if not conditions:
-        place = prompts if isinstance(prompts, str) else "the list of prompts"
-        raise DataError(f"{place}: holds no prompts; write at least one")
+        source = prompts if isinstance(prompts, str) else "the list of prompts"
+        raise DataError(f"{source}: holds no prompts; write at least one")
     return conditions
 
 
 def check_conditions(model: ModelAdapter, conditions: Iterable[Condition]) -> None:
-    """Have a model look at conditions before it is loaded; at each image, video and negative prompt once.
+    """Let a model check conditions before it is loaded, each image, video and negative prompt once.
 
-    Raises DataError with a line for each of the first few that it cannot take.
+    Raises DataError with a line for each of the first few that it refuses.
     """
     different: dict[object, Condition] = {}
     for one in conditions:
@@ -128,80 +136,81 @@ def check_conditions(model: ModelAdapter, conditions: Iterable[Condition]) -> No
 
 @dataclass(frozen=True)
 class _Reader:
-    """Makes conditions of rows."""
+    """Turns rows of a file into conditions."""
 
     column: str
-    folder: Path | None  # where images and videos lie
+    folder: Path | None  # of images and videos
     section: str
 
     def table(self, rows: Iterable[Mapping[str, Any]], name: str) -> list[Condition]:
         return self.rows([(f"{name}: row {number}", row) for number, row in enumerate(rows, 1)])
 
     def rows(self, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> list[Condition]:
-        """The conditions of the rows of one file, each with its location."""
+        """Return the conditions of the rows of one file, which are given with their locations."""
         conditions = [self.condition(row, location) for location, row in rows]
         warn_of_near_keys(rows, (self.column, "negative_prompt", *MEDIA), self.column)
         return conditions
 
-    def condition(self, row: Mapping[str, Any], place: str) -> Condition:
+    def condition(self, row: Mapping[str, Any], location: str) -> Condition:
         prompt, negative = row.get(self.column), row.get("negative_prompt")
         if not isinstance(prompt, str) or not prompt.strip():
-            raise DataError(f"{place}: needs a non-empty text under '{self.column}'; {self._instead(row)}")
+            raise DataError(f"{location}: needs a non-empty text under '{self.column}'; {self._instead(row)}")
         if not isinstance(negative, str | None):
-            raise DataError(f"{place}: negative_prompt: write a text or null, not {_kind(negative)}")
-        require_characters(prompt, f"{place}: {self.column}")
-        require_characters(negative or "", f"{place}: negative_prompt")
+            raise DataError(f"{location}: negative_prompt: write a text or null, not {_kind(negative)}")
+        require_characters(prompt, f"{location}: {self.column}")
+        require_characters(negative or "", f"{location}: negative_prompt")
         return Condition(
             prompt=prompt.strip(),
             negative_prompt=negative,
-            image=self._file(row, "image", place),
-            last_image=self._file(row, "last_image", place),
-            video=self._file(row, "video", place),
+            image=self._file(row, "image", location),
+            last_image=self._file(row, "last_image", location),
+            video=self._file(row, "video", location),
             metadata={key: row[key] for key in row if key not in (self.column, "negative_prompt", *MEDIA)},
-            place=place,
+            place=location,
         )
 
     def _instead(self, row: Mapping[str, Any]) -> str:
-        """What a row holds where its prompt should be."""
+        """Say what a row has instead of a prompt."""
         if self.column in row:
             value = row[self.column]
             return "it is empty" if isinstance(value, str) else f"it is {_kind(value)}"
         return f"it has {shortened(', '.join(map(str, row))) or 'nothing'}"
 
-    def _file(self, row: Mapping[str, Any], key: str, place: str) -> Path | None:
-        """The path under ``key``, which must stay inside the data folder once links are followed."""
+    def _file(self, row: Mapping[str, Any], key: str, location: str) -> Path | None:
+        """Return the path under ``key``. It must stay inside the data folder, also after links are followed."""
         value = row.get(key)
         if value is None:
             return None
         if not isinstance(value, str) or not value.strip():
             what = "an empty text" if isinstance(value, str) else _kind(value)
-            raise DataError(f"{place}: {key}: write the path of a file as a text, or leave it out; it is {what}")
+            raise DataError(f"{location}: {key}: write the path of a file as a text, or leave it out; it is {what}")
         if self.folder is None:
             raise DataError(
-                f"{place}: {key} '{value}': in which folder? Set {self.section}.folder to the one that holds the files"
+                f"{location}: {key} '{value}': in which folder? Set {self.section}.folder to the one that holds the "
+                "files"
             )
         path = self.folder / value
         try:
             inside = path.resolve().is_relative_to(self.folder.resolve())
         except (OSError, RuntimeError, ValueError) as error:  # a loop of links, a NUL character
-            raise DataError(f"{place}: {key} '{value}': is no path: {error}") from None
+            raise DataError(f"{location}: {key} '{value}': is no path: {error}") from None
         if not inside:
             raise DataError(
-                f"{place}: {key} '{value}' lies outside the data folder '{self.folder}'; move the file into it, or set "
-                f"{self.section}.folder to a folder that holds all files"
+                f"{location}: {key} '{value}' lies outside the data folder '{self.folder}'; move the file into it, or "
+                f"set {self.section}.folder to a folder that holds all files"
             )
         return path
 
 
-def require_characters(text: str, place: str) -> None:
-    """Raise DataError, beginning with the place, for a text that no tokenizer and no file takes as it stands."""
+def require_characters(text: str, location: str) -> None:
+    """Raise DataError, beginning with the location, for a text with characters that no tokenizer or file accepts."""
     wrong = "a NUL character" if "\0" in text else half_character(text)
     if wrong:
-        raise DataError(f"{place}: holds {wrong}, which stands for nothing that can be shown; leave it out")
+        raise DataError(f"{location}: holds {wrong}, which cannot be shown; leave it out")
 
 
 def _kind(value: object) -> str:
-    """What a value is, in the words of JSON and Parquet where they have one."""
+    """Return the kind of a value in words, those of JSON where there are any."""
     names = {
         dict: "an object",
         list: "a list",
@@ -226,8 +235,8 @@ def _from_file(path: Path, reader: _Reader) -> list[Condition]:
         raise DataError(f"{path}: prompts are read from .txt, .jsonl and .parquet files")
     numbered = numbered_lines(path)
     if suffix == ".txt":
-        return [Condition(prompt=line.strip(), place=place) for place, line in numbered]
-    return reader.rows([(place, json_object(line, place)) for place, line in numbered])
+        return [Condition(prompt=line.strip(), place=location) for location, line in numbered]
+    return reader.rows([(location, json_object(line, location)) for location, line in numbered])
 
 
 def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
@@ -241,7 +250,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
         for name, values in zip(table.column_names, table.columns, strict=True):
             column = f"column '{name}': "
             columns.append([_json_value(value) for value in values.to_pylist()])
-    except Exception as error:  # of damaged bytes, the library raises many kinds, and OSError and ValueError among them
+    except Exception as error:  # for damaged files the library raises errors of many classes
         reason = shortened(" ".join(str(error).split()))
         raise DataError(f"{path}: not a readable parquet file: {column}{reason}") from None
     twice = [name for name in table.column_names if table.column_names.count(name) > 1]
@@ -252,7 +261,7 @@ def _parquet_rows(path: Path) -> Iterator[Mapping[str, Any]]:
 
 
 def _json_value(value: Any) -> Any:
-    """A value of a table as JSON has it, where it can: times as texts, and null for what is no number."""
+    """Return a value of a table in JSON's types where possible: times become texts, and NaN and infinity null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
@@ -265,15 +274,15 @@ def _json_value(value: Any) -> Any:
 
 
 def _hub_rows(name: str, split: str, media: Collection[str], section: str) -> tuple[Iterable[Mapping[str, Any]], str]:
-    """The rows of a dataset of the hub, and how messages name it.
+    """Return the rows of a dataset of the hub, and its name for messages.
 
-    Columns of media that are not wanted are left out, and so are those that hold pictures, sounds or videos rather
-    than their paths: nothing of them is decoded.
+    Columns of media that are not wanted are dropped, and so are those that contain pictures, sounds or videos
+    themselves, not their paths: nothing is decoded.
     """
     datasets = _datasets(name)
     try:
         data = datasets.load_dataset(name.removeprefix(HUB), split=split)
-    except Exception as error:  # the library raises many kinds; each means that the dataset cannot be had
+    except Exception as error:  # the library raises errors of many classes; each means that it cannot be loaded
         if "scripts are no longer supported" in str(error):
             hub_id = name.removeprefix(HUB)
             raise DataError(
@@ -291,7 +300,7 @@ def _hub_rows(name: str, split: str, media: Collection[str], section: str) -> tu
 
 
 def _datasets(name: str) -> Any:
-    """The library 'datasets'. Raises DataError where it is missing, or so old that it may run a dataset's own code."""
+    """Import 'datasets'. Raises DataError if it is missing, or so old that it may run a dataset's own code."""
     try:
         import datasets
     except ImportError:
@@ -305,7 +314,7 @@ def _datasets(name: str) -> Any:
 
 
 def _holds_media(feature: object) -> bool:
-    """Whether a column's type, of the library 'datasets', is one whose values it would decode, or is made of such."""
+    """Return whether a column's type in 'datasets' has values that the library would decode, at any depth."""
     if isinstance(feature, Mapping):
         return any(map(_holds_media, feature.values()))
     if isinstance(feature, list | tuple):

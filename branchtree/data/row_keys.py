@@ -1,4 +1,4 @@
-"""Keys of a user's rows that nobody reads, and that look like ones that somebody does."""
+"""Warnings about keys in rows of prompts that are not read but look like ones that are."""
 
 from __future__ import annotations
 
@@ -10,23 +10,23 @@ from typing import Any
 log = logging.getLogger("branchtree")
 
 LIKENESS = 0.8
-"""How alike two keys are that a slip of the keyboard sets apart: promt is .91 like prompt, stage .6 like image."""
+"""The least similarity of a misspelt key to the known one: promt has .91 to prompt, stage .6 to image."""
 ALIASES = {
     "prompt": ("caption", "captions", "text", "description", "instruction"),
     "negative_prompt": ("negative", "negative_caption"),
     "image": ("img", "picture", "photo"),
     "video": ("clip", "movie"),
 }
-"""Other programs' names of what is read here: meant if the row has nothing under the name that is."""
+"""Names in other programs for the keys that are read here; meant only if the row lacks the key itself."""
 
 
 def warn_of_near_keys(rows: Iterable[tuple[str, Mapping[Any, Any]]], known: Iterable[str], prompt: str) -> None:
-    """Log each unknown key that is nearly a known one, once, with where it stands first and the key it may mean.
+    """Log each unknown key that is nearly a known one, once, with its first location and the key that may be meant.
 
     Args:
         rows: The rows of one file, each with its location for messages.
         known: The keys that are read.
-        prompt: The one of them that the prompt stands under.
+        prompt: The key of the prompt among them.
     """
     names, seen = list(known), set[str]()
     aliases = {alias: prompt if name == "prompt" else name for name, found in ALIASES.items() for alias in found}
@@ -44,7 +44,7 @@ def warn_of_near_keys(rows: Iterable[tuple[str, Mapping[Any, Any]]], known: Iter
 
 
 def _meant(key: str, known: list[str]) -> str | None:
-    """The known key that a key nearly is; None for one that only adds a word to it, as "prompt_id"."""
+    """Return the known key that a key resembles; None if it only adds a word, as in "prompt_id"."""
     plain = "_".join(key.casefold().replace("-", " ").replace("_", " ").split())
     if plain in known:
         return plain

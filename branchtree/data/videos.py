@@ -1,4 +1,4 @@
-"""Videos read from files: the frames that a player shows, or a refusal that says why they cannot be had.
+"""Videos read from files: the frames that a player shows, or an error that says why they cannot be read.
 
 Axis letters: H height, W width.
 """
@@ -30,11 +30,11 @@ OPENING = {
     "format_whitelist": "mov,matroska,avi",
     "protocol_whitelist": "file",
 }
-STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}  # damage is an error, not a frame made up in its stead
+STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}  # damage is an error, not an invented frame
 UNEVEN = Fraction(5, 4)
-"""The longest time between two frames must be less than so many times the shortest."""
-SOUND = 0.1  # seconds that a packet of sound lasts at most
-SQUARE = 0.01  # how far from 1 a pixel's width may be in its heights
+"""The longest time between two frames must be less than this many times the shortest."""
+SOUND = 0.1  # the most seconds of a packet of sound
+SQUARE = 0.01  # how far from 1 the ratio of a pixel's width to its height may be
 HDR = {16: "PQ", 18: "HLG"}  # transfer curves, by their numbers in ITU-T H.273
 ONE = 1 << 16  # 1 in the numbers of a display matrix
 Axes = tuple[int, int, int, int]
@@ -44,7 +44,7 @@ WHOLE = "give a whole MP4 file with H.264 video"
 
 @dataclass(frozen=True)
 class Clip:
-    """What a video file shows."""
+    """The number, size and rate of a video file's frames."""
 
     frames: int
     height: int
@@ -53,10 +53,10 @@ class Clip:
 
 
 def inspect_video(path: Path, at: str) -> Clip:
-    """Decode a whole video to find out what it shows; one frame is in memory at a time.
+    """Decode a whole video to find its number, size and rate of frames; one frame is in memory at a time.
 
     Raises DataError, which begins with ``at`` and names the file, for a video that has no frames, is damaged or cut
-    off, changes its size, has frames at uneven times, or needs more than a turn by quarters to be shown.
+    off, changes its size, has frames at uneven times, or must be turned by other angles than quarters to be shown.
     """
     frames, height, width = 0, 0, 0
     with _opened(path, at) as video:
@@ -71,7 +71,7 @@ def video_frames(path: Path, at: str) -> Generator[NDArray[np.uint8], None, None
     """Decode a video's frames in the order in which they are shown, as RGB bytes (H, W, 3), one at a time.
 
     Raises DataError as ``inspect_video`` does, except for what is known only at the end: that frames are missing, or
-    lie at uneven times.
+    come at uneven times.
     """
     from av.video.reformatter import VideoReformatter
 
@@ -84,7 +84,7 @@ def video_frames(path: Path, at: str) -> Generator[NDArray[np.uint8], None, None
 
 @contextmanager
 def _opened(path: Path, at: str) -> Iterator[_Video]:
-    """Open a video file. Raises DataError for what is no video, or has no video among its tracks."""
+    """Open a video file. Raises DataError for a file that is no video, or has no video track."""
     import av
     from av.stream import Disposition
 
@@ -94,7 +94,7 @@ def _opened(path: Path, at: str) -> Iterator[_Video]:
         f"known here; {WHOLE}"
     )
     try:
-        # Opened here, as the library takes some names for addresses, and for numbered series of files.
+        # Opened here, since the library reads some names as addresses or as numbered series of files.
         with path.open("rb") as file, av.open(file, "r", options=OPENING, metadata_errors="replace") as container:
             stream: Any = container.streams.best("video")
             if stream is None or stream.disposition & Disposition.attached_pic:
@@ -110,12 +110,12 @@ def _opened(path: Path, at: str) -> Iterator[_Video]:
 
 
 class _Video:
-    """An open video, to be decoded once."""
+    """An open video, which can be decoded once."""
 
     def __init__(self, container: InputContainer, stream: VideoStream, path: Path, at: str) -> None:
         self._container, self._stream = container, stream
         self._path, self._at = path, at
-        self._times: list[int] = []  # at which frames are shown, in ticks of the stream's clock
+        self._times: list[int] = []  # when frames are shown, in ticks of the stream's clock
         self._span: tuple[Fraction, Fraction] | None = None  # begin and end of all tracks, in seconds
 
     def frames(self) -> Iterator[VideoFrame]:
@@ -146,13 +146,13 @@ class _Video:
             raise self._refused(f"is damaged: it has {len(self._times)} frames, and {frames} can be decoded", WHOLE)
         rate = self.rate()
         missing = self._missing(frames, rate) if rate else 0
-        # Where there is sound too, what is stated may be its end, and that of its last packet is not always known.
+        # With sound, the stated duration may be the sound's, whose last packet does not always state its length.
         tolerance = 0.5 if len(self._container.streams) == 1 or rate is None else max(0.5, SOUND * rate)
         if missing > tolerance:
             raise self._refused(f"is cut off: {missing:.0f} of its frames are missing", WHOLE)
 
     def _missing(self, frames: int, rate: float) -> float:
-        """Count the frames that a file states and does not hold; other formats than these are errors when cut off."""
+        """Count the frames that a file states but lacks; a cut-off file of another format already fails to decode."""
         stated = self._container.duration  # microseconds
         if "matroska" in self._container.format.name and stated and self._span:
             begin, end = self._span
@@ -160,7 +160,7 @@ class _Video:
         return self._stream.frames - frames if self._container.format.name == "avi" else 0
 
     def rate(self) -> float | None:
-        """Find the number of frames a second. Raises DataError where frames lie at uneven times."""
+        """Return the number of frames a second. Raises DataError if frames come at uneven times."""
         stated, tick = self._stream.average_rate, self._stream.time_base
         if len(self._times) < 2 or tick is None:
             return float(stated) if stated else None
@@ -174,11 +174,11 @@ class _Video:
             )
         span = (times[-1] - times[0]) * tick
         if stated and abs(len(steps) / stated - span) <= tick:
-            return float(stated)  # where times are rounded to ticks, it is the more exact figure
+            return float(stated)  # more exact, since times are rounded to ticks
         return float(len(steps) / span)
 
     def _note(self, packet: Packet[Any], count: int) -> None:
-        """Take down when a packet's frame is shown, if it is."""
+        """Record when a packet's frame is shown, if it is shown."""
         time = packet.pts if packet.pts is not None else packet.dts
         if packet.size == 0 or packet.is_discard or time is None:  # outside the trim, or no packet but the file's end
             return
@@ -186,13 +186,13 @@ class _Video:
             if packet.is_corrupt:
                 raise self._damaged(count)
             if self._stream.codec_context.name == "vp8" and not bytes(packet)[0] & 0x10:
-                return  # a frame that others are made from, not shown itself
+                return  # a frame that others are decoded from, not shown itself
             self._times.append(time)
         begin, end = time * packet.time_base, (time + (packet.duration or 0)) * packet.time_base
         self._span = (min(begin, self._span[0]), max(end, self._span[1])) if self._span else (begin, end)
 
     def _require_plain(self, frame: VideoFrame, size: tuple[int, int]) -> None:
-        """Refuse frames that would have to be stretched or recoloured to look as a player shows them."""
+        """Refuse a frame that a player would stretch or recolour."""
         if (frame.width, frame.height) != size:
             raise self._refused("changes the size of its frames", "give one that keeps its size")
         shape = self._stream.sample_aspect_ratio
@@ -214,7 +214,7 @@ class _Video:
 
 
 def _axes(frame: VideoFrame) -> Axes:
-    """Read where a frame is shown, which phones state instead of turning it; zeros if not by quarter turns."""
+    """Return how a frame is turned, which phones state instead of turning it; zeros for other than quarter turns."""
     data: Any = frame.side_data.get("DISPLAYMATRIX")
     if data is None:
         return 1, 0, 0, 1

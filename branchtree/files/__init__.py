@@ -1,1 +1,1 @@
-"""Files as such: read whole, checked, written whole or not at all."""
+"""Reading, checking and writing files, whatever they contain."""

@@ -1,6 +1,6 @@
-"""Digests that a folder brings along: ``SHA256SUMS`` as sha256sum writes it, or the ``manifest.json`` of a run.
+"""Lists of digests in a folder: ``SHA256SUMS`` as sha256sum writes it, or the ``manifest.json`` of a run.
 
-A flipped bit in weights shows in nothing but such a list.
+A flipped bit in weights can be detected only by such a list.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
 def verify_checksums(folder: Path, kind: type[BranchTreeError], read: Collection[str] | None = None) -> None:
-    """Compare the files of ``folder`` with the digests that it brings along; without a list nothing is verified.
+    """Compare the files of ``folder`` with the digests listed in it; without a list nothing is compared.
 
     Args:
         folder: A folder with ``SHA256SUMS``, or with the ``manifest.json`` that a run writes.
         kind: The error to raise.
-        read: Files and folders, relative to ``folder``, that are read; others are left alone. None stands for all.
+        read: Files and folders, relative to ``folder``, that are compared; all by default.
 
     Raises:
         kind: A listed file is missing or its content differs, or the list itself cannot be used.
@@ -78,7 +78,7 @@ def _from_sums(listing: Path, text: str, kind: type[BranchTreeError]) -> Mapping
         name = _inside(match[2])
         if name is None:
             raise kind(f"{listing}:{number}: {shown(match[2])} is no path inside the folder; write relative paths")
-        if name != SUMS:  # a list that was made over all files has itself among them, unfinished
+        if name != SUMS:  # a list made of all files contains itself, unfinished
             digests[name] = match[1].lower()
     if not digests:
         raise kind(f"{listing}: lists no file; write it again with sha256sum, or remove it")
@@ -86,7 +86,7 @@ def _from_sums(listing: Path, text: str, kind: type[BranchTreeError]) -> Mapping
 
 
 def _from_manifest(listing: Path, text: str, kind: type[BranchTreeError]) -> Mapping[str, str]:
-    """Return the digests of a run's manifest; none of somebody else's file of that name."""
+    """Return the digests of a run's manifest; none if the file of that name is something else."""
     content = parse_json(text, str(listing), kind)
     try:
         digests = {str(name): str(entry["sha256"]) for name, entry in content["files"].items()}
@@ -96,6 +96,6 @@ def _from_manifest(listing: Path, text: str, kind: type[BranchTreeError]) -> Map
 
 
 def _inside(name: str) -> str | None:
-    """Return a relative path in its plain form, or None for one that leads out of the folder."""
+    """Return a relative path in its plain form, or None if it leads out of the folder."""
     path = PurePosixPath(name)
     return None if path.is_absolute() or ".." in path.parts or not path.parts else path.as_posix()

@@ -1,4 +1,4 @@
-"""JSON that a user or another program wrote, and files of lines of it: what passes can be written again, unchanged."""
+"""Strict reading of JSON and .jsonl files: whatever is accepted can be written again unchanged."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from branchtree.errors import BranchTreeError, DataError, shortened, shown
 from branchtree.files.reading import half_character, read_text
 
 MOST_DIGITS = 300
-"""Digits that a whole number may have; a longer one is no float either, and Python refuses to print the longest."""
+"""The most digits of a whole number; a longer one fits no float, and Python refuses to print very long ones."""
 MOST_LEVELS = 64
-"""How deep lists and objects may lie in each other, so that whatever walks through them later can."""
+"""The most levels of nested lists and objects, so that recursive code can process them."""
 
 
 def numbered_lines(path: Path) -> list[tuple[str, str]]:
-    """A text file's lines that are not blank, each with file and number. Raises DataError."""
-    # Lines end at line feeds alone: str.splitlines would also cut at separators that a prompt may hold. Files that were
-    # put together out of several have byte order marks inside.
+    """Return the lines of a text file that are not blank, each with its location. Raises DataError."""
+    # Only a line feed ends a line: str.splitlines would also cut at separators that a prompt may contain. A file that
+    # was concatenated from several has byte order marks inside.
     lines = (line.removeprefix("\ufeff") for line in read_text(path, DataError).split("\n"))
     return [(f"{path}:{number}", line) for number, line in enumerate(lines, 1) if line.strip()]
 
 
 def json_object(line: str, location: str) -> Mapping[str, Any]:
-    """The object in a line of a .jsonl file. Raises DataError that names the ``location``."""
+    """Return the object in a line of a .jsonl file. Raises DataError that names the ``location``."""
     row = parse_json(line, location)
     if not isinstance(row, dict):
         raise DataError(f"{location}: each line is one JSON object")
@@ -35,7 +35,7 @@ def json_object(line: str, location: str) -> Mapping[str, Any]:
 
 
 def read_json_object(path: Path, kind: type[BranchTreeError]) -> dict[str, Any]:
-    """The object in a .json file. Raises an error of ``kind`` that names the file."""
+    """Return the object in a .json file. Raises an error of ``kind`` that names the file."""
     content = parse_json(read_text(path, kind), str(path), kind)
     if not isinstance(content, dict):
         raise kind(f"{path}: does not hold a JSON object")
@@ -43,11 +43,11 @@ def read_json_object(path: Path, kind: type[BranchTreeError]) -> dict[str, Any]:
 
 
 def parse_json(text: str, location: str, kind: type[BranchTreeError] = DataError, half_characters: bool = False) -> Any:
-    """The value of a JSON text which every other program reads as the same value, and which can be written again.
+    """Return the value of a JSON text that every program reads in the same way and that can be written again.
 
-    Raises an error of ``kind`` that begins with the ``location`` for whatever is no JSON, or is read differently by
-    different programs: keys that stand twice, NaN, numbers too large, values nested too deeply, and half characters
-    unless ``half_characters`` allows them.
+    Raises an error of ``kind`` that begins with the ``location`` for a text that is not JSON or that programs read
+    differently: with a key given twice, NaN, numbers too large, values nested too deeply, or half characters unless
+    ``half_characters`` allows them.
     """
     try:
         value = json.loads(
@@ -59,7 +59,7 @@ def parse_json(text: str, location: str, kind: type[BranchTreeError] = DataError
         )
     except json.JSONDecodeError as error:
         raise kind(f"{location}: not valid JSON: {error.msg}") from None
-    except ValueError as error:  # of a number, or of a key
+    except ValueError as error:  # raised for a number or a key
         raise kind(f"{location}: not valid JSON: {error}") from None
     except RecursionError:
         value, deep = None, True
@@ -67,7 +67,7 @@ def parse_json(text: str, location: str, kind: type[BranchTreeError] = DataError
         deep = text.count("[") + text.count("{") > MOST_LEVELS and _is_deep(value)
     if deep:
         raise kind(f"{location}: is nested deeper than {MOST_LEVELS} levels")
-    # Only an escape can bring half a character into text that was read as UTF-8.
+    # Text that was read as UTF-8 can contain half a character only as an escape.
     if (
         not half_characters
         and "\\ud" in text.lower()
@@ -78,9 +78,9 @@ def parse_json(text: str, location: str, kind: type[BranchTreeError] = DataError
 
 
 def require_writable(value: Any, location: str) -> None:
-    """Raise DataError, beginning with the ``location`` inside what was given, for what a line of JSON cannot hold.
+    """Raise DataError, beginning with the ``location`` inside the value, for a value that JSON cannot express.
 
-    What passes is read back equal, tuples as lists.
+    A value that passes is read back equal, with tuples as lists.
     """
     if _is_deep(value):
         raise DataError(f"{location}: is nested deeper than {MOST_LEVELS} levels, or holds itself")
@@ -103,7 +103,7 @@ def _require_writable(value: Any, location: str) -> None:
 
 
 def _unwritable(value: Any) -> str | None:
-    """What is wrong with a value that is neither an object nor a list; None where JSON has it."""
+    """Say why JSON has no such value, which is neither an object nor a list; None where it does."""
     if isinstance(value, str):
         half = half_character(value)
         return f"holds {half}, which is half a character; leave it out" if half else None
@@ -117,13 +117,13 @@ def _unwritable(value: Any) -> str | None:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether lists and objects lie in each other more than MOST_LEVELS deep."""
-    level = [value]
+    """Return whether lists and objects are nested in more than MOST_LEVELS levels."""
+    nested = [value]
     for _ in range(MOST_LEVELS):
-        # Each once: a list that holds itself twice would double at every level.
-        distinct = {id(each): each for each in level if isinstance(each, dict | list | tuple)}
-        level = [inner for each in distinct.values() for inner in _inside(each)]
-    return bool(level)
+        # Each object once: a list that contains itself twice would double at every level.
+        distinct = {id(each): each for each in nested if isinstance(each, dict | list | tuple)}
+        nested = [inner for each in distinct.values() for inner in _inside(each)]
+    return bool(nested)
 
 
 def _inside(value: dict[str, Any] | list[Any] | tuple[Any, ...]) -> Iterable[Any]:
@@ -131,11 +131,11 @@ def _inside(value: dict[str, Any] | list[Any] | tuple[Any, ...]) -> Iterable[Any
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object of its keys and values. Raises ValueError for a key that stands twice."""
+    """Return the object with some keys and values. Raises ValueError for a key that is given twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
-        raise ValueError(f"the key {shown(twice)} stands twice in one object; remove one")
+        raise ValueError(f"the key {shown(twice)} is given twice in one object; remove one")
     return found
 
 

@@ -1,4 +1,4 @@
-"""Names that people give, and the folders and tracker projects that are named after them."""
+"""Names that users give, and the folders and tracker projects that are named after them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import re
 import unicodedata
 
 LONGEST = 180
-"""Bytes of a name in UTF-8. File systems allow 255, and prefixes and suffixes are added."""
+"""The most bytes of a name in UTF-8. File systems allow 255, and prefixes and suffixes are added."""
 UNSAFE = re.compile(r'[<>:"/\\|?*]')
-"""Letters that a file system, Windows' included, does not allow in a name."""
+"""Characters that some file system, such as that of Windows, does not allow in a name."""
 RESERVED = re.compile(r"(con|prn|aux|nul|com\d|lpt\d)(\..*)?", re.IGNORECASE)
-"""Names that Windows keeps for devices."""
+"""Names that Windows reserves for devices."""
 WRONG_LETTERS = {"Cc": "a control character", "Cs": "half a character", "Zl": "a line break", "Zp": "a line break"}
 PROJECT_LENGTH = 100
-"""Letters of a tracker's project: wandb allows 128."""
+"""The most letters of a tracker project's name: wandb allows 128."""
 
 
 def checked_name(name: str) -> str:
-    """Return a name that can be written and that leads out of no folder. Raises ValueError for any other."""
+    """Return a name that a file can have and that stays in its folder. Raises ValueError for any other."""
     if not name.strip() or name.strip() in {".", ".."}:
         raise ValueError("a name needs letters, since folders are named after it")
     if "/" in name or "\\" in name:
@@ -35,12 +35,12 @@ def checked_name(name: str) -> str:
 
 
 def folder_name(name: str) -> str:
-    """Return a name as that of one folder on any file system; almost every name is its own."""
+    """Return the name of a folder for a recipe or run on any file system; nearly all names stay as they are."""
     plain = "".join("_" if unicodedata.category(letter) in WRONG_LETTERS else letter for letter in name)
     plain = UNSAFE.sub("_", plain).lstrip(". ").encode()[:LONGEST].decode(errors="ignore").rstrip(". ")
     return f"{plain}_" if not plain or RESERVED.fullmatch(plain) else plain
 
 
 def project_name(name: str) -> str:
-    """Return a name as that of a tracker's project: Latin letters, digits, ``.``, ``_`` and ``-``."""
+    """Return the name of a tracker's project for a recipe: Latin letters, digits, ``.``, ``_`` and ``-``."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._")[:PROJECT_LENGTH] or "run"

@@ -1,7 +1,7 @@
-"""How a setting says that it is a path of a file or folder, which a recipe then keeps in absolute form.
+"""Types that mark a setting as the path of a file or folder, which a recipe then keeps in absolute form.
 
-A key of a recipe, or of a plug-in's own settings, says so by its type: ``pathlib.Path`` or ``LocalPath`` where every
-value is a path, ``PathOrName`` where it may also be a name such as a hub id.
+A key of a recipe, or of a plug-in's own settings, has the type ``pathlib.Path`` or ``LocalPath`` where every value is a
+path, and ``PathOrName`` where a value may also be a name such as a hub id.
 """
 
 from __future__ import annotations
@@ -12,23 +12,24 @@ from pathlib import Path
 from typing import Annotated
 
 LOCAL = ("/", "./", "../", "~")
-"""What a text begins with that can only be a path."""
+"""Beginnings of a text that can only be a path."""
 
 
 @dataclass(frozen=True)
 class PathKey:
-    """Marks the type of a setting whose value is a path: always, or where it looks like one or exists.
+    """A mark on the type of a setting whose value is a path: always, or where it looks like one or exists.
 
-    ``names`` are texts that are no path all the same; one that ends with a colon stands for all that begin with it.
+    ``names`` are texts that are not paths nevertheless; one that ends with a colon covers all texts that begin with it.
     """
 
     always: bool
     names: tuple[str, ...] = ()
 
     def absolute(self, value: str, folders: tuple[Path, ...]) -> str:
-        """Return the path in absolute form, and a value that is no path unchanged.
+        """Return the path in absolute form, or a value that is no path unchanged.
 
-        A relative path lies in the first of ``folders``, or, if it need not be a path, in the first that holds it.
+        A relative path is relative to the first of ``folders``; a value that may also be a name, to the first of them
+        in which it exists.
         """
         if not value or any(value == name or (name[-1] == ":" and value.startswith(name)) for name in self.names):
             return value

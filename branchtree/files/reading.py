@@ -1,4 +1,4 @@
-"""Files that users name: found, told apart from folders and devices, and read as UTF-8 text or refused."""
+"""Reading of files that users name: regular files of UTF-8 text; all others are refused with the reason."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from pathlib import Path
 
 from branchtree.errors import BranchTreeError, DataError, shortened
 
-UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # those of UTF-32 begin with them too, or with NUL
+UTF_16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)  # the marks of UTF-32 begin with one of these, or with NUL
 
 
 def user_path(path: str | Path) -> Path:
-    """A path with ``~`` and ``~name`` replaced by the home folder; one of an unknown user stays as it is written."""
+    """Return a path with ``~`` or ``~name`` replaced by the home folder; unchanged if there is no such user."""
     return Path(os.path.expanduser(path))
 
 
 def failure_reason(error: OSError | ValueError) -> str:
-    """Why a path cannot be opened: the system's reason, or that of Python for what can be no path."""
+    """Return why a path cannot be opened: the system's reason, or Python's for a text that cannot be a path."""
     return (error.strerror if isinstance(error, OSError) else None) or str(error)
 
 
 def require_file(path: Path, missing: BranchTreeError) -> None:
-    """Raise ``missing`` where there is no such file, or an error of its kind where the path is no regular file.
+    """Raise ``missing`` if there is no such file, or an error of its class if the path is no regular file.
 
     A pipe or a device is refused before it is opened, since reading one may never end.
     """
@@ -41,7 +41,7 @@ def require_file(path: Path, missing: BranchTreeError) -> None:
 
 
 def require_content(path: Path, at: str) -> None:
-    """Raise DataError, which begins with ``at``, where there is no such file or where it is empty."""
+    """Raise DataError that begins with ``at`` if there is no such file, or if it is empty."""
     try:
         if not path.is_file():
             raise DataError(f"{at}there is no file '{path}'")
@@ -52,7 +52,7 @@ def require_content(path: Path, at: str) -> None:
 
 
 def require_name(path: Path, kind: type[BranchTreeError]) -> None:
-    """Raise an error of ``kind`` for a path that the system takes for nothing, as one whose name is too long."""
+    """Raise an error of ``kind`` for a path that the system does not accept, such as one with too long a name."""
     try:
         path.lstat()
     except (FileNotFoundError, NotADirectoryError, PermissionError):
@@ -62,9 +62,9 @@ def require_name(path: Path, kind: type[BranchTreeError]) -> None:
 
 
 def read_text(path: Path, kind: type[BranchTreeError]) -> str:
-    """The text of a regular UTF-8 file, with line feeds at its ends of lines and without a byte order mark.
+    """Return the text of a regular UTF-8 file, with line feeds at the ends of lines and no byte order mark.
 
-    Raises an error of ``kind`` that names the file, the line where the text is no UTF-8, and the remedy.
+    Raises an error of ``kind`` that names the file, the line that is not UTF-8, and the remedy.
     """
     require_file(path, kind(f"{path}: cannot be read: there is no such file"))
     try:
@@ -89,7 +89,7 @@ def read_text(path: Path, kind: type[BranchTreeError]) -> str:
 
 
 def half_character(text: str) -> str | None:
-    """The first surrogate of a text, which stands for half a character and has no UTF-8; None in a whole text."""
+    """Return the first surrogate of a text, half a character that UTF-8 does not have; None if there is none."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -98,5 +98,5 @@ def half_character(text: str) -> str | None:
 
 
 def whole_text(text: str) -> str:
-    """The text with codes in place of half characters, so that every file takes it."""
+    """Return the text with codes instead of half characters, so that it can be written to any file."""
     return text.encode("utf-8", "backslashreplace").decode()

@@ -1,4 +1,4 @@
-"""Files written whole or not at all, and writes that fail, reported in one way wherever the failure comes from."""
+"""Atomic writing of files, and one way of reporting failed writes, whichever library they come from."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from branchtree.errors import BranchTreeError, OutputError
 DISK = frozenset(
     {errno.ENOSPC, errno.EFBIG, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENOENT}
 )
-"""What the system calls a disk that is full, read-only, forbidden, broken, or gone."""
+"""The system's error numbers for a disk that is full, read-only, forbidden, broken, or gone."""
 RUST = re.compile(r"\(os error (\d+)\)")
-"""How safetensors, which is written in Rust, ends the message of a failed write."""
+"""The end of the message of a failed write by safetensors, which is written in Rust."""
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """A block that writes to ``path``. Raises OutputError, naming the path and the reason, if the disk refuses."""
+    """Turn a failed write to ``path`` inside the block into an OutputError that names the path and the reason."""
     try:
         yield
     except BranchTreeError:
@@ -36,9 +36,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def disk_failure(error: BaseException) -> str | None:
-    """The system's reason if an error is, or came of, a write that the disk refused; otherwise None.
+    """Return the system's reason if an error comes from a write that the disk refused; otherwise None.
 
-    PyTorch raises a RuntimeError while the OSError of its file is handled, and safetensors puts the number in a text.
+    PyTorch raises a RuntimeError from an OSError, and safetensors writes the error's number into its message.
     """
     if isinstance(error, OSError):
         return error.strerror or str(error)
@@ -52,9 +52,9 @@ def disk_failure(error: BaseException) -> str | None:
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write a whole file or nothing: under a temporary name, synced, then renamed."""
+    """Write a whole file or nothing: under a temporary name, which is synced and then renamed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # nobody else's file
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.partial")  # no other process has this name
     try:
         with temporary.open("xb") as file:
             file.write(content)
@@ -63,12 +63,12 @@ def write_atomically(path: Path, content: bytes) -> None:
         temporary.replace(path)
     except BaseException:
         with suppress(OSError):
-            temporary.unlink(missing_ok=True)  # on a full disk, what there is of it is room that someone needs
+            temporary.unlink(missing_ok=True)  # gives the space back on a full disk
         raise
 
 
 def synchronise(paths: Iterable[Path]) -> None:
-    """Have files and folders on the disk."""
+    """Sync files and folders to the disk."""
     for path in paths:
         descriptor = os.open(path, os.O_RDONLY)
         try:
@@ -78,7 +78,7 @@ def synchronise(paths: Iterable[Path]) -> None:
 
 
 def free_name(path: Path) -> Path:
-    """The path itself, or, where something has its name, that name with a number."""
+    """Return the path itself, or, if something already has its name, the name with a number."""
     number, free = 1, path
     while free.exists() or free.is_symlink():
         number += 1
@@ -87,10 +87,13 @@ def free_name(path: Path) -> Path:
 
 
 def require_own_results(folder: Path, names: Iterable[str], marks: Mapping[str, Collection[str]]) -> None:
-    """Refuse, before work is done, to replace files that somebody else wrote. Raises OutputError, naming one.
+    """Refuse, before work is done, to replace files that this command did not write. Raises OutputError, naming one.
 
-    ``names`` are those that will be written. ``marks`` are JSON files by which earlier results are known, and the keys
-    that they, or their first lines, have.
+    Args:
+        folder: Where results will be written.
+        names: The files that will be written.
+        marks: JSON or .jsonl files that identify earlier results of the command, and keys that they, or their first
+            lines, must have.
     """
     if not any(_has_keys(folder / name, keys) for name, keys in marks.items()):
         for path in (folder / name for name in names):

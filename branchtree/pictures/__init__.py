@@ -1,1 +1,1 @@
-"""Samples as picture and video files."""
+"""Picture and video files of samples and trees."""

@@ -1,4 +1,4 @@
-"""What a person looks at: samples from fixed noises, and recorded trees with thumbnails."""
+"""Files for people to look at: grids of samples from fixed noises, and recorded trees with thumbnails."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from branchtree.pictures.video import mp4, spread_evenly, webp
 from branchtree.plugins.protocols import Media
 
 COLUMNS = 10  # of a grid of images
-STRIP, GAP = 8, 2  # most frames in a sample's strip; pixels between them
+STRIP, GAP = 8, 2  # the most frames in a sample's strip; pixels between them
 LONGEST_VIDEO = 4096  # pixels: the longest side that common H.264 decoders take
-ASSUMED_FPS = 8.0  # of a video whose model does not say
+ASSUMED_FPS = 8.0  # for a video whose model does not state its rate
 
 
 def write_grid(folder: Path, iteration: int, media: Sequence[Media], prompts: Sequence[str]) -> None:
     """Write the samples of ``media`` and, last, ``iteration_NNNNNN.json`` with their prompts.
 
-    Images are a grid row by row, ``iteration_NNNNNN.png``. Of videos that file has one strip of frames per row; the
-    .mp4 beside it is the grid of all samples playing, and ``iteration_NNNNNN/sample_NNN.mp4`` is each by itself.
+    ``iteration_NNNNNN.png`` has images in a grid, row by row, or one strip of frames per video. For videos the .mp4
+    beside it is the grid of all samples playing, and ``iteration_NNNNNN/sample_NNN.mp4`` has each separately.
     """
     path = sample_index(folder, iteration)
     stem = path.with_suffix("")
@@ -38,21 +38,21 @@ def write_grid(folder: Path, iteration: int, media: Sequence[Media], prompts: Se
 
 
 def sample_index(folder: Path, iteration: int) -> Path:
-    """The file that is written last of an iteration's samples."""
+    """Return the path of the file that is written last of an iteration's samples."""
     return folder / f"iteration_{iteration:06d}.json"
 
 
 def write_pictures(stem: Path, media: Sequence[Media], columns: int | None = None) -> dict[str, Any]:
-    """Write the pictures of ``write_grid`` under the names that ``stem`` begins, and return how they are laid out.
+    """Write the pictures of ``write_grid`` under names that begin with ``stem``, and return their layout.
 
-    With ``columns``, so many samples stand in a row, also of the strips of videos.
+    ``columns`` is the number of samples in a row, also for the strips of videos; it is chosen here by default.
     """
     write = _write_videos if media[0].modality == "video" else _write_images
     return write(stem, media, columns)
 
 
 def _write_images(stem: Path, media: Sequence[Media], columns: int | None) -> dict[str, Any]:
-    tiles = [fitted(to_image(image), TILE) for part in media for image in part.pixels]
+    tiles = [fitted(to_image(image), TILE) for batch in media for image in batch.pixels]
     columns = columns or min(COLUMNS, len(tiles))
     write_atomically(stem.with_suffix(".png"), png(tiled(tiles, columns)))
     return {"columns": columns}
@@ -60,17 +60,17 @@ def _write_images(stem: Path, media: Sequence[Media], columns: int | None) -> di
 
 def _write_videos(stem: Path, media: Sequence[Media], columns: int | None) -> dict[str, Any]:
     strips_in_row = columns or 1
-    columns = columns or math.ceil(math.sqrt(sum(len(part) for part in media)))
+    columns = columns or math.ceil(math.sqrt(sum(map(len, media))))
     side, fps = min(TILE, LONGEST_VIDEO // columns), _fps(media[0])
-    tiles = []  # of each sample, its frames
-    for place, video in enumerate(video for part in media for video in part.pixels):
+    tiles = []  # the frames of each sample
+    for index, video in enumerate(video for batch in media for video in batch.pixels):
         frames = [to_image(frame) for frame in video]
-        whole = max(TILE, *frames[0].size)  # by itself a sample is never shrunk
-        write_atomically(stem / f"sample_{place:03d}.mp4", mp4((fitted(frame, whole) for frame in frames), fps))
+        whole = max(TILE, *frames[0].size)  # in its own file a sample is never shrunk
+        write_atomically(stem / f"sample_{index:03d}.mp4", mp4((fitted(frame, whole) for frame in frames), fps))
         tiles.append([fitted(frame, side) for frame in frames])
     write_atomically(stem.with_suffix(".mp4"), mp4((tiled(each, columns) for each in zip(*tiles, strict=True)), fps))
     shown = spread_evenly(len(tiles[0]), STRIP)
-    strips = tiled([frames[place] for frames in tiles for place in shown], strips_in_row * len(shown), GAP)
+    strips = tiled([frames[index] for frames in tiles for index in shown], strips_in_row * len(shown), GAP)
     write_atomically(stem.with_suffix(".png"), png(strips))
     return {"columns": columns, "kind": "video", "fps": fps, "frames": len(tiles[0]), "strip": shown}
 
@@ -81,18 +81,18 @@ def _fps(media: Media) -> float:
 
 @dataclass(frozen=True)
 class Thumbnail:
-    """A small picture of one sample, as a file's content: PNG, or of a video animated WebP."""
+    """A small picture of one sample, as a file's content: PNG, or animated WebP for a video."""
 
     content: bytes
     suffix: str
 
 
 def make_thumbnails(media: Sequence[Media]) -> list[Thumbnail]:
-    """A thumbnail of each sample of ``media``."""
+    """Return a thumbnail of each sample of ``media``."""
     return [
-        Thumbnail(_thumbnail(pixels, part), ".webp" if part.modality == "video" else ".png")
-        for part in media
-        for pixels in part.pixels
+        Thumbnail(_thumbnail(pixels, batch), ".webp" if batch.modality == "video" else ".png")
+        for batch in media
+        for pixels in batch.pixels
     ]
 
 
@@ -105,11 +105,11 @@ def write_tree(
     credit: Credit,
     thumbnails: Sequence[Thumbnail],
 ) -> None:
-    """Record the first prompt's tree: its nodes with values and advantages, and its leaves with their thumbnails."""
+    """Write the first prompt's tree: its nodes with values and advantages, and its leaves with their thumbnails."""
     stem = folder / f"iteration_{iteration:06d}"
     paths = []
-    for place, thumbnail in zip(range(topology.plans[0].leaves), thumbnails, strict=True):
-        paths.append(stem / f"leaf_{place:03d}{thumbnail.suffix}")
+    for leaf, thumbnail in zip(range(topology.plans[0].leaves), thumbnails, strict=True):
+        paths.append(stem / f"leaf_{leaf:03d}{thumbnail.suffix}")
         write_atomically(paths[-1], thumbnail.content)
     record = {
         "iteration": iteration,
@@ -123,14 +123,14 @@ def write_tree(
 
 
 def _thumbnail(pixels: Tensor, media: Media) -> bytes:
-    """The file's content for one sample (C, H, W) or (F, C, H, W) of ``media``."""
+    """Return the content of the thumbnail's file for one sample (C, H, W) or (F, C, H, W) of ``media``."""
     if media.modality == "image":
         return png(fitted(to_image(pixels), THUMBNAIL))
     return webp([fitted(to_image(frame), THUMBNAIL) for frame in pixels], _fps(media))
 
 
 def _offsets(topology: Topology) -> list[int]:
-    """Id of the first prompt's first node at each depth, counted from the root downwards."""
+    """Return the id of the first prompt's first node at each depth; ids count from the root downwards."""
     widths = topology.plans[0].widths
     return [sum(widths[:depth]) for depth in topology.depths]
 

@@ -1,4 +1,4 @@
-"""Frames as files that play in a browser: MP4 for samples, animated WebP for thumbnails."""
+"""Files of frames that play in a browser: MP4 for samples, animated WebP for thumbnails."""
 
 from __future__ import annotations
 
@@ -18,29 +18,29 @@ if TYPE_CHECKING:
     from av.container import OutputContainer
     from av.video.stream import VideoStream
 
-CRF = "18"  # x264's constant quality: artefacts of the codec are not to be taken for the model's
+CRF = "18"  # x264's constant quality, high enough that the codec's artefacts are not mistaken for the model's
 WEBP_QUALITY = 80
-LOSSLESS = 64  # pixels of the longer side up to which a thumbnail is kept exactly
-# As H.264 numbers them (ITU-T H.273): the sRGB primaries and curve, and the matrix that players without a tag assume.
+LOSSLESS = 64  # thumbnails with at most this many pixels on the longer side are lossless
+# Numbers of ITU-T H.273: the sRGB primaries and curve, and the matrix that players assume without a tag.
 BT709, BT601, LIMITED_RANGE = 1, 6, 1
 
 
 def mp4(frames: Iterable[Image.Image], fps: float) -> bytes:
-    """RGB frames of one size as an H.264 MP4 file's content; an odd width or height gets one more pixel of its edge."""
+    """Return RGB frames of one size as an H.264 MP4 file's content; an odd side is padded by one pixel."""
     import av
 
     rate = Fraction(fps).limit_denominator(1001)
     stream = None
     with tempfile.TemporaryDirectory() as folder:
-        # In a file, not in memory: putting the index first, so that a browser can start early, rewrites the file.
+        # In a file, not in memory: moving the index to the front, for an early start in browsers, rewrites the file.
         path = Path(folder) / "video.mp4"
         with av.open(str(path), "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            for place, frame in enumerate(frames):
+            for index, frame in enumerate(frames):
                 pixels = _even(np.asarray(frame))
                 stream = stream or _stream(container, rate, pixels)
                 picture = av.VideoFrame.from_ndarray(pixels, format="rgb24")
                 picture = picture.reformat(format="yuv420p", dst_colorspace="ITU601")
-                picture.pts, picture.time_base = place, 1 / rate
+                picture.pts, picture.time_base = index, 1 / rate
                 container.mux(stream.encode(picture))
             if stream is not None:
                 container.mux(stream.encode())
@@ -59,14 +59,14 @@ def _stream(container: OutputContainer, rate: Fraction, pixels: NDArray[np.uint8
 
 
 def _even(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """(H, W, 3) with both lengths even: half the resolution of colour needs pairs."""
+    """Pad a frame (H, W, 3) to even sides, since colours have half the resolution."""
     height, width, _ = pixels.shape
     return np.pad(pixels, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")
 
 
 def webp(frames: Sequence[Image.Image], fps: float) -> bytes:
-    """RGB frames of one size as an animated WebP file's content that plays for ever; exact if they are small."""
-    ends = [round(1000 * place / fps) for place in range(len(frames) + 1)]
+    """Return RGB frames of one size as an endless animated WebP file's content; small ones are lossless."""
+    ends = [round(1000 * index / fps) for index in range(len(frames) + 1)]
     buffer = io.BytesIO()
     frames[0].save(
         buffer,
@@ -82,6 +82,6 @@ def webp(frames: Sequence[Image.Image], fps: float) -> bytes:
 
 
 def spread_evenly(count: int, most: int) -> list[int]:
-    """At most ``most`` of ``count`` places, evenly spaced, the first and the last among them."""
+    """Return at most ``most`` of ``count`` indices, evenly spaced, including the first and the last."""
     shown = min(count, most)
-    return [round(place * (count - 1) / max(shown - 1, 1)) for place in range(shown)]
+    return [round(index * (count - 1) / max(shown - 1, 1)) for index in range(shown)]

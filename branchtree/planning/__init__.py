@@ -1,1 +1,1 @@
-"""What a run needs of a device, before it begins."""
+"""Work, memory and time of a run, computed before it begins."""

@@ -1,4 +1,4 @@
-"""Devices by the names that a command line gives them."""
+"""Devices by the names that are used on a command line."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from branchtree.errors import RecipeError
 
 
 def named_device(name: str) -> torch.device:
-    """The device called ``cpu``, ``cuda``, ``cuda:1`` and so on; ``auto`` is CUDA where there is one.
+    """Return the device called ``cpu``, ``cuda``, ``cuda:1`` and so on; ``auto`` is CUDA where available.
 
-    It has an index where it is CUDA. Raises RecipeError for another name, and for CUDA where it cannot be used.
+    A CUDA device has an index. Raises RecipeError for another name, and for CUDA where it cannot be used.
     """
     if name == "auto":
         return indexed(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -24,9 +24,9 @@ def named_device(name: str) -> torch.device:
 
 
 def indexed(device: torch.device) -> torch.device:
-    """The same device with an index: a CUDA device without one is the current one.
+    """Return the same device with an index: a CUDA device without one becomes the current one.
 
-    Where no index is given torch takes the calling thread's current device; ``set_device`` refuses it.
+    Without an index torch uses the calling thread's current device, and ``set_device`` refuses it.
     """
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device())

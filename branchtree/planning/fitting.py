@@ -1,4 +1,4 @@
-"""Which GPUs a plan fits on, and what would have to change for it to fit on the others."""
+"""The GPUs that a plan fits on, and the changes with which it fits on the others."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from branchtree.planning.memory import (
 from branchtree.plugins.protocols import Footprint
 from branchtree.recipe.schema import LoraSection, Recipe
 
-LORA_RANK = 64  # what is suggested where everything is trained
+LORA_RANK = 64  # suggested where all weights are trained
 
 Changes = Mapping[str, str | int | bool]
-"""Recipe keys and the values to give them."""
+"""New values by recipe key."""
 Estimate = Callable[[Recipe], MemoryEstimate]
 """The memory of a recipe on a device."""
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A GPU, and the cheapest changes that make a plan fit on it: none if it fits as it is, None if nothing helps."""
+    """A GPU, and the cheapest changes that make a plan fit on it: empty if it fits already, None if nothing helps."""
 
     gpu: Gpu
     changes: Changes | None
@@ -43,17 +43,17 @@ def find_fits(
     gpus: Sequence[Gpu] = GPUS,
     surroundings: Surroundings = ALONE,
 ) -> tuple[Fit, ...]:
-    """What each GPU takes; see ``cheapest_changes``."""
+    """Return for each GPU the cheapest changes with which the plan fits; see ``cheapest_changes``."""
     return tuple(Fit(gpu, cheapest_changes(recipe, footprint, cost, gpu.usable, surroundings)) for gpu in gpus)
 
 
 def cheapest_changes(
     recipe: Recipe, footprint: Footprint, cost: Cost, budget: int, surroundings: Surroundings = ALONE
 ) -> Changes | None:
-    """The cheapest changes with which training needs at most ``budget`` bytes of a device; None if nothing helps.
+    """Return the cheapest changes with which training needs at most ``budget`` bytes of a device; None if none help.
 
-    Changes are weighed by the costliest among them. From cheap to costly: states on the host, smaller batches,
-    gradient checkpointing (a third more work), bfloat16, and LoRA, which trains less.
+    Sets of changes are ordered by their costliest member. From cheap to costly: states on the host, smaller batches,
+    gradient checkpointing (a third more work), bfloat16, and LoRA, which trains fewer weights.
     """
 
     def estimate(changed: Recipe) -> MemoryEstimate:
@@ -67,7 +67,7 @@ def cheapest_changes(
 
 
 def cheapest_evaluation(recipe: Recipe, estimate: Estimate, budget: int) -> Changes | None:
-    """The same for an evaluation, of which fewer samples at a time and, under LoRA, bfloat16 can help."""
+    """Do the same for an evaluation, where fewer samples at a time and, under LoRA, bfloat16 can help."""
     reduced = _optional({"run.precision": "bf16"}, recipe.lora is not None and recipe.run.precision != "bf16")
     batches = {"evaluation.rows": recipe.evaluation.rows} if recipe.evaluation else {}
     return _first(recipe, estimate, budget, product(reduced, (False, True)), batches)
@@ -76,9 +76,9 @@ def cheapest_evaluation(recipe: Recipe, estimate: Estimate, budget: int) -> Chan
 def open_limits(
     recipe: Recipe, footprint: Footprint, cost: Cost, budget: int, surroundings: Surroundings = ALONE
 ) -> dict[str, int]:
-    """The largest batches that a device with ``budget`` bytes takes by the estimate, by key, where they are not all.
+    """Return the largest batches that fit in ``budget`` bytes by the estimate, for keys that the recipe leaves open.
 
-    Only of keys that the recipe leaves open.
+    A key whose whole batch fits is left out.
     """
     limits = _limits(
         recipe,
@@ -90,7 +90,7 @@ def open_limits(
 
 
 def applied(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with other values under some keys."""
+    """Return the recipe with other values for some keys."""
     for key, value in changes.items():
         name, last = key.split(".")
         section = getattr(recipe, name)
@@ -100,7 +100,7 @@ def applied(recipe: Recipe, changes: Changes) -> Recipe:
 
 
 def in_words(changes: Changes) -> str:
-    """Changes as a command line takes them."""
+    """Return changes as they are written on a command line."""
     values = {key: str(value).lower() if isinstance(value, bool) else value for key, value in changes.items()}
     return " ".join(f"{key}={value}" for key, value in values.items())
 
@@ -112,7 +112,7 @@ def _first(
     options: Iterable[tuple[Changes, bool]],
     batches: Mapping[str, int],
 ) -> Changes | None:
-    """The first of some changes, each with or without smaller batches, that fit."""
+    """Return the first of the changes that fits, with smaller batches where the option says so."""
     for wanted, limited in options:
         changes, changed = wanted, applied(recipe, wanted)
         if limited:
@@ -125,7 +125,7 @@ def _first(
 
 
 def _costly(recipe: Recipe, footprint: Footprint) -> Iterable[Changes]:
-    """What the recipe has not switched on yet, in all combinations, those with the costliest last."""
+    """Return what the recipe has not switched on yet, in all combinations, the costliest last."""
     checkpointing = _optional({"run.gradient_checkpointing": True}, not recipe.run.gradient_checkpointing)
     reduced = _optional({"run.precision": "bf16"}, recipe.run.precision != "bf16")
     possible = recipe.lora is None and footprint.lora_parameters_per_rank > 0
@@ -138,7 +138,7 @@ def _optional(changes: Changes, possible: bool) -> list[Changes]:
 
 
 def _batches(recipe: Recipe, footprint: Footprint, cost: Cost) -> dict[str, int]:
-    """The rows that are worked on at once, by key."""
+    """Return the rows of the largest batches, by key."""
     batches = {"batch.update_rows": update_rows(recipe, cost), "batch.rollout_rows": rollout_rows(recipe, cost)}
     if footprint.decoder is not None:
         batches["batch.decode_rows"] = decode_rows(recipe, cost)
@@ -154,7 +154,7 @@ def _given(recipe: Recipe, key: str) -> int | None:
 
 
 def _limits(recipe: Recipe, estimate: Estimate, budget: int, batches: Mapping[str, int]) -> Changes:
-    """The largest batches, by powers of two, that fit beside what is on the device throughout; of one row at least."""
+    """Return the largest batches, by powers of two, that fit beside what is always on the device; at least one row."""
     smallest = applied(recipe, dict.fromkeys(batches, 1))
     limits: dict[str, str | int | bool] = {}
     for key, rows in batches.items():
@@ -167,5 +167,5 @@ def _limits(recipe: Recipe, estimate: Estimate, budget: int, batches: Mapping[st
 
 
 def _sizes(rows: int) -> list[int]:
-    """All rows, and every smaller power of two, from the largest."""
+    """Return ``rows`` and every smaller power of two, from the largest."""
     return [rows, *(2**power for power in reversed(range((rows - 1).bit_length())))]

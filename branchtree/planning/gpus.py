@@ -1,4 +1,4 @@
-"""GPUs and their memory: well-known ones, to say which of them a plan fits on, and the one that is here."""
+"""Memory of well-known GPUs, to find those that a plan fits on, and of the accelerator of this process."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import torch
 GIB = 2**30
 
 USABLE = 0.92
-"""The part of a GPU's memory that a plan may fill: the rest, by rule of thumb, goes to the CUDA context, the libraries'
-workspaces, and memory that the allocator holds in pieces too small to use."""
+"""The fraction of a GPU's memory that a plan may fill. The remainder is a rule of thumb for the CUDA context, the
+libraries' workspaces, and memory that the allocator holds in pieces too small to use."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A card and its whole memory in GiB, as PyTorch reports it: less than its name says, and it varies a little."""
+    """A card and its memory in GiB as PyTorch reports it, which is less than its name says and varies a little."""
 
     name: str
     memory: float
@@ -45,7 +45,7 @@ class DeviceMemory:
 
     name: str
     total: int
-    free: int  # with what this process has taken and can use again
+    free: int  # including what this process has reserved and does not use
 
     @property
     def usable(self) -> int:
@@ -54,16 +54,16 @@ class DeviceMemory:
 
 
 def device_memory() -> DeviceMemory | None:
-    """The memory of the accelerator that this process will work on; None without one, or where it cannot be asked."""
+    """Return the memory of this process's accelerator; None without one, or if it does not report its memory."""
     if not torch.accelerator.is_available():
         return None
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
-    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()  # as accelerate deals them out
+    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()  # as accelerate assigns them
     library = torch.get_device_module(accelerator)
     try:
         free, total = library.mem_get_info(index)
         kept = library.memory_reserved(index) - library.memory_allocated(index)
-    except (AttributeError, RuntimeError):  # not every kind of device can tell
+    except (AttributeError, RuntimeError):  # not every kind of device reports its memory
         return None
     return DeviceMemory(f"{accelerator.type}:{index}", total, free + kept)

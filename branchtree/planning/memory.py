@@ -1,4 +1,4 @@
-"""The memory of a run on paper, from a recipe and the sizes of its model and rewards."""
+"""An estimate of a run's memory, from its recipe and the sizes of its model and rewards."""
 
 from __future__ import annotations
 
@@ -11,25 +11,25 @@ from branchtree.core.cost import Cost
 from branchtree.plugins.protocols import Footprint
 from branchtree.recipe.schema import Recipe
 
-MASTER = 4  # bytes of a number in float32, which whatever is trained or decoded is kept in
+MASTER = 4  # bytes of a number in float32, in which trained weights and decoded samples are kept
 ADAM_BYTES = 12
-"""Per trained parameter beside its weight: float32 gradient and AdamW's two moments.
+"""Bytes per trained parameter beside its weight: the float32 gradient and AdamW's two moments.
 
-The moments come with the first optimiser step. Its fused kernel makes no temporary tensors, and clipping scales the
-gradients in place, so that the first step needs no more than the later ones.
+The moments are allocated in the first optimiser step. AdamW's fused kernel makes no temporary tensors, and clipping
+scales the gradients themselves, so the first step needs no more memory than later ones.
 """
 PIECES = 4
-"""Decoded batches alive at once: two that wait to be scored, one that is decoded, and its copy as one tensor."""
+"""Decoded batches in memory at once: two that wait to be scored, one being decoded, and its copy as one tensor."""
 
 
 @dataclass(frozen=True)
 class Surroundings:
-    """What a process's model shares its device with, and the processes that it shares the work with."""
+    """What else is on a process's device, and how many processes share the work."""
 
     rewards: int = 0  # bytes of reward models that stay on the device
-    offloaded_rewards: int = 0  # bytes of those that are there only while they score
+    offloaded_rewards: int = 0  # bytes of reward models that are on the device only while they score
     processes: int = 1
-    sharded: bool = False  # weights, gradients and optimiser state over the processes, by FSDP2
+    sharded: bool = False  # whether FSDP2 shards weights, gradients and optimiser state over the processes
     gathered_whole: bool = False  # whether sharding gathers all weights at once, or keeps them after the forward
 
 
@@ -38,50 +38,50 @@ ALONE = Surroundings()
 
 @dataclass(frozen=True)
 class MemoryEstimate:
-    """Bytes on one device at its fullest moment, and on the host.
+    """Bytes on one device at its peak, and on the host.
 
     Kernels' workspaces, the encoders' activations and those of the reward models are not counted.
     """
 
-    weights: int  # denoiser; trained in full under bf16, also the copies that autocast makes
-    optimizer: int  # gradients and moments; under LoRA the low-rank weights too
+    weights: int  # of the denoiser, with autocast's copies where all are trained under bf16
+    optimizer: int  # gradients and moments, under LoRA with the low-rank weights
     buckets: int  # the copy of the gradients that DDP sends
-    gathered: int  # blocks whose sharded weights are whole for the moment
+    gathered: int  # blocks whose sharded weights are gathered at the same time
     reference: int  # the frozen copy of the start policy that a KL term needs without LoRA
     rewards: int  # reward models that stay on the device
     activations: int  # of one gradient batch
-    forward: int  # of one batch of a rollout or an evaluation, if the model knows
-    states: int  # the tree's, wherever they are kept
+    forward: int  # activations of one batch of a rollout or an evaluation, if the model knows
+    states: int  # of the tree, wherever they are kept
     states_on_host: bool
     conditioning: int  # encodings of an iteration's prompts, if the model knows
     frozen: int  # encoders and decoder, on the device only while they encode
-    decoder: int  # its weights, on the device from the first leaves until all are scored
-    decoding: int  # its activations, of one batch
+    decoder: int  # weights, on the device from the first leaves until all are scored
+    decoding: int  # the decoder's activations for one batch
     media: int  # decoded samples that are not scored yet
     offloaded: int  # reward models that leave the device while nothing is scored
     average: int  # moving average of the trained weights, on the host
 
     @property
     def resident(self) -> int:
-        """On the device throughout."""
+        """Bytes that are always on the device."""
         states = 0 if self.states_on_host else self.states
         denoiser = self.weights + self.optimizer + self.buckets + self.gathered + self.reference
         return denoiser + self.rewards + states + self.conditioning
 
     @property
     def device(self) -> int:
-        """Peak on the device: encoding, gradient pass, rollout and decoding take turns; scoring goes on beside two."""
+        """Peak on the device: encoding, gradients, rollout and decoding alternate; scoring overlaps the last two."""
         scoring = self.offloaded + max(self.forward, self.decoding)
         return self.resident + max(self.frozen, self.decoder + self.media + max(self.activations, scoring))
 
     @property
     def host(self) -> int:
-        """Kept on the host."""
+        """Bytes on the host."""
         return self.frozen + self.offloaded + self.average + (self.states if self.states_on_host else 0)
 
     @property
     def needs(self) -> Mapping[str, int]:
-        """What the device's memory is for, in words: first what stays there, then what comes and goes."""
+        """The device's memory by purpose, in words: first what is always there, then what comes and goes."""
         named = {
             "denoiser weights": self.weights,
             "gradients and optimiser": self.optimizer,
@@ -105,7 +105,7 @@ class MemoryEstimate:
 def estimate_memory(
     recipe: Recipe, footprint: Footprint, cost: Cost, surroundings: Surroundings = ALONE
 ) -> MemoryEstimate:
-    """The memory of one process of a training run, ``cost`` being that of its share of an iteration's prompts."""
+    """Estimate the memory of one process of a training run; ``cost`` is that of its share of the prompts."""
     size, trained = _number_bytes(recipe), _trained(recipe, footprint)
     kept = (
         footprint.checkpointed_numbers_per_row
@@ -142,7 +142,7 @@ def estimate_memory(
 def estimate_evaluation(
     recipe: Recipe, footprint: Footprint, rows: int, surroundings: Surroundings = ALONE
 ) -> MemoryEstimate:
-    """The memory of one process of an evaluation, ``rows`` samples at a time: nothing is trained or sharded."""
+    """Estimate the memory of one process of an evaluation, which neither trains nor shards, with ``rows`` at a time."""
     size = _number_bytes(recipe)
     return MemoryEstimate(
         weights=_weights(recipe, footprint, ALONE),
@@ -174,13 +174,13 @@ def _trained(recipe: Recipe, footprint: Footprint) -> int:
 
 
 def _weights(recipe: Recipe, footprint: Footprint, around: Surroundings) -> int:
-    """The denoiser's; weights that are trained are kept in float32, and so is each process's share of sharded ones."""
+    """Return the bytes of the denoiser; trained weights, and each process's share of sharded ones, are in float32."""
     size, whole = _number_bytes(recipe), footprint.denoiser_parameters
     if recipe.lora:
         return whole * size // (around.processes if around.sharded else 1)
     if around.sharded:
         return whole * MASTER // around.processes
-    # Autocast keeps its bfloat16 copy of each weight that is trained until the forward ends.
+    # Autocast keeps its bfloat16 copy of each trained weight until the forward ends.
     return whole * (MASTER + (size if size < MASTER else 0))
 
 
@@ -189,13 +189,13 @@ def _optimizer(recipe: Recipe, footprint: Footprint, around: Surroundings) -> in
     masters = MASTER if recipe.lora else 0
     if not around.sharded:
         return trained * (masters + ADAM_BYTES)
-    # Until it is reduced a gradient is whole: under LoRA until the step ends, else for a block and the one before.
+    # A gradient is whole until it is reduced: under LoRA until the step ends, otherwise for two blocks at a time.
     unreduced = trained if recipe.lora else min(2 * _block(footprint), trained)
     return trained * (masters + ADAM_BYTES) // around.processes + unreduced * MASTER
 
 
 def _gathered(recipe: Recipe, footprint: Footprint, around: Surroundings) -> int:
-    """The block that computes and the one that is fetched for it, or all."""
+    """Return the bytes of the block that computes and the next one, or of all blocks."""
     if not around.sharded:
         return 0
     whole = footprint.denoiser_parameters
@@ -216,7 +216,7 @@ def _decoder(recipe: Recipe, footprint: Footprint) -> int:
 
 
 def _decoding(recipe: Recipe, footprint: Footprint, rows: int) -> int:
-    """The decoder's activations where it is given ``rows`` at a time."""
+    """Return the bytes of the decoder's activations for ``rows`` at a time."""
     decoder = footprint.decoder
     if decoder is None:
         return 0
@@ -233,20 +233,20 @@ def _evaluation_rows(recipe: Recipe) -> int:
 
 
 def prompts_each(recipe: Recipe, processes: int) -> int:
-    """Prompts of an iteration that one process has, at most."""
+    """Return the most prompts of an iteration that one process has."""
     return -(-recipe.batch.prompts // processes)
 
 
 def update_rows(recipe: Recipe, cost: Cost) -> int:
-    """Families in the largest batch of the gradient pass."""
+    """Return the number of families in the largest batch of the gradient pass."""
     return min(recipe.batch.update_rows or cost.gradient_rows, cost.gradient_rows)
 
 
 def rollout_rows(recipe: Recipe, cost: Cost) -> int:
-    """Predictions in the largest batch of a rollout, where no depth is wider than the leaves."""
+    """Return the number of predictions in the largest batch of a rollout; no depth is wider than the leaves."""
     return min(recipe.batch.rollout_rows or cost.leaves, cost.leaves)
 
 
 def decode_rows(recipe: Recipe, cost: Cost) -> int:
-    """Leaves that are decoded at a time, at most."""
+    """Return the most leaves that are decoded at a time."""
     return min(recipe.batch.decode_rows or cost.leaves, cost.leaves)

@@ -1,4 +1,4 @@
-"""What a recipe will do, worked out without loading a model: the tree, the rows, the memory."""
+"""The tree, the rows and the memory of a recipe, computed without loading a model."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ from branchtree.recipe.schema import DataSection, EvaluationSection, Recipe
 
 
 @dataclass(frozen=True)
-class PartCost:
-    """What one of the processes that share a prompt's tree does of its rollout."""
+class ShareCost:
+    """The work of one of the processes that share a prompt's tree, in its rollout."""
 
     leaves: int
-    rollout_rows: int  # predictions, with those that a neighbour computes too
+    rollout_rows: int  # predictions, including those that other processes compute too
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A recipe's first iteration on paper."""
+    """What a recipe's first iteration does and needs."""
 
     recipe: Recipe
     tree: TreePlan  # of the first prompt
     per_prompt: Cost  # of the first prompt
-    parts: tuple[PartCost, ...]  # of the first prompt's tree, one for each process that shares it
+    shares: tuple[ShareCost, ...]  # of the first prompt's tree, one for each process that shares it
     iteration: Cost  # of all prompts
     rows_per_prediction: int
     footprint: Footprint
@@ -64,11 +64,12 @@ class RunPlan:
 
     @property
     def gradient_flops(self) -> float:
-        """The same of its gradient pass: backward is two forwards, checkpointing one, a KL term's reference one more.
+        """Floating-point operations of an iteration's gradient pass in the denoiser.
 
-        Weights that LoRA freezes need no gradient of their own, so that there only attention goes backward at the cost
-        of two forwards, and the rest at that of one; the low-rank weights' own operations are left out.
-        ``loss.old_log_prob: recomputed`` adds a forward of the rows of all optimiser steps but the first.
+        Beside the forward, backward costs two forwards, checkpointing one, and the reference of a KL term one. Weights
+        that LoRA freezes need no gradient of their own: then backward costs two forwards for attention and one for the
+        other operations; those of the low-rank weights are not counted. ``loss.old_log_prob: recomputed`` adds a
+        forward of the rows of all optimiser steps but the first.
         """
         recipe, sizes = self.recipe, self.footprint
         backward = 2.0 if recipe.lora is None else 1 + sizes.attention_flops_per_row / sizes.forward_flops_per_row
@@ -79,7 +80,7 @@ class RunPlan:
 
     @property
     def decoder_flops(self) -> float:
-        """Operations of decoding an iteration's leaves; 0 where the decoder's are not known."""
+        """Floating-point operations of decoding an iteration's leaves; 0 where the model does not know."""
         decoder = self.footprint.decoder
         return decoder.flops_per_row * self.iteration.leaves if decoder else 0.0
 
@@ -103,8 +104,8 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
         recipe=recipe,
         tree=plans[0],
         per_prompt=count(plans[:1], rule, 0),
-        parts=tuple(
-            PartCost(len(part.leaves), grow_shares([part]).rollout_rows) for part in make_shares(recipe, plans[0])
+        shares=tuple(
+            ShareCost(len(share.leaves), grow_shares([share]).rollout_rows) for share in make_shares(recipe, plans[0])
         ),
         iteration=iteration,
         rows_per_prediction=model.rows_per_prediction,
@@ -116,7 +117,7 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
 
 
 def _first_prompts(recipe: Recipe, model: ModelAdapter) -> list[int]:
-    """Ids of the first iteration's prompts; a hub dataset is not fetched for a plan, so its order stays open."""
+    """Return the ids of the first iteration's prompts; a hub dataset is not fetched, so its order is not known."""
     conditions = training_conditions(recipe.data) if _is_local(recipe.data) else []
     held_out = held_out_conditions(recipe.evaluation) if _is_local(recipe.evaluation) else []
     check_conditions(model, [*conditions, *held_out])
@@ -130,7 +131,7 @@ def _is_local(section: DataSection | EvaluationSection | None) -> bool:
 
 
 def draw_tree(plan: TreePlan, max_leaves: int = 32) -> str:
-    """One prompt's tree as text: a row per leaf, a column per step; heavy lines are stochastic, light ones not."""
+    """Draw one prompt's tree as text: a row per leaf, a column per step; heavy lines are stochastic steps."""
     topology = grow([plan])
     shown = min(plan.leaves, max_leaves)
     header = "".join(f"{step:<3d}" for step in range(plan.steps))
@@ -144,7 +145,7 @@ def draw_tree(plan: TreePlan, max_leaves: int = 32) -> str:
 
 
 def _cell(topology: Topology, step: int, leaf: int) -> str:
-    """One step of one leaf's row: its edge where this row carries it, a connector where siblings follow below."""
+    """Return one step of a leaf's row: its edge if the row shows it, or a connector if siblings follow below."""
     above, below = topology.ancestor[step], topology.ancestor[step + 1]
     starts = leaf == 0 or bool(below[leaf] != below[leaf - 1])
     continues = leaf > 0 and bool(above[leaf] == above[leaf - 1])
@@ -152,5 +153,5 @@ def _cell(topology: Topology, step: int, leaf: int) -> str:
     line = "━" if topology.plans[0].stochastic[step] else "─"
     if not starts:
         return "│  " if more else "   "
-    joint = ("├" if more else "└") if continues else ("┬" if more else line)
-    return joint + line * 2
+    start = ("├" if more else "└") if continues else ("┬" if more else line)
+    return start + line * 2

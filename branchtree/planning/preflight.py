@@ -1,4 +1,4 @@
-"""Whether a run fits on the device that is here, asked before anything is downloaded or loaded."""
+"""The check that a run fits on this device, before anything is downloaded or loaded."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ from branchtree.recipe.source import KeyPath
 
 FSDP2 = "recipes/accelerate/fsdp2.yaml"
 PROCESSES = (2, 4, 8, 16, 32, 64)
-"""Numbers of GPUs that weights may be sharded over, in the order they are tried."""
-NAMED = 4  # needs that a message names
+"""Numbers of GPUs over which weights may be sharded, in the order in which they are tried."""
+NAMED = 4  # the most needs that a message names
 RELIEF = 0.9
-"""The fraction of the estimate that must suffice where the whole of it did not fit after all."""
+"""The fraction of the estimate that must suffice where memory ran out in spite of the estimate."""
 NOTHING = "nothing that is known here; take a larger device"
 
 
 @dataclass(frozen=True)
 class RewardSize:
-    """A reward of a recipe, and its memory where it can say."""
+    """A reward of a recipe, and its memory if it knows it."""
 
     label: str
     footprint: RewardFootprint | None
@@ -47,18 +47,18 @@ class RewardSize:
 
 @dataclass(frozen=True)
 class RewardSizes:
-    """The rewards that train, and those that only judge."""
+    """The rewards that are trained on, and those that only judge."""
 
     trained: tuple[RewardSize, ...]
     held_out: tuple[RewardSize, ...] = ()
 
     @property
     def all(self) -> tuple[RewardSize, ...]:
-        """Both."""
+        """All rewards, those that are trained on first."""
         return self.trained + self.held_out
 
     def around(self, processes: int = 1, sharded: bool = False, gathered_whole: bool = False) -> Surroundings:
-        """The rewards' memory; the two groups do not score at the same time, so that what they offload is not added."""
+        """Return the rewards' memory; the two groups never score at once, so only the larger offloaded one counts."""
         kept = sum(size.footprint.weights for size in self.all if size.footprint and not size.footprint.offloads)
         groups = [
             sum(size.footprint.weights for size in group if size.footprint and size.footprint.offloads)
@@ -68,14 +68,14 @@ class RewardSizes:
 
 
 def size_of(label: str, adapter: RewardAdapter) -> RewardSize:
-    """A reward's memory, as far as its adapter can say."""
+    """Return a reward's memory, if its adapter knows it."""
     return RewardSize(label, adapter.footprint() if isinstance(adapter, SizedReward) else None)
 
 
 def reward_sizes(recipe: Recipe) -> RewardSizes:
-    """The memory of a recipe's rewards; not known for those that are not installed.
+    """Return the memory of a recipe's rewards; it is not known for those that are not installed.
 
-    One that judges and is described like one that trains is loaded once, and counted once.
+    A reward that judges with the same settings as one that is trained on is loaded once, and counted once.
     """
     found: list[list[RewardSize]] = []
     seen: dict[str, int] = {}
@@ -102,10 +102,10 @@ def reward_sizes(recipe: Recipe) -> RewardSizes:
 
 
 def require_memory(recipe: Recipe, force: bool) -> None:
-    """Refuse a training run that needs more memory than the device here has free; ``force`` lets it start.
+    """Refuse a training run that needs more memory than this device has free, unless ``force`` is true.
 
-    Without an accelerator, or where it cannot be asked, everything may start. Raises DeviceMemoryError that says what
-    the memory is needed for and which changes would fit.
+    Without an accelerator that reports its memory every run may start. Raises DeviceMemoryError that says what the
+    memory is needed for and which changes would fit.
     """
     memory = None if force else device_memory()
     if memory is None:
@@ -140,7 +140,7 @@ def require_evaluation_memory(
 
 @dataclass(frozen=True)
 class TrainingNeed:
-    """What a process of a training run will need of its device, and what would need less."""
+    """The memory that a process of a training run needs on its device, and the changes that would need less."""
 
     recipe: Recipe
     footprint: Footprint
@@ -150,7 +150,7 @@ class TrainingNeed:
 
     @staticmethod
     def of(recipe: Recipe, model: ModelAdapter | None = None) -> TrainingNeed:
-        """For the processes that this one belongs to, as their launcher says in the environment."""
+        """Return the need of this process, whose launcher states the number of processes in the environment."""
         rewards, processes = reward_sizes(recipe), int(os.environ.get("WORLD_SIZE", "1"))
         footprint = (model or make_model(recipe)).footprint()
         schedule, rule = make_schedule(recipe), make_credit_rule(recipe)
@@ -166,19 +166,19 @@ class TrainingNeed:
 
     @property
     def cost(self) -> Cost:
-        """The work of a process here."""
+        """The work of one process of this run."""
         return self.costs[self.here.processes]
 
     def estimate(self, recipe: Recipe | None = None) -> MemoryEstimate:
-        """The memory under the recipe, or under a changed one."""
+        """Estimate the memory under the recipe, or under a changed one."""
         return estimate_memory(recipe or self.recipe, self.footprint, self.cost, self.here)
 
     def open_limits(self, budget: int) -> dict[str, int]:
-        """The batches to start with where the recipe leaves them open."""
+        """Return the batches to start with, for keys that the recipe leaves open."""
         return open_limits(self.recipe, self.footprint, self.cost, budget, self.here)
 
     def remedy(self, budget: int) -> str:
-        """The changes that would fit, as a sentence says them."""
+        """Return the changes that would fit, in words."""
         changes = cheapest_changes(self.recipe, self.footprint, self.cost, budget, self.here)
         ways = [in_words(changes)] if changes else []
         sharded = self._sharded(budget)
@@ -190,7 +190,7 @@ class TrainingNeed:
         return "; or ".join(ways) or NOTHING
 
     def _sharded(self, budget: int) -> tuple[int, Changes] | None:
-        """The fewest processes over which FSDP2 lets the same weights be trained, and what else must change."""
+        """Return the fewest processes with which FSDP2 can train these weights, and what else must change; or None."""
         for processes, cost in sorted(self.costs.items()):
             if processes <= (self.here.processes if self.here.sharded else 1):
                 continue
@@ -203,7 +203,7 @@ class TrainingNeed:
 
 
 def step_shortage(recipe: Recipe) -> str:
-    """What to change where memory ran out in the optimiser's step, whose activations are gone already."""
+    """Say what to change if memory ran out in the optimiser's step, when no activations are in memory any more."""
     memory, need = device_memory(), TrainingNeed.of(recipe)
     budget = int(need.estimate().resident * RELIEF)
     return need.remedy(budget if memory is None else min(budget, memory.usable))

@@ -1,4 +1,4 @@
-"""From a validated recipe to the objects that do the work."""
+"""Makes the objects of a run from a validated recipe."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ log = logging.getLogger("branchtree")
 
 @dataclass(frozen=True)
 class NamedReward:
-    """A reward as a recipe uses it."""
+    """A reward with its label and weight in a recipe."""
 
     label: str
     weight: float
@@ -49,15 +49,23 @@ class NamedReward:
 
     @property
     def groupwise(self) -> bool:
-        """Whether it must see all samples of a prompt at once; known once it is loaded."""
+        """Whether it must get all samples of a prompt at once; known once it is loaded."""
         return isinstance(self.adapter, GroupReward) and self.adapter.groupwise
 
 
 def make_rule(kind: str, name: str, choice: Choice | None, at: KeyPath, *given: Any) -> Any:
-    """Build a rule of the method: the one of a section's ``choice``, or that of ``name``.
+    """Build a rule of the method: the one that a section's ``choice`` names, or else ``name``.
 
-    ``at`` is the choice's key; ``given`` is what the kind's ``build`` gets beside its own configuration. Raises
-    PluginError for a name that is not registered, and RecipeError for keys that the rule does not have.
+    Args:
+        kind: The kind of rule, as the registry calls it.
+        name: The built-in rule that the section's own keys choose.
+        choice: The plug-in rule that the recipe names, if any.
+        at: The key path of ``choice``.
+        given: What ``build`` of this kind gets beside the rule's configuration.
+
+    Raises:
+        PluginError: No rule of that name is registered.
+        RecipeError: The rule does not have one of the keys.
     """
     entry = registry().rule(kind, name if choice is None else choice.name)
     return entry.build(validate_options(entry.config, {} if choice is None else choice.options, at), *given)
@@ -78,7 +86,7 @@ def make_schedule(recipe: Recipe) -> Schedule:
 
 
 def make_shares(recipe: Recipe, plan: TreePlan) -> list[TreeShare]:
-    """The parts of a prompt's tree that the processes of ``batch.processes_per_prompt`` grow, in the order of ranks.
+    """Divide a prompt's tree over the processes of ``batch.processes_per_prompt``, in the order of ranks.
 
     Raises RecipeError if there are more processes than leaves.
     """
@@ -98,13 +106,13 @@ def make_kernel(sampler: SamplerSection, prediction: str) -> Kernel:
 
 
 def make_siblings(tree: TreeSection) -> Siblings:
-    """Return how siblings' noises relate."""
+    """Return the rule for the noises of siblings."""
     siblings: Siblings = make_rule("sibling noise", tree.siblings, tree.sibling_noise, ("tree", "sibling_noise"), tree)
     return siblings
 
 
 def make_sampler(recipe: Recipe, model: ModelAdapter) -> Sampler:
-    """Kernel, siblings and time grid for a model that is loaded."""
+    """Return kernel, siblings and time grid for a loaded model."""
     steps, section = recipe.tree.steps, recipe.sampler
     if recipe.tree.solver == "dpm2m" and model.prediction != "velocity":
         raise RecipeError(f"tree.solver: dpm2m is for flow matching, and this model predicts {model.prediction}")
@@ -119,7 +127,7 @@ def make_sampler(recipe: Recipe, model: ModelAdapter) -> Sampler:
 
 
 def make_credit_rule(recipe: Recipe) -> CreditRule:
-    """The rules of the ``credit`` and ``pruning`` sections, and whether the loss has a KL term."""
+    """Return the rules of the ``credit`` and ``pruning`` sections; a KL term in the loss has a say too."""
     credit = recipe.credit
     return CreditRule(
         credit.beta,
@@ -134,14 +142,14 @@ def make_credit_rule(recipe: Recipe) -> CreditRule:
 
 
 def planned_steps(recipe: Recipe) -> int:
-    """Return the optimiser steps that a whole run plans."""
+    """Return the number of optimiser steps of a whole run."""
     return recipe.run.iterations * recipe.optim.steps_per_iteration
 
 
 def check_learns(recipe: Recipe, kernel: Kernel) -> None:
-    """Refuse a recipe that cannot learn what it says, and warn of a warm-up that outlasts it. Raises RecipeError.
+    """Refuse a recipe that cannot learn what it says, and warn if its warm-up is longer than the run.
 
-    Beside the checks of the schema, for a run that was made before these were here can still be evaluated.
+    The schema does not check this, so that an older run with such a recipe can still be evaluated. Raises RecipeError.
     """
     if all(reward.weight == 0 for reward in recipe.rewards):
         raise RecipeError("rewards: every weight is 0, so that there is nothing to learn from; give one a weight")
@@ -175,14 +183,17 @@ def make_edge_loss(recipe: Recipe) -> EdgeLoss:
 
 
 def make_model(recipe: Recipe) -> ModelAdapter:
-    """The model adapter, not yet loaded. Raises PluginError or RecipeError."""
+    """Return the model adapter, not yet loaded. Raises PluginError or RecipeError."""
     entry = registry().model(recipe.model.adapter)
     adapter: ModelAdapter = entry.build(validate_options(entry.config, recipe.model.options, ("model",)))
     return adapter
 
 
 def make_reward(name: str, options: Mapping[str, Any], at: KeyPath) -> tuple[RewardAdapter, BaseModel]:
-    """A reward adapter, not yet loaded, and its settings. Raises PluginError or RecipeError; ``at`` is its section."""
+    """Return a reward adapter, not yet loaded, and its settings; ``at`` is its section in a recipe.
+
+    Raises PluginError or RecipeError.
+    """
     entry = registry().reward(name)
     config = validate_options(entry.config, options, at)
     adapter: RewardAdapter = entry.build(config)
@@ -192,10 +203,18 @@ def make_reward(name: str, options: Mapping[str, Any], at: KeyPath) -> tuple[Rew
 def make_rewards(
     sections: tuple[RewardSection, ...], at: KeyPath, modality: str, built: Mapping[str, RewardAdapter] | None = None
 ) -> list[NamedReward]:
-    """Reward adapters, not yet loaded. Raises PluginError or RecipeError; ``at`` is the section they stand in.
+    """Return the reward adapters of a section, not yet loaded.
 
-    ``built`` are adapters of another section by what describes them: one that is described in the same way is used
-    again, so that its weights are in memory once.
+    Args:
+        sections: The entries of the section.
+        at: The key path of the section.
+        modality: What the model makes, which every reward must score.
+        built: Adapters of another section by name and settings. One with the same name and settings is used again, so
+            that its weights are in memory only once.
+
+    Raises:
+        PluginError: A reward is not installed.
+        RecipeError: A setting is wrong, a reward does not score ``modality``, or two have the same label.
     """
     free = dict(built or {})
     rewards: list[NamedReward] = []
@@ -203,21 +222,21 @@ def make_rewards(
         adapter, config = make_reward(section.reward, section.options, (*at, index))
         described = f"{section.reward} {config.model_dump_json()}"
         adapter = free.pop(described, adapter)
-        place = ".".join(map(str, (*at, index)))
+        key = ".".join(map(str, (*at, index)))
         label = section.label or section.reward
         if modality not in adapter.modalities:
             raise RecipeError(
-                f"{place}: reward '{section.reward}' scores {', '.join(sorted(adapter.modalities))}, "
+                f"{key}: reward '{section.reward}' scores {', '.join(sorted(adapter.modalities))}, "
                 f"but the model makes {modality}s"
             )
         if label in {reward.label for reward in rewards}:
-            raise RecipeError(f"{place}: two rewards are labelled '{label}'; give one a 'label' of its own")
+            raise RecipeError(f"{key}: two rewards are labelled '{label}'; give one a 'label' of its own")
         rewards.append(NamedReward(label, section.weight, adapter, described))
     return rewards
 
 
 def make_callbacks(sections: tuple[CallbackSection, ...]) -> list[Callback]:
-    """The recipe's callbacks."""
+    """Return the callbacks of a recipe. Raises PluginError or RecipeError."""
     callbacks: list[Callback] = []
     for index, section in enumerate(sections):
         entry = registry().callback(section.callback)

@@ -1,4 +1,4 @@
-"""Finding a recipe, following ``extends``, applying overrides, and validating with messages that name the place."""
+"""Loads a recipe: finds its file, merges ``extends``, applies overrides, and validates with file and line."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".yaml", ".yml")
 METHOD_SIGN = "+"
-METHODS = "methods"  # the folder, beside recipes, of settings that make any recipe follow one method
+METHODS = "methods"  # the folder beside recipes with the keys of each method
 LARGEST = 2**63
-"""Integers below this fit where tensors and files keep them."""
+"""Integers below this fit into tensors and files."""
 SHOWN = 20
-"""How many mistakes, or steps of a circle, one message lists."""
+"""The most mistakes, or steps of a circle, that one message lists."""
 
 
 def load_recipe(
@@ -38,10 +38,18 @@ def load_recipe(
 ) -> Recipe:
     """Load a recipe by name or YAML path; ``quickstart+mixgrpo`` is ``quickstart`` under that method's settings.
 
-    ``overrides`` maps dotted keys to values; ``smoke`` applies the recipe's own ``smoke:`` section, which swaps in
-    small models and rewards. Paths are made absolute: in a file they are relative to its folder, in an override to the
-    working directory. ``folders`` are where names are looked up: by default those of the installed plug-ins
-    and the library's own. Raises RecipeError with the file and line of what is wrong.
+    Args:
+        recipe: A name or path, and methods.
+        overrides: Values by dotted key.
+        smoke: Whether to apply the recipe's ``smoke`` section, with its small model and rewards.
+        folders: Where names are looked up; by default the library's folder and those of installed plug-ins.
+
+    Returns:
+        The recipe with absolute paths: in a file they are relative to its folder, in an override to the working
+        directory.
+
+    Raises:
+        RecipeError: Something is wrong; the message has file and line.
     """
     base, methods = split_methods(str(recipe))
     source = _extended(find_recipe(base, folders), folders)
@@ -60,7 +68,7 @@ def load_recipe(
 
 
 def recipe_folders() -> list[Path]:
-    """The library's recipes, then those of plug-ins."""
+    """Return the folder of the library's recipes, then those of plug-ins."""
     from branchtree.plugins.registry import registry
 
     return [builtin_folder(), *registry().recipe_folders]
@@ -73,13 +81,13 @@ def _plugin_failures() -> str:
 
 
 def builtin_folder() -> Path:
-    """Inside the installed package, or, in an editable install, beside it."""
+    """Return the folder of the library's recipes: in the installed package, or beside it in an editable install."""
     inside = Path(__file__).parents[1] / "recipes"
     return inside if inside.is_dir() else Path(__file__).parents[2] / "recipes"
 
 
 def recipe_names(folders: Sequence[Path] | None = None) -> dict[str, Path]:
-    """Every recipe that can be named, and its file."""
+    """Return the file of every recipe that can be named, by name. Raises RecipeError if two have one name."""
     names: dict[str, Path] = {}
     for folder in recipe_folders() if folders is None else folders:
         for path in sorted(path for path in folder.glob("*.yaml") if path.is_file()):
@@ -90,7 +98,7 @@ def recipe_names(folders: Sequence[Path] | None = None) -> dict[str, Path]:
 
 
 def find_recipe(recipe: str | Path, folders: Sequence[Path] | None = None) -> Path:
-    """The file of a recipe given by name or path."""
+    """Return the file of a recipe given by name or path. Raises RecipeError."""
     path = user_path(recipe)
     if path.suffix in SUFFIXES:
         require_file(path, RecipeError(f"no recipe file {path}"))
@@ -104,7 +112,7 @@ def find_recipe(recipe: str | Path, folders: Sequence[Path] | None = None) -> Pa
 
 
 def split_methods(recipe: str) -> tuple[str, list[str]]:
-    """A recipe's name or path, and the methods it is put under; a path may hold the sign, as a run's folder does."""
+    """Return a recipe's name or path, and its methods; a path itself may contain the sign, as a run's folder does."""
     base, methods = recipe, list[str]()
     while METHOD_SIGN in base and not base.endswith(SUFFIXES):
         base, _, method = base.rpartition(METHOD_SIGN)
@@ -113,12 +121,12 @@ def split_methods(recipe: str) -> tuple[str, list[str]]:
 
 
 def method_names(folders: Sequence[Path] | None = None) -> dict[str, Path]:
-    """Every method that a recipe can be put under, and its file."""
+    """Return the file of every method that a recipe can be combined with, by name."""
     return recipe_names([folder / METHODS for folder in (recipe_folders() if folders is None else folders)])
 
 
 def find_method(method: str, folders: Sequence[Path] | None = None) -> Path:
-    """The file of a method given by name. Raises RecipeError."""
+    """Return the file of a method given by name. Raises RecipeError."""
     names = method_names(folders)
     if method not in names:
         raise RecipeError(f"no method '{shortened(method)}'{nearest(shortened(method), names)}")
@@ -126,7 +134,7 @@ def find_method(method: str, folders: Sequence[Path] | None = None) -> Path:
 
 
 def _extended(path: Path, folders: Sequence[Path] | None) -> Source:
-    """A file merged over what it extends, each file of the chain read once."""
+    """Return a file merged over the files that it extends; each file is read once."""
     files: dict[Path, tuple[Path, Source, list[Path]]] = {}
     waiting = [path]
     while waiting:
@@ -149,7 +157,7 @@ def _extended(path: Path, folders: Sequence[Path] | None) -> Source:
 
 
 def _over_bases(path: Path, source: Source, bases: Sequence[Source]) -> Source:
-    """One file's keys over those of the files that it extends."""
+    """Return one file's keys merged over those of the files that it extends."""
     whole = Source()
     for base in bases:
         whole.update(copy.deepcopy(base))  # several files may extend it
@@ -164,24 +172,24 @@ def _over_bases(path: Path, source: Source, bases: Sequence[Source]) -> Source:
 
 
 def _bases(source: Source, path: Path, folders: Sequence[Path] | None) -> list[Path]:
-    """The files that a recipe extends; a relative path is relative to the recipe's own folder."""
-    place, bases = source.origin(("extends",)), source.data.pop("extends", [])
+    """Return the files that a recipe extends; a relative path is relative to the recipe's own folder."""
+    origin, bases = source.origin(("extends",)), source.data.pop("extends", [])
     names = [bases] if isinstance(bases, str) else bases
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise RecipeError(f"{place}: extends: write a recipe's name or path, or a list of them (it is {shown(bases)})")
+        raise RecipeError(f"{origin}: extends: write a recipe's name or path, or a list of them (it is {shown(bases)})")
     try:
         return [
             find_recipe(path.parent / user_path(name) if name.endswith(SUFFIXES) else name, folders) for name in names
         ]
     except RecipeError as error:
-        raise RecipeError(f"{place}: extends: {error}") from None
+        raise RecipeError(f"{origin}: extends: {error}") from None
 
 
 def _smoke(swaps: Any, source: Source, recipe: str | Path) -> Source:
     if not isinstance(swaps, dict):
         raise RecipeError(f"recipe '{recipe}' has no 'smoke' section: it has no small version")
     inside = {path[1:]: origin for path, origin in source.origins.items() if path[:1] == ("smoke",) and len(path) > 1}
-    # A model or reward that is swapped takes none of the options of the one it replaces.
+    # A model or reward of the smoke section gets none of the options of the one that it replaces.
     for section in ("model", "evaluation"):
         if section in swaps:
             source.data.pop(section, None)
@@ -190,7 +198,7 @@ def _smoke(swaps: Any, source: Source, recipe: str | Path) -> Source:
 
 
 def validate(source: Source) -> Recipe:
-    """Check a recipe's keys and values. Raises RecipeError naming each wrong one and its place."""
+    """Check a recipe's keys and values. Raises RecipeError that names each wrong one with file and line."""
     try:
         recipe = Recipe.model_validate(source.data)
     except ValidationError as error:
@@ -201,7 +209,7 @@ def validate(source: Source) -> Recipe:
 
 
 def _check_options(recipe: Recipe, source: Source) -> None:
-    """Check the keys that belong to plug-ins, as far as those are installed, while their places are known."""
+    """Check the keys of installed plug-ins, while the file and line of each key are known."""
     from branchtree.plugins.registry import registry
 
     found = registry()
@@ -215,8 +223,8 @@ def _check_options(recipe: Recipe, source: Source) -> None:
     ]
     for path, rewards in lists:
         sections += [((*path, i), section, found.rewards.get(section.reward)) for i, section in enumerate(rewards)]
-    for place, callback in enumerate(recipe.callbacks):
-        sections.append((("callbacks", place), callback, found.callbacks.get(callback.callback)))
+    for index, callback in enumerate(recipe.callbacks):
+        sections.append((("callbacks", index), callback, found.callbacks.get(callback.callback)))
     for path, section, entry in sections:
         if entry is not None:
             validate_options(entry.config, section.options, path, source)
@@ -225,7 +233,7 @@ def _check_options(recipe: Recipe, source: Source) -> None:
 def validate_options(
     config: type[BaseModel], options: Mapping[str, Any], at: KeyPath, source: Source | None = None
 ) -> BaseModel:
-    """Check a plug-in's own keys, which stand in the section ``at``. Raises RecipeError naming each wrong one."""
+    """Check a plug-in's own keys, those of the section ``at``. Raises RecipeError that names each wrong one."""
     source = source or Source()
     try:
         checked = config.model_validate(dict(options))
@@ -236,9 +244,9 @@ def validate_options(
 
 
 def _require_plain(given: Mapping[str, Any], checked: BaseModel, source: Source, at: KeyPath = ()) -> None:
-    """Refuse what pydantic would bend to fit, and numbers that nothing can work with, in the section ``at``.
+    """Refuse values in the section ``at`` that pydantic converts silently, and numbers that cannot be used.
 
-    A quoted number is no number, and neither is ``true``. Raises RecipeError naming each wrong key and its place.
+    A quoted number is not a number here, and neither is ``true``. Raises RecipeError that names each wrong key.
     """
     problems = [
         f"{_where(source, (*at, *path))}{_dotted((*at, *path))}: {problem} (it is {shown(value)})"
@@ -249,7 +257,7 @@ def _require_plain(given: Mapping[str, Any], checked: BaseModel, source: Source,
 
 
 def _bent(given: Any, checked: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any, str]]:
-    """Yield each value of another kind than was asked for, or out of all bounds: its path, and what is wrong."""
+    """Yield the path of each value of the wrong type or out of all bounds, the value, and what is wrong."""
     if isinstance(given, Mapping):
         entries: Iterator[tuple[str | int, Any]] = iter(given.items())
     elif isinstance(given, list | tuple):
@@ -269,7 +277,7 @@ def _bent(given: Any, checked: Any, path: KeyPath) -> Iterator[tuple[KeyPath, An
 
 
 def _inner(checked: Any, name: str | int) -> Any:
-    """Return the entry of a section, mapping or list; None if it has no such one, or it is a plug-in's."""
+    """Return the entry of a section, mapping or list; None if there is none, or if it belongs to a plug-in."""
     if isinstance(checked, BaseModel):
         return getattr(checked, str(name)) if name in type(checked).model_fields else None
     if isinstance(checked, Mapping):
@@ -278,7 +286,7 @@ def _inner(checked: Any, name: str | int) -> Any:
 
 
 def _expected(given: Any, checked: Any) -> str | None:
-    """Say what would have been right for a value that pydantic took for one of another kind; None if it did not."""
+    """Say what would be right for a value that pydantic converted to another type; None if it did not."""
     if isinstance(checked, bool):
         return None if isinstance(given, bool) else "true or false, without quotes"
     if isinstance(checked, int | float) and isinstance(given, bool | str):
@@ -289,9 +297,9 @@ def _expected(given: Any, checked: Any) -> str | None:
 def _explain_all(
     error: ValidationError, data: Mapping[str, Any], source: Source, root: type[BaseModel], at: KeyPath = ()
 ) -> str:
-    """A line for each wrong key, or for the first of very many.
+    """Return a line for each wrong key, or for the first of very many.
 
-    A union reports each of its members, a list its length beside its entries: the innermost message is enough.
+    A union reports an error for each member, and a list for its length and its entries: the innermost one is kept.
     """
     first: dict[KeyPath, ErrorDetails] = {}
     for detail in error.errors(include_url=False):
@@ -302,20 +310,20 @@ def _explain_all(
 
 
 def _listed(problems: Sequence[str]) -> str:
-    """A line for each problem, or for the first of very many."""
+    """Return a line for each problem, or for the first of very many."""
     more = [f"and {len(problems) - SHOWN} more"] if len(problems) > SHOWN else []
     return "\n".join([*problems[:SHOWN], *more])
 
 
 def _written_path(location: KeyPath, data: Any) -> KeyPath:
-    """The key path of an error, without the names of a union's members, which pydantic puts between the keys."""
+    """Return the key path of an error, without the union members that pydantic puts between the keys."""
     path: KeyPath = ()
-    for part in location:
-        written = part in data if isinstance(data, Mapping) else False
-        if written or isinstance(part, int) or not (part in {"int", "float", "str", "bool"} or "[" in part):
-            path = (*path, part)
-            entry = isinstance(data, Sequence) and isinstance(part, int) and part < len(data)
-            data = data[part] if written or entry else None
+    for key in location:
+        written = key in data if isinstance(data, Mapping) else False
+        if written or isinstance(key, int) or not (key in {"int", "float", "str", "bool"} or "[" in key):
+            path = (*path, key)
+            entry = isinstance(data, Sequence) and isinstance(key, int) and key < len(data)
+            data = data[key] if written or entry else None
     return path
 
 
@@ -333,7 +341,7 @@ def _explain(detail: ErrorDetails, path: KeyPath, source: Source, root: type[Bas
 
 
 def _dotted(path: KeyPath) -> str:
-    return shortened(".".join(str(part) for part in path)) or "recipe"
+    return shortened(".".join(map(str, path))) or "recipe"
 
 
 def _where(source: Source, path: KeyPath) -> str:
@@ -342,11 +350,11 @@ def _where(source: Source, path: KeyPath) -> str:
 
 
 def _fields(model: type[BaseModel], path: KeyPath) -> list[str]:
-    """The keys that the section at ``path`` knows; none where that cannot be told."""
+    """Return the known keys of the section at ``path``; none if the section is not known."""
     section: type[BaseModel] | None = model
-    for part in path:
-        if isinstance(part, str):
-            field = section.model_fields.get(part) if section else None
+    for key in path:
+        if isinstance(key, str):
+            field = section.model_fields.get(key) if section else None
             section = _section(field.annotation) if field else None
     return list(section.model_fields) if section else []
 
@@ -354,5 +362,4 @@ def _fields(model: type[BaseModel], path: KeyPath) -> list[str]:
 def _section(annotation: Any) -> type[BaseModel] | None:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return annotation
-    inside = (_section(part) for part in get_args(annotation))
-    return next((section for section in inside if section), None)
+    return next((section for section in map(_section, get_args(annotation)) if section), None)

@@ -1,4 +1,4 @@
-"""Finding the paths in a recipe, those of plug-ins included, and making them absolute."""
+"""Finds the paths in a recipe, also in the settings of plug-ins, and makes them absolute."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ from branchtree.recipe.schema import CallbackSection, ModelSection, PluginSectio
 from branchtree.recipe.source import KeyPath, Source
 
 Found = tuple[KeyPath, str, PathKey]
-"""Where a path is written, its value, and what its type says of it."""
+"""The key path of a path, its value, and the mark of its type."""
 
 PLUGINS: dict[type[PluginSection], tuple[str, str]] = {
     ModelSection: ("adapter", "models"),
     RewardSection: ("reward", "rewards"),
     CallbackSection: ("callback", "callbacks"),
 }
-"""The key that names a section's plug-in, and where the registry keeps plug-ins of that kind."""
+"""The key that names a section's plug-in, and the registry's attribute for plug-ins of that kind."""
 
 
 def make_absolute(source: Source) -> None:
-    """Make a recipe's paths absolute, in place.
+    """Replace the paths in a recipe's data by absolute ones.
 
-    A path that a file gives is relative to that file's folder, and one that an override gives to the working directory.
-    A name in a file that exists in the working directory alone is taken as the path there, as plug-ins take it.
+    A path in a file is relative to that file's folder, and one in an override to the working directory. A value that
+    may be a name or a path, and exists in the working directory only, is the path there, as plug-ins read it.
     """
     here = Path.cwd()
     for at, value, key in list(path_values(Recipe, source.data)):
@@ -38,7 +38,7 @@ def make_absolute(source: Source) -> None:
 
 
 def local_paths(recipe: Mapping[str, Any]) -> dict[str, Path]:
-    """Return the paths in a recipe, given as plain data, by dotted key."""
+    """Return the paths in a recipe's plain data, by dotted key."""
     found: dict[str, Path] = {}
     for at, value, key in path_values(Recipe, recipe):
         path = Path(key.absolute(value, (Path.cwd(),)))
@@ -48,7 +48,7 @@ def local_paths(recipe: Mapping[str, Any]) -> dict[str, Path]:
 
 
 def path_values(model: type[BaseModel], data: Any, at: KeyPath = ()) -> Iterator[Found]:
-    """Yield what the types of ``model`` declare as paths in the mapping ``data``, which need not be valid."""
+    """Yield the values in ``data``, which need not be valid, that the types of ``model`` declare to be paths."""
     if not isinstance(data, Mapping):
         return
     for name, field in model.model_fields.items():
@@ -61,7 +61,7 @@ def path_values(model: type[BaseModel], data: Any, at: KeyPath = ()) -> Iterator
 
 
 def _plugin_config(model: type[BaseModel], data: Mapping[str, Any]) -> type[BaseModel] | None:
-    """Return the class of the plug-in's own settings, where ``model`` is a section of one that is installed."""
+    """Return the class of a plug-in's settings if ``model`` is the section of an installed plug-in, else None."""
     from branchtree.plugins.registry import registry
 
     key, kind = next((named for section, named in PLUGINS.items() if issubclass(model, section)), ("", ""))

@@ -1,7 +1,7 @@
-"""YAML as plain data: mappings with texts as keys, lists, texts, numbers, truth values and null, each with its line.
+"""Reads YAML as plain data: mappings with texts as keys, lists, texts, numbers, truth values and null, with lines.
 
-Tags that make anything else are refused, dates are texts, and numbers are those of YAML 1.2: 1e-5 is a number, 010 is
-ten, 1:30 is a text. What a few lines can blow up (aliases of aliases, deep nesting) is refused while it is small.
+Tags of other types are refused, dates are texts, and numbers are those of YAML 1.2: 1e-5 is a number, 010 is ten, 1:30
+is a text. Short texts that expand to very much data (aliases of aliases, deep nesting) are refused early.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ KeyPath = tuple[str | int, ...]
 
 MOST_LEVELS = 64
 MOST_REPEATS = 50_000
-"""How many values aliases may repeat in all."""
+"""The most values that aliases may repeat in all."""
 MOST_DIGITS = 300
-"""Longer integers are no floats either, and Python does not print the longest ones."""
+"""The most digits of an integer; a longer one fits no float, and Python refuses to print very long ones."""
 
 TAG = "tag:yaml.org,2002:"
 MERGE = f"{TAG}merge"
 
 
 class NotPlainError(Exception):
-    """A text is no YAML, or YAML of more than plain data."""
+    """A text is not YAML, or has more than plain data."""
 
     def __init__(self, line: int, reason: str) -> None:
         super().__init__(reason)
@@ -48,12 +48,12 @@ class Plain:
 
 
 class _Loader(yaml.SafeLoader):
-    """Composes nodes with the numbers of YAML 1.2, to a limited depth."""
+    """Composes nodes, with the numbers of YAML 1.2 and a limited depth."""
 
     depth = 0
 
     def fetch_flow_collection_start(self, token_class: Any) -> None:
-        # The scanner looks far ahead of the composer, and its work grows with the square of the open brackets.
+        # The scanner reads far ahead of the composer, and its work grows with the square of the open brackets.
         if self.flow_level >= MOST_LEVELS:
             raise ComposerError(None, None, _TOO_DEEP, self.get_mark())
         super().fetch_flow_collection_start(token_class)
@@ -70,7 +70,7 @@ class _Loader(yaml.SafeLoader):
 
 
 class _Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes a text which ``_Loader`` or a reader of YAML 1.1 would take for something else."""
+    """A SafeDumper that quotes a text which ``_Loader`` or a reader of YAML 1.1 would read as another type."""
 
 
 _TOO_DEEP = f"is nested deeper than {MOST_LEVELS} levels, or holds itself"
@@ -91,7 +91,7 @@ for _reader_or_writer in (_Loader, _Dumper):
 
 
 def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    """A text with its separators of lines as escapes, which come back as they were."""
+    """Return a node for a text, with line separators as escapes so that they are read back unchanged."""
     return dumper.represent_scalar(f"{TAG}str", text, style='"' if re.search("[\x85\u2028\u2029]", text) else None)
 
 
@@ -99,13 +99,13 @@ _Dumper.add_representer(str, _represent_text)
 
 
 def write_yaml(data: Mapping[str, Any]) -> str:
-    """Plain data as YAML that ``read_plain`` reads back the same."""
+    """Return plain data as YAML that ``read_plain`` reads back equal."""
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
     return text
 
 
 def read_plain(text: str) -> Plain:
-    """The one document of a text; null for an empty one. Raises NotPlainError."""
+    """Read the single document of a text; an empty text is null. Raises NotPlainError."""
     loader: _Loader | None = None
     try:
         loader = _Loader(text)
@@ -120,13 +120,13 @@ def read_plain(text: str) -> Plain:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise NotPlainError(mark.line + 1 if mark else 1, shortened(str(error.problem or error))) from None
-    except (ValueError, OverflowError) as error:  # an escape or a directive whose number is too large
+    except (ValueError, OverflowError) as error:  # the number of an escape or a directive is too large
         raise NotPlainError(loader.line + 1 if loader else 1, str(error)) from None
 
 
 @dataclass
 class _Builder:
-    """Makes plain data of nodes. An alias gives the node that it stands for, which is then built again."""
+    """Builds plain data from nodes. An alias yields the node that it refers to, which is built again."""
 
     lines: dict[KeyPath, int]
     seen: set[int] = field(default_factory=set)
@@ -134,7 +134,7 @@ class _Builder:
     depth: int = 0
 
     def build(self, node: yaml.Node, at: KeyPath) -> Any:
-        """The data of a node at a key path."""
+        """Return the data of a node at a key path."""
         self.repeats += id(node) in self.seen
         self.seen.add(id(node))
         if self.repeats > MOST_REPEATS:
@@ -178,7 +178,7 @@ class _Builder:
         return data
 
     def _merged(self, node: yaml.Node, at: KeyPath) -> dict[str, Any]:
-        """What ``<<`` brings into a mapping: the keys of another, or of several, of which the first wins."""
+        """Return the keys that ``<<`` adds to a mapping: those of another, or of several, of which the first wins."""
         data: dict[str, Any] = {}
         for each in reversed(node.value) if isinstance(node, yaml.SequenceNode) else [node]:
             if not isinstance(each, yaml.MappingNode):
@@ -188,7 +188,7 @@ class _Builder:
 
 
 def _key(node: yaml.Node) -> str:
-    """A key as it is written: 3, true and null are texts here, as in JSON."""
+    """Return a key as it is written: 3, true and null are texts as keys, as in JSON."""
     if not isinstance(node, yaml.ScalarNode):
         raise _refused(node, f"found unhashable key: a key is a text, not a {_kind(node)}")
     return _text(node.value) if node.tag in _SCALARS else str(_scalar(node))
@@ -203,7 +203,7 @@ def _scalar(node: yaml.ScalarNode) -> Any:
 
 
 def _text(text: str) -> str:
-    """A text whose escapes, as JSON writes them, may be pairs of surrogates."""
+    """Return a text with pairs of surrogates, as JSON writes escapes, combined to characters. Raises ValueError."""
     if half_character(text) is None:
         return text
     try:
@@ -235,7 +235,7 @@ _SCALARS: Mapping[str, Callable[[str], Any]] = {
 
 
 def _kind(node: yaml.Node) -> str:
-    """A node's kind in YAML's words: scalar, sequence or mapping."""
+    """Return a node's kind in YAML's words: scalar, sequence or mapping."""
     return type(node).__name__.removesuffix("Node").lower()
 
 

@@ -18,7 +18,7 @@ Momentum = Annotated[float, Field(ge=0, lt=1)]
 MOST_LEAVES = 2**16
 """Leaves that one prompt's tree may have."""
 MOST_NODES = 2**19
-"""Nodes that all trees of an iteration may have; their indices are worked with before anything is planned."""
+"""Nodes that all trees of an iteration may have; planning already needs memory for their indices."""
 
 
 class Section(BaseModel):
@@ -28,7 +28,7 @@ class Section(BaseModel):
 
 
 class PluginSection(BaseModel):
-    """A choice of plug-in; keys that are not ours are the plug-in's own, and it validates them."""
+    """A choice of plug-in; keys that are not listed here belong to the plug-in, which validates them."""
 
     model_config = ConfigDict(extra="allow", frozen=True, allow_inf_nan=False)
 
@@ -39,13 +39,13 @@ class PluginSection(BaseModel):
 
 
 class Choice(PluginSection):
-    """``name``: a rule of the method that a plug-in registers; other keys belong to it."""
+    """``name``: a rule of the method that a plug-in registers; other keys belong to the rule."""
 
     name: str = Field(description="The rule's name; `branchtree plugins` lists them.")
 
 
 class ModelSection(PluginSection):
-    """``model``: which model family; its other keys (path, size, guidance) belong to the adapter."""
+    """``model``: the model family; other keys (path, size, guidance) belong to the adapter."""
 
     adapter: str = Field(description="The model family's name; `branchtree plugins` lists them.")
     start: LocalPath | None = Field(
@@ -61,15 +61,15 @@ class RewardSection(PluginSection):
         default=1.0,
         ge=-1e6,
         le=1e6,
-        description="Its weight when advantages, or raw rewards, are added; at 0 the reward is only looked at.",
+        description="The weight of its advantage, or of its raw reward; a reward of weight 0 is only observed.",
     )
     label: str | None = Field(
-        default=None, description="Unique within its list; its name in metrics; the reward's by default."
+        default=None, description="Its name in metrics, unique within its list; the reward's name by default."
     )
 
 
 class CallbackSection(PluginSection):
-    """An entry of ``callbacks``: a callback by name; other keys belong to it."""
+    """An entry of ``callbacks``: a callback by name; other keys belong to the callback."""
 
     callback: str = Field(description="The callback's name; `branchtree plugins` lists them.")
 
@@ -87,12 +87,12 @@ class LoraSection(Section):
 
 
 class DrawSection(Section):
-    """``tree.draw``: where a drawn split may fall, as parts of the steps."""
+    """``tree.draw``: the range from which a split is drawn, as fractions of the steps."""
 
     first: float = Field(
-        default=0.3, ge=0, lt=1, description="Where the earliest drawn split falls, as a fraction of `tree.steps`."
+        default=0.3, ge=0, lt=1, description="The earliest step that can be drawn, as a fraction of `tree.steps`."
     )
-    last: float = Field(default=0.75, gt=0, lt=1, description="Where the latest drawn split falls, likewise.")
+    last: float = Field(default=0.75, gt=0, lt=1, description="The latest step that can be drawn, as such a fraction.")
 
     @model_validator(mode="after")
     def _in_order(self) -> DrawSection:
@@ -105,12 +105,12 @@ class WindowSection(Section):
     """``tree.window``: the sliding window of SDE steps under ``tree.sde: window``."""
 
     size: int = Field(default=4, ge=1, description="Steps in the window.")
-    start: int = Field(default=0, ge=0, description="The step that the window starts at when training begins.")
+    start: int = Field(default=0, ge=0, description="The step at which the window starts when training begins.")
     every: int = Field(default=30, ge=1, description="Iterations before the window moves one step deeper.")
     stop: int | None = Field(
         default=None,
         ge=0,
-        description="The deepest step that the window may start at; as deep as the grid allows by default.",
+        description="The deepest step at which the window may start; as deep as the grid allows by default.",
     )
 
     @model_validator(mode="after")
@@ -134,20 +134,24 @@ class TreeSection(Section):
     branches: int | tuple[int, ...] = Field(
         default=2, description="K, the children of a node at a split: one number for all splits, or one for each."
     )
-    draw: DrawSection = Field(default=DrawSection(), description="Where drawn splits fall.")
+    draw: DrawSection = Field(default=DrawSection(), description="The range from which a split is drawn.")
     siblings: Literal["correlated", "independent", "simplex"] = Field(
-        default="correlated", description="How the noises of one parent's children relate."
+        default="correlated", description="How the noises of one parent's children relate to each other."
     )
     strength: float = Field(
-        default=4.0, gt=0, le=1e3, description="s: the noises of `correlated` siblings correlate by 1 / (1 + s^2)."
+        default=4.0, gt=0, le=1e3, description="s: the correlation of `correlated` siblings' noises is 1 / (1 + s^2)."
     )
-    sde: Literal["all", "splits", "window"] = Field(default="all", description="Stochastic steps beside the splits.")
+    sde: Literal["all", "splits", "window"] = Field(
+        default="all",
+        description="Which steps are stochastic: `all` but the last, only the `splits`, or the splits and a sliding "
+        "`window`.",
+    )
     window: WindowSection = Field(default=WindowSection(), description="The sliding window.")
     continuation: int | None = Field(
         default=None,
         ge=3,
         description="How many of the grid's steps are taken after a prompt's last stochastic one, evenly "
-        "spread; all of them by default.",
+        "spaced; all of them by default.",
     )
     solver: Literal["euler", "dpm2m"] = Field(
         default="euler",
@@ -162,10 +166,10 @@ class TreeSection(Section):
     )
     noise_seed: Seed = Field(default=1223627, description="Seed of the initial noise.")
     split_rule: Choice | None = Field(
-        default=None, description="A rule of where trees split, by name, in place of `splits`."
+        default=None, description="A rule for where trees split, by name, instead of `splits`."
     )
     sibling_noise: Choice | None = Field(
-        default=None, description="A relation of siblings' noises, by name, in place of `siblings`."
+        default=None, description="A relation between siblings' noises, by name, instead of `siblings`."
     )
 
     @field_validator("splits")
@@ -221,7 +225,7 @@ class TreeSection(Section):
         return self
 
     @model_validator(mode="after")
-    def _of_bearable_size(self) -> TreeSection:
+    def _limits_leaves(self) -> TreeSection:
         factors = list(self.factors.values())
         leaves = math.prod(factors)
         if leaves > MOST_LEAVES:
@@ -232,14 +236,14 @@ class TreeSection(Section):
 
     @property
     def factors(self) -> dict[int, int]:
-        """The split steps and their branch factors; one that is drawn or slides stands at the first step."""
+        """The split steps and their branch factors; a split that is drawn or slides counts as one at step 0."""
         steps = self.split_steps or (() if self.splits == () and self.split_rule is None else (0,))
         branches = (self.branches,) * len(steps) if isinstance(self.branches, int) else self.branches
         return dict(zip(steps, branches, strict=False))
 
     @property
     def most_nodes(self) -> int:
-        """The nodes of one prompt's tree, or as many as it can have where its split is drawn or slides."""
+        """The nodes of one prompt's tree; where its split is drawn or slides, the largest number possible."""
         factors, width, nodes = self.factors, 1, 1
         for step in range(self.steps):
             width *= factors.get(step, 1)
@@ -248,7 +252,7 @@ class TreeSection(Section):
 
     @property
     def split_steps(self) -> tuple[int, ...]:
-        """The fixed split steps; none where they are drawn, or a plug-in's rule says where they are."""
+        """The fixed split steps; empty where splits are drawn, or chosen by a plug-in's rule."""
         if self.split_rule is not None:
             return ()
         if isinstance(self.splits, str):
@@ -275,9 +279,9 @@ class SamplerSection(Section):
     )
     shift: float = Field(default=3.0, ge=0.01, le=100, description="The time shift s of the linear grid.")
     log_prob: Literal["mean", "sum"] = Field(
-        default="mean", description="An edge's log-density is averaged or summed over latent dimensions."
+        default="mean", description="Whether an edge's log-density is averaged or summed over latent dimensions."
     )
-    transition: Choice | None = Field(default=None, description="A transition, by name, in place of `kind`.")
+    transition: Choice | None = Field(default=None, description="A transition, by name, instead of `kind`.")
 
     @field_validator("eta")
     @classmethod
@@ -301,8 +305,8 @@ class CreditSection(Section):
     )
     combine: Literal["advantages", "rewards"] = Field(
         default="advantages",
-        description="How several rewards are combined: their weighted `advantages` are added, or the "
-        "weighted raw `rewards` first.",
+        description="What is added where there are several rewards: their weighted `advantages`, or their weighted raw "
+        "`rewards` before advantages are computed.",
     )
     eps: float = Field(default=1e-8, gt=0, le=1e6, description="Added to the deviation that advantages are divided by.")
     clip: float = Field(
@@ -312,7 +316,7 @@ class CreditSection(Section):
         description="Each reward's advantages are clipped to plus and minus this, before its weight.",
     )
     estimator: Choice | None = Field(
-        default=None, description="An estimator of advantages, by name, in place of `advantage`."
+        default=None, description="An estimator of advantages, by name, instead of `advantage`."
     )
 
 
@@ -325,8 +329,8 @@ class PruningSection(Section):
     count: int = Field(default=4, ge=1, description="`extreme`: leaves kept at each end.")
     size: int = Field(default=4, ge=1, description="`depth`: steps in the window.")
     every: int = Field(default=30, ge=1, description="`depth`: iterations before the window moves one step deeper.")
-    stop: int = Field(default=15, ge=0, description="`depth`: the deepest step that the window may start at.")
-    rule: Choice | None = Field(default=None, description="A pruning rule, by name, in place of `kind`.")
+    stop: int = Field(default=15, ge=0, description="`depth`: the deepest step at which the window may start.")
+    rule: Choice | None = Field(default=None, description="A pruning rule, by name, instead of `kind`.")
 
 
 class LossSection(Section):
@@ -339,16 +343,15 @@ class LossSection(Section):
     kl_every: int | None = Field(
         default=None,
         ge=1,
-        description="Iterations between measurements of that KL where it has no weight; it is not measured by default.",
+        description="Iterations between measurements of that KL where `loss.kl` is 0; by default it is not measured.",
     )
     weighting: Literal["none", "noise"] = Field(
         default="none", description="`noise` weights each step by its noise level, with mean 1 over the grid."
     )
     old_log_prob: Literal["rollout", "recomputed"] = Field(
         default="rollout",
-        description="The behaviour policy's densities after an iteration's first optimiser step: those of "
-        "the `rollout`, or `recomputed` in the batches that are trained, which costs a "
-        "forward and leaves no numerical mismatch.",
+        description="Where old log-densities come from after an iteration's first optimiser step: from the `rollout`, "
+        "or `recomputed` in the batches that are trained, which costs a forward and leaves no numerical mismatch.",
     )
     objective: Choice | None = Field(
         default=None, description="The loss of an edge, by name; the clipped policy gradient by default."
@@ -356,21 +359,23 @@ class LossSection(Section):
 
 
 class OptimSection(Section):
-    """``optim``: AdamW and what surrounds it."""
+    """``optim``: AdamW, its learning rate, and the average of the weights."""
 
     lr: float = Field(default=1e-5, gt=0, le=1e6, description="Learning rate.")
     weight_decay: float = Field(default=1e-4, ge=0, le=10, description="AdamW's decoupled decay.")
     betas: tuple[Momentum, Momentum] = Field(default=(0.9, 0.999), description="AdamW's moment decays.")
     eps: float = Field(default=1e-8, ge=1e-30, le=1, description="AdamW's epsilon.")
-    max_grad_norm: float = Field(default=1.0, gt=0, le=1e12, description="The gradient is scaled down to this norm.")
+    max_grad_norm: float = Field(
+        default=1.0, gt=0, le=1e12, description="Larger gradients are scaled down to this norm."
+    )
     refuse_above: float | None = Field(
-        default=None, gt=0, le=1e12, description="Norm before clipping above which an update is left out."
+        default=None, gt=0, le=1e12, description="An update is left out if its gradient norm before clipping is larger."
     )
     max_refused: int = Field(
         default=3,
         ge=0,
-        description="Updates in a row that may be left out, for their norm or because they are not "
-        "finite, before the run ends.",
+        description="How many updates in a row may be left out, for their norm or because they are not finite, "
+        "before the run ends.",
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         default="constant",
@@ -389,12 +394,12 @@ class OptimSection(Section):
         gt=0,
         lt=1,
         description="Decay of a moving average of the trained weights, reached over the first steps; "
-        "`final/`, held-out figures and sample grids are of the average.",
+        "`final/`, held-out figures and sample grids use the average.",
     )
 
 
 class BatchSection(Section):
-    """``batch``: how much at a time. Only ``prompts`` changes results by more than rounding."""
+    """``batch``: how much is done at a time. Only ``prompts`` changes results by more than rounding."""
 
     prompts: int = Field(default=2, ge=1, description="Prompts per iteration, over all processes.")
     rollout_rows: int | None = Field(
@@ -403,15 +408,19 @@ class BatchSection(Section):
     update_rows: int | None = Field(
         default=None, ge=1, description="Families per forward and backward in the gradient pass; all by default."
     )
-    decode_rows: int | None = Field(default=None, ge=1, description="Leaves decoded and scored at a time.")
-    rollout_prompts: int | None = Field(
-        default=None, ge=1, description="Prompts whose trees go on together after the last split; all by default."
+    decode_rows: int | None = Field(
+        default=None, ge=1, description="Leaves decoded and scored at a time; all by default."
     )
-    states: Literal["device", "host"] = Field(default="device", description="Where the tree's states are kept.")
+    rollout_prompts: int | None = Field(
+        default=None, ge=1, description="Prompts whose trees grow together after the last split; all by default."
+    )
+    states: Literal["device", "host"] = Field(
+        default="device", description="Where the tree's states are kept: on the device, or in the host's memory."
+    )
     processes_per_prompt: int = Field(
         default=1,
         ge=1,
-        description="Processes that share each prompt's tree; each grows, scores and trains some of its leaves.",
+        description="Processes that share each prompt's tree; each grows, scores and trains a range of its leaves.",
     )
 
 
@@ -420,9 +429,9 @@ class ScoringSection(Section):
 
     overlap: bool = Field(default=True, description="Decode and score while trees grow and the gradient pass begins.")
     max_invalid: float = Field(
-        default=0.5, ge=0, le=1, description="Share of samples a reward may fail on before the run ends."
+        default=0.5, ge=0, le=1, description="The share of samples on which a reward may fail before the run ends."
     )
-    window: int = Field(default=3, ge=1, le=10_000, description="Iterations that the share is taken over.")
+    window: int = Field(default=3, ge=1, le=10_000, description="Iterations over which that share is computed.")
 
 
 class DataSection(Section):
@@ -451,21 +460,23 @@ class EvaluationSection(Section):
     split: str = Field(default="test", description="As `data.split`.")
     folder: LocalPath | None = Field(default=None, description="As `data.folder`.")
     rewards: tuple[RewardSection, ...] = Field(
-        min_length=1, description="Rewards that judge; they need not be those that are trained."
+        min_length=1, description="The rewards that judge; they may differ from those that are trained on."
     )
-    limit: int | None = Field(default=None, ge=1, description="Use only the first prompts.")
+    limit: int | None = Field(default=None, ge=1, description="Use only the first prompts, as many as this.")
     noises: int = Field(default=1, ge=1, le=1000, description="Samples per prompt.")
     every: int | None = Field(
-        default=None, ge=1, description="Iterations between evaluations; only before and after training by default."
+        default=None, ge=1, description="Iterations between evaluations; by default only before and after training."
     )
-    rows: int = Field(default=64, ge=1, description="Samples at a time.")
+    rows: int = Field(default=64, ge=1, description="Samples made at a time.")
     seed: Seed = Field(default=7, description="Seed of the samples' starting noise.")
 
 
 class RunSection(Section):
     """``run``: length, precision, and what is written when."""
 
-    iterations: int = Field(default=300, ge=1, le=10**7, description="Iterations in all: a rollout and an update each.")
+    iterations: int = Field(
+        default=300, ge=1, le=10**7, description="Number of iterations; each is a rollout and an update."
+    )
     precision: Literal["fp32", "bf16"] = Field(
         default="fp32",
         description="`bf16` computes in bfloat16; weights that are trained, latents and densities stay float32.",
@@ -481,8 +492,8 @@ class RunSection(Section):
     )
     embeddings: Annotated[str, PathKey(always=True, names=("user",))] | None = Field(
         default=None,
-        description="The folder in which encoded prompts are kept for later runs; `user` stands for one "
-        "in the user's cache folder.",
+        description="A folder that keeps encoded prompts for later runs; `user` means a folder in the user's cache. By "
+        "default nothing is kept.",
     )
     embeddings_gib: float = Field(
         default=50.0,
@@ -507,10 +518,10 @@ class RunSection(Section):
         default=(), description="Experiment trackers, by accelerate's names: tensorboard, wandb and others."
     )
     threads: int | None = Field(
-        default=None, ge=1, le=256, description="CPU threads of PyTorch, which chooses by default."
+        default=None, ge=1, le=256, description="Number of PyTorch's CPU threads; PyTorch chooses by default."
     )
     timeout: float = Field(
-        default=120.0, gt=0, le=10080, description="Minutes that processes wait for each other, at most."
+        default=120.0, gt=0, le=10080, description="The most minutes that processes wait for each other."
     )
 
 
@@ -518,7 +529,7 @@ SINGLE: dict[str, dict[str, Any]] = {
     "tree": {"branches": 16, "siblings": "independent", "sde": "splits"},
     "credit": {"advantage": "leaf"},
 }
-"""What goes with ``tree.splits: single`` unless a recipe says otherwise."""
+"""Keys that ``tree.splits: single`` changes, unless a recipe sets them."""
 
 
 class Recipe(Section):
@@ -541,7 +552,7 @@ class Recipe(Section):
     pruning: PruningSection = Field(default=PruningSection(), description="Edges left out of the gradient pass.")
     loss: LossSection = Field(default=LossSection(), description="The clipped objective.")
     optim: OptimSection = Field(default=OptimSection(), description="The optimiser.")
-    batch: BatchSection = Field(default=BatchSection(), description="How much at a time.")
+    batch: BatchSection = Field(default=BatchSection(), description="How much is done at a time.")
     scoring: ScoringSection = Field(
         default=ScoringSection(), description="How leaves are scored, and when failing rewards end the run."
     )
@@ -551,7 +562,7 @@ class Recipe(Section):
     callbacks: tuple[CallbackSection, ...] = Field(default=(), description="Callbacks by name.")
 
     @model_validator(mode="after")
-    def _trees_of_bearable_size(self) -> Recipe:
+    def _limits_nodes(self) -> Recipe:
         prompts, nodes = self.batch.prompts, self.tree.most_nodes
         if prompts * nodes > MOST_NODES:
             raise ValueError(
@@ -563,7 +574,7 @@ class Recipe(Section):
     @model_validator(mode="before")
     @classmethod
     def _complete_single(cls, data: Any) -> Any:
-        """``single`` splits once, widely, with nothing else stochastic: its other keys follow from that."""
+        """Fill in the keys that ``single`` changes: it splits once, widely, and no other step is stochastic."""
         tree = data.get("tree") if isinstance(data, dict) else None
         if not isinstance(tree, dict) or tree.get("splits") != "single":
             return data

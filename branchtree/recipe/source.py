@@ -1,4 +1,4 @@
-"""YAML as plain data, with the file and line that every key came from."""
+"""A recipe as plain data, with the origin of every key: a file and line, or an override."""
 
 from __future__ import annotations
 
@@ -15,30 +15,29 @@ from branchtree.recipe.plain_yaml import MOST_LEVELS, KeyPath, NotPlainError, re
 
 __all__ = ["KeyPath", "Origin", "Source", "override", "parse_plugin", "parse_value", "read_yaml", "write_yaml"]
 
-
 NO_TEXT = "holds bytes that are no text in this terminal's encoding; write it in UTF-8, as under LANG=C.UTF-8"
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a key was written: a file and line, or an override."""
+    """The origin of a key: a file and line, or an override."""
 
-    place: str
-    folder: Path | None = None  # of the file; an override has none
+    location: str
+    folder: Path | None = None  # of the file; None for an override
 
     def __str__(self) -> str:
-        return self.place
+        return self.location
 
 
 @dataclass
 class Source:
-    """A mapping and the origin of each key path in it."""
+    """The data of a recipe, and the origin of each key path in it."""
 
     data: dict[str, Any] = field(default_factory=dict)
     origins: dict[KeyPath, Origin] = field(default_factory=dict)
 
     def origin(self, path: KeyPath) -> Origin | None:
-        """The origin of a key path, or of the nearest enclosing one."""
+        """Return the origin of a key path, or of the nearest enclosing one."""
         while path and path not in self.origins:
             path = path[:-1]
         return self.origins.get(path)
@@ -55,13 +54,13 @@ class Source:
         self.origins.update(other.origins)
 
     def forget(self, path: KeyPath) -> None:
-        """Drop the origins of a key path and of all below it."""
+        """Drop the origins of a key path and of all paths below it."""
         for known in [known for known in self.origins if known[: len(path)] == path]:
             del self.origins[known]
 
 
 def parse_value(text: str, name: str = "override value") -> Any:
-    """One YAML value, as on the right of ``key=value``. Raises RecipeError, beginning with the name of the value."""
+    """Read one YAML value, as on the right of ``key=value``. Raises RecipeError that begins with ``name``."""
     if half_character(text):
         raise RecipeError(f"{name} {shortened(text)!r}: {NO_TEXT}")
     try:
@@ -85,7 +84,7 @@ def read_yaml(path: Path) -> Source:
 
 
 def parse_plugin(kind: str, text: str, example: str) -> tuple[str, dict[str, Any]]:
-    """A plug-in as a command line names it, ``"hps version=v2.0"``: its name and its settings. Raises RecipeError."""
+    """Return name and settings of a plug-in written as ``"hps version=v2.0"``. Raises RecipeError."""
     try:
         name, *words = shlex.split(text)
     except ValueError as error:
@@ -106,39 +105,39 @@ def parse_plugin(kind: str, text: str, example: str) -> tuple[str, dict[str, Any
 
 
 def override(source: Source, overrides: Mapping[str, Any]) -> None:
-    """Set dotted keys (``optim.lr``, ``rewards.0.weight``) in place."""
+    """Set dotted keys (``optim.lr``, ``rewards.0.weight``) in a source. Raises RecipeError."""
     for dotted, value in overrides.items():
         written = f"{shortened(dotted)}={shown(value, str)}"
         if half_character(dotted) or (isinstance(value, str) and half_character(value)):
             raise RecipeError(f"override {written}: {NO_TEXT}")
-        parts = dotted.split(".")
-        if len(parts) > MOST_LEVELS:
-            raise RecipeError(f"override {written}: a key has at most {MOST_LEVELS} parts, not {len(parts)}")
-        place: Any = source.data
+        words = dotted.split(".")
+        if len(words) > MOST_LEVELS:
+            raise RecipeError(f"override {written}: a key has at most {MOST_LEVELS} levels, not {len(words)}")
+        section: Any = source.data
         origin = Origin(f"override {written}")
         path: KeyPath = ()
-        for depth, part in enumerate(parts):
-            key = _key_of(place, part, dotted, depth)
+        for depth, word in enumerate(words):
+            key = _key_of(section, word, dotted, depth)
             path = (*path, key)
-            if depth == len(parts) - 1:
-                place[key] = copy.deepcopy(value)  # later overrides may reach into it
+            if depth == len(words) - 1:
+                section[key] = copy.deepcopy(value)  # later overrides may change it
                 source.forget(path)
                 source.origins[path] = origin
-            elif isinstance(place, dict) and place.get(key) is None:
-                place[key] = {}
+            elif isinstance(section, dict) and section.get(key) is None:
+                section[key] = {}
                 source.origins[path] = origin
-            place = place[key]
+            section = section[key]
 
 
-def _key_of(place: Any, part: str, dotted: str, depth: int) -> str | int:
-    """What a part of a dotted key stands for in the list or mapping that it leads into."""
+def _key_of(section: Any, word: str, dotted: str, depth: int) -> str | int:
+    """Return the key or index that one word of a dotted key means in a mapping or list. Raises RecipeError."""
     inside = shortened(".".join(dotted.split(".")[:depth]))
-    if isinstance(place, list):
-        if not part.isdecimal() or len(part) > len(str(len(place))) or int(part) >= len(place):
+    if isinstance(section, list):
+        if not word.isdecimal() or len(word) > len(str(len(section))) or int(word) >= len(section):
             raise RecipeError(
-                f"override {shortened(dotted)}: '{inside}' is a list of {len(place)}; write an index from 0"
+                f"override {shortened(dotted)}: '{inside}' is a list of {len(section)}; write an index from 0"
             )
-        return int(part)
-    if not isinstance(place, dict):
+        return int(word)
+    if not isinstance(section, dict):
         raise RecipeError(f"override {shortened(dotted)}: '{inside}' holds a plain value, not keys")
-    return part
+    return word

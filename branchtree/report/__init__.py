@@ -1,4 +1,4 @@
-"""One self-contained page about a run: what it reached, how it trained, what it sampled, and how its trees looked."""
+"""A self-contained HTML page about a run: held-out figures, training curves, samples and recorded trees."""
 
 from branchtree.report.page import write_page
 

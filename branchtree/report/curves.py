@@ -1,4 +1,4 @@
-"""How training went: rewards, signals of the update, and where along the depths credit and loss lie."""
+"""Charts of training: rewards, signals of the update, and credit and loss by depth."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 ROWS = "row equivalents (rollout + 3 \N{MULTIPLICATION SIGN} gradient)"
-SMOOTHED_FROM = 40  # iterations; fewer are shown as they are
+SMOOTHED_FROM = 40  # iterations; shorter runs are shown without a running mean
 
 
 @dataclass(frozen=True)
 class Signal:
-    """A small chart: its title, the metrics it shows, and how to read it."""
+    """A small chart: its title, its metrics, and how to read it."""
 
     title: str
     keys: tuple[str, ...]
@@ -35,7 +35,7 @@ SIGNALS = (
     Signal(
         "Clipped edges",
         ("ratio/clipped_fraction",),
-        "Part of the trained edges whose likelihood ratio lies outside the clip range.",
+        "Fraction of the trained edges whose likelihood ratio is outside the clip range.",
     ),
     Signal("Ratio deviation", ("ratio/max_deviation",), "Largest distance of a likelihood ratio from 1."),
     Signal(
@@ -44,7 +44,7 @@ SIGNALS = (
         "Between the densities of the rollout and of the gradient pass: mean and largest.",
     ),
     Signal("Learning rate", ("lr",), "As the schedule set it."),
-    Signal("Valid rewards", ("reward/valid_fraction",), "Part of the leaves on which no reward failed."),
+    Signal("Valid rewards", ("reward/valid_fraction",), "Fraction of the leaves on which no reward failed."),
     Signal(
         "Rows per iteration",
         ("rows/rollout", "rows/gradient"),
@@ -54,14 +54,14 @@ SIGNALS = (
 
 
 def reward_charts(run: Run) -> str:
-    """The training rewards against iterations and, where they are recorded, against rows."""
+    """Return charts of the training rewards against iterations and, where rows are recorded, against rows."""
     labels = [match[1] for key in keys(run.metrics) if (match := re.fullmatch(r"reward/(.+)/mean", key))]
     by_rows = sum(row.get("rows/total") is not None for row in run.metrics) > 1
     charts = []
-    for place, label in enumerate(labels):
-        views = [_reward(run, label, place, "iteration", "iteration")]
+    for index, label in enumerate(labels):
+        views = [_reward(run, label, index, "iteration", "iteration")]
         if by_rows:
-            views.append(_reward(run, label, place, "rows/total", ROWS))
+            views.append(_reward(run, label, index, "rows/total", ROWS))
         charts.append(f"<figure><figcaption><b>{escape(label)}</b></figcaption>{''.join(views)}</figure>")
     if not charts:
         return ""
@@ -80,7 +80,7 @@ _SWITCH = (
 )
 
 
-def _reward(run: Run, label: str, place: int, against: str, xlabel: str) -> str:
+def _reward(run: Run, label: str, index: int, against: str, xlabel: str) -> str:
     x = values(run.metrics, against)
     mean, std = values(run.metrics, f"reward/{label}/mean"), values(run.metrics, f"reward/{label}/std")
 
@@ -95,21 +95,21 @@ def _reward(run: Run, label: str, place: int, against: str, xlabel: str) -> str:
         whole_ticks(axes) if against == "iteration" else large_ticks(axes)
 
     kind = "iteration" if against == "iteration" else "rows"
-    alt = f"Training reward {label} against {kind}: {_told(mean)}."
-    return f'<div class="by-{kind}">{plot(f"reward-{place}-{kind}", alt, WIDE, xlabel, draw)}</div>'
+    alt = f"Training reward {label} against {kind}: {_in_words(mean)}."
+    return f'<div class="by-{kind}">{plot(f"reward-{index}-{kind}", alt, WIDE, xlabel, draw)}</div>'
 
 
 def signal_charts(run: Run) -> str:
-    """Small charts of what tells whether updates are healthy; those without data are left out."""
+    """Return small charts that show whether updates are healthy; those without data are left out."""
     charts = []
-    for place, signal in enumerate(SIGNALS):
+    for index, signal in enumerate(SIGNALS):
         shown = [key for key in signal.keys if any(row.get(key) is not None for row in run.metrics)]
         if not shown:
             continue
         series = [values(run.metrics, key) for key in shown]
         draw = partial(_draw_series, x=values(run.metrics, "iteration"), series=series)
-        alt = f"{signal.title} against iterations: " + "; ".join(_told(line) for line in series) + "."
-        svg = plot(f"signal-{place}", alt, SMALL, "iteration", draw)
+        alt = f"{signal.title} against iterations: " + "; ".join(_in_words(line) for line in series) + "."
+        svg = plot(f"signal-{index}", alt, SMALL, "iteration", draw)
         names = [(i, "line", key.rpartition("/")[2].replace("_", " ")) for i, key in enumerate(shown)]
         legend = _legend(names) if len(names) > 1 else ""
         charts.append(_small(signal.title, signal.meaning, legend + svg))
@@ -117,22 +117,22 @@ def signal_charts(run: Run) -> str:
 
 
 def evaluation_charts(evaluations: Sequence[Evaluation]) -> str:
-    """The held-out figures against iterations, where there are enough of them to make a curve."""
+    """Return charts of the held-out figures against iterations, for labels with at least three figures."""
     charts = []
-    for place, label in enumerate(evaluation_labels(evaluations)):
+    for index, label in enumerate(evaluation_labels(evaluations)):
         points = [(e.iteration, e.figures[label].mean) for e in evaluations if label in e.figures]
         known = [(float(iteration), mean) for iteration, mean in points if mean is not None]
         if len(known) < 3:
             continue
         x, y = [point[0] for point in known], [point[1] for point in known]
-        alt = f"Held-out {label} against iterations: {_told(y)}."
-        svg = plot(f"heldout-{place}", alt, SMALL, "iteration", partial(_draw_series, x=x, series=[y]))
+        alt = f"Held-out {label} against iterations: {_in_words(y)}."
+        svg = plot(f"heldout-{index}", alt, SMALL, "iteration", partial(_draw_series, x=x, series=[y]))
         charts.append(_small(label, "", svg))
     return _small_charts(charts)
 
 
 def depth_charts(run: Run) -> str:
-    """Per depth: the mean size of an advantage, and the share of the loss, averaged over the iterations."""
+    """Return charts by depth of the mean size of an advantage and the share of the loss, averaged over iterations."""
     charts = []
     for prefix, title, meaning in (
         ("advantage/abs_mean/depth_", "Mean size of an advantage", "Mean |advantage| of the edges into a depth."),
@@ -149,34 +149,34 @@ def depth_charts(run: Run) -> str:
 
 
 def evaluation_labels(evaluations: Sequence[Evaluation]) -> list[str]:
-    """Every label that was evaluated, in the order of first appearance."""
+    """Return every label that was evaluated, in the order of first appearance."""
     return list(dict.fromkeys(label for evaluation in evaluations for label in evaluation.figures))
 
 
-def keys(rows: Sequence[LogRow], prefix: str = "", rest: str = ".*") -> list[str]:
-    """The names of figures that occur with a value, in the order of first appearance."""
-    pattern = re.compile(re.escape(prefix) + rest, re.DOTALL)
+def keys(rows: Sequence[LogRow], prefix: str = "", suffix: str = ".*") -> list[str]:
+    """Return the names of figures that have a value in some row, in the order of first appearance."""
+    pattern = re.compile(re.escape(prefix) + suffix, re.DOTALL)
     found = dict.fromkeys(key for row in rows for key, value in row.items() if value is not None)
     return [key for key in found if pattern.fullmatch(key)]
 
 
 def values(rows: Sequence[LogRow], key: str) -> list[float]:
-    """A figure over the iterations; not-a-number where it is missing, so that lines have gaps there."""
+    """Return a figure over the iterations; NaN where it is missing, so that lines have gaps there."""
     return [math.nan if (value := row.get(key)) is None else value for row in rows]
 
 
 def mean(rows: Sequence[LogRow], key: str) -> float | None:
-    """The mean of a figure over the iterations that have it."""
+    """Return the mean of a figure over the iterations that have it; None if none has."""
     present = [value for row in rows if (value := row.get(key)) is not None]
     return sum(present) / len(present) if present else None
 
 
 def running_mean(series: Sequence[float], window: int) -> list[float]:
-    """The mean over a window centred on each place, of what of it exists."""
+    """Return the mean over a window centred on each index, without missing values."""
     half = window // 2
     means = []
-    for place in range(len(series)):
-        near = [value for value in series[max(place - half, 0) : place + half + 1] if not math.isnan(value)]
+    for index in range(len(series)):
+        near = [value for value in series[max(index - half, 0) : index + half + 1] if not math.isnan(value)]
         means.append(sum(near) / len(near) if near else math.nan)
     return means
 
@@ -196,8 +196,8 @@ def _bars(axes: Axes, heights: dict[int, float]) -> None:
     whole_ticks(axes)
 
 
-def _told(series: Sequence[float]) -> str:
-    """What a curve does, in words."""
+def _in_words(series: Sequence[float]) -> str:
+    """Describe a curve in words."""
     known = [value for value in series if not math.isnan(value)]
     if not known:
         return "no values"
@@ -213,6 +213,6 @@ def _small_charts(charts: Sequence[str]) -> str:
 
 
 def _legend(names: Sequence[tuple[int, str, str]]) -> str:
-    """What the colours mean: (series, kind of mark, text)."""
+    """Return a legend of entries (series, kind of mark, text)."""
     entries = (f'<span><i class="mark {kind} c{colour}"></i>{escape(text)}</span>' for colour, kind, text in names)
     return f'<p class="legend">{"".join(entries)}</p>'

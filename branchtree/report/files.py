@@ -1,4 +1,4 @@
-"""Files of a run as data URIs. Records name files, and are not trusted: nothing outside the run's folder is read."""
+"""Files of a run as data URIs. Records that name files are not trusted: only the run's folder is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def content(path: Path, folder: Path, most: int | None = None) -> bytes | None:
-    """What a file under ``folder`` holds; None if it lies elsewhere, has over ``most`` bytes, or cannot be read."""
+    """Return the content of a file; None if it is outside ``folder``, has over ``most`` bytes, or cannot be read."""
     try:
         if not path.resolve().is_relative_to(folder.resolve()):
             return None
@@ -19,5 +19,5 @@ def content(path: Path, folder: Path, most: int | None = None) -> bytes | None:
 
 
 def data_uri(kind: str, data: bytes) -> str:
-    """Bytes of a media type as an address that holds them."""
+    """Return bytes of a media type as a data URI."""
     return f"data:{kind};base64,{base64.b64encode(data).decode('ascii')}"

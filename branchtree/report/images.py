@@ -1,4 +1,4 @@
-"""Pictures as data URIs, cut down where they are larger than a page can show."""
+"""Pictures as data URIs, shrunk if they are larger than a page can show."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 LARGEST_ANIMATION = 512 * 1024  # bytes
-LOSSLESS = 64  # pixels along a side up to which a still is kept exactly
+LOSSLESS = 64  # stills with at most this many pixels along a side are lossless
 
 
 @dataclass(frozen=True)
 class Picture:
-    """An embedded picture and the size it had on disk."""
+    """An embedded picture, and its size on disk."""
 
     uri: str
     width: int
     height: int
-    still: str | None = None  # of an animation, the frame that stands for it where nothing may move
+    still: str | None = None  # the frame to show instead of an animation where nothing may move
 
 
 def embed(path: Path, folder: Path, longest: int) -> Picture | None:
-    """Embed a picture that lies under ``folder``, at most ``longest`` pixels along a side; None if it cannot be read.
+    """Embed a picture under ``folder``, at most ``longest`` pixels along a side; None if it cannot be read.
 
-    Small PNG and WebP files are embedded as they are, larger ones as JPEG. Of an animation that is too large, its
-    middle frame is.
+    Small PNG and WebP files are embedded unchanged, larger ones as JPEG, and an animation that is too large as its
+    middle frame.
     """
     from PIL import Image
 

@@ -13,13 +13,13 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
 def escape(text: object) -> str:
-    """Any text, safe between tags and inside quoted attributes; what UTF-8 or HTML cannot hold is replaced."""
+    """Return a text that is safe between tags and in quoted attributes; characters that HTML lacks are replaced."""
     plain = str(text).encode("utf-8", "replace").decode("utf-8")
     return html.escape(_CONTROL.sub("\N{REPLACEMENT CHARACTER}", plain), quote=True)
 
 
 def number(value: float | None, digits: int = 4) -> str:
-    """A number to so many significant digits; whole numbers in full, with thousands apart."""
+    """Return a number with ``digits`` significant digits; whole numbers in full, with thousands separated."""
     if value is None:
         return MISSING
     if value == int(value) and abs(value) < 1e15:
@@ -34,30 +34,30 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def signed(value: float | None, digits: int = 4) -> str:
-    """A change: a number that always has its sign."""
+    """Return a change: a number that always has its sign."""
     shown = number(value, digits)
     return shown if value is None or value <= 0 else f"+{shown}"
 
 
-def percent(part: float | None) -> str:
-    """A share of 1 as a percentage."""
-    return MISSING if part is None else f"{100 * part:.1f}\N{NARROW NO-BREAK SPACE}%".replace("-", MINUS)
+def percent(fraction: float | None) -> str:
+    """Return a fraction as a percentage."""
+    return MISSING if fraction is None else f"{100 * fraction:.1f}\N{NARROW NO-BREAK SPACE}%".replace("-", MINUS)
 
 
 def duration(seconds: float | None) -> str:
-    """Seconds as the two largest units that say them."""
+    """Return seconds in words, in their two largest units."""
     if seconds is None or seconds < 0:
         return MISSING
     if seconds < 60:
         return f"{number(seconds, 3)} s"
-    minutes, rest = divmod(round(seconds), 60)
+    minutes, remainder = divmod(round(seconds), 60)
     if minutes < 60:
-        return f"{minutes} min {rest} s"
+        return f"{minutes} min {remainder} s"
     return f"{minutes // 60} h {minutes % 60} min"
 
 
 def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], classes: str = "") -> str:
-    """A table whose first column names its rows; cells and heads are HTML already, the caption is text."""
+    """Return a table whose first column names its rows; cells and heads are HTML already, the caption is text."""
     head = "".join(f'<th scope="col">{cell}</th>' for cell in heads)
     body = "".join(
         f'<tr><th scope="row">{row[0]}</th>{"".join(f"<td>{cell}</td>" for cell in row[1:])}</tr>' for row in rows
@@ -69,15 +69,15 @@ def table(caption: str, heads: Sequence[str], rows: Sequence[Sequence[str]], cla
     )
 
 
-def bar(part: float | None, colour: int = 0) -> str:
-    """A share of 1 as a percentage with a bar beside it."""
-    width = 0.0 if part is None else 100 * min(max(part, 0.0), 1.0)
+def bar(fraction: float | None, colour: int = 0) -> str:
+    """Return a fraction as a percentage with a bar beside it."""
+    width = 0.0 if fraction is None else 100 * min(max(fraction, 0.0), 1.0)
     fill = f'<span class="bar" aria-hidden="true"><span class="c{colour}" style="width:{width:.2f}%"></span></span>'
-    return f'<span class="share">{fill}<span>{percent(part)}</span></span>'
+    return f'<span class="share">{fill}<span>{percent(fraction)}</span></span>'
 
 
 def section(name: str, title: str, body: str, lead: str = "") -> str:
-    """A titled part of the page, or nothing if it has no body; ``lead`` is HTML."""
+    """Return a titled section of the page, or an empty text if it has no body; ``lead`` is HTML."""
     if not body:
         return ""
     intro = f'<p class="lead">{lead}</p>' if lead else ""

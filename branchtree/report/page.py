@@ -1,4 +1,4 @@
-"""The page itself: its order, its frame, and how it is written."""
+"""The page: the order of its sections, its frame, and its file."""
 
 from __future__ import annotations
 
@@ -18,15 +18,14 @@ from branchtree.report.tree_figure import tree_figures
 
 NAME = "report.html"
 MARK = '<p class="kicker">Run report'
-"""What the template has, and no other page."""
+"""A text of the template that no other page has."""
 
 
 def write_page(run: Path) -> Path:
     """Write ``report.html`` into a run directory and return its path.
 
-    The page needs nothing beside itself: pictures, plots and styles are inside it. A run that is in progress or was
-    killed gives a page of what it has written so far. Raises OutputError if the directory is no run or cannot be
-    written to.
+    The page is one self-contained file with pictures, plots and styles. For a run that is in progress or was killed it
+    shows what was written so far. Raises OutputError if the directory is no run or cannot be written to.
     """
     run = Path(run)
     page = render_report(read_run(run))
@@ -50,9 +49,8 @@ def _is_report(path: Path) -> bool:
 
 
 def render_report(run: Run) -> str:
-    """The page as text."""
-    parts = _parts(run)
-    shown = [(name, title, body, lead) for name, title, body, lead in parts if body]
+    """Return the page as text."""
+    shown = [(name, title, body, lead) for name, title, body, lead in _contents(run) if body]
     contents = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _, _ in shown)
     resources = files("branchtree.report")
     title = escape(run.setting("name") or "Unnamed run")
@@ -66,12 +64,12 @@ def render_report(run: Run) -> str:
         notes=sections.notes(run),
         contents=contents,
         key_numbers=sections.key_numbers(run),
-        body="".join(section(*part) for part in shown),
+        body="".join(section(*one) for one in shown),
     )
 
 
-def _parts(run: Run) -> list[tuple[str, str, str, str]]:
-    """(anchor, title, body, lead) of every section; one without a body is left out."""
+def _contents(run: Run) -> list[tuple[str, str, str, str]]:
+    """Return (anchor, title, body, lead) of every section; those without a body are not shown."""
     nothing = "" if run.metrics else '<p class="missing">No iteration has finished yet.</p>'
     return [
         ("held-out", "Held-out figures", sections.evaluation(run), _HELD_OUT),
@@ -103,7 +101,7 @@ _CREDIT = (
 
 
 def _replace(target: Path, text: str) -> None:
-    """Put a finished file in place: a reader sees the old page or the new one, never a part."""
+    """Replace the page by a finished one, so that a reader sees the old page or the new one, never half of one."""
     handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:

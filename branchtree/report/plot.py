@@ -1,7 +1,7 @@
 """Plots as inline SVG that takes its colours from the page, so that it follows light and dark mode.
 
-Matplotlib draws with stand-in colours, which are then replaced by the page's CSS variables. Only numbers are drawn;
-names that come from a run stand in the page's own text, never in a plot.
+Matplotlib draws with placeholder colours, which are then replaced by the page's CSS variables. Only numbers are drawn;
+names that come from a run are in the page's own text, never in a plot.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 INK, MUTED, GRID = "#0000f1", "#0000f2", "#0000f3"
-SERIES = tuple(f"#0000a{place}" for place in range(4))
+SERIES = tuple(f"#0000a{index}" for index in range(4))
 SMALL, WIDE = (4.8, 2.75), (6.7, 3.5)  # inches of 72 units
 
 _VARIABLES = {INK: "--ink", MUTED: "--muted", GRID: "--grid"} | {c: f"--c{i}" for i, c in enumerate(SERIES)}
@@ -49,7 +49,7 @@ _STYLE: Any = {
 
 
 def plot(name: str, alt: str, size: tuple[float, float], xlabel: str, draw: Callable[[Axes], None]) -> str:
-    """One set of axes as an ``svg`` element; ``name`` keeps its ids apart from those of the page's other plots."""
+    """Return one set of axes as an ``svg`` element; ``name`` makes its ids unique on the page."""
     import matplotlib as mpl
     from matplotlib.figure import Figure
 
@@ -66,14 +66,14 @@ def plot(name: str, alt: str, size: tuple[float, float], xlabel: str, draw: Call
 
 
 def whole_ticks(axes: Axes) -> None:
-    """Count along x in whole numbers."""
+    """Label the x axis with whole numbers."""
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
 
 
 def large_ticks(axes: Axes) -> None:
-    """Count along x in thousands or millions."""
+    """Label the x axis in thousands or millions."""
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
@@ -81,7 +81,7 @@ def large_ticks(axes: Axes) -> None:
 
 
 def lines(axes: Axes, x: Sequence[float], y: Sequence[float], colour: int, faint: bool = False) -> None:
-    """A line with gaps where y is not a number; few points are marked, so that a single one can be seen."""
+    """Draw a line with gaps where y is NaN; if there are few points, they are marked."""
     axes.plot(
         x,
         y,
@@ -94,7 +94,7 @@ def lines(axes: Axes, x: Sequence[float], y: Sequence[float], colour: int, faint
 
 
 def _inline(svg: str, name: str, alt: str) -> str:
-    """What stands inside the document: no prolog, no metadata, no styles that would leak, ids of its own."""
+    """Return an SVG for use inside a document: without prolog, metadata and global styles, and with unique ids."""
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"<style\b.*?</style>", "", svg, flags=re.DOTALL)
@@ -104,6 +104,6 @@ def _inline(svg: str, name: str, alt: str) -> str:
     svg = svg.replace("xlink:href=", "href=")
     svg = re.sub(r'\bid="', f'id="{name}-', svg)
     svg = re.sub(r'(url\(#|href="#)', rf"\g<1>{name}-", svg)
-    for stand_in, variable in _VARIABLES.items():
-        svg = svg.replace(stand_in, f"var({variable})")
+    for colour, variable in _VARIABLES.items():
+        svg = svg.replace(colour, f"var({variable})")
     return re.sub(r"\n\s*", "\n", svg).strip()

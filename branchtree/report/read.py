@@ -1,4 +1,4 @@
-"""A run directory as data. Whatever a run in progress, or one that was killed, has not written is simply absent."""
+"""A run directory as data. What a run in progress, or one that was killed, has not written is absent."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ LogRow = Mapping[str, float | None]
 Number = Annotated[float | None, AfterValidator(lambda value: None if value is None else finite(value))]
 
 
-class Part(BaseModel):
-    """A part of a run's files; unknown keys are left alone."""
+class Record(BaseModel):
+    """A record in a run's files; unknown keys are ignored."""
 
     model_config = ConfigDict(frozen=True)
 
 
-class LoggedFigure(Part):
+class LoggedFigure(Record):
     """A held-out figure: the mean over the valid samples."""
 
     mean: Number = None
@@ -39,15 +39,15 @@ class LoggedFigure(Part):
     samples: int | None = None
 
 
-class Evaluation(Part):
-    """The held-out figures by label after so many iterations; 0 is before training."""
+class Evaluation(Record):
+    """The held-out figures by label after ``iteration`` iterations; 0 is before training."""
 
     iteration: int
-    identity: dict[str, Any] | None = None  # what they depend on but the weights
+    identity: dict[str, Any] | None = None  # what they depend on besides the weights
     figures: dict[str, LoggedFigure] = {}
 
 
-class LoggedFailure(Part):
+class LoggedFailure(Record):
     """A sample that a reward could not score; or ``more`` of them, by reason; or, without a reward, a failed call."""
 
     iteration: int
@@ -59,10 +59,10 @@ class LoggedFailure(Part):
     reasons: dict[str, int] = {}
 
 
-class SampleGrid(Part):
-    """A picture of samples, one per prompt: images in rows of ``columns``, or of each video a strip of frames.
+class SampleGrid(Record):
+    """A picture of samples, one per prompt: images in rows of ``columns``, or a strip of frames for each video.
 
-    Beside the picture of videos is one in which all of them play, in rows of ``columns``.
+    Videos also have a file in which all of them play, in rows of ``columns``.
     """
 
     iteration: int
@@ -71,12 +71,12 @@ class SampleGrid(Part):
     kind: Literal["image", "video"] = "image"
     fps: Number = None
     frames: int | None = None  # of a video
-    strip: tuple[int, ...] = ()  # which of them its strip shows
+    strip: tuple[int, ...] = ()  # the frames that a strip shows
     image: Path = Path()
 
 
-class Node(Part):
-    """A node of a recorded tree; ``trained`` and ``stochastic`` speak of the edge into it."""
+class Node(Record):
+    """A node of a recorded tree; ``trained`` and ``stochastic`` are about the edge into it."""
 
     id: int
     depth: int = Field(ge=0)
@@ -87,8 +87,8 @@ class Node(Part):
     stochastic: bool = True
 
 
-class Leaf(Part):
-    """What a recorded tree's leaf was worth, and its picture relative to the folder of trees."""
+class Leaf(Record):
+    """The rewards of a recorded tree's leaf, and its picture, relative to the folder of trees."""
 
     node: int
     rewards: dict[str, Number] = {}
@@ -96,7 +96,7 @@ class Leaf(Part):
     thumbnail: str | None = None
 
 
-class Tree(Part):
+class Tree(Record):
     """A recorded tree of one prompt."""
 
     iteration: int
@@ -121,7 +121,7 @@ class Tree(Part):
 
 @dataclass(frozen=True)
 class Run:
-    """A run as it lies on disk."""
+    """The files of a run."""
 
     path: Path
     recipe: Mapping[str, Any]
@@ -133,7 +133,7 @@ class Run:
     trees: Sequence[Tree]
     summary: Mapping[str, Any] | None
     failures: Sequence[LoggedFailure] = ()
-    notes: list[str] = field(default_factory=list)  # what could not be read, for the reader of the page
+    notes: list[str] = field(default_factory=list)  # about what could not be read
 
     @property
     def done(self) -> int:
@@ -148,15 +148,15 @@ class Run:
         return iterations if isinstance(iterations, int) else None
 
     def setting(self, *keys: str) -> Any:
-        """A value of the recipe, or None."""
-        place: Any = self.recipe
+        """Return a value of the recipe, or None."""
+        value: Any = self.recipe
         for key in keys:
-            place = place.get(key) if isinstance(place, Mapping) else None
-        return place
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
 
 
 def finite(value: Any) -> float | None:
-    """A number that can be drawn, or None."""
+    """Return a finite number, or None for any other value."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
     try:
@@ -166,7 +166,7 @@ def finite(value: Any) -> float | None:
 
 
 def read_run(path: Path) -> Run:
-    """Read a run directory. Raises OutputError if it is none."""
+    """Read a run directory. Raises OutputError if it is not one."""
     require_name(path, OutputError)
     for name in (RECIPE, METRICS):
         if not (path / name).is_file():
@@ -192,7 +192,7 @@ def read_run(path: Path) -> Run:
 
 
 def _with_totals(metrics: Sequence[LogRow]) -> list[LogRow]:
-    """Add ``rows/total``, the row equivalents spent so far; from the first line without the figure on, none."""
+    """Add ``rows/total``, the row equivalents so far; None from the first row without the figure on."""
     spent: float | None = 0.0
     rows: list[LogRow] = []
     for row in metrics:
@@ -217,7 +217,7 @@ def _recipe(path: Path) -> tuple[str, Mapping[str, Any]]:
 
 
 def _objects(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file that have an iteration, in order."""
+    """Return the objects of a .jsonl file that have an iteration, in order."""
     if not path.is_file():
         return []
     try:
@@ -241,9 +241,9 @@ def _objects(path: Path, notes: list[str]) -> list[dict[str, Any]]:
 
 
 def _lines(path: Path, notes: list[str]) -> list[dict[str, Any]]:
-    """The objects of a .jsonl file by iteration; the last one counts where an iteration was run again.
+    """Return the objects of a .jsonl file by iteration; for an iteration that was repeated, the last one.
 
-    Those that name what they depend on count if it is the same as in the last one.
+    Objects with another identity than the last one are left out.
     """
     rows = _objects(path, notes)
     alike = [row for row in rows if row.get("identity") == rows[-1].get("identity")]
@@ -262,7 +262,7 @@ def _json(text: str) -> Any:
 
 
 def _document(path: Path) -> Any:
-    """A .json file's content, or None."""
+    """Return a .json file's content, or None."""
     try:
         return _json(path.read_text(encoding="utf-8", errors="replace"))
     except OSError:
@@ -273,7 +273,7 @@ def _rows(path: Path, notes: list[str]) -> list[LogRow]:
     return [{key: finite(value) for key, value in row.items()} for row in _lines(path, notes)]
 
 
-Valid = TypeVar("Valid", bound=Part)
+Valid = TypeVar("Valid", bound=Record)
 
 
 def _failures(path: Path, notes: list[str]) -> list[LoggedFailure]:
@@ -288,7 +288,7 @@ def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:
 
 
 def _validated(kind: type[Valid], rows: Sequence[dict[str, Any]], left_out: str, notes: list[str]) -> list[Valid]:
-    """Read rows as ``kind``; a note, with the row's iteration in ``left_out``, stands for each that is none."""
+    """Return the rows that are valid as ``kind``; add a note, ``left_out`` with its iteration, for each other row."""
     found = []
     for row in rows:
         try:

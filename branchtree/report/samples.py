@@ -1,4 +1,4 @@
-"""The samples of the first and the last sampling: grids of images, or videos with a strip of frames of each."""
+"""The first and the last samples of a run: grids of images, or videos with a strip of frames each."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from branchtree.report.read import Run, SampleGrid
 from branchtree.report.videos import embed_video
 
 LONGEST_GRID = 1600  # pixels
-SHARPEST_TILE = 96  # pixels of a sample below which its pixels are shown as squares
+SHARPEST_TILE = 96  # samples narrower than this are shown with square pixels
 
 
 def samples(run: Run) -> str:
-    """The first and the last samples side by side, and the prompts they were sampled for."""
+    """Return the first and the last samples side by side, and their prompts."""
     if not run.samples:
         return ""
     ends = run.samples if len(run.samples) < 2 else (run.samples[0], run.samples[-1])
@@ -52,7 +52,7 @@ def _img(picture: Picture, columns: int, alt: str) -> str:
 
 
 def _video(run: Run, grid: SampleGrid) -> str:
-    """The samples playing, on demand: without a script autoplay cannot be kept from those who ask for less motion."""
+    """Return a video of the samples that plays on demand: autoplay without a script ignores reduced motion."""
     path = grid.image.with_suffix(".mp4")
     name = escape(path.relative_to(run.path).as_posix())
     video = embed_video(path, run.path)

@@ -1,4 +1,4 @@
-"""The parts of the page that are text and tables."""
+"""The sections of the page that are text and tables."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from branchtree.report.markup import ARROW, MISSING, bar, duration, escape, numb
 from branchtree.report.read import Evaluation, LoggedFigure, LogRow, Run, finite
 
 REASONS, EXAMPLES = 20, 10
-"""Rows of the tables of failures."""
+"""The most rows of the tables of failures."""
 CALL = "the whole call"
 
 
 def status(run: Run) -> str:
-    """Whether the run finished, and how far it got."""
+    """Return whether the run finished, and how many iterations it did."""
     of = f"{run.done} of {run.planned}" if run.planned is not None else str(run.done)
     if run.summary is None:
         return f'<span class="status open">not finished: {escape(of)} iterations</span>'
@@ -26,7 +26,7 @@ def status(run: Run) -> str:
 
 
 def facts(run: Run) -> str:
-    """What was trained, on what, for how long."""
+    """Return a list of facts: model, time, device, rows, tree and seed."""
     summary = run.summary or {}
     seconds = finite(summary.get("seconds"))
     if seconds is None:
@@ -53,7 +53,7 @@ def _tree_shape(run: Run) -> str | None:
 
 
 def key_numbers(run: Run) -> str:
-    """Held-out figures before and after; training rewards where nothing was held out."""
+    """Return cards of held-out figures before and after, or of training rewards if nothing was held out."""
     if run.evaluations:
         first, last = run.evaluations[0], run.evaluations[-1]
         cards = [_card(label, first, last) for label in evaluation_labels([first, last])]
@@ -67,29 +67,28 @@ def _card(label: str, first: Evaluation, last: Evaluation) -> str:
     if first is last:
         return _key_number(label, number(before.mean), "", f"held out, after {first.iteration} iterations")
     change = _change(before, after)
-    said = f"held out, iteration {first.iteration} {ARROW} {last.iteration}"
-    return _key_number(label, f"{number(before.mean)} {ARROW} <b>{number(after.mean)}</b>", signed(change), said)
+    caption = f"held out, iteration {first.iteration} {ARROW} {last.iteration}"
+    return _key_number(label, f"{number(before.mean)} {ARROW} <b>{number(after.mean)}</b>", signed(change), caption)
 
 
 def _training_card(metrics: Sequence[LogRow], key: str) -> str:
-    part = max(len(metrics) // 10, 1)
-    before, after = mean(metrics[:part], key), mean(metrics[-part:], key)
+    count = max(len(metrics) // 10, 1)
+    before, after = mean(metrics[:count], key), mean(metrics[-count:], key)
     change = None if before is None or after is None else after - before
     label = key.removeprefix("reward/").removesuffix("/mean")
-    ends = "first and last iteration" if part == 1 else f"first and last {part} iterations"
-    said = f"training reward, mean of the {ends}"
-    return _key_number(label, f"{number(before)} {ARROW} <b>{number(after)}</b>", signed(change), said)
+    ends = "first and last iteration" if count == 1 else f"first and last {count} iterations"
+    caption = f"training reward, mean of the {ends}"
+    return _key_number(label, f"{number(before)} {ARROW} <b>{number(after)}</b>", signed(change), caption)
 
 
-def _key_number(label: str, figures: str, change: str, said: str) -> str:
+def _key_number(label: str, figures: str, change: str, caption: str) -> str:
     delta = f'<p class="change"><span class="hidden">change </span>{change}</p>' if change else ""
-    return (
-        f'<div class="card"><h3>{escape(label)}</h3><p class="big">{figures}</p>{delta}<p class="said">{said}</p></div>'
-    )
+    shown = f'<p class="big">{figures}</p>{delta}<p class="said">{caption}</p>'
+    return f'<div class="card"><h3>{escape(label)}</h3>{shown}</div>'
 
 
 def evaluation(run: Run) -> str:
-    """The held-out figures over time, as a table and, where there are enough, as curves."""
+    """Return the held-out figures over time, as a table and, where there are enough, as curves."""
     labels = evaluation_labels(run.evaluations)
     if not labels:
         return ""
@@ -119,17 +118,17 @@ def _validity(figure: LoggedFigure) -> str:
 
 
 def timing(run: Run) -> str:
-    """Where the time went: a bar of all phases, and a table."""
+    """Return the time of all phases, as a bar and a table."""
     phases = [key for key in keys(run.timing) if key not in ("iteration", "total")]
     sums = {phase: sum(row.get(phase) or 0.0 for row in run.timing) for phase in phases}
     whole = sum(sums.values())
     if whole <= 0:
         return ""
-    parts = [(place % 6, phase, sums[phase] / whole) for place, phase in enumerate(phases)]
-    stack = "".join(f'<span class="c{c}" style="width:{100 * part:.2f}%"></span>' for c, _, part in parts)
+    shares = [(index % 6, phase, sums[phase] / whole) for index, phase in enumerate(phases)]
+    stack = "".join(f'<span class="c{c}" style="width:{100 * share:.2f}%"></span>' for c, _, share in shares)
     rows = [
-        [escape(phase), bar(part, c), duration(sums[phase]), duration(sums[phase] / len(run.timing))]
-        for c, phase, part in parts
+        [escape(phase), bar(share, c), duration(sums[phase]), duration(sums[phase] / len(run.timing))]
+        for c, phase, share in shares
     ]
     rows.append(["All", percent(1.0), duration(whole), duration(whole / len(run.timing))])
     heads = ["Phase", "Share", "Total", "Per iteration"]
@@ -138,29 +137,29 @@ def timing(run: Run) -> str:
 
 
 def credit(run: Run) -> str:
-    """Per split: the share of the rewards' variance that arises there, beside what independent leaves would show."""
+    """Return a table by split: the share of the rewards' variance, beside the share if leaves were independent."""
     found = [re.fullmatch(r"variance/share/split_(\d+)", key) for key in keys(run.metrics)]
     splits = sorted((match[1] for match in found if match), key=int)
     if not splits:
         return ""
     steps = _steps_of(run, splits)
     rows = []
-    for place, split in enumerate(splits):
+    for split, step in zip(splits, steps, strict=True):
         share, independent, component, spread = (
             mean(run.metrics, f"{kind}/split_{split}")
             for kind in ("variance/share", "variance/independent_share", "variance/component", "spread")
         )
         ratio = share / independent if share is not None and independent else None
-        name = f"{split}{steps[place]}"
+        name = f"{split}{step}"
         rows.append([name, bar(share), bar(independent, 1), number(ratio, 3), percent(component), number(spread, 3)])
     heads = ["Split", "Variance share", "If independent", "Ratio", "Component", "Spread"]
-    empty = [place for place in (4, 5) if all(row[place] == MISSING for row in rows)]
-    kept = [[cell for place, cell in enumerate(row) if place not in empty] for row in (heads, *rows)]
+    empty = [column for column in (4, 5) if all(row[column] == MISSING for row in rows)]
+    kept = [[cell for column, cell in enumerate(row) if column not in empty] for row in (heads, *rows)]
     return table(f"Credit by split, mean over {len(run.metrics)} iterations", kept[0], kept[1:])
 
 
 def _steps_of(run: Run, splits: Sequence[str]) -> list[str]:
-    """Where the numbered splits lie, if all recorded trees agree."""
+    """Return the step of each numbered split as HTML, if all recorded trees agree, or else empty texts."""
     recorded = {tree.splits for tree in run.trees}
     if len(recorded) == 1 and [int(split) for split in splits] == list(range(len(steps := next(iter(recorded))))):
         return [f" <small>step {step}</small>" for step in steps]
@@ -168,7 +167,7 @@ def _steps_of(run: Run, splits: Sequence[str]) -> list[str]:
 
 
 def failures(run: Run) -> str:
-    """Samples that could not be scored: how many by reward and reason, and the last ones that are named."""
+    """Return tables of samples that could not be scored: counts by reward and reason, and the last named ones."""
     counts: Counter[tuple[str, str]] = Counter()
     last: dict[tuple[str, str], int] = {}
     for one in run.failures:
@@ -192,7 +191,7 @@ def failures(run: Run) -> str:
 
 
 def metrics(run: Run) -> str:
-    """Every metric in a table, folded away."""
+    """Return a folded table of every metric."""
     rows = []
     for key in keys(run.metrics):
         series = [value for row in run.metrics if (value := row.get(key)) is not None]
@@ -206,13 +205,13 @@ def metrics(run: Run) -> str:
 
 
 def recipe(run: Run) -> str:
-    """The resolved recipe, folded away."""
+    """Return the resolved recipe, folded."""
     text = f'<pre tabindex="0"><code>{escape(run.recipe_text)}</code></pre>'
     return f"<details><summary>Resolved recipe</summary>{text}</details>"
 
 
 def notes(run: Run) -> str:
-    """What could not be read."""
+    """Return notes about what could not be read."""
     if not run.notes:
         return ""
     listed = "".join(f"<li>{escape(note)}</li>" for note in run.notes)

@@ -1,4 +1,4 @@
-"""The pictures of recorded trees' leaves, and how many of them may move before a page grows too large."""
+"""The pictures of recorded trees' leaves, of which only as many move as fit on a page."""
 
 from __future__ import annotations
 
@@ -9,24 +9,24 @@ from branchtree.report.images import Picture, embed
 from branchtree.report.read import TREES, Run, Tree
 
 LONGEST = 160  # pixels
-MOVING_BYTES = 4 * 1024**2  # of the page, for animations
+MOVING_BYTES = 4 * 1024**2  # of all animations on the page
 
 Thumbnails = Mapping[int, Picture]
 """The thumbnails of one tree, by node."""
 
 
 def read_thumbnails(run: Run, trees: Sequence[Tree]) -> list[Thumbnails]:
-    """The pictures of each tree's leaves, those that can be read; earlier trees are at rest if all are too much."""
+    """Return the readable pictures of each tree's leaves; earlier trees get stills if all animations are too large."""
     return within([_embedded(run, tree) for tree in trees], MOVING_BYTES)
 
 
 def within(trees: Sequence[Thumbnails], most: int) -> list[Thumbnails]:
-    """Put whole trees at rest, so that the animations of the last ones have at most ``most`` bytes."""
+    """Give earlier trees stills only, so that the animations of the others have at most ``most`` bytes."""
     left, kept = most, list(trees)
-    for place in reversed(range(len(trees))):
-        left -= sum(len(picture.uri) for picture in trees[place].values() if picture.still is not None)
+    for index in reversed(range(len(trees))):
+        left -= sum(len(picture.uri) for picture in trees[index].values() if picture.still is not None)
         if left < 0:
-            kept[place] = {node: _at_rest(picture) for node, picture in trees[place].items()}
+            kept[index] = {node: _stilled(picture) for node, picture in trees[index].items()}
     return kept
 
 
@@ -36,5 +36,5 @@ def _embedded(run: Run, tree: Tree) -> Thumbnails:
     return {node: picture for node, picture in found.items() if picture is not None}
 
 
-def _at_rest(picture: Picture) -> Picture:
+def _stilled(picture: Picture) -> Picture:
     return picture if picture.still is None else replace(picture, uri=picture.still, still=None)

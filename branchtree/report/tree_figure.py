@@ -1,4 +1,4 @@
-"""A recorded tree drawn by hand as SVG, with its legend, and its leaves once more as a table."""
+"""A recorded tree as SVG with a legend, and its leaves as a table."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from branchtree.report.read import Leaf, Node, Run, Tree
 from branchtree.report.thumbnails import Thumbnails, read_thumbnails
 from branchtree.report.tree_layout import TOP, TreeLayout, lay_out_tree
 
-# Blue to orange through grey: told apart by readers with any of the common colour deficiencies.
+# Blue to orange through grey, which readers with any of the common colour deficiencies can distinguish.
 NEGATIVE, NEUTRAL, POSITIVE = (0xC2, 0x57, 0x00), (0xE4, 0xE4, 0xE0), (0x1F, 0x5F, 0xB4)
-MOST_TREES = 12  # on a page
+MOST_TREES = 12  # the most trees on a page
 LEAF_GAP, LETTER, LINE = 20.0, 6.3, 13.0
 
 
@@ -27,43 +27,43 @@ class _Drawing:
 
     @property
     def side(self) -> float:
-        """Height of a leaf's picture."""
+        """The height of a leaf's picture."""
         return self.layout.row_height - 4
 
     @property
     def aspect(self) -> float:
-        """Width of the pictures over their height: that of the widest, between 1 and 2."""
+        """The width of the widest picture over its height, between 1 and 2."""
         widest = max((picture.width / picture.height for picture in self.pictures.values()), default=1.0)
         return max(1.0, min(widest, 2.0))
 
 
 def tree_figures(run: Run) -> str:
-    """One disclosure per recorded tree, the last one open; many are thinned out evenly."""
+    """Return a folded figure for each recorded tree, the last one open; if there are many, evenly spaced ones."""
     trees = thinned(run.trees, MOST_TREES)
     note = ""
     if len(trees) < len(run.trees):
         note = f'<p class="lead">{len(trees)} of {len(run.trees)} recorded trees are shown.</p>'
     pictures = read_thumbnails(run, trees)
     return note + "".join(
-        _disclosure(tree, found, place, tree is trees[-1])
-        for place, (tree, found) in enumerate(zip(trees, pictures, strict=True))
+        _disclosure(tree, found, index, tree is trees[-1])
+        for index, (tree, found) in enumerate(zip(trees, pictures, strict=True))
     )
 
 
 def thinned(trees: Sequence[Tree], most: int) -> list[Tree]:
-    """At most so many, evenly spaced, the first and the last among them."""
+    """Return at most ``most`` trees, evenly spaced, including the first and the last."""
     if len(trees) <= most:
         return list(trees)
-    return [trees[round(place * (len(trees) - 1) / (most - 1))] for place in range(most)]
+    return [trees[round(index * (len(trees) - 1) / (most - 1))] for index in range(most)]
 
 
-def _disclosure(tree: Tree, pictures: Thumbnails, place: int, is_open: bool) -> str:
+def _disclosure(tree: Tree, pictures: Thumbnails, index: int, is_open: bool) -> str:
     drawing = _Drawing(
         layout=lay_out_tree(tree),
         leaves={leaf.node: leaf for leaf in tree.leaves},
         pictures=pictures,
         limit=max((abs(node.advantage) for node in tree.nodes if node.advantage is not None), default=0.0),
-        name=f"tree-{place}",
+        name=f"tree-{index}",
     )
     title = f'Iteration {tree.iteration}: <q class="prompt">{escape(tree.prompt)}</q>'
     return (
@@ -75,7 +75,7 @@ def _disclosure(tree: Tree, pictures: Thumbnails, place: int, is_open: bool) -> 
 
 
 def tree_figure_svg(drawing: _Drawing) -> str:
-    """The tree as an ``svg`` element at its natural size."""
+    """Return the tree as an ``svg`` element at its natural size."""
     layout, tree = drawing.layout, drawing.layout.tree
     label = max((len(line) for leaf in tree.leaves for line in _lines(layout, leaf)), default=0)
     width = layout.right + LEAF_GAP + drawing.side * drawing.aspect + 12 + max(label, 10) * LETTER
@@ -84,23 +84,23 @@ def tree_figure_svg(drawing: _Drawing) -> str:
     edges = [_edge(layout, by_id[node.parent], node) for node in tree.nodes if node.parent is not None]
     return (
         f'<svg class="treefig" width="{width:.0f}" height="{height:.0f}" viewBox="0 0 {width:.0f} {height:.0f}" '
-        f'role="img" aria-label="{escape(_told(tree))}">{"".join(_axis(layout))}<g class="edges">{"".join(edges)}</g>'
+        f'role="img" aria-label="{escape(_alt(tree))}">{"".join(_axis(layout))}<g class="edges">{"".join(edges)}</g>'
         f'<g class="nodes">{"".join(_node(drawing, node) for node in tree.nodes)}</g>'
         f"{''.join(_leaf(drawing, by_id[leaf.node], leaf) for leaf in tree.leaves)}</svg>"
     )
 
 
 def colour(advantage: float | None, limit: float) -> str:
-    """The fill of a node: the scale is symmetric about 0 and ends at ``limit``."""
+    """Return the fill of a node; the scale is symmetric about 0 and ends at ``limit``."""
     if advantage is None:
         return "none"
-    part = 0.0 if limit == 0 else max(-1.0, min(1.0, advantage / limit))
-    end = POSITIVE if part > 0 else NEGATIVE
-    mixed = (round(middle + abs(part) * (far - middle)) for middle, far in zip(NEUTRAL, end, strict=True))
+    relative = 0.0 if limit == 0 else max(-1.0, min(1.0, advantage / limit))
+    end = POSITIVE if relative > 0 else NEGATIVE
+    mixed = (round(middle + abs(relative) * (far - middle)) for middle, far in zip(NEUTRAL, end, strict=True))
     return "#" + "".join(f"{channel:02x}" for channel in mixed)
 
 
-def _told(tree: Tree) -> str:
+def _alt(tree: Tree) -> str:
     steps = max(node.depth for node in tree.nodes)
     splits = ", ".join(str(step) for step in tree.splits) or "none"
     trained = sum(node.trained for node in tree.nodes if node.parent is not None)
@@ -112,10 +112,10 @@ def _told(tree: Tree) -> str:
 
 
 def _axis(layout: TreeLayout) -> list[str]:
-    """Depth numbers, a mark per step for whether it draws noise, and a shaded column where it does not."""
-    parts = []
+    """Return depth numbers, a mark for each step by whether it draws noise, and shaded columns where it does not."""
+    elements = []
     for depth, x in enumerate(layout.columns):
-        parts.append(f'<text class="tick" x="{x:.1f}" y="{TOP - 22}" text-anchor="middle">{depth}</text>')
+        elements.append(f'<text class="tick" x="{x:.1f}" y="{TOP - 22}" text-anchor="middle">{depth}</text>')
     ends = [node for node in layout.tree.nodes if node.depth > 0]
     noisy = {node.depth - 1 for node in ends if node.stochastic}
     for step, (x, following) in enumerate(zip(layout.columns, layout.columns[1:], strict=False)):
@@ -123,20 +123,20 @@ def _axis(layout: TreeLayout) -> list[str]:
         kind, words = ("noise", "draws noise") if step in noisy else ("still", "is deterministic")
         if step not in noisy:
             box = f'x="{x + 1:.1f}" y="{TOP - 12}" width="{wide - 2:.1f}" height="{layout.bottom - TOP + 14:.1f}"'
-            parts.append(f'<rect class="column" {box}/>')
+            elements.append(f'<rect class="column" {box}/>')
         ribbon = f'x="{x + 2:.1f}" y="{TOP - 16}" width="{wide - 4:.1f}" height="5" rx="2"'
-        parts.append(f'<rect class="{kind}" data-step="{step}" {ribbon}><title>step {step} {words}</title></rect>')
+        elements.append(f'<rect class="{kind}" data-step="{step}" {ribbon}><title>step {step} {words}</title></rect>')
         if (factor := layout.splits_at(step)) > 1:
             text = f"split into {factor}"
-            parts.append(
+            elements.append(
                 f'<text class="split" x="{x + wide / 2:.1f}" y="{TOP - 42}" text-anchor="middle">{text}</text>'
             )
-    parts.append(f'<text class="tick" x="4" y="{TOP - 22}">depth</text>')
-    return parts
+    elements.append(f'<text class="tick" x="4" y="{TOP - 22}">depth</text>')
+    return elements
 
 
 def _edge(layout: TreeLayout, parent: Node, child: Node) -> str:
-    (x0, y0), (x1, y1) = layout.place(parent), layout.place(child)
+    (x0, y0), (x1, y1) = layout.position(parent), layout.position(child)
     kind = "edge" if child.trained else "edge untrained"
     if y0 == y1:
         path = f"M{x0:.1f} {y0:.1f}H{x1:.1f}"
@@ -149,7 +149,7 @@ def _edge(layout: TreeLayout, parent: Node, child: Node) -> str:
 
 def _node(drawing: _Drawing, node: Node) -> str:
     layout = drawing.layout
-    x, y = layout.place(node)
+    x, y = layout.position(node)
     first = node.parent is None or layout.splits_at(node.depth - 1) > 1  # where a value is new
     radius = 6 if first or not layout.children[node.id] else 3.6
     facts = [
@@ -173,7 +173,7 @@ def _node(drawing: _Drawing, node: Node) -> str:
 
 
 def _leaf(drawing: _Drawing, node: Node, leaf: Leaf) -> str:
-    x, y = drawing.layout.place(node)
+    x, y = drawing.layout.position(node)
     x += LEAF_GAP - 4
     side, wide = drawing.side, drawing.side * drawing.aspect
     picture = drawing.pictures.get(leaf.node)
@@ -182,14 +182,14 @@ def _leaf(drawing: _Drawing, node: Node, leaf: Leaf) -> str:
     shown = f'<rect class="missing" {box}/>' if picture is None else _shown(picture, box)
     lines = _lines(drawing.layout, leaf)
     text = "".join(
-        f'<text x="{x + wide + 8:.1f}" y="{y + 4 + (place - (len(lines) - 1) / 2) * LINE:.1f}">{escape(line)}</text>'
-        for place, line in enumerate(lines)
+        f'<text x="{x + wide + 8:.1f}" y="{y + 4 + (index - (len(lines) - 1) / 2) * LINE:.1f}">{escape(line)}</text>'
+        for index, line in enumerate(lines)
     )
     return f'<g class="leaf{"" if leaf.valid else " invalid"}" data-leaf="{leaf.node}">{title}{shown}{text}</g>'
 
 
 def _shown(picture: Picture, box: str) -> str:
-    """A picture, and of one that moves a still beside it: the style sheet shows one of the two."""
+    """Return a picture, and for an animation also its still: the style sheet shows one of the two."""
     kind = "pixels" if max(picture.width, picture.height) <= 64 else "photo"
     if picture.still is None:
         return f'<image class="{kind}" {box} href="{picture.uri}"/>'
@@ -200,7 +200,7 @@ def _shown(picture: Picture, box: str) -> str:
 
 
 def _stop(drawing: _Drawing) -> str:
-    """A way to stop what moves; it needs no script, and is not shown where the reader's settings stop it already."""
+    """Return a checkbox that stops animations without a script; hidden if the reader's settings already stop them."""
     if all(picture.still is None for picture in drawing.pictures.values()):
         return ""
     return '<p class="switch stop"><label><input type="checkbox" class="rest">hold the leaves still</label></p>'
@@ -213,7 +213,7 @@ def _rewards(leaf: Leaf) -> list[str]:
 
 
 def _lines(layout: TreeLayout, leaf: Leaf) -> list[str]:
-    """A leaf's rewards one below the other, or in one line where its row is too low for that."""
+    """Return a leaf's rewards in lines, or in one line if its row is too low for several."""
     rewards = _rewards(leaf)
     return rewards if len(rewards) * LINE <= layout.row_height else [", ".join(rewards)]
 

@@ -1,4 +1,4 @@
-"""Where the nodes of a recorded tree are drawn: depth to the right, one row per leaf."""
+"""The layout of a recorded tree: depth to the right, one row per leaf."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ LEFT, TOP = 52, 64
 
 @dataclass(frozen=True)
 class TreeLayout:
-    """Places in the drawing's units."""
+    """Positions of a tree's nodes in the drawing's units."""
 
     tree: Tree
     columns: tuple[float, ...]  # x of each depth
@@ -23,25 +23,25 @@ class TreeLayout:
 
     @property
     def right(self) -> float:
-        """x of the deepest nodes."""
+        """The x coordinate of the deepest nodes."""
         return self.columns[-1]
 
     @property
     def bottom(self) -> float:
-        """Below the last row."""
+        """The y coordinate below the last row."""
         return TOP + self.row_height * sum(not self.children[node.id] for node in self.tree.nodes)
 
-    def place(self, node: Node) -> tuple[float, float]:
-        """(x, y) of a node."""
+    def position(self, node: Node) -> tuple[float, float]:
+        """Return (x, y) of a node."""
         return self.columns[node.depth], self.rows[node.id]
 
     def splits_at(self, step: int) -> int:
-        """The largest number of children at this step; 1 in a chain."""
+        """Return the largest number of children at a step; 1 in a chain."""
         return max((len(self.children[node.id]) for node in self.tree.nodes if node.depth == step), default=1)
 
 
 def lay_out_tree(tree: Tree) -> TreeLayout:
-    """Leaves evenly spaced in the order of their parents, every other node halfway between its outermost children."""
+    """Space leaves evenly in the order of their parents, and put other nodes halfway between their outer children."""
     children: dict[int, list[Node]] = {node.id: [] for node in tree.nodes}
     for node in tree.nodes:
         if node.parent is not None:
@@ -49,14 +49,14 @@ def lay_out_tree(tree: Tree) -> TreeLayout:
     ends = sum(not below for below in children.values())
     height = 46.0 if ends <= 32 else 30.0
     rows: dict[int, float] = {}
-    placed = 0
+    above = 0  # leaves so far
     for node in _bottom_up(tree, children):
         below = children[node.id]
         if below:
             rows[node.id] = (rows[below[0].id] + rows[below[-1].id]) / 2
         else:
-            rows[node.id] = TOP + height * (0.5 + placed)
-            placed += 1
+            rows[node.id] = TOP + height * (0.5 + above)
+            above += 1
     layout = TreeLayout(tree, (), rows, height, children)
     columns = [float(LEFT)]
     for step in range(max(node.depth for node in tree.nodes)):
@@ -65,7 +65,7 @@ def lay_out_tree(tree: Tree) -> TreeLayout:
 
 
 def _bottom_up(tree: Tree, children: Mapping[int, Sequence[Node]]) -> list[Node]:
-    """Every node after its children, siblings in order; without recursion, as trees may be thousands of steps deep."""
+    """Return nodes so that each follows its children; without recursion, as trees may be thousands of steps deep."""
     waiting = [node for node in tree.nodes if node.parent is None]
     order: list[Node] = []
     while waiting:

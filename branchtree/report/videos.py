@@ -1,4 +1,4 @@
-"""Videos as data URIs, once it is certain that they are what their names say and whole."""
+"""Videos as data URIs, after a check that they are complete and of the expected format."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from branchtree.report.files import content, data_uri
 
-LARGEST_VIDEO = 8 * 1024**2  # bytes; a page holds two
+LARGEST_VIDEO = 8 * 1024**2  # bytes; a page has two
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class Video:
 
 
 def embed_video(path: Path, folder: Path) -> Video | None:
-    """Embed an MP4 file that lies under ``folder``; None if it is missing, too large, cut off, or not H.264."""
+    """Embed an MP4 file under ``folder``; None if it is missing, too large, cut off, or not H.264."""
     import av
 
     data = content(path, folder, LARGEST_VIDEO)

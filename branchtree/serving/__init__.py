@@ -1,1 +1,1 @@
-"""Serving one registered reward over HTTP: the wire format that both sides share, and the server."""
+"""Serves a registered reward over HTTP: the server, and the wire format that it shares with its clients."""

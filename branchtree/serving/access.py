@@ -1,4 +1,4 @@
-"""The shared token: read from the environment, sent as a bearer token, compared in constant time, never shown."""
+"""The shared token: read from the environment, sent as a bearer token, compared in constant time, never printed."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from branchtree.errors import RewardError
 
 
 def read_token(variable: str | None) -> str | None:
-    """The token that an environment variable holds; None where no variable is named.
+    """Return the token in an environment variable, or None if no variable is named.
 
-    Raises RewardError if the variable is not set, empty, or holds what no HTTP header can carry.
+    Raises RewardError if the variable is not set, empty, or has characters that an HTTP header cannot contain.
     """
     if variable is None:
         return None
@@ -27,12 +27,12 @@ def read_token(variable: str | None) -> str | None:
 
 
 def authorization(token: str | None) -> dict[str, str]:
-    """The headers that show a token."""
+    """Return the HTTP headers that carry a token."""
     return {} if token is None else {"Authorization": f"Bearer {token}"}
 
 
 def admits(token: str | None, given: str | None) -> bool:
-    """Whether the value ``given`` of an Authorization header shows the token; all are admitted where there is none."""
+    """Return whether ``given``, an Authorization header's value, has the token; True where there is no token."""
     if token is None:
         return True
     return hmac.compare_digest((given or "").encode(), f"Bearer {token}".encode())

@@ -1,4 +1,4 @@
-"""The server's endpoints: /health, /info and /score. Whoever is refused gets a reason of one line."""
+"""The server's endpoints: /health, /info and /score. A refused request is answered with a reason of one line."""
 
 # No deferred annotations here: FastAPI reads them, and could not find names that are imported inside a function.
 import asyncio
@@ -12,12 +12,12 @@ from branchtree.serving.wire import CONTENT_TYPE, EXPECTS, MEBIBYTE, Info, WireE
 if TYPE_CHECKING:
     from fastapi import FastAPI, Request
 
-SHOWN = 500  # characters of a reward's error
-GONE = 499  # the status of an answer that nobody waits for
+SHOWN = 500  # the most characters of a reward's error
+GONE = 499  # the status of an answer whose client is gone
 
 
 def make_app(service: Service, token: str | None) -> "FastAPI":
-    """The application that serves ``service`` to whoever shows the token, or to all where there is none."""
+    """Return the application that serves ``service`` to clients with the token, or to all where there is none."""
     from fastapi import Depends, FastAPI, HTTPException, Request, Response
     from starlette.requests import ClientDisconnect
 
@@ -55,21 +55,21 @@ def make_app(service: Service, token: str | None) -> "FastAPI":
         except ClientDisconnect:
             return Response(status_code=GONE)
         async with turn:
-            if await request.is_disconnected():  # whoever asked has given up waiting
+            if await request.is_disconnected():  # the client has stopped waiting
                 return Response(status_code=GONE)
             try:
                 return Response(await service.score(body), media_type=CONTENT_TYPE)
             except WireError as error:
                 raise HTTPException(400, str(error)) from None
-            except Exception as error:  # whatever it is, the server lives on
-                told = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
-                raise HTTPException(500, " ".join(told.split())[:SHOWN]) from None
+            except Exception as error:  # the server survives any error of a reward
+                reason = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+                raise HTTPException(500, " ".join(reason.split())[:SHOWN]) from None
 
     return app
 
 
 async def _read(request: "Request", limit: int) -> bytes:
-    """The body of a request, of at most ``limit`` bytes. Raises HTTPException."""
+    """Return the body of a request of at most ``limit`` bytes. Raises HTTPException."""
     from fastapi import HTTPException
 
     kind = request.headers.get("content-type", "").partition(";")[0].strip()
@@ -78,8 +78,8 @@ async def _read(request: "Request", limit: int) -> bytes:
     too_large = HTTPException(
         413, f"the body is larger than {limit / MEBIBYTE:g} MiB; send fewer samples, or start with a larger --max-body"
     )
-    told = request.headers.get("content-length", "0")
-    if not told.isdecimal() or int(told) > limit:
+    stated = request.headers.get("content-length", "0")
+    if not stated.isdecimal() or int(stated) > limit:
         raise too_large
     pieces, size = [], 0
     async for piece in request.stream():

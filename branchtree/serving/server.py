@@ -1,4 +1,4 @@
-"""The process around the endpoints: its socket, its start, and its end."""
+"""The server process: its socket, its start, and its end."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from branchtree.errors import RewardError, shortened
 from branchtree.serving.service import Service
 from branchtree.serving.wire import Info
 
-GRACE = 30  # seconds that requests under way have after the signal to end
-KEEP_ALIVE = 60  # seconds; longer than clients keep connections, so that none is closed while it is used again
+GRACE = 30  # seconds that running requests have after the signal to end
+KEEP_ALIVE = 60  # seconds; longer than clients keep connections, so that none is closed while a client reuses it
 
 
 def require_packages() -> None:
-    """Raise RewardError that says what to install unless FastAPI and uvicorn are there."""
+    """Raise RewardError that says what to install, unless FastAPI and uvicorn are installed."""
     try:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
@@ -30,9 +30,9 @@ def require_packages() -> None:
 
 
 def bind(host: str, port: int, token: str | None) -> socket.socket:
-    """A socket bound to an address, at a free port if ``port`` is 0.
+    """Return a socket bound to an address, at a free port if ``port`` is 0.
 
-    Raises RewardError if the address cannot be had, or if others can reach it and no token keeps them out.
+    Raises RewardError if the address cannot be used, or if other machines can reach it and there is no token.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
@@ -58,7 +58,7 @@ def bind(host: str, port: int, token: str | None) -> socket.socket:
 
 
 class RewardServer:
-    """Serves a reward at a bound socket until it is told to stop. Listens while the reward is still loading."""
+    """Serves a reward at a bound socket until it is stopped. It listens while the reward is still loading."""
 
     def __init__(self, service: Service, bound: socket.socket, token: str | None) -> None:
         import uvicorn
@@ -88,7 +88,7 @@ class RewardServer:
             asyncio.run(self._serve(on_ready))
 
     def stop(self) -> None:
-        """End after the requests under way; may be called from any thread."""
+        """End after the running requests; may be called from any thread."""
         self._server.should_exit = True
 
     async def _serve(self, on_ready: Callable[[Info], None]) -> None:
@@ -112,10 +112,10 @@ class RewardServer:
 
 @contextmanager
 def _handled_signals(stop: Callable[[], None]) -> Iterator[None]:
-    """A context in which SIGTERM and SIGINT call ``stop`` and no more.
+    """Return a context in which SIGTERM and SIGINT call ``stop`` and do nothing else.
 
-    uvicorn has handlers of its own while it serves, and after its orderly end raises the signal again for the ones
-    that were there before: without these, the process would die of a signal that it has obeyed.
+    While it serves, uvicorn has its own handlers. When it has ended, it raises the signal again for the handlers that
+    were set before: without these, the process would die of a signal that it has already handled.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""One reward, loaded and used on one thread: whoever asks, its calls come one after the other."""
+"""A served reward, loaded and called on one thread, so that its calls never overlap."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from branchtree.plugins.protocols import Fingerprinted, GroupReward, ReadsPrompt
 from branchtree.plugins.scores import ask
 from branchtree.serving.wire import Info, WireError, decode_request, encode_scores
 
-IDLE = 10.0  # seconds without a request before the reward is told that it may leave the device
+IDLE = 10.0  # seconds without a request before the reward's `release` is called
 
 
 @dataclass(frozen=True)
 class NamedAdapter:
-    """A reward that is to be served, not yet loaded."""
+    """A reward to serve, not yet loaded."""
 
     name: str
     options: Mapping[str, Any]  # as validated, JSON
@@ -54,7 +54,7 @@ class Service:
         return self.info
 
     async def score(self, body: bytes) -> bytes:
-        """Answer one request, after those that came before. Raises WireError, or RewardError if the reward fails."""
+        """Answer one request, after earlier ones. Raises WireError, or RewardError if the reward fails."""
         loop = asyncio.get_running_loop()
         if self._idle:
             self._idle.cancel()
@@ -65,7 +65,7 @@ class Service:
                 self._idle = loop.call_later(IDLE, self._thread.submit, self._reward.adapter.release)
 
     def close(self) -> None:
-        """Take no more work; what is under way ends by itself."""
+        """Accept no more requests; a running one still finishes."""
         if self._idle:
             self._idle.cancel()
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -99,6 +99,6 @@ class Service:
 
 
 def _identity(reward: NamedAdapter, fingerprint: str | None) -> str:
-    """A digest that changes with whatever may change a score: by the fingerprint if there is one, else the options."""
+    """Return a digest that changes with whatever may change a score: of the fingerprint, or else of the options."""
     settings = fingerprint or json.dumps(reward.options, sort_keys=True)
     return hashlib.sha256(f"{branchtree.__version__}\n{reward.name}\n{settings}".encode()).hexdigest()

@@ -1,7 +1,7 @@
-"""What a remote reward and its server say to each other.
+"""The messages between a remote reward and its server.
 
-Both directions are safetensors, which holds tensors and short texts and can be parsed safely whoever sent it. Numbers
-arrive to the bit. Axis letters: B samples, F frames, C channels, H height, W width.
+Both directions are safetensors: tensors and short texts, which can be parsed safely from any sender. Numbers arrive to
+the bit. Axis letters: B samples, F frames, C channels, H height, W width.
 
     request     pixels     float32 in [0, 1], or uint8 (255 is 1): images (B, C, H, W) or videos (B, F, C, H, W)
                 file.N     uint8, the bytes of the N-th image or video file that a condition names, if it can be read
@@ -31,12 +31,12 @@ from branchtree.plugins.protocols import Condition, Media
 CONTENT_TYPE = "application/x-safetensors"
 EXPECTS = "X-Branchtree-Expects"  # header: the identity of the reward that a client began with
 DETAILS = "details."
-FILES = ("image", "last_image", "video")  # what conditions name
+FILES = ("image", "last_image", "video")  # fields of a condition that name files
 MEBIBYTE = 2**20
 
 
 class WireError(ValueError):
-    """Bytes that are no message of this format; the text says what is wrong with them."""
+    """Bytes that are not a message of this format; the text says what is wrong."""
 
 
 def _text(value: object) -> str:
@@ -46,11 +46,11 @@ def _text(value: object) -> str:
 
 
 Text = Annotated[str, pydantic.PlainValidator(_text)]
-"""Any text of Python, halves of characters included: what is wrong with it is for the reward to say."""
+"""Any text of Python, including half characters, which the reward itself refuses."""
 
 
 class Info(pydantic.BaseModel, frozen=True):
-    """What a server says of itself at ``/info``."""
+    """The description of a server at ``/info``."""
 
     version: str  # of branchtree
     reward: str
@@ -81,7 +81,7 @@ class _Header(pydantic.BaseModel, extra="forbid", frozen=True):
     modality: Literal["image", "video"]
     fps: float | None = None
     conditions: tuple[_ConditionFields, ...]
-    files: tuple[Text, ...] = ()  # their names where the client is
+    files: tuple[Text, ...] = ()  # their names on the client
 
 
 @dataclass(frozen=True)
@@ -90,22 +90,22 @@ class ScoreRequest:
 
     media: Media
     conditions: tuple[Condition, ...]
-    names: Mapping[Path, str]  # of the files, where the client is
+    names: Mapping[Path, str]  # of the files on the client
 
     def in_words_of_client(self, reason: str) -> str:
-        """Return a text with the names that the client knows the files by."""
+        """Return a text with the client's names of the files."""
         for path, name in sorted(self.names.items(), key=lambda item: len(str(item[0])), reverse=True):
             reason = reason.replace(str(path), name)
         return reason
 
 
 def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condition]) -> bytes:
-    """A request to score pixels, float32 or uint8, images (B, C, H, W) or videos (B, F, C, H, W).
+    """Return a request to score pixels, float32 or uint8, images (B, C, H, W) or videos (B, F, C, H, W).
 
-    A file that a condition names and that cannot be read is sent as missing: not all rewards look at it. Raises
-    RewardError if the conditions' metadata are not JSON.
+    A file of a condition that cannot be read is left out, since not all rewards need it. Raises RewardError if the
+    conditions' metadata are not JSON.
     """
-    places: dict[Path, int] = {}
+    numbers: dict[Path, int] = {}
     fields = []
     for condition in conditions:
         named = {kind: path for kind in FILES if (path := getattr(condition, kind)) is not None}
@@ -115,14 +115,14 @@ def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condi
                 "negative_prompt": condition.negative_prompt,
                 "metadata": dict(condition.metadata),
                 "place": condition.place,
-                **{kind: places.setdefault(path, len(places)) for kind, path in named.items()},
+                **{kind: numbers.setdefault(path, len(numbers)) for kind, path in named.items()},
             }
         )
     header = {
         "modality": "image" if pixels.ndim == 4 else "video",
         "fps": fps,
         "conditions": fields,
-        "files": [str(path) for path in places],
+        "files": [str(path) for path in numbers],
     }
     try:
         text = json.dumps(header)
@@ -131,7 +131,7 @@ def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condi
         raise RewardError(
             f"{at}the conditions' metadata cannot be sent to a remote reward: {error}; keep to JSON"
         ) from None
-    return _save({"pixels": pixels, **_files(places)}, {"request": text})
+    return _save({"pixels": pixels, **_files(numbers)}, {"request": text})
 
 
 def _is_json(metadata: Mapping[str, Any]) -> bool:
@@ -142,15 +142,15 @@ def _is_json(metadata: Mapping[str, Any]) -> bool:
     return True
 
 
-def _files(places: Mapping[Path, int]) -> dict[str, Tensor]:
+def _files(numbers: Mapping[Path, int]) -> dict[str, Tensor]:
     tensors = {}
-    for path, place in places.items():
+    for path, number in numbers.items():
         try:
             content = bytearray(path.read_bytes())
-        except (OSError, ValueError):  # the latter of a name that holds NUL
+        except (OSError, ValueError):  # ValueError: a NUL character in the name
             continue
         empty = torch.zeros(0, dtype=torch.uint8)
-        tensors[f"file.{place}"] = torch.frombuffer(content, dtype=torch.uint8) if content else empty
+        tensors[f"file.{number}"] = torch.frombuffer(content, dtype=torch.uint8) if content else empty
     return tensors
 
 
@@ -158,7 +158,7 @@ def decode_request(body: bytes, folder: Path) -> ScoreRequest:
     """Read a request; the files of its conditions are written to ``folder``. Raises WireError."""
     tensors, metadata = _load(body)
     try:
-        # A prompt that holds half a character is the reward's to judge, as it is in the client's own process.
+        # The reward itself judges a prompt with half a character, as it does in the client's own process.
         text, location = metadata.get("request", ""), "the metadata 'request' is not right"
         header = _Header.model_validate(parse_json(text, location, half_characters=True))
     except DataError as error:
@@ -177,9 +177,9 @@ def decode_request(body: bytes, folder: Path) -> ScoreRequest:
 
 
 def _checked_pixels(tensors: Mapping[str, Tensor], header: _Header) -> Tensor:
-    """Pixels in [0, 1], float32."""
+    """Return the pixels in [0, 1], float32. Raises WireError."""
     pixels = tensors.get("pixels")
-    if pixels is None or not tensors.keys() <= {"pixels", *(f"file.{place}" for place in range(len(header.files)))}:
+    if pixels is None or not tensors.keys() <= {"pixels", *(f"file.{number}" for number in range(len(header.files)))}:
         raise WireError("the tensors must be 'pixels' and at most one 'file.N' for each file")
     if pixels.dtype not in {torch.float32, torch.uint8}:
         raise WireError(f"pixels must be float32 or uint8, not {str(pixels.dtype).removeprefix('torch.')}")
@@ -192,15 +192,15 @@ def _checked_pixels(tensors: Mapping[str, Tensor], header: _Header) -> Tensor:
 
 
 def _write_files(names: Sequence[str], tensors: Mapping[str, Tensor], folder: Path) -> list[Path]:
-    """Write the files that were sent; the path of one that the client could not read leads nowhere."""
+    """Write the files that were sent, and return a path for each; a file that was not sent does not exist."""
     paths = []
-    for place, name in enumerate(names):
-        content = tensors.get(f"file.{place}")
+    for number, name in enumerate(names):
+        content = tensors.get(f"file.{number}")
         if content is not None and (content.dtype != torch.uint8 or content.ndim != 1):
-            raise WireError(f"file {place} must come as a tensor 'file.{place}' of bytes")
-        # The name is made here: nothing that a client sends becomes part of a path but a plain ending.
+            raise WireError(f"file {number} must come as a tensor 'file.{number}' of bytes")
+        # The server makes the name: only a plain ending of what a client sends is used in a path.
         ending = re.search(r"\.[A-Za-z0-9]{1,8}\Z", name)
-        path = folder / f"{place}{ending[0] if ending else ''}"
+        path = folder / f"{number}{ending[0] if ending else ''}"
         if content is not None:
             path.write_bytes(content.numpy().tobytes())
         paths.append(path)
@@ -208,20 +208,20 @@ def _write_files(names: Sequence[str], tensors: Mapping[str, Tensor], folder: Pa
 
 
 def _condition(fields: _ConditionFields, paths: Sequence[Path]) -> Condition:
-    named = {kind: place for kind in FILES if (place := getattr(fields, kind)) is not None}
-    if any(not 0 <= place < len(paths) for place in named.values()):
+    named = {kind: number for kind in FILES if (number := getattr(fields, kind)) is not None}
+    if any(not 0 <= number < len(paths) for number in named.values()):
         raise WireError(f"a condition names a file that was not sent; {len(paths)} were")
     return Condition(
         prompt=fields.prompt,
         negative_prompt=fields.negative_prompt,
         metadata=fields.metadata,
         place=fields.place,
-        **{kind: paths[place] for kind, place in named.items()},
+        **{kind: paths[number] for kind, number in named.items()},
     )
 
 
 def encode_scores(scores: Scores) -> bytes:
-    """A response."""
+    """Return a response."""
     tensors = {"values": scores.values, "valid": scores.valid}
     if scores.raw is not None:
         tensors["raw"] = scores.raw
@@ -252,7 +252,7 @@ def decode_scores(body: bytes, count: int) -> Scores:
 def _save(tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> bytes:
     from safetensors.torch import save
 
-    # Copies: the format refuses tensors that share memory, as unscaled values and raw scores do.
+    # Copied: the format refuses tensors that share memory, as unscaled values and raw scores do.
     own = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
     body: bytes = save(own, metadata)
     return body
@@ -265,6 +265,6 @@ def _load(body: bytes) -> tuple[dict[str, Tensor], dict[str, str]]:
         tensors = load(body)
         length = int.from_bytes(body[:8], "little")
         metadata = json.loads(body[8 : 8 + length]).get("__metadata__") or {}
-    except Exception as error:  # the parser has an exception of its own, and others for types that it does not know
+    except Exception as error:  # the parser raises its own exception, and others for unknown types
         raise WireError(f"the body is not safetensors: {' '.join(str(error).split())[:200]}") from None
     return tensors, metadata
