@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from branchtree.errors import OutputError
-from branchtree.files.names import folder_name
+from branchtree.files.names import default_output
 from branchtree.files.reading import require_name, user_path
-from branchtree.recipe import Recipe, load_recipe
+from branchtree.recipe import Recipe
+from branchtree.recipe.load import resolve_recipe
 
 if TYPE_CHECKING:
     from branchtree.planning.plan import RunPlan
     from branchtree.plugins.protocols import Callback
     from branchtree.studies.compare import Comparison
-    from branchtree.studies.diversity.study import Study
+    from branchtree.studies.diversity import Study
     from branchtree.studies.evaluate import EvaluationResult
     from branchtree.studies.score import ScoredFile
     from branchtree.training.reporter import TrainResult
@@ -49,8 +50,8 @@ def train(
     from branchtree.training.start import with_start
     from branchtree.training.trainer import train_recipe
 
-    resolved = _resolve(recipe, overrides, smoke)
-    root = user_path(output or Path("runs") / folder_name(resolved.name))
+    resolved = resolve_recipe(recipe, overrides, smoke)
+    root = user_path(output or default_output(resolved.name))
     require_name(root, OutputError)
     begun = with_start(resolved, None if start is None else Path(start), RunDirectory(root) if resume else None)
     return train_recipe(begun, root, resume, callbacks, allow, checkpoint, force)
@@ -60,7 +61,7 @@ def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None
     """Work out a recipe's tree, rows and memory without loading a model; see ``train`` for the arguments."""
     from branchtree.planning.plan import plan_recipe
 
-    return plan_recipe(_resolve(recipe, overrides, smoke))
+    return plan_recipe(resolve_recipe(recipe, overrides, smoke))
 
 
 def evaluate(
@@ -76,6 +77,7 @@ def evaluate(
     output: str | Path | None = None,
     smoke: bool = False,
     force: bool = False,
+    advance: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
     """Judge a run's model, or a LoRA, against its base on held-out prompts, or a recipe's base model alone.
 
@@ -86,15 +88,16 @@ def evaluate(
     recipe's ``evaluation`` section says. ``lora`` is a LoRA's file or folder, of any common kind, or a run that trained
     one: it is judged in place of the run's own weights. Figures, every sample's scores and pictures are written to
     ``output``, by default ``evaluation`` in the run's directory, or ``runs/evaluation-<recipe name>``. ``force`` is as
-    in ``train``.
-    Raises a BranchTreeError, with what is wrong and where, before anything is loaded if it can be known then.
+    in ``train``. ``advance`` is called with the number of samples that this process has made, and that all processes
+    will make. Raises a BranchTreeError, with what is wrong and where, before anything is loaded if it can be known
+    then.
     """
-    from branchtree.studies.evaluate import evaluate_subject
-    from branchtree.studies.evaluate.request import EvaluationChoices
+    from branchtree.studies.common.subject import find_subject
+    from branchtree.studies.evaluate import EvaluationChoices, evaluate_subject
 
+    subject = find_subject(run_or_recipe, overrides, smoke, checkpoint, lora)
     written = None if output is None else user_path(output)
-    choices = EvaluationChoices(rewards, prompts, noises, limit, written, force, lora)
-    return evaluate_subject(run_or_recipe, overrides, choices, smoke=smoke, checkpoint=checkpoint)
+    return evaluate_subject(subject, EvaluationChoices(rewards, prompts, noises, limit, written, force), advance)
 
 
 def score(
@@ -102,24 +105,29 @@ def score(
     rewards: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     *,
     prompt: str | None = None,
+    output: str | Path | None = None,
     device: str = "auto",
     batch: int = 8,
+    advance: Callable[[int, int], None] | None = None,
 ) -> list[ScoredFile]:
     """Score pictures and videos that lie in files, in the order given.
 
     ``files`` are images, videos, folders of them, ``.jsonl`` lists, or rows as the lists hold them:
     ``{"image": path, "prompt": text}``, or ``"video"``; other keys are kept as metadata. ``rewards`` are names,
-    ``"hps version=v2.0"``, or mappings as in a recipe's ``rewards``. ``prompt`` is for files that bring none. ``batch``
-    samples of one size are scored at a time, fewer if they are large. Raises a BranchTreeError, with file and line,
-    before anything is loaded if an input cannot be read or is of a kind that a reward does not score.
+    ``"hps version=v2.0"``, or mappings as in a recipe's ``rewards``. ``prompt`` is for files that bring none. The
+    scores are also written to ``output`` as JSON lines, over what is there. ``batch`` samples of one size are scored at
+    a time, fewer if they are large. ``advance`` is called with the number of scores made and wanted. Raises a
+    BranchTreeError, with file and line, before anything is loaded if an input cannot be read or is of a kind that a
+    reward does not score.
     """
     from branchtree.studies.score import score_files
 
-    return score_files(files, rewards, prompt=prompt, device=device, batch=batch)
+    written = None if output is None else user_path(output)
+    return score_files(files, rewards, prompt=prompt, device=device, batch=batch, output=written, advance=advance)
 
 
 def compare(
-    recipes: str | Sequence[str],
+    recipes: str | Path | Recipe | Sequence[str | Path | Recipe],
     overrides: Mapping[str, Any] | None = None,
     *,
     seeds: Sequence[int] = (0, 1, 2),
@@ -134,20 +142,20 @@ def compare(
 ) -> Comparison:
     """Train several recipes under the same seeds, prompts and budget, and put them into one table and one page.
 
-    ``recipes`` are names or paths, each with changes of its own as in ``"quickstart@tree.branches=4"``; ``overrides``
-    change all of them, and a ``grid`` word such as ``"tree.strength=1,2,4"`` makes a row of every recipe and value. The
-    budget is ``iterations`` of the first row, or ``rows`` through the denoiser for every run. Runs are written below
-    ``output``, ``jobs`` at a time; those that are there and finished are left alone, so that the same call goes on
-    after an interruption. ``tell`` gets a line for every run. Raises a BranchTreeError if a recipe is wrong or
-    ``output`` holds another comparison; a run that fails is named in the result.
+    ``recipes`` are names or paths, each with changes of its own as in ``"quickstart@tree.branches=4"``, or loaded
+    recipes; ``overrides`` change all of them, and a ``grid`` word such as ``"tree.strength=1,2,4"`` makes a row of
+    every recipe and value. The budget is ``iterations`` of the first row, or ``rows`` through the denoiser for every
+    run. Runs are written below ``output``, ``jobs`` at a time; those that are there and finished are left alone, so
+    that the same call goes on after an interruption. ``tell`` gets a line for every run. Raises a BranchTreeError if a
+    recipe is wrong or ``output`` holds another comparison; a run that fails is named in the result.
     """
     from branchtree.studies.common.grids import parse_grid
-    from branchtree.studies.compare.compare import run_comparison
-    from branchtree.studies.compare.request import Budget, ComparisonRequest, multiply, parse_recipe
+    from branchtree.studies.compare import Budget, ComparisonRequest, run_comparison
+    from branchtree.studies.compare.request import multiply, parse_recipe
 
-    words = [recipes] if isinstance(recipes, str) else recipes
+    given = [recipes] if isinstance(recipes, str | Path | Recipe) else recipes
     request = ComparisonRequest(
-        rows=tuple(multiply([parse_recipe(word) for word in words], [parse_grid(text) for text in grid])),
+        rows=tuple(multiply([parse_recipe(each) for each in given], [parse_grid(text) for text in grid])),
         seeds=tuple(seeds),
         budget=Budget(iterations, rows),
         shared=dict(overrides or {}),
@@ -181,20 +189,12 @@ def diversity(
     ``advance`` is called with the number of samples made and wanted. Raises a BranchTreeError before anything is loaded
     if what is wrong can be known then.
     """
-    from functools import partial
-
-    from branchtree.studies.diversity.files import write_study
-    from branchtree.studies.diversity.request import DiversityChoices, make_diversity_request
-    from branchtree.studies.diversity.study import run_study
-    from branchtree.studies.evaluate.subject import find_subject
+    from branchtree.studies.diversity import DiversityChoices, make_diversity_request, run_study
 
     spaces = (features,) if isinstance(features, str) else tuple(features)
-    source, folder = (None if path is None else Path(path) for path in (prompts, output))
-    choices = DiversityChoices(samples, spaces, source, grid, folder, seed, shared_noise)
-    find = partial(find_subject, run_or_recipe, smoke=smoke, iteration=None)
-    study = run_study(make_diversity_request(find, dict(overrides or {}), choices), advance)
-    write_study(study)
-    return study
+    source, folder = (None if path is None else user_path(path) for path in (prompts, output))
+    choices = DiversityChoices(samples, spaces, source, grid, folder, seed, shared_noise, smoke)
+    return run_study(make_diversity_request(run_or_recipe, overrides, choices), advance)
 
 
 def write_report(run: str | Path) -> Path:
@@ -202,11 +202,3 @@ def write_report(run: str | Path) -> Path:
     from branchtree.report import write_page
 
     return write_page(user_path(run))
-
-
-def _resolve(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None, smoke: bool) -> Recipe:
-    if isinstance(recipe, Recipe):
-        if overrides or smoke:
-            raise TypeError("a loaded recipe takes neither overrides nor smoke: give them to load_recipe")
-        return recipe
-    return load_recipe(recipe, overrides, smoke=smoke)

@@ -53,7 +53,7 @@ LAYERS = {
     "pictures": {"core", "files", "plugins"},
     "run": {"files", "plugins", "recipe"},
     "training": {"core", "data", "files", "pictures", "planning", "plugins", "recipe", "run"},
-    "report": {"files", "recipe"},
+    "report": {"files", "recipe", "run"},
     "serving": {"core", "files", "plugins"},
 }
 """What each package may import beside itself; studies, the command line and the conformance tests may import all."""

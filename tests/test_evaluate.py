@@ -23,7 +23,7 @@ from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, RecipeError
 from branchtree.pictures.grid import write_pictures
 from branchtree.plugins.protocols import Media
-from branchtree.studies.evaluate.comparison import compare_scores
+from branchtree.studies.evaluate.figures import compare_scores
 from branchtree.training.evaluation import Samples
 
 PROMPTS = ("a two", "a six", "a nine")

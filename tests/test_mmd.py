@@ -9,13 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from branchtree.studies.diversity import sums as sums_module
+from branchtree.studies.diversity import mmd
 from branchtree.studies.diversity.blocks import Groups, block_mmd
-from branchtree.studies.diversity.comparison import compare_sets
-from branchtree.studies.diversity.estimators import SetSums, biased, kid, unbiased
-from branchtree.studies.diversity.kernels import CubicKernel, FeatureKernel, RbfKernel, median_bandwidth
-from branchtree.studies.diversity.spread import distance_spread, pairwise_distance
-from branchtree.studies.diversity.sums import SampleSet, draw_subsets, pair_sums, self_sums
+from branchtree.studies.diversity.figures import compare_sets, distance_spread, pairwise_distance
+from branchtree.studies.diversity.mmd import (
+    CubicKernel,
+    FeatureKernel,
+    RbfKernel,
+    SampleSet,
+    SetSums,
+    biased,
+    draw_subsets,
+    kid,
+    median_bandwidth,
+    pair_sums,
+    self_sums,
+    unbiased,
+)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -88,7 +98,7 @@ def test_the_rbf_kernel_equals_torch_fidelitys() -> None:
 def test_blocks_of_rows_and_the_order_of_samples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = drawn(40, 6), drawn(40, 6, seed=1)
     before = all_sums(x, y, CubicKernel(6))
-    monkeypatch.setattr(sums_module, "ROWS", 7)
+    monkeypatch.setattr(mmd, "ROWS", 7)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(5))
     after, shuffled = all_sums(x, y, CubicKernel(6)), all_sums(x[order], y[order.flip(0)], CubicKernel(6))
     torch.testing.assert_close(after.between.groups, before.between.groups)
@@ -134,7 +144,7 @@ def test_pairs_within_a_group_are_left_out_and_prompts_keep_their_parts() -> Non
 
 
 def test_groups_must_be_dealt_alike_and_repeat_each_prompt() -> None:
-    with pytest.raises(ValueError, match="same parts"):
+    with pytest.raises(ValueError, match="same proportions"):
         Groups(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1]))
     with pytest.raises(ValueError, match="at least two groups"):
         Groups(torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1]))

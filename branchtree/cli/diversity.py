@@ -16,8 +16,7 @@ from branchtree.cli.console import make_console
 from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
-    from branchtree.studies.diversity.comparison import Discrepancy
-    from branchtree.studies.diversity.study import Study
+    from branchtree.studies.diversity import Discrepancy, Study
 
 
 def diversity(
@@ -66,7 +65,7 @@ def diversity(
 
 
 def _report(console: Console, study: Study) -> None:
-    from branchtree.studies.diversity.files import sets_in_words
+    from branchtree.studies.diversity.run import sets_in_words
 
     deal, request = study.request.deal, study.request
     what = "base model" if request.subject.iteration is None else f"after {request.subject.iteration} iterations"

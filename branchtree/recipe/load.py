@@ -31,7 +31,7 @@ SHOWN = 20
 
 
 def load_recipe(
-    recipe: str | Path,
+    recipe: str | Path | Recipe,
     overrides: Mapping[str, Any] | None = None,
     smoke: bool = False,
     folders: Sequence[Path] | None = None,
@@ -42,7 +42,32 @@ def load_recipe(
     small models and rewards. Paths are made absolute: in a file they are relative to its folder, in an override to the
     working directory. ``folders`` are where names are looked up: by default those of the installed plug-ins
     and the library's own. Raises RecipeError with the file and line of what is wrong.
+
+    Of a recipe that is loaded already, a copy is made: ``overrides`` replace what it was loaded with.
     """
+    if isinstance(recipe, Recipe):
+        if smoke:
+            raise TypeError("a loaded recipe takes no smoke: give it to load_recipe with the recipe's name or path")
+        # What is unset stays so: defaults that follow from other keys follow from the overrides too.
+        source = Source(recipe.model_dump(mode="json", exclude_unset=True))
+    else:
+        source = _read(recipe, smoke, folders)
+    override(source, overrides or {})
+    make_absolute(source)
+    return validate(source)
+
+
+def resolve_recipe(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None, smoke: bool) -> Recipe:
+    """Load a recipe, or return a loaded one as it is. Raises TypeError for overrides or smoke of a loaded one."""
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides, smoke=smoke)
+    if overrides or smoke:
+        raise TypeError("a loaded recipe takes neither overrides nor smoke: give them to load_recipe")
+    return recipe
+
+
+def _read(recipe: str | Path, smoke: bool, folders: Sequence[Path] | None) -> Source:
+    """Read a recipe's file, what it extends, and the methods that it is put under."""
     base, methods = split_methods(str(recipe))
     source = _extended(find_recipe(base, folders), folders)
     for method in methods:
@@ -54,9 +79,7 @@ def load_recipe(
     if smoke:
         source.update(_smoke(swaps, source, recipe))
     source.origins = {path: origin for path, origin in source.origins.items() if path[:1] != ("smoke",)}
-    override(source, overrides or {})
-    make_absolute(source)
-    return validate(source)
+    return source
 
 
 def recipe_folders() -> list[Path]:

@@ -14,10 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from branchtree.errors import OutputError
 from branchtree.files.reading import read_text, require_name
 from branchtree.recipe.plain_yaml import NotPlainError, read_plain
-
-RECIPE, METRICS, TIMING = "recipe.yaml", "metrics.jsonl", "timing.jsonl"
-EVALUATION, SUMMARY, SAMPLES, TREES = "evaluation.jsonl", "summary.json", "samples", "trees"
-FAILURES = "failures.jsonl"
+from branchtree.run.directory import EVALUATION, FAILURES, METRICS, SAMPLES, SUMMARY, TIMING, TREES, RunDirectory
 
 LogRow = Mapping[str, float | None]
 """One iteration's figures by name; None where a figure is missing or not finite."""
@@ -25,13 +22,13 @@ LogRow = Mapping[str, float | None]
 Number = Annotated[float | None, AfterValidator(lambda value: None if value is None else finite(value))]
 
 
-class Part(BaseModel):
-    """A part of a run's files; unknown keys are left alone."""
+class Record(BaseModel):
+    """An entry of a run's files; unknown keys are left alone."""
 
     model_config = ConfigDict(frozen=True)
 
 
-class LoggedFigure(Part):
+class LoggedFigure(Record):
     """A held-out figure: the mean over the valid samples."""
 
     mean: Number = None
@@ -39,7 +36,7 @@ class LoggedFigure(Part):
     samples: int | None = None
 
 
-class Evaluation(Part):
+class Evaluation(Record):
     """The held-out figures by label after so many iterations; 0 is before training."""
 
     iteration: int
@@ -47,7 +44,7 @@ class Evaluation(Part):
     figures: dict[str, LoggedFigure] = {}
 
 
-class LoggedFailure(Part):
+class LoggedFailure(Record):
     """A sample that a reward could not score; or ``more`` of them, by reason; or, without a reward, a failed call."""
 
     iteration: int
@@ -59,7 +56,7 @@ class LoggedFailure(Part):
     reasons: dict[str, int] = {}
 
 
-class SampleGrid(Part):
+class SampleGrid(Record):
     """A picture of samples, one per prompt: images in rows of ``columns``, or of each video a strip of frames.
 
     Beside the picture of videos is one in which all of them play, in rows of ``columns``.
@@ -75,7 +72,7 @@ class SampleGrid(Part):
     image: Path = Path()
 
 
-class Node(Part):
+class Node(Record):
     """A node of a recorded tree; ``trained`` and ``stochastic`` speak of the edge into it."""
 
     id: int
@@ -87,7 +84,7 @@ class Node(Part):
     stochastic: bool = True
 
 
-class Leaf(Part):
+class Leaf(Record):
     """What a recorded tree's leaf was worth, and its picture relative to the folder of trees."""
 
     node: int
@@ -96,7 +93,7 @@ class Leaf(Part):
     thumbnail: str | None = None
 
 
-class Tree(Part):
+class Tree(Record):
     """A recorded tree of one prompt."""
 
     iteration: int
@@ -149,10 +146,10 @@ class Run:
 
     def setting(self, *keys: str) -> Any:
         """A value of the recipe, or None."""
-        place: Any = self.recipe
+        value: Any = self.recipe
         for key in keys:
-            place = place.get(key) if isinstance(place, Mapping) else None
-        return place
+            value = value.get(key) if isinstance(value, Mapping) else None
+        return value
 
 
 def finite(value: Any) -> float | None:
@@ -168,14 +165,15 @@ def finite(value: Any) -> float | None:
 def read_run(path: Path) -> Run:
     """Read a run directory. Raises OutputError if it is none."""
     require_name(path, OutputError)
-    for name in (RECIPE, METRICS):
-        if not (path / name).is_file():
+    recipe_file = RunDirectory(path).recipe_file
+    for file in (recipe_file, path / METRICS):
+        if not file.is_file():
             raise OutputError(
-                f"{path}: is not a run directory, it holds no {name}; give the directory that 'branchtree train' "
+                f"{path}: is not a run directory, it holds no {file.name}; give the directory that 'branchtree train' "
                 "writes to, once its first iteration is done"
             )
     notes: list[str] = []
-    text, recipe = _recipe(path / RECIPE)
+    text, recipe = _recipe(recipe_file)
     return Run(
         path=path,
         recipe=recipe,
@@ -273,7 +271,7 @@ def _rows(path: Path, notes: list[str]) -> list[LogRow]:
     return [{key: finite(value) for key, value in row.items()} for row in _lines(path, notes)]
 
 
-Valid = TypeVar("Valid", bound=Part)
+Valid = TypeVar("Valid", bound=Record)
 
 
 def _failures(path: Path, notes: list[str]) -> list[LoggedFailure]:

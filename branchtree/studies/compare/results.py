@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from branchtree.report.curves import mean
 from branchtree.report.read import Evaluation, Run, read_run
-from branchtree.studies.compare.budget import nodes_per_leaf
-from branchtree.studies.compare.execute import RunOutcome, is_finished
-from branchtree.studies.compare.meter import cpu_seconds
-from branchtree.studies.compare.runs import PlannedRun, RunPlans
-from branchtree.studies.compare.statistics import Difference, SeedSpread, paired_difference, seed_spread
+from branchtree.studies.common.intervals import LEVEL, student_quantile
+from branchtree.studies.compare.execute import RunOutcome, cpu_seconds, is_finished
+from branchtree.studies.compare.plan import PlannedRun, RunPlans, nodes_per_leaf
 
 WORK = {
     "rollout_rows": "rows/rollout",
@@ -21,10 +21,48 @@ WORK = {
     "leaves": "leaves/scored",
 }
 """Figures of the table that are means of a metric over a run's iterations."""
-
-
 JUDGED_BY = ("prompts", "rewards", "weights", "noises", "seed")
 """What the held-out figures of all runs have in common, in the words of their identities."""
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """Mean and sample standard deviation."""
+
+    mean: float
+    std: float | None  # None for one value
+    count: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences, and its 95% interval by Student's t."""
+
+    mean: float
+    low: float | None  # None for one pair
+    high: float | None
+    pairs: int
+
+
+def seed_spread(values: Sequence[float]) -> SeedSpread | None:
+    """Return the mean and sample standard deviation (n - 1) of some values; None without any."""
+    if not values:
+        return None
+    return SeedSpread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
+    """Return ``values`` minus ``reference`` over the seeds that both have; None if they share none.
+
+    The interval is mean +- t(n - 1) s / sqrt(n), s being the standard deviation of the differences.
+    """
+    found = seed_spread([values[seed] - reference[seed] for seed in values if seed in reference])
+    if found is None:
+        return None
+    if found.std is None:
+        return Difference(found.mean, None, None, found.count)
+    half = student_quantile((1 + LEVEL) / 2, found.count - 1) * found.std / math.sqrt(found.count)
+    return Difference(found.mean, found.mean - half, found.mean + half, found.count)
 
 
 @dataclass(frozen=True)
@@ -93,25 +131,23 @@ class Comparison:
 
 def collect_results(plans: RunPlans, outcomes: Mapping[tuple[str, int], RunOutcome]) -> Comparison:
     """Read every run. ``outcomes`` are those of the runs that were tried now, by row and seed."""
-    rows, read = [], dict[tuple[str, int], Run]()
-    for name in dict.fromkeys(run.row for run in plans.runs):
-        figures = []
+    rows: dict[str, list[RunFigures]] = {run.row: [] for run in plans.runs}
+    read: dict[tuple[str, int], Run] = {}
+    for name, figures in rows.items():
         for planned in plans.of(name):
             key = (name, planned.seed)
-            if is_finished(planned):
-                run = read_run(planned.folder)
-                unlike = _unlike(run, next(iter(read.values()), run))
-                if unlike:
-                    figures.append(RunFigures(planned.seed, "failed", unlike))
-                    continue
-                read[key] = run
-                figures.append(run_figures(planned, run))
+            if not is_finished(planned):
+                outcome = outcomes.get(key, RunOutcome("waiting"))
+                figures.append(RunFigures(planned.seed, outcome.status, outcome.message))
+                continue
+            run = read_run(planned.folder)
+            unlike = _unlike(run, next(iter(read.values()), run))
+            if unlike:
+                figures.append(RunFigures(planned.seed, "failed", unlike))
             else:
-                outcome = outcomes.get(key)
-                status, message = (outcome.status, outcome.message) if outcome else ("waiting", "")
-                figures.append(RunFigures(planned.seed, status, message))
-        rows.append(RowFigures(name, tuple(figures)))
-    return Comparison(tuple(rows), read)
+                read[key] = run
+                figures.append(_run_figures(planned, run))
+    return Comparison(tuple(RowFigures(name, tuple(figures)) for name, figures in rows.items()), read)
 
 
 def _unlike(run: Run, first: Run) -> str:
@@ -120,15 +156,12 @@ def _unlike(run: Run, first: Run) -> str:
     if one is None or other is None:
         return ""
     different = [key for key in JUDGED_BY if one.get(key) != other.get(key)]
-    if not different:
-        return ""
-    return (
-        f"{run.path} was judged by other {' and '.join(different)} than {first.path}; do it again in another --output"
-    )
+    reason = f"{run.path} was judged by other {' and '.join(different)} than {first.path}"
+    return f"{reason}; do it again in another --output" if different else ""
 
 
-def run_figures(planned: PlannedRun, run: Run) -> RunFigures:
-    """The figures of a finished run."""
+def _run_figures(planned: PlannedRun, run: Run) -> RunFigures:
+    """Return the figures of a finished run."""
     work = {key: value for key, metric in WORK.items() if (value := mean(run.metrics, metric)) is not None}
     first, last = (run.evaluations[0], run.evaluations[-1]) if len(run.evaluations) > 1 else (None, None)
     return RunFigures(
@@ -150,7 +183,7 @@ def _means(evaluation: Evaluation | None) -> dict[str, float]:
 
 
 def as_data(comparison: Comparison) -> Sequence[Mapping[str, Any]]:
-    """The comparison as plain data, for compare.json."""
+    """Return the comparison as plain data, for compare.json."""
     return [
         {
             "row": row.name,

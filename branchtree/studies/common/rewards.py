@@ -17,7 +17,7 @@ Spec = str | Mapping[str, Any]
 
 
 def make_named(specs: Spec | Sequence[Spec]) -> list[NamedReward]:
-    """The rewards, not loaded. Each is labelled by its name, or by its whole text where a name comes twice.
+    """Return the rewards, not loaded, each labelled by its name, or by its whole text where a name comes twice.
 
     Raises RecipeError for what cannot be read, is set wrongly or is asked for twice, PluginError for an unknown name.
     """
@@ -29,7 +29,8 @@ def make_named(specs: Spec | Sequence[Spec]) -> list[NamedReward]:
     rewards: list[NamedReward] = []
     for section in sections:
         adapter, _ = make_reward(section.reward, section.options, (section.reward,))
-        label = section.label or (section.reward if names[section.reward] == 1 else _text(section))
+        text = " ".join([section.reward, *(f"{key}={value}" for key, value in section.options.items())])
+        label = section.label or (section.reward if names[section.reward] == 1 else text)
         if label in {reward.label for reward in rewards}:
             raise RecipeError(f"reward '{label}' is given twice; leave one out, or give it a label=NAME of its own")
         rewards.append(NamedReward(label, 1.0, adapter))
@@ -37,21 +38,16 @@ def make_named(specs: Spec | Sequence[Spec]) -> list[NamedReward]:
 
 
 def _section(spec: Spec) -> RewardSection:
-    keys = _parsed(spec) if isinstance(spec, str) else dict(spec)
+    if isinstance(spec, str):
+        name, settings = parse_plugin("reward", spec, "digits classifier=heldout")
+        keys = {"reward": name, **settings}
+    else:
+        keys = dict(spec)
     if "weight" in keys:
         raise RecipeError(f"reward '{keys.get('reward')}': scores are given as they are; leave 'weight' out")
     try:
         return RewardSection.model_validate(keys)
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in detail["loc"])
-        raise RecipeError(f"reward {spec!r}: {place}: {detail['msg'].lower()}") from None
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    name, settings = parse_plugin("reward", text, "digits classifier=heldout")
-    return {"reward": name, **settings}
-
-
-def _text(section: RewardSection) -> str:
-    return " ".join([section.reward, *(f"{key}={value}" for key, value in section.options.items())])
+        key = ".".join(map(str, detail["loc"]))
+        raise RecipeError(f"reward {spec!r}: {key}: {detail['msg'].lower()}") from None
