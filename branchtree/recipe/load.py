@@ -48,7 +48,7 @@ def load_recipe(
     if isinstance(recipe, Recipe):
         if smoke:
             raise TypeError("a loaded recipe takes no smoke: give it to load_recipe with the recipe's name or path")
-        # What is unset stays so: defaults that follow from other keys follow from the overrides too.
+        # As it was given: values that follow from other keys then follow from the overrides too.
         source = Source(recipe.model_dump(mode="json", exclude_unset=True))
     else:
         source = _read(recipe, smoke, folders)
