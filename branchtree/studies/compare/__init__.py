@@ -5,7 +5,7 @@ figures (``results``), a table and a page (``table``, ``page``); ``run`` is the 
 """
 
 from branchtree.studies.compare.request import Budget, ComparisonRequest, Row
-from branchtree.studies.compare.results import Comparison, Difference, RowFigures, RunFigures, SeedSpread
+from branchtree.studies.compare.results import Comparison, Difference, HeldOut, RowFigures, RunFigures, SeedSpread
 from branchtree.studies.compare.run import run_comparison
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "Comparison",
     "ComparisonRequest",
     "Difference",
+    "HeldOut",
     "Row",
     "RowFigures",
     "RunFigures",

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-import queue
 import signal
 import threading
 import time
@@ -18,6 +17,8 @@ from multiprocessing import connection
 from pathlib import Path
 from types import FrameType
 from typing import Literal
+
+import torch
 
 from branchtree.errors import BranchTreeError, OutputError
 from branchtree.files.json_lines import read_json_object
@@ -127,43 +128,25 @@ def perform_all(runs: Sequence[PlannedRun], jobs: int, report: Report) -> None:
             if outcome.status == "stopped":
                 return
         return
-    waiting: queue.SimpleQueue[PlannedRun] = queue.SimpleQueue()
-    for run in runs:
-        waiting.put(run)
-    lanes = min(jobs, len(runs))
-    lock = threading.Lock()
+    lock, threads = threading.Lock(), _threads_each(jobs)
 
-    def report_one(run: PlannedRun, outcome: RunOutcome) -> None:
-        with lock:
-            report(run, outcome)
+    def perform_one(run: PlannedRun) -> None:
+        if not stop.requested:
+            outcome = _perform_elsewhere(run, threads, stop)
+            with lock:
+                report(run, outcome)
 
-    with StopRequest() as stop, _terminating(stop), ThreadPoolExecutor(max(lanes, 1)) as pool:
-        for lane in [pool.submit(_lane, waiting, _threads_each(jobs), stop, report_one) for _ in range(lanes)]:
-            lane.result()
+    with StopRequest() as stop, _terminating(stop), ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(perform_one, runs))
 
 
-def _lane(waiting: queue.SimpleQueue[PlannedRun], threads: int, stop: StopRequest, report: Report) -> None:
-    """Give run after run to a process of its own; one that dies takes only its run with it."""
-    process: ProcessPoolExecutor | None = None
-    try:
-        while not stop.requested:
-            try:
-                run = waiting.get_nowait()
-            except queue.Empty:
-                return
-            process = process or _one_process(threads)
-            try:
-                outcome = process.submit(perform, run).result()
-            except BrokenProcessPool:
-                process.shutdown()
-                process = None
-                outcome = RunOutcome("stopped") if stop.requested else RunOutcome("failed", KILLED)
-            report(run, outcome)
-            if outcome.status == "stopped":
-                return
-    finally:
-        if process is not None:
-            process.shutdown()
+def _perform_elsewhere(run: PlannedRun, threads: int, stop: StopRequest) -> RunOutcome:
+    """Do a run in a process of its own, so that one that dies takes only its run with it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare, (threads,)) as process:
+        try:
+            return process.submit(perform, run).result()
+        except BrokenProcessPool:
+            return RunOutcome("stopped") if stop.requested else RunOutcome("failed", KILLED)
 
 
 @contextmanager
@@ -185,14 +168,8 @@ def _terminating(stop: StopRequest) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _one_process(threads: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare, (threads,))
-
-
 def _prepare(threads: int) -> None:
-    """Have a new process keep to its share of the cores, and do not outlive the comparison."""
-    import torch
-
+    """Have a new process keep to its share of the cores, and not outlive the comparison."""
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     if parent is not None:

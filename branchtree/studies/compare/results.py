@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -93,18 +93,23 @@ class RowFigures:
         """The runs that count."""
         return [run for run in self.runs if run.status == "finished"]
 
-    def work(self, key: str) -> SeedSpread | None:
-        """A figure of the work, per iteration."""
-        return seed_spread([run.work[key] for run in self.finished if key in run.work])
-
-    def over_runs(self, name: str) -> SeedSpread | None:
-        """A plain figure of the runs by the name of its field."""
-        values = (getattr(run, name) for run in self.finished)
+    def spread(self, figure: Callable[[RunFigures], float | None]) -> SeedSpread | None:
+        """The mean and deviation of a figure over the runs that have it."""
+        values = (figure(run) for run in self.finished)
         return seed_spread([float(value) for value in values if value is not None])
 
-    def held_out(self, label: str, when: str) -> dict[int, float]:
-        """A held-out figure by seed, ``before`` or ``after``."""
-        return {run.seed: getattr(run, when)[label] for run in self.finished if label in getattr(run, when)}
+    def work(self, key: str) -> SeedSpread | None:
+        """A figure of the work, per iteration."""
+        return self.spread(lambda run: run.work.get(key))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A row's held-out figure before and after training, and the latter minus the first row's, paired by seed."""
+
+    before: SeedSpread | None
+    after: SeedSpread | None
+    difference_to_first: Difference | None
 
 
 @dataclass(frozen=True)
@@ -124,9 +129,13 @@ class Comparison:
         """Whether every run is finished."""
         return all(run.status == "finished" for row in self.rows for run in row.runs)
 
-    def difference(self, row: RowFigures, label: str) -> Difference | None:
-        """A row's held-out figure after training minus the first row's, paired by seed."""
-        return paired_difference(row.held_out(label, "after"), self.rows[0].held_out(label, "after"))
+    def held_out(self, row: RowFigures, label: str) -> HeldOut:
+        """A row's held-out figure over its seeds."""
+        after, first = (
+            {run.seed: run.after[label] for run in each.finished if label in run.after} for each in (row, self.rows[0])
+        )
+        before = row.spread(lambda run: run.before.get(label))
+        return HeldOut(before, seed_spread(list(after.values())), paired_difference(after, first))
 
 
 def collect_results(plans: RunPlans, outcomes: Mapping[tuple[str, int], RunOutcome]) -> Comparison:
@@ -182,19 +191,13 @@ def _means(evaluation: Evaluation | None) -> dict[str, float]:
     return {label: figure.mean for label, figure in figures.items() if figure.mean is not None}
 
 
-def as_data(comparison: Comparison) -> Sequence[Mapping[str, Any]]:
+def as_data(comparison: Comparison) -> list[dict[str, Any]]:
     """Return the comparison as plain data, for compare.json."""
     return [
         {
             "row": row.name,
             "runs": [asdict(run) for run in row.runs],
-            "held_out": {label: _held_out(comparison, row, label) for label in comparison.labels},
+            "held_out": {label: asdict(comparison.held_out(row, label)) for label in comparison.labels},
         }
         for row in comparison.rows
     ]
-
-
-def _held_out(comparison: Comparison, row: RowFigures, label: str) -> dict[str, Any]:
-    before, after = (seed_spread(list(row.held_out(label, when).values())) for when in ("before", "after"))
-    figures = {"before": before, "after": after, "difference_to_first": comparison.difference(row, label)}
-    return {name: None if figure is None else asdict(figure) for name, figure in figures.items()}

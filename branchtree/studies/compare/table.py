@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from branchtree.studies.compare.results import Comparison, Difference, RowFigures, SeedSpread, seed_spread
+from branchtree.studies.compare.results import Comparison, Difference, RowFigures, SeedSpread
 
 MISSING = "-"
 
@@ -27,7 +27,7 @@ class Sheet:
 
 def work_sheet(comparison: Comparison) -> Sheet:
     """Return what each row does and what it takes, per iteration unless it says otherwise."""
-    keys = {
+    work = {
         "rollout rows": "rollout_rows",
         "gradient rows": "gradient_rows",
         "trained edges": "trained_edges",
@@ -39,13 +39,13 @@ def work_sheet(comparison: Comparison) -> Sheet:
             row.name,
             _runs(row),
             _range([run.iterations for run in row.finished]),
-            *(_mean(row.work(key)) for key in keys.values()),
-            _mean(row.over_runs("seconds_per_iteration")),
-            _mean(row.over_runs("cpu_seconds")),
+            *(_mean(row.work(key)) for key in work.values()),
+            _mean(row.spread(lambda run: run.seconds_per_iteration)),
+            _mean(row.spread(lambda run: run.cpu_seconds)),
         )
         for row in comparison.rows
     ]
-    return Sheet(("row", "runs", "iter.", *keys, "s / iter.", "CPU s"), tuple(rows))
+    return Sheet(("row", "runs", "iter.", *work, "s / iter.", "CPU s"), tuple(rows))
 
 
 def reward_sheet(comparison: Comparison, labels: Sequence[str] | None = None) -> Sheet:
@@ -57,10 +57,9 @@ def reward_sheet(comparison: Comparison, labels: Sequence[str] | None = None) ->
     for row in comparison.rows:
         cells = [row.name]
         for label in labels:
-            cells += [
-                _mean_and_std(seed_spread(list(row.held_out(label, when).values()))) for when in ("before", "after")
-            ]
-            cells.append(MISSING if row is comparison.rows[0] else _difference(comparison.difference(row, label)))
+            found = comparison.held_out(row, label)
+            difference = None if row is comparison.rows[0] else found.difference_to_first
+            cells += [_mean_and_std(found.before), _mean_and_std(found.after), _difference(difference)]
         rows.append(tuple(cells))
     return Sheet(tuple(heads), tuple(rows))
 
