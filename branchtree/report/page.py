@@ -12,6 +12,7 @@ from branchtree.report.markup import Titled, escape, fill_page
 from branchtree.report.read import Run, read_run
 from branchtree.report.samples import samples
 from branchtree.report.tree_figure import tree_figures
+from branchtree.run.directory import FAILURES
 
 NAME = "report.html"
 KICKER = "Run report"
@@ -85,7 +86,7 @@ def _sections(run: Run) -> list[Titled]:
 
 _HELD_OUT = "Means over samples of prompts that are not trained on, from the same noises each time."
 _REWARDS = "Rewards of the leaves of each iteration's trees; prompts differ from one iteration to the next."
-_FAILURES = "They are masked: no gradient comes from them. All that the log names are in failures.jsonl."
+_FAILURES = f"They are masked: no gradient comes from them. All that the log names are in {FAILURES}."
 _SAMPLES = "Grids start from the same noises, in the same order."
 _TREES = (
     "Noise is on the left and the finished samples are on the right. A node's colour is its advantage, the number "

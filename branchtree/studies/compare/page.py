@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,7 +11,7 @@ from itertools import accumulate
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from branchtree.report.curves import ROWS, SMOOTHED_FROM, keys, running_mean, values
+from branchtree.report.curves import ROWS, reward_labels, smoothed, values
 from branchtree.report.markup import Titled, escape, fill_page, number, table
 from branchtree.report.plot import SERIES, WIDE, large_ticks, plot, whole_ticks
 from branchtree.report.read import Run
@@ -59,10 +58,9 @@ def render_comparison(comparison: Comparison, title: str, description: str) -> s
 def _sections(comparison: Comparison) -> list[Titled]:
     rewards, work = reward_sheet(comparison), work_sheet(comparison)
     held_out = _table("Held-out figures", rewards) if len(rewards.heads) > 1 else ""
-    found = (re.fullmatch(r"reward/(.+)/mean", key) for run in comparison.runs.values() for key in keys(run.metrics))
-    trained = list(dict.fromkeys(match[1] for match in found if match))
+    trained = dict.fromkeys(label for run in comparison.runs.values() for label in reward_labels(run.metrics))
     judged = _charts(comparison, "held", "Held-out", comparison.labels, held_out_points)
-    training = _charts(comparison, "reward", "Training reward", trained, training_points)
+    training = _charts(comparison, "reward", "Training reward", list(trained), training_points)
     return [
         ("held-out", "Held-out figures", held_out, _HELD_OUT),
         ("held-out-curves", "Held-out curves", judged, _CURVES),
@@ -109,9 +107,7 @@ def held_out_points(run: Run, label: str) -> list[Point]:
 def training_points(run: Run, label: str) -> list[Point]:
     """Return a run's training reward of each iteration, as a running mean where there are many."""
     rows, time = _spent(run)
-    rewards = values(run.metrics, f"reward/{label}/mean")
-    if len(rewards) >= SMOOTHED_FROM:
-        rewards = running_mean(rewards, 2 * max(len(rewards) // 40, 1) + 1)
+    rewards = smoothed(values(run.metrics, f"reward/{label}/mean"))
     return [Point(done, rows[done], time[done], reward) for done, reward in enumerate(rewards, 1)]
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +79,7 @@ def make_evaluation_request(subject: Subject, choices: EvaluationChoices) -> Eva
     if choices.rewards is None:
         rewards = make_rewards(section.rewards, ("evaluation", "rewards"), model.modality)
     else:
-        rewards = _named_rewards(choices.rewards, model.modality)
+        rewards = make_named(choices.rewards, model.modality)
     require_evaluation_memory(recipe, model, rewards, section.rows, choices.force)
     conditions = held_out_conditions(section, model)
     check_conditions(model, conditions)
@@ -110,15 +109,3 @@ def _section(recipe: Recipe, choices: EvaluationChoices) -> EvaluationSection:
         prompts = str(user_path(given)) if isinstance(given, str | Path) else tuple(given)
         changes |= {"prompts": prompts, "folder": None}
     return section.model_copy(update=changes)
-
-
-def _named_rewards(given: Spec | Sequence[Spec], modality: str) -> list[NamedReward]:
-    """Return the rewards that a user names, not loaded, each described as it was named."""
-    specs = [given] if isinstance(given, str | Mapping) else list(given)
-    texts = [spec if isinstance(spec, str) else json.dumps(spec, default=str) for spec in specs]
-    named = [replace(reward, described=text) for reward, text in zip(make_named(specs), texts, strict=True)]
-    for reward in named:
-        if modality not in reward.adapter.modalities:
-            scored = ", ".join(sorted(reward.adapter.modalities))
-            raise RecipeError(f"reward '{reward.label}' scores {scored}, but the model makes {modality}s")
-    return named
