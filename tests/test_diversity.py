@@ -66,24 +66,24 @@ def drawn(policy: Policy, asked: DiversityRequest, kind: Kind) -> FeatureSamples
 
 
 def planned(asked: DiversityRequest, kind: Kind) -> PlannedSet:
-    return PlannedSet(kind.name, kind, asked.recipe, asked.deal)
+    return PlannedSet(kind.name, kind, asked.recipe, asked.layout)
 
 
 def test_groups_are_whole_and_every_prompt_has_two(tmp_path: Path) -> None:
-    deal = request(tmp_path).deal
-    assert (deal.groups, deal.size, deal.samples, len(deal.conditions)) == (4, 4, 16, 2)
-    assert deal.prompt.tolist() == [0, 1, 0, 1]
-    larger = make_diversity_request("quickstart", SMALL, DiversityChoices(samples=4 * 137 + 1, output=tmp_path)).deal
+    layout = request(tmp_path).layout
+    assert (layout.groups, layout.size, layout.samples, len(layout.conditions)) == (4, 4, 16, 2)
+    assert layout.prompt.tolist() == [0, 1, 0, 1]
+    larger = make_diversity_request("quickstart", SMALL, DiversityChoices(samples=4 * 137 + 1, output=tmp_path)).layout
     assert (larger.groups, len(larger.conditions)) == (138, 60)  # rounded up, and all prompts of the file
     assert sorted(torch.bincount(larger.prompt).unique().tolist()) == [2, 3]
 
 
 def reference_trajectory(policy: Policy, asked: DiversityRequest, group: int, place: int, own: bool) -> Tensor:
     """One plain trajectory by the equations of DanceGRPO's SDE, step by step."""
-    seed, set_number, row = asked.deal.seed, 3 if own else 1, group * 4 + place
+    seed, set_number, row = asked.layout.seed, 3 if own else 1, group * 4 + place
     start = generator(seed, set_number, group, 0, place if own else 0, Purpose.INITIAL)
     x = policy.model.initial_noise(start)[None]
-    conditioning = policy.cache.get([asked.deal.conditions[group % 2]], torch.device("cpu"))
+    conditioning = policy.cache.get([asked.layout.conditions[group % 2]], torch.device("cpu"))
     sigmas = [3 * t / (1 + 2 * t) for t in (1.0, 0.75, 0.5, 0.25, 0.0)]
     for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
         velocity = policy.model.predict(x, torch.tensor([sigma]), conditioning)
@@ -200,10 +200,10 @@ def test_what_samples_depend_on_is_in_their_description(small: Small, tmp_path: 
     weights = weights_digest(policy.model.denoiser)
     image = tmp_path / "first.png"
     image.write_bytes(b"one")
-    deal = replace(asked.deal, conditions=[Condition("a", image=image)])
+    layout = replace(asked.layout, conditions=[Condition("a", image=image)])
 
-    def described(recipe: Any = asked.recipe, kind: Kind = PLAIN, deal: Any = deal, weights: str = weights) -> str:
-        return json.dumps(describe(PlannedSet(kind.name, kind, recipe, deal), weights))
+    def described(recipe: Any = asked.recipe, kind: Kind = PLAIN, layout: Any = layout, weights: str = weights) -> str:
+        return json.dumps(describe(PlannedSet(kind.name, kind, recipe, layout), weights))
 
     tree = asked.recipe.tree.model_copy(update={"strength": 2.0})
     found = {
@@ -212,8 +212,8 @@ def test_what_samples_depend_on_is_in_their_description(small: Small, tmp_path: 
         described(asked.recipe.model_copy(update={"lora": LoraSection(rank=4)})),
         described(kind=CONTROL),
         described(kind=replace(PLAIN, shared=False)),
-        described(deal=replace(deal, seed=1)),
-        described(deal=replace(deal, iteration=1)),
+        described(layout=replace(layout, seed=1)),
+        described(layout=replace(layout, iteration=1)),
         described(weights="other"),
     }
     image.write_bytes(b"two")
@@ -256,7 +256,7 @@ def test_a_runs_newest_checkpoint_is_sampled(tmp_path: Path) -> None:
         digests.append(weights_digest(model.denoiser))
     judged = make_diversity_request(run.root, {}, DiversityChoices(samples=16))
     assert judged.output == run.root / "diversity"
-    assert judged.deal.iteration == 5
+    assert judged.layout.iteration == 5
     assert weights_digest(load_policy(judged).model.denoiser) == digests[1] != digests[0]
 
 

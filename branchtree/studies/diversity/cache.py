@@ -55,7 +55,7 @@ class FeatureCache:
 
 def describe(planned: PlannedSet, weights: str) -> dict[str, Any]:
     """Return all that a set's samples depend on, rounding apart. ``weights`` is the denoiser's digest."""
-    recipe, kind, deal = planned.recipe, planned.kind, planned.deal
+    recipe, kind, layout = planned.recipe, planned.kind, planned.layout
     return {
         "version": VERSION,
         "model": recipe.model.model_dump(mode="json"),
@@ -66,8 +66,8 @@ def describe(planned: PlannedSet, weights: str) -> dict[str, Any]:
         "precision": recipe.run.precision,
         "recipe_seed": recipe.seed,
         "kind": [kind.number, kind.branched, kind.shared],
-        "conditions": [_described(condition) for condition in deal.conditions],
-        "deal": [deal.groups, deal.size, deal.seed, deal.iteration],
+        "conditions": [_described(condition) for condition in layout.conditions],
+        "deal": [layout.groups, layout.size, layout.seed, layout.iteration],
     }
 
 

@@ -14,17 +14,16 @@ from torch import Tensor
 
 from branchtree.studies.diversity.blocks import BlockInterval, Groups, block_mmd
 from branchtree.studies.diversity.mmd import (
-    CubicKernel,
-    FeatureKernel,
     Kid,
-    RbfKernel,
     SampleSet,
     SetSums,
     biased,
+    cubic_kernel,
     draw_subsets,
     kid,
     median_bandwidth,
     pair_sums,
+    rbf_kernel,
     self_sums,
     unbiased,
 )
@@ -71,15 +70,13 @@ def compare_sets(
         seed: What the subsets, the bandwidth's samples and the bootstrap are drawn by.
     """
     count, group = len(prompt) * size, torch.arange(len(prompt)).repeat_interleave(size)
-    kernels: list[FeatureKernel] = [
-        CubicKernel(next(iter(sets.values())).shape[1]),
-        RbfKernel(median_bandwidth(list(sets.values()), seed)),
-    ]
+    features = list(sets.values())
+    kernels = [cubic_kernel(features[0].shape[1]), rbf_kernel(median_bandwidth(features, seed))]
     samples = {
         name: SampleSet(
-            features, group, draw_subsets(count, SUBSET_SIZE, SUBSETS, seed + index) if count > SUBSET_SIZE else None
+            each, group, draw_subsets(count, SUBSET_SIZE, SUBSETS, seed + index) if count > SUBSET_SIZE else None
         )
-        for index, (name, features) in enumerate(sets.items())
+        for index, (name, each) in enumerate(sets.items())
     }
     within = {name: (pair_sums(one, one, kernels), self_sums(one, kernels)) for name, one in samples.items()}
     found: list[Discrepancy] = []
@@ -95,8 +92,8 @@ def compare_sets(
                     first=first,
                     second=second,
                     kernel=kernel.name,
-                    bandwidth=kernel.bandwidth if isinstance(kernel, RbfKernel) else None,
-                    kid=kid(sums, SUBSET_SIZE) if isinstance(kernel, CubicKernel) else None,
+                    bandwidth=kernel.bandwidth,
+                    kid=kid(sums, SUBSET_SIZE) if kernel.name == "cubic" else None,
                     unbiased=unbiased(sums, count, count),
                     biased=biased(sums, count, count),
                     groups=block_mmd(mean_x, mean_y, mean_between, Groups(prompt, prompt), seed),

@@ -9,9 +9,8 @@ Axis letters: N samples, D features, G groups, S subsets.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -24,40 +23,34 @@ ROWS = 512
 """Samples whose kernel values with all others are in memory at once."""
 
 
-class FeatureKernel(Protocol):
-    """A positive definite function of two feature vectors, worked out from their inner products."""
-
-    name: ClassVar[str]  # what results call it
-
-    def values(self, dots: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """k(x, y) from inner products ``dots`` and squared norms ``left`` and ``right``, which broadcast."""
-
-
 @dataclass(frozen=True)
-class CubicKernel:
-    """(x.y / D + 1)^3, the kernel of KID (arXiv 1801.01401)."""
+class FeatureKernel:
+    """A positive definite function k of two feature vectors, worked out from their inner products."""
 
-    name: ClassVar[str] = "cubic"
-    dimension: int
+    name: str
+    values: Callable[[Tensor, Tensor, Tensor], Tensor]  # of inner products and both squared norms, which broadcast
+    bandwidth: float | None = None
 
-    def values(self, dots: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """See FeatureKernel."""
-        base = dots / self.dimension + 1
+
+def cubic_kernel(dimension: int) -> FeatureKernel:
+    """Return (x.y / D + 1)^3, the kernel of KID (arXiv 1801.01401)."""
+
+    def values(dots: Tensor, left: Tensor, right: Tensor) -> Tensor:
+        base = dots / dimension + 1
         return base * base * base
 
+    return FeatureKernel("cubic", values)
 
-@dataclass(frozen=True)
-class RbfKernel:
-    """exp(-|x - y|^2 / (2 h^2)) with bandwidth h."""
 
-    name: ClassVar[str] = "rbf"
-    bandwidth: float
+def rbf_kernel(bandwidth: float) -> FeatureKernel:
+    """Return exp(-|x - y|^2 / (2 h^2)) with bandwidth h."""
 
-    def values(self, dots: Tensor, left: Tensor, right: Tensor) -> Tensor:
-        """See FeatureKernel."""
+    def values(dots: Tensor, left: Tensor, right: Tensor) -> Tensor:
         # Rounding can leave the squared distance of a sample to itself just below 0.
         squares = (left + right - 2 * dots).clamp_min(0)
-        return torch.exp(squares / (-2 * self.bandwidth**2))
+        return torch.exp(squares / (-2 * bandwidth**2))
+
+    return FeatureKernel("rbf", values, bandwidth)
 
 
 def median_bandwidth(sets: Sequence[Tensor], seed: int = 0) -> float:

@@ -17,7 +17,7 @@ from branchtree.run.directory import RunDirectory
 from branchtree.studies.common.grids import combinations, parse_grid
 from branchtree.studies.common.output import check_folder
 from branchtree.studies.common.subject import Subject, find_subject
-from branchtree.studies.diversity.sampling import BRANCHED, CONTROL, INDEPENDENT, PLAIN, Deal, PlannedSet
+from branchtree.studies.diversity.sampling import BRANCHED, CONTROL, INDEPENDENT, PLAIN, GroupLayout, PlannedSet
 from branchtree.studies.diversity.spaces import NamedSpace, make_spaces
 
 RESULT = "diversity.json"
@@ -57,9 +57,9 @@ class DiversityRequest:
         return self.subject.recipe
 
     @property
-    def deal(self) -> Deal:
+    def layout(self) -> GroupLayout:
         """The groups of the sets that are compared."""
-        return self.sets[0].deal
+        return self.sets[0].layout
 
 
 def make_diversity_request(
@@ -78,17 +78,17 @@ def make_diversity_request(
     else:
         data = recipe.data
         conditions = load_conditions(str(choices.prompts), data.column, data.split, media=media_of(model))
-    deal = _deal(recipe, subject, conditions, choices)
+    layout = _layout(recipe, subject, conditions, choices)
     shared = choices.shared_noise
     kinds = [BRANCHED, *(replace(kind, shared=shared) for kind in (PLAIN, CONTROL)), *([INDEPENDENT] if shared else [])]
-    sets = [PlannedSet(kind.name, kind, recipe, deal) for kind in kinds]
+    sets = [PlannedSet(kind.name, kind, recipe, layout) for kind in kinds]
     source = run_or_recipe if subject.run is None else RunDirectory(subject.run).recipe_file
     for changes in grid_cells(choices.grid):
         changed = load_recipe(source, {**(overrides or {}), **changes}, choices.smoke)
         make_kernel(changed.sampler, model.prediction)
         name = " ".join(f"{key}={value}" for key, value in changes.items())
-        sets.append(PlannedSet(name, BRANCHED, changed, _deal(changed, subject, conditions, choices)))
-    check_conditions(model, deal.conditions)
+        sets.append(PlannedSet(name, BRANCHED, changed, _layout(changed, subject, conditions, choices)))
+    check_conditions(model, layout.conditions)
     return DiversityRequest(subject, model, spaces, sets, output, shared)
 
 
@@ -106,7 +106,9 @@ def grid_cells(grid: Sequence[str]) -> list[dict[str, Any]]:
     return [{key: value for key, (_, value) in cell.items()} for cell in combinations(grids)]
 
 
-def _deal(recipe: Recipe, subject: Subject, conditions: Sequence[Condition], choices: DiversityChoices) -> Deal:
+def _layout(
+    recipe: Recipe, subject: Subject, conditions: Sequence[Condition], choices: DiversityChoices
+) -> GroupLayout:
     """Return whole groups, at least two of each prompt: the last prompts are left out if there are too many."""
     iteration = subject.iteration or 0
     size = make_schedule(recipe).plan(iteration, 0).leaves
@@ -117,4 +119,4 @@ def _deal(recipe: Recipe, subject: Subject, conditions: Sequence[Condition], cho
             "needed to tell trees from what they have in common"
         )
     seed = recipe.seed if choices.seed is None else choices.seed
-    return Deal(groups, size, conditions[: groups // 2], seed, iteration)
+    return GroupLayout(groups, size, conditions[: groups // 2], seed, iteration)

@@ -63,7 +63,7 @@ def run_study(request: DiversityRequest, advance: Advance | None = None) -> Stud
     """Sample what is not kept on disk, compare, and write ``diversity.json``. Raises a BranchTreeError."""
     policy = load_policy(request)
     cache, weights = FeatureCache(request.output / CACHE), weights_digest(policy.model.denoiser)
-    count = counter(advance, sum(planned.deal.samples for planned in request.sets))
+    count = counter(advance, sum(planned.layout.samples for planned in request.sets))
     drawn: dict[str, FeatureSamples] = {}
     rows: list[GroupRow] = []
     for planned in request.sets:
@@ -73,14 +73,14 @@ def run_study(request: DiversityRequest, advance: Advance | None = None) -> Stud
             found = draw_samples(policy, planned, request.spaces, count)
             cache.write(described, request.spaces, found)
         else:
-            count(planned.deal.samples)
+            count(planned.layout.samples)
         drawn.setdefault(planned.name, found)
         rows.append(_group_row(planned, found))
-    pairs, deal = [(BRANCHED.name, PLAIN.name), (CONTROL.name, PLAIN.name)], request.deal
+    pairs, layout = [(BRANCHED.name, PLAIN.name), (CONTROL.name, PLAIN.name)], request.layout
     discrepancies: list[Discrepancy] = []
     for named in request.spaces:
         sets = {name: drawn[name].features[named.label] for name in (BRANCHED.name, PLAIN.name, CONTROL.name)}
-        discrepancies += compare_sets(named.label, sets, pairs, deal.prompt, deal.size, deal.seed)
+        discrepancies += compare_sets(named.label, sets, pairs, layout.prompt, layout.size, layout.seed)
     study = Study(request, {named.label: named.space.backend for named in request.spaces}, discrepancies, rows)
     write_document(request.output / RESULT, _record(study))
     return study
@@ -103,7 +103,7 @@ def load_policy(request: DiversityRequest) -> Policy:
 
 
 def _group_row(planned: PlannedSet, drawn: FeatureSamples) -> GroupRow:
-    size = planned.deal.size
+    size = planned.layout.size
     distances = {LATENTS: drawn.latent_distance}
     for label, features in drawn.features.items():
         distances[label] = pairwise_distance(features.unflatten(0, (-1, size)))
@@ -111,16 +111,16 @@ def _group_row(planned: PlannedSet, drawn: FeatureSamples) -> GroupRow:
 
 
 def _record(study: Study) -> dict[str, Any]:
-    request, deal = study.request, study.request.deal
+    request, layout = study.request, study.request.layout
     return {
         "recipe": request.recipe.name,
         "run": None if request.subject.run is None else str(request.subject.run),
         "iteration": request.subject.iteration,
-        "samples": deal.samples,
-        "groups": deal.groups,
-        "group_size": deal.size,
-        "prompts": [condition.prompt for condition in deal.conditions],
-        "seed": deal.seed,
+        "samples": layout.samples,
+        "groups": layout.groups,
+        "group_size": layout.size,
+        "prompts": [condition.prompt for condition in layout.conditions],
+        "seed": layout.seed,
         "sets": sets_in_words(request),
         "features": study.backends,
         "kernels": KERNELS,

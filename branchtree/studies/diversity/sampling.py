@@ -39,7 +39,7 @@ INDEPENDENT = Kind("independent", 3, shared=False)
 
 
 @dataclass(frozen=True)
-class Deal:
+class GroupLayout:
     """Which groups a set has: group g is of prompt g % P, so that prompts come equally often, give or take one."""
 
     groups: int  # G
@@ -66,7 +66,7 @@ class PlannedSet:
     name: str
     kind: Kind
     recipe: Recipe  # its trees and its sampler
-    deal: Deal
+    layout: GroupLayout
 
 
 @dataclass(frozen=True)
@@ -85,14 +85,14 @@ def draw_samples(
 
     ``advance`` is called with the number of samples that have been made since it was last called.
     """
-    deal, batch = planned.deal, planned.recipe.batch
+    layout, batch = planned.layout, planned.recipe.batch
     policy = replace(policy, sampler=make_sampler(planned.recipe, policy.model))
-    policy.cache.prepare(deal.conditions, replace=True)
+    policy.cache.prepare(layout.conditions, replace=True)
     features: dict[str, list[Tensor]] = {named.label: [] for named in spaces}
     distances: list[Tensor] = []
-    for span in chunks(deal.groups, batch.rollout_prompts or batch.prompts):
+    for span in chunks(layout.groups, batch.rollout_prompts or batch.prompts):
         latents = _leaves(policy, planned, span)
-        distances.append(pairwise_distance(latents.flatten(1).unflatten(0, (-1, deal.size)).cpu()))
+        distances.append(pairwise_distance(latents.flatten(1).unflatten(0, (-1, layout.size)).cpu()))
         for rows in chunks(len(latents), batch.decode_rows):
             media = policy.model.decode(latents[rows.start : rows.stop])
             for named in spaces:
@@ -111,19 +111,19 @@ def _checked(features: Tensor, label: str) -> Tensor:
 
 def _leaves(policy: Policy, planned: PlannedSet, span: range) -> Tensor:
     """Return clean latents (len(span) * K, *latent) of some groups, group after group."""
-    kind, deal, batch = planned.kind, planned.deal, planned.recipe.batch
+    kind, layout, batch = planned.kind, planned.layout, planned.recipe.batch
     schedule = make_schedule(planned.recipe)
-    plans = [schedule.plan(deal.iteration, group) for group in span]
-    repeats = 1 if kind.branched else deal.size  # trajectories of a group
+    plans = [schedule.plan(layout.iteration, group) for group in span]
+    repeats = 1 if kind.branched else layout.size  # trajectories of a group
     rows = [(group, row) for group in span for row in range(repeats)]
     # A group's prompt is encoded once, for all its trajectories.
-    velocity = policy.under([deal.conditions[group % len(deal.conditions)] for group in span])
+    velocity = policy.under([layout.conditions[group % len(layout.conditions)] for group in span])
     tree = rollout(
         lambda latents, sigma, row: velocity(latents, sigma, row // repeats),
         policy.sampler,
         grow([plan if kind.branched else unbranched(plan) for plan in plans for _ in range(repeats)]),
-        policy.initial(deal.seed, kind.number, [(group, 0 if kind.shared else row) for group, row in rows]),
-        NoiseSource(deal.seed, kind.number),
+        policy.initial(layout.seed, kind.number, [(group, 0 if kind.shared else row) for group, row in rows]),
+        NoiseSource(layout.seed, kind.number),
         [group * repeats + row for group, row in rows],
         max_rows=batch.rollout_rows,
         store=torch.device("cpu") if batch.states == "host" else None,
