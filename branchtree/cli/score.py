@@ -89,7 +89,7 @@ def _mean(scores: Sequence[FileScore]) -> str:
 
 
 def reward_table(entries: Sequence[Entry]) -> Table:
-    """A row for each registered reward; what its card does not say is told apart from what is nought."""
+    """A row for each registered reward; what its card does not say is shown as '-', and not as 0."""
     table = Table(box=None, header_style="bold", padding=(0, 2, 1, 0))
     table.add_column("Reward", no_wrap=True)
     for name, width in (("Scores", 6), ("GB", 5), ("Non-commercial", 14)):

@@ -49,45 +49,43 @@ def find_subject(
     ``iteration`` picks a run's checkpoint; the newest by default. A ``lora`` file or folder, or a run that trained one,
     stands in for the run's own weights. Raises RecipeError or CheckpointError.
     """
-    if lora is not None:
-        return _with_lora(subject, overrides, smoke, iteration, lora)
-    if not isinstance(subject, Recipe):
-        run = RunDirectory(user_path(subject))
-        if os.path.isfile(run.recipe_file):
-            return _trained(run, overrides, smoke, iteration)
-        if _is_no_recipe(subject, run.root):
-            raise RecipeError(
-                f"{run.root} is no run's directory: it holds no {run.recipe_file.name}"
-                if os.path.isdir(run.root)
-                else f"there is no run's directory {shortened(str(run.root))}, and a recipe is given by its name or as "
-                "a .yaml file"
-            )
-    recipe = resolve_recipe(subject, overrides, smoke)
+    run = None if isinstance(subject, Recipe) else _find_run(subject)
+    if run is not None and lora is None:
+        return _trained(run, overrides, smoke, iteration)
+    if lora is not None and iteration is not None:
+        raise RecipeError("lora: a checkpoint of the run is judged, or a LoRA; leave out one of the two")
+    weights = None if lora is None else _find_lora(lora)
+    recipe = resolve_recipe(subject if run is None else run.recipe_file, overrides, smoke)
     if iteration is not None:
         raise RecipeError("a recipe has no checkpoints; name the directory of a run to judge one of its checkpoints")
-    return Subject(recipe)
+    if weights is not None and recipe.lora is not None and recipe.model.start is not None:
+        raise RecipeError("lora: the recipe starts from a LoRA of its own; leave that out with model.start=null")
+    return Subject(recipe, lora=weights)
 
 
-def _with_lora(
-    subject: str | Path | Recipe,
-    overrides: Mapping[str, Any] | None,
-    smoke: bool,
-    iteration: int | None,
-    lora: str | Path,
-) -> Subject:
-    """Return the recipe of a run or of that name, with the LoRA that is judged with its base model."""
-    if iteration is not None:
-        raise RecipeError("lora: a checkpoint of the run is judged, or a LoRA; leave out one of the two")
+def _find_run(subject: str | Path) -> RunDirectory | None:
+    """Return the run whose directory this is, or None for a recipe's name or file.
+
+    Raises RecipeError for what can only be meant as a run's directory, a folder or a path in one, and is none.
+    """
+    run = RunDirectory(user_path(subject))
+    if os.path.isfile(run.recipe_file):
+        return run
+    if run.root.suffix.partition("+")[0] in SUFFIXES or str(subject) in recipe_names():
+        return None
+    if os.path.isdir(run.root):
+        raise RecipeError(f"{run.root} is no run's directory: it holds no {run.recipe_file.name}")
+    if len(run.root.parts) > 1:
+        named = shortened(str(run.root))
+        raise RecipeError(f"there is no run's directory {named}, and a recipe is given by its name or as a .yaml file")
+    return None
+
+
+def _find_lora(lora: str | Path) -> Path:
     try:
-        source = find_start(user_path(lora))
+        return find_start(user_path(lora))
     except (RecipeError, CheckpointError) as error:
         raise type(error)(str(error).replace("model.start:", "lora:", 1)) from None
-    run = None if isinstance(subject, Recipe) else RunDirectory(user_path(subject))
-    named = run.recipe_file if run is not None and os.path.isfile(run.recipe_file) else subject
-    recipe = find_subject(named, overrides, smoke).recipe
-    if recipe.lora is not None and recipe.model.start is not None:
-        raise RecipeError("lora: the recipe starts from a LoRA of its own; leave that out with model.start=null")
-    return Subject(recipe, lora=source)
 
 
 def _trained(run: RunDirectory, overrides: Mapping[str, Any] | None, smoke: bool, iteration: int | None) -> Subject:
@@ -113,10 +111,3 @@ def _checkpoint(run: RunDirectory, iteration: int | None) -> Path:
             f"base model alone, name {run.recipe_file}"
         )
     return chosen_checkpoint(run.checkpoints, iteration)
-
-
-def _is_no_recipe(subject: str | Path, path: Path) -> bool:
-    """Return whether it can only be meant as a run's directory: it is a folder, or is written as a path in one."""
-    if path.suffix.partition("+")[0] in SUFFIXES or str(subject) in recipe_names():
-        return False
-    return os.path.isdir(path) or len(path.parts) > 1
