@@ -62,4 +62,9 @@ def write_document(path: Path, content: Mapping[str, Any]) -> None:
 def write_lines(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
     """Write one JSON object a line, all of them or none. Raises OutputError."""
     with writing(path):
-        write_atomically(path, "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows).encode())
+        write_atomically(path, as_lines(rows).encode())
+
+
+def as_lines(rows: Iterable[Mapping[str, Any]]) -> str:
+    """Return one JSON object a line."""
+    return "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows)

@@ -13,13 +13,13 @@ from torch import Tensor
 
 from branchtree.core.rollout import chunks
 from branchtree.core.scores import Scores
-from branchtree.errors import DataError, RecipeError, RewardError, refuse
+from branchtree.errors import DataError, OutputError, RecipeError, RewardError, refuse
 from branchtree.files.reading import whole_text
 from branchtree.planning.devices import named_device
 from branchtree.plugins.protocols import ReleasesMemory, needs_prompt
 from branchtree.plugins.scores import ask
 from branchtree.recipe.build import NamedReward
-from branchtree.studies.common.output import Advance, check_file, counter, write_lines
+from branchtree.studies.common.output import Advance, as_lines, check_file, counter, write_lines
 from branchtree.studies.common.rewards import Spec, make_named
 from branchtree.studies.score.items import Given, Item, list_items
 from branchtree.studies.score.media import Form, find_forms, read
@@ -114,7 +114,10 @@ def score_files(
         for item, scores in zip(items, found, strict=True)
     ]
     if output is not None:
-        write_lines(output, map(asdict, scored))
+        try:
+            write_lines(output, map(asdict, scored))
+        except OutputError as error:  # the work is done: what cannot be written is shown
+            raise OutputError(f"{error}. The scores are:\n{as_lines(map(asdict, scored))}") from None
     return scored
 
 
