@@ -14,8 +14,9 @@ from pathlib import Path
 
 from rich.console import Console
 
+from branchtree.cli.compare import sheet_table
 from branchtree.studies.compare import Budget, ComparisonRequest, Row, run_comparison
-from branchtree.studies.compare.table import reward_sheet, terminal, work_sheet
+from branchtree.studies.compare.table import reward_sheet, work_sheet
 
 QUIET = {"run.checkpoint_every": 10**6, "run.sample_every": 10**6, "run.tree_every": 10**6}
 ROWS = (
@@ -35,8 +36,8 @@ def main() -> None:
     request = ComparisonRequest(ROWS, tuple(range(arguments.seeds)), Budget(rows=arguments.rows), QUIET)
     with tempfile.TemporaryDirectory() as folder:
         comparison = run_comparison(request, Path(folder), tell=lambda line: print(line, flush=True))
-    for sheet in (*work_sheet(comparison).parts(6), *reward_sheet(comparison).parts(3)):
-        console.print(terminal(sheet))
+    for sheet in (*work_sheet(comparison).split(6), *reward_sheet(comparison).split(3)):
+        console.print(sheet_table(sheet))
 
 
 if __name__ == "__main__":

@@ -7,15 +7,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from branchtree.errors import OutputError
-from branchtree.files.names import folder_name
+from branchtree.files.names import default_output
 from branchtree.files.reading import require_name, user_path
-from branchtree.recipe import Recipe, load_recipe
+from branchtree.recipe import Recipe
+from branchtree.recipe.load import resolve_recipe
 
 if TYPE_CHECKING:
     from branchtree.planning.plan import RunPlan
     from branchtree.plugins.protocols import Callback
     from branchtree.studies.compare import Comparison
-    from branchtree.studies.diversity.study import Study
+    from branchtree.studies.diversity import Study
     from branchtree.studies.evaluate import EvaluationResult
     from branchtree.studies.score import ScoredFile
     from branchtree.training.reporter import TrainResult
@@ -57,8 +58,8 @@ def train(
     from branchtree.run.start import with_start
     from branchtree.training.trainer import train_recipe
 
-    resolved = _resolve(recipe, overrides, smoke)
-    root = user_path(output or Path("runs") / folder_name(resolved.name))
+    resolved = resolve_recipe(recipe, overrides, smoke)
+    root = user_path(output or default_output(resolved.name))
     require_name(root, OutputError)
     begun = with_start(resolved, None if start is None else Path(start), RunDirectory(root) if resume else None)
     return train_recipe(begun, root, resume, callbacks, allow, checkpoint, force)
@@ -68,7 +69,7 @@ def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None
     """Compute a recipe's tree, rows and memory without loading a model; the arguments are those of ``train``."""
     from branchtree.planning.plan import plan_recipe
 
-    return plan_recipe(_resolve(recipe, overrides, smoke))
+    return plan_recipe(resolve_recipe(recipe, overrides, smoke))
 
 
 def evaluate(
@@ -84,6 +85,7 @@ def evaluate(
     output: str | Path | None = None,
     smoke: bool = False,
     force: bool = False,
+    advance: Callable[[int, int], None] | None = None,
 ) -> EvaluationResult:
     """Judge a run's model, or a LoRA, against its base on held-out prompts, or a recipe's base model alone.
 
@@ -105,17 +107,18 @@ def evaluate(
             directory, or ``runs/evaluation-<recipe name>``.
         smoke: Whether to use the recipe's small model and rewards.
         force: As for ``train``.
+        advance: Called with the number of samples that this process has made, and that all will make.
 
     Raises:
         BranchTreeError: Something is wrong; the message says what and where. It is raised before anything is loaded if
             it can be known then.
     """
-    from branchtree.studies.evaluate import evaluate_subject
-    from branchtree.studies.evaluate.request import EvaluationChoices
+    from branchtree.studies.common.subject import find_subject
+    from branchtree.studies.evaluate import EvaluationChoices, evaluate_subject
 
+    subject = find_subject(run_or_recipe, overrides, smoke, checkpoint, lora)
     written = None if output is None else user_path(output)
-    choices = EvaluationChoices(rewards, prompts, noises, limit, written, force, lora)
-    return evaluate_subject(run_or_recipe, overrides, choices, smoke=smoke, checkpoint=checkpoint)
+    return evaluate_subject(subject, EvaluationChoices(rewards, prompts, noises, limit, written, force), advance)
 
 
 def score(
@@ -123,8 +126,10 @@ def score(
     rewards: str | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     *,
     prompt: str | None = None,
+    output: str | Path | None = None,
     device: str = "auto",
     batch: int = 8,
+    advance: Callable[[int, int], None] | None = None,
 ) -> list[ScoredFile]:
     """Score files of pictures and videos, and return the scores in the order of the files.
 
@@ -133,8 +138,10 @@ def score(
             ``{"image": path, "prompt": text}``, or with ``"video"``; other keys are kept as metadata.
         rewards: Names with settings, as in ``"hps version=v2.0"``, or mappings as in a recipe's ``rewards``.
         prompt: The prompt of files that have none of their own.
+        output: A file for the scores as JSON lines; it is replaced if it exists.
         device: ``auto``, ``cpu`` or ``cuda``.
         batch: Samples of one size that are scored at a time; fewer if they are large.
+        advance: Called with the number of scores made and wanted.
 
     Raises:
         BranchTreeError: An input cannot be read, or is of a kind that a reward does not score. The message has file and
@@ -142,11 +149,12 @@ def score(
     """
     from branchtree.studies.score import score_files
 
-    return score_files(files, rewards, prompt=prompt, device=device, batch=batch)
+    written = None if output is None else user_path(output)
+    return score_files(files, rewards, prompt=prompt, device=device, batch=batch, output=written, advance=advance)
 
 
 def compare(
-    recipes: str | Sequence[str],
+    recipes: str | Path | Recipe | Sequence[str | Path | Recipe],
     overrides: Mapping[str, Any] | None = None,
     *,
     seeds: Sequence[int] = (0, 1, 2),
@@ -157,7 +165,7 @@ def compare(
     output: str | Path = "runs/compare",
     smoke: bool = False,
     title: str = "",
-    tell: Callable[[str], None] = lambda line: None,
+    log: Callable[[str], None] = lambda line: None,
 ) -> Comparison:
     """Train several recipes under the same seeds, prompts and budget, and put them into one table and one page.
 
@@ -165,7 +173,7 @@ def compare(
     the result.
 
     Args:
-        recipes: Names or paths, each with changes of its own as in ``"quickstart@tree.branches=4"``.
+        recipes: Names or paths, each with changes of its own as in ``"quickstart@tree.branches=4"``, or loaded recipes.
         overrides: Values by dotted key that change all recipes.
         seeds: Every recipe is trained once with each.
         iterations: The budget: iterations of the first recipe. The others take as many optimiser steps.
@@ -175,25 +183,25 @@ def compare(
         output: The folder of the runs, the table and the page.
         smoke: Whether to use the recipes' small models and rewards.
         title: The title of table and page.
-        tell: Called with a line of text for every run.
+        log: Called with a line of text for every run.
 
     Raises:
         BranchTreeError: A recipe is wrong, or ``output`` has another comparison.
     """
     from branchtree.studies.common.grids import parse_grid
-    from branchtree.studies.compare.compare import run_comparison
-    from branchtree.studies.compare.request import Budget, ComparisonRequest, multiply, parse_recipe
+    from branchtree.studies.compare import Budget, ComparisonRequest, run_comparison
+    from branchtree.studies.compare.request import multiply, parse_recipe
 
-    words = [recipes] if isinstance(recipes, str) else recipes
+    given = [recipes] if isinstance(recipes, str | Path | Recipe) else recipes
     request = ComparisonRequest(
-        rows=tuple(multiply([parse_recipe(word) for word in words], [parse_grid(text) for text in grid])),
+        rows=tuple(multiply([parse_recipe(each) for each in given], [parse_grid(text) for text in grid])),
         seeds=tuple(seeds),
         budget=Budget(iterations, rows),
         shared=dict(overrides or {}),
         smoke=smoke,
         title=title,
     )
-    return run_comparison(request, user_path(output), jobs, tell)
+    return run_comparison(request, user_path(output), jobs, log)
 
 
 def diversity(
@@ -229,20 +237,12 @@ def diversity(
     Raises:
         BranchTreeError: Something is wrong. It is raised before anything is loaded if it can be known then.
     """
-    from functools import partial
-
-    from branchtree.studies.diversity.files import write_study
-    from branchtree.studies.diversity.request import DiversityChoices, make_diversity_request
-    from branchtree.studies.diversity.study import run_study
-    from branchtree.studies.evaluate.subject import find_subject
+    from branchtree.studies.diversity import DiversityChoices, make_diversity_request, run_study
 
     spaces = (features,) if isinstance(features, str) else tuple(features)
-    source, folder = (None if path is None else Path(path) for path in (prompts, output))
-    choices = DiversityChoices(samples, spaces, source, grid, folder, seed, shared_noise)
-    find = partial(find_subject, run_or_recipe, smoke=smoke, iteration=None)
-    study = run_study(make_diversity_request(find, dict(overrides or {}), choices), advance)
-    write_study(study)
-    return study
+    source, folder = (None if path is None else user_path(path) for path in (prompts, output))
+    choices = DiversityChoices(samples, spaces, source, grid, folder, seed, shared_noise, smoke)
+    return run_study(make_diversity_request(run_or_recipe, overrides, choices), advance)
 
 
 def write_report(run: str | Path) -> Path:
@@ -250,11 +250,3 @@ def write_report(run: str | Path) -> Path:
     from branchtree.report import write_page
 
     return write_page(user_path(run))
-
-
-def _resolve(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None, smoke: bool) -> Recipe:
-    if isinstance(recipe, Recipe):
-        if overrides or smoke:
-            raise TypeError("a loaded recipe takes neither overrides nor smoke: give them to load_recipe")
-        return recipe
-    return load_recipe(recipe, overrides, smoke=smoke)

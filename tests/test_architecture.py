@@ -7,12 +7,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import grimp
 import pytest
 from guests import run_code, run_command
+from typer.testing import CliRunner
 
 import branchtree
+from branchtree.cli.app import app
+from branchtree.errors import BranchTreeError
 from branchtree.plugins.registry import registry
 
 ROOT = Path(__file__).parents[1]
@@ -53,7 +57,7 @@ LAYERS = {
     "pictures": {"core", "files", "plugins"},
     "run": {"files", "plugins", "recipe"},
     "training": {"core", "data", "files", "pictures", "planning", "plugins", "recipe", "run"},
-    "report": {"files", "recipe"},
+    "report": {"files", "recipe", "run"},
     "serving": {"core", "files", "plugins"},
 }
 """What each package may import beside itself; studies, the command line and the conformance tests may import all."""
@@ -161,6 +165,21 @@ def test_the_module_can_be_run() -> None:
     done = run_command("--help")
     assert done.code == 0
     assert "tree-structured" in done.out
+
+
+@pytest.mark.parametrize("words", ["compare a", "diversity a", "evaluate a", "plan a", "score a.png -r b", "train a"])
+def test_a_command_calls_the_function_of_its_name(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    name, *given = words.split()
+    calls: list[Any] = []
+
+    def called(*arguments: Any, **options: Any) -> None:
+        calls.append(arguments[0])
+        raise BranchTreeError
+
+    monkeypatch.setattr(f"branchtree.api.{name}", called)
+    result = CliRunner().invoke(app, [name, *given])
+    assert isinstance(result.exception, BranchTreeError)
+    assert calls in (["a"], [["a"]], [["a.png"]])
 
 
 def test_public_names_exist() -> None:

@@ -11,7 +11,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from branchtree.studies.evaluate.bootstrap import clustered_interval
+from branchtree.studies.common.intervals import clustered_interval
 
 SETS = 1000
 """Simulated data sets of a case. Of an interval that covers with probability 0.95, fewer than 926 of them are covered

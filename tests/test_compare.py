@@ -25,18 +25,16 @@ from training_runs import arguments, largest_difference, metrics, small, weights
 
 from branchtree import load_recipe
 from branchtree.cli.app import app
+from branchtree.cli.compare import parse_seeds, parse_words
 from branchtree.errors import OutputError, RecipeError
 from branchtree.report.read import read_run
 from branchtree.studies.common.grids import parse_grid
-from branchtree.studies.common.student import student_quantile
+from branchtree.studies.common.intervals import student_quantile
 from branchtree.studies.compare import Budget, ComparisonRequest, Row, run_comparison
-from branchtree.studies.compare.budget import iterations_within
-from branchtree.studies.compare.collect import Comparison
-from branchtree.studies.compare.curves import curves, held_out_points, training_points
-from branchtree.studies.compare.page import render_comparison
-from branchtree.studies.compare.request import multiply, parse_recipe, parse_seeds, parse_words
-from branchtree.studies.compare.runs import plan_runs
-from branchtree.studies.compare.statistics import paired_difference, seed_spread
+from branchtree.studies.compare.page import curves, held_out_points, render_comparison, training_points
+from branchtree.studies.compare.plan import iterations_within, plan_runs
+from branchtree.studies.compare.request import multiply, parse_recipe
+from branchtree.studies.compare.results import Comparison, paired_difference, seed_spread
 from branchtree.studies.compare.table import figure, reward_sheet, work_sheet
 
 JUDGED: dict[str, Any] = {

@@ -20,7 +20,7 @@ from branchtree.errors import CheckpointError, OutputError
 from branchtree.run.checkpoint import list_checkpoints, newest_whole
 from branchtree.run.ledger import LEDGER
 from branchtree.run.manifest import MANIFEST, require_whole, write_manifest
-from branchtree.studies.evaluate.subject import find_subject
+from branchtree.studies.common.subject import find_subject
 from branchtree.training.keeper import CheckpointWriter
 
 SETTINGS = {"run.iterations": 6, "run.checkpoint_every": 2, "optim.ema": 0.5, "callbacks": []}
@@ -147,11 +147,11 @@ def test_a_damaged_newest_does_not_push_out_the_whole_one(run: Path) -> None:
 
 
 def test_judging_a_run_takes_a_whole_checkpoint(run: Path) -> None:
-    assert find_subject(run, None, False, None).iteration == 6
+    assert find_subject(run).iteration == 6
     flip(run / "checkpoints/iteration_000006" / WEIGHTS, 900)
-    assert find_subject(run, None, False, None).iteration == 4
+    assert find_subject(run).iteration == 4
     with pytest.raises(CheckpointError, match=r"denoiser\.safetensors: its content is not what was written"):
-        find_subject(run, None, False, 6)
+        find_subject(run, iteration=6)
 
 
 def test_leftovers_of_a_kill_are_cleared_away_and_nothing_else_is(run: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +21,15 @@ from branchtree.recipe.build import make_model
 from branchtree.recipe.schema import LoraSection
 from branchtree.run.directory import RunDirectory
 from branchtree.run.manifest import write_manifest
-from branchtree.studies.diversity import study as study_module
+from branchtree.studies.diversity import run as study_module
 from branchtree.studies.diversity.cache import FeatureCache, describe, weights_digest
 from branchtree.studies.diversity.request import (
     DiversityChoices,
     DiversityRequest,
-    Find,
     grid_cells,
     make_diversity_request,
 )
+from branchtree.studies.diversity.run import load_policy, run_study
 from branchtree.studies.diversity.sampling import (
     BRANCHED,
     CONTROL,
@@ -38,56 +37,53 @@ from branchtree.studies.diversity.sampling import (
     PLAIN,
     FeatureSamples,
     Kind,
-    SampledPolicy,
+    PlannedSet,
     draw_samples,
 )
-from branchtree.studies.diversity.study import run_study
-from branchtree.studies.evaluate.subject import find_subject
 from branchtree.training.loading import load_model
+from branchtree.training.policy import Policy
 
 SMALL = {"tree.steps": 4, "tree.splits": [0, 1], "batch.rollout_prompts": 3, "batch.decode_rows": 5}
 WORDS = ["tree.steps=4", "tree.splits=[0,1]"]
 
 
-def found(subject: str | Path) -> Find:
-    return partial(find_subject, subject, smoke=False, iteration=None)
-
-
 def request(output: Path, **choices: Any) -> DiversityRequest:
-    return make_diversity_request(found("quickstart"), SMALL, DiversityChoices(samples=16, output=output, **choices))
+    return make_diversity_request("quickstart", SMALL, DiversityChoices(samples=16, output=output, **choices))
 
 
-Small = tuple[DiversityRequest, SampledPolicy]
+Small = tuple[DiversityRequest, Policy]
 
 
 @pytest.fixture
-def small(tmp_path: Path) -> tuple[DiversityRequest, SampledPolicy]:
+def small(tmp_path: Path) -> tuple[DiversityRequest, Policy]:
     """Four groups of four, of two prompts, and the loaded model."""
     asked = request(tmp_path)
-    return asked, study_module._load(asked)
+    return asked, load_policy(asked)
 
 
-def drawn(policy: SampledPolicy, asked: DiversityRequest, kind: Kind) -> FeatureSamples:
-    return draw_samples(policy, kind, asked.deal, asked.spaces)
+def drawn(policy: Policy, asked: DiversityRequest, kind: Kind) -> FeatureSamples:
+    return draw_samples(policy, planned(asked, kind), asked.spaces)
+
+
+def planned(asked: DiversityRequest, kind: Kind) -> PlannedSet:
+    return PlannedSet(kind.name, kind, asked.recipe, asked.layout)
 
 
 def test_groups_are_whole_and_every_prompt_has_two(tmp_path: Path) -> None:
-    deal = request(tmp_path).deal
-    assert (deal.groups, deal.size, deal.samples, len(deal.conditions)) == (4, 4, 16, 2)
-    assert deal.prompt.tolist() == [0, 1, 0, 1]
-    larger = make_diversity_request(
-        found("quickstart"), SMALL, DiversityChoices(samples=4 * 137 + 1, output=tmp_path)
-    ).deal
+    layout = request(tmp_path).layout
+    assert (layout.groups, layout.size, layout.samples, len(layout.conditions)) == (4, 4, 16, 2)
+    assert layout.prompt.tolist() == [0, 1, 0, 1]
+    larger = make_diversity_request("quickstart", SMALL, DiversityChoices(samples=4 * 137 + 1, output=tmp_path)).layout
     assert (larger.groups, len(larger.conditions)) == (138, 60)  # rounded up, and all prompts of the file
     assert sorted(torch.bincount(larger.prompt).unique().tolist()) == [2, 3]
 
 
-def reference_trajectory(policy: SampledPolicy, asked: DiversityRequest, group: int, place: int, own: bool) -> Tensor:
+def reference_trajectory(policy: Policy, asked: DiversityRequest, group: int, place: int, own: bool) -> Tensor:
     """One plain trajectory by the equations of DanceGRPO's SDE, step by step."""
-    seed, set_number, row = asked.deal.seed, 3 if own else 1, group * 4 + place
+    seed, set_number, row = asked.layout.seed, 3 if own else 1, group * 4 + place
     start = generator(seed, set_number, group, 0, place if own else 0, Purpose.INITIAL)
     x = policy.model.initial_noise(start)[None]
-    conditioning = policy.cache.get([asked.deal.conditions[group % 2]], torch.device("cpu"))
+    conditioning = policy.cache.get([asked.layout.conditions[group % 2]], torch.device("cpu"))
     sigmas = [3 * t / (1 + 2 * t) for t in (1.0, 0.75, 0.5, 0.25, 0.0)]
     for step, (sigma, following) in enumerate(itertools.pairwise(sigmas)):
         velocity = policy.model.predict(x, torch.tensor([sigma]), conditioning)
@@ -135,8 +131,9 @@ def test_no_two_sets_share_noise_and_a_set_does_not_depend_on_batches(
     sets = {kind.name: drawn(policy, asked, kind).features["pixels"] for kind in (BRANCHED, PLAIN, CONTROL)}
     alike = [torch.isclose(sets[a], sets[b]).all(dim=1).any() for a, b in (("branched", "plain"), ("plain", "control"))]
     assert not any(map(bool, alike))
-    batch = policy.batch.model_copy(update={"rollout_prompts": 1, "decode_rows": 16, "rollout_rows": 3})
-    again = drawn(replace(policy, batch=batch), asked, BRANCHED).features["pixels"]
+    batch = asked.recipe.batch.model_copy(update={"rollout_prompts": 1, "decode_rows": 16, "rollout_rows": 3})
+    other = replace(planned(asked, BRANCHED), recipe=asked.recipe.model_copy(update={"batch": batch}))
+    again = draw_samples(policy, other, asked.spaces).features["pixels"]
     torch.testing.assert_close(again, sets["branched"], rtol=1e-3, atol=1e-4)
 
 
@@ -179,9 +176,9 @@ def test_the_command_writes_what_it_prints(tmp_path: Path) -> None:
 def test_what_is_kept_is_not_drawn_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[str] = []
 
-    def counting(policy: SampledPolicy, kind: Kind, *rest: Any) -> FeatureSamples:
-        calls.append(kind.name)
-        return draw_samples(policy, kind, *rest)
+    def counting(policy: Policy, planned: PlannedSet, *rest: Any) -> FeatureSamples:
+        calls.append(planned.kind.name)
+        return draw_samples(policy, planned, *rest)
 
     monkeypatch.setattr(study_module, "draw_samples", counting)
     first = run_study(request(tmp_path))
@@ -203,10 +200,10 @@ def test_what_samples_depend_on_is_in_their_description(small: Small, tmp_path: 
     weights = weights_digest(policy.model.denoiser)
     image = tmp_path / "first.png"
     image.write_bytes(b"one")
-    deal = replace(asked.deal, conditions=[Condition("a", image=image)])
+    layout = replace(asked.layout, conditions=[Condition("a", image=image)])
 
-    def described(recipe: Any = asked.recipe, kind: Kind = PLAIN, deal: Any = deal, weights: str = weights) -> str:
-        return json.dumps(describe(recipe, weights, kind, deal))
+    def described(recipe: Any = asked.recipe, kind: Kind = PLAIN, layout: Any = layout, weights: str = weights) -> str:
+        return json.dumps(describe(PlannedSet(kind.name, kind, recipe, layout), weights))
 
     tree = asked.recipe.tree.model_copy(update={"strength": 2.0})
     found = {
@@ -215,8 +212,8 @@ def test_what_samples_depend_on_is_in_their_description(small: Small, tmp_path: 
         described(asked.recipe.model_copy(update={"lora": LoraSection(rank=4)})),
         described(kind=CONTROL),
         described(kind=replace(PLAIN, shared=False)),
-        described(deal=replace(deal, seed=1)),
-        described(deal=replace(deal, iteration=1)),
+        described(layout=replace(layout, seed=1)),
+        described(layout=replace(layout, iteration=1)),
         described(weights="other"),
     }
     image.write_bytes(b"two")
@@ -257,10 +254,10 @@ def test_a_runs_newest_checkpoint_is_sampled(tmp_path: Path) -> None:
         (folder / "state.json").write_text(json.dumps({"iteration": iteration, "recipe": {"optim": {}}}))
         write_manifest(folder)
         digests.append(weights_digest(model.denoiser))
-    judged = make_diversity_request(found(run.root), {}, DiversityChoices(samples=16))
+    judged = make_diversity_request(run.root, {}, DiversityChoices(samples=16))
     assert judged.output == run.root / "diversity"
-    assert judged.deal.iteration == 5
-    assert weights_digest(study_module._load(judged).model.denoiser) == digests[1] != digests[0]
+    assert judged.layout.iteration == 5
+    assert weights_digest(load_policy(judged).model.denoiser) == digests[1] != digests[0]
 
 
 def test_a_grid_is_all_combinations() -> None:
@@ -291,5 +288,5 @@ def test_what_cannot_be_compared_is_told_before_anything_is_loaded(
 ) -> None:
     given = {"samples": 16, "output": tmp_path, **choices}
     with pytest.raises(BranchTreeError, match=message) as caught:
-        make_diversity_request(found("quickstart"), SMALL, DiversityChoices(**given))
+        make_diversity_request("quickstart", SMALL, DiversityChoices(**given))
     assert isinstance(caught.value, RecipeError) or "prompts" in choices

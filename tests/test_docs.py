@@ -142,6 +142,15 @@ def test_every_public_name_is_in_the_api(name: str) -> None:
     assert re.search(rf"\b{name}\b", TEXT[ROOT / "docs" / "api.md"])
 
 
+def test_every_class_that_the_api_returns_is_under_results() -> None:
+    results = TEXT[ROOT / "docs" / "api.md"].partition("### Results")[2].partition("### Errors")[0]
+    listed = re.findall(r"^::: ([\w.]+)\.(\w+)$", results, re.MULTILINE)
+    functions = (function for name in branchtree.__all__ if inspect.isfunction(function := getattr(branchtree, name)))
+    returned = {name for one in functions for name in re.findall(r"\w+", str(inspect.signature(one).return_annotation))}
+    assert returned - {"list", "Path", "Recipe"} <= {name for _, name in listed}
+    assert all(inspect.isclass(getattr(importlib.import_module(module), name)) for module, name in listed)
+
+
 @pytest.mark.parametrize("name", sorted(COMMANDS))
 def test_every_command_is_in_the_api(name: str) -> None:
     assert f"`branchtree {name}" in TEXT[ROOT / "docs" / "api.md"]

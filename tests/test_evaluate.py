@@ -23,7 +23,7 @@ from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, RecipeError
 from branchtree.pictures.grid import write_pictures
 from branchtree.plugins.protocols import Media
-from branchtree.studies.evaluate.comparison import compare_scores
+from branchtree.studies.evaluate.figures import compare_scores
 from branchtree.training.evaluation import Samples
 
 PROMPTS = ("a two", "a six", "a nine")
@@ -82,7 +82,9 @@ def test_figures_are_those_the_run_logged(kind: str, runs: Callable[[str], Path]
 
 
 def test_an_earlier_checkpoint_can_be_judged(runs: Callable[[str], Path], tmp_path: Path) -> None:
-    result = evaluate(runs("whole"), checkpoint=1, output=tmp_path)
+    steps: list[tuple[int, int]] = []
+    result = evaluate(runs("whole"), checkpoint=1, output=tmp_path, advance=lambda *step: steps.append(step))
+    assert steps == [(4, 12), (6, 12), (10, 12), (12, 12)]  # of both models, in batches of 4
     trained = result.rewards["digits"].trained
     assert result.iteration == 1 and trained is not None
     assert trained.mean == pytest.approx(logged(runs("whole"))[1], abs=1e-6)

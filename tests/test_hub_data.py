@@ -16,8 +16,8 @@ from branchtree.errors import DataError
 from branchtree.planning.plan import plan_recipe
 from branchtree.recipe import load_recipe
 from branchtree.recipe.build import make_model
+from branchtree.studies.common.subject import Subject
 from branchtree.studies.evaluate.request import EvaluationChoices, make_evaluation_request
-from branchtree.studies.evaluate.subject import Subject
 from branchtree.training.inputs import read_inputs
 
 datasets = pytest.importorskip("datasets")

@@ -9,13 +9,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from branchtree.studies.diversity import sums as sums_module
+from branchtree.studies.diversity import mmd
 from branchtree.studies.diversity.blocks import Groups, block_mmd
-from branchtree.studies.diversity.comparison import compare_sets
-from branchtree.studies.diversity.estimators import SetSums, biased, kid, unbiased
-from branchtree.studies.diversity.kernels import CubicKernel, FeatureKernel, RbfKernel, median_bandwidth
-from branchtree.studies.diversity.spread import distance_spread, pairwise_distance
-from branchtree.studies.diversity.sums import SampleSet, draw_subsets, pair_sums, self_sums
+from branchtree.studies.diversity.figures import compare_sets, distance_spread, pairwise_distance
+from branchtree.studies.diversity.mmd import (
+    FeatureKernel,
+    SampleSet,
+    SetSums,
+    biased,
+    cubic_kernel,
+    draw_subsets,
+    kid,
+    median_bandwidth,
+    pair_sums,
+    rbf_kernel,
+    self_sums,
+    unbiased,
+)
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:
@@ -45,7 +55,7 @@ def naive_kernel(name: str, x: Tensor, y: Tensor, bandwidth: float) -> float:
 @pytest.mark.parametrize("name", ["cubic", "rbf"])
 def test_estimators_equal_a_double_loop(name: str) -> None:
     x, y = drawn(13, 5), drawn(10, 5, seed=1) + 0.4
-    kernel: FeatureKernel = CubicKernel(5) if name == "cubic" else RbfKernel(1.7)
+    kernel: FeatureKernel = cubic_kernel(5) if name == "cubic" else rbf_kernel(1.7)
     found = all_sums(x, y, kernel)
     k = [[[naive_kernel(name, a, b, 1.7) for b in right] for a in left] for left, right in ((x, x), (y, y), (x, y))]
     off = [sum(v for i, row in enumerate(m) for j, v in enumerate(row) if i != j) for m in k[:2]]
@@ -59,7 +69,7 @@ def test_kid_equals_torchmetrics_and_torch_fidelity(scale: float) -> None:
     kernel_inception = pytest.importorskip("torchmetrics.image.kid")
     fidelity = pytest.importorskip("torch_fidelity.metric_kid")
     x, y = scale * drawn(150, 64).abs(), scale * (drawn(150, 64, seed=1).abs() + 0.05)
-    ours = unbiased(all_sums(x, y, CubicKernel(64)), 150, 150)
+    ours = unbiased(all_sums(x, y, cubic_kernel(64)), 150, 150)
     assert ours == pytest.approx(float(kernel_inception.poly_mmd(x, y)), rel=1e-10, abs=1e-8)
     options = {"kid_kernel": "poly", "kid_kernel_poly_degree": 3, "kid_kernel_poly_gamma": None}
     theirs = fidelity.kernel_mmd(x.numpy(), y.numpy(), **options, kid_kernel_poly_coef0=1.0)
@@ -70,7 +80,7 @@ def test_subsets_equal_torchmetrics_on_each() -> None:
     kernel_inception = pytest.importorskip("torchmetrics.image.kid")
     x, y = drawn(90, 16), drawn(90, 16, seed=1) * 1.2
     chosen = draw_subsets(90, 40, 7, seed=3), draw_subsets(90, 40, 7, seed=4)
-    found = kid(all_sums(x, y, CubicKernel(16), chosen), 40)
+    found = kid(all_sums(x, y, cubic_kernel(16), chosen), 40)
     each = torch.stack([kernel_inception.poly_mmd(x[a], y[b]) for a, b in zip(*chosen, strict=True)])
     assert found is not None
     assert (found.mean, found.std) == pytest.approx((float(each.mean()), float(each.std(correction=0))), abs=1e-8)
@@ -82,15 +92,15 @@ def test_the_rbf_kernel_equals_torch_fidelitys() -> None:
     fidelity = pytest.importorskip("torch_fidelity.metric_kid")
     x, y = drawn(60, 8), drawn(60, 8, seed=1) + 0.3
     theirs = fidelity.kernel_mmd(x.numpy(), y.numpy(), kid_kernel="rbf", kid_kernel_rbf_sigma=2.5)
-    assert unbiased(all_sums(x, y, RbfKernel(2.5)), 60, 60) == pytest.approx(float(theirs), abs=1e-8)
+    assert unbiased(all_sums(x, y, rbf_kernel(2.5)), 60, 60) == pytest.approx(float(theirs), abs=1e-8)
 
 
 def test_blocks_of_rows_and_the_order_of_samples_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     x, y = drawn(40, 6), drawn(40, 6, seed=1)
-    before = all_sums(x, y, CubicKernel(6))
-    monkeypatch.setattr(sums_module, "ROWS", 7)
+    before = all_sums(x, y, cubic_kernel(6))
+    monkeypatch.setattr(mmd, "ROWS", 7)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(5))
-    after, shuffled = all_sums(x, y, CubicKernel(6)), all_sums(x[order], y[order.flip(0)], CubicKernel(6))
+    after, shuffled = all_sums(x, y, cubic_kernel(6)), all_sums(x[order], y[order.flip(0)], cubic_kernel(6))
     torch.testing.assert_close(after.between.groups, before.between.groups)
     for estimate in (unbiased, biased):
         assert estimate(shuffled, 40, 40) == pytest.approx(estimate(before, 40, 40), abs=1e-12)
@@ -98,7 +108,7 @@ def test_blocks_of_rows_and_the_order_of_samples_change_nothing(monkeypatch: pyt
 
 def test_equal_sets_have_a_biased_estimate_of_0_and_an_unbiased_one_below() -> None:
     x = drawn(30, 4)
-    found = all_sums(x, x, RbfKernel(1.0))
+    found = all_sums(x, x, rbf_kernel(1.0))
     assert biased(found, 30, 30) == pytest.approx(0, abs=1e-14)
     # With k(x, x) = 1 and the mean kernel value m over all pairs: 2 (n^2 m - n) / (n (n - 1)) - 2 m.
     mean = float(torch.exp(-torch.cdist(x, x).square() / 2).mean())
@@ -134,7 +144,7 @@ def test_pairs_within_a_group_are_left_out_and_prompts_keep_their_parts() -> Non
 
 
 def test_groups_must_be_dealt_alike_and_repeat_each_prompt() -> None:
-    with pytest.raises(ValueError, match="same parts"):
+    with pytest.raises(ValueError, match="same proportions"):
         Groups(torch.tensor([0, 0, 1, 1]), torch.tensor([0, 0, 0, 1]))
     with pytest.raises(ValueError, match="at least two groups"):
         Groups(torch.tensor([0, 0, 1]), torch.tensor([0, 0, 1]))
@@ -192,8 +202,8 @@ def test_the_usual_unbiased_estimate_rises_with_what_a_group_shares() -> None:
     prompt = torch.zeros(12, dtype=torch.int64)
     for _ in range(150):
         x, y = (simulated(prompt, 0.0, 0.6, source).flatten(0, 1) for _ in range(2))
-        values.append(unbiased(all_sums(x, y, RbfKernel(WIDTH)), 48, 48))
-        sums = all_sums(x, y, RbfKernel(WIDTH))
+        values.append(unbiased(all_sums(x, y, rbf_kernel(WIDTH)), 48, 48))
+        sums = all_sums(x, y, rbf_kernel(WIDTH))
         means = [part.groups / GROUP**2 for part in (sums.within_x, sums.within_y, sums.between)]
         groups.append(block_mmd(*means, Groups(prompt, prompt), draws=10).value)
     # Pairs of a group differ by N(0, 2 (1 - shared) I), and are 3 of each sample's 47 pairs, on both sides.

@@ -12,9 +12,9 @@ from strategies import thorough
 from branchtree import load_recipe, train
 from branchtree.errors import OutputError, RecipeError
 from branchtree.files.names import LONGEST, PROJECT_LENGTH, checked_name, folder_name, project_name
+from branchtree.studies.common.subject import find_subject
 from branchtree.studies.compare import ComparisonRequest
 from branchtree.studies.compare.request import Row
-from branchtree.studies.evaluate.subject import find_subject
 
 WRONG = [
     "../../evil",
@@ -74,7 +74,7 @@ def test_the_line_of_a_wrong_name_is_told_and_so_is_the_file_that_it_comes_from(
 def test_other_names_stay_or_lose_what_file_systems_do_not_take(name: str, folder: str) -> None:
     assert folder_name(checked_name(name)) == folder
     recipe = load_recipe("quickstart", {"name": name})
-    assert find_subject(recipe, None, False, None).output == Path("runs") / f"evaluation-{folder}"
+    assert find_subject(recipe).output("evaluation") == Path("runs") / f"evaluation-{folder}"
 
 
 def test_the_default_output_is_the_names_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -124,9 +124,9 @@ def test_a_resume_of_the_same_run_evaluates_nothing_again(guest: None, tmp_path:
 
 
 def test_rows_of_a_comparison_that_were_judged_unlike_do_not_count(guest: None, tmp_path: Path) -> None:
-    from branchtree.studies.compare.collect import collect_results
+    from branchtree.studies.compare.plan import plan_runs
     from branchtree.studies.compare.request import ComparisonRequest, Row
-    from branchtree.studies.compare.runs import plan_runs
+    from branchtree.studies.compare.results import collect_results
 
     held = tmp_path / "held.txt"
     held.write_text("a bright lamp\n")

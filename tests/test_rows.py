@@ -21,7 +21,6 @@ from branchtree.data.prompts import load_conditions
 from branchtree.errors import BranchTreeError, CheckpointError, DataError
 from branchtree.files.json_lines import MOST_DIGITS, json_object, parse_json, read_json_object, require_writable
 from branchtree.studies.score.items import list_items
-from branchtree.studies.score.results import write_jsonl
 from branchtree.studies.score.run import score_files
 
 PROBE = """
@@ -216,7 +215,7 @@ def test_a_name_that_is_not_utf8_is_refused_first(
 
 
 def test_a_reason_is_written_whatever_characters_it_has(asked: list[str]) -> None:
-    write_jsonl(Path("out.jsonl"), score_files({"image": "a.png", "bad": 1}, "mean_pixel"))
+    score_files({"image": "a.png", "bad": 1}, "mean_pixel", output=Path("out.jsonl"))
     [row] = map(json.loads, Path("out.jsonl").read_text(encoding="utf-8").splitlines())
     assert row["scores"]["mean_pixel"]["reason"] == "odd \\ud800 answer"
 
@@ -238,11 +237,10 @@ def test_any_row_is_refused_first_or_written_and_read_back(
     row = {**metadata, "image": name, "prompt": prompt}
     row.pop("video", None)
     try:
-        scored = score_files(row, "mean_pixel", output=Path("out.jsonl"))
+        score_files(row, "mean_pixel", output=Path("out.jsonl"))
     except BranchTreeError:
         assert not asked
         return
-    write_jsonl(Path("out.jsonl"), scored)
     [read] = Path("out.jsonl").read_text(encoding="utf-8").removesuffix("\n").split("\n")
     found = json_object(read, "out.jsonl:1")
     assert found["metadata"] == {key: value for key, value in row.items() if key not in ("image", "prompt")}

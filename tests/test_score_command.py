@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -369,6 +371,31 @@ def test_a_failing_reward_is_named_with_the_files(command: Callable[..., Outcome
     assert Path("out.jsonl").read_text() == "old"
     with pytest.raises(RewardError):
         score(name, {"reward": "probe", "fail": True})
+
+
+def test_scores_are_written_and_progress_is_reported() -> None:
+    names, steps = [save(f"{n}.png", picture(8, 8, n)) for n in range(3)], list[tuple[int, int]]()
+    rewards = ["probe", "digits"]
+    scored = score(names, rewards, prompt="7", output="out/s.jsonl", batch=2, advance=lambda *step: steps.append(step))
+    lines = Path("out/s.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [asdict(one) for one in scored]
+    assert [line["file"] for line in map(json.loads, lines)] == names
+    assert steps == [(4, 6), (6, 6)]
+
+
+def test_scores_that_the_disk_has_no_room_for_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    name = save("a.png", picture(8, 8))
+    with pytest.raises(
+        OutputError, match=r"s\.jsonl: cannot be written: No space left on device\. The scores"
+    ) as raised:
+        score(name, "probe", output="s.jsonl")
+    [found] = score(name, "probe")
+    assert json.loads(str(raised.value).splitlines()[1]) == asdict(found)
+    assert os.listdir() == ["a.png"]
 
 
 def test_an_output_that_cannot_be_is_refused_first(tmp_path: Path) -> None:

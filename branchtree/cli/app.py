@@ -75,6 +75,7 @@ def train(
     console = make_console()
     from branchtree.api import train as run
     from branchtree.cli.display import ProgressDisplay, figures_table
+    from branchtree.run.directory import RunDirectory
 
     changes = parse_overrides(overrides or [])
     try:
@@ -103,7 +104,7 @@ def train(
             soft_wrap=True,
         )
         return
-    console.print(f"Trained model: {result.output / 'final'}", soft_wrap=True)
+    console.print(f"Trained model: {RunDirectory(result.output).final}", soft_wrap=True)
     if report:
         from branchtree.api import write_report
 

@@ -16,8 +16,7 @@ from branchtree.cli.console import make_console
 from branchtree.cli.progress import late_progress
 
 if TYPE_CHECKING:
-    from branchtree.studies.diversity.comparison import Discrepancy
-    from branchtree.studies.diversity.study import Study
+    from branchtree.studies.diversity import Discrepancy, Study
 
 
 def diversity(
@@ -66,13 +65,13 @@ def diversity(
 
 
 def _report(console: Console, study: Study) -> None:
-    from branchtree.studies.diversity.files import sets_in_words
+    from branchtree.studies.diversity.run import sets_in_words
 
-    deal, request = study.request.deal, study.request
+    layout, request = study.request.layout, study.request
     what = "base model" if request.subject.iteration is None else f"after {request.subject.iteration} iterations"
     lines = [
-        f"{request.recipe.name}, {what}: {deal.samples} samples a set, {deal.groups} groups of {deal.size}, "
-        f"{len(deal.conditions)} prompts",
+        f"{request.recipe.name}, {what}: {layout.samples} samples a set, {layout.groups} groups of {layout.size}, "
+        f"{len(layout.conditions)} prompts",
         *(f"{name}: {words}" for name, words in sets_in_words(request).items()),
         *(f"{label}: {backend}" for label, backend in study.backends.items()),
     ]

@@ -44,13 +44,23 @@ def evaluate(
     force: ForceOption = False,
 ) -> None:
     """Judge a run's model, or a LoRA, against its base on held-out prompts, or a recipe's base model alone."""
-    from branchtree.studies.evaluate import evaluate_subject
-    from branchtree.studies.evaluate.request import EvaluationChoices
+    from branchtree.api import evaluate as run
 
-    choices = EvaluationChoices(reward or None, prompts, noises, limit, output, force, lora)
-    changes = parse_overrides(overrides or [])
     with late_progress("evaluating") as advance:
-        result = evaluate_subject(subject, changes, choices, smoke=smoke, checkpoint=checkpoint, advance=advance)
+        result = run(
+            subject,
+            parse_overrides(overrides or []),
+            rewards=reward or None,
+            prompts=prompts,
+            noises=noises,
+            limit=limit,
+            checkpoint=checkpoint,
+            lora=lora,
+            output=output,
+            smoke=smoke,
+            force=force,
+            advance=advance,
+        )
     if result.main_process:
         _report(make_console(), result)
 

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from rich.progress import Progress
 
 from branchtree.cli.console import make_console
 
-Advance = Callable[[int, int], None]
-"""Called with how much is done, and how much there will be."""
+if TYPE_CHECKING:
+    from branchtree.studies.common.output import Advance
 
 
 @contextmanager

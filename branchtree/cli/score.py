@@ -34,15 +34,13 @@ def score(
     batch: Annotated[int, typer.Option(min=1, help="Samples scored at a time; fewer if they are large.")] = 8,
 ) -> None:
     """Score images and videos by any rewards; a .jsonl line is {"image" or "video": path, "prompt": text}."""
-    from branchtree.studies.score import score_files
-    from branchtree.studies.score.results import write_jsonl
+    from branchtree.api import score as run
 
     with late_progress("scoring") as advance:
-        scored = score_files(files, reward, prompt=prompt, device=device, batch=batch, output=output, advance=advance)
+        scored = run(files, reward, prompt=prompt, output=output, device=device, batch=batch, advance=advance)
     console = make_console()
     console.print(score_table(scored))
     if output is not None:
-        write_jsonl(output, scored)
         console.print(f"Scores: {visible(str(output))}", soft_wrap=True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from pathlib import Path
 
 LONGEST = 180
 """The most bytes of a name in UTF-8. File systems allow 255, and prefixes and suffixes are added."""
@@ -39,6 +40,11 @@ def folder_name(name: str) -> str:
     plain = "".join("_" if unicodedata.category(letter) in WRONG_LETTERS else letter for letter in name)
     plain = UNSAFE.sub("_", plain).lstrip(". ").encode()[:LONGEST].decode(errors="ignore").rstrip(". ")
     return f"{plain}_" if not plain or RESERVED.fullmatch(plain) else plain
+
+
+def default_output(name: str, study: str = "") -> Path:
+    """Return where the run of a recipe of that name is written by default, or a study of it."""
+    return Path("runs") / (f"{study}-{folder_name(name)}" if study else folder_name(name))
 
 
 def project_name(name: str) -> str:

@@ -31,7 +31,7 @@ SHOWN = 20
 
 
 def load_recipe(
-    recipe: str | Path,
+    recipe: str | Path | Recipe,
     overrides: Mapping[str, Any] | None = None,
     smoke: bool = False,
     folders: Sequence[Path] | None = None,
@@ -39,8 +39,8 @@ def load_recipe(
     """Load a recipe by name or YAML path; ``quickstart+mixgrpo`` is ``quickstart`` under that method's settings.
 
     Args:
-        recipe: A name or path, and methods.
-        overrides: Values by dotted key.
+        recipe: A name or path, and methods; or a loaded recipe, of which a copy is made.
+        overrides: Values by dotted key; of a loaded recipe they replace those that it has.
         smoke: Whether to apply the recipe's ``smoke`` section, with its small model and rewards.
         folders: Where names are looked up; by default the library's folder and those of installed plug-ins.
 
@@ -51,6 +51,29 @@ def load_recipe(
     Raises:
         RecipeError: Something is wrong; the message has file and line.
     """
+    if isinstance(recipe, Recipe):
+        if smoke:
+            raise TypeError("a loaded recipe takes no smoke: give it to load_recipe with the recipe's name or path")
+        # As it was given: values that follow from other keys then follow from the overrides too.
+        source = Source(recipe.model_dump(mode="json", exclude_unset=True))
+    else:
+        source = _read(recipe, smoke, folders)
+    override(source, overrides or {})
+    make_absolute(source)
+    return validate(source)
+
+
+def resolve_recipe(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None, smoke: bool) -> Recipe:
+    """Load a recipe, or return a loaded one as it is. Raises TypeError for overrides or smoke of a loaded one."""
+    if not isinstance(recipe, Recipe):
+        return load_recipe(recipe, overrides, smoke=smoke)
+    if overrides or smoke:
+        raise TypeError("a loaded recipe takes neither overrides nor smoke: give them to load_recipe")
+    return recipe
+
+
+def _read(recipe: str | Path, smoke: bool, folders: Sequence[Path] | None) -> Source:
+    """Read a recipe's file, what it extends, and the methods that it is put under."""
     base, methods = split_methods(str(recipe))
     source = _extended(find_recipe(base, folders), folders)
     for method in methods:
@@ -62,9 +85,7 @@ def load_recipe(
     if smoke:
         source.update(_smoke(swaps, source, recipe))
     source.origins = {path: origin for path, origin in source.origins.items() if path[:1] != ("smoke",)}
-    override(source, overrides or {})
-    make_absolute(source)
-    return validate(source)
+    return source
 
 
 def recipe_folders() -> list[Path]:

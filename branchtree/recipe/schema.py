@@ -5,7 +5,16 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from branchtree.core.schedule import PRESET_SPLITS
 from branchtree.files.names import checked_name
@@ -571,17 +580,20 @@ class Recipe(Section):
             )
         return self
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _complete_single(cls, data: Any) -> Any:
+    def _complete_single(cls, data: Any, validate: ModelWrapValidatorHandler[Recipe]) -> Recipe:
         """Fill in the keys that ``single`` changes: it splits once, widely, and no other step is stochastic."""
         tree = data.get("tree") if isinstance(data, dict) else None
         if not isinstance(tree, dict) or tree.get("splits") != "single":
-            return data
+            return validate(data)
         given = {section: data.get(section) or {} for section in SINGLE}
         if not all(isinstance(keys, dict) for keys in given.values()):
-            return data
-        return {**data, **{section: {**SINGLE[section], **keys} for section, keys in given.items()}}
+            return validate(data)
+        recipe = validate({**data, **{section: {**SINGLE[section], **keys} for section, keys in given.items()}})
+        for section, keys in SINGLE.items():
+            getattr(recipe, section).model_fields_set.difference_update(keys.keys() - given[section].keys())
+        return recipe
 
     @property
     def autocast(self) -> bool:

@@ -55,7 +55,7 @@ SIGNALS = (
 
 def reward_charts(run: Run) -> str:
     """Return charts of the training rewards against iterations and, where rows are recorded, against rows."""
-    labels = [match[1] for key in keys(run.metrics) if (match := re.fullmatch(r"reward/(.+)/mean", key))]
+    labels = reward_labels(run.metrics)
     by_rows = sum(row.get("rows/total") is not None for row in run.metrics) > 1
     charts = []
     for index, label in enumerate(labels):
@@ -66,9 +66,9 @@ def reward_charts(run: Run) -> str:
     if not charts:
         return ""
     switch = _SWITCH if by_rows else ""
-    smoothed = len(run.metrics) >= SMOOTHED_FROM
-    keys_ = [(0, "line", f"running mean over {_window(len(run.metrics))} iterations" if smoothed else "mean")]
-    keys_ += [(0, "faint", "mean of an iteration's leaves")] if smoothed else []
+    many = len(run.metrics) >= SMOOTHED_FROM
+    keys_ = [(0, "line", f"running mean over {_window(len(run.metrics))} iterations" if many else "mean")]
+    keys_ += [(0, "faint", "mean of an iteration's leaves")] if many else []
     keys_ += [(0, "band", "mean \N{PLUS-MINUS SIGN} standard deviation of the leaves")]
     return f'<div class="switched">{switch}{_legend(keys_)}<div class="charts wide">{"".join(charts)}</div></div>'
 
@@ -88,10 +88,10 @@ def _reward(run: Run, label: str, index: int, against: str, xlabel: str) -> str:
         low = [m - s for m, s in zip(mean, std, strict=True)]
         high = [m + s for m, s in zip(mean, std, strict=True)]
         axes.fill_between(x, low, high, color=SERIES[0], alpha=0.16, linewidth=0)
-        smoothed = len(mean) >= SMOOTHED_FROM
-        lines(axes, x, mean, 0, faint=smoothed)
-        if smoothed:
-            lines(axes, x, running_mean(mean, _window(len(mean))), 0)
+        many = len(mean) >= SMOOTHED_FROM
+        lines(axes, x, mean, 0, faint=many)
+        if many:
+            lines(axes, x, smoothed(mean), 0)
         whole_ticks(axes) if against == "iteration" else large_ticks(axes)
 
     kind = "iteration" if against == "iteration" else "rows"
@@ -169,6 +169,16 @@ def mean(rows: Sequence[LogRow], key: str) -> float | None:
     """Return the mean of a figure over the iterations that have it; None if none has."""
     present = [value for row in rows if (value := row.get(key)) is not None]
     return sum(present) / len(present) if present else None
+
+
+def reward_labels(rows: Sequence[LogRow]) -> list[str]:
+    """The labels of the training rewards, in the order of first appearance."""
+    return [match[1] for key in keys(rows) if (match := re.fullmatch(r"reward/(.+)/mean", key))]
+
+
+def smoothed(series: Sequence[float]) -> Sequence[float]:
+    """The running mean that a curve of many iterations is shown as; of few, the series itself."""
+    return running_mean(series, _window(len(series))) if len(series) >= SMOOTHED_FROM else series
 
 
 def running_mean(series: Sequence[float], window: int) -> list[float]:

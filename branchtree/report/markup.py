@@ -5,10 +5,14 @@ from __future__ import annotations
 import html
 import re
 from collections.abc import Sequence
+from importlib.resources import files
+from string import Template
 
 MISSING = "\N{EN DASH}"
 MINUS = "\N{MINUS SIGN}"
 ARROW = "\N{RIGHTWARDS ARROW}"
+Titled = tuple[str, str, str, str]
+"""A section of a page: anchor, title, body and lead, all but the title HTML."""
 _CONTROL = re.compile(r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
 
 
@@ -77,10 +81,45 @@ def bar(fraction: float | None, colour: int = 0) -> str:
 
 
 def section(name: str, title: str, body: str, lead: str = "") -> str:
-    """Return a titled section of the page, or an empty text if it has no body; ``lead`` is HTML."""
-    if not body:
-        return ""
+    """Return a section of a page; ``lead`` is HTML above its body."""
     intro = f'<p class="lead">{lead}</p>' if lead else ""
     return (
         f'<section id="{name}" aria-labelledby="{name}-title"><h2 id="{name}-title">{title}</h2>{intro}{body}</section>'
+    )
+
+
+def fill_page(
+    kicker: str,
+    title: str,
+    status: str,
+    head: str,
+    sections: Sequence[Titled],
+    origin: str,
+    style: str = "",
+    sources: str = "",
+) -> str:
+    """A page that needs nothing beside itself; sections without a body are left out.
+
+    Args:
+        kicker: What kind of page it is.
+        title: Its title, as text.
+        status: How far what it shows has come.
+        head: What stands between the title and the contents.
+        sections: What stands below the contents.
+        origin: What it was made from, in words.
+        style: Rules beside those of all pages.
+        sources: What the content security policy allows beside inline styles.
+    """
+    shown = [each for each in sections if each[2]]
+    resources = files("branchtree.report")
+    return Template(resources.joinpath("template.html").read_text(encoding="utf-8")).substitute(
+        style=resources.joinpath("style.css").read_text(encoding="utf-8") + style,
+        sources=sources,
+        kicker=kicker,
+        title=escape(title),
+        status=status,
+        head=head,
+        contents="".join(f'<li><a href="#{name}">{heading}</a></li>' for name, heading, _, _ in shown),
+        body="".join(section(*each) for each in shown),
+        origin=origin,
     )

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
-from importlib.resources import files
 from pathlib import Path
-from string import Template
 
 from branchtree.errors import OutputError
+from branchtree.files.writing import write_atomically
 from branchtree.report import sections
 from branchtree.report.curves import depth_charts, reward_charts, signal_charts
-from branchtree.report.markup import escape, section
+from branchtree.report.markup import Titled, escape, fill_page
 from branchtree.report.read import Run, read_run
 from branchtree.report.samples import samples
 from branchtree.report.tree_figure import tree_figures
+from branchtree.run.directory import FAILURES
 
 NAME = "report.html"
-MARK = '<p class="kicker">Run report'
-"""A text of the template that no other page has."""
+KICKER = "Run report"
+MARK = f'<p class="kicker">{KICKER}'
+"""What this page has, and no other."""
 
 
 def write_page(run: Path) -> Path:
@@ -28,12 +27,12 @@ def write_page(run: Path) -> Path:
     shows what was written so far. Raises OutputError if the directory is no run or cannot be written to.
     """
     run = Path(run)
-    page = render_report(read_run(run))
+    text = render_report(read_run(run))
     target = run / NAME
     if target.exists() and not _is_report(target):
         raise OutputError(f"{target}: is no report that was written by branchtree; give it another name")
     try:
-        _replace(target, page)
+        write_atomically(target, text.encode())
     except OSError as error:
         raise OutputError(
             f"{target}: cannot be written: {error.strerror}; make the directory writable and free some space"
@@ -50,26 +49,25 @@ def _is_report(path: Path) -> bool:
 
 def render_report(run: Run) -> str:
     """Return the page as text."""
-    shown = [(name, title, body, lead) for name, title, body, lead in _contents(run) if body]
-    contents = "".join(f'<li><a href="#{name}">{title}</a></li>' for name, title, _, _ in shown)
-    resources = files("branchtree.report")
-    title = escape(run.setting("name") or "Unnamed run")
     description = run.setting("description")
-    return Template(resources.joinpath("template.html").read_text(encoding="utf-8")).substitute(
-        style=resources.joinpath("style.css").read_text(encoding="utf-8"),
-        title=title,
-        description=f'<p class="description">{escape(description)}</p>' if description else "",
+    head = [
+        f'<p class="description">{escape(description)}</p>' if description else "",
+        sections.key_numbers(run),
+        sections.facts(run),
+        sections.notes(run),
+    ]
+    return fill_page(
+        kicker=KICKER,
+        title=run.setting("name") or "Unnamed run",
         status=sections.status(run),
-        facts=sections.facts(run),
-        notes=sections.notes(run),
-        contents=contents,
-        key_numbers=sections.key_numbers(run),
-        body="".join(section(*one) for one in shown),
+        head="\n".join(head),
+        sections=_sections(run),
+        origin="the files of the run",
+        sources="img-src data:; media-src data:; ",
     )
 
 
-def _contents(run: Run) -> list[tuple[str, str, str, str]]:
-    """Return (anchor, title, body, lead) of every section; those without a body are not shown."""
+def _sections(run: Run) -> list[Titled]:
     nothing = "" if run.metrics else '<p class="missing">No iteration has finished yet.</p>'
     return [
         ("held-out", "Held-out figures", sections.evaluation(run), _HELD_OUT),
@@ -87,7 +85,7 @@ def _contents(run: Run) -> list[tuple[str, str, str, str]]:
 
 _HELD_OUT = "Means over samples of prompts that are not trained on, from the same noises each time."
 _REWARDS = "Rewards of the leaves of each iteration's trees; prompts differ from one iteration to the next."
-_FAILURES = "They are masked: no gradient comes from them. All that the log names are in failures.jsonl."
+_FAILURES = f"They are masked: no gradient comes from them. All that the log names are in {FAILURES}."
 _SAMPLES = "Grids start from the same noises, in the same order."
 _TREES = (
     "Noise is on the left and the finished samples are on the right. A node's colour is its advantage, the number "
@@ -98,16 +96,3 @@ _CREDIT = (
     "share that the split would have if all leaves were independent. A ratio above 1 marks a split that decides "
     "more than its number of branches explains."
 )
-
-
-def _replace(target: Path, text: str) -> None:
-    """Replace the page by a finished one, so that a reader sees the old page or the new one, never half of one."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", newline="\n") as file:
-            file.write(text)
-        Path(name).chmod(0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

@@ -14,10 +14,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from branchtree.errors import OutputError
 from branchtree.files.reading import read_text, require_name
 from branchtree.recipe.plain_yaml import NotPlainError, read_plain
-
-RECIPE, METRICS, TIMING = "recipe.yaml", "metrics.jsonl", "timing.jsonl"
-EVALUATION, SUMMARY, SAMPLES, TREES = "evaluation.jsonl", "summary.json", "samples", "trees"
-FAILURES = "failures.jsonl"
+from branchtree.run.directory import EVALUATION, FAILURES, METRICS, SAMPLES, SUMMARY, TIMING, TREES, RunDirectory
 
 LogRow = Mapping[str, float | None]
 """One iteration's figures by name; None where a figure is missing or not finite."""
@@ -168,14 +165,15 @@ def finite(value: Any) -> float | None:
 def read_run(path: Path) -> Run:
     """Read a run directory. Raises OutputError if it is not one."""
     require_name(path, OutputError)
-    for name in (RECIPE, METRICS):
-        if not (path / name).is_file():
+    recipe_file = RunDirectory(path).recipe_file
+    for file in (recipe_file, path / METRICS):
+        if not file.is_file():
             raise OutputError(
-                f"{path}: is not a run directory, it holds no {name}; give the directory that 'branchtree train' "
+                f"{path}: is not a run directory, it holds no {file.name}; give the directory that 'branchtree train' "
                 "writes to, once its first iteration is done"
             )
     notes: list[str] = []
-    text, recipe = _recipe(path / RECIPE)
+    text, recipe = _recipe(recipe_file)
     return Run(
         path=path,
         recipe=recipe,

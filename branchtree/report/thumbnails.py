@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from branchtree.report.images import Picture, embed
-from branchtree.report.read import TREES, Run, Tree
+from branchtree.report.read import Run, Tree
+from branchtree.run.directory import TREES
 
 LONGEST = 160  # pixels
 MOVING_BYTES = 4 * 1024**2  # of all animations on the page

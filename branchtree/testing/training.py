@@ -191,9 +191,9 @@ class TrainingPromises:
     def test_final_holds_the_trained_model(self, case: AdapterCase, finished: Finished) -> None:
         """An adapter built on ``final/`` of a full run has the average's weights and predicts as they do."""
         if finished.variant == "lora":
-            assert any(path.is_file() for path in (finished.output / "final").rglob("*"))
+            assert any(path.is_file() for path in (RunDirectory(finished.output).final).rglob("*"))
             return
-        adapter = load(case, path=finished.output / "final")
+        adapter = load(case, path=RunDirectory(finished.output).final)
         averaged = load(case)
         parameters = trainable_parameters(averaged)
         with torch.no_grad():

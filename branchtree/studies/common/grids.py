@@ -1,7 +1,9 @@
-"""Values of a key that a study tries one after the other, as a command line writes them."""
+"""Values of keys that a study tries one after the other, as a command line writes them."""
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +29,12 @@ def parse_grid(text: str) -> Grid:
     if not separator or not key or not all(written):
         raise RecipeError(f"grid '{text}': write it as key=value,value, for example tree.strength=1,2,4,8")
     return Grid(key, tuple((value, parse_value(value)) for value in written))
+
+
+def combinations(grids: Sequence[Grid]) -> list[dict[str, tuple[str, Any]]]:
+    """Return each combination of the grids' values, as written and as read, by key; the last grid varies fastest."""
+    keys = [grid.key for grid in grids]
+    return [dict(zip(keys, values, strict=True)) for values in itertools.product(*(grid.values for grid in grids))]
 
 
 def split_values(text: str) -> list[str]:

@@ -1,11 +1,22 @@
 """Several recipes under the same seeds, prompts and budget: what each costs and what it reaches.
 
-A request is planned into runs (``request``, ``budget``, ``runs``), the runs are done (``execute``), and their files
-are read into a table and a page (``collect``, ``table``, ``page``).
+A request (``request``) is planned into runs (``plan``), the runs are done (``execute``), and their files are read into
+figures (``results``), a table and a page (``table``, ``page``); ``run`` is the order of all that.
 """
 
-from branchtree.studies.compare.collect import Comparison
-from branchtree.studies.compare.compare import run_comparison
 from branchtree.studies.compare.request import Budget, ComparisonRequest, Row
+from branchtree.studies.compare.results import Comparison, Difference, HeldOut, RowFigures, RunFigures, SeedSpread
+from branchtree.studies.compare.run import run_comparison
 
-__all__ = ["Budget", "Comparison", "ComparisonRequest", "Row", "run_comparison"]
+__all__ = [
+    "Budget",
+    "Comparison",
+    "ComparisonRequest",
+    "Difference",
+    "HeldOut",
+    "Row",
+    "RowFigures",
+    "RunFigures",
+    "SeedSpread",
+    "run_comparison",
+]

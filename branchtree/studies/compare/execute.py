@@ -1,45 +1,94 @@
-"""Runs that are still to be done: one after the other in this process, or several processes at a time."""
+"""Runs that are still to be done, and their processor time: one after the other here, or in several processes."""
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
-import queue
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import connection
+from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+import torch
+
 from branchtree.errors import BranchTreeError, OutputError
 from branchtree.files.json_lines import read_json_object
-from branchtree.run.directory import RunDirectory
-from branchtree.studies.compare.meter import CpuMeter
-from branchtree.studies.compare.runs import PlannedRun
+from branchtree.files.writing import write_atomically
+from branchtree.plugins.protocols import Callback
+from branchtree.run.directory import SUMMARY, RunDirectory
+from branchtree.run.start import with_start
+from branchtree.studies.compare.plan import PlannedRun
 from branchtree.training.interrupt import StopRequest
+from branchtree.training.trainer import train_recipe
+
+CPU = "cpu.jsonl"  # kept beside a run's other records, so that it outlives an interruption
+KILLED = "its process was killed, perhaps for want of memory"
 
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How an attempt at a run ended."""
+    """How an attempt at a run ended, if there was one."""
 
-    status: Literal["finished", "failed", "stopped"]
+    status: Literal["finished", "failed", "stopped", "waiting"]
     message: str = ""
 
 
-KILLED = "its process was killed, perhaps for want of memory"
+Report = Callable[[PlannedRun, RunOutcome], None]
 
-Tell = Callable[[PlannedRun, RunOutcome], None]
+
+class CpuMeter(Callback):
+    """Writes the seconds of all processors that this process used, a line for each iteration.
+
+    An iteration's line also holds what came since the line before: evaluation, samples, checkpoints. Loading is not
+    counted. A run that goes on forgets the lines of the iterations that it does again, so that work is counted once;
+    what was spent after its last whole iteration before it was interrupted is lost.
+    """
+
+    def __init__(self) -> None:
+        self._mark = 0.0
+        self._output: Path | None = None
+
+    def on_start(self, output: Path, iteration: int, iterations: int) -> None:
+        """Keep the lines of the iterations that are done."""
+        self._output, self._mark = output, time.process_time()
+        if not (output / CPU).exists():
+            return
+        kept = [row for row in RunDirectory(output).rows(CPU) if row["iteration"] < iteration]
+        write_atomically(output / CPU, "".join(json.dumps(row) + "\n" for row in kept).encode())
+
+    def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Write the iteration's line."""
+        self._write(iteration)
+
+    def close(self, iterations: int) -> None:
+        """Write what came after the last iteration."""
+        self._write(iterations)
+
+    def _write(self, iteration: int) -> None:
+        if self._output is not None:
+            now = time.process_time()
+            RunDirectory(self._output).append(CPU, {"iteration": iteration, "seconds": now - self._mark})
+            self._mark = now
+
+
+def cpu_seconds(folder: Path) -> float | None:
+    """Return the processor time of a run, or None where it was not recorded."""
+    rows = RunDirectory(folder).rows(CPU)
+    return float(sum(row.get("seconds", 0.0) for row in rows)) if rows else None
 
 
 def is_finished(run: PlannedRun) -> bool:
     """Whether a run is done. Raises OutputError if it was done for another number of iterations."""
-    path = run.folder / "summary.json"
+    path = run.folder / SUMMARY
     if not path.is_file():
         return False
     try:
@@ -56,9 +105,6 @@ def is_finished(run: PlannedRun) -> bool:
 
 def perform(run: PlannedRun) -> RunOutcome:
     """Do a run, or go on with it where it has begun."""
-    from branchtree.run.start import with_start
-    from branchtree.training.trainer import train_recipe
-
     meter, directory = CpuMeter(), RunDirectory(run.folder)
     resume = directory.recipe_file.is_file()
     try:
@@ -70,55 +116,37 @@ def perform(run: PlannedRun) -> RunOutcome:
     return RunOutcome("finished" if result.finished else "stopped")
 
 
-def perform_all(runs: Sequence[PlannedRun], jobs: int, tell: Tell) -> None:
-    """Do all runs, ``jobs`` at a time, and tell how each ended. A failed one does not keep the others from going on.
+def perform_all(runs: Sequence[PlannedRun], jobs: int, report: Report) -> None:
+    """Do all runs, ``jobs`` at a time, and report how each ended. A failed one does not keep the others from going on.
 
     Asked to stop by a signal, the runs under way end with a checkpoint and no other begins.
     """
     if jobs == 1:
         for run in runs:
             outcome = perform(run)
-            tell(run, outcome)
+            report(run, outcome)
             if outcome.status == "stopped":
                 return
         return
-    waiting: queue.SimpleQueue[PlannedRun] = queue.SimpleQueue()
-    for run in runs:
-        waiting.put(run)
-    lanes = min(jobs, len(runs))
-    lock = threading.Lock()
+    lock, threads = threading.Lock(), _threads_each(jobs)
 
-    def tell_one(run: PlannedRun, outcome: RunOutcome) -> None:
-        with lock:
-            tell(run, outcome)
+    def perform_one(run: PlannedRun) -> None:
+        if not stop.requested:
+            outcome = _perform_elsewhere(run, threads, stop)
+            with lock:
+                report(run, outcome)
 
-    with StopRequest() as stop, _terminating(stop), ThreadPoolExecutor(max(lanes, 1)) as pool:
-        for lane in [pool.submit(_lane, waiting, _threads_each(jobs), stop, tell_one) for _ in range(lanes)]:
-            lane.result()
+    with StopRequest() as stop, _terminating(stop), ThreadPoolExecutor(jobs) as pool:
+        list(pool.map(perform_one, runs))
 
 
-def _lane(waiting: queue.SimpleQueue[PlannedRun], threads: int, stop: StopRequest, tell: Tell) -> None:
-    """Give run after run to a process of its own; one that dies takes only its run with it."""
-    process: ProcessPoolExecutor | None = None
-    try:
-        while not stop.requested:
-            try:
-                run = waiting.get_nowait()
-            except queue.Empty:
-                return
-            process = process or _one_process(threads)
-            try:
-                outcome = process.submit(perform, run).result()
-            except BrokenProcessPool:
-                process.shutdown()
-                process = None
-                outcome = RunOutcome("stopped") if stop.requested else RunOutcome("failed", KILLED)
-            tell(run, outcome)
-            if outcome.status == "stopped":
-                return
-    finally:
-        if process is not None:
-            process.shutdown()
+def _perform_elsewhere(run: PlannedRun, threads: int, stop: StopRequest) -> RunOutcome:
+    """Do a run in a process of its own, so that one that dies takes only its run with it."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare, (threads,)) as process:
+        try:
+            return process.submit(perform, run).result()
+        except BrokenProcessPool:
+            return RunOutcome("stopped") if stop.requested else RunOutcome("failed", KILLED)
 
 
 @contextmanager
@@ -140,14 +168,8 @@ def _terminating(stop: StopRequest) -> Iterator[None]:
         signal.signal(signal.SIGTERM, previous)
 
 
-def _one_process(threads: int) -> ProcessPoolExecutor:
-    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"), _prepare, (threads,))
-
-
 def _prepare(threads: int) -> None:
-    """In a new process: keep to its part of the cores, and do not outlive the comparison."""
-    import torch
-
+    """Have a new process keep to its share of the cores, and not outlive the comparison."""
     torch.set_num_threads(threads)
     parent = multiprocessing.parent_process()
     if parent is not None:

@@ -1,8 +1,7 @@
-"""What a comparison is asked for: its rows, each a recipe and its changes, and how a command says so."""
+"""What a comparison is asked for: its rows, each a recipe and its changes, and how a word names one."""
 
 from __future__ import annotations
 
-import itertools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +10,18 @@ from typing import Any
 
 from branchtree.errors import RecipeError
 from branchtree.files.names import folder_name
+from branchtree.recipe import Recipe
 from branchtree.recipe.load import SUFFIXES
 from branchtree.recipe.source import parse_value
-from branchtree.studies.common.grids import Grid, split_values
+from branchtree.studies.common.grids import Grid, combinations, split_values
 
-KEY = re.compile(r"[A-Za-z_]\w*(\.\w+)*(?==)")
 OWN_KEYS = {
     "seed": "--seeds",
     "tree.noise_seed": "--seeds",
     "run.iterations": "--iterations or --rows",
 }
 """Keys that the comparison itself sets, and the option that does."""
+RENAME = "name one with RECIPE@name=..., and a loaded recipe by its own name"
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class Row:
     """A row of the table: a recipe and the keys that it changes beside those that all rows change."""
 
     name: str
-    recipe: str
+    recipe: str | Recipe  # its name or path, or a loaded one
     overrides: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -76,8 +76,8 @@ class ComparisonRequest:
         if any(seed < 0 for seed in self.seeds):
             raise RecipeError(f"seeds are 0 or above, not {min(self.seeds)}")
         _require_distinct("seed", [str(seed) for seed in self.seeds], "list each seed once")
-        _require_distinct("row", [row.name for row in self.rows], "name one with RECIPE@name=...")
-        _require_distinct("folder", [row.folder.lower() for row in self.rows], "name one with RECIPE@name=...")
+        _require_distinct("row", [row.name for row in self.rows], RENAME)
+        _require_distinct("folder", [row.folder.lower() for row in self.rows], RENAME)
 
 
 def _require_distinct(kind: str, names: Sequence[str], advice: str) -> None:
@@ -86,25 +86,20 @@ def _require_distinct(kind: str, names: Sequence[str], advice: str) -> None:
         raise RecipeError(f"the {kind} '{twice[0]}' comes twice; {advice}")
 
 
-def parse_words(words: Sequence[str]) -> tuple[list[str], dict[str, Any]]:
-    """Return a command's recipes and its overrides of all rows: the words that begin with ``key=``."""
-    overrides = {}
-    for word in words:
-        if KEY.match(word):
-            key, _, value = word.partition("=")
-            overrides[key] = parse_value(value, f"override {key}:")
-    return [word for word in words if not KEY.match(word)], overrides
+def parse_recipe(given: str | Path | Recipe) -> Row:
+    """Return the row of ``RECIPE`` or ``RECIPE@key=value,key=value``, or of a loaded recipe.
 
-
-def parse_recipe(word: str) -> Row:
-    """Read a row from ``RECIPE`` or ``RECIPE@key=value,key=value``; the key ``name`` names the row."""
-    recipe, _, changes = word.partition("@")
+    The key ``name`` names the row. Raises RecipeError.
+    """
+    if isinstance(given, Recipe):
+        return Row(given.name, given)
+    recipe, _, changes = str(given).partition("@")
     overrides: dict[str, Any] = {}
     name = ""
     for change in split_values(changes) if changes else []:
         key, separator, value = change.partition("=")
         if not separator or not key:
-            raise RecipeError(f"'{word}': after @ write key=value, several with commas between them")
+            raise RecipeError(f"'{given}': after @ write key=value, several with commas between them")
         if key == "name":
             name = value
         else:
@@ -117,16 +112,8 @@ def multiply(rows: Sequence[Row], grids: Sequence[Grid]) -> list[Row]:
     """Return every row with every combination of the grids' values, the last grid varying fastest."""
     multiplied = []
     for row in rows:
-        for combination in itertools.product(*(grid.values for grid in grids)):
-            chosen = [(grid.key, *value) for grid, value in zip(grids, combination, strict=True)]
-            name = " ".join([row.name, *(f"{key}={written}" for key, written, _ in chosen)])
-            multiplied.append(Row(name, row.recipe, {**row.overrides, **{key: value for key, _, value in chosen}}))
+        for chosen in combinations(grids):
+            name = " ".join([row.name, *(f"{key}={written}" for key, (written, _) in chosen.items())])
+            changes = {key: value for key, (_, value) in chosen.items()}
+            multiplied.append(Row(name, row.recipe, {**row.overrides, **changes}))
     return multiplied
-
-
-def parse_seeds(text: str) -> tuple[int, ...]:
-    """Read seeds as in ``0,1,2``. Raises RecipeError."""
-    try:
-        return tuple(int(word) for word in text.split(","))
-    except ValueError:
-        raise RecipeError(f"seeds '{text}': write whole numbers with commas between them, for example 0,1,2") from None

@@ -1,15 +1,11 @@
-"""The table, as rows of plain text, and as Markdown and for the terminal."""
+"""The table, as rows of plain text and as Markdown."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from rich.table import Table
-from rich.text import Text
-
-from branchtree.studies.compare.collect import Comparison, RowFigures
-from branchtree.studies.compare.statistics import Difference, SeedSpread, seed_spread
+from branchtree.studies.compare.results import Comparison, Difference, RowFigures, SeedSpread
 
 MISSING = "-"
 
@@ -21,8 +17,8 @@ class Sheet:
     heads: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
 
-    def parts(self, columns: int) -> list[Sheet]:
-        """Sheets of at most so many columns beside the names, for where there is no room for all."""
+    def split(self, columns: int) -> list[Sheet]:
+        """Return sheets of at most ``columns`` beside the names, for where there is no room for all."""
         cuts = [slice(start, start + columns) for start in range(1, len(self.heads), columns)]
         return [
             Sheet((self.heads[0], *self.heads[cut]), tuple((row[0], *row[cut]) for row in self.rows)) for cut in cuts
@@ -30,37 +26,30 @@ class Sheet:
 
 
 def work_sheet(comparison: Comparison) -> Sheet:
-    """What each row does and what it takes, per iteration unless it says otherwise."""
-    heads = (
-        "row",
-        "runs",
-        "iter.",
-        "rollout rows",
-        "gradient rows",
-        "trained edges",
-        "leaves",
-        "nodes / leaf",
-        "s / iter.",
-        "CPU s",
-    )
-    return Sheet(heads, tuple(_work(row) for row in comparison.rows))
-
-
-def _work(row: RowFigures) -> tuple[str, ...]:
-    works = [row.work(key) for key in ("rollout_rows", "gradient_rows", "trained_edges", "leaves")]
-    return (
-        row.name,
-        _runs(row),
-        _range([float(run.iterations) for run in row.finished]),
-        *(_mean(work) for work in works),
-        _mean(row.work("nodes_per_leaf")),
-        _mean(row.over_runs("seconds_per_iteration")),
-        _mean(row.over_runs("cpu_seconds")),
-    )
+    """Return what each row does and what it takes, per iteration unless it says otherwise."""
+    work = {
+        "rollout rows": "rollout_rows",
+        "gradient rows": "gradient_rows",
+        "trained edges": "trained_edges",
+        "leaves": "leaves",
+        "nodes / leaf": "nodes_per_leaf",
+    }
+    rows = [
+        (
+            row.name,
+            _runs(row),
+            _range([run.iterations for run in row.finished]),
+            *(_mean(row.work(key)) for key in work.values()),
+            _mean(row.spread(lambda run: run.seconds_per_iteration)),
+            _mean(row.spread(lambda run: run.cpu_seconds)),
+        )
+        for row in comparison.rows
+    ]
+    return Sheet(("row", "runs", "iter.", *work, "s / iter.", "CPU s"), tuple(rows))
 
 
 def reward_sheet(comparison: Comparison, labels: Sequence[str] | None = None) -> Sheet:
-    """Held-out figures before and after, mean +- standard deviation over seeds, and the difference to the first row."""
+    """Return held-out figures before and after, mean +- deviation over seeds, and the difference to the first row."""
     labels, heads = comparison.labels if labels is None else labels, ["row"]
     for label in labels:
         heads += [f"{label} before", f"{label} after", f"{label} against the first row, 95% interval"]
@@ -68,16 +57,15 @@ def reward_sheet(comparison: Comparison, labels: Sequence[str] | None = None) ->
     for row in comparison.rows:
         cells = [row.name]
         for label in labels:
-            cells += [
-                _mean_and_std(seed_spread(list(row.held_out(label, when).values()))) for when in ("before", "after")
-            ]
-            cells.append(MISSING if row is comparison.rows[0] else _difference(comparison.difference(row, label)))
+            found = comparison.held_out(row, label)
+            difference = None if row is comparison.rows[0] else found.difference_to_first
+            cells += [_mean_and_std(found.before), _mean_and_std(found.after), _difference(difference)]
         rows.append(tuple(cells))
     return Sheet(tuple(heads), tuple(rows))
 
 
-def troubles(comparison: Comparison) -> list[str]:
-    """A line for each run that is not finished."""
+def unfinished(comparison: Comparison) -> list[str]:
+    """Return a line for each run that is not finished."""
     return [
         f"{row.name}, seed {run.seed}: {run.status}{f': {run.message}' if run.message else ''}"
         for row in comparison.rows
@@ -86,31 +74,19 @@ def troubles(comparison: Comparison) -> list[str]:
     ]
 
 
-def markdown(comparison: Comparison, title: str, told: str) -> str:
-    """A page with one table of everything."""
+def markdown(comparison: Comparison, title: str, description: str) -> str:
+    """Return a page with one table of everything."""
     work, rewards = work_sheet(comparison), reward_sheet(comparison)
     heads = (*work.heads, *rewards.heads[1:])
     rows = [(*one, *other[1:]) for one, other in zip(work.rows, rewards.rows, strict=True)]
-    lines = [f"# {title}", "", told, "", _line(heads), _line(["---"] * len(heads)), *map(_line, rows)]
-    unfinished = troubles(comparison)
-    if unfinished:
-        lines += ["", "Not finished:", "", *(f"- {' '.join(trouble.split())}" for trouble in unfinished)]
+    lines = [f"# {title}", "", description, "", _line(heads), _line(["---"] * len(heads)), *map(_line, rows)]
+    if missing := unfinished(comparison):
+        lines += ["", "Not finished:", "", *(f"- {' '.join(line.split())}" for line in missing)]
     return "\n".join(lines) + "\n"
 
 
 def _line(cells: Sequence[str]) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def terminal(sheet: Sheet) -> Table:
-    """For rich; long names are folded."""
-    table = Table(box=None, header_style="bold", padding=(0, 1, 0, 0))
-    table.add_column(Text(sheet.heads[0]), overflow="fold")
-    for head in sheet.heads[1:]:
-        table.add_column(Text(head), justify="right", min_width=max(map(len, head.split())))
-    for row in sheet.rows:
-        table.add_row(*map(Text, row))
-    return table
 
 
 def _runs(row: RowFigures) -> str:
@@ -119,11 +95,11 @@ def _runs(row: RowFigures) -> str:
     return f"{whole}, {failed} failed" if failed else whole
 
 
-def _range(values: Sequence[float]) -> str:
+def _range(values: Sequence[int]) -> str:
     if not values:
         return MISSING
     low, high = min(values), max(values)
-    return figure(low) if low == high else f"{figure(low)} to {figure(high)}"
+    return f"{low}" if low == high else f"{low} to {high}"
 
 
 def _mean(found: SeedSpread | None) -> str:
@@ -144,5 +120,5 @@ def _difference(found: Difference | None) -> str:
 
 
 def figure(value: float) -> str:
-    """A number to four significant digits; whole numbers in full."""
+    """Return a number to four significant digits; whole numbers in full."""
     return f"{value:.0f}" if value == int(value) and abs(value) < 1e15 else f"{value:.4g}"

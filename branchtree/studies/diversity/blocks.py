@@ -57,7 +57,7 @@ class Groups:
     def __post_init__(self) -> None:
         x, y = (torch.bincount(prompt) / len(prompt) for prompt in (self.prompt_x, self.prompt_y))
         if x.shape != y.shape or not torch.allclose(x, y):
-            raise ValueError("both sets must hold the same prompts in the same parts")
+            raise ValueError("both sets must hold the same prompts in the same proportions")
         if int(self.size.min()) < 2:
             raise ValueError("each prompt needs at least two groups in each set")
 
@@ -87,14 +87,14 @@ def block_mmd(
     draws: int = DRAWS,
     level: float = LEVEL,
 ) -> BlockInterval:
-    """U and its interval.
+    """Return U and its interval.
 
     Args:
         within_x: Mean kernel value of the pairs of two groups of x, (G_x, G_x); the diagonal is not looked at.
         within_y: The same of y, (G_y, G_y).
         between: The same of a group of x and one of y, (G_x, G_y).
         groups: Which prompts the groups belong to.
-        seed: Of the bootstrap.
+        seed: What the bootstrap is drawn by.
         draws: B.
         level: What the interval is to cover.
     """
@@ -110,7 +110,7 @@ def block_mmd(
 
 
 def _signed(within_x: Tensor, within_y: Tensor, between: Tensor, groups: Groups) -> Tensor:
-    """M, (G, G) float64."""
+    """Return M, (G, G) float64."""
     kernel = torch.cat([torch.cat([within_x, between], dim=1), torch.cat([between.T, within_y], dim=1)]).double()
     same = groups.cell[:, None] == groups.cell[None, :]
     size = groups.size.double()
@@ -120,7 +120,7 @@ def _signed(within_x: Tensor, within_y: Tensor, between: Tensor, groups: Groups)
 
 
 def _with_diagonal(matrix: Tensor, groups: Groups) -> Tensor:
-    """M with the mean entry of a cell's other pairs on its diagonal, so that a kernel's mere level cancels in e.M.e."""
+    """Return M with a cell's mean entry on its diagonal, so that a kernel's level cancels in e.M.e."""
     same = (groups.cell[:, None] == groups.cell[None, :]).double()
     size = groups.size.double()
     totals = torch.zeros(int(groups.cell.max()) + 1, dtype=torch.float64)
@@ -129,7 +129,7 @@ def _with_diagonal(matrix: Tensor, groups: Groups) -> Tensor:
 
 
 def _weight_changes(groups: Groups, draws: int, seed: int) -> Tensor:
-    """e, (B, G) float64: how far each group's weight is from 1 in each draw."""
+    """Return e, (B, G) float64: how far each group's weight is from 1 in each draw."""
     source = torch.Generator().manual_seed(seed)
     counts = torch.empty(draws, len(groups.cell), dtype=torch.float64)
     for cell in groups.cell.unique().tolist():

@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from branchtree.files.writing import write_atomically
-from branchtree.recipe.schema import Recipe
-from branchtree.studies.diversity.sampling import Deal, FeatureSamples, Kind
+from branchtree.plugins.protocols import Condition
+from branchtree.studies.diversity.sampling import FeatureSamples, PlannedSet
 from branchtree.studies.diversity.spaces import NamedSpace
 
 VERSION = 1
@@ -28,7 +28,7 @@ class FeatureCache:
     folder: Path
 
     def read(self, described: Mapping[str, Any], spaces: Sequence[NamedSpace]) -> FeatureSamples | None:
-        """The set so described, or None unless its features are there, and whole, in all spaces."""
+        """Return the set that is so described; None unless its features are there, and whole, in all spaces."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
@@ -53,8 +53,9 @@ class FeatureCache:
         return self.folder / f"{hashlib.sha256(text.encode()).hexdigest()}.safetensors"
 
 
-def describe(recipe: Recipe, weights: str, kind: Kind, deal: Deal) -> dict[str, Any]:
-    """All that a set's samples depend on, rounding apart. ``weights`` is the denoiser's digest."""
+def describe(planned: PlannedSet, weights: str) -> dict[str, Any]:
+    """Return all that a set's samples depend on, rounding apart. ``weights`` is the denoiser's digest."""
+    recipe, kind, layout = planned.recipe, planned.kind, planned.layout
     return {
         "version": VERSION,
         "model": recipe.model.model_dump(mode="json"),
@@ -65,20 +66,20 @@ def describe(recipe: Recipe, weights: str, kind: Kind, deal: Deal) -> dict[str, 
         "precision": recipe.run.precision,
         "recipe_seed": recipe.seed,
         "kind": [kind.number, kind.branched, kind.shared],
-        "conditions": [_described(condition) for condition in deal.conditions],
-        "deal": [deal.groups, deal.size, deal.seed, deal.iteration],
+        "conditions": [_described(condition) for condition in layout.conditions],
+        "deal": [layout.groups, layout.size, layout.seed, layout.iteration],
     }
 
 
-def _described(condition: Any) -> list[str | None]:
-    """A condition by its text, and its files by their content."""
+def _described(condition: Condition) -> list[str | None]:
+    """Return a condition's texts, and digests of its files."""
     files = (condition.image, condition.last_image, condition.video)
     digests = [None if file is None else hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
     return [condition.prompt, condition.negative_prompt, *digests]
 
 
 def weights_digest(module: nn.Module) -> str:
-    """A digest of all of a module's weights, names and types included."""
+    """Return a digest of all of a module's weights, names and types included."""
     digest = hashlib.sha256()
     for name, value in sorted(module.state_dict().items()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

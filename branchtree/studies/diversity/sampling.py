@@ -6,26 +6,22 @@ Axis letters: G groups, K samples of a group, P prompts, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from branchtree.core.noise import NoiseSource, Purpose, generator
-from branchtree.core.rollout import Sampler, VelocityFunction, chunks, rollout
-from branchtree.core.schedule import Schedule, TreePlan
+from branchtree.core.noise import NoiseSource
+from branchtree.core.rollout import chunks, rollout
+from branchtree.core.schedule import TreePlan
 from branchtree.core.tree import grow
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, ModelAdapter
-from branchtree.recipe.schema import BatchSection
+from branchtree.plugins.protocols import Condition
+from branchtree.recipe.build import make_sampler, make_schedule
+from branchtree.recipe.schema import Recipe
+from branchtree.studies.diversity.figures import pairwise_distance
 from branchtree.studies.diversity.spaces import NamedSpace
-from branchtree.studies.diversity.spread import grouped, pairwise_distance
-from branchtree.training import policy as training
-from branchtree.training.conditioning import ConditioningCache
-
-Advance = Callable[[int], None]
-"""Told how many samples have been made since it was last told."""
+from branchtree.training.policy import Policy
 
 
 @dataclass(frozen=True)
@@ -34,7 +30,7 @@ class Kind:
 
     name: str
     number: int  # stands in the noises' addresses
-    branched: bool = False  # by the recipe's trees; otherwise each sample walks by itself
+    branched: bool = False  # by the recipe's trees; otherwise each sample has a trajectory of its own
     shared: bool = True  # samples of a group start from one initial noise
 
 
@@ -43,7 +39,7 @@ INDEPENDENT = Kind("independent", 3, shared=False)
 
 
 @dataclass(frozen=True)
-class Deal:
+class GroupLayout:
     """Which groups a set has: group g is of prompt g % P, so that prompts come equally often, give or take one."""
 
     groups: int  # G
@@ -64,16 +60,13 @@ class Deal:
 
 
 @dataclass(frozen=True)
-class SampledPolicy:
-    """A loaded model and how it is rolled out."""
+class PlannedSet:
+    """A set of samples that is needed."""
 
-    model: ModelAdapter
-    cache: ConditioningCache
-    sampler: Sampler
-    schedule: Schedule
-    batch: BatchSection
-    autocast: Callable[[], AbstractContextManager[None]]
-    device: torch.device
+    name: str
+    kind: Kind
+    recipe: Recipe  # its trees and its sampler
+    layout: GroupLayout
 
 
 @dataclass(frozen=True)
@@ -86,23 +79,28 @@ class FeatureSamples:
 
 @torch.no_grad()
 def draw_samples(
-    policy: SampledPolicy, kind: Kind, deal: Deal, spaces: Sequence[NamedSpace], advance: Advance | None = None
+    policy: Policy, planned: PlannedSet, spaces: Sequence[NamedSpace], advance: Callable[[int], None] | None = None
 ) -> FeatureSamples:
-    """Roll out a set, some groups at a time, and keep its features. Raises RewardError for features not finite."""
-    policy.cache.prepare(deal.conditions, replace=True)
-    parts: dict[str, list[Tensor]] = {named.label: [] for named in spaces}
+    """Roll out a set, some groups at a time, and keep its features. Raises RewardError for features not finite.
+
+    ``advance`` is called with the number of samples that have been made since it was last called.
+    """
+    layout, batch = planned.layout, planned.recipe.batch
+    policy = replace(policy, sampler=make_sampler(planned.recipe, policy.model))
+    policy.cache.prepare(layout.conditions, replace=True)
+    features: dict[str, list[Tensor]] = {named.label: [] for named in spaces}
     distances: list[Tensor] = []
-    for span in chunks(deal.groups, policy.batch.rollout_prompts or policy.batch.prompts):
-        latents = _leaves(policy, kind, deal, span)
-        distances.append(pairwise_distance(grouped(latents.flatten(1), deal.size).cpu()))
-        for rows in chunks(len(latents), policy.batch.decode_rows):
+    for span in chunks(layout.groups, batch.rollout_prompts or batch.prompts):
+        latents = _leaves(policy, planned, span)
+        distances.append(pairwise_distance(latents.flatten(1).unflatten(0, (-1, layout.size)).cpu()))
+        for rows in chunks(len(latents), batch.decode_rows):
             media = policy.model.decode(latents[rows.start : rows.stop])
             for named in spaces:
-                parts[named.label].append(_checked(named.space.features(media).float().cpu(), named.label))
+                features[named.label].append(_checked(named.space.features(media).float().cpu(), named.label))
         if advance is not None:
             advance(len(latents))
     policy.model.release_frozen()
-    return FeatureSamples({label: torch.cat(part) for label, part in parts.items()}, torch.cat(distances))
+    return FeatureSamples({label: torch.cat(found) for label, found in features.items()}, torch.cat(distances))
 
 
 def _checked(features: Tensor, label: str) -> Tensor:
@@ -111,38 +109,28 @@ def _checked(features: Tensor, label: str) -> Tensor:
     return features
 
 
-def _leaves(policy: SampledPolicy, kind: Kind, deal: Deal, span: range) -> Tensor:
-    """Clean latents (len(span) * K, *latent) of some groups, group after group."""
-    conditions = [deal.conditions[group % len(deal.conditions)] for group in span]
-    plans = [policy.schedule.plan(deal.iteration, group) for group in span]
-    repeats = 1 if kind.branched else deal.size
-    rows = [(group, place) for group in span for place in range(repeats)]
-    initial = [_initial(policy.model, kind, deal.seed, group, place) for group, place in rows]
+def _leaves(policy: Policy, planned: PlannedSet, span: range) -> Tensor:
+    """Return clean latents (len(span) * K, *latent) of some groups, group after group."""
+    kind, layout, batch = planned.kind, planned.layout, planned.recipe.batch
+    schedule = make_schedule(planned.recipe)
+    plans = [schedule.plan(layout.iteration, group) for group in span]
+    repeats = 1 if kind.branched else layout.size  # trajectories of a group
+    rows = [(group, row) for group in span for row in range(repeats)]
+    # A group's prompt is encoded once, for all its trajectories.
+    velocity = policy.under([layout.conditions[group % len(layout.conditions)] for group in span])
     tree = rollout(
-        _for_rows(policy, conditions, repeats),
+        lambda latents, sigma, row: velocity(latents, sigma, row // repeats),
         policy.sampler,
         grow([plan if kind.branched else unbranched(plan) for plan in plans for _ in range(repeats)]),
-        torch.stack(initial).to(policy.device),
-        NoiseSource(deal.seed, kind.number),
-        [group * repeats + place for group, place in rows],
-        max_rows=policy.batch.rollout_rows,
-        store=torch.device("cpu") if policy.batch.states == "host" else None,
+        policy.initial(layout.seed, kind.number, [(group, 0 if kind.shared else row) for group, row in rows]),
+        NoiseSource(layout.seed, kind.number),
+        [group * repeats + row for group, row in rows],
+        max_rows=batch.rollout_rows,
+        store=torch.device("cpu") if batch.states == "host" else None,
     )
     return tree.leaves.to(policy.device)
 
 
 def unbranched(plan: TreePlan) -> TreePlan:
-    """The plan of one trajectory with the same stochastic steps."""
+    """Return the plan of one trajectory with the same stochastic steps."""
     return replace(plan, factors=(1,) * plan.steps)
-
-
-def _initial(model: ModelAdapter, kind: Kind, seed: int, group: int, place: int) -> Tensor:
-    return model.initial_noise(generator(seed, kind.number, group, 0, 0 if kind.shared else place, Purpose.INITIAL))
-
-
-def _for_rows(policy: SampledPolicy, conditions: Sequence[Condition], repeats: int) -> VelocityFunction:
-    """Return the velocity where a rollout's prompts are single samples of groups; a group's encoding is kept once."""
-    velocity = training.Policy(policy.model, policy.cache, policy.sampler, policy.autocast, policy.device).under(
-        conditions
-    )
-    return lambda latents, sigma, row: velocity(latents, sigma, row // repeats)

@@ -46,7 +46,7 @@ class NamedSpace:
 
 
 def make_spaces(specs: Sequence[str], modality: str) -> list[NamedSpace]:
-    """The feature spaces, not loaded, each given as ``"clip path=DIR normalize=true"``.
+    """Return the feature spaces, not loaded, each given as ``"clip path=DIR normalize=true"``.
 
     Raises RecipeError for what cannot be read, is set wrongly, is asked for twice, or does not take ``modality``;
     PluginError for an unknown name.
@@ -71,5 +71,5 @@ def load_spaces(spaces: Sequence[NamedSpace], device: torch.device) -> None:
         try:
             named.space.load(device)
         except Exception as error:  # a plug-in can raise anything; name it
-            told = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
-            raise RewardError(f"features '{named.label}' cannot be loaded: {told}") from error
+            reason = str(error) if isinstance(error, RewardError) else f"{type(error).__name__}: {error}"
+            raise RewardError(f"features '{named.label}' cannot be loaded: {reason}") from error

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from branchtree.data.prompts import check_conditions, load_conditions, media_of
+from branchtree.data.prompts import check_conditions, held_out_conditions
 from branchtree.errors import RecipeError
 from branchtree.files.reading import user_path
-from branchtree.files.writing import require_own_results
 from branchtree.planning.preflight import require_evaluation_memory
 from branchtree.plugins.lora_files import LoadsLora
 from branchtree.plugins.protocols import Condition, ModelAdapter
@@ -19,9 +18,9 @@ from branchtree.recipe.build import NamedReward, make_kernel, make_model, make_r
 from branchtree.recipe.schema import EvaluationSection, Recipe
 from branchtree.run.checkpoint import read_state
 from branchtree.run.contents import changed_files, read_contents
-from branchtree.studies.evaluate.subject import Subject
-from branchtree.studies.score.results import check_output
-from branchtree.studies.score.specs import Spec, make_named
+from branchtree.studies.common.output import check_folder
+from branchtree.studies.common.rewards import Spec, make_named
+from branchtree.studies.common.subject import Subject
 
 log = logging.getLogger("branchtree")
 
@@ -42,16 +41,6 @@ class EvaluationChoices:
     limit: int | None = None
     output: Path | None = None
     force: bool = False  # start even where the device's memory is too small by the estimate
-    lora: str | Path | None = None  # a file or folder, in place of a run's own weights
-
-
-@dataclass(frozen=True)
-class Draws:
-    """How many samples are drawn, and how; see training.evaluation.Drawing."""
-
-    noises: int
-    rows: int
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -62,7 +51,7 @@ class EvaluationRequest:
     model: ModelAdapter
     rewards: Sequence[NamedReward]
     conditions: Sequence[Condition]
-    draws: Draws
+    section: EvaluationSection  # the recipe's, with the user's choices in it
     output: Path
 
     @property
@@ -73,8 +62,8 @@ class EvaluationRequest:
 
 def make_evaluation_request(subject: Subject, choices: EvaluationChoices) -> EvaluationRequest:
     """Look up plug-ins, read the prompts and have the model check them. Raises a BranchTreeError."""
-    recipe, section = subject.recipe, subject.recipe.evaluation
-    if section is None and (choices.rewards is None or choices.prompts is None):
+    recipe = subject.recipe
+    if recipe.evaluation is None and (choices.rewards is None or choices.prompts is None):
         raise RecipeError(
             f"recipe '{recipe.name}' has no evaluation section; say which rewards and which prompts to use, as in "
             "--reward digits --prompts prompts.txt"
@@ -86,51 +75,37 @@ def make_evaluation_request(subject: Subject, choices: EvaluationChoices) -> Eva
     if subject.lora is not None and not isinstance(model, LoadsLora):
         raise RecipeError(f"lora: the model '{recipe.model.adapter}' reads no LoRA files; leave it out")
     make_kernel(recipe.sampler, model.prediction)  # refuses early what does not suit the model
-    rewards, draws = _rewards(section, choices, model.modality), _draws(section, choices)
-    require_evaluation_memory(recipe, model, rewards, draws.rows, choices.force)
-    conditions = _conditions(section, choices, model)
+    section = _section(recipe, choices)
+    if choices.rewards is None:
+        rewards = make_rewards(section.rewards, ("evaluation", "rewards"), model.modality)
+    else:
+        rewards = make_named(choices.rewards, model.modality)
+    require_evaluation_memory(recipe, model, rewards, section.rows, choices.force)
+    conditions = held_out_conditions(section, model)
     check_conditions(model, conditions)
-    output = choices.output or subject.output
-    check_output(output / RESULT, [])
-    require_own_results(output, WRITTEN, MARKS)
+    output = choices.output or subject.output("evaluation")
+    check_folder(output, WRITTEN, MARKS)
     if subject.checkpoint is not None:
         before = read_state(subject.checkpoint).get("contents", {})
         for change in changed_files(before, read_contents(recipe, [], [])):
             if change.key.startswith("model."):
                 log.warning("%s: since then, %s", subject.checkpoint, change)
-    return EvaluationRequest(subject, model, rewards, conditions, draws, output)
+    return EvaluationRequest(subject, model, rewards, conditions, section, output)
 
 
-def _rewards(section: EvaluationSection | None, choices: EvaluationChoices, modality: str) -> list[NamedReward]:
-    if choices.rewards is None:
-        return make_rewards(section.rewards, ("evaluation", "rewards"), modality) if section else []
-    specs = [choices.rewards] if isinstance(choices.rewards, str | Mapping) else list(choices.rewards)
-    texts = [spec if isinstance(spec, str) else json.dumps(spec, default=str) for spec in specs]
-    named = [replace(reward, described=text) for reward, text in zip(make_named(specs), texts, strict=True)]
-    for reward in named:
-        if modality not in reward.adapter.modalities:
-            scored = ", ".join(sorted(reward.adapter.modalities))
-            raise RecipeError(f"reward '{reward.label}' scores {scored}, but the model makes {modality}s")
-    return named
+def _section(recipe: Recipe, choices: EvaluationChoices) -> EvaluationSection:
+    """Return the recipe's section, or the defaults, with the user's choices in it.
 
-
-def _conditions(section: EvaluationSection | None, choices: EvaluationChoices, model: ModelAdapter) -> list[Condition]:
-    """The prompts; files of the user's own are read as the section says, but as a whole and from their own folder."""
-    default = EvaluationSection.model_fields
-    media = media_of(model)
-    column = section.column if section else str(default["column"].default)
-    split = section.split if section else str(default["split"].default)
+    The user's own prompts are read as the section says, but as a whole and from their own folder.
+    """
+    section = recipe.evaluation or EvaluationSection.model_construct(prompts=(), rewards=())
+    changes: dict[str, Any] = {}
+    if choices.noises is not None:
+        changes["noises"] = choices.noises
+    if choices.limit is not None or choices.prompts is not None:
+        changes["limit"] = choices.limit
     if choices.prompts is not None:
-        asked = choices.prompts
-        given = str(user_path(asked)) if isinstance(asked, str | Path) else list(asked)
-        return load_conditions(given, column, split, None, "evaluation", media)[: choices.limit]
-    if section is None:
-        return []
-    limit = section.limit if choices.limit is None else choices.limit
-    return load_conditions(section.prompts, column, split, section.folder, "evaluation", media)[:limit]
-
-
-def _draws(section: EvaluationSection | None, choices: EvaluationChoices) -> Draws:
-    default = EvaluationSection.model_fields
-    keys = {name: getattr(section, name) if section else default[name].default for name in ("noises", "rows", "seed")}
-    return Draws(**{**keys, **({} if choices.noises is None else {"noises": choices.noises})})
+        given = choices.prompts
+        prompts = str(user_path(given)) if isinstance(given, str | Path) else tuple(given)
+        changes |= {"prompts": prompts, "folder": None}
+    return section.model_copy(update=changes)

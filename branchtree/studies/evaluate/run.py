@@ -1,21 +1,33 @@
-"""An evaluation from its first sample to its files."""
+"""An evaluation from its first sample to its files: figures, every sample's scores, and pictures side by side."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from branchtree.errors import CheckpointError
+from branchtree.files.reading import whole_text
+from branchtree.files.writing import write_atomically
+from branchtree.pictures.grid import write_pictures
 from branchtree.plugins.lora_files import LoadsLora, LoraSummary
-from branchtree.recipe import Recipe
 from branchtree.recipe.build import make_sampler
-from branchtree.studies.evaluate.comparison import RewardComparison, compare_scores
-from branchtree.studies.evaluate.files import EvaluationOutcome, write_files
-from branchtree.studies.evaluate.request import EvaluationChoices, EvaluationRequest, make_evaluation_request
-from branchtree.studies.evaluate.subject import find_subject
+from branchtree.studies.common.intervals import LEVEL, RESAMPLES
+from branchtree.studies.common.output import Advance, counter, write_document, write_lines
+from branchtree.studies.common.subject import Subject
+from branchtree.studies.evaluate.figures import RewardComparison, compare_scores
+from branchtree.studies.evaluate.request import (
+    GRID,
+    RESULT,
+    SAMPLES,
+    EvaluationChoices,
+    EvaluationRequest,
+    make_evaluation_request,
+)
+from branchtree.studies.score.run import file_scores
 from branchtree.training.conditioning import open_cache
 from branchtree.training.engine import WeightAverage
 from branchtree.training.evaluation import Evaluator, Pair, Samples
@@ -26,9 +38,7 @@ from branchtree.training.trained import restore_weights
 
 NOISES_SHOWN = 4
 """Samples of a prompt in a grid of images; a video's strip of frames is as wide as these."""
-
-Advance = Callable[[int, int], None]
-"""Called with the number of samples that this process has made, and that all processes will make."""
+INTERVAL = "studentised bootstrap over prompts, no narrower than Student's t"
 
 
 @dataclass(frozen=True)
@@ -50,39 +60,33 @@ class EvaluationResult:
         return self.iteration is None and self.lora is None
 
 
-def evaluate_subject(
-    subject: str | Path | Recipe,
-    overrides: Mapping[str, Any] | None = None,
-    choices: EvaluationChoices | None = None,
-    *,
-    smoke: bool = False,
-    checkpoint: int | None = None,
-    advance: Advance | None = None,
-) -> EvaluationResult:
-    """Evaluate a run or a recipe's base model; see ``branchtree.evaluate``."""
-    choices = choices or EvaluationChoices()
-    request = make_evaluation_request(find_subject(subject, overrides, smoke, checkpoint, choices.lora), choices)
+def evaluate_subject(subject: Subject, choices: EvaluationChoices, advance: Advance | None = None) -> EvaluationResult:
+    """Judge a run's model, a LoRA or a base model; see ``branchtree.evaluate``."""
+    request = make_evaluation_request(subject, choices)
     quiet = request.recipe.run.model_copy(update={"trackers": ()})  # an evaluation is tracked by nothing
-    recipe = request.recipe.model_copy(update={"run": quiet})
-    accelerator = make_accelerator(recipe)
-    load_model(recipe, request.model, accelerator.device)
+    accelerator = make_accelerator(request.recipe.model_copy(update={"run": quiet}))
+    load_model(request.recipe, request.model, accelerator.device)
     lora = _load_lora(request)
     load_rewards(request.rewards, request.model.modality, accelerator.device)
-    base, trained = _both(request, accelerator, advance)
+    models = _sample(request, accelerator, advance)
+    base, trained = models["base"], models.get("trained")
     prompts = [prompt for prompt, _ in base.pairs]
     figures = {
-        label: compare_scores(scores, None if trained is None else trained.scores[label], prompts, request.draws.seed)
+        label: compare_scores(scores, trained.scores[label] if trained else None, prompts, request.section.seed)
         for label, scores in base.scores.items()
     }
     if accelerator.is_main_process:
-        write_files(request, EvaluationOutcome(base, trained, figures, lora))
+        (request.output / RESULT).unlink(missing_ok=True)  # an earlier evaluation's does not go with new samples
+        write_lines(request.output / SAMPLES, _rows(request, models))
+        _write_grid(request, models)
+        write_document(request.output / RESULT, _record(request, figures, lora))
     accelerator.wait_for_everyone()
     return EvaluationResult(
         output=request.output,
-        recipe=recipe.name,
-        iteration=request.subject.iteration,
+        recipe=request.recipe.name,
+        iteration=subject.iteration,
         prompts=len(request.conditions),
-        noises=request.draws.noises,
+        noises=request.section.noises,
         rewards=figures,
         main_process=accelerator.is_main_process,
         lora=lora,
@@ -100,58 +104,95 @@ def _load_lora(request: EvaluationRequest) -> LoraSummary | None:
         raise CheckpointError(f"lora: {error}") from error
 
 
-def _both(request: EvaluationRequest, accelerator: Any, advance: Advance | None) -> tuple[Samples, Samples | None]:
-    """The samples of the base model, then, with a checkpoint's or a LoRA's weights in it, those of the trained one."""
-    evaluator, checkpoint, lora = _evaluator(request, accelerator), request.subject.checkpoint, request.subject.lora
-    models = 1 if checkpoint is None and lora is None else 2
-    whole = models * len(request.conditions) * request.draws.noises
-    done = 0
+def _sample(request: EvaluationRequest, accelerator: Any, advance: Advance | None) -> dict[str, Samples]:
+    """Return the samples of the base model and, with a checkpoint's or a LoRA's weights in it, of the trained one."""
+    model, checkpoint, lora = request.model, request.subject.checkpoint, request.subject.lora
+    evaluator, shown = _evaluator(request, accelerator), _shown(request)
+    compared = 1 if checkpoint is None and lora is None else 2
+    count = counter(advance, compared * len(request.conditions) * request.section.noises)
 
-    def count(samples: int) -> None:
-        nonlocal done
-        done += samples
-        if advance is not None:
-            advance(done, whole)
+    def samples() -> Samples:
+        return evaluator.samples(accelerator, shown, count)
 
-    shown = _shown(request)
+    with nullcontext() if lora is None else model.without_lora(model.denoiser):
+        base = samples()
     if lora is not None:
-        with request.model.without_lora(request.model.denoiser):
-            base = evaluator.samples(accelerator, shown, count)
-        return base, evaluator.samples(accelerator, shown, count)
-    base = evaluator.samples(accelerator, shown, count)
+        return {"base": base, "trained": samples()}
     if checkpoint is None:
-        return base, None
-    average = _average(request)
-    restore_weights(checkpoint, request.model, average)
-    with nullcontext() if average is None else average.applied():
-        return base, evaluator.samples(accelerator, shown, count)
-
-
-def _average(request: EvaluationRequest) -> WeightAverage | None:
-    """Room for the averaged weights, which are what the run exports, where its recipe keeps them."""
+        return {"base": base}
+    # Averaged weights, where the recipe keeps them, are what the run exports.
     decay = request.recipe.optim.ema
-    parameters = request.model.denoiser.named_parameters()
-    return WeightAverage({name: value for name, value in parameters if value.requires_grad}, decay) if decay else None
+    weights = {name: value for name, value in model.denoiser.named_parameters() if value.requires_grad}
+    average = WeightAverage(weights, decay) if decay else None
+    restore_weights(checkpoint, model, average)
+    with nullcontext() if average is None else average.applied():
+        return {"base": base, "trained": samples()}
 
 
 def _evaluator(request: EvaluationRequest, accelerator: Any) -> Evaluator:
     recipe, model, device = request.recipe, request.model, accelerator.device
-    limits = RowLimits(recipe.batch, request.draws.rows)
-    policy = Policy(
-        model,
-        open_cache(recipe.run, model, device),
-        make_sampler(recipe, model),
-        accelerator.autocast,
-        device,
-        limits.evaluation,
-    )
-    return Evaluator(
-        request.draws, request.conditions, request.rewards, policy, limits, background=recipe.scoring.overlap
-    )
+    limits = RowLimits(recipe.batch, request.section.rows)
+    cache, sampler = open_cache(recipe.run, model, device), make_sampler(recipe, model)
+    policy = Policy(model, cache, sampler, accelerator.autocast, device, limits.evaluation)
+    background = recipe.scoring.overlap
+    return Evaluator(request.section, request.conditions, request.rewards, policy, limits, background)
 
 
 def _shown(request: EvaluationRequest) -> frozenset[Pair]:
-    """The samples of the grid: as many prompts as a run shows, and the first of their noises."""
+    """Return the samples of the grid: as many prompts as a run shows, and the first of their noises."""
     prompts = min(request.recipe.run.sample_prompts, len(request.conditions))
-    noises = 1 if request.model.modality == "video" else min(request.draws.noises, NOISES_SHOWN)
+    noises = 1 if request.model.modality == "video" else min(request.section.noises, NOISES_SHOWN)
     return frozenset((prompt, noise) for prompt in range(prompts) for noise in range(noises))
+
+
+def _rows(request: EvaluationRequest, models: Mapping[str, Samples]) -> Iterator[dict[str, Any]]:
+    """Yield a row for each sample of each model."""
+    for model, samples in models.items():
+        scores = {label: file_scores(given) for label, given in samples.scores.items()}
+        for index, (prompt, noise) in enumerate(samples.pairs):
+            yield {
+                "model": model,
+                "prompt": request.conditions[prompt].prompt,
+                "prompt_index": prompt,
+                "noise": noise,
+                "rewards": {label: asdict(given[index]) for label, given in scores.items()},
+            }
+
+
+def _write_grid(request: EvaluationRequest, models: Mapping[str, Samples]) -> None:
+    """Draw a row for each prompt; for each of its noises the base model's sample and, beside it, the trained one's."""
+    shown = models["base"].media
+    prompts = sorted({prompt for prompt, _ in shown})
+    columns = [(noise, model) for noise in sorted({noise for _, noise in shown}) for model in models]
+    media = [models[model].media[prompt, noise] for prompt in prompts for noise, model in columns]
+    layout = write_pictures(request.output / GRID, media, len(columns))
+    index = {
+        "rows": [request.conditions[prompt].prompt for prompt in prompts],
+        **layout,
+        "columns": [{"noise": noise, "model": model} for noise, model in columns],
+    }
+    write_atomically(request.output / f"{GRID}.json", json.dumps(index, ensure_ascii=False).encode())
+
+
+def _record(
+    request: EvaluationRequest, figures: Mapping[str, RewardComparison], lora: LoraSummary | None
+) -> dict[str, Any]:
+    """Return all figures, and all that they depend on."""
+    subject, section = request.subject, request.section
+    return {
+        "recipe": request.recipe.name,
+        "run": None if subject.run is None else whole_text(str(subject.run)),
+        "iteration": subject.iteration,
+        "lora": None if lora is None else {**asdict(lora), "path": whole_text(lora.path)},
+        "averaged_weights": subject.checkpoint is not None and request.recipe.optim.ema is not None,
+        "figures": {label: asdict(figure) for label, figure in figures.items()},
+        "interval": {"method": INTERVAL, "level": LEVEL, "resamples": RESAMPLES, "seed": section.seed},
+        "settings": {
+            "noises": section.noises,
+            "rows": section.rows,
+            "seed": section.seed,
+            "prompts": [condition.prompt for condition in request.conditions],
+            "rewards": {reward.label: reward.described for reward in request.rewards},
+            "recipe": request.recipe.model_dump(mode="json"),
+        },
+    }

@@ -1,6 +1,5 @@
 """Scoring pictures and videos that lie in files, by any registered reward."""
 
-from branchtree.studies.score.results import FileScore, ScoredFile
-from branchtree.studies.score.run import score_files
+from branchtree.studies.score.run import FileScore, ScoredFile, score_files
 
 __all__ = ["FileScore", "ScoredFile", "score_files"]

@@ -18,10 +18,18 @@ from branchtree.plugins.protocols import Condition
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"})
-OTHER_IMAGES = frozenset(
-    {".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".exr", ".dng", ".cr2", ".nef", ".arw"}
-)
-OTHER_VIDEOS = frozenset({".wmv", ".flv", ".mts", ".m2ts", ".mpg", ".mpeg", ".3gp", ".ogv", ".mxf"})
+KNOWN = ", ".join(sorted(IMAGES | VIDEOS))
+REMEDIES = {
+    **dict.fromkeys(
+        (".avif", ".heic", ".heif", ".jxl", ".jp2", ".psd", ".svg", ".exr", ".dng", ".cr2", ".nef", ".arw"),
+        "convert this image to PNG, which keeps it as it is",
+    ),
+    **dict.fromkeys(
+        (".wmv", ".flv", ".mts", ".m2ts", ".mpg", ".mpeg", ".3gp", ".ogv", ".mxf"),
+        "convert this video to MP4 with H.264 (ffmpeg -i IN OUT.mp4)",
+    ),
+}
+"""Endings of pictures and videos that are not read, and what to do with them."""
 BESIDE = frozenset({".txt", ".caption", ".md", ".json", ".jsonl", ".csv", ".parquet", ".yaml", ".html", ".npy", ".npz"})
 """Names of files that may lie beside pictures in a folder, and are passed over there."""
 LIST = ".jsonl"
@@ -46,7 +54,7 @@ class Item:
 
 
 def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]:
-    """The samples of files, folders, .jsonl lists, and rows such as the lists hold, in order.
+    """Return the samples of files, folders, .jsonl lists, and rows such as the lists hold, in order.
 
     ``prompt`` is for whatever brings none of its own. Raises DataError, with file and line, for what is no list of
     samples; the files themselves are not opened.
@@ -91,7 +99,7 @@ def _path_items(path: Path, prompt: str) -> Iterator[Item]:
     else:
         require_file(path, DataError(f"there is no file '{shortened(str(path))}'"))
         refuse(_unread([path]))
-        raise DataError(f"file '{path}' is neither an image nor a video by its name; known are {_known()}, and {LIST}")
+        raise DataError(f"file '{path}' is neither an image nor a video by its name; known are {KNOWN}, and {LIST}")
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -112,7 +120,7 @@ def _inside(folder: Path) -> list[Path]:
         elif path.suffix.lower() not in BESIDE:
             other.append(path)
     if not inside:
-        raise DataError(f"folder '{folder}' holds no images or videos ({_known()})")
+        raise DataError(f"folder '{folder}' holds no images or videos ({KNOWN})")
     if other:
         more = f" and {len(other) - SHOWN_REASONS} more" if len(other) > SHOWN_REASONS else ""
         names = ", ".join(f"'{path.name}'" for path in other[:SHOWN_REASONS])
@@ -122,21 +130,15 @@ def _inside(folder: Path) -> list[Path]:
 
 def _unread(paths: Sequence[Path]) -> list[str]:
     """Say of each picture or video that is not read what to do with it."""
-    remedies = dict.fromkeys(OTHER_IMAGES, "convert this image to PNG, which keeps it as it is")
-    remedies |= dict.fromkeys(OTHER_VIDEOS, "convert this video to MP4 with H.264 (ffmpeg -i IN OUT.mp4)")
-    suffixes = [(path, path.suffix.lower()) for path in paths]
+    endings = ((path, path.suffix.lower()) for path in paths)
     return [
-        f"file '{path}': {suffix} is not read; {remedies[suffix]}" for path, suffix in suffixes if suffix in remedies
+        f"file '{path}': {ending} is not read; {REMEDIES[ending]}" for path, ending in endings if ending in REMEDIES
     ]
 
 
 def _kind(path: Path) -> str:
     suffix = path.suffix.lower()
     return "image" if suffix in IMAGES else "video" if suffix in VIDEOS else ""
-
-
-def _known() -> str:
-    return ", ".join(sorted(IMAGES | VIDEOS))
 
 
 def _listed(path: Path, prompt: str) -> Iterator[Item]:

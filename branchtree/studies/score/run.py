@@ -2,22 +2,27 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
+
+from torch import Tensor
 
 from branchtree.core.rollout import chunks
-from branchtree.errors import DataError, RecipeError, RewardError, refuse
+from branchtree.core.scores import Scores
+from branchtree.errors import DataError, OutputError, RecipeError, RewardError, refuse
+from branchtree.files.reading import whole_text
 from branchtree.planning.devices import named_device
 from branchtree.plugins.protocols import ReleasesMemory, needs_prompt
 from branchtree.plugins.scores import ask
 from branchtree.recipe.build import NamedReward
+from branchtree.studies.common.output import Advance, as_lines, check_file, counter, write_lines
+from branchtree.studies.common.rewards import Spec, make_named
 from branchtree.studies.score.items import Given, Item, list_items
 from branchtree.studies.score.media import Form, find_forms, read
-from branchtree.studies.score.results import FileScore, ScoredFile, check_output, file_scores
-from branchtree.studies.score.specs import Spec, make_named
 
 NUMBERS = 2**28
 """A batch is cut short before it holds more numbers than this, 1 GiB of them; one sample is always read whole."""
@@ -26,8 +31,46 @@ SHOWN = 5
 
 Key = TypeVar("Key", bound=Hashable)
 
-Advance = Callable[[int, int], None]
-"""Told how many scores there are, and how many there will be."""
+
+@dataclass(frozen=True)
+class FileScore:
+    """One reward's verdict on one file. Numbers are the float32 ones, exactly; None stands for one there is not."""
+
+    value: float | None  # what training would use; None if not valid
+    raw: float | None  # the published model's own number, where ``value`` is a transform of it
+    valid: bool
+    reason: str | None = None  # why it is not valid
+    details: Mapping[str, float | None] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ScoredFile:
+    """A file, what it was asked to show, and its scores by the rewards' labels."""
+
+    file: str  # as it was given; from a .jsonl, with the folder of that
+    kind: str  # "image" or "video"
+    prompt: str
+    metadata: Mapping[str, Any]
+    scores: Mapping[str, FileScore]
+
+
+def file_scores(scores: Scores) -> list[FileScore]:
+    """Return each sample's score."""
+    return [
+        FileScore(
+            value=_number(scores.values[row]) if valid else None,
+            raw=_number(scores.raw[row]) if valid and scores.raw is not None else None,
+            valid=valid,
+            reason=None if valid else whole_text(scores.reasons.get(row, "the reward gives no reason")),
+            details={name: _number(figure[row]) for name, figure in scores.details.items()},
+        )
+        for row, valid in enumerate(scores.valid.tolist())
+    ]
+
+
+def _number(value: Tensor) -> float | None:
+    number = float(value)
+    return number if math.isfinite(number) else None
 
 
 def score_files(
@@ -40,76 +83,85 @@ def score_files(
     output: Path | None = None,
     advance: Advance | None = None,
 ) -> list[ScoredFile]:
-    """Score files, in the order given; ``branchtree.score`` says what the arguments are.
-
-    ``output`` is where the caller means to write: it is looked at before the work is done, and not written.
-    """
+    """Score files, in the order given; ``branchtree.score`` says what the arguments are."""
     if batch < 1:
         raise RecipeError(f"batch: at least 1 sample is scored at a time, not {batch}")
     target, named = named_device(device), make_named(rewards)
     items = list_items(files, prompt)
     if output is not None:
-        check_output(output, [*_paths(files), *(item.path for item in items)])
+        entries = [files] if isinstance(files, str | Path | Mapping) else files
+        lists = [Path(entry) for entry in entries if isinstance(entry, str | Path)]
+        check_file(output, [*lists, *(item.path for item in items)])
     forms = find_forms(items, _mismatches(items, named))
     for reward in named:
         reward.adapter.load(target)
     refuse(_mismatches(items, named))  # again: what a remote reward scores and reads is known once it is loaded
     found: list[dict[str, FileScore]] = [{} for _ in items]
+    count = counter(advance, len(items) * len(named))
     for task in _tasks(named, items, forms, batch):
         for label, scores in _scored(task, items, forms, share=len(named) > 1).items():
-            for place, score in zip(task.places, scores, strict=True):
-                found[place][label] = score
-        if advance is not None:
-            advance(sum(map(len, found)), len(items) * len(named))
-    return [_result(item, scores, named) for item, scores in zip(items, found, strict=True)]
-
-
-def _result(item: Item, scores: Mapping[str, FileScore], named: Sequence[NamedReward]) -> ScoredFile:
-    in_order = {reward.label: scores[reward.label] for reward in named}
-    return ScoredFile(str(item.path), item.kind, item.condition.prompt, item.condition.metadata, in_order)
+            for index, score in zip(task.indices, scores, strict=True):
+                found[index][label] = score
+        count(len(task.indices) * len(task.rewards))
+    scored = [
+        ScoredFile(
+            file=str(item.path),
+            kind=item.kind,
+            prompt=item.condition.prompt,
+            metadata=item.condition.metadata,
+            scores={reward.label: scores[reward.label] for reward in named},
+        )
+        for item, scores in zip(items, found, strict=True)
+    ]
+    if output is not None:
+        try:
+            write_lines(output, map(asdict, scored))
+        except OutputError as error:  # the work is done: what cannot be written is shown
+            raise OutputError(f"{error}. The scores are:\n{as_lines(map(asdict, scored))}") from None
+    return scored
 
 
 @dataclass(frozen=True)
 class _Task:
-    """Files that are read at once, by their places in the list, and the rewards they go to."""
+    """Files that are read at once, by their indices in the list, and the rewards they go to."""
 
-    places: Sequence[int]
+    indices: Sequence[int]
     rewards: Sequence[NamedReward]
 
 
 def _tasks(named: Sequence[NamedReward], items: Sequence[Item], forms: Sequence[Form], batch: int) -> list[_Task]:
-    """Batches of one form for the rewards that judge each sample alone; whole prompts for those that compare."""
+    """Return batches of one form for the rewards that judge each sample alone; whole prompts for those that compare."""
     alone = [reward for reward in named if not reward.groupwise]
     comparing = [reward for reward in named if reward.groupwise]
     tasks: list[_Task] = []
     if alone:
-        for like, places in _grouped(forms).items():
+        for like, indices in _grouped(forms).items():
             size = max(1, min(batch, NUMBERS // like.numbers))
-            tasks += [_Task(places[span.start : span.stop], alone) for span in chunks(len(places), size)]
+            tasks += [_Task(indices[span.start : span.stop], alone) for span in chunks(len(indices), size)]
     if comparing:
-        for prompt, places in _grouped(item.condition.prompt for item in items).items():
-            different = list(dict.fromkeys(forms[place] for place in places))
+        for prompt, indices in _grouped(item.condition.prompt for item in items).items():
+            different = list(dict.fromkeys(forms[index] for index in indices))
             if len(different) > 1:
                 raise DataError(
                     f"reward '{comparing[0].label}' compares the samples of a prompt, so those of '{prompt}' must be "
                     f"alike; there are {' and '.join(map(str, different[:SHOWN]))}"
                 )
-            tasks.append(_Task(places, comparing))
+            tasks.append(_Task(indices, comparing))
     return tasks
 
 
 def _grouped(keys: Iterable[Key]) -> Mapping[Key, list[int]]:
-    """The places of each key, keys in the order in which they come first."""
-    places: dict[Key, list[int]] = defaultdict(list)
-    for place, key in enumerate(keys):
-        places[key].append(place)
-    return places
+    """Return the indices of each key, keys in the order in which they come first."""
+    indices: dict[Key, list[int]] = defaultdict(list)
+    for index, key in enumerate(keys):
+        indices[key].append(index)
+    return indices
 
 
 def _scored(task: _Task, items: Sequence[Item], forms: Sequence[Form], share: bool) -> dict[str, list[FileScore]]:
-    """Each reward's scores of a task's files. ``share``: rewards that can leave the device make room for the next."""
-    chosen = [items[place] for place in task.places]
-    media = read(chosen, forms[task.places[0]])
+    """Read and score a task's files. Where rewards ``share`` the device, one that can leave it makes room."""
+    chosen = [items[index] for index in task.indices]
+    media = read(chosen, forms[task.indices[0]])
     scores: dict[str, list[FileScore]] = {}
     for reward in task.rewards:
         try:
@@ -117,15 +169,12 @@ def _scored(task: _Task, items: Sequence[Item], forms: Sequence[Form], share: bo
                 ask(reward.label, reward.adapter, media, [item.condition for item in chosen])
             )
         except RewardError as error:
-            raise RewardError(f"{error} (scoring {_listed(chosen)})") from error
+            more = f" and {len(chosen) - SHOWN} more" if len(chosen) > SHOWN else ""
+            listed = ", ".join(f"'{item.path}'" for item in chosen[:SHOWN])
+            raise RewardError(f"{error} (scoring {listed}{more})") from error
         if share and isinstance(reward.adapter, ReleasesMemory):
             reward.adapter.release()
     return scores
-
-
-def _listed(items: Sequence[Item]) -> str:
-    more = f" and {len(items) - SHOWN} more" if len(items) > SHOWN else ""
-    return ", ".join(f"'{item.path}'" for item in items[:SHOWN]) + more
 
 
 def _mismatches(items: Sequence[Item], named: Sequence[NamedReward]) -> list[str]:
@@ -145,8 +194,3 @@ def _mismatch(item: Item, reward: NamedReward) -> str | None:
             "--prompt (prompt=... in Python) for all that have none"
         )
     return None
-
-
-def _paths(files: Given | Sequence[Given]) -> list[Path]:
-    entries = [files] if isinstance(files, str | Path | Mapping) else files
-    return [Path(entry) for entry in entries if isinstance(entry, str | Path)]

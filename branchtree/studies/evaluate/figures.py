@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from branchtree.core.scores import Scores
-from branchtree.studies.evaluate.bootstrap import LEVEL, clustered_interval
+from branchtree.studies.common.intervals import LEVEL, clustered_interval
 from branchtree.training.evaluation import Figure, figure_of
 
 
@@ -71,7 +71,7 @@ def _interval(values: Tensor, clusters: Tensor, seed: int, level: float) -> Inte
     present, member = clusters.unique(return_inverse=True)
     if len(present) < 2:
         return None
-    nought = torch.zeros(len(present), dtype=torch.float64)
-    sums, counts = nought.index_add(0, member, values), nought.index_add(0, member, torch.ones_like(values))
+    zeros = torch.zeros(len(present), dtype=torch.float64)
+    sums, counts = zeros.index_add(0, member, values), zeros.index_add(0, member, torch.ones_like(values))
     low, high = clustered_interval(sums, counts, seed, level)
     return Interval(float(low), float(high), level)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,10 +17,11 @@ from branchtree.recipe.source import parse_plugin
 Spec = str | Mapping[str, Any]
 
 
-def make_named(specs: Spec | Sequence[Spec]) -> list[NamedReward]:
-    """The rewards, not loaded. Each is labelled by its name, or by its whole text where a name comes twice.
+def make_named(specs: Spec | Sequence[Spec], modality: str | None = None) -> list[NamedReward]:
+    """Return the rewards, not loaded, each labelled by its name, or by its whole text where a name comes twice.
 
-    Raises RecipeError for what cannot be read, is set wrongly or is asked for twice, PluginError for an unknown name.
+    Raises RecipeError for what cannot be read, is set wrongly, is asked for twice or does not score what a model of
+    ``modality`` makes, PluginError for an unknown name.
     """
     listed: Sequence[Spec] = [specs] if isinstance(specs, str | Mapping) else specs
     if not listed:
@@ -27,31 +29,31 @@ def make_named(specs: Spec | Sequence[Spec]) -> list[NamedReward]:
     sections = [_section(spec) for spec in listed]
     names = Counter(section.reward for section in sections)
     rewards: list[NamedReward] = []
-    for section in sections:
+    for spec, section in zip(listed, sections, strict=True):
         adapter, _ = make_reward(section.reward, section.options, (section.reward,))
-        label = section.label or (section.reward if names[section.reward] == 1 else _text(section))
+        text = " ".join([section.reward, *(f"{key}={value}" for key, value in section.options.items())])
+        label = section.label or (section.reward if names[section.reward] == 1 else text)
         if label in {reward.label for reward in rewards}:
             raise RecipeError(f"reward '{label}' is given twice; leave one out, or give it a label=NAME of its own")
-        rewards.append(NamedReward(label, 1.0, adapter))
+        if modality is not None and modality not in adapter.modalities:
+            scored = ", ".join(sorted(adapter.modalities))
+            raise RecipeError(f"reward '{label}' scores {scored}, but the model makes {modality}s")
+        described = spec if isinstance(spec, str) else json.dumps(spec, default=str)
+        rewards.append(NamedReward(label, 1.0, adapter, described))
     return rewards
 
 
 def _section(spec: Spec) -> RewardSection:
-    keys = _parsed(spec) if isinstance(spec, str) else dict(spec)
+    if isinstance(spec, str):
+        name, settings = parse_plugin("reward", spec, "digits classifier=heldout")
+        keys = {"reward": name, **settings}
+    else:
+        keys = dict(spec)
     if "weight" in keys:
         raise RecipeError(f"reward '{keys.get('reward')}': scores are given as they are; leave 'weight' out")
     try:
         return RewardSection.model_validate(keys)
     except ValidationError as error:
         detail = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in detail["loc"])
-        raise RecipeError(f"reward {spec!r}: {place}: {detail['msg'].lower()}") from None
-
-
-def _parsed(text: str) -> dict[str, Any]:
-    name, settings = parse_plugin("reward", text, "digits classifier=heldout")
-    return {"reward": name, **settings}
-
-
-def _text(section: RewardSection) -> str:
-    return " ".join([section.reward, *(f"{key}={value}" for key, value in section.options.items())])
+        key = ".".join(map(str, detail["loc"]))
+        raise RecipeError(f"reward {spec!r}: {key}: {detail['msg'].lower()}") from None

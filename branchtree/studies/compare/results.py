@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from branchtree.report.curves import mean
 from branchtree.report.read import Evaluation, Run, read_run
-from branchtree.studies.compare.budget import nodes_per_leaf
-from branchtree.studies.compare.execute import RunOutcome, is_finished
-from branchtree.studies.compare.meter import cpu_seconds
-from branchtree.studies.compare.runs import PlannedRun, RunPlans
-from branchtree.studies.compare.statistics import Difference, SeedSpread, paired_difference, seed_spread
+from branchtree.studies.common.intervals import LEVEL, student_quantile
+from branchtree.studies.compare.execute import RunOutcome, cpu_seconds, is_finished
+from branchtree.studies.compare.plan import PlannedRun, RunPlans, nodes_per_leaf
 
 WORK = {
     "rollout_rows": "rows/rollout",
@@ -21,10 +21,48 @@ WORK = {
     "leaves": "leaves/scored",
 }
 """Figures of the table that are means of a metric over a run's iterations."""
-
-
 JUDGED_BY = ("prompts", "rewards", "weights", "noises", "seed")
 """What the held-out figures of all runs have in common, in the words of their identities."""
+
+
+@dataclass(frozen=True)
+class SeedSpread:
+    """Mean and sample standard deviation."""
+
+    mean: float
+    std: float | None  # None for one value
+    count: int
+
+
+@dataclass(frozen=True)
+class Difference:
+    """The mean of paired differences, and its 95% interval by Student's t."""
+
+    mean: float
+    low: float | None  # None for one pair
+    high: float | None
+    pairs: int
+
+
+def seed_spread(values: Sequence[float]) -> SeedSpread | None:
+    """Return the mean and sample standard deviation (n - 1) of some values; None without any."""
+    if not values:
+        return None
+    return SeedSpread(statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None, len(values))
+
+
+def paired_difference(values: Mapping[int, float], reference: Mapping[int, float]) -> Difference | None:
+    """Return ``values`` minus ``reference`` over the seeds that both have; None if they share none.
+
+    The interval is mean +- t(n - 1) s / sqrt(n), s being the standard deviation of the differences.
+    """
+    found = seed_spread([values[seed] - reference[seed] for seed in values if seed in reference])
+    if found is None:
+        return None
+    if found.std is None:
+        return Difference(found.mean, None, None, found.count)
+    half = student_quantile((1 + LEVEL) / 2, found.count - 1) * found.std / math.sqrt(found.count)
+    return Difference(found.mean, found.mean - half, found.mean + half, found.count)
 
 
 @dataclass(frozen=True)
@@ -55,18 +93,23 @@ class RowFigures:
         """The runs that count."""
         return [run for run in self.runs if run.status == "finished"]
 
-    def work(self, key: str) -> SeedSpread | None:
-        """A figure of the work, per iteration."""
-        return seed_spread([run.work[key] for run in self.finished if key in run.work])
-
-    def over_runs(self, name: str) -> SeedSpread | None:
-        """A plain figure of the runs by the name of its field."""
-        values = (getattr(run, name) for run in self.finished)
+    def spread(self, figure: Callable[[RunFigures], float | None]) -> SeedSpread | None:
+        """The mean and deviation of a figure over the runs that have it."""
+        values = (figure(run) for run in self.finished)
         return seed_spread([float(value) for value in values if value is not None])
 
-    def held_out(self, label: str, when: str) -> dict[int, float]:
-        """A held-out figure by seed, ``before`` or ``after``."""
-        return {run.seed: getattr(run, when)[label] for run in self.finished if label in getattr(run, when)}
+    def work(self, key: str) -> SeedSpread | None:
+        """A figure of the work, per iteration."""
+        return self.spread(lambda run: run.work.get(key))
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """A row's held-out figure before and after training, and the latter minus the first row's, paired by seed."""
+
+    before: SeedSpread | None
+    after: SeedSpread | None
+    difference_to_first: Difference | None
 
 
 @dataclass(frozen=True)
@@ -86,32 +129,34 @@ class Comparison:
         """Whether every run is finished."""
         return all(run.status == "finished" for row in self.rows for run in row.runs)
 
-    def difference(self, row: RowFigures, label: str) -> Difference | None:
-        """A row's held-out figure after training minus the first row's, paired by seed."""
-        return paired_difference(row.held_out(label, "after"), self.rows[0].held_out(label, "after"))
+    def held_out(self, row: RowFigures, label: str) -> HeldOut:
+        """A row's held-out figure over its seeds."""
+        after, first = (
+            {run.seed: run.after[label] for run in each.finished if label in run.after} for each in (row, self.rows[0])
+        )
+        before = row.spread(lambda run: run.before.get(label))
+        return HeldOut(before, seed_spread(list(after.values())), paired_difference(after, first))
 
 
 def collect_results(plans: RunPlans, outcomes: Mapping[tuple[str, int], RunOutcome]) -> Comparison:
     """Read every run. ``outcomes`` are those of the runs that were tried now, by row and seed."""
-    rows, read = [], dict[tuple[str, int], Run]()
-    for name in dict.fromkeys(run.row for run in plans.runs):
-        figures = []
+    rows: dict[str, list[RunFigures]] = {run.row: [] for run in plans.runs}
+    read: dict[tuple[str, int], Run] = {}
+    for name, figures in rows.items():
         for planned in plans.of(name):
             key = (name, planned.seed)
-            if is_finished(planned):
-                run = read_run(planned.folder)
-                unlike = _unlike(run, next(iter(read.values()), run))
-                if unlike:
-                    figures.append(RunFigures(planned.seed, "failed", unlike))
-                    continue
-                read[key] = run
-                figures.append(run_figures(planned, run))
+            if not is_finished(planned):
+                outcome = outcomes.get(key, RunOutcome("waiting"))
+                figures.append(RunFigures(planned.seed, outcome.status, outcome.message))
+                continue
+            run = read_run(planned.folder)
+            unlike = _unlike(run, next(iter(read.values()), run))
+            if unlike:
+                figures.append(RunFigures(planned.seed, "failed", unlike))
             else:
-                outcome = outcomes.get(key)
-                status, message = (outcome.status, outcome.message) if outcome else ("waiting", "")
-                figures.append(RunFigures(planned.seed, status, message))
-        rows.append(RowFigures(name, tuple(figures)))
-    return Comparison(tuple(rows), read)
+                read[key] = run
+                figures.append(_run_figures(planned, run))
+    return Comparison(tuple(RowFigures(name, tuple(figures)) for name, figures in rows.items()), read)
 
 
 def _unlike(run: Run, first: Run) -> str:
@@ -120,15 +165,12 @@ def _unlike(run: Run, first: Run) -> str:
     if one is None or other is None:
         return ""
     different = [key for key in JUDGED_BY if one.get(key) != other.get(key)]
-    if not different:
-        return ""
-    return (
-        f"{run.path} was judged by other {' and '.join(different)} than {first.path}; do it again in another --output"
-    )
+    reason = f"{run.path} was judged by other {' and '.join(different)} than {first.path}"
+    return f"{reason}; do it again in another --output" if different else ""
 
 
-def run_figures(planned: PlannedRun, run: Run) -> RunFigures:
-    """The figures of a finished run."""
+def _run_figures(planned: PlannedRun, run: Run) -> RunFigures:
+    """Return the figures of a finished run."""
     work = {key: value for key, metric in WORK.items() if (value := mean(run.metrics, metric)) is not None}
     first, last = (run.evaluations[0], run.evaluations[-1]) if len(run.evaluations) > 1 else (None, None)
     return RunFigures(
@@ -149,19 +191,13 @@ def _means(evaluation: Evaluation | None) -> dict[str, float]:
     return {label: figure.mean for label, figure in figures.items() if figure.mean is not None}
 
 
-def as_data(comparison: Comparison) -> Sequence[Mapping[str, Any]]:
-    """The comparison as plain data, for compare.json."""
+def as_data(comparison: Comparison) -> list[dict[str, Any]]:
+    """Return the comparison as plain data, for compare.json."""
     return [
         {
             "row": row.name,
             "runs": [asdict(run) for run in row.runs],
-            "held_out": {label: _held_out(comparison, row, label) for label in comparison.labels},
+            "held_out": {label: asdict(comparison.held_out(row, label)) for label in comparison.labels},
         }
         for row in comparison.rows
     ]
-
-
-def _held_out(comparison: Comparison, row: RowFigures, label: str) -> dict[str, Any]:
-    before, after = (seed_spread(list(row.held_out(label, when).values())) for when in ("before", "after"))
-    figures = {"before": before, "after": after, "difference_to_first": comparison.difference(row, label)}
-    return {name: None if figure is None else asdict(figure) for name, figure in figures.items()}
