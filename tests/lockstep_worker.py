@@ -8,7 +8,6 @@ import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -160,7 +159,7 @@ def run(accelerator: Any, schedule: Schedule, mine: Schedule) -> dict[str, Any]:
         model,
         ConditioningCache(model),
         sampler,
-        nullcontext,
+        False,
         accelerator.device,
         conditioning={"index": torch.arange(len(plans))},
     )

@@ -55,7 +55,7 @@ def compute_in_bf16(run: dict[str, Any]) -> None:
     encoded = model.encode([Condition("a red three")])
 
     def predicted(denoiser: nn.Module) -> Tensor:
-        with accelerator.autocast():
+        with torch.autocast(accelerator.device.type, torch.bfloat16, enabled=recipe.autocast):
             return model.predict(latents, torch.tensor([0.7]), encoded, denoiser)
 
     with torch.no_grad():

@@ -234,7 +234,7 @@ def _tree(adapter: ModelAdapter, recipe: Recipe, ids: Sequence[int]) -> BranchTr
     """The trees of some prompts, rolled out together in the first iteration."""
     inputs = read_inputs(recipe)
     sampler, cache = make_sampler(recipe, adapter), ConditioningCache(adapter)
-    policy = Policy(adapter, cache, sampler, torch.no_grad, torch.device("cpu")).under(
+    policy = Policy(adapter, cache, sampler, False, torch.device("cpu")).under(
         [inputs.conditions[prompt_id] for prompt_id in ids]
     )
     return rollout(

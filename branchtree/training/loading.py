@@ -72,7 +72,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
         if denoiser is not None and recipe.run.compile is not None:
             compile_denoiser(model, denoiser, recipe.run.compile)
     cache = open_cache(recipe.run, model, accelerator.device)
-    policy = Policy(model, cache, make_sampler(recipe, model), accelerator.autocast, accelerator.device)
+    policy = Policy(model, cache, make_sampler(recipe, model), recipe.autocast, accelerator.device)
     base = None
     if checkpoint is not None:
         base = _missing_base(inputs, output, policy, accelerator)
@@ -114,7 +114,6 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
 def make_accelerator(recipe: Recipe) -> Any:
     """accelerate's engine for the recipe. Raises RecipeError for a tracker that is not installed."""
     from accelerate import Accelerator, PartialState
-    from accelerate.state import AcceleratorState
     from accelerate.tracking import get_available_trackers
 
     available = {str(tracker) for tracker in get_available_trackers()}
@@ -131,12 +130,10 @@ def make_accelerator(recipe: Recipe) -> Any:
             "accelerate's configuration: distributed_type DEEPSPEED is not supported; recipes/accelerate/zero2.yaml "
             "shards what ZeRO-2 shards, and fsdp2.yaml what ZeRO-3 does"
         )
-    # accelerate keeps its precision in a process-wide state; a second run in one process may want another.
-    AcceleratorState._reset_state()
     accelerator = Accelerator(
         # Set because several processes without a GPU would otherwise each train alone.
         cpu=not torch.accelerator.is_available(),
-        mixed_precision="bf16" if recipe.autocast else "no",
+        mixed_precision="no",  # the policy casts by itself; accelerate has one precision for all runs of a process
         kwargs_handlers=[process_group(recipe.run.timeout)],
     )
     for state in (PartialState(), accelerator.state):

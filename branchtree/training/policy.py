@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -38,7 +38,7 @@ class Policy:
     model: ModelAdapter
     cache: ConditioningCache
     sampler: Sampler
-    autocast: Callable[[], AbstractContextManager[None]]
+    autocast: bool  # whether rows are sent under autocast to bfloat16
     device: torch.device
     limit: RowLimit | None = None
     conditioning: Conditioning = field(default_factory=dict)  # P rows
@@ -56,7 +56,7 @@ class Policy:
             if self.calls is not None:
                 self.calls.left -= 1
             conditioning = {name: value[prompt[rows]] for name, value in self.conditioning.items()}
-            with self.autocast():
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.autocast):
                 return self.model.predict(latents[rows], sigma[rows], conditioning, self.denoiser).float()
 
         if self.limit is None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -96,10 +95,8 @@ def load_policy(request: DiversityRequest) -> Policy:
     if request.subject.checkpoint is not None:
         restore_weights(request.subject.checkpoint, model, None)  # the policy's own weights, not their average
 
-    def autocast() -> contextlib.AbstractContextManager[None]:
-        return torch.autocast(device.type, torch.bfloat16, enabled=recipe.autocast)
-
-    return Policy(model, open_cache(recipe.run, model, device), make_sampler(recipe, model), autocast, device)
+    cache = open_cache(recipe.run, model, device)
+    return Policy(model, cache, make_sampler(recipe, model), recipe.autocast, device)
 
 
 def _group_row(planned: PlannedSet, drawn: FeatureSamples) -> GroupRow:

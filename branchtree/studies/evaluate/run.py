@@ -133,7 +133,7 @@ def _evaluator(request: EvaluationRequest, accelerator: Any) -> Evaluator:
     recipe, model, device = request.recipe, request.model, accelerator.device
     limits = RowLimits(recipe.batch, request.section.rows)
     cache, sampler = open_cache(recipe.run, model, device), make_sampler(recipe, model)
-    policy = Policy(model, cache, sampler, accelerator.autocast, device, limits.evaluation)
+    policy = Policy(model, cache, sampler, recipe.autocast, device, limits.evaluation)
     background = recipe.scoring.overlap
     return Evaluator(request.section, request.conditions, request.rewards, policy, limits, background)
 
