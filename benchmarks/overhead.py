@@ -28,7 +28,7 @@ from branchtree import plan
 from branchtree.cli.arguments import parse_overrides
 from branchtree.core.rollout import VelocityFunction, chunks
 from branchtree.core.tree import Topology
-from branchtree.plugins.protocols import Callback, Condition
+from branchtree.plugins import Callback, Condition
 from branchtree.recipe import load_recipe
 from branchtree.run.directory import TIMING, RunDirectory
 from branchtree.training.iteration import plan_batch

@@ -21,7 +21,7 @@ from branchtree_adapters.wan import Wan
 from branchtree_adapters.wan_layout import TRANSFORMER, VAE, WanConfig, read_wan_configs
 from torch import Tensor
 
-from branchtree.plugins.protocols import Condition, Conditioning
+from branchtree.plugins import Condition, Conditioning
 
 SEED = 0
 FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # FLUX.1-dev's; they change no tensor's size

@@ -13,7 +13,7 @@ from branchtree.recipe import Recipe, load_recipe
 
 if TYPE_CHECKING:
     from branchtree.planning.plan import RunPlan
-    from branchtree.plugins.protocols import Callback
+    from branchtree.plugins.base import Callback
     from branchtree.studies.compare import Comparison
     from branchtree.studies.diversity.study import Study
     from branchtree.studies.evaluate import EvaluationResult

@@ -22,7 +22,7 @@ from tiny_wan import Kind, tiny_wan, write_frame
 from torch import Tensor, nn
 
 from branchtree.errors import ModelError
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 
 CPU = torch.device("cpu")
 Edit = Callable[[Path], object]

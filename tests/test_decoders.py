@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from branchtree import plan
-from branchtree.plugins.protocols import DecoderFootprint
+from branchtree.plugins import DecoderFootprint
 
 ASSETS = Path(tiny_flux.__file__).parents[1] / "adapters" / "branchtree_adapters" / "assets"
 

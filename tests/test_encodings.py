@@ -18,7 +18,7 @@ from training_runs import metrics, small, weights
 
 from branchtree import train
 from branchtree.errors import ModelError
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.testing.probe import require_equal
 from branchtree.training.conditioning import IDLE_REQUESTS, ConditioningCache
 from branchtree.training.encodings import EncodingStore, open_store, user_folder

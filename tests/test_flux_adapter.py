@@ -23,7 +23,7 @@ from tiny_flux import T5_TOKENS, tiny_flux
 from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError, DataError, ModelError
-from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
+from branchtree.plugins import Condition, LoraSettings, ModelAdapter
 from branchtree.testing.probe import randomise, require_equal, state
 
 CPU = torch.device("cpu")

@@ -24,8 +24,8 @@ from training_runs import arguments, small
 
 from branchtree import evaluate, train
 from branchtree.errors import CheckpointError, RecipeError
-from branchtree.plugins.lora_files import LoadsLora, LoraSummary
-from branchtree.plugins.protocols import Condition, Conditioning, LoraSettings
+from branchtree.plugins import Condition, Conditioning, LoraSettings, LoraSummary
+from branchtree.plugins.protocols import LoadsLora
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-6

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from branchtree.data.prompts import load_conditions
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "adapters/branchtree_adapters/assets/moving_digits_wan"

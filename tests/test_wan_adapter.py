@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from branchtree.errors import DataError, ModelError
 from branchtree.pictures.video import mp4
-from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
+from branchtree.plugins import Condition, LoraSettings, ModelAdapter
 
 CPU = torch.device("cpu")
 STEPS = 3

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 
 from branchtree.errors import DataError
 from branchtree.files.paths import PathOrName
-from branchtree.plugins import weights
+from branchtree.plugins import Condition, Conditioning, Footprint, Media, weights
 from branchtree.plugins.hookspecs import Register, hookimpl
-from branchtree.plugins.protocols import Condition, Conditioning, Footprint, Media
 from branchtree_adapters.pipeline import sources as shared
 from branchtree_adapters.pipeline import speed
 from branchtree_adapters.pipeline.adapter import PipelineAdapter

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from branchtree.data.frames import first_frame, last_frame
 from branchtree.data.prompts import MEDIA
 from branchtree.errors import DataError
+from branchtree.plugins import Condition, Conditioning, Footprint, Media
 from branchtree.plugins.hookspecs import Register, hookimpl
-from branchtree.plugins.protocols import Condition, Conditioning, Footprint, Media
 from branchtree_adapters.pipeline import sources as shared
 from branchtree_adapters.pipeline import speed
 from branchtree_adapters.pipeline.adapter import PipelineAdapter

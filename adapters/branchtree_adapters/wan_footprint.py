@@ -8,8 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from branchtree.plugins import weights
-from branchtree.plugins.protocols import Footprint
+from branchtree.plugins import Footprint, weights
 from branchtree_adapters.pipeline import sources as shared
 from branchtree_adapters.pipeline.decoders import decoder_of_videos
 from branchtree_adapters.wan_layout import (

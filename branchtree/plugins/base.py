@@ -1,4 +1,4 @@
-"""A base class for model plug-ins: all that is not the model's own has a default here."""
+"""Base classes of plug-ins: a model writes what is its own, a callback what it is interested in."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from branchtree.errors import ModelError
 from branchtree.plugins import weights
-from branchtree.plugins.protocols import Condition, Conditioning, Footprint, LoraSettings, Media
+from branchtree.plugins.values import Condition, Conditioning, Footprint, LoraSettings, Media
 
 DENOISER_FILE = "denoiser.safetensors"
 LORA_FILE = "lora.safetensors"
@@ -177,3 +177,19 @@ class ModelBase(ABC):
             weights.copy_exactly(weights.trained_state(self.denoiser, None), [directory / LORA_FILE])
         else:
             weights.copy_exactly(self.denoiser.state_dict(), [directory / DENOISER_FILE])
+
+
+class Callback:
+    """Follows a run, on the main process. Override what is of interest; an exception ends the run."""
+
+    def on_start(self, output: Path, iteration: int, iterations: int) -> None:
+        """Run before the first iteration of this process, when ``iteration`` of ``iterations`` are done."""
+
+    def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Run after an iteration and its optimiser steps."""
+
+    def on_evaluation(self, iteration: int, figures: Mapping[str, float]) -> None:
+        """Run after an evaluation, when ``iteration`` iterations were done."""
+
+    def on_end(self, output: Path) -> None:
+        """Run after the last iteration, when ``final/`` has been written."""

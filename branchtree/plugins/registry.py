@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from branchtree.errors import PluginError, nearest
 from branchtree.plugins import hookspecs
-from branchtree.plugins.protocols import RewardCard
+from branchtree.plugins.values import RewardCard
 
 RULES = {
     "transition": "register_transitions",

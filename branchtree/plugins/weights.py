@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError, ModelError, nearest
-from branchtree.plugins.protocols import LoraSettings
+from branchtree.plugins.values import LoraSettings
 
 
 def linear_layers(denoiser: nn.Module, targets: Sequence[str]) -> list[nn.Linear]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import torch
 
-from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import Condition, LoraSettings
 from branchtree.recipe.build import make_model
 from branchtree.recipe.schema import Recipe
 from branchtree.training.session import read_inputs

@@ -12,7 +12,8 @@ import torch
 from torch import nn
 
 from branchtree.errors import DataError, ModelError
-from branchtree.plugins.protocols import LoraSettings, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import LoraSettings
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
     CPU,

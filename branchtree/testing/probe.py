@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from branchtree.plugins.protocols import Condition, Conditioning, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import Condition, Conditioning
 from branchtree.testing.case import AdapterCase
 
 CPU = torch.device("cpu")

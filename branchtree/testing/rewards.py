@@ -16,9 +16,10 @@ from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, RewardError
-from branchtree.plugins.protocols import Condition, Fingerprinted, GroupReward, Media, ReleasesMemory, RewardAdapter
+from branchtree.plugins.protocols import Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter
 from branchtree.plugins.registry import registry
 from branchtree.plugins.scores import check_scores
+from branchtree.plugins.values import Condition, Media
 from branchtree.recipe.build import make_reward
 
 CPU = torch.device("cpu")
@@ -115,7 +116,7 @@ def _global_seed(seed: int) -> Iterator[None]:
 
 
 class RewardPromises:
-    """What ``branchtree.plugins.protocols.RewardAdapter`` asks of a reward, taken promise by promise."""
+    """What ``branchtree.plugins.RewardAdapter`` asks of a reward, taken promise by promise."""
 
     @pytest.fixture(scope="class")
     @classmethod

@@ -17,7 +17,9 @@ from branchtree.core.noise import NoiseSource
 from branchtree.core.rollout import rollout
 from branchtree.core.tree import BranchTree, grow
 from branchtree.planning.plan import RunPlan
-from branchtree.plugins.protocols import Callback, LoraSettings, ModelAdapter
+from branchtree.plugins.base import Callback
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import LoraSettings
 from branchtree.recipe.build import make_sampler
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS, RunDirectory

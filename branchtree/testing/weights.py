@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError
-from branchtree.plugins.protocols import LoraSettings, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import LoraSettings
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
     load,

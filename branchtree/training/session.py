@@ -24,15 +24,9 @@ from branchtree.errors import ModelError, RecipeError, RewardError, reason_of
 from branchtree.planning.devices import indexed
 from branchtree.planning.gpus import USABLE, device_memory
 from branchtree.planning.preflight import TrainingNeed, step_shortage
-from branchtree.plugins.protocols import (
-    Callback,
-    CompilesBlocks,
-    Condition,
-    LoraSettings,
-    ModelAdapter,
-    ReleasesMemory,
-    RewardAdapter,
-)
+from branchtree.plugins.base import Callback
+from branchtree.plugins.protocols import CompilesBlocks, ModelAdapter, ReleasesMemory, RewardAdapter
+from branchtree.plugins.values import Condition, LoraSettings
 from branchtree.recipe.build import (
     NamedReward,
     check_learns,

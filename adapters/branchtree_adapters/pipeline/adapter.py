@@ -12,9 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import ModelError
-from branchtree.plugins import weights
-from branchtree.plugins.lora_files import LoraSummary
-from branchtree.plugins.protocols import LoraSettings
+from branchtree.plugins import LoraSettings, LoraSummary, weights
 from branchtree_adapters.pipeline import sources as shared
 from branchtree_adapters.pipeline import speed, trained
 from branchtree_adapters.pipeline.components import require_finite_component, require_telling_apart

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from branchtree.plugins.protocols import DecoderFootprint
+from branchtree.plugins import DecoderFootprint
 from branchtree_adapters.pipeline import sources as shared
 
 WORKING = 27

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError, shortened
 from branchtree.files.json_lines import parse_json, read_json_object
-from branchtree.plugins.lora_files import LoraSummary
+from branchtree.plugins import LoraSummary
 from branchtree_adapters.pipeline.sources import LORA_FILE
 
 PREFIX, DOWN, UP, ALPHA = "transformer.", ".lora_A.weight", ".lora_B.weight", ".alpha"

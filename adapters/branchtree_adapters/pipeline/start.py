@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError
-from branchtree.plugins.lora_files import LoraSummary
+from branchtree.plugins import LoraSummary
 from branchtree.plugins.weights import has_lora, require_same_shapes, trained_state
 from branchtree_adapters.pipeline.lora_file import DOWN, UP, read_lora, read_tensors, require_layers
 from branchtree_adapters.pipeline.sources import LORA_FILE

@@ -11,8 +11,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError
-from branchtree.plugins import weights
-from branchtree.plugins.protocols import LoraSettings
+from branchtree.plugins import LoraSettings, weights
 from branchtree_adapters.pipeline.sources import LORA_FILE, on_meta
 
 

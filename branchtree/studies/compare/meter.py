@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from branchtree.files.writing import write_atomically
-from branchtree.plugins.protocols import Callback
+from branchtree.plugins.base import Callback
 from branchtree.run.directory import RunDirectory
 
 CPU = "cpu.jsonl"

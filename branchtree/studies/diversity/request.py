@@ -13,7 +13,8 @@ from branchtree.data.prompts import check_conditions, load_conditions, media_of,
 from branchtree.errors import RecipeError
 from branchtree.files.names import folder_name
 from branchtree.files.writing import require_own_results
-from branchtree.plugins.protocols import Condition, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import Condition
 from branchtree.recipe.build import make_kernel, make_model, make_schedule
 from branchtree.recipe.schema import Recipe
 from branchtree.studies.common.grids import parse_grid

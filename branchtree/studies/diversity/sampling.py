@@ -17,7 +17,8 @@ from branchtree.core.rollout import Sampler, VelocityFunction, chunks, rollout
 from branchtree.core.schedule import Schedule, TreePlan
 from branchtree.core.tree import grow
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import Condition
 from branchtree.recipe.schema import BatchSection
 from branchtree.studies.diversity.spaces import NamedSpace
 from branchtree.studies.diversity.spread import grouped, pairwise_distance

@@ -10,7 +10,7 @@ from typing import Any
 from branchtree.files.reading import whole_text
 from branchtree.files.writing import write_atomically
 from branchtree.pictures.grid import write_pictures
-from branchtree.plugins.lora_files import LoraSummary
+from branchtree.plugins.values import LoraSummary
 from branchtree.studies.evaluate.bootstrap import LEVEL, RESAMPLES
 from branchtree.studies.evaluate.comparison import RewardComparison
 from branchtree.studies.evaluate.request import GRID, RESULT, SAMPLES, EvaluationRequest

@@ -13,8 +13,8 @@ from branchtree.errors import RecipeError
 from branchtree.files.reading import user_path
 from branchtree.files.writing import require_own_results
 from branchtree.planning.preflight import require_evaluation_memory
-from branchtree.plugins.lora_files import LoadsLora
-from branchtree.plugins.protocols import Condition, ModelAdapter
+from branchtree.plugins.protocols import LoadsLora, ModelAdapter
+from branchtree.plugins.values import Condition
 from branchtree.recipe.build import NamedReward, make_kernel, make_model, make_rewards
 from branchtree.recipe.schema import EvaluationSection, Recipe
 from branchtree.run.contents import changed_files, read_contents

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.errors import CheckpointError
-from branchtree.plugins.lora_files import LoadsLora, LoraSummary
+from branchtree.plugins.protocols import LoadsLora
+from branchtree.plugins.values import LoraSummary
 from branchtree.recipe import Recipe
 from branchtree.recipe.build import make_sampler
 from branchtree.studies.evaluate.comparison import RewardComparison, compare_scores

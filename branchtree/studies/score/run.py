@@ -11,8 +11,8 @@ from typing import TypeVar
 from branchtree.core.rollout import chunks
 from branchtree.errors import DataError, RecipeError, RewardError, refuse
 from branchtree.planning.devices import named_device
-from branchtree.plugins.protocols import ReleasesMemory, needs_prompt
-from branchtree.plugins.scores import ask
+from branchtree.plugins.protocols import ReleasesMemory
+from branchtree.plugins.scores import ask, needs_prompt
 from branchtree.recipe.build import NamedReward
 from branchtree.studies.score.items import Given, Item, list_items
 from branchtree.studies.score.media import Form, find_forms, read
