@@ -119,7 +119,7 @@ def main(words: list[str] | None = None) -> None:
 
 def widen_decoder(session: Session) -> None:
     """Give the model a decoder of the same layout with more channels and random weights."""
-    pipeline = cast(Any, session.inputs.model)._pipeline
+    pipeline = cast(Any, session.inputs.model).pipeline
     config = dict(pipeline.vae.config)
     config["block_out_channels"] = [EXPENSIVE_WIDTH * width for width in config["block_out_channels"]]
     with torch.random.fork_rng(devices=[]):

@@ -184,7 +184,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_encoders_come_when_they_are_needed_and_go_again(model: Path, tmp_path: Path) -> None:
     adapter = flux(model)
-    pipeline = adapter._pipeline
+    pipeline = adapter.pipeline
     assert pipeline.text_encoder is None and pipeline.text_encoder_2 is None
     first = adapter.encode([Condition("a three")])
     assert pipeline.text_encoder is not None and not any(p.requires_grad for p in pipeline.text_encoder_2.parameters())

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from branchtree_adapters.flux import Flux, FluxConfig
-from branchtree_adapters.pipeline.sources import LORA_FILE
+from branchtree_adapters.pipeline.lora_file import LORA_FILE
 from branchtree_adapters.wan import Wan, WanConfig
 from diffusers import FluxPipeline, WanPipeline
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict

@@ -28,10 +28,6 @@ class ModelBase(ABC):
     configuration has a field ``path``, it names a folder that ``export`` wrote, or is None.
     """
 
-    modality: str
-    """``"image"`` or ``"video"``: what ``decode`` returns."""
-    latent_shape: tuple[int, ...]
-    """The shape of one sample's latents."""
     prediction = "velocity"
     rows_per_prediction = 1
     media: frozenset[str] = frozenset()
@@ -39,8 +35,23 @@ class ModelBase(ABC):
     """Endings of the names of the linear layers that get LoRA; None: of all."""
 
     def __init__(self, config: Any) -> None:
-        self.config = config
+        self.config: Any = config
         self._denoiser: nn.Module | None = None
+
+    @property
+    @abstractmethod
+    def modality(self) -> str:
+        """``"image"`` or ``"video"``: what ``decode`` returns. A class attribute will do."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one sample's latents. A class attribute will do."""
+
+    @property
+    def tokens(self) -> int:
+        """Positions of one sample that go through the same weights, as a transformer's patches do."""
+        return 1
 
     @abstractmethod
     def build_denoiser(self) -> nn.Module:
@@ -99,39 +110,41 @@ class ModelBase(ABC):
         return file
 
     def footprint(self) -> Footprint:
-        """Count the model's parameters, and estimate its work as if a row used each weight once.
-
-        Override it where many tokens share the weights. Raises ModelError if ``path`` names no model.
-        """
+        """Return the sizes of the model, without its weights. Raises ModelError if ``path`` names no model."""
         self._weights_file()
         with torch.device("meta"):
-            denoiser = self.build_denoiser()
+            return self.sizes(self.build_denoiser())
+
+    def sizes(self, denoiser: nn.Module) -> Footprint:
+        """Count parameters, and estimate a row's work as if each weight were used once for each of its ``tokens``.
+
+        Override it where that is far off, for a denoiser on torch's meta device.
+        """
         parameters = sum(parameter.numel() for parameter in denoiser.parameters())
         outputs = sum(layer.out_features for layer in denoiser.modules() if isinstance(layer, nn.Linear))
-        numbers = outputs + 4 * torch.Size(self.latent_shape).numel()
-        targets = self._lora_targets(denoiser, None)
+        numbers = outputs * self.tokens + 4 * torch.Size(self.latent_shape).numel()
         return Footprint(
             denoiser_parameters=parameters,
             frozen_parameters=0,
             latent_shape=tuple(self.latent_shape),
             activation_numbers_per_row=numbers,
             checkpointed_numbers_per_row=numbers,
-            forward_flops_per_row=2.0 * parameters,
+            forward_flops_per_row=2.0 * parameters * self.tokens,
             rows_per_prediction=self.rows_per_prediction,
-            lora_parameters_per_rank=weights.lora_parameters_per_rank(denoiser, targets),
-            source="counted on the denoiser, each weight used once a row",
+            lora_parameters_per_rank=weights.lora_parameters_per_rank(denoiser, self._lora_targets(denoiser)),
+            source="counted on the denoiser, each weight used once a token",
         )
 
-    def _lora_targets(self, denoiser: nn.Module, asked: Sequence[str] | None) -> Sequence[str]:
+    def _lora_targets(self, denoiser: nn.Module) -> Sequence[str]:
         linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
-        return asked or self.lora_targets or linear
+        return self.lora_targets or linear
 
     def add_lora(self, settings: LoraSettings, seed: int) -> None:
         """Freeze the denoiser and put float32 low-rank weights on ``lora_targets``, or those of the settings.
 
         Raises ModelError for a target that names no linear layer.
         """
-        weights.add_lora(self.denoiser, settings, self._lora_targets(self.denoiser, settings.targets), seed)
+        weights.add_lora(self.denoiser, settings, settings.targets or self._lora_targets(self.denoiser), seed)
 
     def without_lora(self, denoiser: nn.Module) -> AbstractContextManager[None]:
         """Return a context in which ``denoiser`` acts without its LoRA. Raises ModelError on entry if it has none."""
@@ -173,10 +186,10 @@ class ModelBase(ABC):
 
     def restore(self, directory: Path) -> None:
         """Read back, to the bit, what ``save`` wrote. Raises CheckpointError if it does not fit."""
+        live, file = self.denoiser.state_dict(), DENOISER_FILE
         if weights.has_lora(self.denoiser):
-            weights.copy_exactly(weights.trained_state(self.denoiser, None), [directory / LORA_FILE])
-        else:
-            weights.copy_exactly(self.denoiser.state_dict(), [directory / DENOISER_FILE])
+            live, file = weights.trained_state(self.denoiser, None), LORA_FILE
+        weights.copy_exactly(live, weights.read_safetensors([directory / file])[0], directory)
 
 
 class Callback:

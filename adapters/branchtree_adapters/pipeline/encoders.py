@@ -1,91 +1,95 @@
-"""The encoders of a pipeline: read from its files when they are first needed, and what tells their work apart."""
+"""The encoders of a pipeline: whether they tell two inputs apart, and what their work depends on."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from branchtree_adapters.pipeline import sources as shared
+from branchtree.errors import ModelError
+from branchtree_adapters.pipeline.sources import ModelSource, cached_commit
+from branchtree_adapters.pipeline.tokenizers import check_tokenizer, probe_texts
 
 HASHED_BYTES = 64 * 2**20
-"""Files up to this size are told apart by their contents, larger ones by place, size and time of change."""
-
+"""Files up to this size are told apart by their contents, larger ones by path, size and time of change."""
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "pillow", "av", "ftfy")
 """Libraries that an encoding may depend on."""
 
 
-@dataclass(frozen=True)
-class EncoderSource:
-    """Where the encoders of a pipeline are read from. ``pipeline`` is a diffusers class."""
+@torch.no_grad()
+def probe_encoders(pipeline: Any, location: str) -> None:
+    """Encode two texts that differ, and two images, with each encoder that a pipeline has.
 
-    pipeline: Any
-    source: shared.ModelSource
-    dtype: torch.dtype
-    others: Mapping[str, torch.dtype]  # of parts that are not in ``dtype``
-    names: tuple[str, ...]
+    Raises ModelError, naming the encoder's folder in ``location``, if it cannot tell them apart, or its tokenizer does
+    not fit it.
+    """
+    from PIL import Image
 
-    @staticmethod
-    def of(
-        pipeline: Any,
-        source: shared.ModelSource,
-        dtype: torch.dtype,
-        others: Mapping[str, torch.dtype],
-        encoders: Iterable[str],
-    ) -> EncoderSource:
-        """The ``encoders`` that the pipeline's class takes."""
-        places = inspect.signature(pipeline.__init__).parameters
-        return EncoderSource(pipeline, source, dtype, others, tuple(name for name in encoders if name in places))
-
-    def read(self, parts: Iterable[str]) -> dict[str, Any]:
-        """The encoders by name, on the CPU; None where the model has none.
-
-        ``parts`` are the names of all the pipeline's parts. Raises ModelError.
-        """
-        absent = [name for name in parts if name not in self.names]
-        # The commit that the other parts are of, whatever the hub has by now.
-        commit = _commit(self.source)
-        source = self.source if commit is None else replace(self.source, revision=commit)
-        found = shared.load_pipeline(self.pipeline, source, self.dtype, self.others, absent)
-        return {name: getattr(found, name) for name in self.names}
+    for name, encoder in pipeline.components.items():
+        folder, given = f"{location}/{name}", {"device": getattr(encoder, "device", None)}
+        tokenizer = pipeline.components.get(name.replace("text_encoder", "tokenizer"))
+        if encoder is None:
+            continue
+        if name.startswith("text_encoder") and tokenizer is not None:
+            files = Path(f"{location}/{name.replace('text_encoder', 'tokenizer')}")
+            check_tokenizer(tokenizer, files, encoder.config.to_dict())
+            texts = probe_texts(tokenizer, files)
+            length = min(tokenizer.model_max_length, PROBE_TOKENS)
+            options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+            pairs = [_tensors(encoder(tokenizer(text, **options).input_ids.to(**given))) for text in texts]
+            _require_telling_apart(pairs, folder, f", as for the texts {list(texts)}")
+        elif name == "image_encoder":
+            prepare = pipeline.components.get("image_processor") or pipeline.components["feature_extractor"]
+            pixels = [prepare(Image.new("RGB", (64, 64), (shade, 128, 128)), return_tensors="pt") for shade in (0, 255)]
+            pairs = [_tensors(encoder(each.pixel_values.to(**given, dtype=encoder.dtype))) for each in pixels]
+            _require_telling_apart(pairs, folder, "")
 
 
-def fingerprint(source: shared.ModelSource, parts: Sequence[str], settings: Mapping[str, object]) -> str | None:
-    """A digest of the files of ``parts``, some settings, and the libraries' versions; None if no file is known.
+PROBE_TOKENS = 64
+
+
+def _tensors(output: Any) -> list[Tensor]:
+    return [value for value in output.values() if isinstance(value, Tensor)]
+
+
+def _require_telling_apart(pairs: Sequence[Sequence[Tensor]], folder: str, texts: str) -> None:
+    for first, second in zip(*pairs, strict=True):
+        if not bool(torch.stack([first, second]).isfinite().all()):
+            raise ModelError(
+                f"the encoder in '{folder}' gives embeddings that are not finite; its weights are damaged, or the "
+                "precision is too narrow for it: get the files again, or use a wider precision."
+            )
+        if torch.equal(first, second):
+            raise ModelError(
+                f"the encoder in '{folder}' gives one embedding for two inputs{texts}; it, or what prepares its "
+                "inputs, is incomplete or damaged: get it again."
+            )
+
+
+def fingerprint(source: ModelSource, components: Sequence[str], settings: Mapping[str, object]) -> str | None:
+    """Digest the files of ``components``, some settings, and the libraries' versions; None if no file is known.
 
     A hub id stands for its files by its commit in the local cache.
     """
-    commit = _commit(source)
+    commit = cached_commit(source)
     if source.folder is None and commit is None:
         return None
-    files = _files(source.folder, parts) if source.folder else None
     described = {
-        "source": [source.name, commit] if files is None else files,
+        "source": [source.name, commit] if source.folder is None else _files(source.folder, components),
         "settings": dict(settings),
         "libraries": {name: _version(name) for name in LIBRARIES},
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _commit(source: shared.ModelSource) -> str | None:
-    """The commit of a hub id in the local cache; None for a folder, or where it is not there."""
-    if source.folder is not None:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    file = try_to_load_from_cache(source.name, "model_index.json", revision=source.revision)
-    return Path(file).parent.name if isinstance(file, str) else None
-
-
-def _files(folder: Path, parts: Sequence[str]) -> list[list[object]]:
-    found = [file for part in parts for file in sorted((folder / part).rglob("*")) if file.is_file()]
+def _files(folder: Path, components: Sequence[str]) -> list[list[object]]:
+    found = [file for name in components for file in sorted((folder / name).rglob("*")) if file.is_file()]
     return [[file.relative_to(folder).as_posix(), *_state(file)] for file in found]
 
 
