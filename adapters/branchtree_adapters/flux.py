@@ -42,7 +42,9 @@ FLUX_DEV = Published(
 class FluxConfig(PipelineConfig):
     """Which FLUX model, and the size of the images it is to make.
 
-    ``guidance`` is the distilled guidance scale, for models that embed one. ``max_sequence_length`` is in T5 tokens.
+    ``path`` is a hub id, a local pipeline folder, or ``bundled:digits_flux``. ``guidance`` is the distilled guidance
+    scale, for models that embed one. ``max_sequence_length`` is in T5 tokens. ``attention`` is an attention back-end of
+    diffusers, such as ``flash``.
     """
 
     height: int = pydantic.Field(default=720, gt=0, le=8192)

@@ -37,6 +37,10 @@ class Wan(PipelineAdapter):
     modality = "video"
     float32_components = ("vae", "image_encoder")  # as in diffusers' own example of the pipeline
     encodes_with_vae = True
+    encoding_settings = (
+        *("task", "height", "width", "frames", "image_fit"),
+        *("guided", "negative_prompt", "max_sequence_length"),
+    )
     decode_pixels = 16 * 1024**2
     lora_targets = LORA_TARGETS
 
@@ -116,8 +120,9 @@ class Wan(PipelineAdapter):
 
     def encode(self, conditions: Sequence[Condition]) -> Conditioning:
         """Encode P conditions; a text that comes again is not encoded again. See ``encode_condition``."""
+        encoded = super().encode(conditions)
         self._texts.clear()
-        return super().encode(conditions)
+        return encoded
 
     def encode_condition(self, condition: Condition) -> Conditioning:
         """Encode texts and images of a condition.

@@ -40,10 +40,11 @@ _CLIP_VIT_H |= {"image_size": 224, "patch_size": 14, "projection_dim": 1024}
 class WanConfig(PipelineConfig):
     """Which Wan2.1 model, and the videos it is to make: ``frames`` of ``height`` x ``width`` pixels at ``fps``.
 
-    ``guidance`` above 1 is classifier-free guidance, against ``negative_prompt`` where a condition has none of its own.
-    ``image_fit`` says what becomes of an image of another size: ``exact`` refuses it, ``crop`` scales it to cover the
-    frame and cuts its middle out. ``flow_shift`` replaces the scheduler's own. ``max_sequence_length`` is in UMT5
-    tokens.
+    ``path`` is a hub id, a local pipeline folder, or ``bundled:NAME``. ``guidance`` above 1 is classifier-free
+    guidance, against ``negative_prompt`` where a condition has none of its own. ``image_fit`` says what becomes of an
+    image of another size: ``exact`` refuses it, ``crop`` scales it to cover the frame and cuts its middle out.
+    ``flow_shift`` replaces the scheduler's own. ``max_sequence_length`` is in UMT5 tokens. ``attention`` is an
+    attention back-end of diffusers, such as ``flash``.
     """
 
     task: Literal["image_to_video", "text_to_video"] = "image_to_video"

@@ -72,7 +72,7 @@ class PipelineAdapter(ModelBase):
     decode_pixels: int = 8 * 1024**2
     """Pixels of images or frames that go through the VAE at once; one sample always does."""
     encoding_settings: tuple[str, ...] | None = None
-    """Keys of the configuration that an encoding depends on; None: all."""
+    """Fields or properties of the configuration that an encoding depends on; None: all fields."""
     encodes_with_vae = False
     """Whether an encoding depends on the VAE too."""
 
@@ -265,15 +265,11 @@ class PipelineAdapter(ModelBase):
     def encoding_fingerprint(self) -> str | None:
         """Digest the files, settings and libraries that encodings depend on; None if no file is known."""
         skipped = {"transformer", "scheduler"} | (set() if self.encodes_with_vae else {"vae"})
-        settings = self.config.model_dump(
-            mode="json", include=self.encoding_settings, exclude={"path", "revision", "attention"}
-        )
-        dtypes = {f"dtype of {name}": str(dtype) for name, dtype in self._frozen_dtypes.items()}
-        return fingerprint(
-            self._source,
-            [name for name in self.pipeline.components if name not in skipped],
-            {"family": type(self).__name__, **dtypes, **settings},
-        )
+        names = self.encoding_settings or type(self.config).model_fields.keys() - {"path", "revision", "attention"}
+        settings = {"family": type(self).__name__, **{name: str(getattr(self.config, name)) for name in names}}
+        settings |= {f"dtype of {name}": str(dtype) for name, dtype in self._frozen_dtypes.items()}
+        components = [name for name in self.pipeline.components if name not in skipped]
+        return fingerprint(self._source, components, settings)
 
     def release_frozen(self) -> None:
         """Move encoders and VAE to the CPU, and give their memory on the device back."""
