@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from branchtree.errors import ModelError
+from branchtree.errors import CheckpointError, ModelError
 from branchtree.plugins import weights
 from branchtree.plugins.values import Condition, Conditioning, Footprint, LoraSettings, Media
 
@@ -65,10 +65,7 @@ class ModelBase(ABC):
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
-        """Return the prediction (B, *latent), float32, for latents (B, *latent) at sigma (B,).
-
-        ``denoiser`` is the module to send them through, ``self.denoiser`` where it is None.
-        """
+        """Predict for latents (B, *latent) at sigma (B,), float32, through ``denoiser`` or ``self.denoiser``."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Media:
@@ -85,18 +82,12 @@ class ModelBase(ABC):
         """Refuse a condition that the model cannot take, by a DataError. The default takes any prompt."""
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
-        """Build the denoiser, and read its weights where the configuration names a ``path``.
-
-        Raises ModelError if they cannot be read.
-        """
+        """Build the denoiser, and read its weights from ``path``, if any. Raises ModelError if they cannot be read."""
         file, denoiser = self._weights_file(), self.build_denoiser()
         if file is not None:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-
             try:
-                denoiser.load_state_dict(load_file(file))
-            except (OSError, RuntimeError, SafetensorError) as error:
+                denoiser.load_state_dict(weights.read_safetensors([file])[0])
+            except (CheckpointError, RuntimeError) as error:
                 raise ModelError(f"model.path: '{file}' holds no weights of this model: {error}") from error
         self._denoiser = denoiser.to(device, denoiser_dtype)
 
@@ -140,14 +131,11 @@ class ModelBase(ABC):
         return self.lora_targets or linear
 
     def add_lora(self, settings: LoraSettings, seed: int) -> None:
-        """Freeze the denoiser and put float32 low-rank weights on ``lora_targets``, or those of the settings.
-
-        Raises ModelError for a target that names no linear layer.
-        """
+        """Put LoRA on the settings' targets, or ``lora_targets``. Raises ModelError for one that is no linear layer."""
         weights.add_lora(self.denoiser, settings, settings.targets or self._lora_targets(self.denoiser), seed)
 
     def without_lora(self, denoiser: nn.Module) -> AbstractContextManager[None]:
-        """Return a context in which ``denoiser`` acts without its LoRA. Raises ModelError on entry if it has none."""
+        """Return a context in which ``denoiser`` acts without its LoRA. On entry, raises ModelError if it has none."""
         return weights.lora_disabled(denoiser)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -168,10 +156,7 @@ class ModelBase(ABC):
         return torch.linspace(1, 0, steps + 1)
 
     def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the trained weights: ``denoiser.safetensors``, or under LoRA ``lora.safetensors``.
-
-        ``denoiser_state`` is written in place of the trained weights. Raises CheckpointError if it does not fit.
-        """
+        """Write ``denoiser.safetensors``, or under LoRA ``lora.safetensors``; see ModelAdapter."""
         from safetensors.torch import save_file
 
         state, file = weights.trained_state(self.denoiser, denoiser_state), LORA_FILE

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from branchtree.core.advantages import ESTIMATORS, Estimator
 from branchtree.core.credit import PruningRule, prune
-from branchtree.core.loss import EdgeLoss, clipped_loss
+from branchtree.core.loss import clipped_loss
 from branchtree.core.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
 from branchtree.core.pruning import Prune, trainable_edges
 from branchtree.core.schedule import PRESET_SPLITS, DrawnSplits, FixedSplits, SlidingWindow, SplitAtWindow, Splits
@@ -56,19 +56,18 @@ def _ddim(config: NoKeys, section: Any, prediction: str) -> Kernel:
 @hookimpl
 def register_siblings(register: Register) -> None:
     """Register how siblings' noises may relate."""
+    kinds: dict[str, tuple[Callable[[Any], Siblings], str]] = {
+        "correlated": (lambda tree: CorrelatedSiblings(tree.strength), "Siblings' noises correlate (BranchGRPO)."),
+        "independent": (lambda _: IndependentSiblings(), "Siblings' noises are independent."),
+        "simplex": (lambda _: SimplexSiblings(), "Siblings' noises sum to 0."),
+    }
+    for name, (make, summary) in kinds.items():
+        register(name, build=partial(_of_section, make), config=NoKeys, summary=summary)
 
-    def correlated(config: NoKeys, section: Any) -> Siblings:
-        return CorrelatedSiblings(section.strength)
 
-    def independent(config: NoKeys, section: Any) -> Siblings:
-        return IndependentSiblings()
-
-    def simplex(config: NoKeys, section: Any) -> Siblings:
-        return SimplexSiblings()
-
-    register("correlated", build=correlated, config=NoKeys, summary="Siblings' noises correlate (BranchGRPO).")
-    register("independent", build=independent, config=NoKeys, summary="Siblings' noises are independent.")
-    register("simplex", build=simplex, config=NoKeys, summary="Siblings' noises sum to 0.")
+def _of_section(make: Callable[[Any], Any], config: NoKeys, section: Any) -> Any:
+    """Build a rule by its section alone."""
+    return make(section)
 
 
 @hookimpl
@@ -117,12 +116,12 @@ def register_estimators(register: Register) -> None:
         "leaf": "Each node against the leaves that are not below it.",
         "sibling": "Each node against its siblings.",
     }
-
-    def builder(estimator: Estimator) -> Callable[[NoKeys, Any], Estimator]:
-        return lambda config, section: estimator
-
     for name, summary in summaries.items():
-        register(name, build=builder(ESTIMATORS[name]), config=NoKeys, summary=summary)
+        register(name, build=partial(_of_section, partial(_estimator, name)), config=NoKeys, summary=summary)
+
+
+def _estimator(name: str, section: Any) -> Estimator:
+    return ESTIMATORS[name]
 
 
 @hookimpl
@@ -133,28 +132,19 @@ def register_pruning(register: Register) -> None:
         "extreme": "Below the last split, only the best and worst leaves are trained.",
         "depth": "A window of steps that slides deeper is left out.",
     }
-
-    def builder(kind: Any) -> Callable[[NoKeys, Any], Prune]:
-        def build(config: NoKeys, section: Any) -> Prune:
-            rule = PruningRule(kind, section.count, section.size, section.every, section.stop)
-            return lambda topology, values, iteration: prune(topology, values, rule, iteration)
-
-        return build
-
     for name, summary in summaries.items():
-        register(name, build=builder(name), config=NoKeys, summary=summary)
+        register(name, build=partial(_of_section, partial(_prune, name)), config=NoKeys, summary=summary)
+    nothing = partial(_of_section, lambda _: lambda topology, values, iteration: trainable_edges(topology))
+    register("none", build=nothing, config=NoKeys, summary="All edges that the schedule trains.")
 
-    def none(config: NoKeys, section: Any) -> Prune:
-        return lambda topology, values, iteration: trainable_edges(topology)
 
-    register("none", build=none, config=NoKeys, summary="All edges that the schedule trains.")
+def _prune(kind: Any, section: Any) -> Prune:
+    rule = PruningRule(kind, section.count, section.size, section.every, section.stop)
+    return lambda topology, values, iteration: prune(topology, values, rule, iteration)
 
 
 @hookimpl
 def register_losses(register: Register) -> None:
     """Register the clipped policy gradient."""
-
-    def clipped(config: NoKeys, section: Any) -> EdgeLoss:
-        return partial(clipped_loss, clip=section.clip_range)
-
+    clipped = partial(_of_section, lambda loss: partial(clipped_loss, clip=loss.clip_range))
     register("clipped", build=clipped, config=NoKeys, summary="PPO's clipped objective.")

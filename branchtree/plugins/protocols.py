@@ -55,9 +55,9 @@ class ModelAdapter(Protocol):
     # Loading
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
-        """Load the denoiser to ``device`` in ``denoiser_dtype``, and frozen components in ``dtype``.
+        """Load the denoiser to ``device`` in ``denoiser_dtype``; frozen components in ``dtype``, now or when needed.
 
-        Encoders may wait for the first ``encode``. Raises ModelError if the folder or hub id cannot be read.
+        Raises ModelError if the folder or hub id cannot be read.
         """
 
     @property
@@ -83,9 +83,9 @@ class ModelAdapter(Protocol):
     ) -> Tensor:
         """Predict for latents (B, *latent) at sigma (B,) under B rows of ``conditioning``; float32 (B, *latent).
 
-        Rows go through ``denoiser``: the adapter's own by default, or that one wrapped for distributed training, or a
-        frozen copy. It is computed in the dtype that the denoiser was loaded in. A run that trains float32 weights in
-        bfloat16 calls it under autocast; with low-rank weights it never does.
+        Rows go through ``denoiser``: the adapter's own, that one wrapped for distributed training, or a frozen copy, in
+        the dtype it was loaded in. A run that trains float32 weights in bfloat16 calls it under autocast, but never
+        with low-rank weights.
         """
 
     def decode(self, latents: Tensor) -> Media:
@@ -108,15 +108,12 @@ class ModelAdapter(Protocol):
     def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
         """Write the trained weights for ``restore``.
 
-        ``denoiser_state`` holds weights to write in place of the trained ones: every trainable parameter, by its
-        name in ``denoiser``. Raises CheckpointError if they do not fit.
+        ``denoiser_state`` holds weights to write in their place: every trainable parameter, by its name in
+        ``denoiser``. Raises CheckpointError if they do not fit.
         """
 
     def restore(self, directory: Path) -> None:
-        """Read back, to the bit and before any sharding, the trained weights that ``save`` wrote.
-
-        Raises CheckpointError if they do not fit.
-        """
+        """Read back, to the bit and before sharding, what ``save`` wrote. Raises CheckpointError if it does not fit."""
 
     def export(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
         """Write what users of the model's own library load: the complete model, or under LoRA its weights alone."""
@@ -139,10 +136,9 @@ class FingerprintedEncodings(Protocol):
     """A model that can say what its encodings depend on, so that they may be kept on disk."""
 
     def encoding_fingerprint(self) -> str | None:
-        """Digest weights, settings and libraries: models with equal digests encode a condition alike.
+        """Digest weights, settings and libraries, but not device and torch: equal ones encode a condition alike.
 
-        The device, torch itself and the condition are not in it. None if it cannot be known. Called after ``load``, and
-        does not load encoders.
+        None if it cannot be known. Called after ``load``, and does not load encoders.
         """
 
 

@@ -17,6 +17,8 @@ from branchtree.plugins.values import LoraSettings
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
     CPU,
+    HALF,
+    SINGLE,
     LoadedOnce,
     counted_rows,
     load,
@@ -24,8 +26,6 @@ from branchtree.testing.probe import (
     predict_rows,
     trainable_parameters,
 )
-
-HALF, SINGLE = torch.bfloat16, torch.float32
 
 
 class LoadingPromises(LoadedOnce):

@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, RewardError
@@ -21,8 +20,8 @@ from branchtree.plugins.registry import registry
 from branchtree.plugins.scores import check_scores
 from branchtree.plugins.values import Condition, Media
 from branchtree.recipe.build import make_reward
+from branchtree.testing.probe import CPU, require_close
 
-CPU = torch.device("cpu")
 REFUSED = (ValueError, BranchTreeError)
 
 
@@ -82,12 +81,6 @@ def _score(adapter: RewardAdapter, case: RewardCase, media: Media, rows: Sequenc
     """The scores of some samples, each against its own condition; of all by default."""
     chosen = range(len(media)) if rows is None else rows
     return adapter.score(_chosen(media, chosen), [case.conditions[row] for row in chosen])
-
-
-def _require_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert found.shape == expected.shape
-    largest = max(1.0, float(expected.abs().max()))
-    assert float((found - expected).abs().max()) <= tolerance * largest
 
 
 def _require_equal(found: Scores, expected: Scores) -> None:
@@ -188,7 +181,7 @@ class RewardPromises:
             scores = _score(loaded, case, spoilt)
             assert scores.valid.tolist() == [row in rest for row in range(len(media))]
             assert set(scores.reasons) <= {0, 1}
-            _require_close(scores.values[rest], expected.values, case.tolerance)
+            require_close(scores.values[rest], expected.values, case.tolerance, least=1.0)
 
     def test_a_score_does_not_know_its_batch(self, case: RewardCase, loaded: RewardAdapter) -> None:
         """All at once, one at a time, and some of them in another order: each sample keeps its score."""
@@ -197,9 +190,9 @@ class RewardPromises:
         for media in case.samples():
             whole = _score(loaded, case, media).values
             alone = [_score(loaded, case, media, [row]).values for row in range(len(media))]
-            _require_close(torch.cat(alone), whole, case.tolerance)
+            require_close(torch.cat(alone), whole, case.tolerance, least=1.0)
             order = [*range(2, len(media)), 0]
-            _require_close(_score(loaded, case, media, order).values, whole[order], case.tolerance)
+            require_close(_score(loaded, case, media, order).values, whole[order], case.tolerance, least=1.0)
 
     def test_a_group_has_no_order(self, case: RewardCase, loaded: RewardAdapter) -> None:
         """A reward that compares samples gives them the same scores in another order."""
@@ -208,7 +201,7 @@ class RewardPromises:
         for media in case.samples():
             whole = _score(loaded, case, media).values
             for order in ([*range(1, len(media)), 0], list(reversed(range(len(media))))):
-                _require_close(_score(loaded, case, media, order).values, whole[order], case.tolerance)
+                require_close(_score(loaded, case, media, order).values, whole[order], case.tolerance, least=1.0)
 
     def test_the_same_samples_get_the_same_scores(
         self, case: RewardCase, loaded: RewardAdapter, twin: RewardAdapter

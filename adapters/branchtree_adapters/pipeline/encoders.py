@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -13,9 +15,11 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import ModelError
+from branchtree.files.checksums import file_sha256
 from branchtree_adapters.pipeline.sources import ModelSource, cached_commit
 from branchtree_adapters.pipeline.tokenizers import check_tokenizer, probe_texts
 
+PROBE_TOKENS = 64
 HASHED_BYTES = 64 * 2**20
 """Files up to this size are told apart by their contents, larger ones by path, size and time of change."""
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "pillow", "av", "ftfy")
@@ -32,44 +36,41 @@ def probe_encoders(pipeline: Any, location: str) -> None:
     from PIL import Image
 
     for name, encoder in pipeline.components.items():
-        folder, given = f"{location}/{name}", {"device": getattr(encoder, "device", None)}
-        tokenizer = pipeline.components.get(name.replace("text_encoder", "tokenizer"))
-        if encoder is None:
+        if encoder is None or not name.startswith(("text_encoder", "image_encoder")):
             continue
-        if name.startswith("text_encoder") and tokenizer is not None:
-            files = Path(f"{location}/{name.replace('text_encoder', 'tokenizer')}")
-            check_tokenizer(tokenizer, files, encoder.config.to_dict())
-            texts = probe_texts(tokenizer, files)
+        texts = ""
+        if name.startswith("text_encoder"):
+            kind = name.replace("text_encoder", "tokenizer")
+            tokenizer, folder = getattr(pipeline, kind, None), Path(location) / kind
+            if tokenizer is None:
+                continue
+            check_tokenizer(tokenizer, folder, encoder.config.to_dict())
+            probes = probe_texts(tokenizer, folder)
             length = min(tokenizer.model_max_length, PROBE_TOKENS)
             options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-            pairs = [_tensors(encoder(tokenizer(text, **options).input_ids.to(**given))) for text in texts]
-            _require_telling_apart(pairs, folder, f", as for the texts {list(texts)}")
-        elif name == "image_encoder":
+            inputs = [tokenizer(text, **options).input_ids for text in probes]
+            texts = f", as for the texts {list(probes)}"
+        else:
             prepare = pipeline.components.get("image_processor") or pipeline.components["feature_extractor"]
-            pixels = [prepare(Image.new("RGB", (64, 64), (shade, 128, 128)), return_tensors="pt") for shade in (0, 255)]
-            pairs = [_tensors(encoder(each.pixel_values.to(**given, dtype=encoder.dtype))) for each in pixels]
-            _require_telling_apart(pairs, folder, "")
+            pictures = [Image.new("RGB", (64, 64), (red, 128, 128)) for red in (0, 255)]
+            inputs = [prepare(picture, return_tensors="pt").pixel_values.to(encoder.dtype) for picture in pictures]
+        outputs = [encoder(each.to(encoder.device)).values() for each in inputs]
+        for first, second in zip(*outputs, strict=True):
+            if isinstance(first, Tensor):
+                _require_telling_apart(first, second, f"{location}/{name}", texts)
 
 
-PROBE_TOKENS = 64
-
-
-def _tensors(output: Any) -> list[Tensor]:
-    return [value for value in output.values() if isinstance(value, Tensor)]
-
-
-def _require_telling_apart(pairs: Sequence[Sequence[Tensor]], folder: str, texts: str) -> None:
-    for first, second in zip(*pairs, strict=True):
-        if not bool(torch.stack([first, second]).isfinite().all()):
-            raise ModelError(
-                f"the encoder in '{folder}' gives embeddings that are not finite; its weights are damaged, or the "
-                "precision is too narrow for it: get the files again, or use a wider precision."
-            )
-        if torch.equal(first, second):
-            raise ModelError(
-                f"the encoder in '{folder}' gives one embedding for two inputs{texts}; it, or what prepares its "
-                "inputs, is incomplete or damaged: get it again."
-            )
+def _require_telling_apart(first: Tensor, second: Tensor, folder: str, texts: str) -> None:
+    if not bool(torch.stack([first, second]).isfinite().all()):
+        raise ModelError(
+            f"the encoder in '{folder}' gives embeddings that are not finite; its weights are damaged, or the "
+            "precision is too narrow for it: get the files again, or use a wider precision."
+        )
+    if torch.equal(first, second):
+        raise ModelError(
+            f"the encoder in '{folder}' gives one embedding for two inputs{texts}; it, or what prepares its inputs, is "
+            "incomplete or damaged: get it again."
+        )
 
 
 def fingerprint(source: ModelSource, components: Sequence[str], settings: Mapping[str, object]) -> str | None:
@@ -90,18 +91,15 @@ def fingerprint(source: ModelSource, components: Sequence[str], settings: Mappin
 
 def _files(folder: Path, components: Sequence[str]) -> list[list[object]]:
     found = [file for name in components for file in sorted((folder / name).rglob("*")) if file.is_file()]
-    return [[file.relative_to(folder).as_posix(), *_state(file)] for file in found]
+    return [[file.relative_to(folder).as_posix(), *_state(file, file.stat())] for file in found]
 
 
-def _state(file: Path) -> list[object]:
-    status = file.stat()
-    if status.st_size <= HASHED_BYTES:
-        return [hashlib.sha256(file.read_bytes()).hexdigest()]
-    return [str(file.resolve()), status.st_size, status.st_mtime_ns]
+def _state(file: Path, status: os.stat_result) -> list[object]:
+    small = status.st_size <= HASHED_BYTES
+    return [file_sha256(file)] if small else [str(file.resolve()), status.st_size, status.st_mtime_ns]
 
 
 def _version(library: str) -> str | None:
-    try:
+    with suppress(PackageNotFoundError):
         return version(library)
-    except PackageNotFoundError:
-        return None
+    return None

@@ -40,10 +40,8 @@ def _lora_layers(denoiser: Any, replacement: Mapping[str, Tensor] | None = None)
     """Return the LoRA weights, or ``replacement`` in their place, by peft's names in a file."""
     from peft import get_peft_model_state_dict
 
-    found: dict[str, Tensor] = get_peft_model_state_dict(
-        denoiser, state_dict=weights.trained_state(denoiser, replacement)
-    )
-    return found
+    state = weights.trained_state(denoiser, replacement)
+    return dict(get_peft_model_state_dict(denoiser, state_dict=state))
 
 
 @torch.no_grad()
@@ -137,29 +135,25 @@ def load_lora(denoiser: Any, source: Path, pipeline: type[Any]) -> LoraSummary:
 
 def _require_fit(file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
     """Compare names and shapes. Raises CheckpointError that says what to set."""
+    theirs, ours = ({name.removesuffix(DOWN).removesuffix(UP) for name in each} for each in (found, wanted))
     problems = []
     for what, names in (
-        ("is on layers that the recipe's is not on", sorted(_layers(found) - _layers(wanted))),
-        ("lacks layers that the recipe's is on", sorted(_layers(wanted) - _layers(found))),
+        ("is on layers that the recipe's is not on", sorted(theirs - ours)),
+        ("lacks layers that the recipe's is on", sorted(ours - theirs)),
     ):
         if names:
-            problems.append(
-                f"it {what} ({', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}); set lora.targets"
-            )
-    ranks = {(found[name].shape[0], wanted[name].shape[0]) for name in wanted if name.endswith(DOWN) and name in found}
-    for theirs, ours in sorted(ranks):
-        if theirs != ours:
-            problems.append(f"it has rank {theirs} and lora.rank is {ours}; set lora.rank={theirs}")
+            more = ", ..." if len(names) > SHOWN else ""
+            problems.append(f"it {what} ({', '.join(names[:SHOWN])}{more}); set lora.targets")
+    ranks = {(len(found[name]), len(wanted[name])) for name in wanted if name.endswith(DOWN) and name in found}
+    for rank in (rank for rank, own in sorted(ranks) if rank != own):
+        own = next(len(value) for name, value in wanted.items() if name.endswith(DOWN))
+        problems.append(f"it has rank {rank} and lora.rank is {own}; set lora.rank={rank}")
     if not problems:
+        shapes = ((name, found.get(name), value) for name, value in wanted.items())
         problems = [
-            f"'{name}' has shape {tuple(found[name].shape) if name in found else None} and not {tuple(tensor.shape)}"
-            for name, tensor in wanted.items()
-            if name not in found or found[name].shape != tensor.shape
+            f"'{name}' has shape {None if other is None else tuple(other.shape)} and not {tuple(value.shape)}"
+            for name, other, value in shapes
+            if other is None or other.shape != value.shape
         ][:1]
     if problems:
         raise CheckpointError(f"the LoRA '{file}' does not fit: {'; '.join(problems)}")
-
-
-def _layers(tensors: Mapping[str, Tensor]) -> set[str]:
-    """Return the layers that have LoRA weights, or whatever else the names stand for."""
-    return {name.removesuffix(DOWN).removesuffix(UP) for name in tensors}
