@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from branchtree.core.advantages import ESTIMATORS, Estimator
+from branchtree.core.advantages import ESTIMATORS
 from branchtree.core.credit import PruningRule, prune
 from branchtree.core.loss import clipped_loss
 from branchtree.core.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
@@ -117,11 +117,8 @@ def register_estimators(register: Register) -> None:
         "sibling": "Each node against its siblings.",
     }
     for name, summary in summaries.items():
-        register(name, build=partial(_of_section, partial(_estimator, name)), config=NoKeys, summary=summary)
-
-
-def _estimator(name: str, section: Any) -> Estimator:
-    return ESTIMATORS[name]
+        rule = ESTIMATORS[name]
+        register(name, build=lambda *_, rule=rule: rule, config=NoKeys, summary=summary)
 
 
 @hookimpl

@@ -1,8 +1,7 @@
 """What a model and a reward must offer, and what they may offer beside it.
 
-A plug-in need not import these: a class that has the members has the protocol. ``branchtree.plugins.ModelBase`` has
-most members of a model already. Axis letters: P prompts, B rows of a batch; ``*latent`` is the shape of one sample's
-latents, which the library stores and never looks inside.
+A class that has the members has the protocol; ``branchtree.plugins.ModelBase`` has most of a model's already.
+Axis letters: P prompts, B rows of a batch; ``*latent`` is the shape of one sample's latents.
 """
 
 from __future__ import annotations
@@ -25,8 +24,6 @@ from branchtree.plugins.values import (
     Media,
     RewardFootprint,
 )
-
-# What a model must offer
 
 
 class ModelAdapter(Protocol):
@@ -89,10 +86,7 @@ class ModelAdapter(Protocol):
         """
 
     def decode(self, latents: Tensor) -> Media:
-        """Decode clean latents (B, *latent) to media in [0, 1], on the CPU or the device.
-
-        On a CPU another thread may call ``predict`` meanwhile; none calls ``encode``.
-        """
+        """Decode clean latents (B, *latent) to media in [0, 1]. On a CPU, a thread may call ``predict`` meanwhile."""
 
     # Training
 
@@ -166,9 +160,9 @@ class StartsFromWeights(Protocol):
     """A model that takes weights of another origin than ``save`` for ``model.start``; others ``restore`` them."""
 
     def start_from(self, source: Path) -> None:
-        """Put weights, from a file or a folder, in place of those to be trained, after ``add_lora``, before sharding.
+        """Put weights of a file or folder in place of those to be trained, after ``add_lora``, before sharding.
 
-        Their precision and the scale of a LoRA may be others. Raises CheckpointError, which says what would fit.
+        Precision and the scale of a LoRA may be others. Raises CheckpointError, which says what would fit.
         """
 
 
@@ -179,8 +173,8 @@ class LoadsLora(Protocol):
     def load_lora(self, source: Path) -> LoraSummary:
         """Put a LoRA file, or a folder with one, on the loaded model in place of any other LoRA.
 
-        The model then acts as the program that the file is for has it act; ``without_lora`` switches it off. Raises
-        CheckpointError for a file that is damaged, or has keys that fit nothing in the model.
+        It acts as in the program that the file is for. Raises CheckpointError for a file that is damaged, or has keys
+        that fit nothing in the model.
         """
 
 
@@ -206,10 +200,7 @@ class RewardAdapter(Protocol):
         """Load what scoring needs."""
 
     def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        """Score sample i against condition i. A sample that cannot be scored is marked invalid.
-
-        It may be called from another thread than ``load``, but never from two at once.
-        """
+        """Score sample i against condition i, or mark it invalid. Called from any thread, never from two at once."""
 
 
 # What a reward may offer beside it

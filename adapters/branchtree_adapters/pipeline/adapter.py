@@ -75,6 +75,7 @@ class PipelineAdapter(ModelBase):
     """Fields or properties of the configuration that an encoding depends on; None: all fields."""
     encodes_with_vae = False
     """Whether an encoding depends on the VAE too."""
+    compile_blocks = staticmethod(speed.compile_blocks)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -306,10 +307,6 @@ class PipelineAdapter(ModelBase):
         if self.modality == "image":
             return Media(images=samples)
         return Media(videos=samples.transpose(1, 2), fps=self.config.fps)
-
-    def compile_blocks(self, denoiser: nn.Module, backend: str) -> None:
-        """Compile the blocks of ``denoiser``, each kind once. Raises ModelError for an unknown back-end."""
-        speed.compile_blocks(denoiser, backend)
 
     def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
         """Write ``pytorch_lora_weights.safetensors``, or without LoRA the whole ``transformer/``; see ModelBase."""
