@@ -241,6 +241,15 @@ def test_a_run_whose_prompts_are_cached_needs_no_encoders(hub: Path, tmp_path: P
         require_equal(weights(tmp_path / name), weights(tmp_path / "plain"))
 
 
+def test_a_cache_without_the_encoders_gives_the_sizes_of_what_is_loaded(hub: Path, model: Path) -> None:
+    """And not those that are assumed of a model that is not in the cache."""
+    (hub / "text_encoder_2" / "config.json").unlink()
+    adapter, whole = flux("org/small"), flux(model)
+    assert adapter.latent_shape == whole.latent_shape == tuple(adapter.initial_noise(torch.Generator()).shape)
+    with pytest.raises(ModelError, match="text_encoder_2"):
+        adapter.encode([Condition("a three")])
+
+
 def test_encoders_come_once_in_an_evaluation(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """However many batches it has; the prompts of the training are kept."""
     calls: list[str] = []

@@ -130,8 +130,9 @@ class Flux(PipelineAdapter):
         Raises DataError for a negative prompt.
         """
         self.check(condition)
+        tokens = min(self.config.max_sequence_length, self.pipeline.tokenizer_2.model_max_length)
         text, pooled, _ = self.pipeline.encode_prompt(
-            condition.prompt, None, device=self.device, max_sequence_length=self._text_tokens
+            condition.prompt, None, device=self.device, max_sequence_length=tokens
         )
         return {"prompt_embeds": text, "pooled_prompt_embeds": pooled}
 
