@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
 
 from branchtree import plan, train
+from branchtree.errors import ModelError
 from branchtree.plugins import Condition
 from branchtree.recipe.build import make_model
 from branchtree.run.directory import METRICS, RunDirectory
@@ -134,6 +135,11 @@ def test_it_trains_for_two_iterations(case: AdapterCase, folder: Path, tmp_path:
     else:
         changed = after.transformer.state_dict()
         assert any(not torch.equal(value, changed[name]) for name, value in before.transformer.state_dict().items())
+
+
+def test_sizes_that_are_not_known_are_refused(case: AdapterCase) -> None:
+    with pytest.raises(ModelError, match="configuration files of 'org/none' cannot be read; check the hub id"):
+        case.build(path="org/none").footprint()
 
 
 def test_the_adapter_is_short_and_imports_public_names_alone() -> None:

@@ -70,12 +70,13 @@ class Media:
         return Media(images=self.pixels[rows])
 
     @staticmethod
-    def joined(parts: Sequence[Media]) -> Media:
+    def joined(batches: Sequence[Media]) -> Media:
         """Concatenate media of one kind and size."""
-        if len(parts) == 1:
-            return parts[0]
-        pixels = torch.cat([part.pixels for part in parts])
-        return Media(videos=pixels, fps=parts[0].fps) if parts[0].images is None else Media(images=pixels)
+        first = batches[0]
+        if len(batches) == 1:
+            return first
+        pixels = torch.cat([batch.pixels for batch in batches])
+        return Media(videos=pixels, fps=first.fps) if first.images is None else Media(images=pixels)
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Footprint:
     source: str  # where these figures come from
     forward_numbers_per_row: int = 0  # alive at once in one row's forward without gradients; 0 if not known
     conditioning_numbers: int = 0  # of one prompt's encoding; 0 if not known
-    attention_flops_per_row: float = 0.0  # of a forward, those of products in which no weight takes part
+    attention_flops_per_row: float = 0.0  # of a forward, those of products of activations alone
     frozen_float32_parameters: int = 0  # of the frozen ones, those that stay in float32 whatever the precision
     largest_block_parameters: int = 0  # what sharding gathers at a time; 0 if not known
     decoder: DecoderFootprint | None = None  # None if not known

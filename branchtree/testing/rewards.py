@@ -120,7 +120,7 @@ class RewardPromises:
     @pytest.fixture(scope="class")
     @classmethod
     def twin(cls, case: RewardCase) -> RewardAdapter:
-        """The same reward, built and loaded anew."""
+        """The same reward, built and loaded again."""
         return case.load()
 
     def test_it_says_what_it_scores(self, case: RewardCase, loaded: RewardAdapter) -> None:
@@ -206,7 +206,7 @@ class RewardPromises:
     def test_the_same_samples_get_the_same_scores(
         self, case: RewardCase, loaded: RewardAdapter, twin: RewardAdapter
     ) -> None:
-        """To the bit: again, and by a reward that was built and loaded anew. Samples are left as they were."""
+        """To the bit: again, and by a reward that was built and loaded again. Samples are left as they were."""
         for media in case.samples():
             before = media.pixels.clone()
             scores = loaded.score(media, case.conditions)

@@ -92,7 +92,7 @@ class WeightPromises:
     def test_saved_weights_are_restored_to_the_bit(
         self, case: AdapterCase, tmp_path: Path, variant: str, dtype: torch.dtype
     ) -> None:
-        """Into a model that was loaded anew and has other weights; the folder is made by ``save``."""
+        """Into a newly loaded model with other weights; the folder is made by ``save``."""
         adapter = load_trained(case, variant, dtype)
         fresh = load_trained(case, variant, dtype, seed=9)
         asked, names = make_question(adapter, case.conditions), trainable_parameters(fresh).keys()
