@@ -12,7 +12,7 @@ from full_size_work import cost_of
 from operations import Operations, count_operations
 from sampling import Timed
 
-from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins import ModelAdapter
 from branchtree.recipe.schema import Recipe
 
 MARKS = {"dancegrpo": 698, "branchgrpo": 493, "width_pruned": 314, "depth_pruned": 314, "mix": 148}

@@ -25,7 +25,7 @@ from branchtree.core.rollout import rollout
 from branchtree.core.tree import BranchTree
 from branchtree.data.prompts import training_conditions
 from branchtree.planning.memory import estimate_memory
-from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins import ModelAdapter
 from branchtree.recipe import load_recipe
 from branchtree.recipe.build import make_credit_rule, make_schedule
 from branchtree.recipe.schema import Recipe

@@ -10,7 +10,7 @@ from typing import TypeVar
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
+from branchtree.plugins import Condition, LoraSettings, ModelAdapter
 
 Result = TypeVar("Result")
 

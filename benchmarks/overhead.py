@@ -28,7 +28,7 @@ from branchtree import plan
 from branchtree.cli.arguments import parse_overrides
 from branchtree.core.rollout import VelocityFunction, chunks
 from branchtree.core.tree import Topology
-from branchtree.plugins.protocols import Callback, Condition
+from branchtree.plugins import Callback, Condition
 from branchtree.recipe import load_recipe
 from branchtree.run.directory import TIMING, RunDirectory
 from branchtree.training.inputs import read_inputs
@@ -121,7 +121,7 @@ def main(words: list[str] | None = None) -> None:
 
 def widen_decoder(session: Session) -> None:
     """Give the model a decoder of the same layout with more channels and random weights."""
-    pipeline = cast(Any, session.inputs.model)._pipeline
+    pipeline = cast(Any, session.inputs.model).pipeline
     config = dict(pipeline.vae.config)
     config["block_out_channels"] = [EXPENSIVE_WIDTH * width for width in config["block_out_channels"]]
     with torch.random.fork_rng(devices=[]):

@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from branchtree_adapters.flux import FLUX_DEV, Flux, FluxConfig
-from branchtree_adapters.pipeline import sources as shared
 from branchtree_adapters.pipeline import speed
+from branchtree_adapters.pipeline.blueprint import TRANSFORMER, VAE
+from branchtree_adapters.pipeline.sources import Configs
 from branchtree_adapters.wan import Wan
-from branchtree_adapters.wan_layout import TRANSFORMER, VAE, WanConfig, read_wan_configs
+from branchtree_adapters.wan_layout import WanConfig
 from torch import Tensor
 
-from branchtree.plugins.protocols import Condition, Conditioning
+from branchtree.plugins import Condition, Conditioning
 
 SEED = 0
 FLUX_VAE = {"scaling_factor": 0.3611, "shift_factor": 0.1159}  # FLUX.1-dev's; they change no tensor's size
@@ -82,26 +83,24 @@ class RandomFlux(Flux):
         """Draw the transformer and the VAE on ``device``."""
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
-        configs, _ = shared.read_configs(shared.locate_pipeline(self.config.path), FLUX_DEV, "FLUX.1-dev")
-        transformer, vae = dict(configs["transformer/config.json"]), {**FLUX_VAE, **configs["vae/config.json"]}
+        configs = self.blueprint.configs
+        transformer, vae = dict(configs[TRANSFORMER]), {**configs[VAE], **FLUX_VAE}
         parts = {
             "transformer": build_at(device, denoiser_dtype, lambda: FluxTransformer2DModel.from_config(transformer)),
             "vae": build_at(device, dtype, lambda: AutoencoderKL.from_config(vae)).requires_grad_(False),
             "scheduler": FlowMatchEulerDiscreteScheduler(shift=3.0),
         }
         absent = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
-        self._loaded, self._device, self._dtype = FluxPipeline(**parts, **absent), device, denoiser_dtype
-        self._text_tokens = configs["tokenizer_2/tokenizer_config.json"]["model_max_length"]
+        self.take(FluxPipeline(**parts, **absent), device, denoiser_dtype)
         _run_as(self.denoiser, self._execution)
 
     def encode(self, conditions: Sequence[Condition]) -> Conditioning:
         """Random embeddings in the shapes of T5's and CLIP's."""
-        sizes = self._pipeline.transformer.config
-        tokens = min(self.config.max_sequence_length, self._text_tokens)
-        text = (tokens, sizes.joint_attention_dim)
+        sizes = self.pipeline.transformer.config
+        text = (self._text_tokens, sizes.joint_attention_dim)
         return {
-            "prompt_embeds": embeddings(conditions, text, self._dtype, "text"),
-            "pooled_prompt_embeds": embeddings(conditions, (sizes.pooled_projection_dim,), self._dtype, "pooled"),
+            "prompt_embeds": embeddings(conditions, text, self.dtype, "text"),
+            "pooled_prompt_embeds": embeddings(conditions, (sizes.pooled_projection_dim,), self.dtype, "pooled"),
         }
 
 
@@ -116,26 +115,26 @@ class RandomWan(Wan):
         """Draw the transformer and the VAE on ``device``."""
         from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 
-        configs, _ = read_wan_configs(self.config)
+        configs = self.blueprint.configs
         transformer, vae = dict(configs[TRANSFORMER]), dict(configs[VAE])
-        self._loaded = WanPipeline(
+        pipeline = WanPipeline(
             transformer=build_at(device, denoiser_dtype, lambda: WanTransformer3DModel.from_config(transformer)),
             vae=build_at(device, torch.float32, lambda: AutoencoderKLWan.from_config(vae)).requires_grad_(False),
             scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
             tokenizer=None,
             text_encoder=None,
         )
-        self._device, self._dtype = device, denoiser_dtype
+        self.take(pipeline, device, denoiser_dtype)
         _run_as(self.denoiser, self._execution)
 
     def encode(self, conditions: Sequence[Condition]) -> Conditioning:
         """Random embeddings in the shape of UMT5's."""
-        shape = (self.config.max_sequence_length, self._pipeline.transformer.config.text_dim)
+        shape = (self.config.max_sequence_length, self.pipeline.transformer.config.text_dim)
         names = ["prompt_embeds", *(["negative_prompt_embeds"] if self.config.guided else [])]
-        return {name: embeddings(conditions, shape, self._dtype, name) for name in names}
+        return {name: embeddings(conditions, shape, self.dtype, name) for name in names}
 
 
-SMALL_FLUX: shared.Configs = {
+SMALL_FLUX: Configs = {
     "transformer/config.json": {
         "guidance_embeds": True,
         "num_layers": 1,
@@ -144,14 +143,14 @@ SMALL_FLUX: shared.Configs = {
         "joint_attention_dim": 64,
         "pooled_projection_dim": 32,
     },
-    "vae/config.json": {**FLUX_DEV["vae/config.json"], "block_out_channels": [32] * 4, "layers_per_block": 1},
+    "vae/config.json": {**FLUX_DEV.configs["vae/config.json"], "block_out_channels": [32] * 4, "layers_per_block": 1},
     "text_encoder/config.json": {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2},
     "text_encoder_2/config.json": {"d_model": 64, "d_ff": 64, "num_heads": 2, "num_layers": 1},
     "tokenizer_2/tokenizer_config.json": {"model_max_length": 16},
 }
 """FLUX.1-dev with fewer, narrower layers and a shorter text."""
 
-SMALL_WAN: shared.Configs = {
+SMALL_WAN: Configs = {
     "transformer/config.json": {
         "num_attention_heads": 2,
         "attention_head_dim": 32,

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from branchtree.core.scores import Scores
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.recipe import load_recipe
 from branchtree.recipe.build import NamedReward
 from branchtree.run.directory import RunDirectory

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
+from branchtree.plugins import Condition, LoraSettings, ModelAdapter
 
 GPU, META = torch.device("cuda"), torch.device("meta")
 NOT_COUNTED = frozenset({"mm", "addmm", "bmm", "baddbmm", "convolution", "empty", "empty_like", "empty_strided"})

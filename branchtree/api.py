@@ -14,7 +14,7 @@ from branchtree.recipe.load import resolve_recipe
 
 if TYPE_CHECKING:
     from branchtree.planning.plan import RunPlan
-    from branchtree.plugins.protocols import Callback
+    from branchtree.plugins.base import Callback
     from branchtree.studies.compare import Comparison
     from branchtree.studies.diversity import Study
     from branchtree.studies.evaluate import EvaluationResult

@@ -45,7 +45,10 @@ DRAWN: Mapping[str, Mapping[str, object]] = {
 
 def regions() -> Mapping[str, Callable[[], str]]:
     """Every generated section by name."""
-    files = ["pyproject.toml", *(f"branchtree_guest/{name}" for name in ("__init__.py", "reward.py", "model.py"))]
+    files = [
+        "pyproject.toml",
+        *(f"branchtree_guest/{name}" for name in ("__init__.py", "reward.py", "model.py", "sd3.py")),
+    ]
     files += ["branchtree_guest/watch.py", "branchtree_guest/recipes/guest.yaml", "tests/test_model.py"]
     files += ["tests/test_reward.py"]
     return {

@@ -103,7 +103,7 @@ def main() -> None:
     from torch.nn.modules.module import register_module_forward_pre_hook
 
     from branchtree.api import train
-    from branchtree.plugins.protocols import Callback
+    from branchtree.plugins import Callback
 
     trace = Trace()
 

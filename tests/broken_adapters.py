@@ -13,9 +13,9 @@ from branchtree_guest.model import GuestGaussian, GuestGaussianConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from branchtree.plugins import Condition, Conditioning, Footprint, LoraSettings, Media
 from branchtree.plugins.base import DENOISER_FILE as WEIGHTS
 from branchtree.plugins.hookspecs import Register, hookimpl
-from branchtree.plugins.protocols import Condition, Conditioning, Footprint, LoraSettings, Media
 
 LATENT = (3, 4, 4)
 

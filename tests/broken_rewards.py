@@ -12,8 +12,8 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from branchtree.core.scores import Scores
+from branchtree.plugins import Condition, Media, RewardCard
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
 
 
 class Config(BaseModel, extra="forbid"):

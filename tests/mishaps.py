@@ -22,7 +22,7 @@ MODULE = """
 
     from branchtree.data.frames import first_frame
     from branchtree.plugins.hookspecs import hookimpl
-    from branchtree.plugins.protocols import Callback
+    from branchtree.plugins import Callback
     from branchtree_guest.model import GuestGaussian, GuestGaussianConfig
     from branchtree_guest.reward import Brightness, BrightnessConfig
 

@@ -18,7 +18,7 @@ from branchtree_rewards.digits.reward import Digits
 
 from branchtree.cli import main
 from branchtree.core.scores import Scores
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 
 LEAST = -2.3
 """Log-probabilities below it count as unreadable."""

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from branchtree import load_recipe, train
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import randomise
 from branchtree.training.inputs import read_inputs

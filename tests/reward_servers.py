@@ -21,7 +21,7 @@ from patience import PATIENCE
 from torch import Tensor
 
 from branchtree.core.scores import Scores
-from branchtree.plugins.protocols import Condition, Media, RewardAdapter
+from branchtree.plugins import Condition, Media, RewardAdapter
 from branchtree.serving.server import RewardServer, bind
 from branchtree.serving.service import NamedAdapter, Service
 

@@ -26,7 +26,7 @@ from PIL import Image, ImageCms
 
 from branchtree import score
 from branchtree.errors import DataError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.studies.score.items import list_items
 from branchtree.studies.score.media import find_forms, read
 

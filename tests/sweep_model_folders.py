@@ -26,7 +26,7 @@ from torch import Tensor
 import branchtree
 from branchtree.errors import BranchTreeError
 from branchtree.files.checksums import SUMS
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 
 ASSETS = Path(__file__).parents[1] / "adapters/branchtree_adapters/assets"
 MODELS = ("digits_flux", "moving_digits_wan")

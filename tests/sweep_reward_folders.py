@@ -22,7 +22,7 @@ from branchtree_rewards.shared.source import RANDOM_SMALL
 
 from branchtree.errors import BranchTreeError
 from branchtree.files.checksums import write_checksums
-from branchtree.plugins.protocols import Condition, Media, RewardAdapter
+from branchtree.plugins import Condition, Media, RewardAdapter
 from branchtree.recipe.build import make_reward
 
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from torchvision import transforms
 
 from branchtree.errors import RewardError
 from branchtree.files.checksums import file_sha256
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.plugins.registry import registry
 
 HEAD = "sa_0_4_vit_l_14_linear.pth"  # as LAION names it

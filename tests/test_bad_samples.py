@@ -23,8 +23,9 @@ from test_reward_conformance import all_cases
 from branchtree import score
 from branchtree.core.scores import Scores
 from branchtree.errors import DataError
-from branchtree.plugins.protocols import Condition, GroupReward, Media, RewardAdapter, needs_prompt
-from branchtree.plugins.scores import ask
+from branchtree.plugins import Condition, Media, RewardAdapter
+from branchtree.plugins.protocols import GroupReward
+from branchtree.plugins.scores import ask, needs_prompt
 from branchtree.recipe.build import NamedReward, make_reward
 from branchtree.training.limits import RowLimit
 from branchtree.training.scoring import timed_scores

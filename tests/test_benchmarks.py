@@ -27,7 +27,7 @@ from sessions import edge_by_edge
 from tiny_flux import tiny_flux
 
 from branchtree.core.families import Families
-from branchtree.plugins.protocols import Footprint
+from branchtree.plugins import Footprint
 
 SMALLEST = {
     "tree.steps": 6,

@@ -33,7 +33,7 @@ from PIL import Image
 from torch import Tensor
 
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.plugins.registry import registry
 
 CPU = torch.device("cpu")

@@ -362,7 +362,7 @@ FATAL = """
 import os
 from pydantic import BaseModel
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Callback
+from branchtree.plugins import Callback
 
 
 class Nothing(BaseModel):

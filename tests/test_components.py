@@ -22,7 +22,7 @@ from tiny_wan import Kind, tiny_wan, write_frame
 from torch import Tensor, nn
 
 from branchtree.errors import ModelError
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 
 CPU = torch.device("cpu")
 Edit = Callable[[Path], object]
@@ -210,7 +210,7 @@ def test_an_untied_umt5_keeps_its_embedding(wan_folder: Path, tmp_path: Path) ->
 )
 def test_every_component_is_that_of_diffusers_to_the_bit(model: str, pipeline: Any) -> None:
     others = {"vae": torch.float32, "transformer": torch.float16}
-    ours = build_pipeline(pipeline, ASSETS / model, torch.bfloat16, others, ())
+    ours = build_pipeline(pipeline, ASSETS / model, {**others, "default": torch.bfloat16}, ())
     theirs = pipeline.from_pretrained(ASSETS / model, dtype={**others, "default": torch.bfloat16})
     assert ours.components.keys() == theirs.components.keys()
     hidden = {"_name_or_path"}

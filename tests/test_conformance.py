@@ -18,7 +18,7 @@ from patience import PATIENCE
 from tiny_flux import tiny_flux
 from tiny_wan import FRAMES, SIZE, Kind, tiny_wan, write_frame
 
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.plugins.registry import registry
 from branchtree.testing import AdapterCase, ModelAdapterPromises, TrainingPromises
 
@@ -227,7 +227,7 @@ BROKEN = {
 
 THEIRS = """
 import pytest
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.testing import AdapterCase, ModelAdapterPromises, TrainingPromises
 
 class Theirs(ModelAdapterPromises, TrainingPromises):

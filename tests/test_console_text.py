@@ -24,7 +24,7 @@ from branchtree.cli.console import make_console, visible
 from branchtree.cli.display import ProgressDisplay, figures_table
 from branchtree.data.frames import first_frame
 from branchtree.errors import DataError
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.training.evaluation import Figure
 
 MARKUP = "[bold]x[/red] :cat: \\[a]"

@@ -24,7 +24,7 @@ from branchtree.data.prompts import (
     training_conditions,
 )
 from branchtree.errors import DataError
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.recipe.schema import DataSection, EvaluationSection
 from branchtree.training.conditioning import ConditioningCache
 

@@ -19,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from branchtree import plan
-from branchtree.plugins.protocols import DecoderFootprint
+from branchtree.plugins import DecoderFootprint
 
 ASSETS = Path(tiny_flux.__file__).parents[1] / "adapters" / "branchtree_adapters" / "assets"
 
@@ -95,7 +95,7 @@ def test_videos(vae: Any, frames: int) -> None:
 def test_the_published_decoders_at_full_size() -> None:
     """On the meta device, where a decoding of 720 x 720 pixels, or of a video's nine frames, takes no memory."""
     with torch.device("meta"):
-        images = AutoencoderKL.from_config(dict(FLUX_DEV["vae/config.json"])).eval()
+        images = AutoencoderKL.from_config(dict(FLUX_DEV.configs["vae/config.json"])).eval()
         videos = AutoencoderKLWan().eval()
         one, three = torch.empty(1, 16, 90, 90), torch.empty(1, 16, 3, 50, 80)
         require_close(decoder_of_images(images, 720, 720, 1), measured(images, one), 0.005)

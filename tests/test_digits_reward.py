@@ -12,7 +12,7 @@ from branchtree_rewards.digits.classifier import ClassifierName, DigitClassifier
 from branchtree_rewards.digits.reward import DIGIT_WORDS, Digits, DigitsConfig, named_digit
 from torch import Tensor
 
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 CPU = torch.device("cpu")

@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 from branchtree.cli.app import app
 from branchtree.core.noise import NoiseSource, Purpose, generator
 from branchtree.errors import BranchTreeError, RecipeError, RewardError
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.recipe.build import make_model
 from branchtree.recipe.schema import LoraSection
 from branchtree.run.directory import RunDirectory

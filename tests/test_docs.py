@@ -40,7 +40,7 @@ FOLDERS = ["adapters/README.md", "rewards/README.md", "recipes/README.md"]
 PAGES = [*DOCS, *(ROOT / name for name in (*FOLDERS, "CONTRIBUTING.md", "CHANGELOG.md", "README.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 EVERYTHING = "\n".join(TEXT[page] for page in DOCS)
-PROSE = sorted({*PAGES, ROOT / "tests" / "pretend_gpu" / "README.md"} - {ROOT / "docs" / "extending.md"})
+PROSE = sorted({*PAGES, ROOT / "tests" / "pretend_gpu" / "README.md"})
 COMMANDS = typer.main.get_command(app).commands
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 

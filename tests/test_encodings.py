@@ -18,7 +18,7 @@ from training_runs import metrics, small, weights
 
 from branchtree import train
 from branchtree.errors import ModelError
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.testing.probe import require_equal
 from branchtree.training.conditioning import IDLE_REQUESTS, ConditioningCache
 from branchtree.training.encodings import EncodingStore, open_store, user_folder
@@ -184,7 +184,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_encoders_come_when_they_are_needed_and_go_again(model: Path, tmp_path: Path) -> None:
     adapter = flux(model)
-    pipeline = adapter._pipeline
+    pipeline = adapter.pipeline
     assert pipeline.text_encoder is None and pipeline.text_encoder_2 is None
     first = adapter.encode([Condition("a three")])
     assert pipeline.text_encoder is not None and not any(p.requires_grad for p in pipeline.text_encoder_2.parameters())
@@ -239,6 +239,15 @@ def test_a_run_whose_prompts_are_cached_needs_no_encoders(hub: Path, tmp_path: P
     for name in ("filling", "cached"):
         assert metrics(tmp_path / name) == metrics(tmp_path / "plain")
         require_equal(weights(tmp_path / name), weights(tmp_path / "plain"))
+
+
+def test_a_cache_without_the_encoders_gives_the_sizes_of_what_is_loaded(hub: Path, model: Path) -> None:
+    """And not those that are assumed of a model that is not in the cache."""
+    (hub / "text_encoder_2" / "config.json").unlink()
+    adapter, whole = flux("org/small"), flux(model)
+    assert adapter.latent_shape == whole.latent_shape == tuple(adapter.initial_noise(torch.Generator()).shape)
+    with pytest.raises(ModelError, match="text_encoder_2"):
+        adapter.encode([Condition("a three")])
 
 
 def test_encoders_come_once_in_an_evaluation(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,7 @@ from branchtree.core.sharing import cut
 from branchtree.core.tree import grow, grow_shares
 from branchtree.errors import RewardError
 from branchtree.files.json_lines import json_object
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.recipe.schema import ScoringSection
 from branchtree.report.read import read_run
 from branchtree.report.sections import failures

@@ -23,7 +23,7 @@ from branchtree_rewards.small.clip import write_clip_folder
 from torch import Tensor
 
 from branchtree.errors import PluginError, RecipeError, RewardError
-from branchtree.plugins.protocols import Media
+from branchtree.plugins import Media
 from branchtree.plugins.registry import registry
 from branchtree.studies.diversity.spaces import load_spaces, make_spaces
 

@@ -11,8 +11,10 @@ from typing import Any
 import huggingface_hub
 import pytest
 import torch
+from branchtree_adapters.pipeline.blueprint import TRANSFORMER, VAE
+from branchtree_adapters.pipeline.components import INDEX
 from branchtree_adapters.wan import Wan
-from branchtree_adapters.wan_layout import INDEX, TRANSFORMER, VAE, WanConfig
+from branchtree_adapters.wan_layout import WanConfig
 from diffusers import WanImageToVideoPipeline
 
 from branchtree.errors import ModelError

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from branchtree_adapters import flux
 from branchtree_adapters.flux import FLUX_DEV, LORA_TARGETS, Flux, FluxConfig, register_models
-from branchtree_adapters.pipeline import sources as shared
+from branchtree_adapters.pipeline import sources
+from branchtree_adapters.pipeline.blueprint import count_parameters
+from branchtree_adapters.pipeline.lora_file import LORA_FILE
 from diffusers import FluxPipeline
 from peak_memory import PeakMemory
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
@@ -23,7 +24,7 @@ from tiny_flux import T5_TOKENS, tiny_flux
 from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError, DataError, ModelError
-from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
+from branchtree.plugins import Condition, LoraSettings, ModelAdapter
 from branchtree.testing.probe import randomise, require_equal, state
 
 CPU = torch.device("cpu")
@@ -126,8 +127,8 @@ def test_decoding_in_slices(adapter: Flux, monkeypatch: pytest.MonkeyPatch) -> N
     latents = noise(adapter, rows=5)
     together = adapter.decode(latents).pixels
     sizes: list[int] = []
-    handle = adapter._pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
-    monkeypatch.setattr(flux, "DECODE_PIXELS", 2 * 32 * 32)
+    handle = adapter.pipeline.vae.decoder.register_forward_pre_hook(lambda _, inputs: sizes.append(len(inputs[0])))
+    monkeypatch.setattr(Flux, "decode_pixels", 2 * 32 * 32)
     torch.testing.assert_close(adapter.decode(latents).pixels, together)
     handle.remove()
     assert sizes == [2, 2, 1]
@@ -175,7 +176,7 @@ def test_a_saved_lora_acts_in_a_fresh_pipeline(folder: Callable[..., Path], tmp_
     pipeline.load_lora_weights(tmp_path)
     difference = (prediction(adapter, pipeline.transformer) - prediction(adapter)).abs().max()
     assert difference <= 1e-6
-    assert [file.name for file in tmp_path.iterdir()] == [shared.LORA_FILE]
+    assert [file.name for file in tmp_path.iterdir()] == [LORA_FILE]
 
 
 def adapter_of_alpha(path: Path, alpha: float, seed: int = 5) -> Flux:
@@ -201,13 +202,13 @@ def test_every_reader_of_a_lora_file_gets_the_trained_strength(
     adapter = adapter_of_alpha(folder(), alpha)
     expected = deltas(adapter.denoiser)
     (adapter.save if method == "save" else adapter.export)(tmp_path / "written")
-    file = tmp_path / "written" / shared.LORA_FILE
+    file = tmp_path / "written" / LORA_FILE
     tensors = load_file(file)
     for name, delta in expected.items():
         a, b = (tensors[f"transformer.{name}.lora_{half}.weight"] for half in "AB")
         torch.testing.assert_close(b @ a, delta)
     (tmp_path / "bare").mkdir()
-    save_file(tensors, tmp_path / "bare" / shared.LORA_FILE)
+    save_file(tensors, tmp_path / "bare" / LORA_FILE)
     for written in (file.parent, tmp_path / "bare"):
         pipeline = FluxPipeline.from_pretrained(folder())
         pipeline.load_lora_weights(written)
@@ -239,7 +240,7 @@ def test_lora_of_a_checkpoint_that_keeps_alpha_beside_the_weights_is_restored(
 ) -> None:
     """As earlier versions wrote it for every alpha."""
     adapter, fresh = (adapter_of_alpha(folder(), 8.0, seed) for seed in (5, 9))
-    adapter._pipeline.save_lora_weights(
+    adapter.pipeline.save_lora_weights(
         tmp_path,
         transformer_lora_layers=get_peft_model_state_dict(adapter.denoiser),
         transformer_lora_adapter_metadata=adapter.denoiser.peft_config["default"].to_dict(),  # type: ignore[union-attr]
@@ -270,7 +271,7 @@ def test_restoring_what_does_not_fit_is_refused(folder: Callable[..., Path], tmp
     with pytest.raises(CheckpointError, match="shape"):
         other.restore(tmp_path)
     require_equal(state(other), before)
-    (tmp_path / shared.LORA_FILE).write_bytes(b"damaged")
+    (tmp_path / LORA_FILE).write_bytes(b"damaged")
     with pytest.raises(CheckpointError, match="cannot read"):
         lora.restore(tmp_path)
 
@@ -281,8 +282,8 @@ def test_footprint_counts_what_is_loaded(folder: Callable[..., Path], guidance_e
     footprint = Flux(config).footprint()
     adapter = load(folder(guidance_embeds), height=24, width=40)
     parts = FluxPipeline.from_pretrained(folder(guidance_embeds)).components
-    frozen = sum(shared.count_parameters(parts[name]) for name in ("vae", "text_encoder", "text_encoder_2"))
-    assert footprint.denoiser_parameters == shared.count_parameters(adapter.denoiser)
+    frozen = sum(count_parameters(parts[name]) for name in ("vae", "text_encoder", "text_encoder_2"))
+    assert footprint.denoiser_parameters == count_parameters(adapter.denoiser)
     assert footprint.frozen_parameters == frozen
     assert footprint.latent_shape == adapter.initial_noise(torch.Generator()).shape == (15, 16)
     assert footprint.activation_numbers_per_row == (15 + T5_TOKENS) * 32 * (28 + 2 * 25 + 6)
@@ -367,7 +368,7 @@ def test_paths_that_cannot_be_used(folder: Callable[..., Path], tmp_path: Path) 
 
 def test_a_bundled_model_is_found(folder: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(folder(), tmp_path / "assets" / "small")
-    monkeypatch.setattr(shared.resources, "files", lambda package: tmp_path)
+    monkeypatch.setattr(sources.resources, "files", lambda package: tmp_path)
     adapter = Flux(FluxConfig(path="bundled:small", height=32, width=32))
     adapter.load(CPU, torch.float32, torch.float32)
     assert adapter.footprint().source == "configuration files of 'bundled:small'"
@@ -381,8 +382,8 @@ def test_a_folder_named_like_a_hub_id_is_a_folder(
 ) -> None:
     shutil.copytree(folder(), tmp_path / "org" / "name")
     monkeypatch.chdir(tmp_path)
-    assert shared.locate_pipeline("org/name").folder == Path("org/name")
-    assert shared.locate_pipeline("org/other").folder is None
+    assert sources.locate_pipeline("org/name").folder == Path("org/name")
+    assert sources.locate_pipeline("org/other").folder is None
 
 
 def test_a_broken_folder_is_named(folder: Callable[..., Path], tmp_path: Path) -> None:
@@ -393,7 +394,7 @@ def test_a_broken_folder_is_named(folder: Callable[..., Path], tmp_path: Path) -
     assert caught.value.__cause__ is not None
     with pytest.raises(ModelError, match=r"transformer/config\.json"):
         adapter.footprint()
-    for name in FLUX_DEV:
+    for name in FLUX_DEV.configs:
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_text('{"block_out_channels": 3, "num_layers": "two"}')
     with pytest.raises(ModelError, match="describes no model"):

@@ -16,7 +16,7 @@ from PIL import Image
 
 from branchtree.data.frames import first_frame, last_frame
 from branchtree.errors import DataError
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 
 SIZE = (48, 32)  # width, height
 Pixels = NDArray[np.uint8]

@@ -13,7 +13,7 @@ from tiny_flux import tiny_flux
 from tiny_wan import FRAMES, SIZE, Kind, tiny_wan, write_frame
 
 from branchtree.core.transfer import send
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 
 GPU = torch.device("cuda", 0)
 

@@ -27,7 +27,7 @@ from branchtree.core.schedule import TreePlan
 from branchtree.core.solvers import Solver
 from branchtree.core.transfer import send
 from branchtree.core.tree import grow
-from branchtree.plugins.protocols import Callback
+from branchtree.plugins import Callback
 
 LIMIT = 3
 """Times that the host may wait for each forward of the rollout and of the gradient pass."""

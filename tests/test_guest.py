@@ -132,6 +132,23 @@ def test_the_guests_velocity_leads_from_noise_to_its_gaussian(guest_site: Path, 
     torch.testing.assert_close(latents, 0.3 + 0.5 * noise, atol=5e-3, rtol=0)
 
 
+def test_the_plugins_of_the_page_are_found_and_trained_with(
+    tmp_path: Path, guest_site: Path, plug: Callable[[Path], None], command: Callable[..., Outcome]
+) -> None:
+    """Each block of docs/extending.md that is a module of its own; the others are files of the guest."""
+    page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
+    shown = re.sub(r"<!-- generated.*?<!-- end of", "", page, flags=re.DOTALL)
+    codes = re.findall(r"^```python\n(.*?)^```", shown, re.DOTALL | re.MULTILINE)
+    assert len(codes) == 2
+    points = {f"page_{number}": f"page_{number}" for number in range(2)}
+    plug(guest_site)
+    plug(fake_distribution(tmp_path / "site", "page", points, dict(zip(points, codes, strict=True))))
+    changes = ("rewards.0.reward=brightness", "credit.estimator={name: powered, power: 2}", "run.iterations=1")
+    done = command("train", "guest", *changes, "--output", str(tmp_path / "run"), "--no-report")
+    assert done.code == 0, done.err
+    assert RunDirectory(tmp_path / "run").rows(METRICS)[0]["reward/brightness/mean"] > 0
+
+
 def test_a_broken_plugin_takes_nothing_else_down(tmp_path: Path, guest_site: Path) -> None:
     broken = fake_distribution(tmp_path, "acme-models", {"acme": "acme_broken"}, {"acme_broken": BROKEN})
     listed = run_command("plugins", sites=[broken, guest_site])

@@ -24,7 +24,7 @@ from clip_publisher import (
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, functional
 
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.plugins.registry import registry
 
 CPU = torch.device("cpu")

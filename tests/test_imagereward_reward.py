@@ -16,7 +16,7 @@ from torch import Tensor
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
 from branchtree.files.checksums import file_sha256
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.plugins.registry import registry
 
 DATA = Path(__file__).parent / "data" / "rewards"

@@ -22,7 +22,7 @@ import branchtree
 from branchtree import load_recipe
 from branchtree.core.scores import Scores
 from branchtree.errors import RecipeError, RewardError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.plugins.scores import ask
 from branchtree.recipe.build import NamedReward
 from branchtree.run.directory import RunDirectory

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from branchtree_adapters.flux import Flux, FluxConfig
-from branchtree_adapters.pipeline.sources import LORA_FILE
+from branchtree_adapters.pipeline.lora_file import LORA_FILE
 from branchtree_adapters.wan import Wan, WanConfig
 from diffusers import FluxPipeline, WanPipeline
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -24,8 +24,8 @@ from training_runs import arguments, small
 
 from branchtree import evaluate, train
 from branchtree.errors import CheckpointError, RecipeError
-from branchtree.plugins.lora_files import LoadsLora, LoraSummary
-from branchtree.plugins.protocols import Condition, Conditioning, LoraSettings
+from branchtree.plugins import Condition, Conditioning, LoraSettings, LoraSummary
+from branchtree.plugins.protocols import LoadsLora
 
 CPU = torch.device("cpu")
 TOLERANCE = 2e-6

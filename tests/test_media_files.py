@@ -18,7 +18,7 @@ from PIL import Image
 from branchtree import score
 from branchtree.data.frames import first_frame
 from branchtree.errors import DataError
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.studies.score.items import list_items
 from branchtree.studies.score.media import find_forms, read
 

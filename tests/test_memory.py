@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from branchtree import plan, train
-from branchtree.plugins.protocols import Callback
+from branchtree.plugins import Callback
 
 WARM, LAST = 100, 499
 LATENT = (3, 64, 64)

@@ -17,7 +17,7 @@ from training_runs import small
 from branchtree import evaluate, train
 from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, ModelError
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.training.conditioning import ConditioningCache
 from branchtree.training.faults import find_faults, mask_faults
 

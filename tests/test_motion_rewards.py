@@ -17,7 +17,7 @@ from PIL import Image
 from strategies import thorough
 from torch import Tensor
 
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.plugins.registry import registry
 
 CPU = torch.device("cpu")

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from branchtree.errors import BranchTreeError, RewardError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.recipe.build import make_reward
 
 CPU = torch.device("cpu")

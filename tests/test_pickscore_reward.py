@@ -19,7 +19,7 @@ from torch import Tensor
 
 from branchtree.errors import RewardError
 from branchtree.files.checksums import file_sha256
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.plugins.registry import registry
 
 CPU = torch.device("cpu")

@@ -73,7 +73,7 @@ def call_wan(pipeline: WanPipeline, scheduler: Any) -> tuple[Tensor, Tensor]:
 
 
 def require_equal(adapter: Flux | Wan, scheduler: Any, walked: tuple[Tensor, Tensor]) -> None:
-    adapter._pipeline.scheduler = type(scheduler).from_config(scheduler.config)
+    adapter.pipeline.scheduler = type(scheduler).from_config(scheduler.config)
     ours = adapter.sigmas(STEPS)
     check_grid(ours)
     assert torch.equal(ours, walked[0])
@@ -146,7 +146,7 @@ def test_other_grids_are_refused(
     flux: tuple[Flux, FluxPipeline], wan: tuple[Wan, WanPipeline], scheduler: Any, named: str
 ) -> None:
     for adapter in (flux[0], wan[0]):
-        adapter._pipeline.scheduler = scheduler
+        adapter.pipeline.scheduler = scheduler
         with pytest.raises(ModelError, match=f"sampler.grid 'pipeline': {type(scheduler).__name__}.*gives no flow"):
             adapter.sigmas(STEPS)
     with pytest.raises(ModelError, match=named):
@@ -159,7 +159,7 @@ def test_other_grids_are_refused(
 def test_a_shift_that_wans_pipeline_does_not_pass_is_refused(wan: tuple[Wan, WanPipeline], scheduler: Any) -> None:
     with pytest.raises(ValueError, match="`mu` must be passed"):
         call_wan(wan[1], scheduler)
-    wan[0]._pipeline.scheduler = scheduler
+    wan[0].pipeline.scheduler = scheduler
     with pytest.raises(ModelError, match=r"`mu` must be passed.*use_dynamic_shifting: True.*Set sampler.grid to"):
         wan[0].sigmas(STEPS)
 
@@ -168,6 +168,6 @@ def test_what_fluxs_pipeline_cannot_call_is_refused(flux: tuple[Flux, FluxPipeli
     scheduler = DPMSolverMultistepScheduler(**FLOW, flow_shift=3.0)
     with pytest.raises(AssertionError):
         call_flux(flux[1], scheduler)
-    flux[0]._pipeline.scheduler = scheduler
+    flux[0].pipeline.scheduler = scheduler
     with pytest.raises(ModelError, match=r"DPMSolverMultistepScheduler .* gives no flow-matching grid"):
         flux[0].sigmas(STEPS)

@@ -24,7 +24,7 @@ from branchtree.planning.gpus import GIB, GPUS, Gpu
 from branchtree.planning.memory import estimate_memory
 from branchtree.planning.plan import RunPlan, draw_tree
 from branchtree.planning.preflight import RewardSize, RewardSizes
-from branchtree.plugins.protocols import DecoderFootprint, Footprint, RewardFootprint
+from branchtree.plugins import DecoderFootprint, Footprint, RewardFootprint
 from branchtree.recipe import Recipe
 from branchtree.recipe.build import make_schedule
 from branchtree.run.directory import METRICS, RunDirectory

@@ -18,7 +18,7 @@ from branchtree.errors import DeviceMemoryError, ModelError
 from branchtree.planning.gpus import GIB, DeviceMemory, device_memory
 from branchtree.planning.memory import Surroundings, estimate_evaluation, estimate_memory
 from branchtree.planning.preflight import RewardSize, RewardSizes, TrainingNeed, reward_sizes, step_shortage
-from branchtree.plugins.protocols import DecoderFootprint, Footprint, RewardFootprint
+from branchtree.plugins import DecoderFootprint, Footprint, RewardFootprint
 from branchtree.recipe import Recipe
 from branchtree.training.processes import process_group
 

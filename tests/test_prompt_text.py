@@ -20,7 +20,7 @@ from strategies import thorough
 from branchtree.data.prompts import load_conditions
 from branchtree.errors import DataError, RewardError, shortened
 from branchtree.files.reading import read_text
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.recipe import load_recipe
 from branchtree.serving.wire import encode_request
 from branchtree.studies.score.items import list_items

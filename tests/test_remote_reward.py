@@ -30,7 +30,7 @@ from torch import Tensor
 import branchtree
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Media, RewardAdapter
+from branchtree.plugins import Condition, Media, RewardAdapter
 from branchtree.plugins.registry import registry
 from branchtree.plugins.scores import ask
 from branchtree.recipe.schema import RewardSection

@@ -18,7 +18,7 @@ from PIL import Image
 from report_page import Page, assert_described, assert_self_contained, assert_well_formed, page
 
 from branchtree.pictures.grid import write_grid
-from branchtree.plugins.protocols import Media
+from branchtree.plugins import Media
 from branchtree.report.images import LARGEST_ANIMATION, Picture, embed
 from branchtree.report.thumbnails import within
 from branchtree.report.videos import embed_video

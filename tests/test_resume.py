@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from branchtree import train
 from branchtree.errors import CheckpointError, RecipeError
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.run.contents import (
     BLOCK,

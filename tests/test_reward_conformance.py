@@ -12,7 +12,7 @@ import torch
 from clips import digit_clips
 from guests import fake_distribution
 
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.plugins.registry import registry
 from branchtree.testing import RewardCase, RewardPromises, noise_media
 

@@ -14,7 +14,8 @@ from branchtree_rewards.small.imagereward import write_small_imagereward as writ
 from branchtree_rewards.small.unifiedreward import write_small_unifiedreward as write_unifiedreward
 from branchtree_rewards.small.videoalign import write_small_videoalign as write_videoalign
 
-from branchtree.plugins.protocols import RewardFootprint, SizedReward
+from branchtree.plugins import RewardFootprint
+from branchtree.plugins.protocols import SizedReward
 from branchtree.plugins.registry import registry
 
 

@@ -28,7 +28,7 @@ from torchvision.transforms.functional import InterpolationMode
 
 from branchtree.errors import RewardError
 from branchtree.files.checksums import file_sha256
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 
 CPU = torch.device("cpu")
 

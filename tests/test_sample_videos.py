@@ -24,7 +24,7 @@ from branchtree.pictures import grid as samples
 from branchtree.pictures.grid import make_thumbnails, write_grid, write_tree
 from branchtree.pictures.still import fitted
 from branchtree.pictures.video import mp4, spread_evenly, webp
-from branchtree.plugins.protocols import Media
+from branchtree.plugins import Media
 
 FRAMES, SIDE = 9, 8
 CODEC = 16  # levels of 255 by which H.264 may be off inside an even area

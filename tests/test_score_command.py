@@ -24,7 +24,7 @@ from sklearn.datasets import load_digits
 
 from branchtree import BranchTreeError, score
 from branchtree.errors import DataError, OutputError, RecipeError, RewardError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.studies.score import run
 
 CPU = torch.device("cpu")
@@ -36,7 +36,7 @@ PROBE = """
 
     from branchtree.plugins.hookspecs import hookimpl
     from branchtree.core.scores import Scores
-    from branchtree.plugins.protocols import RewardCard
+    from branchtree.plugins import RewardCard
 
 
     class Config(BaseModel, extra="forbid"):

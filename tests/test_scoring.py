@@ -29,7 +29,7 @@ from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
 from branchtree.data.prompts import PromptOrder
 from branchtree.errors import ModelError, RewardError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.recipe.build import NamedReward, make_schedule
 from branchtree.recipe.schema import BatchSection, ScoringSection
 from branchtree.report import write_page

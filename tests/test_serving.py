@@ -25,7 +25,7 @@ from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.serving import service as service_module
 from branchtree.serving.access import admits, read_token
 from branchtree.serving.server import RewardServer, bind
@@ -287,7 +287,7 @@ def test_a_failing_reward_is_reported_and_the_server_lives_on() -> None:
             (
                 "short",
                 "reward 'mean' must give 1 values and valid flags for as many samples, as "
-                "branchtree.plugins.protocols.Scores says, but its 'values' has the shape (3,), not (1,)",
+                "branchtree.plugins.Scores says, but its 'values' has the shape (3,), not (1,)",
             ),
         ):
             answer = post(url, encode_request(torch.zeros(1, 1, 2, 2), None, [Condition(prompt)]))

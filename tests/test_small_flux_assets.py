@@ -8,7 +8,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "adapters/branchtree_adapters/assets/digits_flux"

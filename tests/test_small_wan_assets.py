@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import CLIPVisionModel, UMT5EncoderModel
 
 from branchtree.data.prompts import load_conditions
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "adapters/branchtree_adapters/assets/moving_digits_wan"
@@ -112,7 +112,7 @@ def test_prompt_sets_differ_and_name_one_digit_and_direction() -> None:
 @torch.no_grad()
 def test_vae_keeps_real_frames(adapter: Wan, conditions: list[Condition], pipeline: WanImageToVideoPipeline) -> None:
     frames = torch.stack([pipeline.video_processor.preprocess(Image.open(c.image), 32, 32)[0] for c in conditions])
-    restored = adapter._pipeline.vae.decode(adapter._pipeline.vae.encode(frames.unsqueeze(2)).latent_dist.mode()).sample
+    restored = adapter.pipeline.vae.decode(adapter.pipeline.vae.encode(frames.unsqueeze(2)).latent_dist.mode()).sample
     assert (restored[:, :, 0] - frames).square().mean() < 0.02
 
 

@@ -21,7 +21,7 @@ from training_runs import small
 
 from branchtree import load_recipe, train
 from branchtree.errors import ModelError
-from branchtree.plugins.protocols import Condition, LoraSettings
+from branchtree.plugins import Condition, LoraSettings
 from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import randomise
 from branchtree.training.inputs import read_inputs

@@ -14,7 +14,7 @@ from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 
 from branchtree import train
 from branchtree.errors import RecipeError, TrackerError
-from branchtree.plugins.protocols import Callback
+from branchtree.plugins import Callback
 from branchtree.training.tracking import STATE, Trackers
 
 SMALL: dict[str, Any] = {

@@ -16,7 +16,7 @@ from training_runs import largest_difference, metrics, shortened, small, weights
 
 from branchtree import load_recipe, plan, train
 from branchtree.errors import BranchTreeError, CheckpointError, OutputError
-from branchtree.plugins.protocols import Callback
+from branchtree.plugins import Callback
 from branchtree.recipe import recipe_names
 from branchtree.recipe.load import builtin_folder
 from branchtree.run.directory import RunDirectory

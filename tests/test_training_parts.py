@@ -32,7 +32,7 @@ from branchtree.files.checksums import MANIFEST
 from branchtree.files.writing import write_atomically
 from branchtree.pictures.grid import write_grid
 from branchtree.pictures.still import fitted, to_image
-from branchtree.plugins.protocols import Condition, Conditioning, Media
+from branchtree.plugins import Condition, Conditioning, Media
 from branchtree.plugins.scores import ask
 from branchtree.recipe.build import NamedReward
 from branchtree.recipe.schema import OptimSection

@@ -31,7 +31,8 @@ from safetensors.torch import load_file, save_file
 
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Media, ReleasesMemory
+from branchtree.plugins import Condition, Media
+from branchtree.plugins.protocols import ReleasesMemory
 from branchtree.plugins.registry import registry
 
 CPU = torch.device("cpu")

@@ -23,7 +23,7 @@ from unified_server import Fault, FaultyServer, Question, faulty_server
 
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 
 CPU = torch.device("cpu")
 LEVELS = (0, 51, 102, 153, 204, 255)

@@ -19,7 +19,7 @@ from mishaps import same_end, told
 from branchtree import evaluate, train
 from branchtree.errors import BranchTreeError, OutputError
 from branchtree.files.checksums import MANIFEST
-from branchtree.plugins.protocols import Callback, Condition
+from branchtree.plugins import Callback, Condition
 from branchtree.run.ledger import LEDGER, Ledger
 from branchtree.training.encodings import EncodingStore
 

@@ -20,7 +20,7 @@ from torchvision import transforms
 
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.plugins.registry import registry
 
 CPU = torch.device("cpu")

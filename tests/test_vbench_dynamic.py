@@ -18,7 +18,7 @@ from vbench_recorded import recorded, recorder
 
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 
 CPU = torch.device("cpu")
 RECORDED = recorded("outputs")

@@ -20,7 +20,7 @@ from vbench_recorded import recorded, recorder
 
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 
 FILE = "musiq_spaq_ckpt-358bb6af.pth"
 RECORDED = recorded("outputs")

@@ -73,7 +73,7 @@ def test_final_reproduces_the_samples_in_diffusers(lora: bool, tmp_path: Path) -
     from branchtree.core.noise import Purpose, generator
 
     session = trained(tmp_path / "run", **({} if lora else {"lora": None}))
-    base = session.inputs.model._pipeline.config._name_or_path  # type: ignore[attr-defined]
+    base = session.inputs.model.pipeline.config._name_or_path  # type: ignore[attr-defined]
     pipeline = WanImageToVideoPipeline.from_pretrained(base if lora else tmp_path / "run/final")
     noise = session.inputs.model.initial_noise(generator(3, 0, 0, 0, 0, Purpose.INITIAL))[None]
     untrained = sampled_by_diffusers(WanImageToVideoPipeline.from_pretrained(base), session, noise)

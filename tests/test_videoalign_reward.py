@@ -24,7 +24,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree.plugins.registry import registry
 
 DATA = Path(__file__).parent / "data" / "rewards"

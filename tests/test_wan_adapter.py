@@ -24,7 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from branchtree.errors import DataError, ModelError
 from branchtree.pictures.video import mp4
-from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
+from branchtree.plugins import Condition, LoraSettings, ModelAdapter
 
 CPU = torch.device("cpu")
 STEPS = 3
@@ -207,9 +207,9 @@ def test_decoding_in_slices(folder: Callable[[Kind], Path], monkeypatch: pytest.
     adapter, rows = load(folder(SAME[0])), []
     latents = noise(adapter, rows=5)
     together = adapter.decode(latents).pixels
-    adapter._pipeline.vae.decoder.register_forward_hook(lambda module, inputs, _: rows.append(len(inputs[0])))
+    adapter.pipeline.vae.decoder.register_forward_hook(lambda module, inputs, _: rows.append(len(inputs[0])))
     for pixels, slices in ((2 * FRAMES * SIZE**2, [2, 2, 1]), (1, [1] * 5)):
-        monkeypatch.setattr("branchtree_adapters.wan_layout.DECODE_PIXELS", pixels)
+        monkeypatch.setattr(Wan, "decode_pixels", pixels)
         rows.clear()
         torch.testing.assert_close(adapter.decode(latents).pixels, together)
         assert rows == [count for count in slices for _ in range(LATENT[1])]
@@ -254,7 +254,7 @@ def test_video_and_image_parts_are_float32_beside_bf16_as_in_the_pipelines_examp
 ) -> None:
     whole, half = load(folder(SAME[1])), load(folder(SAME[1]), dtype=torch.bfloat16)
     exact, encoded = whole.encode(conditions), half.encode(conditions)
-    parts = half._with_encoders()
+    parts = half.with_encoders()
     dtypes = {name: getattr(parts, name).dtype for name in ("vae", "image_encoder", "text_encoder", "transformer")}
     assert dtypes == {
         "vae": torch.float32,
@@ -271,7 +271,7 @@ def test_video_and_image_parts_are_float32_beside_bf16_as_in_the_pipelines_examp
 
 def test_a_text_is_encoded_once(folder: Callable[[Kind], Path], conditions: list[Condition]) -> None:
     adapter, calls = load(folder(SAME[0])), []
-    adapter._with_encoders().text_encoder.register_forward_hook(lambda *_: calls.append(1))
+    adapter.with_encoders().text_encoder.register_forward_hook(lambda *_: calls.append(1))
     adapter.encode([*conditions, *(replace(condition, negative_prompt="jitter") for condition in conditions)])
     assert len(calls) == 2 + 2  # two prompts; two negative prompts, one of them the default
 
@@ -306,7 +306,7 @@ def test_sigmas_are_the_schedulers(folder: Callable[[Kind], Path], unipc: bool) 
 @pytest.mark.parametrize("scheduler", [DDIMScheduler(), UniPCMultistepScheduler()])
 def test_a_scheduler_of_another_kind_is_refused(folder: Callable[[Kind], Path], scheduler: Any) -> None:
     adapter = load(folder(TEXT), TEXT)
-    adapter._pipeline.scheduler = scheduler
+    adapter.pipeline.scheduler = scheduler
     with pytest.raises(ModelError, match=f"{type(scheduler).__name__} of .* gives no flow-matching grid"):
         adapter.sigmas(4)
 
@@ -502,7 +502,7 @@ def test_footprint_counts_what_is_loaded(
     folder: Callable[[Kind], Path], conditions: list[Condition], kind: Kind
 ) -> None:
     footprint, adapter = build(folder(kind), kind).footprint(), load(folder(kind), kind)
-    parts = {name: part for name, part in adapter._with_encoders().components.items() if isinstance(part, nn.Module)}
+    parts = {name: part for name, part in adapter.with_encoders().components.items() if isinstance(part, nn.Module)}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}
     assert footprint.denoiser_parameters == counts.pop("transformer")
     assert footprint.frozen_parameters == sum(counts.values())

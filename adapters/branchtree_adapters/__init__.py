@@ -1,5 +1,5 @@
 """Model adapters shipped with branchtree: one module per model family, and the base class of diffusers pipelines."""
 
-from branchtree_adapters.pipeline.adapter import PipelineAdapter
+from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig
 
-__all__ = ["PipelineAdapter"]
+__all__ = ["PipelineAdapter", "PipelineConfig"]

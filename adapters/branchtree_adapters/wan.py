@@ -1,10 +1,10 @@
-"""The Wan2.1 family of video models, on the parts of diffusers' WanImageToVideoPipeline and WanPipeline."""
+"""The Wan2.1 family of video models: diffusers' WanImageToVideoPipeline and WanPipeline."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import cached_property
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,25 +12,10 @@ from torch import Tensor, nn
 from branchtree.data.frames import first_frame, last_frame
 from branchtree.data.prompts import MEDIA
 from branchtree.errors import DataError
-from branchtree.plugins.hookspecs import Register, hookimpl
-from branchtree.plugins.protocols import Condition, Conditioning, Footprint, Media
-from branchtree_adapters.pipeline import sources as shared
-from branchtree_adapters.pipeline import speed
-from branchtree_adapters.pipeline.adapter import PipelineAdapter
-from branchtree_adapters.pipeline.grids import scheduler_grid
-from branchtree_adapters.wan_footprint import footprint
-from branchtree_adapters.wan_layout import (
-    IMAGE_ENCODER,
-    INDEX,
-    TEXT_ENCODER,
-    TRANSFORMER,
-    VAE,
-    Layout,
-    WanConfig,
-    decoded_at_once,
-    read_wan_configs,
-    work_out_layout,
-)
+from branchtree.plugins import Condition, Conditioning, Footprint, Register, hookimpl
+from branchtree_adapters.pipeline.adapter import PipelineAdapter, on_device
+from branchtree_adapters.wan_footprint import work
+from branchtree_adapters.wan_layout import IMAGE_ENCODER, Layout, WanConfig, published, work_out_layout
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -50,38 +35,47 @@ class Wan(PipelineAdapter):
     """A Wan2.1 model. Latents of one sample are (channels, frames, rows, columns), normalised as in diffusers."""
 
     modality = "video"
-    prediction = "velocity"
-    frozen_parts = ("vae", "text_encoder", "image_encoder")
-    encoders = ("text_encoder", "image_encoder")
-    encoding_parts = ("text_encoder", "tokenizer", "image_encoder", "image_processor", "vae")
-    float32_parts = ("vae", "image_encoder")  # as in diffusers' own example of the pipeline
+    float32_components = ("vae", "image_encoder")  # as in diffusers' own example of the pipeline
+    encodes_with_vae = True
+    encoding_settings = (
+        *("task", "height", "width", "frames", "image_fit"),
+        *("guided", "negative_prompt", "max_sequence_length"),
+    )
+    decode_pixels = 16 * 1024**2
     lora_targets = LORA_TARGETS
 
     def __init__(self, config: WanConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
+        from_image = config.task == "image_to_video"
+        self.pipeline_class = "WanImageToVideoPipeline" if from_image else "WanPipeline"
+        self.media = frozenset(MEDIA if from_image else ())
+        self.rows_per_prediction = config.rows_per_prediction
+        self.published = published(config)
+        self._texts: dict[str, Tensor] = {}
 
     @property
-    def rows_per_prediction(self) -> int:
-        """2 under classifier-free guidance: one row with the prompt and one with the negative prompt."""
-        return self.config.rows_per_prediction
-
-    @property
-    def media(self) -> frozenset[str]:
-        """What ``image_to_video`` begins with; nothing for ``text_to_video``."""
-        return frozenset(MEDIA) if self.config.task == "image_to_video" else frozenset()
-
-    @cached_property
     def _layout(self) -> Layout:
-        """Read from configuration files until ``load`` replaces it. Raises ModelError for what cannot be made."""
-        return work_out_layout(self.config, read_wan_configs(self.config)[0])
+        return work_out_layout(self.config, self.blueprint.configs)
 
-    def footprint(self) -> Footprint:
-        """The model's sizes, from config.json files; for a hub id not in the local cache, a published Wan2.1 model's.
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels, frames, rows, columns. Raises ModelError for a video or task that the model is not made for."""
+        return self._layout.latent
 
-        Raises ModelError for a missing folder, or for a video or task that the model is not made for.
-        """
-        return footprint(self.config, LORA_TARGETS)
+    @property
+    def tokens(self) -> int:
+        """Patches of a video."""
+        return self._layout.tokens
+
+    def sizes(self, denoiser: Any) -> Footprint:
+        """Return the transformer's sizes; see ``work`` for how."""
+        layout, image_tokens = self._layout, 0
+        if IMAGE_ENCODER in self.blueprint.configs:  # one embedding for each of CLIP's patches and its class token
+            encoder = self.blueprint.configs[IMAGE_ENCODER]
+            image_tokens = (encoder.get("image_size", 224) // encoder.get("patch_size", 32)) ** 2 + 1
+        texts, image = self.rows_per_prediction, layout.images * image_tokens
+        costs = work(denoiser.config, layout, self.config.max_sequence_length, image, texts)
+        return replace(super().sizes(denoiser), **costs)
 
     def check(self, condition: Condition) -> None:
         """Refuse a condition that the model cannot take.
@@ -124,85 +118,48 @@ class Wan(PipelineAdapter):
             f"give an image of that size, or set image_fit to 'crop' to scale it and cut its middle out."
         )
 
-    def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
-        """Load the pipeline: the transformer to ``device``, the VAE to the CPU until it is needed.
-
-        Encoders are read when ``encode`` first needs them. VAE and image encoder are in float32 always.
-        The weights that diffusers keeps in float32 (time embedding, norms, modulation) stay so. Raises ModelError if
-        the source cannot be read, or for a video or task that the model is not made for.
-        """
-        from diffusers import WanImageToVideoPipeline, WanPipeline
-
-        source = shared.locate_pipeline(self.config.path, self.config.revision)
-        shared.fetch_configs(source, (INDEX, TRANSFORMER, VAE, TEXT_ENCODER, IMAGE_ENCODER))
-        work_out_layout(self.config, read_wan_configs(self.config)[0])  # before weights are read
-        pipeline = WanPipeline if self.config.task == "text_to_video" else WanImageToVideoPipeline
-        speed.check_attention(self.config.attention)
-        loaded = self._read(pipeline, source, dtype, denoiser_dtype)
-        index = shared.read_configs(source, {INDEX: loaded.config}, "")[0]  # the pipeline's own lacks the encoders
-        found = {**index, TRANSFORMER: loaded.transformer.config, VAE: loaded.vae.config}
-        self._layout = work_out_layout(self.config, found)
-        speed.set_attention(loaded.transformer, self.config.attention)
-        self._keep(loaded, device, denoiser_dtype)
-        if device.type == "cpu":
-            shared.channels_last(loaded.vae)
-
-    @torch.no_grad()
     def encode(self, conditions: Sequence[Condition]) -> Conditioning:
-        """Encode P conditions, each text and each image by itself so that no row depends on another.
-
-        Returns, on the CPU: ``prompt_embeds`` and, under guidance, ``negative_prompt_embeds`` (P, tokens, dim) of
-        UMT5. For image_to_video also ``condition`` (P, mask channels + channels, frames, rows, columns), float32: which
-        frames are given, and the latents of a video that shows them and is grey elsewhere; and, where the transformer
-        takes them, ``image_embeds`` (P, images, tokens, dim) of CLIP. Raises DataError as ``check`` does.
-        """
-        frames = [self._frames(condition) for condition in conditions]
-        encoded = {"prompt_embeds": self._encode_texts([condition.prompt for condition in conditions])}
-        if self.config.guided:
-            own = [condition.negative_prompt for condition in conditions]
-            texts = [self.config.negative_prompt if text is None else text for text in own]
-            encoded["negative_prompt_embeds"] = self._encode_texts(texts)
-        if self.config.task == "image_to_video":
-            encoded["condition"] = torch.cat([self._encode_frames(images) for images in frames])
-        if self._layout.images:
-            self._with_encoders()
-            embedded = [self._pipeline.encode_image(images[: self._layout.images], self._device) for images in frames]
-            encoded["image_embeds"] = torch.stack([rows.cpu() for rows in embedded]).to(encoded["prompt_embeds"].dtype)
+        """Encode P conditions; a text that comes again is not encoded again. See ``encode_condition``."""
+        encoded = super().encode(conditions)
+        self._texts.clear()
         return encoded
 
-    def _encode_texts(self, texts: Sequence[str]) -> Tensor:
-        """UMT5 embeddings (P, tokens, dim) on the CPU; a text that comes again is not encoded again."""
-        self._with_encoders()
-        rows: dict[str, Tensor] = {}
-        for text in dict.fromkeys(texts):
-            rows[text] = self._encode_text(text)
-        return torch.cat([rows[text] for text in texts])
+    def encode_condition(self, condition: Condition) -> Conditioning:
+        """Encode texts and images of a condition.
+
+        Returns ``prompt_embeds`` and, under guidance, ``negative_prompt_embeds`` (1, tokens, dim) of UMT5. For
+        image_to_video also ``condition`` (1, mask channels + channels, frames, rows, columns), float32: which frames
+        are given, and the latents of a video that shows them and is grey elsewhere; and, where the transformer takes
+        them, ``image_embeds`` (1, images, tokens, dim) of CLIP. Raises DataError as ``check`` does.
+        """
+        frames, negative = self._frames(condition), condition.negative_prompt
+        encoded = {"prompt_embeds": self._encode_text(condition.prompt)}
+        if self.config.guided:
+            text = self.config.negative_prompt if negative is None else negative
+            encoded["negative_prompt_embeds"] = self._encode_text(text)
+        if self.config.task == "image_to_video":
+            encoded["condition"] = self._encode_frames(frames)
+        if images := self._layout.images:
+            embedded = self.pipeline.encode_image(frames[:images], self.device)
+            encoded["image_embeds"] = embedded.unsqueeze(0).to(encoded["prompt_embeds"].dtype)
+        return encoded
 
     def _encode_text(self, text: str) -> Tensor:
-        """UMT5's embedding (1, tokens, dim) on the CPU."""
-        embedded: Tensor = self._pipeline.encode_prompt(
-            text,
-            do_classifier_free_guidance=False,
-            max_sequence_length=self.config.max_sequence_length,
-            device=self._device,
-        )[0]
-        return embedded.cpu()
-
-    @torch.no_grad()
-    def _embedded(self, texts: Mapping[str, str], shade: int) -> Mapping[str, Tensor]:
-        from PIL import Image
-
-        found = {"text_encoder": self._encode_text(texts["tokenizer"])}
-        if getattr(self._pipeline, "image_encoder", None) is not None:
-            image = Image.new("RGB", (self.config.width, self.config.height), (shade, 128, 128))
-            found["image_encoder"] = self._pipeline.encode_image([image], self._device).cpu()
-        return found
+        """Return UMT5's embedding (1, tokens, dim) on the CPU."""
+        if text not in self._texts:
+            self._texts[text] = self.pipeline.encode_prompt(
+                text,
+                do_classifier_free_guidance=False,
+                max_sequence_length=self.config.max_sequence_length,
+                device=self.device,
+            )[0].cpu()
+        return self._texts[text]
 
     def _encode_frames(self, frames: Sequence[Image.Image]) -> Tensor:
         """Mask channels and latents (1, channels, frames, rows, columns) of a video with the given frames."""
-        pipeline, (height, width) = self._pipeline, (self.config.height, self.config.width)
-        shared.on_device(pipeline.vae, self._device)
-        first, *last = (pipeline.video_processor.preprocess(frame, height, width).to(self._device) for frame in frames)
+        pipeline, (height, width) = self.pipeline, (self.config.height, self.config.width)
+        on_device(pipeline.vae, self.device)
+        first, *last = (pipeline.video_processor.preprocess(frame, height, width).to(self.device) for frame in frames)
         _, condition = pipeline.prepare_latents(
             first,
             batch_size=1,
@@ -211,45 +168,26 @@ class Wan(PipelineAdapter):
             width=width,
             num_frames=self.config.frames,
             dtype=torch.float32,
-            device=self._device,
+            device=self.device,
             latents=torch.zeros(()),  # not used, but would be drawn from torch's own random state otherwise
             last_image=last[0] if last else None,
         )
         rows: Tensor = condition.cpu()
         return rows
 
-    def _encoding_settings(self) -> dict[str, object]:
-        names = ("task", "height", "width", "frames", "guided", "negative_prompt", "image_fit", "max_sequence_length")
-        return {name: getattr(self.config, name) for name in names}
-
-    def initial_noise(self, generator: torch.Generator) -> Tensor:
-        """Starting latents (channels, frames, rows, columns), float32 on the CPU: what the pipeline draws."""
-        from diffusers.utils.torch_utils import randn_tensor
-
-        shape = (1, *self._layout.latent)
-        noise: Tensor = randn_tensor(shape, generator=generator, device=torch.device("cpu"), dtype=torch.float32)
-        return noise[0]
-
-    def sigmas(self, steps: int) -> Tensor:
-        """The grid of the pipeline's scheduler, under ``flow_shift`` if it is set: (steps + 1,) float32, to 0.
-
-        Raises ModelError for a scheduler whose grid is not one of flow matching, or that the pipeline cannot use.
-        """
-        scheduler = self._pipeline.scheduler
-        name = "flow_shift" if "flow_shift" in scheduler.config else "shift"
-        changes = {} if self.config.flow_shift is None else {name: self.config.flow_shift}
-        return scheduler_grid(
-            scheduler, str(self.config.path), steps, lambda fresh: fresh.set_timesteps(steps, device="cpu"), changes
-        )
+    def scheduler_changes(self) -> Mapping[str, Any]:
+        """Return the configured ``flow_shift``, if any, by the scheduler's name for it."""
+        name = "flow_shift" if "flow_shift" in self.pipeline.scheduler.config else "shift"
+        return {} if self.config.flow_shift is None else {name: self.config.flow_shift}
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
-        """The velocity (B, *latent), float32, of latents (B, *latent) at sigma (B,) in [0, 1].
+        """Return the velocity (B, *latent), float32, of latents (B, *latent) at sigma (B,) in [0, 1].
 
-        ``conditioning`` holds B rows of what ``encode`` returned. Under guidance g, 2 B rows go through the transformer
-        in one call, those with the prompt first, and their predictions v, v' become v' + g (v - v'). The transformer
-        gets its inputs in the dtype it was loaded in, and sigma * 1000 as timestep in float32.
+        Under guidance g, 2 B rows go through the transformer in one call, those with the prompt first, and their
+        predictions v, v' become v' + g (v - v'). The transformer gets its inputs in the dtype it was loaded in, and
+        sigma * 1000 as timestep in float32.
         """
         device, copies = latents.device, self.rows_per_prediction
         text = [conditioning["prompt_embeds"]]
@@ -259,34 +197,26 @@ class Wan(PipelineAdapter):
             latents = torch.cat([latents, conditioning["condition"].to(latents)], dim=1)
         images = conditioning.get("image_embeds")
         if images is not None:
-            images = images.to(device, self._dtype).repeat(copies, 1, 1, 1).flatten(0, 1)
+            images = images.to(device, self.dtype).repeat(copies, 1, 1, 1).flatten(0, 1)
         output: Tensor = (self.denoiser if denoiser is None else denoiser)(
-            hidden_states=latents.to(self._dtype).repeat(copies, 1, 1, 1, 1),
+            hidden_states=latents.to(self.dtype).repeat(copies, 1, 1, 1, 1),
             timestep=(sigma.to(device) * 1000).repeat(copies),
-            encoder_hidden_states=torch.cat(text).to(device, self._dtype),
+            encoder_hidden_states=torch.cat(text).to(device, self.dtype),
             encoder_hidden_states_image=images,
             return_dict=False,
         )[0].float()
         if not self.config.guided:
             return output
         prompted, unprompted = output.chunk(2)
-        return unprompted + self.config.guidance * (prompted - unprompted)
+        guided: Tensor = unprompted + self.config.guidance * (prompted - unprompted)
+        return guided
 
-    @torch.no_grad()
-    def decode(self, latents: Tensor) -> Media:
-        """Decode latents (B, *latent) to videos (B, F, 3, H, W), float32 in [0, 1], on the device.
-
-        As many rows go through the VAE at once as ``decoded_at_once`` says.
-        """
-        vae = shared.on_device(self._pipeline.vae, self._device)
-        statistics = torch.tensor([vae.config.latents_mean, vae.config.latents_std], device=self._device)
-        mean, std = statistics.view(2, -1, 1, 1, 1)
-        rows = decoded_at_once(self.config)
-        videos = []
-        for part in latents.split(rows):
-            pixels = vae.decode((part.to(self._device) * std + mean).to(vae.dtype), return_dict=False)[0]
-            videos.append((pixels.float() / 2 + 0.5).clamp(0, 1).transpose(1, 2))
-        return Media(videos=torch.cat(videos), fps=self.config.fps)
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """Return latents (B, *latent) with the VAE's own mean and deviation."""
+        config = self.pipeline.vae.config
+        statistics = torch.tensor([config.latents_mean, config.latents_std], device=latents.device)
+        mean, std = statistics.view(2, -1, 1, 1, 1).unbind()
+        return latents * std + mean
 
 
 @hookimpl

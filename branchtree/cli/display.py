@@ -13,7 +13,7 @@ from rich.table import Table
 from branchtree.planning.fitting import Fit, in_words
 from branchtree.planning.gpus import GIB, USABLE
 from branchtree.planning.plan import RunPlan, draw_tree
-from branchtree.plugins.protocols import Callback
+from branchtree.plugins.base import Callback
 from branchtree.training.evaluation import Figure
 
 ASCII_LINES = str.maketrans("━─│├└┬", "=-|+++")

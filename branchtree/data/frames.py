@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from branchtree.data.images import read_image
 from branchtree.data.videos import video_frames
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins.values import Condition
 
 if TYPE_CHECKING:
     from PIL import Image

@@ -17,7 +17,8 @@ from branchtree.data.row_keys import warn_of_near_keys
 from branchtree.errors import DataError, refuse, shortened
 from branchtree.files.json_lines import json_object, numbered_lines
 from branchtree.files.reading import half_character, require_file, user_path
-from branchtree.plugins.protocols import Condition, ModelAdapter, NamesItsMedia
+from branchtree.plugins.protocols import ModelAdapter, NamesItsMedia
+from branchtree.plugins.values import Condition
 
 if TYPE_CHECKING:
     from branchtree.recipe.schema import DataSection, EvaluationSection

@@ -17,7 +17,7 @@ from branchtree.core.tree import Topology
 from branchtree.files.writing import write_atomically
 from branchtree.pictures.still import THUMBNAIL, TILE, fitted, png, tiled, to_image
 from branchtree.pictures.video import mp4, spread_evenly, webp
-from branchtree.plugins.protocols import Media
+from branchtree.plugins.values import Media
 
 COLUMNS = 10  # of a grid of images
 STRIP, GAP = 8, 2  # the most frames in a sample's strip; pixels between them

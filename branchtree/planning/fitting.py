@@ -17,7 +17,7 @@ from branchtree.planning.memory import (
     rollout_rows,
     update_rows,
 )
-from branchtree.plugins.protocols import Footprint
+from branchtree.plugins.values import Footprint
 from branchtree.recipe.schema import LoraSection, Recipe
 
 LORA_RANK = 64  # suggested where all weights are trained

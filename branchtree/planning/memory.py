@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from branchtree.core.cost import Cost
-from branchtree.plugins.protocols import Footprint
+from branchtree.plugins.values import Footprint
 from branchtree.recipe.schema import Recipe
 
 MASTER = 4  # bytes of a number in float32, in which trained weights and decoded samples are kept

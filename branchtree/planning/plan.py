@@ -12,7 +12,8 @@ from branchtree.planning.fitting import Fit, find_fits
 from branchtree.planning.gpus import GPUS
 from branchtree.planning.memory import MemoryEstimate, estimate_memory
 from branchtree.planning.preflight import RewardSizes, reward_sizes
-from branchtree.plugins.protocols import Footprint, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import Footprint
 from branchtree.recipe.build import (
     check_learns,
     make_credit_rule,

@@ -17,7 +17,8 @@ from branchtree.planning.memory import (
     estimate_memory,
     prompts_each,
 )
-from branchtree.plugins.protocols import Footprint, ModelAdapter, RewardAdapter, RewardFootprint, SizedReward
+from branchtree.plugins.protocols import ModelAdapter, RewardAdapter, SizedReward
+from branchtree.plugins.values import Footprint, RewardFootprint
 from branchtree.recipe.build import (
     NamedReward,
     make_credit_rule,

@@ -4,17 +4,17 @@ A plug-in imports what it needs from here.
 """
 
 from branchtree.core.scores import Scores
-from branchtree.plugins.base import ModelBase
+from branchtree.plugins.base import Callback, ModelBase
 from branchtree.plugins.hookspecs import Register, hookimpl
-from branchtree.plugins.protocols import (
-    Callback,
+from branchtree.plugins.protocols import ModelAdapter, RewardAdapter
+from branchtree.plugins.values import (
     Condition,
     Conditioning,
+    DecoderFootprint,
     Footprint,
     LoraSettings,
+    LoraSummary,
     Media,
-    ModelAdapter,
-    RewardAdapter,
     RewardCard,
     RewardFootprint,
 )
@@ -23,8 +23,10 @@ __all__ = [
     "Callback",
     "Condition",
     "Conditioning",
+    "DecoderFootprint",
     "Footprint",
     "LoraSettings",
+    "LoraSummary",
     "Media",
     "ModelAdapter",
     "ModelBase",

@@ -1,4 +1,4 @@
-"""A base class for model plug-ins: all that is not the model's own has a default here."""
+"""Base classes of plug-ins: a model writes what is its own, a callback what it is interested in."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from branchtree.errors import ModelError
+from branchtree.errors import CheckpointError, ModelError
 from branchtree.plugins import weights
-from branchtree.plugins.protocols import Condition, Conditioning, Footprint, LoraSettings, Media
+from branchtree.plugins.values import Condition, Conditioning, Footprint, LoraSettings, Media
 
 DENOISER_FILE = "denoiser.safetensors"
 LORA_FILE = "lora.safetensors"
@@ -28,10 +28,6 @@ class ModelBase(ABC):
     configuration has a field ``path``, it names a folder that ``export`` wrote, or is None.
     """
 
-    modality: str
-    """``"image"`` or ``"video"``: what ``decode`` returns."""
-    latent_shape: tuple[int, ...]
-    """The shape of one sample's latents."""
     prediction = "velocity"
     rows_per_prediction = 1
     media: frozenset[str] = frozenset()
@@ -39,8 +35,23 @@ class ModelBase(ABC):
     """Endings of the names of the linear layers that get LoRA; None: of all."""
 
     def __init__(self, config: Any) -> None:
-        self.config = config
+        self.config: Any = config
         self._denoiser: nn.Module | None = None
+
+    @property
+    @abstractmethod
+    def modality(self) -> str:
+        """``"image"`` or ``"video"``: what ``decode`` returns. A class attribute will do."""
+
+    @property
+    @abstractmethod
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of one sample's latents. A class attribute will do."""
+
+    @property
+    def tokens(self) -> int:
+        """Positions of one sample that go through the same weights, as a transformer's patches do."""
+        return 1
 
     @abstractmethod
     def build_denoiser(self) -> nn.Module:
@@ -54,10 +65,7 @@ class ModelBase(ABC):
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
-        """Return the prediction (B, *latent), float32, for latents (B, *latent) at sigma (B,).
-
-        ``denoiser`` is the module to send them through, ``self.denoiser`` where it is None.
-        """
+        """Predict for latents (B, *latent) at sigma (B,), float32, through ``denoiser`` or ``self.denoiser``."""
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Media:
@@ -74,18 +82,12 @@ class ModelBase(ABC):
         """Refuse a condition that the model cannot take, by a DataError. The default takes any prompt."""
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
-        """Build the denoiser, and read its weights where the configuration names a ``path``.
-
-        Raises ModelError if they cannot be read.
-        """
+        """Build the denoiser, and read its weights from ``path``, if any. Raises ModelError if they cannot be read."""
         file, denoiser = self._weights_file(), self.build_denoiser()
         if file is not None:
-            from safetensors import SafetensorError
-            from safetensors.torch import load_file
-
             try:
-                denoiser.load_state_dict(load_file(file))
-            except (OSError, RuntimeError, SafetensorError) as error:
+                denoiser.load_state_dict(weights.read_safetensors([file])[0])
+            except (CheckpointError, RuntimeError) as error:
                 raise ModelError(f"model.path: '{file}' holds no weights of this model: {error}") from error
         self._denoiser = denoiser.to(device, denoiser_dtype)
 
@@ -99,42 +101,41 @@ class ModelBase(ABC):
         return file
 
     def footprint(self) -> Footprint:
-        """Count the model's parameters, and estimate its work as if a row used each weight once.
-
-        Override it where many tokens share the weights. Raises ModelError if ``path`` names no model.
-        """
+        """Return the sizes of the model, without its weights. Raises ModelError if ``path`` names no model."""
         self._weights_file()
         with torch.device("meta"):
-            denoiser = self.build_denoiser()
+            return self.sizes(self.build_denoiser())
+
+    def sizes(self, denoiser: nn.Module) -> Footprint:
+        """Count parameters, and estimate a row's work as if each weight were used once for each of its ``tokens``.
+
+        Override it where that is far off, for a denoiser on torch's meta device.
+        """
         parameters = sum(parameter.numel() for parameter in denoiser.parameters())
         outputs = sum(layer.out_features for layer in denoiser.modules() if isinstance(layer, nn.Linear))
-        numbers = outputs + 4 * torch.Size(self.latent_shape).numel()
-        targets = self._lora_targets(denoiser, None)
+        numbers = outputs * self.tokens + 4 * torch.Size(self.latent_shape).numel()
         return Footprint(
             denoiser_parameters=parameters,
             frozen_parameters=0,
             latent_shape=tuple(self.latent_shape),
             activation_numbers_per_row=numbers,
             checkpointed_numbers_per_row=numbers,
-            forward_flops_per_row=2.0 * parameters,
+            forward_flops_per_row=2.0 * parameters * self.tokens,
             rows_per_prediction=self.rows_per_prediction,
-            lora_parameters_per_rank=weights.lora_parameters_per_rank(denoiser, targets),
-            source="counted on the denoiser, each weight used once a row",
+            lora_parameters_per_rank=weights.lora_parameters_per_rank(denoiser, self._lora_targets(denoiser)),
+            source="counted on the denoiser, each weight used once a token",
         )
 
-    def _lora_targets(self, denoiser: nn.Module, asked: Sequence[str] | None) -> Sequence[str]:
+    def _lora_targets(self, denoiser: nn.Module) -> Sequence[str]:
         linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
-        return asked or self.lora_targets or linear
+        return self.lora_targets or linear
 
     def add_lora(self, settings: LoraSettings, seed: int) -> None:
-        """Freeze the denoiser and put float32 low-rank weights on ``lora_targets``, or those of the settings.
-
-        Raises ModelError for a target that names no linear layer.
-        """
-        weights.add_lora(self.denoiser, settings, self._lora_targets(self.denoiser, settings.targets), seed)
+        """Put LoRA on the settings' targets, or ``lora_targets``. Raises ModelError for one that is no linear layer."""
+        weights.add_lora(self.denoiser, settings, settings.targets or self._lora_targets(self.denoiser), seed)
 
     def without_lora(self, denoiser: nn.Module) -> AbstractContextManager[None]:
-        """Return a context in which ``denoiser`` acts without its LoRA. Raises ModelError on entry if it has none."""
+        """Return a context in which ``denoiser`` acts without its LoRA. On entry, raises ModelError if it has none."""
         return weights.lora_disabled(denoiser)
 
     def enable_gradient_checkpointing(self) -> None:
@@ -155,10 +156,7 @@ class ModelBase(ABC):
         return torch.linspace(1, 0, steps + 1)
 
     def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the trained weights: ``denoiser.safetensors``, or under LoRA ``lora.safetensors``.
-
-        ``denoiser_state`` is written in place of the trained weights. Raises CheckpointError if it does not fit.
-        """
+        """Write ``denoiser.safetensors``, or under LoRA ``lora.safetensors``; see ModelAdapter."""
         from safetensors.torch import save_file
 
         state, file = weights.trained_state(self.denoiser, denoiser_state), LORA_FILE
@@ -173,7 +171,23 @@ class ModelBase(ABC):
 
     def restore(self, directory: Path) -> None:
         """Read back, to the bit, what ``save`` wrote. Raises CheckpointError if it does not fit."""
+        live, file = self.denoiser.state_dict(), DENOISER_FILE
         if weights.has_lora(self.denoiser):
-            weights.copy_exactly(weights.trained_state(self.denoiser, None), [directory / LORA_FILE])
-        else:
-            weights.copy_exactly(self.denoiser.state_dict(), [directory / DENOISER_FILE])
+            live, file = weights.trained_state(self.denoiser, None), LORA_FILE
+        weights.copy_exactly(live, weights.read_safetensors([directory / file])[0], directory)
+
+
+class Callback:
+    """Follows a run, on the main process. Override what is of interest; an exception ends the run."""
+
+    def on_start(self, output: Path, iteration: int, iterations: int) -> None:
+        """Run before the first iteration of this process, when ``iteration`` of ``iterations`` are done."""
+
+    def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
+        """Run after an iteration and its optimiser steps."""
+
+    def on_evaluation(self, iteration: int, figures: Mapping[str, float]) -> None:
+        """Run after an evaluation, when ``iteration`` iterations were done."""
+
+    def on_end(self, output: Path) -> None:
+        """Run after the last iteration, when ``final/`` has been written."""

@@ -9,9 +9,9 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from branchtree.core.advantages import ESTIMATORS, Estimator
+from branchtree.core.advantages import ESTIMATORS
 from branchtree.core.gaussian import CpsSde, DanceSde, Ddim, FlowSde
-from branchtree.core.loss import EdgeLoss, clipped_loss
+from branchtree.core.loss import clipped_loss
 from branchtree.core.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
 from branchtree.core.pruning import Prune, depth_window, extreme_leaves, parent_top1
 from branchtree.core.schedule import PRESET_SPLITS, DrawnSplits, FixedSplits, SlidingWindow, SplitAtWindow, Splits
@@ -56,19 +56,18 @@ def _ddim(config: NoKeys, section: Any, prediction: str) -> Kernel:
 @hookimpl
 def register_siblings(register: Register) -> None:
     """Register how siblings' noises may relate."""
+    kinds: dict[str, tuple[Callable[[Any], Siblings], str]] = {
+        "correlated": (lambda tree: CorrelatedSiblings(tree.strength), "Siblings' noises correlate (BranchGRPO)."),
+        "independent": (lambda _: IndependentSiblings(), "Siblings' noises are independent."),
+        "simplex": (lambda _: SimplexSiblings(), "Siblings' noises sum to 0."),
+    }
+    for name, (make, summary) in kinds.items():
+        register(name, build=partial(_of_section, make), config=NoKeys, summary=summary)
 
-    def correlated(config: NoKeys, section: Any) -> Siblings:
-        return CorrelatedSiblings(section.strength)
 
-    def independent(config: NoKeys, section: Any) -> Siblings:
-        return IndependentSiblings()
-
-    def simplex(config: NoKeys, section: Any) -> Siblings:
-        return SimplexSiblings()
-
-    register("correlated", build=correlated, config=NoKeys, summary="Siblings' noises correlate (BranchGRPO).")
-    register("independent", build=independent, config=NoKeys, summary="Siblings' noises are independent.")
-    register("simplex", build=simplex, config=NoKeys, summary="Siblings' noises sum to 0.")
+def _of_section(make: Callable[[Any], Any], config: NoKeys, section: Any) -> Any:
+    """Build a rule by its section alone."""
+    return make(section)
 
 
 @hookimpl
@@ -117,45 +116,38 @@ def register_estimators(register: Register) -> None:
         "leaf": "Each node against the leaves that are not below it.",
         "sibling": "Each node against its siblings.",
     }
-
-    def builder(estimator: Estimator) -> Callable[[NoKeys, Any], Estimator]:
-        return lambda config, section: estimator
-
     for name, summary in summaries.items():
-        register(name, build=builder(ESTIMATORS[name]), config=NoKeys, summary=summary)
+        rule = ESTIMATORS[name]
+        register(name, build=lambda *_, rule=rule: rule, config=NoKeys, summary=summary)
 
 
 @hookimpl
 def register_pruning(register: Register) -> None:
     """Register no pruning, and the paper's three rules."""
 
-    def none(config: NoKeys, section: Any) -> None:
-        return None
-
-    def top1(config: NoKeys, section: Any) -> Prune:
+    def top1(_: Any) -> Prune:
         return lambda topology, values, iteration: parent_top1(topology, values)
 
-    def extreme(config: NoKeys, section: Any) -> Prune:
+    def extreme(rule: Any) -> Prune:
         return lambda topology, values, iteration: extreme_leaves(
-            topology, values.value[-1], values.valid[-1], section.count
+            topology, values.value[-1], values.valid[-1], rule.count
         )
 
-    def depth(config: NoKeys, section: Any) -> Prune:
-        return lambda topology, values, iteration: depth_window(
-            topology, section.size, section.every, section.stop, iteration
-        )
+    def depth(rule: Any) -> Prune:
+        return lambda topology, values, iteration: depth_window(topology, rule.size, rule.every, rule.stop, iteration)
 
-    register("none", build=none, config=NoKeys, summary="All edges that the schedule trains.")
-    register("parent_top1", build=top1, config=NoKeys, summary="After the last split, the best child of each parent.")
-    register("extreme", build=extreme, config=NoKeys, summary="After the last split, the best and the worst leaves.")
-    register("depth", build=depth, config=NoKeys, summary="All steps but a window that slides deeper.")
+    kinds: dict[str, tuple[Callable[[Any], Prune | None], str]] = {
+        "none": (lambda _: None, "All edges that the schedule trains."),
+        "parent_top1": (top1, "After the last split, the best child of each parent."),
+        "extreme": (extreme, "After the last split, the best and the worst leaves."),
+        "depth": (depth, "All steps but a window that slides deeper."),
+    }
+    for name, (make, summary) in kinds.items():
+        register(name, build=partial(_of_section, make), config=NoKeys, summary=summary)
 
 
 @hookimpl
 def register_losses(register: Register) -> None:
     """Register the clipped policy gradient."""
-
-    def clipped(config: NoKeys, section: Any) -> EdgeLoss:
-        return partial(clipped_loss, clip=section.clip_range)
-
+    clipped = partial(_of_section, lambda loss: partial(clipped_loss, clip=loss.clip_range))
     register("clipped", build=clipped, config=NoKeys, summary="PPO's clipped objective.")

@@ -25,10 +25,7 @@ def register_models(register: Register) -> None:
 
 @hookspec
 def register_rewards(register: Register) -> None:
-    """``register(name, build=Reward, config=ConfigModel, summary="one line", card=RewardCard(...))`` for each reward.
-
-    The card is optional.
-    """
+    """``register(name, build=Reward, config=ConfigModel, summary="one line")``, and ``card=RewardCard(...)`` if any."""
 
 
 @hookspec

@@ -19,7 +19,7 @@ from pydantic import BaseModel
 
 from branchtree.errors import PluginError, nearest
 from branchtree.plugins import hookspecs
-from branchtree.plugins.protocols import RewardCard
+from branchtree.plugins.values import RewardCard
 
 RULES = {
     "transition": "register_transitions",
@@ -130,7 +130,7 @@ def collect_plugins(plugins: Iterable[tuple[tuple[str, str], Callable[[], object
         except PluginError:
             raise
         except Exception as error:
-            # Whatever a stranger's module raises must not take the others down; it is told on lookup.
+            # Whatever a stranger's module raises must not take the others down; it is named on lookup.
             found.broken.append(Broken(name, distribution, error))
     return found
 

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Media, RewardAdapter
+from branchtree.plugins.protocols import GroupReward, ReadsPrompt, RewardAdapter
+from branchtree.plugins.values import Condition, Media
 
 NOT_FINITE = "the value is not finite"
 
@@ -35,7 +36,7 @@ def check_scores(label: str, returned: object, count: int) -> Scores:
     if problem is not None or not isinstance(returned, Scores):
         raise RewardError(
             f"reward '{label}' must give {count} values and valid flags for as many samples, as "
-            f"branchtree.plugins.protocols.Scores says, but {problem}"
+            f"branchtree.plugins.Scores says, but {problem}"
         )
     values = _numbers(returned.values)
     finite = values.isfinite()
@@ -47,6 +48,12 @@ def check_scores(label: str, returned: object, count: int) -> Scores:
         details={name: _numbers(figure) for name, figure in returned.details.items()},
         reasons={**dict.fromkeys(not_finite, NOT_FINITE), **{int(row): why for row, why in returned.reasons.items()}},
     )
+
+
+def needs_prompt(reward: RewardAdapter) -> bool:
+    """Return whether a reward reads prompts, or compares samples that have a prompt in common."""
+    compares = isinstance(reward, GroupReward) and reward.groupwise
+    return compares or not isinstance(reward, ReadsPrompt) or reward.reads_prompt
 
 
 def failed_scores(count: int, reason: str) -> Scores:

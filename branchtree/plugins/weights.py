@@ -1,19 +1,18 @@
-"""Trained weights of any module: all of them or low-rank ones; made, saved and read back to the bit."""
+"""Trained weights of any module, all of them or low-rank ones: made, saved and read back to the bit."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError, ModelError, nearest
-from branchtree.plugins.protocols import LoraSettings
+from branchtree.plugins.values import LoraSettings
 
 
 def linear_layers(denoiser: nn.Module, targets: Sequence[str]) -> list[nn.Linear]:
@@ -34,24 +33,12 @@ def lora_parameters_per_rank(denoiser: nn.Module, targets: Sequence[str]) -> int
     return sum(layer.in_features + layer.out_features for layer in linear_layers(denoiser, targets))
 
 
-def add_lora(
-    denoiser: Any,
-    settings: LoraSettings,
-    targets: Sequence[str],
-    seed: int,
-    inject: Callable[[Any], None] | None = None,
-) -> None:
-    """Freeze ``denoiser`` and put trainable float32 LoRA weights on ``targets``.
+def add_lora(denoiser: Any, settings: LoraSettings, targets: Sequence[str], seed: int) -> None:
+    """Freeze ``denoiser`` and put trainable float32 LoRA weights on ``targets``, endings of linear layers' names.
 
-    They are initialised from ``seed`` alone, and torch's random state is left as it was. What they are applied to keeps
-    its dtype. Raises ModelError for a target that names no linear layer.
-
-    Args:
-        denoiser: the module.
-        settings: rank and alpha.
-        targets: endings of the names of linear layers.
-        seed: of the new weights.
-        inject: puts layers for a peft ``LoraConfig`` into the module; peft's own way by default.
+    A model of diffusers takes them by its ``add_adapter``, so that its library knows of them; any other by peft. They
+    are initialised from ``seed`` alone, and torch's random state is left as it was. What they are applied to keeps its
+    dtype. Raises ModelError for a target that names no linear layer.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -62,10 +49,10 @@ def add_lora(
     device = next(denoiser.parameters()).device
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
-        if inject is None:
-            inject_adapter_in_model(config, denoiser)
+        if hasattr(denoiser, "add_adapter"):
+            denoiser.add_adapter(config)
         else:
-            inject(config)
+            inject_adapter_in_model(config, denoiser)
     for parameter in denoiser.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
@@ -143,30 +130,35 @@ def require_same_shapes(what: str, expected: Mapping[str, Tensor], found: Mappin
             raise CheckpointError(f"{what} do not belong to this model: '{name}' has {shapes}.")
 
 
-@torch.no_grad()
-def copy_exactly(
-    live: Mapping[str, Tensor], files: Sequence[Path], factors: Mapping[str, float] = MappingProxyType({})
-) -> None:
-    """Read safetensors files into tensors, some of them multiplied by a factor.
-
-    Raises CheckpointError, before any tensor is changed, for files that cannot be read, or that hold other names,
-    shapes or dtypes.
-    """
-    from safetensors import SafetensorError
+def read_safetensors(files: Sequence[Path]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the tensors of safetensors files, and the texts of their metadata. Raises CheckpointError."""
+    from safetensors import SafetensorError, safe_open
     from safetensors.torch import load_file
 
-    saved: dict[str, Tensor] = {}
-    try:
-        for file in files:
-            saved |= load_file(file)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read trained weights from '{file}': {error}") from error
-    if not files:
-        raise CheckpointError("the checkpoint holds no safetensors file of trained weights.")
-    require_same_shapes(f"the trained weights in '{files[0].parent}'", live, saved)
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        try:
+            tensors |= load_file(file)
+            with safe_open(file, framework="pt") as opened:
+                metadata |= opened.metadata() or {}
+        except (OSError, ValueError, SafetensorError) as error:
+            raise CheckpointError(f"cannot read trained weights from '{file}': {error}") from error
+    return tensors, metadata
+
+
+@torch.no_grad()
+def copy_exactly(live: Mapping[str, Tensor], saved: Mapping[str, Tensor], folder: Path) -> None:
+    """Copy tensors that were saved to ``folder`` into those of a model.
+
+    Raises CheckpointError, before any is changed, where names, shapes or dtypes are others.
+    """
+    if not saved:
+        raise CheckpointError(f"the checkpoint holds no safetensors file of trained weights in '{folder}'.")
+    require_same_shapes(f"the trained weights in '{folder}'", live, saved)
     for name, tensor in live.items():
         if tensor.dtype != saved[name].dtype:
             dtypes = f"{saved[name].dtype} in the checkpoint and {tensor.dtype} in the model"
             raise CheckpointError(f"'{name}' is {dtypes}; load the model in the checkpoint's precision.")
     for name, tensor in live.items():
-        tensor.copy_(saved[name] * factors[name] if name in factors else saved[name])
+        tensor.copy_(saved[name])

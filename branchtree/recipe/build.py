@@ -20,8 +20,9 @@ from branchtree.core.schedule import Schedule, TreePlan
 from branchtree.core.sharing import TreeShare, cut
 from branchtree.core.transitions import Kernel, ScalesNoise
 from branchtree.errors import RecipeError
+from branchtree.plugins.base import Callback
 from branchtree.plugins.builtin import sliding_window
-from branchtree.plugins.protocols import Callback, GroupReward, ModelAdapter, RewardAdapter
+from branchtree.plugins.protocols import GroupReward, ModelAdapter, RewardAdapter
 from branchtree.plugins.registry import registry
 from branchtree.recipe.load import validate_options
 from branchtree.recipe.schema import (

@@ -26,7 +26,7 @@ from torch import Tensor
 from branchtree.core.scores import Scores
 from branchtree.errors import DataError, RewardError
 from branchtree.files.json_lines import parse_json
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.values import Condition, Media
 
 CONTENT_TYPE = "application/x-safetensors"
 EXPECTS = "X-Branchtree-Expects"  # header: the identity of the reward that a client began with

@@ -48,4 +48,4 @@ __all__ = [
 
 
 class ModelAdapterPromises(LoadingPromises, SamplingPromises, WeightPromises):
-    """What ``branchtree.plugins.protocols.ModelAdapter`` asks of the methods of an adapter, taken one by one."""
+    """What ``branchtree.plugins.ModelAdapter`` asks of the methods of an adapter, taken one by one."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from branchtree.plugins.protocols import Condition, LoraSettings, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import Condition, LoraSettings
 from branchtree.recipe.build import make_model
 from branchtree.recipe.schema import Recipe
+from branchtree.recipe.source import Source, override
 from branchtree.training.inputs import read_inputs
 
 SMALL: Mapping[str, Any] = {
@@ -51,22 +53,18 @@ class AdapterCase:
     )  # between one row computed in two batches, relative to the largest number
 
     def build(self, **options: Any) -> ModelAdapter:
-        """The adapter, not loaded, from the plug-in that registered it; ``options`` replace keys of ``model``."""
+        """Return the adapter, not loaded, as its plug-in builds it; ``options`` replace keys of ``model``."""
         return make_model(self._recipe({"model": {**self.model, **options}}))
 
     def recipe(self, changes: Mapping[str, Any] | None = None, *, lora: bool = False) -> Recipe:
-        """A small recipe that trains the model; ``changes`` is by dotted key."""
+        """Return a small recipe that trains the model; ``changes`` is by dotted key."""
         kernel = "dance" if self.build().prediction == "velocity" else "ddim"
-        section = (
-            {"rank": self.lora.rank, "alpha": self.lora.alpha, "targets": self.lora.targets} if self.lora else None
-        )
-        return self._recipe(
-            {**SMALL, "sampler.kind": kernel, "lora": section if lora else None, **self.overrides, **(changes or {})}
-        )
+        section = asdict(self.lora) if lora and self.lora else None
+        return self._recipe({**SMALL, "sampler.kind": kernel, "lora": section, **self.overrides, **(changes or {})})
 
     @property
     def conditions(self) -> list[Condition]:
-        """What ``prompts`` holds, checked as a run would. Raises ValueError unless the first two differ."""
+        """The conditions in ``prompts``, checked as a run would. Raises ValueError unless the first two differ."""
         conditions = read_inputs(self.recipe()).conditions
         if len(conditions) < 2 or conditions[0] == conditions[1]:
             raise ValueError("a case needs at least two prompts, and the first two must differ")
@@ -79,10 +77,6 @@ class AdapterCase:
             "rewards": [dict(self.reward)],
             "data": {"prompts": self.prompts if isinstance(self.prompts, str) else list(self.prompts)},
         }
-        for key, value in keys.items():
-            *above, last = key.split(".")
-            place = sections
-            for name in above:
-                place = place.setdefault(name, {})
-            place[last] = value
-        return Recipe.model_validate(sections)
+        source = Source(data=sections)
+        override(source, keys)
+        return Recipe.model_validate(source.data)

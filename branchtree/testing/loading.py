@@ -12,10 +12,13 @@ import torch
 from torch import nn
 
 from branchtree.errors import DataError, ModelError
-from branchtree.plugins.protocols import LoraSettings, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import LoraSettings
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
     CPU,
+    HALF,
+    SINGLE,
     LoadedOnce,
     counted_rows,
     load,
@@ -23,8 +26,6 @@ from branchtree.testing.probe import (
     predict_rows,
     trainable_parameters,
 )
-
-HALF, SINGLE = torch.bfloat16, torch.float32
 
 
 class LoadingPromises(LoadedOnce):

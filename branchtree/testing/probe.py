@@ -15,15 +15,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from branchtree.plugins.protocols import Condition, Conditioning, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import Condition, Conditioning, LoraSettings
 from branchtree.testing.case import AdapterCase
 
-CPU = torch.device("cpu")
+CPU, HALF, SINGLE = torch.device("cpu"), torch.bfloat16, torch.float32
 SIGMAS = (0.9, 0.3, 0.6, 0.1)
 
 
 def load(case: AdapterCase, dtype: torch.dtype = torch.float32, path: Path | None = None) -> ModelAdapter:
-    """The case's model, or the one that was exported to ``path``, on the CPU and trainable as a whole."""
+    """Load the case's model, or the one that was exported to ``path``, on the CPU and trainable as a whole."""
     adapter = case.build() if path is None else case.build(**{case.path_key: str(path)})
     adapter.load(CPU, dtype, dtype)
     adapter.denoiser.eval().requires_grad_(True)
@@ -31,14 +32,19 @@ def load(case: AdapterCase, dtype: torch.dtype = torch.float32, path: Path | Non
 
 
 def load_trained(case: AdapterCase, variant: str, dtype: torch.dtype = torch.float32, seed: int = 5) -> ModelAdapter:
-    """The case's model with other weights than it was loaded with: all of them, or (``"lora"``) its LoRA alone."""
+    """Load the case's model and change weights: all of them, or (``"lora"``) its LoRA alone."""
     adapter = load(case, dtype)
     if variant == "lora":
-        if case.lora is None:
-            pytest.skip("this model takes no LoRA")
-        adapter.add_lora(case.lora, seed)
+        adapter.add_lora(require_lora(case), seed)
     randomise(adapter.denoiser, seed)
     return adapter
+
+
+def require_lora(case: AdapterCase) -> LoraSettings:
+    """Return the case's LoRA; skip the test of a model that takes none."""
+    if case.lora is None:
+        pytest.skip("this model takes no LoRA")
+    return case.lora
 
 
 class LoadedOnce:
@@ -60,13 +66,23 @@ def randomise(module: nn.Module, seed: int = 5) -> None:
             parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator).to(parameter))
 
 
+@contextmanager
+def disturbed(seed: int) -> Iterator[None]:
+    """Set torch's global random state from ``seed``, and assert that the block draws nothing from it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        yield
+        assert torch.equal(torch.get_rng_state(), before)
+
+
 def trainable_parameters(adapter: ModelAdapter) -> dict[str, nn.Parameter]:
-    """The trainable parameters by name."""
+    """Return the trainable parameters by name."""
     return {name: value for name, value in adapter.denoiser.named_parameters() if value.requires_grad}
 
 
 def state(adapter: ModelAdapter) -> dict[str, Tensor]:
-    """A copy of all the denoiser holds."""
+    """Return a copy of all the denoiser holds."""
     return {name: value.detach().clone() for name, value in adapter.denoiser.state_dict().items()}
 
 
@@ -78,15 +94,15 @@ def require_equal(left: Mapping[str, Tensor], right: Mapping[str, Tensor]) -> No
         assert torch.equal(value, right[name]), f"'{name}' differs"
 
 
-def require_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Assert that two tensors differ by at most ``tolerance`` times the largest number in ``expected``."""
+def require_close(found: Tensor, expected: Tensor, tolerance: float, least: float = 1e-3) -> None:
+    """Assert that two tensors differ by at most ``tolerance`` of the largest number expected, or of ``least``."""
     assert found.shape == expected.shape
-    scale = max(float(expected.abs().max()), 1e-3)
+    scale = max(float(expected.abs().max()), least)
     assert float((found.float() - expected.float()).abs().max()) <= tolerance * scale
 
 
 def noise(adapter: ModelAdapter, rows: int) -> Tensor:
-    """Starting latents (B, *latent), another generator for each row."""
+    """Return starting latents (B, *latent), another generator for each row."""
     return torch.stack([adapter.initial_noise(torch.Generator().manual_seed(seed)) for seed in range(rows)])
 
 
@@ -105,7 +121,7 @@ class Question:
 
 
 def make_question(adapter: ModelAdapter, conditions: Sequence[Condition]) -> Question:
-    """Four rows that differ in everything: latents, noise level, and the first two conditions in turn."""
+    """Return four rows that differ in everything: latents, noise level, and the first two conditions in turn."""
     encoded = adapter.encode(conditions[:2])
     return Question(
         noise(adapter, len(SIGMAS)),
@@ -115,7 +131,7 @@ def make_question(adapter: ModelAdapter, conditions: Sequence[Condition]) -> Que
 
 
 def predict_rows(adapter: ModelAdapter, asked: Question, denoiser: nn.Module | None = None) -> Tensor:
-    """What the adapter predicts, without a gradient."""
+    """Return what the adapter predicts, without a gradient."""
     with torch.no_grad():
         return adapter.predict(asked.latents, asked.sigma, asked.conditioning, denoiser)
 
@@ -147,7 +163,7 @@ def counted_rows(module: nn.Module) -> Iterator[Rows]:
 
 
 def _first_axis(output: Any) -> int:
-    """The length of the first tensor in what a module returned: a tensor, a tuple or a mapping."""
+    """Return the length of the first tensor in what a module returned: a tensor, a tuple or a mapping."""
     if isinstance(output, Tensor):
         return len(output)
     return _first_axis(next(iter(output.values())) if isinstance(output, Mapping) else output[0])

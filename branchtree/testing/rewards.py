@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, RewardError
-from branchtree.plugins.protocols import Condition, Fingerprinted, GroupReward, Media, ReleasesMemory, RewardAdapter
+from branchtree.plugins.protocols import Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter
 from branchtree.plugins.registry import registry
 from branchtree.plugins.scores import check_scores
+from branchtree.plugins.values import Condition, Media
 from branchtree.recipe.build import make_reward
+from branchtree.testing.probe import CPU, require_close
 
-CPU = torch.device("cpu")
 REFUSED = (ValueError, BranchTreeError)
 
 
@@ -83,12 +83,6 @@ def _score(adapter: RewardAdapter, case: RewardCase, media: Media, rows: Sequenc
     return adapter.score(_chosen(media, chosen), [case.conditions[row] for row in chosen])
 
 
-def _require_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
-    assert found.shape == expected.shape
-    largest = max(1.0, float(expected.abs().max()))
-    assert float((found - expected).abs().max()) <= tolerance * largest
-
-
 def _require_equal(found: Scores, expected: Scores) -> None:
     assert torch.equal(found.values, expected.values)
     assert torch.equal(found.valid, expected.valid)
@@ -115,7 +109,7 @@ def _global_seed(seed: int) -> Iterator[None]:
 
 
 class RewardPromises:
-    """What ``branchtree.plugins.protocols.RewardAdapter`` asks of a reward, taken promise by promise."""
+    """What ``branchtree.plugins.RewardAdapter`` asks of a reward, taken promise by promise."""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -126,7 +120,7 @@ class RewardPromises:
     @pytest.fixture(scope="class")
     @classmethod
     def twin(cls, case: RewardCase) -> RewardAdapter:
-        """The same reward, built and loaded anew."""
+        """The same reward, built and loaded again."""
         return case.load()
 
     def test_it_says_what_it_scores(self, case: RewardCase, loaded: RewardAdapter) -> None:
@@ -187,7 +181,7 @@ class RewardPromises:
             scores = _score(loaded, case, spoilt)
             assert scores.valid.tolist() == [row in rest for row in range(len(media))]
             assert set(scores.reasons) <= {0, 1}
-            _require_close(scores.values[rest], expected.values, case.tolerance)
+            require_close(scores.values[rest], expected.values, case.tolerance, least=1.0)
 
     def test_a_score_does_not_know_its_batch(self, case: RewardCase, loaded: RewardAdapter) -> None:
         """All at once, one at a time, and some of them in another order: each sample keeps its score."""
@@ -196,9 +190,9 @@ class RewardPromises:
         for media in case.samples():
             whole = _score(loaded, case, media).values
             alone = [_score(loaded, case, media, [row]).values for row in range(len(media))]
-            _require_close(torch.cat(alone), whole, case.tolerance)
+            require_close(torch.cat(alone), whole, case.tolerance, least=1.0)
             order = [*range(2, len(media)), 0]
-            _require_close(_score(loaded, case, media, order).values, whole[order], case.tolerance)
+            require_close(_score(loaded, case, media, order).values, whole[order], case.tolerance, least=1.0)
 
     def test_a_group_has_no_order(self, case: RewardCase, loaded: RewardAdapter) -> None:
         """A reward that compares samples gives them the same scores in another order."""
@@ -207,12 +201,12 @@ class RewardPromises:
         for media in case.samples():
             whole = _score(loaded, case, media).values
             for order in ([*range(1, len(media)), 0], list(reversed(range(len(media))))):
-                _require_close(_score(loaded, case, media, order).values, whole[order], case.tolerance)
+                require_close(_score(loaded, case, media, order).values, whole[order], case.tolerance, least=1.0)
 
     def test_the_same_samples_get_the_same_scores(
         self, case: RewardCase, loaded: RewardAdapter, twin: RewardAdapter
     ) -> None:
-        """To the bit: again, and by a reward that was built and loaded anew. Samples are left as they were."""
+        """To the bit: again, and by a reward that was built and loaded again. Samples are left as they were."""
         for media in case.samples():
             before = media.pixels.clone()
             scores = loaded.score(media, case.conditions)

@@ -16,6 +16,7 @@ from branchtree.testing.probe import (
     CPU,
     SIGMAS,
     LoadedOnce,
+    disturbed,
     load,
     make_question,
     noise,
@@ -50,11 +51,8 @@ class SamplingPromises(LoadedOnce):
         """The same generator gives the same noise whatever torch's global state, which is left as it was."""
         drawn = []
         for seed, disturbance in ((3, 0), (3, 1), (4, 0)):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(disturbance)
-                before = torch.get_rng_state()
+            with disturbed(disturbance):
                 drawn.append(loaded.initial_noise(torch.Generator().manual_seed(seed)))
-                assert torch.equal(torch.get_rng_state(), before)
         assert torch.equal(drawn[0], drawn[1])
         assert not torch.equal(drawn[0], drawn[2])
 
@@ -89,7 +87,7 @@ class SamplingPromises(LoadedOnce):
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_rows_do_not_know_their_batch(self, case: AdapterCase, dtype: torch.dtype) -> None:
-        """A row gives the same alone, in company, and in another place of the batch, up to rounding."""
+        """A row gives the same alone, in company, and at another index of the batch, up to rounding."""
         adapter = load(case, dtype)
         asked = make_question(adapter, case.conditions)
         together = predict_rows(adapter, asked)
@@ -138,7 +136,7 @@ class SamplingPromises(LoadedOnce):
         """However the adapter or a recipe's ``batch.decode_rows`` cuts a batch up."""
         latents = noise(loaded, len(SIGMAS))
         together = loaded.decode(latents).pixels
-        pieces = torch.cat([loaded.decode(latents[first : first + 1]).pixels for first in range(len(latents))])
+        pieces = torch.cat([loaded.decode(row).pixels for row in latents.split(1)])
         require_close(pieces, together, case.tolerance[torch.float32])
 
     def test_samples_are_decoded_while_others_are_predicted(self, loaded: ModelAdapter, case: AdapterCase) -> None:

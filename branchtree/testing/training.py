@@ -17,12 +17,21 @@ from branchtree.core.noise import NoiseSource
 from branchtree.core.rollout import rollout
 from branchtree.core.tree import BranchTree, grow
 from branchtree.planning.plan import RunPlan
-from branchtree.plugins.protocols import Callback, LoraSettings, ModelAdapter
+from branchtree.plugins.base import Callback
+from branchtree.plugins.protocols import ModelAdapter
 from branchtree.recipe.build import make_sampler
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.testing.case import AdapterCase
-from branchtree.testing.probe import Rows, counted_rows, load, make_question, predict_rows, trainable_parameters
+from branchtree.testing.probe import (
+    Rows,
+    counted_rows,
+    load,
+    make_question,
+    predict_rows,
+    require_lora,
+    trainable_parameters,
+)
 from branchtree.training.conditioning import ConditioningCache
 from branchtree.training.inputs import read_inputs
 from branchtree.training.iteration import iterate
@@ -103,12 +112,10 @@ class TrainingPromises:
         cls, case: AdapterCase, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
     ) -> Finished:
         """A run of three iterations."""
-        if request.param == "lora" and case.lora is None:
-            pytest.skip("this model takes no LoRA")
-        recipe, output = (
-            case.recipe(LONGER, lora=request.param == "lora"),
-            tmp_path_factory.mktemp(request.param) / "run",
-        )
+        if request.param == "lora":
+            require_lora(case)
+        recipe = case.recipe(LONGER, lora=request.param == "lora")
+        output = tmp_path_factory.mktemp(request.param) / "run"
         train(recipe, output=output)
         return Finished(request.param, recipe, output)
 
@@ -260,8 +267,7 @@ def _restored(case: AdapterCase, variant: str, output: Path | None) -> ModelAdap
     """The model of a run's last checkpoint, or without a run as training starts."""
     adapter = load(case)
     if variant == "lora":
-        assert case.lora is not None
-        adapter.add_lora(LoraSettings(case.lora.rank, case.lora.alpha, case.lora.targets), case.recipe().seed)
+        adapter.add_lora(require_lora(case), case.recipe().seed)
     if output is not None:
         adapter.restore(_last_checkpoint(output) / "model")
     return adapter

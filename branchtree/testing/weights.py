@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError
-from branchtree.plugins.protocols import LoraSettings, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
+    HALF,
+    SINGLE,
+    disturbed,
     load,
     load_trained,
     make_question,
@@ -21,11 +23,11 @@ from branchtree.testing.probe import (
     randomise,
     require_close,
     require_equal,
+    require_lora,
     state,
     trainable_parameters,
 )
 
-HALF, SINGLE = torch.bfloat16, torch.float32
 both_variants = pytest.mark.parametrize("variant", ["full", "lora"])
 both_precisions = pytest.mark.parametrize("dtype", [SINGLE, HALF])
 
@@ -58,15 +60,12 @@ class WeightPromises:
         for seed, disturbance in ((3, 0), (3, 1), (4, 0)):
             adapter = load(case)
             base = predict_rows(adapter, make_question(adapter, case.conditions))
-            places = {parameter.data_ptr() for parameter in adapter.denoiser.parameters()}
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(disturbance)
-                before = torch.get_rng_state()
-                adapter.add_lora(_lora(case), seed)
-                assert torch.equal(torch.get_rng_state(), before)
+            addresses = {parameter.data_ptr() for parameter in adapter.denoiser.parameters()}
+            with disturbed(disturbance):
+                adapter.add_lora(require_lora(case), seed)
             assert torch.equal(predict_rows(adapter, make_question(adapter, case.conditions)), base)
             fresh = list(trainable_parameters(adapter).values())
-            assert fresh and not places & {parameter.data_ptr() for parameter in fresh}
+            assert fresh and not addresses & {parameter.data_ptr() for parameter in fresh}
             assert all(parameter.dtype == SINGLE for parameter in fresh)
             drawn.append(torch.cat([parameter.detach().flatten() for parameter in fresh]))
         assert torch.equal(drawn[0], drawn[1])
@@ -77,7 +76,7 @@ class WeightPromises:
         adapter = load(case)
         asked = make_question(adapter, case.conditions)
         base = predict_rows(adapter, asked)
-        adapter.add_lora(_lora(case), seed=0)
+        adapter.add_lora(require_lora(case), seed=0)
         randomise(adapter.denoiser)
         trained, names = predict_rows(adapter, asked), trainable_parameters(adapter).keys()
         assert not torch.allclose(trained, base, rtol=0, atol=1e-3)
@@ -93,7 +92,7 @@ class WeightPromises:
     def test_saved_weights_are_restored_to_the_bit(
         self, case: AdapterCase, tmp_path: Path, variant: str, dtype: torch.dtype
     ) -> None:
-        """Into a model that was loaded anew and has other weights; the folder is made by ``save``."""
+        """Into a newly loaded model with other weights; the folder is made by ``save``."""
         adapter = load_trained(case, variant, dtype)
         fresh = load_trained(case, variant, dtype, seed=9)
         asked, names = make_question(adapter, case.conditions), trainable_parameters(fresh).keys()
@@ -112,11 +111,11 @@ class WeightPromises:
         """As a moving average is: float32, by name. The model's own stay what and where they are."""
         adapter = load_trained(case, variant, dtype)
         live, other = state(adapter), _shifted(adapter)
-        places = [parameter.data_ptr() for parameter in adapter.denoiser.parameters()]
+        addresses = [parameter.data_ptr() for parameter in adapter.denoiser.parameters()]
         adapter.save(tmp_path / "saved", other)
         adapter.export(tmp_path / "exported", other)
         require_equal(state(adapter), live)
-        assert [parameter.data_ptr() for parameter in adapter.denoiser.parameters()] == places
+        assert [parameter.data_ptr() for parameter in adapter.denoiser.parameters()] == addresses
         adapter.restore(tmp_path / "saved")
         require_equal(state(adapter), live | {name: value.to(live[name].dtype) for name, value in other.items()})
 
@@ -169,12 +168,6 @@ class WeightPromises:
         require_equal({name: value.detach() for name, value in trainable_parameters(again).items()}, other)
 
 
-def _lora(case: AdapterCase) -> LoraSettings:
-    if case.lora is None:
-        pytest.skip("this model takes no LoRA")
-    return case.lora
-
-
 def _shifted(adapter: ModelAdapter) -> dict[str, Tensor]:
     """Other weights for all that is trained, float32 as an average has them."""
     return {name: (value.detach() + 0.5).float() for name, value in trainable_parameters(adapter).items()}
@@ -184,8 +177,7 @@ def _gradients(adapter: ModelAdapter, case: AdapterCase, autocast: bool) -> dict
     """The gradients of the mean square of a prediction, of whatever parameters have one."""
     adapter.denoiser.zero_grad(set_to_none=True)
     asked = make_question(adapter, case.conditions)
-    context: AbstractContextManager[None] = torch.autocast("cpu", HALF, enabled=autocast)
-    with context:
+    with torch.autocast("cpu", HALF, enabled=autocast):
         answer = adapter.predict(asked.latents, asked.sigma, asked.conditioning)
     assert answer.dtype == SINGLE and bool(answer.isfinite().all())
     answer.square().mean().backward()

@@ -10,7 +10,8 @@ import torch
 
 from branchtree.core.transfer import send
 from branchtree.errors import DataError
-from branchtree.plugins.protocols import Condition, Conditioning, DropsEncoders, ModelAdapter
+from branchtree.plugins.protocols import DropsEncoders, ModelAdapter
+from branchtree.plugins.values import Condition, Conditioning
 from branchtree.recipe.schema import RunSection
 from branchtree.training.encodings import Encoding, EncodingStore, open_store
 from branchtree.training.faults import require_finite_encoding

@@ -18,7 +18,7 @@ from branchtree.core.rollout import forwards, rollout
 from branchtree.core.schedule import TreePlan
 from branchtree.core.scores import Scores
 from branchtree.core.tree import BranchTree, Topology, grow
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins.values import Condition
 from branchtree.training.policy import Policy
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from branchtree.files.checksums import file_sha256
 from branchtree.files.reading import user_path
-from branchtree.plugins.protocols import Condition, FingerprintedEncodings, ModelAdapter
+from branchtree.plugins.protocols import FingerprintedEncodings, ModelAdapter
+from branchtree.plugins.values import Condition
 
 log = logging.getLogger("branchtree")
 

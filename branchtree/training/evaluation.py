@@ -14,7 +14,7 @@ from torch import Tensor
 from branchtree.core.rollout import chunks
 from branchtree.core.scores import Scores
 from branchtree.errors import ModelError, RewardError
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.values import Condition, Media
 from branchtree.recipe.build import NamedReward
 from branchtree.training.faults import REMEDY, are_faults
 from branchtree.training.limits import RowLimits

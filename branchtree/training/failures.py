@@ -11,7 +11,7 @@ from branchtree.core.scores import Scores
 from branchtree.core.tree import Topology
 from branchtree.errors import RewardError, shortened
 from branchtree.files.reading import whole_text
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins.values import Condition
 from branchtree.recipe.schema import ScoringSection
 from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.training.faults import REMEDY, are_faults

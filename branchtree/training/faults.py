@@ -4,26 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import replace
-from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
 from branchtree.core.finite import is_finite
 from branchtree.core.scores import Scores
 from branchtree.errors import ModelError
-from branchtree.plugins.protocols import Condition, ModelAdapter
+from branchtree.plugins.protocols import LocatesWeights, ModelAdapter
+from branchtree.plugins.values import Condition
 
 MARK = "the model's "
 REMEDY = "the model is at fault, not the reward: get its files again, or use a wider run.precision"
-
-
-@runtime_checkable
-class LocatesWeights(Protocol):
-    """A model adapter that can say where the weights of its ``denoiser``, ``decoder`` or ``encoders`` are."""
-
-    def weights_of(self, component: str) -> str:
-        """Return the files or folder of a component, in words."""
-        ...
 
 
 def describe_fault(model: ModelAdapter, component: str, gave: str) -> str:

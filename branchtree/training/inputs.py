@@ -8,11 +8,9 @@ from typing import Any
 
 from branchtree.core.schedule import Schedule
 from branchtree.data.prompts import check_conditions, held_out_conditions, training_conditions
-from branchtree.plugins.protocols import (
-    Callback,
-    Condition,
-    ModelAdapter,
-)
+from branchtree.plugins.base import Callback
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import Condition
 from branchtree.recipe.build import (
     NamedReward,
     check_learns,

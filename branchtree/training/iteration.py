@@ -15,7 +15,7 @@ from branchtree.core.scores import Scores
 from branchtree.core.tree import BranchTree, Topology
 from branchtree.errors import RewardError
 from branchtree.pictures.grid import make_thumbnails
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins.values import Condition, Media
 from branchtree.training.continuation import compare_continuation
 from branchtree.training.failures import Leaves, logged
 from branchtree.training.processes import GroupRecord

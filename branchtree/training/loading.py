@@ -19,12 +19,8 @@ from branchtree.errors import BranchTreeError, ModelError, RecipeError, RewardEr
 from branchtree.planning.devices import indexed
 from branchtree.planning.gpus import USABLE, device_memory
 from branchtree.planning.preflight import TrainingNeed, step_shortage
-from branchtree.plugins.protocols import (
-    CompilesBlocks,
-    LoraSettings,
-    ModelAdapter,
-    RewardAdapter,
-)
+from branchtree.plugins.protocols import CompilesBlocks, ModelAdapter, RewardAdapter
+from branchtree.plugins.values import LoraSettings
 from branchtree.recipe.build import (
     NamedReward,
     make_credit_rule,

@@ -15,7 +15,8 @@ from branchtree.core.schedule import TreePlan
 from branchtree.core.transfer import send
 from branchtree.core.tree import grow
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition, Conditioning, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import Condition, Conditioning
 from branchtree.training.conditioning import ConditioningCache
 from branchtree.training.limits import RowLimit
 

@@ -12,7 +12,7 @@ from typing import Any
 from branchtree.errors import CallbackError, reason_of
 from branchtree.files.writing import write_atomically
 from branchtree.pictures.grid import sample_index, write_grid
-from branchtree.plugins.protocols import Callback
+from branchtree.plugins.base import Callback
 from branchtree.run.directory import EVALUATION, METRICS, SAMPLES, SUMMARY, TIMING
 from branchtree.training.evaluation import Figure
 from branchtree.training.session import Session

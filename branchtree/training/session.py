@@ -16,10 +16,8 @@ from branchtree.core.rollout import Growth, Sampler
 from branchtree.core.scores import Scores
 from branchtree.core.tree import Topology
 from branchtree.data.prompts import PromptOrder
-from branchtree.plugins.protocols import (
-    Condition,
-    ReleasesMemory,
-)
+from branchtree.plugins.protocols import ReleasesMemory
+from branchtree.plugins.values import Condition
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import FAILURES, RunDirectory
 from branchtree.training.evaluation import Evaluator, Figure

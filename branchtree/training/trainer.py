@@ -24,7 +24,8 @@ from branchtree.errors import (
 )
 from branchtree.pictures.grid import write_tree
 from branchtree.planning.preflight import require_memory
-from branchtree.plugins.protocols import Callback, Condition
+from branchtree.plugins.base import Callback
+from branchtree.plugins.values import Condition
 from branchtree.recipe.schema import Recipe
 from branchtree.run.checkpoint import iteration_of
 from branchtree.run.directory import METRICS, TREES, RunDirectory

@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from branchtree.core.scores import Scores
+from branchtree.plugins import Condition, Media, RewardCard, RewardFootprint
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard, RewardFootprint
 from branchtree_rewards.shared.samples import NOT_FINITE, check_batch
 
 

@@ -17,8 +17,8 @@ import torch
 import branchtree
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
+from branchtree.plugins import Condition, Media, RewardCard, RewardFootprint
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard, RewardFootprint
 from branchtree.serving.access import authorization, read_token
 from branchtree.serving.wire import (
     CONTENT_TYPE,

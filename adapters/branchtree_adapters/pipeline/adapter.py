@@ -1,188 +1,317 @@
-"""The part of a model adapter that is the same for every diffusers pipeline with one transformer."""
+"""The base class of models that are a diffusers pipeline with one transformer."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import pydantic
 import torch
 from torch import Tensor, nn
 
 from branchtree.errors import ModelError
-from branchtree.plugins import weights
-from branchtree.plugins.lora_files import LoraSummary
-from branchtree.plugins.protocols import LoraSettings
-from branchtree_adapters.pipeline import sources as shared
-from branchtree_adapters.pipeline import speed, trained
-from branchtree_adapters.pipeline.components import require_finite_component, require_telling_apart
-from branchtree_adapters.pipeline.encoders import EncoderSource, fingerprint
-from branchtree_adapters.pipeline.start import load_lora, start_denoiser, start_lora
-from branchtree_adapters.pipeline.tokenizers import check_tokenizer, probe_texts
+from branchtree.files.paths import PathOrName
+from branchtree.plugins import Condition, Conditioning, Footprint, LoraSummary, Media, ModelBase
+from branchtree.plugins.weights import has_lora
+from branchtree_adapters.pipeline import sources, speed, trained
+from branchtree_adapters.pipeline.blueprint import (
+    TRANSFORMER,
+    VAE,
+    Blueprint,
+    Published,
+    count_parameters,
+    described,
+    largest_block,
+    read_blueprint,
+    require_multiple,
+)
+from branchtree_adapters.pipeline.components import own_component, quiet
+from branchtree_adapters.pipeline.decoders import decoder_footprint
+from branchtree_adapters.pipeline.encoders import fingerprint, probe_encoders
+from branchtree_adapters.pipeline.grids import scheduler_grid
 
 
-class PipelineAdapter(ABC):
-    """Base of the adapters: keeps the loaded pipeline, and adds LoRA to, saves and restores its transformer."""
+class PipelineConfig(pydantic.BaseModel):
+    """Which pipeline, and the size in pixels of what it is to make.
 
-    frozen_parts: ClassVar[tuple[str, ...]]  # names of the pipeline's encoders and decoder; it may lack some
-    encoders: ClassVar[tuple[str, ...]]  # those of them that ``encode`` alone needs: read when it first does
-    encoding_parts: ClassVar[tuple[str, ...]]  # folders of all that an encoding depends on
-    float32_parts: ClassVar[tuple[str, ...]] = ()  # frozen parts that are in float32 whatever the others are in
-    lora_targets: ClassVar[tuple[str, ...]]  # endings of the names of the layers that get LoRA by default
+    ``path`` is a hub id, a local pipeline folder, or ``bundled:NAME``. ``attention`` is an attention back-end of
+    diffusers, such as ``flash``.
+    """
 
-    def __init__(self) -> None:
-        self._loaded: Any = None
-        self._encoders: EncoderSource | None = None
-        self._device, self._dtype = torch.device("cpu"), torch.float32
+    model_config = pydantic.ConfigDict(extra="forbid", frozen=True)
 
-    @property
-    def _pipeline(self) -> Any:
-        if self._loaded is None:
-            raise ModelError("the model is not loaded; call load first.")
-        return self._loaded
+    path: PathOrName
+    height: int = pydantic.Field(gt=0, le=8192)
+    width: int = pydantic.Field(gt=0, le=8192)
+    revision: str | None = None
+    attention: str | None = None
 
-    @property
-    def denoiser(self) -> nn.Module:
-        """The pipeline's transformer. Raises ModelError before ``load``."""
-        transformer: nn.Module = self._pipeline.transformer
-        return transformer
 
-    def _read(self, pipeline: Any, source: shared.ModelSource, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> Any:
-        """All of a pipeline, of a diffusers class, but its encoders. Raises ModelError."""
-        dtypes = dict.fromkeys(self.float32_parts, torch.float32)
-        self._encoders = EncoderSource.of(pipeline, source, dtype, dtypes, self.encoders)
-        return shared.load_pipeline(
-            pipeline, source, dtype, {**dtypes, "transformer": denoiser_dtype}, self._encoders.names
-        )
+class PipelineAdapter(ModelBase):
+    """A diffusers pipeline whose transformer is trained.
 
-    def _keep(self, loaded: Any, device: torch.device, denoiser_dtype: torch.dtype) -> None:
-        """Take a pipeline that was read: the transformer to ``device``, frozen parts to the CPU until needed."""
-        self._loaded, self._device, self._dtype = loaded, device, denoiser_dtype
-        shared.own_storage(loaded.transformer, device)
-        require_finite_component(loaded.transformer, self._location("transformer"))
-        self._own({name: getattr(loaded, name, None) for name in self.frozen_parts})
+    A model writes ``modality``, ``pipeline_class``, ``encode_condition`` and ``predict``. The defaults are those of an
+    image model with the VAE's latents as they are and the scheduler's own time grid. A video model's configuration
+    also has ``frames`` and ``fps``. ``pipeline``, ``device`` and ``dtype`` (the transformer's) are set by ``load``.
+    """
 
-    def _with_encoders(self) -> Any:
-        """The pipeline with its encoders on the device, which are read if they are not there. Raises ModelError."""
-        pipeline = self._pipeline
-        absent = self._absent_encoders()
-        if absent:
-            self._own(absent)
-            pipeline.register_modules(**absent)
-        for name in self._encoders.names if self._encoders else ():
-            if getattr(pipeline, name) is not None:
-                shared.on_device(getattr(pipeline, name), self._device)
-        if absent:
-            self._probe_encoders()
-        return pipeline
+    pipeline_class: str
+    """The name of the pipeline's class in diffusers."""
+    config_files: tuple[str, ...] = ()
+    """JSON files to find in ``blueprint.configs`` beside those of components with weights."""
+    published: Published | None = None
+    """A published model whose sizes are assumed of a hub id that is not in the local cache; by default, it is asked."""
+    float32_components: tuple[str, ...] = ()
+    """Encoders and VAE that are in float32, whatever precision the others are in."""
+    decode_pixels: int = 8 * 1024**2
+    """Pixels of images or frames that go through the VAE at once; one sample always does."""
+    encoding_settings: tuple[str, ...] | None = None
+    """Fields or properties of the configuration that an encoding depends on; None: all fields."""
+    encodes_with_vae = False
+    """Whether an encoding depends on the VAE too."""
+    compile_blocks = staticmethod(speed.compile_blocks)
 
-    def _probe_encoders(self) -> None:
-        """Encode two texts that differ, and two images. Raises ModelError if an encoder cannot tell them apart."""
-        pipeline = self._pipeline
-        texts: list[dict[str, str]] = [{}, {}]
-        for name in ("tokenizer", "tokenizer_2"):
-            if (tokenizer := getattr(pipeline, name, None)) is not None:
-                encoder = getattr(pipeline, name.replace("tokenizer", "text_encoder"))
-                check_tokenizer(tokenizer, Path(self._location(name)), encoder.config.to_dict())
-                for pair, text in zip(texts, probe_texts(tokenizer, Path(self._location(name))), strict=True):
-                    pair[name] = text
-        first, second = (self._embedded(pair, shade) for pair, shade in zip(texts, (0, 255), strict=True))
-        for name, embedding in first.items():
-            require_telling_apart(embedding, second[name], self._location(name), texts)
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        self.device, self.dtype = torch.device("cpu"), torch.float32
+        self._pipeline: Any = None
+        self._blueprint: Blueprint | None = None
+        self._frozen_dtypes: Mapping[str, torch.dtype] = {}
+
+    # What a model writes
 
     @abstractmethod
-    def _embedded(self, texts: Mapping[str, str], shade: int) -> Mapping[str, Tensor]:
-        """What the encoders, by name, make of a text for each tokenizer and of a picture that is grey as ``shade``."""
+    def encode_condition(self, condition: Condition) -> Conditioning:
+        """Encode one condition: tensors with a first axis of 1, on any device, from encoders that are on ``device``."""
+
+    # What a model may write differently
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """Channels, rows and columns of an image. Raises ModelError for a size that the model cannot make."""
+        vae, transformer = (self.blueprint.configs[name] for name in (VAE, TRANSFORMER))
+        scale = 2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1)
+        multiple = scale * (transformer.get("patch_size") or 1)
+        for name in ("height", "width"):
+            require_multiple(name, getattr(self.config, name), multiple)
+        return transformer["in_channels"], self.config.height // scale, self.config.width // scale
+
+    @property
+    def tokens(self) -> int:
+        """Patches of one sample."""
+        patch = self.blueprint.configs[TRANSFORMER].get("patch_size") or 1
+        return math.prod(self.latent_shape[1:]) // patch**2
+
+    def scheduler_changes(self) -> Mapping[str, Any]:
+        """Return settings to use in place of the scheduler's."""
+        return {}
+
+    def set_timesteps(self, scheduler: Any, steps: int) -> None:
+        """Have a scheduler make its grid as the pipeline does."""
+        scheduler.set_timesteps(steps, device="cpu")
+
+    def vae_latents(self, latents: Tensor) -> Tensor:
+        """Return what the VAE decodes for latents (B, *latent)."""
+        scale, shift = (getattr(self.pipeline.vae.config, name, None) for name in ("scaling_factor", "shift_factor"))
+        return latents / (scale or 1) + (shift or 0)
+
+    # What every pipeline has
+
+    @property
+    def pipeline(self) -> Any:
+        """The loaded pipeline; its encoders are there during ``encode``. Raises ModelError before ``load``."""
+        if self._pipeline is None:
+            raise ModelError("the model is not loaded; call load first.")
+        return self._pipeline
+
+    @property
+    def blueprint(self) -> Blueprint:
+        """What the model's configuration files say. Raises ModelError for files that are missing or wrong."""
+        if self._blueprint is None:
+            self._blueprint = self._read_blueprint()
+        return self._blueprint
+
+    def _read_blueprint(self, *, fetch: bool = False) -> Blueprint:
+        return read_blueprint(self._class, self._source, self.config_files, self.published, fetch=fetch)
+
+    @property
+    def _class(self) -> Any:
+        import diffusers
+
+        return getattr(diffusers, self.pipeline_class)
+
+    @cached_property
+    def _source(self) -> sources.ModelSource:
+        return sources.locate_pipeline(self.config.path, self.config.revision)
+
+    def build_denoiser(self) -> nn.Module:
+        """Return a transformer with random weights, by its config.json. Raises ModelError if that describes none."""
+        transformer: nn.Module = self.blueprint.build("transformer")
+        return transformer
+
+    def footprint(self) -> Footprint:
+        """Return the model's sizes, from config.json files. Raises ModelError for a folder or size that cannot be."""
+        with torch.device("meta"):
+            transformer = self.build_denoiser()
+            frozen = {name: self.blueprint.build(name) for name in self.blueprint.classes if name != "transformer"}
+        counts = {name: count_parameters(module) for name, module in frozen.items()}
+        float32 = sum(count for name, count in counts.items() if name in self.float32_components)
+        return replace(
+            self.sizes(transformer),
+            frozen_parameters=sum(counts.values()),
+            frozen_float32_parameters=float32,
+            largest_block_parameters=largest_block(transformer),
+            decoder=decoder_footprint(
+                frozen["vae"], self.config.height, self.config.width, self.latent_shape, self._decoded_at_once
+            ),
+            source=self.blueprint.origin,
+            assumed=self.blueprint.assumed,
+        )
+
+    @property
+    def _decoded_at_once(self) -> int:
+        sample = int(self.config.height * self.config.width * getattr(self.config, "frames", 1))
+        return max(1, self.decode_pixels // sample)
+
+    def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
+        """Load the pipeline: the transformer to ``device``, the VAE to the CPU until it is needed.
+
+        Encoders are read when ``encode`` first needs them. The weights that diffusers keeps in float32 stay so. Raises
+        ModelError if the source cannot be read, or for a size or task that the model is not made for.
+        """
+        source = self._source
+        try:
+            self._blueprint = self._read_blueprint(fetch=True)
+        except ModelError as error:
+            raise ModelError(f"cannot load '{source.location}': {error}") from error
+        with described():
+            self.latent_shape  # noqa: B018 - refused before weights are read
+        speed.check_attention(self.config.attention)
+        self._frozen_dtypes = {"default": dtype, **dict.fromkeys(self.float32_components, torch.float32)}
+        dtypes = {**self._frozen_dtypes, "transformer": denoiser_dtype}
+        loaded = sources.load_pipeline(self._class, source, dtypes, self._encoder_names)
+        self._blueprint = self._blueprint.with_loaded(loaded)
+        self.latent_shape  # noqa: B018 - of what was loaded
+        speed.set_attention(loaded.transformer, self.config.attention)
+        own_component(loaded.transformer, device, self._location("transformer"))
+        self._own({"vae": loaded.vae})
+        if device.type == "cpu" or self.modality == "image":
+            _channels_last(loaded.vae)
+        self.take(loaded, device, denoiser_dtype)
+
+    def take(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
+        """Use a pipeline whose transformer is on ``device`` in ``dtype``."""
+        self._pipeline, self._denoiser, self.device, self.dtype = pipeline, pipeline.transformer, device, dtype
+
+    @property
+    def _encoder_names(self) -> list[str]:
+        """Names that the pipeline has for encoders, whether this model has them or not."""
+        names = inspect.signature(self._class.__init__).parameters
+        return [name for name in names if name.startswith(("text_encoder", "image_encoder"))]
+
+    def _own(self, components: Mapping[str, Any]) -> None:
+        for name, component in components.items():
+            if component is not None:
+                own_component(component, torch.device("cpu"), self._location(name))
+                component.requires_grad_(False)
+
+    def _location(self, component: str) -> str:
+        return f"{self._source.location}/{component}"
 
     def weights_of(self, component: str) -> str:
-        """Where the weights of the ``denoiser``, the ``decoder`` or the ``encoders`` are."""
-        encoding = [name for name in self.encoding_parts if name in self.frozen_parts]
+        """Return where the weights of the ``denoiser``, the ``decoder`` or the ``encoders`` are."""
+        encoding = [*self.blueprint.encoders, *(["vae"] if self.encodes_with_vae else [])]
         names = {"denoiser": ["transformer"], "decoder": ["vae"]}.get(component, encoding)
         return ", ".join(self._location(name) for name in names)
 
-    def _location(self, component: str) -> str:
-        """Where a component's files are."""
-        return f"{self._encoders.source.location if self._encoders else ''}/{component}"
+    @torch.no_grad()
+    def encode(self, conditions: Sequence[Condition]) -> Conditioning:
+        """Encode P conditions, one at a time so that no row depends on another. Returns tensors on the CPU."""
+        self.with_encoders()
+        rows = [self.encode_condition(condition) for condition in conditions]
+        return {name: torch.cat([row[name].cpu() for row in rows]) for name in rows[0]}
 
-    def _own(self, parts: Mapping[str, Any]) -> None:
-        """Put frozen components that were read into memory of their own on the CPU. Raises ModelError for NaN."""
-        for name, part in parts.items():
-            if part is not None:
-                shared.own_storage(part, torch.device("cpu"))
-                require_finite_component(part, self._location(name))
-                part.requires_grad_(False)
+    def with_encoders(self) -> Any:
+        """Return the pipeline with its encoders on the device, read if they are not there. Raises ModelError."""
+        pipeline, absent = self.pipeline, self._absent_encoders()
+        if absent:
+            self._own(absent)
+            pipeline.register_modules(**absent)
+        for name in self._encoder_names:
+            if (encoder := getattr(pipeline, name)) is not None:
+                on_device(encoder, self.device)
+        if absent:
+            probe_encoders(pipeline, self._source.location)
+        return pipeline
 
     def _absent_encoders(self) -> dict[str, Any]:
-        """The encoders by name, read from their files, unless the pipeline has them. Raises ModelError."""
-        pipeline, source = self._pipeline, self._encoders
-        if source is None or any(getattr(pipeline, name) is not None for name in source.names):
+        """Read the encoders by name, unless the pipeline has them. Raises ModelError."""
+        names = self._encoder_names
+        if any(getattr(self.pipeline, name) is not None for name in names):
             return {}
-        return source.read(pipeline.components)
+        others = [name for name in self.pipeline.components if name not in names]
+        found = sources.load_pipeline(self._class, sources.pinned(self._source), self._frozen_dtypes, others)
+        return {name: getattr(found, name) for name in names}
 
     def drop_encoders(self) -> None:
         """Free the encoders; they are read again if ``encode`` is called again."""
-        if self._encoders is not None:
-            self._pipeline.register_modules(**dict.fromkeys(self._encoders.names))
+        self.pipeline.register_modules(**dict.fromkeys(self._encoder_names))
 
     def encoding_fingerprint(self) -> str | None:
-        """A digest of the files, settings and libraries that encodings depend on; None if no file is known."""
-        if self._encoders is None:
-            raise ModelError("the model is not loaded; call load first.")
-        dtypes = {f"dtype of {name}": str(dtype) for name, dtype in self._encoders.others.items()}
-        settings = {
-            "family": type(self).__name__,
-            "dtype": str(self._encoders.dtype),
-            **dtypes,
-            **self._encoding_settings(),
-        }
-        return fingerprint(self._encoders.source, self.encoding_parts, settings)
-
-    @abstractmethod
-    def _encoding_settings(self) -> dict[str, object]:
-        """The options that an encoding depends on."""
-
-    def _frozen(self) -> list[Any]:
-        parts = [getattr(self._pipeline, name, None) for name in self.frozen_parts]
-        return [part for part in parts if part is not None]
+        """Digest the files, settings and libraries that encodings depend on; None if no file is known."""
+        skipped = {"transformer", "scheduler"} | (set() if self.encodes_with_vae else {"vae"})
+        names = self.encoding_settings or type(self.config).model_fields.keys() - {"path", "revision", "attention"}
+        settings = {"family": type(self).__name__, **{name: str(getattr(self.config, name)) for name in names}}
+        settings |= {f"dtype of {name}": str(dtype) for name, dtype in self._frozen_dtypes.items()}
+        components = [name for name in self.pipeline.components if name not in skipped]
+        return fingerprint(self._source, components, settings)
 
     def release_frozen(self) -> None:
         """Move encoders and VAE to the CPU, and give their memory on the device back."""
-        if self._device.type == "cpu":
+        if self.device.type == "cpu":
             return
-        for part in self._frozen():
-            part.to("cpu")
-        if self._device.type == "cuda":
+        for name in (*self._encoder_names, "vae"):
+            if (component := getattr(self.pipeline, name)) is not None:
+                component.to("cpu")
+        if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def add_lora(self, settings: LoraSettings, seed: int) -> None:
-        """Freeze the transformer and put float32 LoRA weights on it, on ``lora_targets`` unless told otherwise.
+    def sigmas(self, steps: int) -> Tensor:
+        """Return the grid of the pipeline's scheduler, shift included: (steps + 1,) float32, to 0.
 
-        Raises ModelError for a target that names no linear layer.
+        Raises ModelError for a scheduler whose grid is not one of flow matching, or that the pipeline cannot use.
         """
-        trained.add_diffusers_lora(self.denoiser, settings, settings.targets or self.lora_targets, seed)
+        return scheduler_grid(
+            self.pipeline.scheduler,
+            str(self.config.path),
+            steps,
+            lambda scheduler: self.set_timesteps(scheduler, steps),
+            self.scheduler_changes(),
+        )
 
-    def without_lora(self, denoiser: nn.Module) -> AbstractContextManager[None]:
-        """A context in which ``denoiser`` acts without its LoRA. Raises ModelError on entry if it has none."""
-        return weights.lora_disabled(denoiser)
-
-    def enable_gradient_checkpointing(self) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations."""
-        self._pipeline.transformer.enable_gradient_checkpointing()
-
-    def compile_blocks(self, denoiser: nn.Module, backend: str) -> None:
-        """Compile the blocks of ``denoiser``, each kind once. Raises ModelError for an unknown back-end."""
-        speed.compile_blocks(denoiser, backend)
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Media:
+        """Decode latents (B, *latent) to images (B, 3, H, W) or videos (B, F, 3, H, W), on the device."""
+        vae = on_device(self.pipeline.vae, self.device)
+        decoded = []
+        for rows in latents.split(self._decoded_at_once):
+            pixels = vae.decode(self.vae_latents(rows.to(self.device)).to(vae.dtype), return_dict=False)[0]
+            decoded.append((pixels.float() / 2 + 0.5).clamp(0, 1))
+        samples = torch.cat(decoded)
+        if self.modality == "image":
+            return Media(images=samples)
+        return Media(videos=samples.transpose(1, 2), fps=self.config.fps)
 
     def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
-        """Write the trained part: ``pytorch_lora_weights.safetensors``, or the whole ``transformer/`` without LoRA.
-
-        ``denoiser_state`` (by trainable-parameter name, all of them) is written in place of the trained weights,
-        which stay as they are. Raises CheckpointError if its names or shapes are not the transformer's.
-        """
-        if weights.has_lora(self.denoiser):
-            trained.save_lora(self._pipeline, self.denoiser, directory, denoiser_state, exact=True)
+        """Write ``pytorch_lora_weights.safetensors``, or without LoRA the whole ``transformer/``; see ModelBase."""
+        if has_lora(self.denoiser):
+            trained.save_lora(self.pipeline, self.denoiser, directory, denoiser_state, exact=True)
         else:
             trained.with_weights(self.denoiser, denoiser_state).save_pretrained(directory / "transformer")
 
@@ -191,34 +320,48 @@ class PipelineAdapter(ABC):
 
         The LoRA file gives every reader the trained strength, whether it knows of alpha or not.
         """
-        if weights.has_lora(self.denoiser):
-            trained.save_lora(self._pipeline, self.denoiser, directory, denoiser_state, exact=False)
+        if has_lora(self.denoiser):
+            trained.save_lora(self.pipeline, self.denoiser, directory, denoiser_state, exact=False)
         else:
-            trained_part = trained.with_weights(self.denoiser, denoiser_state)
-            parts = {**self._pipeline.components, **self._absent_encoders(), "transformer": trained_part}
-            with shared.no_progress_bars():
-                type(self._pipeline)(**parts).save_pretrained(directory)
+            transformer = trained.with_weights(self.denoiser, denoiser_state)
+            components = {**self.pipeline.components, **self._absent_encoders(), "transformer": transformer}
+            with quiet():
+                self._class(**components).save_pretrained(directory)
 
     def restore(self, directory: Path) -> None:
-        """Read back what ``save`` wrote, to the bit, before sharding. Raises CheckpointError if it does not fit."""
-        if weights.has_lora(self.denoiser):
+        """Read back, to the bit, what ``save`` wrote, before sharding. Raises CheckpointError if it does not fit."""
+        if has_lora(self.denoiser):
             trained.restore_lora(self.denoiser, directory)
         else:
-            trained.restore_denoiser(self.denoiser, directory / "transformer")
+            trained.restore_all(self.denoiser, directory / "transformer")
 
     def start_from(self, source: Path) -> None:
-        """Take up a LoRA's file or folder, or without LoRA a folder of all weights, before sharding.
+        """Take a LoRA's file or folder, or without LoRA a folder of all weights, before sharding.
 
         Raises CheckpointError if they do not fit.
         """
-        if weights.has_lora(self.denoiser):
-            start_lora(self.denoiser, source, type(self._pipeline))
+        if has_lora(self.denoiser):
+            trained.start_lora(self.denoiser, source, self._class)
         else:
-            start_denoiser(self.denoiser, source)
+            trained.start_all(self.denoiser, source)
 
     def load_lora(self, source: Path) -> LoraSummary:
         """Put a LoRA file of any common kind, or the folder of one, on the transformer in place of any other LoRA.
 
         Raises CheckpointError for one that is damaged, or has keys that fit nothing in the transformer.
         """
-        return load_lora(self.denoiser, source, type(self._pipeline))
+        return trained.load_lora(self.denoiser, source, self._class)
+
+
+@torch.no_grad()
+def _channels_last(module: nn.Module) -> None:
+    """Lay the weights of convolutions over images and videos out with channels last, which a CPU is fastest in."""
+    for layer in module.modules():
+        if isinstance(layer, nn.Conv2d | nn.Conv3d):
+            layout = torch.channels_last if isinstance(layer, nn.Conv2d) else torch.channels_last_3d
+            layer.weight.data = layer.weight.detach().contiguous(memory_format=layout)
+
+
+def on_device(module: Any, device: torch.device) -> Any:
+    """Move ``module`` (a diffusers or transformers model) to ``device`` unless it is there: asking costs much less."""
+    return module if module.device == device else module.to(device)

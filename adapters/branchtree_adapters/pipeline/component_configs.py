@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,8 @@ def check_scheduler(kind: Any, folder: Path) -> None:
     content = read_json(file)
     _check_keys(kind, file, content)
     known = inspect.signature(kind.__init__).parameters
-    needed = [name for name in ("shift", "flow_shift") if name in known][:1] if _is_for_flows(known, content) else []
+    flows = "shift" in known or bool(content.get("use_flow_sigmas"))  # by its class, or where its file says so
+    needed = [name for name in ("shift", "flow_shift") if name in known and flows][:1]
     if content.get("use_dynamic_shifting") or any(name in content for name in DYNAMIC_SHIFT):
         needed += [name for name in ("use_dynamic_shifting", *DYNAMIC_SHIFT) if name in known]
     missing = [name for name in needed if name not in content]
@@ -47,11 +48,6 @@ def check_scheduler(kind: Any, folder: Path) -> None:
         )
 
 
-def _is_for_flows(known: Collection[str], content: Mapping[str, Any]) -> bool:
-    """Whether a scheduler makes a grid of flow matching: by its class, or where its file says so."""
-    return "shift" in known or bool(content.get("use_flow_sigmas"))
-
-
 def _check_keys(kind: Any, file: Path, content: Mapping[str, Any]) -> None:
     stated = content.get("_class_name", kind.__name__)
     if stated != kind.__name__:
@@ -59,21 +55,15 @@ def _check_keys(kind: Any, file: Path, content: Mapping[str, Any]) -> None:
             f"'{file}' is of {stated}, and model_index.json names {kind.__name__}; make the two agree, or get both "
             "files again."
         )
-    known = _known_keys(kind)
+    config = getattr(kind, "config_class", None)
+    known = set(inspect.signature(kind.__init__).parameters if config is None else config().to_dict())
     absent = sorted(known - content.keys())
     for key in sorted(content.keys() - known):
-        right = next((name for name in absent if _differ_in_one(key, name)), None)
-        if right is not None:
-            raise ModelError(f"'{file}' has a key '{key}', and no '{right}'; correct the key, or get the file again.")
-
-
-def _known_keys(kind: Any) -> set[str]:
-    config = getattr(kind, "config_class", None)
-    return set(config().to_dict()) if config is not None else set(inspect.signature(kind.__init__).parameters)
-
-
-def _differ_in_one(first: str, second: str) -> bool:
-    return len(first) == len(second) and sum(a != b for a, b in zip(first, second, strict=True)) == 1
+        for right in absent:
+            if len(key) == len(right) and sum(a != b for a, b in zip(key, right, strict=True)) == 1:
+                raise ModelError(
+                    f"'{file}' has a key '{key}', and no '{right}'; correct the key, or get the file again."
+                )
 
 
 def check_image_processor(processor: Any, folder: Path, encoder: Mapping[str, Any]) -> None:

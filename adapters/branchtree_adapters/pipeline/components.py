@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 import logging
 import typing
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,16 +51,13 @@ class Component:
         return issubclass(self.kind, nn.Module)
 
 
-def build_pipeline(
-    pipeline: Any, folder: Path, dtype: torch.dtype, others: Mapping[str, torch.dtype], without: Collection[str]
-) -> Any:
+def build_pipeline(pipeline: Any, folder: Path, dtypes: Mapping[str, torch.dtype], without: Collection[str]) -> Any:
     """Build ``pipeline`` (a diffusers class) from a folder, on the CPU.
 
     Args:
         pipeline: The class.
         folder: Its files, as ``save_pretrained`` writes them.
-        dtype: The dtype of its models, but for those that ``others`` names.
-        others: Dtypes by the component's name.
+        dtypes: Those of its models by the component's name, and of all others under ``default``.
         without: Components whose files are not read; the pipeline has None for them.
 
     Raises:
@@ -71,14 +69,14 @@ def build_pipeline(
     named = {name: index[name] for name in parameters if name in index}
     entries = {name: entry for name, entry in named.items() if isinstance(entry, list | tuple)}
     settings = {name: entry for name, entry in named.items() if name not in entries}
-    found = [_component(pipeline, name, entry, folder) for name, entry in entries.items() if _is_present(entry)]
+    found = [_component(pipeline, name, entry, folder) for name, entry in entries.items() if is_present(entry)]
     required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
     for name in [*required, "transformer"]:
         if name not in {component.name for component in found}:
-            raise ModelError(f"'{folder / INDEX}' names no {name}, which {pipeline.__name__} needs; {INCOMPLETE}.")
+            raise not_named(pipeline, name, f"'{folder / INDEX}'")
     read = [component for component in found if component.name not in without]
     verify_checksums(folder, ModelError, [component.name for component in read])
-    loaded = {component.name: load_component(component, others.get(component.name, dtype)) for component in read}
+    loaded = {each.name: load_component(each, dtypes.get(each.name, dtypes["default"])) for each in read}
     for component in read:
         _check_against_encoder(component, loaded[component.name])
     absent = dict.fromkeys(name for name in parameters if name in entries or name in without)
@@ -99,32 +97,42 @@ def _check_against_encoder(component: Component, loaded: Any) -> None:
         check_image_processor(loaded, component.folder, config.get("vision_config", config))
 
 
-def _is_present(entry: Any) -> bool:
-    """Whether an entry names a class; an absent component is null, or a list of two nulls."""
-    return len(entry) == 2 and all(isinstance(word, str) for word in entry)
+def is_present(entry: Any) -> bool:
+    """Return whether an entry of a model_index.json names a component's class, not null or a list of two nulls."""
+    return isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
 
 
 def _component(pipeline: Any, name: str, entry: Any, folder: Path) -> Component:
-    """Return a component by its entry in model_index.json. Raises ModelError for a class that is not of its kind."""
-    library, kind_name = entry
-    where = f"'{folder / INDEX}' names {library}.{kind_name} for {name}"
-    if library not in LIBRARIES:
-        raise ModelError(f"{where}; only classes of {' and '.join(LIBRARIES)} are loaded.")
-    kind = getattr(importlib.import_module(library), kind_name, None)
-    if not inspect.isclass(kind):
-        raise ModelError(f"{where}, and {library} has no such class{nearest(kind_name, _wanted(pipeline, name))}")
-    wanted = _wanted(pipeline, name)
-    if wanted and not _suits(name, kind, wanted):
-        raise ModelError(f"{where}, and {pipeline.__name__} takes {' or '.join(sorted(wanted))}; {INCOMPLETE}.")
+    kind = component_class(pipeline, name, entry, f"'{folder / INDEX}'")
     if not (folder / name).is_dir():
         raise ModelError(f"'{folder}' has no folder '{name}', which its {INDEX} names; {INCOMPLETE}.")
     return Component(name, kind, folder / name)
 
 
-def _wanted(pipeline: Any, name: str) -> set[str]:
-    """Return the names of the classes that a pipeline's annotation gives for a component."""
+def not_named(pipeline: Any, name: str, index: str) -> ModelError:
+    """Make the error for a file ``index`` that names no class for a component that the pipeline needs."""
+    return ModelError(f"{index} names no {name}, which {pipeline.__name__} needs; {INCOMPLETE}.")
+
+
+def component_class(pipeline: Any, name: str, entry: Any, index: str) -> Any:
+    """Return the class that an entry of the file ``index`` names. Raises ModelError for one of another kind."""
+    library, kind_name = entry
+    where = f"{index} names {library}.{kind_name} for {name}"
+    if library not in LIBRARIES:
+        raise ModelError(f"{where}; only classes of {' and '.join(LIBRARIES)} are loaded.")
+    kind = getattr(importlib.import_module(library), kind_name, None)
+    wanted = {each.__name__ for each in wanted_classes(pipeline, name)}
+    if not inspect.isclass(kind):
+        raise ModelError(f"{where}, and {library} has no such class{nearest(kind_name, wanted)}")
+    if wanted and not _suits(name, kind, wanted):
+        raise ModelError(f"{where}, and {pipeline.__name__} takes {' or '.join(sorted(wanted))}; {INCOMPLETE}.")
+    return kind
+
+
+def wanted_classes(pipeline: Any, name: str) -> list[Any]:
+    """Return the classes that a pipeline's annotation gives for a component."""
     hint = typing.get_type_hints(pipeline.__init__).get(name)
-    return {each.__name__ for each in (typing.get_args(hint) or (hint,)) if inspect.isclass(each)} - {"NoneType"}
+    return [each for each in (typing.get_args(hint) or (hint,)) if inspect.isclass(each) and each is not type(None)]
 
 
 def _suits(name: str, kind: Any, wanted: set[str]) -> bool:
@@ -160,7 +168,7 @@ def load_component(component: Component, dtype: torch.dtype) -> Any:
                 use_safetensors=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
-                **{"dtype" if _is_of_transformers(component.kind) else "torch_dtype": dtype},
+                **{"dtype" if is_of_transformers(component.kind) else "torch_dtype": dtype},
             )
     except Exception as error:  # each library below has exceptions of its own for a file that is not right
         reason = " ".join(str(error).split())[:300]
@@ -172,7 +180,8 @@ def load_component(component: Component, dtype: torch.dtype) -> Any:
     return model
 
 
-def _is_of_transformers(kind: Any) -> bool:
+def is_of_transformers(kind: Any) -> bool:
+    """Return whether a class is one of transformers, not of diffusers."""
     return bool(kind.__module__.startswith("transformers."))
 
 
@@ -202,8 +211,14 @@ def _require_complete(component: Component, model: nn.Module, info: Mapping[str,
 
 
 @torch.no_grad()
-def require_finite_component(module: nn.Module, where: str) -> None:
-    """Raise ModelError, naming tensors, if weights of ``module`` hold NaN or infinity. ``where`` names the files."""
+def own_component(module: nn.Module, device: torch.device, where: str) -> None:
+    """Copy every parameter and buffer of ``module`` to memory of its own on ``device``.
+
+    Weights mapped from a file may be unaligned, which changes the last bits of what is computed from them. Raises
+    ModelError, naming tensors, if some hold NaN or infinity. ``where`` names the files.
+    """
+    for tensor in itertools.chain(module.parameters(), module.buffers()):
+        tensor.data = tensor.detach().to(device, copy=True)
     state = module.state_dict()
     wrong = [name for name, value in state.items() if not is_finite(value)]
     if wrong:
@@ -215,33 +230,24 @@ def require_finite_component(module: nn.Module, where: str) -> None:
         )
 
 
-def require_telling_apart(
-    first: torch.Tensor, second: torch.Tensor, where: str, texts: Sequence[Mapping[str, str]]
-) -> None:
-    """Raise ModelError unless an encoder's two embeddings are finite and differ; ``texts`` are what they are of."""
-    if not bool(torch.stack([first, second]).isfinite().all()):
-        raise ModelError(
-            f"the encoder in '{where}' gives embeddings that are not finite; its weights are damaged, or the precision "
-            "is too narrow for it: get the files again, or use a wider precision."
-        )
-    if torch.equal(first, second):
-        raise ModelError(
-            f"the encoder in '{where}' gives one embedding for two inputs, as for the texts {list(texts[0].values())} "
-            f"and {list(texts[1].values())}; it, or what prepares its inputs, is incomplete or damaged: get it again."
-        )
-
-
 @contextmanager
 def quiet() -> Iterator[None]:
-    """A context in which diffusers and transformers log nothing: what they warn of is accounted for, or raised."""
+    """Have diffusers and transformers log nothing and show no progress bars.
+
+    What they warn of is accounted for, or raised; their bars are of local files.
+    """
     from diffusers.utils import logging as diffusers_logging
     from transformers.utils import logging as transformers_logging
 
-    before = [(library, library.get_verbosity()) for library in (diffusers_logging, transformers_logging)]
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library, library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
     try:
-        for library, _ in before:
+        for library in libraries:
             library.set_verbosity(logging.CRITICAL)
+            library.disable_progress_bar()
         yield
     finally:
-        for library, verbosity in before:
+        for library, verbosity, bars in before:
             library.set_verbosity(verbosity)
+            if bars:
+                library.enable_progress_bar()

@@ -7,11 +7,20 @@ from typing import Any
 
 from torch import nn
 
-from branchtree.plugins.protocols import DecoderFootprint
-from branchtree_adapters.pipeline import sources as shared
+from branchtree.plugins import DecoderFootprint
+from branchtree_adapters.pipeline.blueprint import count_parameters
 
 WORKING = 27
 """Full-size tensors of ``base_dim`` channels for one frame that Wan's decoder works on at once, caches aside."""
+
+
+def decoder_footprint(vae: Any, height: int, width: int, latent: tuple[int, ...], rows: int) -> DecoderFootprint | None:
+    """Return the sizes of a VAE's decoder for latents (*latent), ``rows`` at once; None for an unknown kind."""
+    from diffusers import AutoencoderKL, AutoencoderKLWan
+
+    if isinstance(vae, AutoencoderKL):
+        return decoder_of_images(vae, height, width, rows)
+    return decoder_of_videos(vae, latent, rows) if isinstance(vae, AutoencoderKLWan) else None
 
 
 def decoder_of_images(vae: Any, height: int, width: int, rows: int) -> DecoderFootprint:
@@ -38,7 +47,7 @@ def decoder_of_images(vae: Any, height: int, width: int, rows: int) -> DecoderFo
         flops += _products([block.upsamplers or nn.Identity()], 4 * pixels // 4**below)
     flops += _products([decoder.conv_out], pixels)
     return DecoderFootprint(
-        parameters=shared.count_parameters(vae),
+        parameters=count_parameters(vae),
         numbers_per_row=int(fullest * pixels),
         flops_per_row=flops,
         media_numbers_per_row=3 * pixels,
@@ -46,7 +55,7 @@ def decoder_of_images(vae: Any, height: int, width: int, rows: int) -> DecoderFo
     )
 
 
-def decoder_of_videos(vae: Any, latent: tuple[int, int, int, int], rows: int) -> DecoderFootprint:
+def decoder_of_videos(vae: Any, latent: tuple[int, ...], rows: int) -> DecoderFootprint:
     """Sizes of AutoencoderKLWan's decoder, in float32, for latents (channels, frames, rows, columns), ``rows`` at once.
 
     It decodes one latent frame after the other, each to s frames of the video, and keeps two frames of the input of
@@ -80,7 +89,7 @@ def decoder_of_videos(vae: Any, latent: tuple[int, int, int, int], rows: int) ->
             flops += _products([upsampler.resample], area * made)
     flops += _products([vae.decoder.conv_out], area * made)
     return DecoderFootprint(
-        parameters=shared.count_parameters(vae),
+        parameters=count_parameters(vae),
         numbers_per_row=int(pixels * (chunk + 3 * shown)),
         flops_per_row=flops,
         media_numbers_per_row=3 * shown * pixels,
@@ -91,8 +100,6 @@ def decoder_of_videos(vae: Any, latent: tuple[int, int, int, int], rows: int) ->
 
 def _products(modules: list[Any], positions: int) -> float:
     """Operations of the modules' convolutions and linear layers at so many positions, an addition counted as one."""
-    layers = [part for module in modules for part in module.modules() if isinstance(part, PRODUCTS)]
+    kinds = (nn.Conv2d, nn.Conv3d, nn.Linear)
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, kinds)]
     return 2.0 * positions * sum(math.prod(layer.weight.shape) for layer in layers)
-
-
-PRODUCTS = (nn.Conv2d, nn.Conv3d, nn.Linear)

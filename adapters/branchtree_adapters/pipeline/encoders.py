@@ -1,103 +1,105 @@
-"""The encoders of a pipeline: read from its files when they are first needed, and what tells their work apart."""
+"""The encoders of a pipeline: whether they tell two inputs apart, and what their work depends on."""
 
 from __future__ import annotations
 
 import hashlib
-import inspect
 import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from branchtree_adapters.pipeline import sources as shared
+from branchtree.errors import ModelError
+from branchtree.files.checksums import file_sha256
+from branchtree_adapters.pipeline.sources import ModelSource, cached_commit
+from branchtree_adapters.pipeline.tokenizers import check_tokenizer, probe_texts
 
+PROBE_TOKENS = 64
 HASHED_BYTES = 64 * 2**20
-"""Files up to this size are told apart by their contents, larger ones by place, size and time of change."""
-
+"""Files up to this size are told apart by their contents, larger ones by path, size and time of change."""
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "pillow", "av", "ftfy")
 """Libraries that an encoding may depend on."""
 
 
-@dataclass(frozen=True)
-class EncoderSource:
-    """Where the encoders of a pipeline are read from. ``pipeline`` is a diffusers class."""
+@torch.no_grad()
+def probe_encoders(pipeline: Any, location: str) -> None:
+    """Encode two texts that differ, and two images, with each encoder that a pipeline has.
 
-    pipeline: Any
-    source: shared.ModelSource
-    dtype: torch.dtype
-    others: Mapping[str, torch.dtype]  # of parts that are not in ``dtype``
-    names: tuple[str, ...]
+    Raises ModelError, naming the encoder's folder in ``location``, if it cannot tell them apart, or its tokenizer does
+    not fit it.
+    """
+    from PIL import Image
 
-    @staticmethod
-    def of(
-        pipeline: Any,
-        source: shared.ModelSource,
-        dtype: torch.dtype,
-        others: Mapping[str, torch.dtype],
-        encoders: Iterable[str],
-    ) -> EncoderSource:
-        """The ``encoders`` that the pipeline's class takes."""
-        places = inspect.signature(pipeline.__init__).parameters
-        return EncoderSource(pipeline, source, dtype, others, tuple(name for name in encoders if name in places))
+    for name, encoder in pipeline.components.items():
+        if encoder is None or not name.startswith(("text_encoder", "image_encoder")):
+            continue
+        texts = ""
+        if name.startswith("text_encoder"):
+            kind = name.replace("text_encoder", "tokenizer")
+            tokenizer, folder = getattr(pipeline, kind, None), Path(location) / kind
+            if tokenizer is None:
+                continue
+            check_tokenizer(tokenizer, folder, encoder.config.to_dict())
+            probes = probe_texts(tokenizer, folder)
+            length = min(tokenizer.model_max_length, PROBE_TOKENS)
+            options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+            inputs = [tokenizer(text, **options).input_ids for text in probes]
+            texts = f", as for the texts {list(probes)}"
+        else:
+            prepare = pipeline.components.get("image_processor") or pipeline.components["feature_extractor"]
+            pictures = [Image.new("RGB", (64, 64), (red, 128, 128)) for red in (0, 255)]
+            inputs = [prepare(picture, return_tensors="pt").pixel_values.to(encoder.dtype) for picture in pictures]
+        outputs = [encoder(each.to(encoder.device)).values() for each in inputs]
+        for first, second in zip(*outputs, strict=True):
+            if isinstance(first, Tensor):
+                _require_telling_apart(first, second, f"{location}/{name}", texts)
 
-    def read(self, parts: Iterable[str]) -> dict[str, Any]:
-        """The encoders by name, on the CPU; None where the model has none.
 
-        ``parts`` are the names of all the pipeline's parts. Raises ModelError.
-        """
-        absent = [name for name in parts if name not in self.names]
-        # The commit that the other parts are of, whatever the hub has by now.
-        commit = _commit(self.source)
-        source = self.source if commit is None else replace(self.source, revision=commit)
-        found = shared.load_pipeline(self.pipeline, source, self.dtype, self.others, absent)
-        return {name: getattr(found, name) for name in self.names}
+def _require_telling_apart(first: Tensor, second: Tensor, folder: str, texts: str) -> None:
+    if not bool(torch.stack([first, second]).isfinite().all()):
+        raise ModelError(
+            f"the encoder in '{folder}' gives embeddings that are not finite; its weights are damaged, or the "
+            "precision is too narrow for it: get the files again, or use a wider precision."
+        )
+    if torch.equal(first, second):
+        raise ModelError(
+            f"the encoder in '{folder}' gives one embedding for two inputs{texts}; it, or what prepares its inputs, is "
+            "incomplete or damaged: get it again."
+        )
 
 
-def fingerprint(source: shared.ModelSource, parts: Sequence[str], settings: Mapping[str, object]) -> str | None:
-    """A digest of the files of ``parts``, some settings, and the libraries' versions; None if no file is known.
+def fingerprint(source: ModelSource, components: Sequence[str], settings: Mapping[str, object]) -> str | None:
+    """Digest the files of ``components``, some settings, and the libraries' versions; None if no file is known.
 
     A hub id stands for its files by its commit in the local cache.
     """
-    commit = _commit(source)
+    commit = cached_commit(source)
     if source.folder is None and commit is None:
         return None
-    files = _files(source.folder, parts) if source.folder else None
     described = {
-        "source": [source.name, commit] if files is None else files,
+        "source": [source.name, commit] if source.folder is None else _files(source.folder, components),
         "settings": dict(settings),
         "libraries": {name: _version(name) for name in LIBRARIES},
     }
     return hashlib.sha256(json.dumps(described, sort_keys=True).encode()).hexdigest()
 
 
-def _commit(source: shared.ModelSource) -> str | None:
-    """The commit of a hub id in the local cache; None for a folder, or where it is not there."""
-    if source.folder is not None:
-        return None
-    from huggingface_hub import try_to_load_from_cache
-
-    file = try_to_load_from_cache(source.name, "model_index.json", revision=source.revision)
-    return Path(file).parent.name if isinstance(file, str) else None
+def _files(folder: Path, components: Sequence[str]) -> list[list[object]]:
+    found = [file for name in components for file in sorted((folder / name).rglob("*")) if file.is_file()]
+    return [[file.relative_to(folder).as_posix(), *_state(file, file.stat())] for file in found]
 
 
-def _files(folder: Path, parts: Sequence[str]) -> list[list[object]]:
-    found = [file for part in parts for file in sorted((folder / part).rglob("*")) if file.is_file()]
-    return [[file.relative_to(folder).as_posix(), *_state(file)] for file in found]
-
-
-def _state(file: Path) -> list[object]:
-    status = file.stat()
-    if status.st_size <= HASHED_BYTES:
-        return [hashlib.sha256(file.read_bytes()).hexdigest()]
-    return [str(file.resolve()), status.st_size, status.st_mtime_ns]
+def _state(file: Path, status: os.stat_result) -> list[object]:
+    small = status.st_size <= HASHED_BYTES
+    return [file_sha256(file)] if small else [str(file.resolve()), status.st_size, status.st_mtime_ns]
 
 
 def _version(library: str) -> str | None:
-    try:
+    with suppress(PackageNotFoundError):
         return version(library)
-    except PackageNotFoundError:
-        return None
+    return None

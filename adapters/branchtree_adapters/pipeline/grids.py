@@ -14,20 +14,15 @@ from branchtree.errors import ModelError, shortened
 
 TIMESTEPS = 1000
 """The models of flow matching take their noise level times this."""
-SHAPING = (
+SHAPING: tuple[str, ...] = (
     "use_dynamic_shifting",
     "invert_sigmas",
     "shift_terminal",
     "use_flow_sigmas",
     "use_karras_sigmas",
-    "use_exponential_sigmas",
-    "use_beta_sigmas",
-    "use_lu_lambdas",
-    "prediction_type",
-    "final_sigmas_type",
-    "timestep_spacing",
-    "num_train_timesteps",
 )
+SHAPING += ("use_exponential_sigmas", "use_beta_sigmas", "use_lu_lambdas", "prediction_type", "final_sigmas_type")
+SHAPING += ("timestep_spacing", "num_train_timesteps")
 """Settings of schedulers that decide about the grid, for messages."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError, shortened
 from branchtree.files.json_lines import parse_json, read_json_object
-from branchtree.plugins.lora_files import LoraSummary
-from branchtree_adapters.pipeline.sources import LORA_FILE
+from branchtree.plugins import LoraSummary
+from branchtree.plugins.weights import read_safetensors
 
+LORA_FILE = "pytorch_lora_weights.safetensors"
 PREFIX, DOWN, UP, ALPHA = "transformer.", ".lora_A.weight", ".lora_B.weight", ".alpha"
 METADATA = "lora_adapter_metadata"
 PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -49,6 +50,11 @@ class LoraFile:
     layers: Mapping[str, LoraLayer]
     strengths: tuple[float, ...]  # as the file says, ascending; a converter multiplies them into A and B
 
+    def tensors(self, factor: Callable[[LoraLayer], float]) -> dict[str, Tensor]:
+        """Return A, and B times a ``factor`` of its layer, float32, by their names in diffusers' files."""
+        downs = {f"{name}{DOWN}": layer.down.float() for name, layer in self.layers.items()}
+        return downs | {f"{name}{UP}": layer.up.float() * factor(layer) for name, layer in self.layers.items()}
+
     def summary(self) -> LoraSummary:
         """Return ranks, strengths and targets, for a person."""
         layers = self.layers.values()
@@ -75,7 +81,10 @@ def read_lora(source: Path, pipeline: type[Any]) -> LoraFile:
         CheckpointError: There is no such file, or it is damaged, or holds what is no LoRA.
     """
     file, config = _find(source)
-    tensors, metadata = read_tensors(file)
+    tensors, texts = read_safetensors([file])
+    metadata = parse_json(texts.get(METADATA, "{}"), f"{file}: its metadata '{METADATA}'", CheckpointError)
+    if not isinstance(metadata, dict):
+        raise CheckpointError(f"{file}: its metadata '{METADATA}' is not a JSON object")
     if config is not None:
         settings = read_json_object(config, CheckpointError)
         kind, named = "peft adapter", {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
@@ -101,23 +110,6 @@ def require_layers(file: LoraFile, denoiser: nn.Module) -> None:
         elif size != (found.out_features, found.in_features):
             problems.append(f"'{name}' (of size {size}, the model's is {(found.out_features, found.in_features)})")
     _refuse(file.path, problems, "does not fit the model")
-
-
-def read_tensors(file: Path) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-    """Return a safetensors file's tensors, and what it says of its LoRA. Raises CheckpointError."""
-    from safetensors import SafetensorError, safe_open
-    from safetensors.torch import load_file
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            text = (opened.metadata() or {}).get(METADATA, "{}")
-        tensors = load_file(file)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError(f"cannot read trained weights from '{file}': {error}") from error
-    metadata = parse_json(text, f"{file}: its metadata '{METADATA}'", CheckpointError)
-    if not isinstance(metadata, dict):
-        raise CheckpointError(f"{file}: its metadata '{METADATA}' is not a JSON object")
-    return tensors, metadata
 
 
 def _find(source: Path) -> tuple[Path, Path | None]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import ModelError, nearest
+from branchtree_adapters.pipeline.components import quiet
 
 COMPILATIONS = 32
 """Compiled forms of a block: with and without gradients, LoRA and checkpointing, of one row, and of other numbers."""
@@ -22,7 +23,9 @@ def check_attention(backend: str | None) -> None:
     """
     if backend is None:
         return
-    known = _backends()
+    from diffusers.models.attention_dispatch import AttentionBackendName
+
+    known = [name.value for name in AttentionBackendName]
     if backend not in known:
         raise ModelError(f"attention '{backend}' is no back-end of diffusers{nearest(backend, known)}")
     if "sage" in backend:
@@ -32,9 +35,8 @@ def check_attention(backend: str | None) -> None:
         )
     reason = _obstacle(backend)
     if reason is not None:
-        usable = [
-            name for name in known if not name.endswith("_hub") and "sage" not in name and _obstacle(name) is None
-        ]
+        tried = [name for name in known if not name.endswith("_hub") and "sage" not in name]
+        usable = [name for name in tried if _obstacle(name) is None]
         raise ModelError(
             f"attention '{backend}' cannot be used here: {reason} Those that can: {', '.join(usable)}; "
             "or leave the key out for diffusers' own choice."
@@ -80,12 +82,6 @@ def compile_blocks(denoiser: nn.Module, backend: str) -> None:
     denoiser.compile_repeated_blocks(backend=backend)  # type: ignore[operator]
 
 
-def _backends() -> list[str]:
-    from diffusers.models.attention_dispatch import AttentionBackendName
-
-    return [name.value for name in AttentionBackendName]
-
-
 def _obstacle(backend: str) -> str | None:
     """Why a back-end cannot be used here, or None; found out on a model without layers."""
     from diffusers import ModelMixin
@@ -100,14 +96,8 @@ def _obstacle(backend: str) -> str | None:
 
 @contextmanager
 def _only_here() -> Iterator[None]:
-    """A context after which other models use the back-end that they used before, without diffusers' warning."""
+    """Have other models use, afterwards, the back-end that they used before, without diffusers' warning."""
     from diffusers.models.attention_dispatch import attention_backend
-    from diffusers.utils import logging
 
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()
-    try:
-        with attention_backend("native"):
-            yield
-    finally:
-        logging.set_verbosity(verbosity)
+    with quiet(), attention_backend("native"):
+        yield

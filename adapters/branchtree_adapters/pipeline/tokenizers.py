@@ -44,13 +44,11 @@ def check_tokenizer(tokenizer: Any, folder: Path, encoder: Mapping[str, Any]) ->
             f"the tokenizer in '{folder}' has the token {token!r} with the id {highest}, and its encoder's embedding "
             f"has {rows} rows (vocab_size); {REMEDY}, or give the encoder that belongs to it."
         )
-    for role in ("pad", "eos"):
-        if getattr(tokenizer, f"{role}_token") is None:
-            raise ModelError(f"the tokenizer in '{folder}' has no {role}_token; {REMEDY}.")
-        if isinstance(rows, int) and not 0 <= getattr(tokenizer, f"{role}_token_id") < rows:
-            raise ModelError(
-                f"the {role}_token of the tokenizer in '{folder}' is not in its encoder's embedding; {REMEDY}."
-            )
+    for role in ("pad_token", "eos_token"):
+        if getattr(tokenizer, role) is None:
+            raise ModelError(f"the tokenizer in '{folder}' has no {role}; {REMEDY}.")
+        if isinstance(rows, int) and not 0 <= getattr(tokenizer, f"{role}_id") < rows:
+            raise ModelError(f"the {role} of the tokenizer in '{folder}' is not in its encoder's embedding; {REMEDY}.")
     positions = encoder.get("max_position_embeddings")
     if isinstance(positions, int) and tokenizer.model_max_length > positions:
         raise ModelError(

@@ -23,7 +23,7 @@ import torch
 from branchtree.errors import BranchTreeError, OutputError
 from branchtree.files.json_lines import read_json_object
 from branchtree.files.writing import write_atomically
-from branchtree.plugins.protocols import Callback
+from branchtree.plugins.base import Callback
 from branchtree.run.directory import SUMMARY, RunDirectory
 from branchtree.run.start import with_start
 from branchtree.studies.compare.plan import PlannedRun

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from branchtree.files.writing import write_atomically
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins.values import Condition
 from branchtree.studies.diversity.sampling import FeatureSamples, PlannedSet
 from branchtree.studies.diversity.spaces import NamedSpace
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from branchtree.data.prompts import check_conditions, load_conditions, media_of, training_conditions
 from branchtree.errors import RecipeError
-from branchtree.plugins.protocols import Condition, ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.values import Condition
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.build import make_kernel, make_model, make_schedule
 from branchtree.run.directory import RunDirectory

@@ -16,7 +16,7 @@ from branchtree.core.rollout import chunks, rollout
 from branchtree.core.schedule import TreePlan
 from branchtree.core.tree import grow
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins.values import Condition
 from branchtree.recipe.build import make_sampler, make_schedule
 from branchtree.recipe.schema import Recipe
 from branchtree.studies.diversity.figures import pairwise_distance

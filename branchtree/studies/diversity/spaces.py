@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import RecipeError, RewardError
-from branchtree.plugins.protocols import Media
 from branchtree.plugins.registry import registry
+from branchtree.plugins.values import Media
 from branchtree.recipe.load import validate_options
 from branchtree.recipe.source import parse_plugin
 

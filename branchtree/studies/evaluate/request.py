@@ -12,8 +12,8 @@ from branchtree.data.prompts import check_conditions, held_out_conditions
 from branchtree.errors import RecipeError
 from branchtree.files.reading import user_path
 from branchtree.planning.preflight import require_evaluation_memory
-from branchtree.plugins.lora_files import LoadsLora
-from branchtree.plugins.protocols import Condition, ModelAdapter
+from branchtree.plugins.protocols import LoadsLora, ModelAdapter
+from branchtree.plugins.values import Condition
 from branchtree.recipe.build import NamedReward, make_kernel, make_model, make_rewards
 from branchtree.recipe.schema import EvaluationSection, Recipe
 from branchtree.run.checkpoint import read_state

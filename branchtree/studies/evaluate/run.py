@@ -13,7 +13,8 @@ from branchtree.errors import CheckpointError
 from branchtree.files.reading import whole_text
 from branchtree.files.writing import write_atomically
 from branchtree.pictures.grid import write_pictures
-from branchtree.plugins.lora_files import LoadsLora, LoraSummary
+from branchtree.plugins.protocols import LoadsLora
+from branchtree.plugins.values import LoraSummary
 from branchtree.recipe.build import make_sampler
 from branchtree.studies.common.intervals import LEVEL, RESAMPLES
 from branchtree.studies.common.output import Advance, counter, write_document, write_lines

@@ -14,7 +14,7 @@ from branchtree.data.row_keys import warn_of_near_keys
 from branchtree.errors import SHOWN_REASONS, DataError, refuse, shortened, shown
 from branchtree.files.json_lines import json_object, numbered_lines, require_writable
 from branchtree.files.reading import failure_reason, half_character, require_file, user_path
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins.values import Condition
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 VIDEOS = frozenset({".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"})

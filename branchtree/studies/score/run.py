@@ -16,8 +16,8 @@ from branchtree.core.scores import Scores
 from branchtree.errors import DataError, OutputError, RecipeError, RewardError, refuse
 from branchtree.files.reading import whole_text
 from branchtree.planning.devices import named_device
-from branchtree.plugins.protocols import ReleasesMemory, needs_prompt
-from branchtree.plugins.scores import ask
+from branchtree.plugins.protocols import ReleasesMemory
+from branchtree.plugins.scores import ask, needs_prompt
 from branchtree.recipe.build import NamedReward
 from branchtree.studies.common.output import Advance, as_lines, check_file, counter, write_lines
 from branchtree.studies.common.rewards import Spec, make_named

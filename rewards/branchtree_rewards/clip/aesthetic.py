@@ -25,8 +25,8 @@ from torch.nn.utils import skip_init
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.files.reading import user_path
+from branchtree.plugins import Condition, Media, RewardCard
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
 from branchtree_rewards.clip.folder import load_clip
 from branchtree_rewards.shared.footprints import CLIP_L_14, Skeleton, build_clip_vision, skeleton
 from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
+from branchtree.plugins import Condition, Media, RewardCard
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
 from branchtree_rewards.clip.cosine import cosine
 from branchtree_rewards.clip.folder import load_clip
 from branchtree_rewards.clip.open_clip import (

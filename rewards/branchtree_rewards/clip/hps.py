@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
+from branchtree.plugins import Condition, Media, RewardCard
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
 from branchtree_rewards.clip.cosine import cosine
 from branchtree_rewards.clip.open_clip import CONFIG_FILE, VIT_H_14, load_open_clip, open_clip_skeleton, read_config
 from branchtree_rewards.clip.text import as_open_clip, check_end, cleaned, load_own_tokenizer, token_ids

@@ -14,8 +14,8 @@ from functools import partial
 from typing import Any
 
 from branchtree.files.paths import PathOrName
+from branchtree.plugins import Condition, Media, RewardCard
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
 from branchtree_rewards.clip.cosine import cosine
 from branchtree_rewards.clip.folder import load_clip
 from branchtree_rewards.clip.open_clip import VIT_H_14, clip_config

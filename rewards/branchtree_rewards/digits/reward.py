@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from branchtree.core.scores import Scores
+from branchtree.plugins import Condition, Media, RewardCard, RewardFootprint
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard, RewardFootprint
 from branchtree_rewards.digits.classifier import ClassifierName, DigitClassifier, load_classifier, to_network_input
 from branchtree_rewards.shared.samples import check_batch, find_flaws, score_rest, unreadable
 

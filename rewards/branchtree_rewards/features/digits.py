@@ -10,7 +10,7 @@ import pydantic
 import torch
 from torch import Tensor
 
-from branchtree.plugins.protocols import Media
+from branchtree.plugins import Media
 from branchtree_rewards.digits.classifier import (
     ClassifierName,
     DigitClassifier,

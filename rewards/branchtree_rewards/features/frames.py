@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
-from branchtree.plugins.protocols import Media
+from branchtree.plugins import Media
 
 
 class FrameConfig(Protocol):

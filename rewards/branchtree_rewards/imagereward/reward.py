@@ -19,8 +19,8 @@ from branchtree.files.checksums import verify_checksums
 from branchtree.files.json_lines import read_json_object
 from branchtree.files.paths import PathOrName
 from branchtree.files.reading import user_path
+from branchtree.plugins import Condition, Media, RewardCard
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
 from branchtree_rewards.imagereward.blip import BlipReward, build_network, published_skeleton
 from branchtree_rewards.shared.footprints import Skeleton, settings_file
 from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened

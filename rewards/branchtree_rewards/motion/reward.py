@@ -22,8 +22,8 @@ from torch import Tensor
 from branchtree.core.scores import Scores
 from branchtree.data.frames import first_frame
 from branchtree.errors import DataError
+from branchtree.plugins import Condition, Media, RewardCard, RewardFootprint
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard, RewardFootprint
 from branchtree_rewards.motion.directions import named_direction
 from branchtree_rewards.motion.models import Measure, agreement, match, smooth_motion, windows
 from branchtree_rewards.motion.sampling import blur, capped

@@ -16,7 +16,7 @@ from torch import nn
 
 from branchtree.errors import RewardError
 from branchtree.files.json_lines import read_json_object
-from branchtree.plugins.protocols import RewardFootprint
+from branchtree.plugins import RewardFootprint
 
 Settings = Mapping[str, Any]
 

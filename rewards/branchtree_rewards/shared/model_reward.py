@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from branchtree.core.scores import Scores
 from branchtree.files.checksums import file_sha256
 from branchtree.files.paths import PathOrName
-from branchtree.plugins.protocols import Condition, Media, RewardFootprint
+from branchtree.plugins import Condition, Media, RewardFootprint
 from branchtree_rewards.shared.footprints import Skeleton
 from branchtree_rewards.shared.samples import check_batch, elongated, find_flaws, score_rest, unreadable_or_empty
 from branchtree_rewards.shared.scale import ScaleName, transform

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.files.reading import half_character
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 
 MAX_ASPECT = 200  # Qwen's own limit; past it, resizing makes sides of no pixel at all, or pictures of gigabytes
 NOT_FINITE = "pixels are not finite"

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from branchtree.plugins.protocols import RewardFootprint
+from branchtree.plugins import RewardFootprint
 from branchtree_rewards.unifiedreward.templates import NoScore, Spoken
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ import torch
 
 from branchtree.errors import RewardError
 from branchtree.files.checksums import file_sha256
-from branchtree.plugins.protocols import RewardFootprint
+from branchtree.plugins import RewardFootprint
 from branchtree_rewards.shared.footprints import QWEN2_5_VL_7B, build_answering, skeleton
 from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, locate_weights, verify
 from branchtree_rewards.shared.tokenizers import PROBES, check_whole, own_token

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.files.paths import PathOrName
+from branchtree.plugins import Condition, Media, RewardCard, RewardFootprint
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard, RewardFootprint
 from branchtree_rewards.shared.model_reward import ModelRewardConfig
 from branchtree_rewards.shared.other_versions import refuse_name
 from branchtree_rewards.shared.pixels import to_pil

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from branchtree.errors import RewardError
-from branchtree.plugins.protocols import RewardFootprint
+from branchtree.plugins import RewardFootprint
 from branchtree_rewards.shared.http import Caller, CallError
 from branchtree_rewards.unifiedreward.templates import NoScore, Spoken
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from branchtree.files.paths import PathOrName
-from branchtree.plugins.protocols import Media
+from branchtree.plugins import Media
 from branchtree_rewards.clip.aesthetic import AestheticConfig, AestheticPredictor, open_predictor
 from branchtree_rewards.clip.cosine import image_features
 from branchtree_rewards.clip.folder import load_clip

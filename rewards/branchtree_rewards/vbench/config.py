@@ -11,7 +11,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig
 from branchtree_rewards.vbench.frames import byte_values
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.files.reading import user_path
-from branchtree.plugins.protocols import Media
+from branchtree.plugins import Media
 from branchtree_rewards.shared.frame_rates import ClipFps, NoPlainFps
 from branchtree_rewards.shared.model_reward import Opened
 from branchtree_rewards.shared.other_versions import refuse_file

@@ -14,8 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from branchtree.plugins import RewardCard
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import RewardCard
 from branchtree_rewards.clip.aesthetic import HUB_CLIP as AESTHETIC_CLIP
 from branchtree_rewards.small.aesthetic import HEAD
 from branchtree_rewards.small.vbench import MUSIQ_FILE, RAFT_FILE

@@ -20,7 +20,7 @@ from torch import Tensor
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
-from branchtree.plugins.protocols import Condition, Media
+from branchtree.plugins import Condition, Media
 from branchtree_rewards.shared.samples import check_batch, find_flaws, score_rest
 from branchtree_rewards.shared.scale import ScaleName, transform
 from branchtree_rewards.vbench.config import VideoFigure, gather_figures, spans

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
+from branchtree.plugins import Condition, Media, RewardCard
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
 from branchtree_rewards.shared.footprints import QWEN2_VL_2B, Skeleton, build_qwen2_vl, settings_file, skeleton
 from branchtree_rewards.shared.frame_rates import ClipFps, NoPlainFps, SampleFps
 from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened

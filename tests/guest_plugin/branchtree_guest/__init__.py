@@ -1,4 +1,4 @@
-"""A branchtree plug-in in miniature: one model family, one reward, one callback and one recipe.
+"""A branchtree plug-in in miniature: two model families, one reward, one callback and one recipe.
 
 The entry point in pyproject.toml names this module; branchtree calls its hooks.
 """
@@ -9,13 +9,15 @@ from pathlib import Path
 from branchtree.plugins import Register, hookimpl
 from branchtree_guest.model import GuestGaussian, GuestGaussianConfig
 from branchtree_guest.reward import Brightness, BrightnessConfig
+from branchtree_guest.sd3 import SD3, SD3Config
 from branchtree_guest.watch import BestIteration, BestIterationConfig
 
 
 @hookimpl
 def register_models(register: Register) -> None:
-    """Register the model family ``guest_gaussian``."""
+    """Register the model families ``guest_gaussian`` and ``guest_sd3``."""
     register("guest_gaussian", build=GuestGaussian, config=GuestGaussianConfig, summary="A Gaussian for each prompt.")
+    register("guest_sd3", build=SD3, config=SD3Config, summary="Stable Diffusion 3 (diffusers).")
 
 
 @hookimpl

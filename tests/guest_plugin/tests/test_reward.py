@@ -2,7 +2,7 @@
 
 import pytest
 
-from branchtree.plugins.protocols import Condition
+from branchtree.plugins import Condition
 from branchtree.testing import RewardCase, RewardPromises
 
 
