@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import socket
 import subprocess
@@ -311,6 +312,20 @@ def test_more_than_the_server_reads_is_sent_in_parts() -> None:
             RewardError, match=r"one sample takes 0\.\d MiB.*reads 0\.00.*--max-body, or set pixels: uint8"
         ):
             loaded(url).score(*images(1.0, size=32))
+
+
+@pytest.mark.parametrize("kind", [Odd, Group])
+def test_bytes_leave_out_what_they_cannot_show(kind: type[Odd]) -> None:
+    """Else the reward would see a picture that nobody made, and score the others beside it."""
+    reward = kind()
+    with serving(reward) as url:
+        scores = loaded(url, pixels="uint8").score(*images(1.0, math.nan, math.inf, 0.0))
+        assert scores.valid.tolist() == [True, False, False, True]
+        assert scores.values[scores.valid].tolist() == [1.0, 0.0]
+        assert scores.values[~scores.valid].isnan().all()
+        assert scores.reasons == dict.fromkeys((1, 2), "pixels are not finite")
+        assert not loaded(url, pixels="uint8").score(*images(math.nan)).valid.any()
+    assert reward.calls == [2]
 
 
 def test_a_group_is_never_divided() -> None:
