@@ -130,7 +130,9 @@ def run_tests(folder: Path, code: str, *sites: Path, only: Sequence[str] = ()) -
     file, report = folder / "test_theirs.py", folder / "report.xml"
     file.write_text(code, encoding="utf-8")
     chosen = [f"{file}::{name}" for name in only] or [str(file)]
-    options = ["-q", "-W", "error", "-p", "no:cacheprovider", f"--rootdir={folder}", f"--junitxml={report}"]
+    # pytest warns of plug-ins that the forked process has imported already, with one of the large libraries.
+    warnings = ["-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    options = ["-q", *warnings, "-p", "no:cacheprovider", f"--rootdir={folder}", f"--junitxml={report}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sites))}
     done = Python("-m", "pytest", *options, *chosen, environment=environment)
     done.ended()
