@@ -10,7 +10,7 @@ quickstart: $(VENV)/.installed
 	$(BIN)/branchtree train quickstart --output $(QUICKSTART) $(if $(wildcard $(QUICKSTART)/recipe.yaml),--resume)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The lowest versions of the model libraries that pyproject.toml allows, with this environment's other libraries.
 test-lowest: $(VENV)/.installed-dev

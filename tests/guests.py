@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from textwrap import dedent
 
+from forked import Python
 from patience import PATIENCE
 
 GUEST = Path(__file__).parent / "guest_plugin"
@@ -49,23 +50,26 @@ def fake_distribution(
     return site
 
 
-def run_command(*arguments: str, sites: Sequence[Path] = (), module: str = "branchtree") -> Outcome:
-    """Run ``python -m branchtree`` with some arguments in a process of its own."""
-    return _run(["-m", module, *arguments], sites)
+def run_command(*arguments: str, sites: Sequence[Path] = (), fresh: bool = False) -> Outcome:
+    """Run ``python -m branchtree`` with some arguments in a process of its own, a fresh interpreter or a forked one."""
+    return _run(["-m", "branchtree", *arguments], sites, fresh)
 
 
-def run_code(code: str, sites: Sequence[Path] = ()) -> Outcome:
-    """Run some Python in a process of its own."""
-    return _run(["-c", dedent(code)], sites)
+def run_code(code: str, fresh: bool = False) -> Outcome:
+    """Run some Python in a process of its own, a fresh interpreter or a forked one."""
+    return _run(["-c", dedent(code)], (), fresh)
 
 
-def _run(arguments: Sequence[str], sites: Sequence[Path]) -> Outcome:
+def _run(arguments: Sequence[str], sites: Sequence[Path], fresh: bool) -> Outcome:
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(str(site) for site in sites),
         "COLUMNS": "200",
         "OMP_NUM_THREADS": "1",
     }
+    if not fresh:
+        process = Python(*arguments, environment=environment)
+        return Outcome(process.ended(), process.out, process.err)
     done = subprocess.run(
         [sys.executable, *arguments], capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False
     )

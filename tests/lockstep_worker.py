@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
-import sys
 import traceback
 from collections.abc import Callable, Sequence
 from functools import partial
+from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -77,8 +76,8 @@ class Toy(nn.Module):
         return rows
 
 
-def serve(rank: int, port: int) -> None:
-    """Run schedules, a line of JSON each, and answer with what happened or a traceback."""
+def serve(rank: int, port: int, pipe: Connection) -> None:
+    """Run the schedules that come through a pipe, and answer with what happened or a traceback."""
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "FSDP_VERSION": "2"}
     os.environ |= {"FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP"}
@@ -86,8 +85,8 @@ def serve(rank: int, port: int) -> None:
 
     accelerator = Accelerator(cpu=True)
     calls = recorded(COLLECTIVES)
-    for line in sys.stdin:
-        schedule = json.loads(line)
+    while True:
+        schedule = pipe.recv()
         try:
             calls.clear()
             answer: Any = (
@@ -97,7 +96,7 @@ def serve(rank: int, port: int) -> None:
             )
         except Exception:
             answer = traceback.format_exc()
-        print(json.dumps(answer), flush=True)
+        pipe.send(answer)
 
 
 def failed(processes: Processes, error: str | None) -> dict[str, str]:
@@ -206,7 +205,3 @@ def run(accelerator: Any, schedule: Schedule, mine: Schedule) -> dict[str, Any]:
 def plans_stochastic(plans: list[TreePlan], step: int) -> list[bool]:
     """Whether a step is stochastic, by prompt."""
     return [plan.stochastic[step] for plan in plans]
-
-
-if __name__ == "__main__":
-    serve(int(sys.argv[1]), int(sys.argv[2]))

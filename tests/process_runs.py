@@ -37,7 +37,7 @@ def main() -> None:
         os.environ["ACCELERATE_USE_FSDP"] = "true" if run["sharded"] else "false"
         os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(run.get("reshard", True)).lower()
         train("quickstart", run["overrides"], output=Path(run["output"]), resume=run["resume"])
-        if run["sharded"]:
+        if run["looked_at"]:
             look(run)
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forked import Python
 from patience import PATIENCE
 from torch import Tensor
 
@@ -79,22 +79,22 @@ class Process:
     """``branchtree serve-reward`` in a process of its own, at a free port."""
 
     def __init__(self, *words: str) -> None:
-        command = [sys.executable, "-m", "branchtree", "serve-reward", *words, "--port", "0", "--token-env", VARIABLE]
-        self._process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=ENVIRONMENT)
+        command = ["-m", "branchtree", "serve-reward", *words, "--port", "0", "--token-env", VARIABLE]
+        self._process = Python(*command, environment=ENVIRONMENT)
         self.line = ""
 
     def __enter__(self) -> Process:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.kill()
-        self._process.communicate(timeout=PATIENCE)
+        if self._process.is_running():
+            self.send(signal.SIGKILL)
+        self.ended()
 
     def await_ready(self) -> None:
         """Wait for the line that tells where it serves."""
-        assert self._process.stdout is not None
-        self.line = self._process.stdout.readline().strip()
-        assert self.line, f"the server ended with {self._process.wait()}"
+        self._process.wait_for_output("\n")
+        self.line = self._process.out.partition("\n")[0]
 
     @property
     def url(self) -> str:
@@ -103,12 +103,11 @@ class Process:
 
     def send(self, number: signal.Signals) -> None:
         """Send a signal."""
-        self._process.send_signal(number)
+        self._process.send(number)
 
     def ended(self) -> int:
         """Wait for the end, and give the exit code."""
-        self._process.communicate(timeout=PATIENCE)
-        return self._process.returncode
+        return self._process.ended()
 
 
 def samples(kind: str, seed: int, folder: Path) -> tuple[Media, list[Condition]]:

@@ -120,7 +120,8 @@ def test_importing_the_library_loads_no_heavy_one() -> None:
         import sys
         import branchtree, branchtree.cli
         print(*sorted({name.partition(".")[0] for name in sys.modules}))
-        """
+        """,
+        fresh=True,
     )
     assert done.code == 0, done.err
     loaded = done.out.split()
@@ -136,7 +137,8 @@ def test_training_code_and_plugins_load_no_model_library() -> None:
         from branchtree.plugins.registry import registry
         assert not registry().broken, registry().broken
         print(*sorted({name.partition(".")[0] for name in sys.modules}))
-        """
+        """,
+        fresh=True,
     )
     assert done.code == 0, done.err
     assert "branchtree_adapters" in done.out.split()
@@ -153,7 +155,8 @@ def test_help_answers_at_once() -> None:
             main()
         finally:
             print(*sorted({name.partition(".")[0] for name in sys.modules}), file=sys.stderr)
-        """
+        """,
+        fresh=True,
     )
     assert done.code == 0
     for name in ("train", "plan", "recipes", "plugins", "report"):
@@ -162,7 +165,7 @@ def test_help_answers_at_once() -> None:
 
 
 def test_the_module_can_be_run() -> None:
-    done = run_command("--help")
+    done = run_command("--help", fresh=True)
     assert done.code == 0
     assert "tree-structured" in done.out
 

@@ -55,6 +55,13 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     return [f"{key}={json.dumps(value)}" for key, value in changes.items()]
 
 
+@pytest.fixture
+def guests_words(guest_site: Path, monkeypatch: pytest.MonkeyPatch, words: list[str]) -> list[str]:
+    """The guest's recipe as tiny, for processes: unlike a pipeline it imports nothing large."""
+    monkeypatch.setenv("PYTHONPATH", str(guest_site))
+    return ["--recipe", "guest", *(word for word in words if not word.startswith("model."))]
+
+
 # Exactness of the large models
 
 
@@ -253,20 +260,21 @@ def test_costs_of_batches_pruning_and_checkpoints(words: list[str], tmp_path: Pa
     assert 0 < written["load"] < 10
 
 
-def test_costs_of_memory_in_a_process_of_its_own(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_of_memory_in_a_process_of_its_own(guests_words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(costs, "VARIANTS", {"small": {"batch.update_rows": 8}})
-    added, planned = costs.main(["memory", *words])["memory"]["small"]
+    added, planned = costs.main(["memory", *guests_words])["memory"]["small"]
     assert added >= 0
     assert planned > 0
 
 
-def test_costs_of_processes(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_costs_of_processes(guests_words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of each prompt 17 rows rolled out and 13 trained, with splits 0 and 2 in 6 steps.
 
     Two processes that share each prompt's tree both compute its root.
     """
     monkeypatch.setattr(costs, "COUNTS", (2,))
-    shared = costs.main(["processes", "--rounds", "1", *words, "batch.processes_per_prompt=2"])["processes"][2]
+    asked = ["processes", "--rounds", "1", *guests_words, "batch.processes_per_prompt=2"]
+    shared = costs.main(asked)["processes"][2]
     alone = 2 * (1 + 2 + 2 + 4 + 4 + 4) + 2 * (1 + 2 + 2 + 4 + 4)
     assert alone / 2 < shared["rows"] < alone
     assert shared["total"] >= shared["rollout"] + shared["update"]

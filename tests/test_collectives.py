@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-import select
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from typing import Any
 
 import lockstep_worker
 import pytest
+from forked import context
 from hypothesis import HealthCheck, given, settings
 from hypothesis import Phase as Stage
 from hypothesis import strategies as st
@@ -26,26 +22,23 @@ class Pair:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         self._failure: str | None = None
+        ends = [context().Pipe() for _ in range(2)]
+        self._pipes = [ours for ours, _ in ends]
         self._processes = [
-            subprocess.Popen(
-                [sys.executable, lockstep_worker.__file__, str(rank), str(port)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                text=True,
-                env=environment,
-            )
-            for rank in range(2)
+            context().Process(target=lockstep_worker.serve, args=(rank, port, theirs), daemon=True)
+            for rank, (_, theirs) in enumerate(ends)
         ]
+        for process, (_, theirs) in zip(self._processes, ends, strict=True):
+            process.start()
+            theirs.close()  # so that its end is seen
 
     def run(self, schedule: dict[str, Any]) -> list[dict[str, Any]]:
         """What both processes answer; fails, naming the schedule, if one raises or does not answer."""
         answers: list[dict[str, Any]] = []
         if self._failure is None:
-            for process in self._processes:
-                assert process.stdin is not None
-                print(json.dumps(schedule), file=process.stdin, flush=True)
+            for pipe in self._pipes:
+                pipe.send(schedule)
             answers = [self._answer(rank, schedule) for rank in range(2)]
         if self._failure is not None:  # hypothesis runs a failing example again, when both have ended
             self.close()
@@ -53,10 +46,12 @@ class Pair:
         return answers
 
     def _answer(self, rank: int, schedule: dict[str, Any]) -> dict[str, Any]:
-        pipe = self._processes[rank].stdout
-        assert pipe is not None
-        ready = select.select([pipe], [], [], PATIENCE if self._failure is None else 5)[0]
-        answer = json.loads(pipe.readline() or '"it ended"') if ready else "no answer: it hangs"
+        pipe = self._pipes[rank]
+        try:
+            ready = pipe.poll(PATIENCE if self._failure is None else 5)
+            answer = pipe.recv() if ready else "no answer: it hangs"
+        except EOFError:
+            answer = "it ended"
         if isinstance(answer, str):
             self._failure = f"{self._failure or schedule}\nprocess {rank}: {answer}"
             return {}
@@ -67,7 +62,7 @@ class Pair:
         """End both."""
         for process in self._processes:
             process.kill()
-            process.communicate()
+            process.join()
 
 
 @pytest.fixture(scope="module")
@@ -142,7 +137,7 @@ def test_a_process_with_nothing_to_train_learns_what_the_other_does(pair: Pair, 
     weights = []
     for sharded, reduce_once in [(False, False), (True, False), (True, True)]:
         first, second = pair.run({**common, "sharded": sharded, "reduce_once": reduce_once})
-        assert first["steps"] == second["steps"] == [2, 0]
+        assert first["steps"] == second["steps"] == (2, 0)
         weights.append(first["weights"])
     for name, values in weights[0].items():
         for other in weights[1:]:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
@@ -13,8 +11,8 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from forked import Python
 from guests import GUEST, fake_distribution, run_code
-from patience import PATIENCE
 from tiny_flux import tiny_flux
 from tiny_wan import FRAMES, SIZE, Kind, tiny_wan, write_frame
 
@@ -132,11 +130,13 @@ def run_tests(folder: Path, code: str, *sites: Path, only: Sequence[str] = ()) -
     file, report = folder / "test_theirs.py", folder / "report.xml"
     file.write_text(code, encoding="utf-8")
     chosen = [f"{file}::{name}" for name in only] or [str(file)]
-    options = ["-q", "-W", "error", "-p", "no:cacheprovider", f"--rootdir={folder}", f"--junitxml={report}"]
+    # pytest warns of plug-ins that the forked process has imported already, with one of the large libraries.
+    warnings = ["-W", "error", "-W", "ignore::pytest.PytestAssertRewriteWarning"]
+    options = ["-q", *warnings, "-p", "no:cacheprovider", f"--rootdir={folder}", f"--junitxml={report}"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, sites))}
-    command = [sys.executable, "-m", "pytest", *options, *chosen]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
-    assert report.is_file(), done.stdout + done.stderr
+    done = Python("-m", "pytest", *options, *chosen, environment=environment)
+    done.ended()
+    assert report.is_file(), done.out + done.err
     outcomes: dict[str, list[str]] = {"passed": [], "skipped": [], "failure": [], "error": []}
     for test in ElementTree.parse(report).iter("testcase"):
         outcome = next((child.tag for child in test if child.tag in outcomes), "passed")
@@ -160,7 +160,8 @@ def test_only_the_promises_need_pytest() -> None:
         assert "pytest" not in sys.modules
         import branchtree.testing
         print(*sorted({"pytest", "diffusers", "transformers", "branchtree_adapters"} & set(sys.modules)))
-        """
+        """,
+        fresh=True,
     )
     assert (done.code, done.out.split()) == (0, ["pytest"]), done.err
 

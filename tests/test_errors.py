@@ -158,7 +158,7 @@ def test_a_shell_sees_one_message_and_exit_code_2(guest_site: Path, tmp_path: Pa
     output = tmp_path / "run"
     recipe = tmp_path / "mine.yaml"
     recipe.write_text("extends: guest\n\noptim:\n  learning_rate: 1e-3\n  warmop: 3\n")
-    done = run_command("train", str(recipe), "--output", str(output), sites=[guest_site])
+    done = run_command("train", str(recipe), "--output", str(output), sites=[guest_site], fresh=True)
     assert done.code == 2
     assert done.out.strip() == ""
     message = told(done).splitlines()

@@ -48,7 +48,7 @@ def rows(output: str, label: str) -> list[str]:
 
 
 def test_the_guest_is_listed(guest_site: Path) -> None:
-    done = run_command("plugins", sites=[guest_site])
+    done = run_command("plugins", sites=[guest_site], fresh=True)
     assert (done.code, done.err) == (0, "")
     for kind, name in (("model", "guest_gaussian"), ("reward", "guest_brightness"), ("callback", "guest_best")):
         line = next(line for line in done.out.splitlines() if f" {name} " in line)

@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from textwrap import dedent
@@ -20,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import Python
 from guests import Outcome
 from mishaps import same_end, told
 from patience import PATIENCE
@@ -297,25 +297,12 @@ def test_without_locks_the_file_system_is_told_of(
 # --- signals ---
 
 
-def start(run: Path, sites: list[Path], **environment: str) -> subprocess.Popen[str]:
+def start(run: Path, sites: list[Path], **environment: str) -> Python:
     words = ["train", "guest", "evaluation=null", "callbacks=[]", "run.iterations=100000", "rewards.0.reward=slow"]
     words += ["run.checkpoint_every=1", "--output", str(run), "--no-report"]
     paths = os.pathsep.join([*map(str, sites), os.environ.get("PYTHONPATH", "")])
-    return subprocess.Popen(
-        [sys.executable, "-m", "branchtree", *words],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "PYTHONPATH": paths, "COLUMNS": "1000", **environment},
-    )
-
-
-def wait_for(process: subprocess.Popen[str], file: Path) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not file.exists():
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    environment = {**os.environ, "PYTHONPATH": paths, "COLUMNS": "1000", **environment}
+    return Python("-m", "branchtree", *words, environment=environment)
 
 
 def test_asked_to_end_a_run_ends_its_iteration(
@@ -323,13 +310,12 @@ def test_asked_to_end_a_run_ends_its_iteration(
 ) -> None:
     run = tmp_path / "run"
     process = start(run, [guest_site, mishap_site])
-    wait_for(process, run / "metrics.jsonl")
-    process.send_signal(signal.SIGTERM)
-    out, err = process.communicate(timeout=PATIENCE)
-    assert process.returncode == 0, err
+    process.wait_for(run / "metrics.jsonl")
+    process.send(signal.SIGTERM)
+    assert process.ended() == 0, process.err
     done = len((run / "metrics.jsonl").read_bytes().splitlines())
-    assert f"Stopped after {done} iterations; continue with --resume" in out
-    assert "stopping after this iteration, with a checkpoint" in err
+    assert f"Stopped after {done} iterations; continue with --resume" in process.out
+    assert "stopping after this iteration, with a checkpoint" in process.err
     assert list_checkpoints(run / "checkpoints")[-1].name == f"iteration_{done:06d}"
     assert not (run / "final").exists() and not (run / LOCK).exists()
 
@@ -340,21 +326,14 @@ def test_interrupted_twice_a_run_stops_at_once(
     """Its reward would take half an hour, in a thread of its own."""
     run = tmp_path / "run"
     process = start(run, [guest_site, mishap_site], SLOW="1800")
-    assert process.stdout
-    while "scoring" not in process.stdout.readline():
-        assert process.poll() is None
-    process.send_signal(signal.SIGINT)
-    assert process.stderr
-    err = process.stderr.readline()
-    while "stopping after this iteration" not in err:  # until then a second signal could be merged with the first
-        assert process.poll() is None, err
-        err += process.stderr.readline()
-    process.send_signal(signal.SIGINT)
-    _, more = process.communicate(timeout=PATIENCE)
-    err += more
-    assert process.returncode == 130
-    assert "Traceback" not in err
-    assert "stopped at once" in err
+    process.wait_for_output("scoring")
+    process.send(signal.SIGINT)
+    # Until then a second signal could be merged with the first.
+    process.wait_for_output("stopping after this iteration", "err")
+    process.send(signal.SIGINT)
+    assert process.ended() == 130
+    assert "Traceback" not in process.err
+    assert "stopped at once" in process.err
     changes = {"rewards__0__reward": "slow", "run__iterations": 1}
     assert not run.exists()  # nothing was learnt yet
     assert cli(run, "--no-report", **changes).code == 0

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import importlib
-import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
-from patience import PATIENCE
+from forked import Python
 from tiny_flux import tiny_flux
 from training_runs import arguments, metrics, small
 
@@ -20,26 +16,11 @@ ENCODERS = tuple(
     f"final/{part}.safetensors"
     for part in ("text_encoder/model", "text_encoder_2/model", "vae/diffusion_pytorch_model")
 )
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_flux(tmp_path_factory.mktemp("flux"))
-
-
-def start(*words: str) -> subprocess.Popen[str]:
-    command = [sys.executable, *words]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
-
-
-def wait_for_lines(process: subprocess.Popen[str], file: Path, lines: int) -> None:
-    """Wait until a run has logged some iterations."""
-    deadline = time.monotonic() + PATIENCE
-    while not file.exists() or file.read_text().count("\n") < lines:
-        assert process.poll() is None, process.communicate()[0]
-        assert time.monotonic() < deadline, "the run did not get on"
-        time.sleep(0.02)
 
 
 def test_a_run_killed_again_and_again_comes_to_the_same_end(
@@ -73,14 +54,13 @@ def test_kills_are_spread_over_the_whole_run(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_ctrl_c_ends_the_iteration_and_leaves_a_checkpoint(model: Path, tmp_path: Path) -> None:
     overrides = small(model, run__iterations=10_000, run__checkpoint_every=10_000)
-    process = start(
-        "-m", "branchtree", "train", "quickstart", *arguments(overrides), "--output", str(tmp_path / "run")
-    )  # fmt: skip
-    wait_for_lines(process, tmp_path / "run/metrics.jsonl", 1)
-    process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=PATIENCE)
+    words = ("train", "quickstart", *arguments(overrides), "--output", str(tmp_path / "run"))
+    process = Python("-m", "branchtree", *words)
+    process.wait_for(tmp_path / "run/metrics.jsonl", "\n")
+    process.send(signal.SIGINT)
+    code, output = process.ended(), process.out + process.err
     done = len(metrics(tmp_path / "run"))
-    assert process.returncode == 0, output
+    assert code == 0, output
     assert "--resume" in output and "Traceback" not in output
     assert (tmp_path / f"run/checkpoints/iteration_{done:06d}/state.json").is_file()
     assert not (tmp_path / "run/final").exists()

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from branchtree_rewards.clip.hps import Hps, HpsConfig
 from branchtree_rewards.digits.reward import Digits, DigitsConfig
 from branchtree_rewards.motion.reward import MotionConfig, MotionSmoothness
 from branchtree_rewards.remote import Remote, RemoteConfig
+from forked import Python
 from patience import PATIENCE
 from PIL import Image
 from reward_servers import CPU, ENVIRONMENT, SERVED, TOKEN, VARIABLE, Mean, Process, parts, samples, serving
@@ -83,11 +83,8 @@ def test_two_client_processes_get_the_scores_of_the_reward_itself(
     pixels = torch.randint(0, 256, (16, 24, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(pixels.numpy()).save(tmp_path / "first.png")
     urls = json.dumps({kind: processes[kind].url for kind in SERVED})
-    command = [sys.executable, str(Path(__file__).with_name("reward_servers.py"))]
-    clients = [
-        subprocess.Popen([*command, str(seed), str(tmp_path), urls], stderr=subprocess.PIPE, text=True, env=ENVIRONMENT)
-        for seed in (0, 3)
-    ]
+    script = str(Path(__file__).with_name("reward_servers.py"))
+    clients = [Python(script, str(seed), str(tmp_path), urls, environment=ENVIRONMENT) for seed in (0, 3)]
     expected = {}
     for kind in SERVED:
         reward = HERE[kind]()
@@ -99,8 +96,7 @@ def test_two_client_processes_get_the_scores_of_the_reward_itself(
             assert not scores.valid.all()
             expected[kind, seed] = (parts(scores), dict(scores.reasons))
     for client in clients:
-        _, said = client.communicate(timeout=PATIENCE)
-        assert client.returncode == 0, said
+        assert client.ended() == 0, client.err
     for (kind, seed), (tensors, reasons) in expected.items():
         found, found_reasons = torch.load(tmp_path / f"{kind}-{seed}.pt", weights_only=True)
         assert found.keys() == tensors.keys()
@@ -311,6 +307,20 @@ def test_more_than_the_server_reads_is_sent_in_parts() -> None:
             RewardError, match=r"one sample takes 0\.\d MiB.*reads 0\.00.*--max-body, or set pixels: uint8"
         ):
             loaded(url).score(*images(1.0, size=32))
+
+
+@pytest.mark.parametrize("kind", [Odd, Group])
+def test_bytes_leave_out_what_they_cannot_show(kind: type[Odd]) -> None:
+    """Else the reward would see a picture that nobody made, and score the others beside it."""
+    reward = kind()
+    with serving(reward) as url:
+        scores = loaded(url, pixels="uint8").score(*images(1.0, math.nan, math.inf, 0.0))
+        assert scores.valid.tolist() == [True, False, False, True]
+        assert scores.values[scores.valid].tolist() == [1.0, 0.0]
+        assert scores.values[~scores.valid].isnan().all()
+        assert scores.reasons == dict.fromkeys((1, 2), "pixels are not finite")
+        assert not loaded(url, pixels="uint8").score(*images(math.nan)).valid.any()
+    assert reward.calls == [2]
 
 
 def test_a_group_is_never_divided() -> None:

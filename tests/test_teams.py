@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from broken_rewards import Compares, Config, Plain
-from patience import PATIENCE
+from forked import Python
 from picky_digits import read_picky
 from rich.console import Console
 from safetensors.torch import load_file
@@ -121,12 +118,11 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run_shared(processes: int, overrides: dict[str, Any], output: Path) -> None:
     command = [
-        sys.executable, str(SCRIPT), str(processes), "train", "quickstart", *arguments(overrides),
+        str(SCRIPT), str(processes), "train", "quickstart", *arguments(overrides),
         f"batch.processes_per_prompt={processes}", "--output", str(output), "--no-report",
     ]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=PATIENCE, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = Python(*command)
+    assert done.ended() == 0, done.out + done.err
 
 
 def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> float:

@@ -31,7 +31,7 @@ from branchtree.serving.wire import (
 )
 from branchtree_rewards.shared.http import Caller, CallError
 from branchtree_rewards.shared.pixels import to_uint8
-from branchtree_rewards.shared.samples import NO_PIXELS, NOT_FINITE, check_batch, score_rest
+from branchtree_rewards.shared.samples import NO_PIXELS, check_batch, find_flaws, score_rest
 
 BOTH = frozenset({"image", "video"})
 QUICK = 10.0  # seconds that a server may take to say how it is
@@ -144,20 +144,23 @@ class Remote:
         """
         self._require_loaded()
         check_batch(media, conditions, self.modalities)
-        nothing = dict.fromkeys(range(len(media)), NO_PIXELS) if 0 in media.pixels.shape[1:] else {}
-        return score_rest(media, conditions, nothing, self._score)
+        return score_rest(media, conditions, self._find_unsendable(media), self._score)
+
+    def _find_unsendable(self, media: Media) -> dict[int, str]:
+        """Return why samples are not sent, by row. Bytes cannot show pixels that are not finite."""
+        if self._config.pixels == "uint8":
+            return find_flaws(media, ())
+        return dict.fromkeys(range(len(media)), NO_PIXELS) if 0 in media.pixels.shape[1:] else {}
 
     def _score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
         """Scores by one request, or by more where one would be too large for the server."""
         _, info = self._require_loaded()
         pixels = media.pixels.detach().float().cpu()
-        finite = pixels.flatten(1).isfinite().all(dim=1)
         if self._config.pixels == "uint8":
-            pixels = to_uint8(pixels.nan_to_num())
+            pixels = to_uint8(pixels)
         body = encode_request(pixels, media.fps, conditions) if pixels.nbytes < info.max_body else None
         if body is not None and len(body) <= info.max_body:
-            scores = self._request(body, len(media))
-            return scores if self._config.pixels == "float32" else _masked(scores, finite.logical_not().tolist())
+            return self._request(body, len(media))
         if len(media) == 1 or info.groupwise:
             size = (len(body) if body else pixels.nbytes) / MEBIBYTE
             raise RewardError(
@@ -246,13 +249,6 @@ def _invalid(count: int, reason: str) -> Scores:
     return Scores(
         nothing, torch.zeros(count, dtype=torch.bool), raw=nothing, reasons=dict.fromkeys(range(count), reason)
     )
-
-
-def _masked(scores: Scores, spoilt: Sequence[bool]) -> Scores:
-    """Scores without the rows whose pixels were not finite, which bytes cannot show."""
-    reasons = {row: NOT_FINITE for row, bad in enumerate(spoilt) if bad}
-    valid = scores.valid & ~torch.tensor(spoilt)
-    return Scores(scores.values, valid, scores.raw, scores.details, {**scores.reasons, **reasons})
 
 
 @hookimpl
