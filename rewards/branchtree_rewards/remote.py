@@ -9,6 +9,7 @@ import hashlib
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import pydantic
@@ -31,14 +32,14 @@ from branchtree.serving.wire import (
 )
 from branchtree_rewards.shared.http import Caller, CallError
 from branchtree_rewards.shared.pixels import to_uint8
-from branchtree_rewards.shared.samples import NO_PIXELS, NOT_FINITE, check_batch, score_rest
+from branchtree_rewards.shared.samples import NO_PIXELS, NOT_FINITE, check_batch, invalid_scores, score_rest
 
 BOTH = frozenset({"image", "video"})
 QUICK = 10.0  # seconds that a server may take to say how it is
 POLL = 0.5  # seconds between two looks at a server that is still loading
 
 
-def _of_http(url: str) -> str:
+def _require_http(url: str) -> str:
     if not url.startswith(("http://", "https://")):
         raise ValueError("write the server's address as http://host:port")
     return url
@@ -61,7 +62,7 @@ class RemoteConfig(pydantic.BaseModel, extra="forbid", frozen=True):
         modality: What the run scores, "image" or "video"; checked at the start.
     """
 
-    url: Annotated[str, pydantic.AfterValidator(_of_http)]
+    url: Annotated[str, pydantic.AfterValidator(_require_http)]
     token_env: str | None = None
     timeout: float = pydantic.Field(default=600, gt=0, le=1e6)
     retries: int = pydantic.Field(default=3, ge=0, le=100)
@@ -102,13 +103,14 @@ class Remote:
         return self._info is not None and self._info.reads_prompt
 
     def footprint(self) -> RewardFootprint:
-        """No weights to speak of."""
+        """Return 0: no weights are in this process."""
         return RewardFootprint(0)
 
     def load(self, device: torch.device) -> None:
-        """Ask the server what it serves, and compare that with the settings; `device` is the server's own affair.
+        """Ask the server what it serves, and compare that with the settings; the server has its own device.
 
-        Raises RewardError if there is no server, or another one than was expected.
+        Raises:
+            RewardError: there is no server, or another one than was expected.
         """
         headers = authorization(read_token(self._config.token_env))
         config = self._config
@@ -121,7 +123,7 @@ class Remote:
         weakref.finalize(self, self._caller.close)
 
     def fingerprint(self) -> str:
-        """The served reward's fingerprint, or a digest of what else tells it apart and of how pixels are sent."""
+        """Return the served reward's fingerprint, or a digest of what else identifies it and of how pixels are sent."""
         _, info = self._require_loaded()
         if info.fingerprint and self._config.pixels == "float32":
             return info.fingerprint
@@ -148,7 +150,7 @@ class Remote:
         return score_rest(media, conditions, nothing, self._score)
 
     def _score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        """Scores by one request, or by more where one would be too large for the server."""
+        """Score by one request, or by more where one would be too large for the server."""
         _, info = self._require_loaded()
         pixels = media.pixels.detach().float().cpu()
         finite = pixels.flatten(1).isfinite().all(dim=1)
@@ -172,7 +174,7 @@ class Remote:
     def _request(self, body: bytes, count: int) -> Scores:
         caller, _ = self._require_loaded()
         try:
-            return decode_scores(caller.post("/score", content=body).body, count)
+            return decode_scores(caller.post("/score", content=body), count)
         except WireError as error:
             return _invalid(count, f"{self._config.url} gave an answer that cannot be read: {error}")
         except CallError as error:
@@ -183,7 +185,7 @@ class Remote:
     def _ask_what_is_served(self, caller: Caller) -> Info:
         try:
             self._await_ready(caller)
-            return Info.model_validate_json(caller.get("/info").body)
+            return Info.model_validate_json(caller.get("/info"))
         except CallError as error:
             raise RewardError(f"{error}{self._advice(error.status)}") from error
         except pydantic.ValidationError as error:
@@ -231,9 +233,11 @@ class Remote:
     def _advice(self, status: int | None) -> str:
         """What to change when the server refuses."""
         if status == 401:
-            told = self._config.token_env
-            return f"; check the token in {told} on both sides" if told else "; name its variable as 'token_env'"
-        return "; give the run what it began with, or begin it anew" if status == 409 else ""
+            variable = self._config.token_env
+            return (
+                f"; check the token in {variable} on both sides" if variable else "; name its variable as 'token_env'"
+            )
+        return "; give the run what it began with, or begin it again" if status == 409 else ""
 
     def _require_loaded(self) -> tuple[Caller, Info]:
         if self._caller is None or self._info is None:
@@ -242,17 +246,15 @@ class Remote:
 
 
 def _invalid(count: int, reason: str) -> Scores:
-    nothing = torch.full((count,), torch.nan)
-    return Scores(
-        nothing, torch.zeros(count, dtype=torch.bool), raw=nothing, reasons=dict.fromkeys(range(count), reason)
-    )
+    scores = invalid_scores(count, dict.fromkeys(range(count), reason))
+    return replace(scores, raw=scores.values)
 
 
 def _masked(scores: Scores, spoilt: Sequence[bool]) -> Scores:
-    """Scores without the rows whose pixels were not finite, which bytes cannot show."""
+    """Mask the rows whose pixels were not finite, which bytes cannot show."""
     reasons = {row: NOT_FINITE for row, bad in enumerate(spoilt) if bad}
     valid = scores.valid & ~torch.tensor(spoilt)
-    return Scores(scores.values, valid, scores.raw, scores.details, {**scores.reasons, **reasons})
+    return replace(scores, valid=valid, reasons={**scores.reasons, **reasons})
 
 
 @hookimpl

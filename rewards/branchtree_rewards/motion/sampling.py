@@ -12,7 +12,7 @@ CUT = 4.0  # deviations at which a Gaussian ends
 
 
 def capped(videos: Tensor, longest: int) -> Tensor:
-    """Shrink videos (B, F, C, H, W) by area averaging so that no side is longer than ``longest``; smaller ones pass."""
+    """Shrink videos (B, F, C, H, W) by averages until no side is longer than ``longest`` pixels; smaller ones pass."""
     height, width = videos.shape[-2:]
     scale = longest / max(height, width)
     if scale >= 1:
@@ -23,7 +23,10 @@ def capped(videos: Tensor, longest: int) -> Tensor:
 
 
 def blur(images: Tensor, deviation: float) -> Tensor:
-    """Gaussian blur of (..., H, W) by products with banded matrices; at an edge the kernel is cut and renormalised."""
+    """Blur images (..., H, W) by products with banded Gaussian matrices, cut and renormalised at an edge.
+
+    ``deviation`` is in pixels.
+    """
     height, width = images.shape[-2:]
     down, across = _blur_matrix(height, deviation, images), _blur_matrix(width, deviation, images)
     blurred: Tensor = down @ (images @ across.mT)
@@ -31,14 +34,14 @@ def blur(images: Tensor, deviation: float) -> Tensor:
 
 
 def _blur_matrix(length: int, deviation: float, like: Tensor) -> Tensor:
-    place = torch.arange(length, device=like.device, dtype=like.dtype)
-    away = (place[:, None] - place[None, :]).abs() / deviation
+    index = torch.arange(length, device=like.device, dtype=like.dtype)
+    away = (index[:, None] - index[None, :]).abs() / deviation
     kernel = torch.exp(-0.5 * away.clamp_max(CUT) ** 2) * (away < CUT)
     return kernel / kernel.sum(dim=1, keepdim=True)
 
 
 def pixel_grid(like: Tensor) -> Tensor:
-    """The points (1, 2, H, W) of the pixels of images (..., H, W)."""
+    """Return the points (1, 2, H, W) of the pixels of images (..., H, W)."""
     height, width = like.shape[-2:]
     y = torch.arange(height, device=like.device, dtype=like.dtype)
     x = torch.arange(width, device=like.device, dtype=like.dtype)
@@ -55,6 +58,6 @@ def sample(images: Tensor, points: Tensor) -> Tensor:
 
 
 def inside(points: Tensor, height: int, width: int) -> Tensor:
-    """Which points (N, 2, h, w) lie within the frame: bool (N, 1, h, w)."""
+    """Return which points (N, 2, h, w) lie within the frame: bool (N, 1, h, w)."""
     x, y = points[:, :1], points[:, 1:]
     return (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from branchtree_rewards.motion.models import NOISE, Motion, excess_steps, explained, match
+from branchtree_rewards.motion.measures import NOISE, Motion, excess_steps, explained, match
 from branchtree_rewards.motion.sampling import blur, inside, pixel_grid, sample
 
 SMOOTHING = 0.7  # deviation, in pixels, of the blur before matching
@@ -62,15 +62,15 @@ def track(clips: Tensor) -> Track:
     spectra = (torch.fft.rfft2(clips, s=padded), torch.fft.rfft2(clips**2, s=padded))
     change = _change(clips)
     subject, displacement = change + NOISE, clips.new_zeros(*clips.shape[:2], 2)
-    for number in range(PASSES):
+    for i in range(PASSES):
         displacement = _best_displacements(clips, spectra, subject)
-        if number < PASSES - 1:
+        if i < PASSES - 1:
             subject = (change + NOISE) * _moving(clips, displacement)
     return Track(_refined(clips, subject, displacement), subject)
 
 
 def _change(clips: Tensor) -> Tensor:
-    """How much each pixel of the first frame changes, early changes counting most: (N, H, W).
+    """Return how much each pixel of the first frame changes, early changes counting most: (N, H, W).
 
     What moves changes at once; what it comes to cover, only when it is reached.
     """
@@ -80,7 +80,7 @@ def _change(clips: Tensor) -> Tensor:
 
 
 def _refined(clips: Tensor, subject: Tensor, displacement: Tensor) -> Tensor:
-    """Displacements (N, F, 2) moved to the minimum of the cost between pixels, by paraboloids through six points."""
+    """Move displacements (N, F, 2) to the minimum of the cost between pixels, by paraboloids through six points."""
     spots = _spots(clips, subject)
     for reach in REFINEMENTS:
         offsets = reach * clips.new_tensor([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (1, 1)])
@@ -90,10 +90,15 @@ def _refined(clips: Tensor, subject: Tensor, displacement: Tensor) -> Tensor:
 
 
 def _lowest_point(costs: Tensor) -> Tensor:
-    """Where the paraboloid through (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1) and (1, 1) is least, within +-1/2.
+    """Return where the paraboloid through (0, 0), (-1, 0), (1, 0), (0, -1), (0, 1) and (1, 1) is least, within +-1/2.
 
-    ``costs`` are its values there, (6, ...); the result is (..., 2). Where it has no minimum, x and y are taken apart:
-    a slanted stroke has one long valley, which needs both.
+    Where it has no minimum, x and y are taken apart: a slanted stroke has one long valley, which needs both.
+
+    Args:
+        costs: (6, ...), its values there.
+
+    Returns:
+        The point (..., 2).
     """
     middle, left, right, above, below, corner = costs
     slope_x, slope_y = (right - left) / 2, (below - above) / 2
@@ -118,13 +123,13 @@ class _Spots:
 
 
 def _spots(clips: Tensor, subject: Tensor) -> _Spots:
-    weight, places = subject.flatten(1).topk(subject[0].numel() // 4)
-    points = pixel_grid(clips).flatten(2)[0].T[places].transpose(1, 2).unsqueeze(2)
-    return _Spots(points, weight.unsqueeze(1), clips[:, 0].flatten(1).gather(1, places).unsqueeze(1))
+    weight, indices = subject.flatten(1).topk(subject[0].numel() // 4)
+    points = pixel_grid(clips).flatten(2)[0].T[indices].transpose(1, 2).unsqueeze(2)
+    return _Spots(points, weight.unsqueeze(1), clips[:, 0].flatten(1).gather(1, indices).unsqueeze(1))
 
 
 def _cost(clips: Tensor, spots: _Spots, displacement: Tensor) -> Tensor:
-    """The mean squared difference (N, F) of the spots from what lies displaced from them."""
+    """Return the mean squared difference (N, F) of the spots from what lies displaced from them."""
     points = (spots.points[:, None] + displacement[..., None, None]).flatten(0, 1)
     found = sample(clips.flatten(0, 1).unsqueeze(1), points).flatten(1).unflatten(0, clips.shape[:2])
     weight = spots.weight * inside(points, *clips.shape[-2:]).flatten(1).view_as(found)
@@ -133,23 +138,23 @@ def _cost(clips: Tensor, spots: _Spots, displacement: Tensor) -> Tensor:
 
 
 def _best_displacements(clips: Tensor, spectra: tuple[Tensor, Tensor], subject: Tensor) -> Tensor:
-    """The displacement (N, F, 2) of each frame, to a fraction of a pixel, from costs on the grid of pixels."""
+    """Return the displacement (N, F, 2) of each frame, to a fraction of a pixel, from costs on the grid of pixels."""
     height, width = clips.shape[-2:]
     cost, contrast = _costs(clips, spectra, subject)
     shift = _shifts(clips)
-    place = clips.new_zeros(len(clips), 2)
-    found = [place]
+    current = clips.new_zeros(len(clips), 2)
+    found = [current]
     for frame in range(1, clips.shape[1]):
-        away = (shift - place[:, :, None, None]).square().sum(dim=1) / (height**2 + width**2)
-        place = _minimum(cost[:, frame] + NEARNESS * contrast * away, shift)
-        found.append(place)
+        away = (shift - current[:, :, None, None]).square().sum(dim=1) / (height**2 + width**2)
+        current = _minimum(cost[:, frame] + NEARNESS * contrast * away, shift)
+        found.append(current)
     return torch.stack(found, dim=1)
 
 
 def _costs(clips: Tensor, spectra: tuple[Tensor, Tensor], subject: Tensor) -> tuple[Tensor, Tensor]:
-    """The mean squared difference (N, F, 2H, 2W) at each displacement, and the subject's own contrast (N, 1, 1).
+    """Return the mean squared difference (N, F, 2H, 2W) at each displacement, and the subject's contrast (N, 1, 1).
 
-    What leaves the frame is charged as a flat field would be; too large a part of the subject may not leave.
+    What leaves the frame is charged as a flat field would be; too large a share of the subject may not leave.
     """
     size = (2 * clips.shape[-2], 2 * clips.shape[-1])
     first, mass = clips[:, 0], subject.sum(dim=(1, 2))[:, None, None]
@@ -169,7 +174,7 @@ def _costs(clips: Tensor, spectra: tuple[Tensor, Tensor], subject: Tensor) -> tu
 
 
 def _shifts(clips: Tensor) -> Tensor:
-    """The displacement (2, 2H, 2W) that each place of a padded correlation stands for."""
+    """Return the displacement (2, 2H, 2W) that each cell of a padded correlation stands for."""
     height, width = clips.shape[-2:]
     y = torch.fft.fftfreq(2 * height, 1 / (2 * height), device=clips.device, dtype=clips.dtype)
     x = torch.fft.fftfreq(2 * width, 1 / (2 * width), device=clips.device, dtype=clips.dtype)
@@ -177,7 +182,7 @@ def _shifts(clips: Tensor) -> Tensor:
 
 
 def _minimum(cost: Tensor, shift: Tensor) -> Tensor:
-    """Where a cost (N, 2H, 2W) on periodic axes is least, to a fraction of a pixel: (N, 2)."""
+    """Return where a cost (N, 2H, 2W) on periodic axes is least, to a fraction of a pixel: (N, 2)."""
     height, width = cost.shape[-2:]
     flat = cost.flatten(1)
     lowest = flat.argmin(dim=-1)
@@ -193,7 +198,7 @@ def _minimum(cost: Tensor, shift: Tensor) -> Tensor:
 
 
 def _vertex(low: Tensor, middle: Tensor, high: Tensor) -> Tensor:
-    """The abscissa in [-1/2, 1/2] of the minimum of the parabola through (-1, low), (0, middle), (1, high)."""
+    """Return the abscissa in [-1/2, 1/2] of the minimum of the parabola through (-1, low), (0, middle), (1, high)."""
     bend = low - 2 * middle + high
     known = bend.isfinite() & (bend > 0)
     vertex = torch.where(known, (low - high) / (2 * bend.where(known, torch.ones_like(bend))), torch.zeros_like(bend))
@@ -201,7 +206,7 @@ def _vertex(low: Tensor, middle: Tensor, high: Tensor) -> Tensor:
 
 
 def _moving(clips: Tensor, displacement: Tensor) -> Tensor:
-    """How surely each pixel of the first frame goes where the subject goes: (N, H, W)."""
+    """Return how surely each pixel of the first frame goes where the subject goes: (N, H, W)."""
     points = pixel_grid(clips) + displacement[:, 1:].flatten(0, 1)[..., None, None]
     later = clips[:, 1:]
     found = sample(later.flatten(0, 1).unsqueeze(1), points).view_as(later)
@@ -211,7 +216,7 @@ def _moving(clips: Tensor, displacement: Tensor) -> Tensor:
 
 
 def _contrast(first: Tensor, subject: Tensor) -> Tensor:
-    """The weighted variance (N,) of frames (N, H, W) over the subject."""
+    """Return the weighted variance (N,) of frames (N, H, W) over the subject."""
     weight = subject / subject.sum(dim=(1, 2), keepdim=True)
     mean = (weight * first).sum(dim=(1, 2), keepdim=True)
     return (weight * (first - mean).square()).sum(dim=(1, 2))

@@ -5,10 +5,8 @@ Networks are built on torch's meta device, which needs no memory and no weights.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,25 +15,11 @@ from torch import nn
 from branchtree.errors import RewardError
 from branchtree.files.json_lines import read_json_object
 from branchtree.plugins.protocols import RewardFootprint
+from branchtree_rewards.shared.source import file_at_hand
 
 Settings = Mapping[str, Any]
 
-CLIP_B_32: Settings = {
-    "projection_dim": 512,
-    "vision_config": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "patch_size": 32,
-    },
-    "text_config": {
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 8,
-    },
-}
+CLIP_B_32: Settings = {}  # transformers' defaults
 CLIP_L_14: Settings = {
     "projection_dim": 768,
     "vision_config": {
@@ -45,12 +29,7 @@ CLIP_L_14: Settings = {
         "num_attention_heads": 16,
         "patch_size": 14,
     },
-    "text_config": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
+    "text_config": {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12},
 }
 QWEN2_VL_2B: Settings = {
     "model_type": "qwen2_vl",
@@ -78,13 +57,7 @@ QWEN2_5_VL_7B: Settings = {
         "vocab_size": 152064,
         "tie_word_embeddings": False,
     },
-    "vision_config": {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-    },
+    "vision_config": {"hidden_size": 1280, "intermediate_size": 3420, "out_hidden_size": 3584},
 }
 """The published models' configurations, as far as they tell sizes."""
 
@@ -98,46 +71,32 @@ class Skeleton:
     number_bytes: int = 4
 
     def footprint(self, offloads: bool) -> RewardFootprint:
-        """The memory of the weights."""
+        """Return the memory of the weights."""
         numbers = sum(parameter.numel() for parameter in self.network.parameters())
         return RewardFootprint(numbers * self.number_bytes, offloads, self.assumed)
-
-
-def settings_file(path: str, revision: str | None, name: str) -> Path | None:
-    """A file of a local folder, beside a local file, or of a hub id in the local cache; None if it is not there."""
-    local = Path(os.path.expanduser(path))
-    if local.exists():
-        file = (local if local.is_dir() else local.parent) / name
-        return file if file.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        cached = try_to_load_from_cache(path, name, revision=revision)
-    except HFValidationError:  # it is a path, of nothing that exists
-        return None
-    return Path(cached) if isinstance(cached, str) else None
 
 
 def skeleton(
     build: Callable[[Settings], nn.Module], path: str, revision: str | None, published: tuple[str, Settings]
 ) -> Skeleton:
-    """What ``build`` makes of config.json, or of the ``published`` hub id's configuration where there is none here."""
+    """Return what ``build`` makes of a config.json, without memory for weights.
+
+    Args:
+        build: Makes a network of a configuration.
+        path: A folder, a file or a hub id, whose config.json is read if it is on this machine.
+        revision: Branch, tag or commit of the hub id.
+        published: A hub id and its configuration, which stands in for a config.json that is not here.
+    """
     hub_id, settings = published
-    file = settings_file(path, revision, "config.json")
+    file = file_at_hand(path, revision, "config.json")
     if file is not None:
         settings = read_json_object(file, RewardError)
-    return Skeleton(without_memory(lambda: build(settings)), "" if file or path == hub_id else hub_id)
-
-
-def without_memory(build: Callable[[], nn.Module]) -> nn.Module:
-    """What ``build`` makes, without memory for weights."""
     with torch.device("meta"):
-        return build()
+        return Skeleton(build(settings), "" if file or path == hub_id else hub_id)
 
 
 def build_clip(settings: Settings) -> nn.Module:
-    """CLIP of transformers."""
+    """Return transformers' CLIP."""
     from transformers import CLIPConfig, CLIPModel
 
     model: nn.Module = CLIPModel(CLIPConfig.from_dict(dict(settings)))
@@ -145,13 +104,13 @@ def build_clip(settings: Settings) -> nn.Module:
 
 
 def build_clip_vision(settings: Settings) -> nn.Module:
-    """The half of CLIP that looks at pictures, with its projection."""
+    """Return CLIP's image encoder with its projection."""
     clip: Any = build_clip(settings)
     return nn.ModuleList([clip.vision_model, clip.visual_projection])
 
 
 def build_qwen2_vl(settings: Settings) -> nn.Module:
-    """Qwen2-VL without its language head."""
+    """Return Qwen2-VL without its language head."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
     model: nn.Module = Qwen2VLModel(Qwen2VLConfig.from_dict(dict(settings)))
@@ -159,9 +118,8 @@ def build_qwen2_vl(settings: Settings) -> nn.Module:
 
 
 def build_answering(settings: Settings) -> nn.Module:
-    """A vision-language model that answers."""
+    """Return a vision-language model that answers."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = AutoConfig.for_model(**settings)
-    model: nn.Module = AutoModelForImageTextToText.from_config(config)
+    model: nn.Module = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings))
     return model

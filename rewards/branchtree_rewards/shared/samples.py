@@ -19,6 +19,16 @@ PromptFlaw = Callable[[str], str | None]
 ShapeFlaw = Callable[[Media], str | None]
 
 
+def spans(length: int, size: int) -> list[slice]:
+    """Return consecutive slices of at most ``size`` that cover ``length``."""
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def with_pixels(media: Media, pixels: Tensor) -> Media:
+    """Return media of the same kind and frame rate that hold ``pixels``."""
+    return Media(images=pixels) if media.modality == "image" else Media(videos=pixels, fps=media.fps)
+
+
 def check_batch(media: Media, conditions: Sequence[Condition], modalities: Collection[str]) -> None:
     """Raise ValueError for what a program got wrong: another modality, other axes, or not one condition a sample."""
     if media.modality not in modalities:
@@ -69,16 +79,16 @@ def score_rest(
         conditions: B conditions.
         reasons: Why samples cannot be scored, by row.
         score: Scores at least one sample.
+
+    Returns:
+        Scores (B,), NaN where a reason speaks against a sample.
     """
     rows = [row for row in range(len(media)) if row not in reasons]
     if not rows:
-        nothing = torch.full((len(media),), torch.nan)
-        return Scores(nothing, torch.zeros(len(media), dtype=torch.bool), reasons=dict(reasons))
+        return invalid_scores(len(media), reasons)
     if not reasons:
         return score(media, conditions)
-    pixels = media.pixels[rows]
-    kept = Media(images=pixels) if media.modality == "image" else Media(videos=pixels, fps=media.fps)
-    scores = score(kept, [conditions[row] for row in rows])
+    scores = score(with_pixels(media, media.pixels[rows]), [conditions[row] for row in rows])
 
     def spread(figure: Tensor, filler: float) -> Tensor:
         whole = figure.new_full((len(media),), filler)
@@ -92,6 +102,11 @@ def score_rest(
         details={name: spread(figure, torch.nan) for name, figure in scores.details.items()},
         reasons={**reasons, **{rows[row]: reason for row, reason in scores.reasons.items()}},
     )
+
+
+def invalid_scores(count: int, reasons: Mapping[int, str]) -> Scores:
+    """Return the scores of ``count`` samples of which none is valid, with their reasons by row."""
+    return Scores(torch.full((count,), torch.nan), torch.zeros(count, dtype=torch.bool), reasons=dict(reasons))
 
 
 def elongated(media: Media) -> str | None:

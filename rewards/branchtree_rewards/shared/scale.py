@@ -21,7 +21,7 @@ NUMBER = r"\d+(?:\.\d+)?"
 
 
 def transform(scale: str) -> Callable[[Tensor], Tensor]:
-    """The transform that a word names, elementwise on raw scores (B,). Raises ValueError for an unknown word."""
+    """Return the elementwise transform of raw scores (B,) that a word names. Raises ValueError for an unknown word."""
     if scale == "raw":
         return lambda raw: raw
     if scale == "clipscore":
@@ -44,9 +44,5 @@ def _divisor(digits: str, scale: str) -> float:
     return float(digits)
 
 
-def _known(scale: str) -> str:
-    transform(scale)
-    return scale
-
-
-ScaleName = Annotated[str, pydantic.AfterValidator(_known)]
+ScaleName = Annotated[str, pydantic.AfterValidator(lambda scale: transform(scale) and scale)]
+"""A setting that names a scale."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,16 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from branchtree_rewards.small.random_weights import write_json
+
+Shapes = dict[str, tuple[int, ...]]
+
 IMAGE, PATCH = 32, 8
 WIDTH, VISION_LAYERS, VISION_MLP = 128, 2, 64  # two attention heads, which are 64 wide in the published vision encoder
 TEXT_LAYERS = 2
-HEAD = {
-    0: (24, 20),
-    2: (20, 14),
-    4: (14, 10),
-    6: (10, 6),
-    7: (6, 1),
-}  # widths in and out of the linear layers, by place
+HEAD = {0: (24, 20), 2: (20, 14), 4: (14, 10), 6: (10, 6), 7: (6, 1)}  # widths in and out of linear layers, by index
 PROJECTION = 16
 SEED = 20230415
 
@@ -32,7 +29,7 @@ def write_small_imagereward(folder: Path) -> None:
     state = {name: _random(name, shape, generator) for name, shape in _shapes(sizes).items()}
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(sizes["max_position_embeddings"])[None]
     torch.save(state, folder / "ImageReward.pt")
-    (folder / "med_config.json").write_text(json.dumps(sizes, indent=2), encoding="utf-8")
+    write_json(folder / "med_config.json", sizes)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
 
 
@@ -59,11 +56,11 @@ def _med_config(entries: int) -> dict[str, Any]:
     }
 
 
-def _shapes(sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Published names of all parameters, with tiny shapes."""
+def _shapes(sizes: dict[str, Any]) -> Shapes:
+    """Return the published names of all parameters, with tiny shapes."""
     hidden = sizes["hidden_size"]
     vision, text = "blip.visual_encoder.", "blip.text_encoder."
-    shapes: dict[str, tuple[int, ...]] = {
+    shapes: Shapes = {
         f"{vision}cls_token": (1, 1, WIDTH),
         f"{vision}pos_embed": (1, (IMAGE // PATCH) ** 2 + 1, WIDTH),
         f"{vision}patch_embed.proj.weight": (WIDTH, 3, PATCH, PATCH),
@@ -75,16 +72,16 @@ def _shapes(sizes: dict[str, Any]) -> dict[str, tuple[int, ...]]:
         **_layer("blip.vision_proj", WIDTH, PROJECTION),
         **_layer("blip.text_proj", hidden, PROJECTION),
     }
-    for place, (width, out) in HEAD.items():
-        shapes |= _layer(f"mlp.layers.{place}", width, out)
-    for number in range(VISION_LAYERS):
-        shapes |= _vision_block(f"{vision}blocks.{number}.")
-    for number in range(TEXT_LAYERS):
-        shapes |= _text_block(f"{text}encoder.layer.{number}.", hidden, sizes["intermediate_size"])
+    for index, (width, out) in HEAD.items():
+        shapes |= _layer(f"mlp.layers.{index}", width, out)
+    for block in range(VISION_LAYERS):
+        shapes |= _vision_block(f"{vision}blocks.{block}.")
+    for block in range(TEXT_LAYERS):
+        shapes |= _text_block(f"{text}encoder.layer.{block}.", hidden, sizes["intermediate_size"])
     return shapes
 
 
-def _vision_block(block: str) -> dict[str, tuple[int, ...]]:
+def _vision_block(block: str) -> Shapes:
     return {
         **_layer(f"{block}norm1", WIDTH),
         **_layer(f"{block}norm2", WIDTH),
@@ -95,30 +92,27 @@ def _vision_block(block: str) -> dict[str, tuple[int, ...]]:
     }
 
 
-def _text_block(block: str, hidden: int, intermediate: int) -> dict[str, tuple[int, ...]]:
+def _text_block(block: str, hidden: int, intermediate: int) -> Shapes:
     shapes = {
         **_layer(f"{block}intermediate.dense", hidden, intermediate),
         **_layer(f"{block}output.dense", intermediate, hidden),
         **_layer(f"{block}output.LayerNorm", hidden),
     }
     for attention, source in (("attention", hidden), ("crossattention", WIDTH)):
-        shapes |= {
-            **_layer(f"{block}{attention}.self.query", hidden, hidden),
-            **_layer(f"{block}{attention}.self.key", source, hidden),
-            **_layer(f"{block}{attention}.self.value", source, hidden),
-            **_layer(f"{block}{attention}.output.dense", hidden, hidden),
-            **_layer(f"{block}{attention}.output.LayerNorm", hidden),
-        }
+        for layer, width in (("query", hidden), ("key", source), ("value", source)):
+            shapes |= _layer(f"{block}{attention}.self.{layer}", width, hidden)
+        shapes |= _layer(f"{block}{attention}.output.dense", hidden, hidden)
+        shapes |= _layer(f"{block}{attention}.output.LayerNorm", hidden)
     return shapes
 
 
-def _layer(name: str, width: int, out: int | None = None) -> dict[str, tuple[int, ...]]:
-    """Weight and bias of a linear layer, or of a norm if ``out`` is not given."""
+def _layer(name: str, width: int, out: int | None = None) -> Shapes:
+    """Return the shapes of a linear layer's weight and bias, or of a norm's if ``out`` is not given."""
     return {f"{name}.weight": (width,) if out is None else (out, width), f"{name}.bias": (out or width,)}
 
 
 def _random(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """No tensor is constant: norms are near 1, biases near 0, matrices keep the size of what they act on."""
+    """Draw norms near 1, biases near 0, and matrices that keep the size of what they act on; no tensor is constant."""
     noise: Tensor = torch.randn(shape, generator=generator)
     if len(shape) == 1:
         return noise / 8 + (1 if "norm" in name.lower() and name.endswith("weight") else 0)

@@ -14,8 +14,6 @@ vision tower and random attention; they mean nothing.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -24,7 +22,8 @@ import torch
 from torch import Tensor
 
 from branchtree_rewards.shared.pixels import CLIP_MEAN, CLIP_STD, to_pil
-from branchtree_rewards.shared.weights import build_pretrained, quiet_libraries
+from branchtree_rewards.shared.weights import State, build_pretrained, quiet_libraries
+from branchtree_rewards.small.random_weights import meta_shapes, random_state, write_json
 from branchtree_rewards.unifiedreward.templates import FILES, LABELS, fill_template
 
 if TYPE_CHECKING:
@@ -80,7 +79,7 @@ def _write(folder: Path, talks: bool) -> None:
 
 
 def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """The weights under their published names, which are those of transformers 4, in several shards."""
+    """Write the weights under their published names, which are those of transformers 4, in several shards."""
     from huggingface_hub import save_torch_state_dict
 
     published = {
@@ -91,24 +90,24 @@ def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
 
 
 def numbers() -> list[str]:
-    """The numbers that it can say, in ascending order."""
+    """Return the numbers that it can say, in ascending order."""
     return [f"{1 + step * FINEST:.2f}" for step in range(round(4 / FINEST) + 1)]
 
 
 def headings() -> list[list[str]]:
-    """The tokens that it says: for each heading in turn, one with each number."""
+    """Return the tokens that it says: for each heading in turn, one with each number."""
     starts = [label if turn == 0 else f"\n{label}" for turn, label in enumerate(LABELS.values())]
     return [[f"{start}: {number}" for number in numbers()] for start in starts]
 
 
 def _tokenizer(turns: Sequence[Sequence[str]]) -> Qwen2TokenizerFast:
-    """A token for each byte, each line of the templates, and each heading with its number."""
+    """Return a tokenizer with a token for each byte, each line of the templates, and each heading with its number."""
     from tokenizers import pre_tokenizers
     from transformers import AddedToken, Qwen2TokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Qwen2TokenizerFast(
-        vocab={letter: place for place, letter in enumerate(alphabet)},
+        vocab={letter: index for index, letter in enumerate(alphabet)},
         merges=[],
         unk_token=None,
         eos_token=IM_END,
@@ -122,7 +121,7 @@ def _tokenizer(turns: Sequence[Sequence[str]]) -> Qwen2TokenizerFast:
 
 
 def _configuration(tokenizer: Qwen2TokenizerFast) -> dict[str, Any]:
-    """What config.json holds, flat as in the published files."""
+    """Return what config.json holds, flat as in the published files."""
     ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
     return {
         "architectures": ["Qwen2_5_VLForConditionalGeneration"],
@@ -159,37 +158,30 @@ def _configuration(tokenizer: Qwen2TokenizerFast) -> dict[str, Any]:
 
 
 def _write_settings(folder: Path, tokenizer: Qwen2TokenizerFast) -> None:
-    """The files without weights: configuration, tokenizer, chat template and image processor."""
+    """Write the files without weights: configuration, tokenizer, chat template and image processor."""
     endings = [tokenizer.convert_tokens_to_ids(name) for name in (IM_END, "<|endoftext|>")]
     # As published: sampling at a temperature that makes it greedy, and a penalty on repetition.
     generation = {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05, "eos_token_id": endings}
     pixels = {"min_pixels": 56 * 56, "max_pixels": 112 * 112, "patch_size": 14, "merge_size": 2}
+    normalisation = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
     processor = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
     contents = {
         "config.json": _configuration(tokenizer),
         "generation_config.json": {**generation, "pad_token_id": tokenizer.pad_token_id},
-        "preprocessor_config.json": {
-            **processor,
-            **pixels,
-            "temporal_patch_size": 2,
-            "image_mean": CLIP_MEAN,
-            "image_std": CLIP_STD,
-        },
+        "preprocessor_config.json": {**processor, **pixels, "temporal_patch_size": 2, **normalisation},
         "chat_template.json": {"chat_template": CHAT_TEMPLATE},
     }
     for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+        write_json(folder / name, content)
     tokenizer.save_pretrained(folder)
 
 
-def _random_state(config: Any, tokenizer: Qwen2TokenizerFast, turns: Sequence[Sequence[str]]) -> dict[str, Tensor]:
-    """Random weights in which nothing but the embeddings writes to the dimensions set by hand."""
+def _random_state(config: Any, tokenizer: Qwen2TokenizerFast, turns: Sequence[Sequence[str]]) -> State:
+    """Return random weights in which nothing but the embeddings writes to the dimensions set by hand."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     generator = torch.Generator().manual_seed(SEED)
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in Qwen2_5_VLForConditionalGeneration(config).state_dict().items()}
-    state = {name: _random(name, shape, generator) for name, shape in shapes.items()}
+    state = random_state(meta_shapes(lambda: Qwen2_5_VLForConditionalGeneration(config)), generator)
     state["model.language_model.embed_tokens.weight"] = _embeddings(tokenizer, turns, generator)
     merger = "model.visual.merger.mlp.2"
     state[f"{merger}.weight"][:FREE] = 0
@@ -203,15 +195,7 @@ def _random_state(config: Any, tokenizer: Qwen2TokenizerFast, turns: Sequence[Se
     return state
 
 
-def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Matrices that keep the size of what they act on, norms near 1, and small biases."""
-    noise = torch.randn(shape, generator=generator)
-    if len(shape) > 1:
-        return noise / math.sqrt(shape[1:].numel())
-    return 0.1 * noise if name.endswith("bias") else 1 + 0.1 * noise
-
-
-def _seek_pictures(state: dict[str, Tensor], attention: str) -> None:
+def _seek_pictures(state: State, attention: str) -> None:
     """Make every head prefer the picture's tokens, wherever they stand, to a prompt's many others."""
     for name, heads in (("q", HEADS), ("k", HEADS // 2)):
         weight, bias = state[f"{attention}.{name}_proj.weight"], state[f"{attention}.{name}_proj.bias"]
@@ -225,7 +209,7 @@ def _seek_pictures(state: dict[str, Tensor], attention: str) -> None:
 
 
 def _embeddings(tokenizer: Qwen2TokenizerFast, turns: Sequence[Sequence[str]], generator: torch.Generator) -> Tensor:
-    """All tokens lead to the first heading, each heading to the next, and the last to the end."""
+    """Return embeddings that lead from any token to the first heading, from each to the next, and at last to the end."""
     table = 0.5 * torch.randn(len(tokenizer), WIDTH, generator=generator)
     table[:, :FREE] = 0
     table[:, ONE] = 1
@@ -250,19 +234,19 @@ def _teach(model: Any, folder: Path, tokenizer: Qwen2TokenizerFast) -> None:
     head[:, :FREE] = 0
     head[tokenizer.convert_tokens_to_ids(IM_END), END] = FIRMNESS
     centre, width = _measures(model, folder, tokenizer)
-    places = torch.linspace(-1, 1, len(numbers()))
+    levels = torch.linspace(-1, 1, len(numbers()))
     for turn, tokens in enumerate(headings()):
         ids = tokenizer.convert_tokens_to_ids(tokens)
         slope = SPREAD / width[turn]
         head[ids, :] = 0
         head[ids, turn] = FIRMNESS
-        head[ids, MEASURE + turn] = slope * places
-        head[ids, ONE] = -slope * centre[turn] * places - places**2 / 2
+        head[ids, MEASURE + turn] = slope * levels
+        head[ids, ONE] = -slope * centre[turn] * levels - levels**2 / 2
     head[:, :FREE] /= norm[:FREE]
 
 
 def _measures(model: Any, folder: Path, tokenizer: Qwen2TokenizerFast) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each heading's measure over a few pictures, (4,) each."""
+    """Return mean and standard deviation of each heading's measure over a few pictures, (4,) each."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)
@@ -277,11 +261,10 @@ def _measures(model: Any, folder: Path, tokenizer: Qwen2TokenizerFast) -> tuple[
 
 
 def _pictures() -> list[Any]:
-    """Flat, graded, coarse and noisy pictures."""
+    """Return flat, graded and noisy pictures."""
     generator = torch.Generator().manual_seed(SEED)
     flat = torch.rand(6, 3, 1, 1, generator=generator).expand(-1, -1, 56, 56)
     coarse = torch.rand(6, 3, 4, 4, generator=generator)
     coarse = torch.nn.functional.interpolate(coarse, size=(56, 56), mode="bilinear")
-    return to_pil(
-        torch.cat([flat, coarse, (coarse + 0.3 * torch.randn(6, 3, 56, 56, generator=generator)).clamp(0, 1)])
-    )
+    noisy = (coarse + 0.3 * torch.randn(6, 3, 56, 56, generator=generator)).clamp(0, 1)
+    return to_pil(torch.cat([flat, coarse, noisy]))

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from branchtree_rewards.shared.weights import State
+from branchtree_rewards.small.random_weights import meta_shapes, random_state, random_tensor, write_json
 from branchtree_rewards.videoalign.text import REWARD_TOKENS, VIDEO_PAD, template
 
 SEED = 20250123
@@ -39,13 +39,13 @@ def write_small_videoalign(folder: Path, outputs: int = 1) -> None:
     checkpoint.mkdir(parents=True)
     ids = _write_tokenizer(checkpoint / "tokenizer")
     config = _config(ids)
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (folder / "model_config.json").write_text(json.dumps(_model_config(outputs), indent=2), encoding="utf-8")
+    write_json(folder / "config.json", config)
+    write_json(folder / "model_config.json", _model_config(outputs))
     torch.save(_weights(config, outputs), checkpoint / "model.pth")
 
 
 def _model_config(outputs: int) -> dict[str, Any]:
-    """The published file's sections and values, for a model of this size."""
+    """Return the published file's sections and values, for a model of this size."""
     return {
         "data_config": {
             "meta_data": "",
@@ -83,7 +83,7 @@ def _model_config(outputs: int) -> dict[str, Any]:
 
 
 def _config(ids: dict[str, int]) -> dict[str, Any]:
-    """A `config.json` in the flat form in which Qwen2-VL is published."""
+    """Return a `config.json` in the flat form in which Qwen2-VL is published."""
     return {
         "architectures": ["Qwen2VLForConditionalGeneration"],
         "model_type": "qwen2_vl",
@@ -123,7 +123,7 @@ def _config(ids: dict[str, int]) -> dict[str, Any]:
 
 
 def _write_tokenizer(folder: Path) -> dict[str, int]:
-    """A byte-level tokenizer that knows the template's words; returns the ids of the special tokens."""
+    """Write a byte-level tokenizer that knows the template's words, and return the ids of the special tokens."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
@@ -146,26 +146,25 @@ def _write_tokenizer(folder: Path) -> dict[str, int]:
 
 
 def _weights(config: dict[str, Any], outputs: int) -> State:
-    """A random state dict under the names that peft gives a Qwen2-VL of transformers 4.45, in bfloat16."""
+    """Return a random state dict under the names that peft gives a Qwen2-VL of transformers 4.45, in bfloat16."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
-    with torch.device("meta"):
-        shapes = Qwen2VLModel(Qwen2VLConfig.from_dict(config)).state_dict()
+    shapes = meta_shapes(lambda: Qwen2VLModel(Qwen2VLConfig.from_dict(config)))
     generator = torch.Generator().manual_seed(SEED)
-    state = published_names({name: _random(name, value.shape, generator) for name, value in shapes.items()})
+    state = published_names(random_state(shapes, generator, unscaled="embed_tokens"))
     width, rows = config["hidden_size"], config["vocab_size"]
-    state["base_model.model.lm_head.weight"] = _random("lm_head", (rows, width), generator)
+    state["base_model.model.lm_head.weight"] = random_tensor("lm_head", (rows, width), generator)
     for name in [name for name in state if name.endswith("base_layer.weight")]:
         layer = name.removesuffix(".base_layer.weight")
         out, into = state[name].shape
-        state[f"{layer}.lora_A.default.weight"] = _random("lora_A", (RANK, into), generator)
-        state[f"{layer}.lora_B.default.weight"] = _random("lora_B", (out, RANK), generator)
-    state["base_model.model.rm_head.weight"] = 4 * _random("rm_head", (outputs, width), generator)
+        state[f"{layer}.lora_A.default.weight"] = random_tensor("lora_A", (RANK, into), generator)
+        state[f"{layer}.lora_B.default.weight"] = random_tensor("lora_B", (out, RANK), generator)
+    state["base_model.model.rm_head.weight"] = 4 * random_tensor("rm_head", (outputs, width), generator)
     return {name: value.to(torch.bfloat16) for name, value in state.items()}
 
 
 def published_names(state: State) -> State:
-    """Names of Qwen2VLModel in transformers 5 as the published checkpoint has them, before its low-rank factors."""
+    """Rename tensors of transformers 5's Qwen2VLModel as the published checkpoint has them beside low-rank factors."""
     return {_published_name(name): value for name, value in state.items()}
 
 
@@ -174,11 +173,3 @@ def _published_name(name: str) -> str:
     layer, _, kind = old.rpartition(".")
     adapted = name.startswith("language_model.") and f"{layer}.weight".endswith(ADAPTED)
     return f"base_model.model.{layer}.base_layer.{kind}" if adapted else f"base_model.model.{old}"
-
-
-def _random(name: str, shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Weights that keep activations of order one: gains near 1, small biases, matrices scaled by their inputs."""
-    noise = torch.randn(shape, generator=generator)
-    if len(shape) == 1:
-        return 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
-    return noise if "embed_tokens" in name else noise / noise[0].numel() ** 0.5

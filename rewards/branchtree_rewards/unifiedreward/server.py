@@ -10,6 +10,7 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -30,59 +31,42 @@ POLL = 1.0  # seconds between two looks at a server that is starting
 START = "vllm serve CodeGoat24/UnifiedReward-qwen-7b --served-model-name UnifiedReward --port 8080"
 
 
+@dataclass
 class ChatServer:
-    """A client that asks several questions at once and hands the answers back in order.
+    """A client that asks several questions at once and hands the answers back in order."""
 
-    Args:
-        url: The server's base URL, which ends in /v1.
-        model: The name that the model is served under; None for the one that the server lists.
-        api_key_env: The environment variable that holds the server's key.
-        concurrency: Questions under way at once.
-        timeout: Seconds that one answer may take.
-        retries: How often a question that failed is asked again.
-        wait: Seconds to wait for a server that is still starting.
-        max_tokens: Length of an answer, at most.
-        image_format: How pictures are sent.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        model: str | None,
-        api_key_env: str | None,
-        concurrency: int,
-        timeout: float,
-        retries: int,
-        wait: float,
-        max_tokens: int,
-        image_format: ImageFormat,
-    ) -> None:
-        self._url, self._model, self._api_key_env = url, model, api_key_env
-        self._concurrency, self._timeout, self._retries, self._wait = concurrency, timeout, retries, wait
-        self._max_tokens, self._image_format = max_tokens, image_format
-        self._caller: Caller | None = None
+    url: str  # the server's base URL, which ends in /v1
+    model: str | None  # the name that the model is served under; None for the one that the server lists
+    api_key_env: str | None  # the environment variable that holds the server's key
+    concurrency: int  # questions under way at once
+    timeout: float  # seconds that one answer may take
+    retries: int  # how often a question that failed is asked again
+    wait: float  # seconds to wait for a server that is still starting
+    max_tokens: int  # length of an answer, at most
+    image_format: ImageFormat
+    _caller: Caller | None = None
 
     @property
     def name(self) -> str:
         """The name that the model is served under, empty while it is not known."""
-        return self._model or ""
+        return self.model or ""
 
     def footprint(self) -> RewardFootprint:
-        """No weights in this process."""
+        """Return 0: no weights are in this process."""
         return RewardFootprint(0)
 
     def load(self, device: torch.device) -> None:
         """Find the server in good health and its model's name; nothing is put on ``device``. Raises RewardError."""
         if self._caller is not None:
             self._caller.close()
-        caller = Caller(self._url, self._timeout, self._retries, self._headers(), self._concurrency)
+        caller = Caller(self.url, self.timeout, self.retries, self._headers(), self.concurrency)
         served = self._served(caller)
-        if self._model is None:
+        if self.model is None:
             if len(served) != 1:
                 listed = ", ".join(map(repr, served)) or "none"
-                raise RewardError(f"{self._url} lists {len(served)} models ({listed}); name the one to use as 'model'")
-            self._model = served[0]
-        elif self._model not in served:
+                raise RewardError(f"{self.url} lists {len(served)} models ({listed}); name the one to use as 'model'")
+            self.model = served[0]
+        elif self.model not in served:
             self._try_model(caller, served)
         self._caller = caller
 
@@ -92,39 +76,39 @@ class ChatServer:
         return found and f"the prompt holds {found[0]}, which a server may not read as text"
 
     def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | NoScore]:
-        """The server's answers, in the order of the questions; a question without one holds up no other."""
+        """Return the server's answers, in the order of the questions; a question without one holds up no other."""
         caller = self._caller
         if caller is None:
             raise RuntimeError("this server was not looked at: call load(device) first")
-        with ThreadPoolExecutor(self._concurrency, thread_name_prefix="unifiedreward") as pool:
+        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="unifiedreward") as pool:
             return list(pool.map(lambda pair: self._answer(caller, *pair), zip(pictures, questions, strict=True)))
 
     def release(self) -> None:
-        """Nothing is on the device."""
+        """Do nothing: nothing is on the device."""
 
     def identity(self) -> str:
-        """The served model's name; a server does not tell which weights it serves."""
-        return f"served model {self._model}\n"
+        """Return the served model's name; a server does not say which weights it serves."""
+        return f"served model {self.model}\n"
 
     def _headers(self) -> dict[str, str]:
-        if self._api_key_env is None:
+        if self.api_key_env is None:
             return {}
-        key = os.environ.get(self._api_key_env)
+        key = os.environ.get(self.api_key_env)
         if not key:
-            raise RewardError(f"api_key_env is {self._api_key_env}, but the environment has no variable of that name")
+            raise RewardError(f"api_key_env is {self.api_key_env}, but the environment has no variable of that name")
         return {"Authorization": f"Bearer {key}"}
 
     def _served(self, caller: Caller) -> list[str]:
-        """The names that the server lists, once it is up. Raises RewardError."""
-        deadline = time.monotonic() + self._wait
+        """Return the names that the server lists, once it is up. Raises RewardError."""
+        deadline = time.monotonic() + self.wait
         while True:
             try:
-                return _names(caller.get("/models", retries=0).body)
+                return _names(caller.get("/models", retries=0))
             except CallError as error:
                 if error.status not in STARTING:
                     return self._unlisted(error)
                 if time.monotonic() >= deadline:
-                    waited = f" after {self._wait:g} s" if self._wait else ""
+                    waited = f" after {self.wait:g} s" if self.wait else ""
                     raise RewardError(
                         f"the server of unifiedreward is not ready{waited}: {error}; start it, for example with "
                         f"'{START}', or give it time to start with 'wait'"
@@ -134,41 +118,40 @@ class ChatServer:
             time.sleep(POLL)
 
     def _unlisted(self, error: CallError | ValueError) -> list[str]:
-        """No names, from a server that is up but lists none: it may still serve the configured model."""
+        """Return no names, for a server that is up but lists none: it may still serve the configured model."""
         if isinstance(error, CallError) and error.status in {401, 403}:
             raise RewardError(
                 f"the server wants a key: {error}; put it into an environment variable and name that as 'api_key_env'"
             ) from error
-        if self._model is None:
+        if self.model is None:
             raise RewardError(
-                f"'{self._url}' lists no models: {error}; the URL of an OpenAI-compatible server ends in /v1, and one "
+                f"'{self.url}' lists no models: {error}; the URL of an OpenAI-compatible server ends in /v1, and one "
                 "that lists none needs 'model'"
             ) from error
         return []
 
     def _try_model(self, caller: Caller, served: Sequence[str]) -> None:
         """Ask a model that is not listed for one token: `transformers serve` lists only what its cache holds."""
-        request = {"model": self._model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        request = {"model": self.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         try:
             caller.post("/chat/completions", json=request)
         except CallError as error:
             listed = ", ".join(map(repr, served)) or "no models"
-            ending = "" if self._url.rstrip("/").endswith("/v1") else ", and its URL should end in /v1"
+            ending = "" if self.url.rstrip("/").endswith("/v1") else ", and its URL should end in /v1"
             raise RewardError(
-                f"'{self._url}' does not serve '{self._model}': {error}; it lists {listed}{ending}"
+                f"'{self.url}' does not serve '{self.model}': {error}; it lists {listed}{ending}"
             ) from error
 
     def _answer(self, caller: Caller, picture: Image, question: str) -> Spoken | NoScore:
-        request = chat_request(self._model or "", data_url(picture, self._image_format), question, self._max_tokens)
+        request = chat_request(self.model or "", data_url(picture, self.image_format), question, self.max_tokens)
         try:
-            body = caller.post("/chat/completions", json=request).body
+            return read_answer(caller.post("/chat/completions", json=request))
         except CallError as error:
             return NoScore(str(error))
-        return read_answer(body)
 
 
 def _names(body: bytes) -> list[str]:
-    """The models that an answer lists. Raises ValueError."""
+    """Return the models that an answer lists. Raises ValueError."""
     try:
         return [str(entry["id"]) for entry in json.loads(body)["data"]]
     except (ValueError, KeyError, TypeError) as error:
@@ -176,7 +159,7 @@ def _names(body: bytes) -> list[str]:
 
 
 def data_url(picture: Image, image_format: ImageFormat) -> str:
-    """The picture in the URL itself, as JPEG of quality 95 or as PNG."""
+    """Return a URL that holds the picture itself, as JPEG of quality 95 or as PNG."""
     stream = io.BytesIO()
     settings = {"quality": JPEG_QUALITY} if image_format == "jpeg" else {}
     picture.save(stream, format=image_format.upper(), **settings)
@@ -184,14 +167,14 @@ def data_url(picture: Image, image_format: ImageFormat) -> str:
 
 
 def chat_request(model: str, image: str, question: str, max_tokens: int) -> dict[str, Any]:
-    """One question about one picture, to be answered greedily."""
+    """Return the request that asks one question about one picture, to be answered greedily."""
     content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
     message = {"role": "user", "content": content}
     return {"model": model, "messages": [message], "temperature": 0, "max_tokens": max_tokens}
 
 
 def read_answer(body: bytes) -> Spoken | NoScore:
-    """The text of a chat completion."""
+    """Return the text of a chat completion, or why there is none."""
     try:
         choice = json.loads(body)["choices"][0]
         text, finish = choice["message"]["content"], choice.get("finish_reason")

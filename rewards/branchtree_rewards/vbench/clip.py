@@ -18,14 +18,12 @@ from torch.nn import functional
 from branchtree.files.paths import PathOrName
 from branchtree.plugins.protocols import Media
 from branchtree_rewards.clip.aesthetic import AestheticConfig, AestheticPredictor, open_predictor
-from branchtree_rewards.clip.cosine import image_features
-from branchtree_rewards.clip.folder import load_clip
-from branchtree_rewards.shared.model_reward import Opened
-from branchtree_rewards.shared.samples import elongated
+from branchtree_rewards.clip.network import image_features, load_clip
+from branchtree_rewards.shared.reward import Opened
+from branchtree_rewards.shared.samples import elongated, spans
 from branchtree_rewards.shared.source import locate_weights
 from branchtree_rewards.small.clip import write_clip_folder
-from branchtree_rewards.vbench.config import VBenchConfig, VBenchReward, VideoFigure, spans
-from branchtree_rewards.vbench.frames import clip_input
+from branchtree_rewards.vbench.base import VBenchConfig, VBenchReward, VideoFigure, clip_input
 
 HUB_CLIP = "openai/clip-vit-base-patch32"
 SMALL_SEED = 32
@@ -49,17 +47,15 @@ class VBenchAestheticConfig(AestheticConfig, frozen=True):
 class VBenchAesthetic(VBenchReward[VBenchAestheticConfig]):
     """VBench's aesthetic quality: the mean over all frames of LAION's rating, divided by 10; about 0 to 1."""
 
+    name = "vbench_aesthetic"
+
     def _open(self) -> Opened:
         return open_predictor(self._config)
 
     def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
         predictor = cast(AestheticPredictor, network)
-        ratings = torch.cat(
-            [
-                predictor(clip_input(frames[span], predictor.image_size))
-                for span in spans(len(frames), self._config.frames)
-            ]
-        )
+        shown = spans(len(frames), self._config.frames)
+        ratings = torch.cat([predictor(clip_input(frames[span], predictor.image_size)) for span in shown])
         return VideoFigure((ratings / 10).mean())
 
 
@@ -82,6 +78,8 @@ class VBenchBackground(VBenchReward[VBenchBackgroundConfig]):
     is the detail `frames`, all frames but the first. Over videos of one length both are the same.
     """
 
+    name = "vbench_background"
+
     def _open(self) -> Opened:
         source = locate_weights(self._config.path, self._config.revision, partial(write_clip_folder, seed=SMALL_SEED))
         network, file = load_clip(source)
@@ -98,7 +96,7 @@ class VBenchBackground(VBenchReward[VBenchBackgroundConfig]):
 
 
 def consistency(features: Tensor) -> Tensor:
-    """The figure of a video by the features (T, D) of its frames, T >= 2; see `VBenchBackground`."""
+    """Return the figure of a video from the features (T, D) of its frames, T >= 2; see `VBenchBackground`."""
     later, former = features[1:], features[:-1]
     before = functional.cosine_similarity(former, later).clamp(min=0)
     first = functional.cosine_similarity(features[:1], later).clamp(min=0)

@@ -6,7 +6,6 @@ width.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,18 +13,13 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
-from branchtree.files.reading import user_path
 from branchtree.plugins.protocols import Media
-from branchtree_rewards.shared.frame_rates import ClipFps, NoPlainFps
-from branchtree_rewards.shared.model_reward import Opened
-from branchtree_rewards.shared.other_versions import refuse_file
-from branchtree_rewards.shared.samples import elongated
-from branchtree_rewards.shared.source import RANDOM_SMALL, locate_weights
+from branchtree_rewards.shared.reward import ClipFps, NoPlainFps, Opened
+from branchtree_rewards.shared.samples import elongated, spans
+from branchtree_rewards.shared.source import locate_local, refuse_file
 from branchtree_rewards.small.vbench import RAFT_FILE, write_small_raft
-from branchtree_rewards.vbench.config import VBenchConfig, VBenchReward, VideoFigure, spans
-from branchtree_rewards.vbench.frames import padded
+from branchtree_rewards.vbench.base import VBenchConfig, VBenchReward, VideoFigure, padded
 from branchtree_rewards.vbench.raft import largest_motions, load_raft
 
 PRINCETON_FILE = "raft-things.pth"
@@ -65,7 +59,7 @@ class FrameMotion:
 
 
 def judged(speeds: Tensor, height: int, width: int) -> FrameMotion:
-    """The verdict on T - 1 speeds, in pixels a pair, of frames of ``height`` x ``width`` before padding.
+    """Judge T - 1 speeds, in pixels a pair, of frames of ``height`` x ``width`` pixels before padding.
 
     A pair moves if its speed is more than 6 min(height, width) / 256. A video does if round(4 T / 16) of its pairs
     move, rounded half to even; of two frames none must, and the video counts as moving.
@@ -84,14 +78,14 @@ class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
     mean `speed` in pixels, and their number, `pairs`. A set's figure is the mean over its videos.
     """
 
+    name = "vbench_dynamic"
+
     def _open(self) -> Opened:
-        path = self._config.path
-        if path != RANDOM_SMALL and not os.path.exists(user_path(path)):
-            raise RewardError(
-                f"'{path}' is no existing file or folder; RAFT is not on the hub: download {PUBLISHED}, or "
-                f"'{PRINCETON_FILE}' as in https://github.com/princeton-vl/RAFT, and give its path, or '{RANDOM_SMALL}'"
-            )
-        source = locate_weights(path, self._config.revision, write_small_raft)
+        advice = (
+            f"RAFT is not on the hub: download {PUBLISHED}, or '{PRINCETON_FILE}' as in "
+            "https://github.com/princeton-vl/RAFT, and give its path"
+        )
+        source = locate_local(self._config.path, self._config.revision, write_small_raft, advice)
         refuse_file(source, OTHERS, f"give '{RAFT_FILE}', or '{PRINCETON_FILE}', which is VBench's")
         file = source.find(RAFT_FILE, PRINCETON_FILE)
         return Opened(load_raft(file), {file.name: file})

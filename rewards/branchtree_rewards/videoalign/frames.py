@@ -47,9 +47,15 @@ class Patches:
 
 
 def frame_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
-    """The frames to look at of a video of ``total`` frames that plays at ``fps``: an even number, first and last in.
+    """Return the indices of the frames to look at: an even number of them, the first and the last included.
 
-    Raises ValueError if the video is too short.
+    Args:
+        total: Frames of the video.
+        fps: Frames per second at which it plays.
+        sampling: How the checkpoint wants its frames.
+
+    Raises:
+        ValueError: the video is too short.
     """
     if sampling.frames is None:
         most = min(MAX_FRAMES, total) // PAIR * PAIR
@@ -63,9 +69,15 @@ def frame_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
 
 
 def frame_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width after the resize: multiples of 28, with an area in bounds and about the same aspect.
+    """Return height and width after the resize: multiples of 28, with an area in bounds and about the same aspect.
 
-    Raises ValueError if one side is more than 200 times the other.
+    Args:
+        height: Pixels before the resize.
+        width: Pixels before the resize.
+        max_pixels: The largest area of a frame.
+
+    Raises:
+        ValueError: one side is more than 200 times the other.
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(f"frames of {width}x{height} are too elongated; at most 1:{MAX_ASPECT} can be scored")
@@ -82,7 +94,7 @@ def frame_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
 
 
 def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """8-bit frames (N, C, H, W) at another size, as float32 whole numbers in 0..255.
+    """Resize 8-bit frames (N, C, H, W) to ``size``, as float32 whole numbers in 0..255.
 
     This is torchvision's bicubic resize of 8-bit tensors with antialiasing, to the bit.
     """
@@ -90,10 +102,12 @@ def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def patches(frames: Tensor, max_pixels: int) -> Patches:
-    """Sampled frames (N, C, H, W) in [0, 1], N even, resized, normalised and cut up.
+    """Resize, normalise and cut up sampled frames (N, C, H, W) in [0, 1], N even.
 
-    A patch holds C x 2 x 14 x 14 numbers; the four patches that become one token follow each other. Raises ValueError
-    for frames that cannot be resized, or with another number of channels than 1, 3 or 4.
+    A patch holds C x 2 x 14 x 14 numbers; the four patches that become one token follow each other.
+
+    Raises:
+        ValueError: the frames cannot be resized, or have another number of channels than 1, 3 or 4.
     """
     height, width = frame_size(frames.shape[-2], frames.shape[-1], max_pixels)
     pixels = normalised(resize_frames(to_uint8(to_rgb(frames)), (height, width)) / 255)

@@ -10,6 +10,7 @@ from typing import Any
 
 from branchtree.errors import RewardError
 from branchtree.files.json_lines import read_json_object
+from branchtree_rewards.shared.source import cause
 from branchtree_rewards.videoalign.frames import Sampling
 
 DIMENSIONS = ("VQ", "MQ", "TA")  # visual quality, motion quality, text alignment; in the order of the model's outputs
@@ -64,7 +65,7 @@ def read_settings(file: Path) -> VideoAlignSettings:
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RewardError(
-            f"'{file}' is not the model_config.json of a VideoAlign checkpoint ({type(error).__name__}: {error})"
+            f"'{file}' is not the model_config.json of a VideoAlign checkpoint ({cause(error)})"
         ) from error
 
 
@@ -86,7 +87,7 @@ def _lora(section: Mapping[str, Any]) -> Lora | None:
 
 
 def _norms(section: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """Mean and standard deviation by dimension."""
+    """Return mean and standard deviation by dimension."""
     if not section:
         return [PUBLISHED[name] for name in DIMENSIONS]
     return [(float(section[f"{name}_mean"]), float(section[f"{name}_std"])) for name in DIMENSIONS]

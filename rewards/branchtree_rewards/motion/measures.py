@@ -13,7 +13,7 @@ from torch import Tensor
 WINDOW = 9  # frames: a longer clip is measured in windows of this length
 STRIDE = 4  # frames from one window to the next
 FAINT = 1e-4  # squared difference of grey levels: a contrast below its root is none
-LEAST_SEEN = 0.25  # of a subject: what is left of one that leaves the frame counts in full down to this part
+LEAST_SEEN = 0.25  # of a subject: what is left of one that leaves the frame counts in full down to this share
 NOISE = 1e-6  # squared difference of grey levels
 ROUGH = 0.2  # the roughness at which half of smoothness is left
 BOUNCE = 0.25  # the weight of plain acceleration beside excess steps: little, so that a bounce costs little
@@ -24,8 +24,8 @@ class Motion:
     """What happens in N clips."""
 
     steps: Tensor  # (N, S, 2), the displacement of the whole
-    speed: Tensor  # (N, S), the mean length of the displacements of its parts
-    excess: Tensor  # (N, S), the mean length of excess_steps of its parts
+    speed: Tensor  # (N, S), the mean length of its pixels' displacements
+    excess: Tensor  # (N, S), the mean length of its pixels' excess_steps
     acceleration: Tensor  # (N, S - 1), the mean length of the change from a step to the next
     match: Tensor  # (N, S), how well the first frame's content is found again in each later frame, from 0 to 1
 
@@ -44,7 +44,7 @@ def windows(videos: Tensor) -> Tensor:
 
 
 def excess_steps(steps: Tensor) -> Tensor:
-    """How far each step lies, per axis, from the median of itself and its two neighbours.
+    """Return how far each step lies, per axis, from the median of itself and its two neighbours.
 
     A velocity that rises or falls monotonically over three steps is its own median: a straight path, a slow turn, and
     a bounce off an edge (v, v, -v, -v, or v, v, a, -v, -v with a between them) have no excess. A jump, a stutter, a
@@ -52,7 +52,7 @@ def excess_steps(steps: Tensor) -> Tensor:
     nearest medians (Tukey 1977, the end-point rule).
 
     Args:
-        steps: (S, ...), S >= 2: the steps along the first axis. Of two steps each is half their difference off.
+        steps: (S, ...), S >= 2: the steps along the first axis. Each of two steps is half their difference off.
 
     Returns:
         The differences, of the same shape.
@@ -71,14 +71,14 @@ def _median3(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def match(found: Tensor, first: Tensor, weight: Tensor, seen: Tensor) -> Tensor:
-    """How well content is found again: max(0, 1 - ||found - first|| / ||first - its mean||), weighted norms.
+    """Return how well content is found again: max(0, 1 - ||found - first|| / ||first - its mean||), weighted norms.
 
     1 where it is unchanged, 0 where it differs as much as a flat field of its mean colour would. Content that never
     had any contrast cannot be found again: 0. If less than a quarter of the weight is still in the frame, the result
     falls in proportion.
 
     Args:
-        found: (N, S, C, H, W), the content of later frames brought back to its place in the first.
+        found: (N, S, C, H, W), the content of later frames brought back to where it is in the first.
         first: (N, C, H, W), the first frames.
         weight: (N, H, W), which pixels matter.
         seen: Bool (N, S, H, W), false where the content has left the frame.
@@ -99,7 +99,7 @@ def match(found: Tensor, first: Tensor, weight: Tensor, seen: Tensor) -> Tensor:
 
 
 def explained(moved: Tensor, stayed: Tensor, seen: Tensor) -> Tensor:
-    """How much better content is explained by moving than by staying, as the square of a contrast.
+    """Return how much better content is explained by moving than by staying, as the square of a contrast.
 
     ((S - M) / (S + M))^2 where S > M, else 0: M sums the squared differences from the first frame of what has moved,
     S of what lies still, over the frames in which the moved content is seen. It is near 1 on a subject and 0 on the
@@ -118,7 +118,7 @@ def explained(moved: Tensor, stayed: Tensor, seen: Tensor) -> Tensor:
 
 
 def smooth_motion(motion: Motion, side: int, speed: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The three factors of good motion, of each clip (N,), each from 0 to 1.
+    """Return the three factors of good motion, of each clip (N,), each from 0 to 1.
 
     With v_t the speed of step t, s = speed * side, e_t the excess and a_t the acceleration:
 
@@ -128,7 +128,7 @@ def smooth_motion(motion: Motion, side: int, speed: float) -> tuple[Tensor, Tens
         constant = min_t match_t
 
     Args:
-        motion: Of N clips.
+        motion: What happens in N clips.
         side: The frames' shorter side in pixels.
         speed: The speed that has half of ``moving``, in shorter sides a frame.
 
@@ -143,7 +143,7 @@ def smooth_motion(motion: Motion, side: int, speed: float) -> tuple[Tensor, Tens
 
 
 def agreement(steps: Tensor, directions: Tensor) -> Tensor:
-    """How far displacements go as told: (|sum_t d_t| + (sum_t d_t) . n) / (2 sum_t |d_t|), from 0 to 1.
+    """Return how far displacements go as asked: (|sum_t d_t| + (sum_t d_t) . n) / (2 sum_t |d_t|), from 0 to 1.
 
     1 on a straight path along n, (1 + cos angle) / 2 on another straight path, 0 on one the other way and on one
     that returns to where it began.
@@ -151,6 +151,9 @@ def agreement(steps: Tensor, directions: Tensor) -> Tensor:
     Args:
         steps: (N, S, 2), the displacements d_t.
         directions: (N, 2), the unit vectors n.
+
+    Returns:
+        (N,) from 0 to 1.
     """
     whole = steps.sum(dim=1)
     length = steps.norm(dim=-1).sum(dim=1)

@@ -1,0 +1,305 @@
+"""The `imagereward` reward: ImageReward-v1.0 (arXiv 2304.05977), how well people would like a picture for its prompt.
+
+    raw = (head(BLIP(picture, prompt)) - 0.16717362830052426) / 1.0333394966054072
+
+The checkpoint is the publisher's: ImageReward.pt and med_config.json of THUDM/ImageReward on the hub. The network is
+built of transformers' own BLIP classes (arXiv 2201.12086) and five linear layers, so the publisher's package, and the
+old libraries it asks for, are not needed: the prompt, read in both directions, attends to the picture, and the head
+reads its first token. Axis letters: B pairs of a picture and a prompt, T tokens, S side of a picture.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from branchtree.errors import RewardError
+from branchtree.files.json_lines import read_json_object
+from branchtree.files.paths import PathOrName
+from branchtree.plugins.hookspecs import hookimpl
+from branchtree.plugins.protocols import Condition, Media, RewardCard
+from branchtree_rewards.shared.footprints import Skeleton
+from branchtree_rewards.shared.pixels import clip_pixels
+from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards.shared.source import cause, file_at_hand, locate_weights
+from branchtree_rewards.shared.tokenizers import TokenizerKind
+from branchtree_rewards.shared.weights import load_strictly, read_state, renamed, without
+from branchtree_rewards.small.imagereward import write_small_imagereward
+
+MEAN, STD = 0.16717362830052426, 1.0333394966054072  # the publisher's constants
+BLIP_TOKENS = 2  # [DEC] and [ENC], which no prompt holds and the tokenizer need not have
+TOKENS = 35  # a prompt's length with [CLS] and [SEP]; longer ones are cut
+WEIGHTS, SETTINGS = "ImageReward.pt", "med_config.json"
+TOKENIZER = "bert-base-uncased"
+
+
+def _tokenizer_flaw(tokenizer: Any) -> str | None:
+    needed = {tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    if None in needed or len(needed) < 4 or len(tokenizer) <= len(tokenizer.all_special_ids):
+        return "it has no vocabulary with [CLS], [SEP], [PAD] and [UNK]"
+    return None
+
+
+BERT_TOKENIZER = TokenizerKind(
+    name="BERT",
+    class_name="BertTokenizer",
+    files=("vocab.txt", "tokenizer.json"),
+    wanted="vocab.txt, as 'tokenizer'",
+    flaw=_tokenizer_flaw,
+)
+
+
+class ImageRewardConfig(ModelRewardConfig, frozen=True):
+    """Settings of the `imagereward` reward.
+
+    Attributes:
+        tokenizer: Hub id or folder of the BERT tokenizer. By default the checkpoint's folder, if it holds a vocab.txt
+            or a tokenizer.json, and otherwise "bert-base-uncased".
+    """
+
+    path: PathOrName = "THUDM/ImageReward"
+    tokenizer: PathOrName | None = None
+
+
+class ImageReward(ModelReward[ImageRewardConfig]):
+    """Scores how well people would like each picture for its prompt; about 0 on average, and a spread of about 1."""
+
+    name = "imagereward"
+
+    def _open(self) -> Opened:
+        source = locate_weights(self._config.path, self._config.revision, write_small_imagereward)
+        file = source.find(WEIGHTS)
+        described = source.maybe(SETTINGS)
+        if described is None:
+            raise RewardError(
+                f"there is no '{SETTINGS}' beside the weights of '{source.name}'; it is published with them"
+            )
+        med_config = read_json_object(described, RewardError)
+        network = build_network(read_state(file), med_config, source.name)
+        self._tokenizer = BERT_TOKENIZER.choose(source, self._config.tokenizer, TOKENIZER)
+        entries = med_config["vocab_size"]
+        if len(self._tokenizer) not in {entries, entries - BLIP_TOKENS}:
+            raise RewardError(
+                f"the tokenizer has {len(self._tokenizer)} entries and '{source.name}' {entries}, of which BLIP adds "
+                f"{BLIP_TOKENS}; its vocabulary is cut short, or another model's"
+            )
+        return Opened(network, {WEIGHTS: file}, (described,))
+
+    def _skeleton(self) -> Skeleton:
+        file = file_at_hand(self._config.path, self._config.revision, SETTINGS)
+        return Skeleton(published_skeleton(read_json_object(file, RewardError) if file else BERT_BASE))
+
+    def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
+        blip = cast(BlipReward, network)
+        pixels = clip_pixels(media.pixels, blip.image_size)
+        prompts = [condition.prompt for condition in conditions]
+        text = self._tokenizer(
+            prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
+        ).to(pixels.device)
+        return Measured((blip(pixels, text.input_ids, text.attention_mask) - MEAN) / STD)
+
+
+# The network, and the published names of its tensors
+
+DROPPED = frozenset(
+    {
+        "blip.text_encoder.embeddings.position_ids",  # 0, 1, 2, ...
+        "blip.vision_proj.weight",  # these four belong to BLIP's pre-training, and no score depends on them
+        "blip.vision_proj.bias",
+        "blip.text_proj.weight",
+        "blip.text_proj.bias",
+    }
+)
+PREFIXES = {"blip.visual_encoder.": "vision.", "blip.text_encoder.": "text.", "mlp.layers.": "head."}
+VISION_NAMES = (
+    (r"cls_token$", "embeddings.class_embedding"),
+    (r"pos_embed$", "embeddings.position_embedding"),
+    (r"patch_embed\.proj\.", "embeddings.patch_embedding."),
+    (r"norm\.", "post_layernorm."),
+    (r"blocks\.(\d+)\.norm([12])\.", r"encoder.layers.\1.layer_norm\2."),
+    (r"blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.\1.self_attn.qkv."),
+    (r"blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
+    (r"blocks\.(\d+)\.mlp\.", r"encoder.layers.\1.mlp."),
+)
+VISION_HEAD = 64  # width of an attention head in every published BLIP vision encoder (ViT-B and ViT-L)
+VISION_EPS = 1e-6  # the publisher's layer norms; transformers' BLIP has 1e-5 by default
+BERT_BASE: Mapping[str, Any] = {
+    "vocab_size": 30524,
+    "hidden_size": 768,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 12,
+    "max_position_embeddings": 512,
+    "layer_norm_eps": 1e-12,
+    "hidden_act": "gelu",
+}
+"""The published med_config.json, as far as it is used."""
+VISION_WIDTH = 1024
+HEAD_WIDTHS = (1024, 128, 64, 16, 1)
+HEAD_LAYERS = (0, 2, 4, 6, 7)  # indices of the linear layers in the published head; dropouts are between
+
+
+def our_name(published: str) -> str:
+    """Return the name in `BlipReward` of a published tensor; an unknown one keeps its name, and then fits nowhere."""
+    for prefix, ours in PREFIXES.items():
+        if published.startswith(prefix):
+            rest = published.removeprefix(prefix)
+            return ours + (_vision_name(rest) if ours == "vision." else rest)
+    return published
+
+
+def _vision_name(rest: str) -> str:
+    for pattern, replacement in VISION_NAMES:
+        name, count = re.subn(f"^{pattern}", replacement, rest)
+        if count:
+            return name
+    return rest
+
+
+class BlipReward(nn.Module):
+    """Maps a picture and a prompt to one number, before ImageReward's mean and deviation are applied."""
+
+    def __init__(self, vision: nn.Module, text: nn.Module, head: nn.Module) -> None:
+        super().__init__()
+        self.vision, self.text, self.head = vision, text, head
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels of the pictures it takes."""
+        config: Any = self.vision.config
+        return int(config.image_size)
+
+    def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
+        """Return a number for each pair (B,).
+
+        Args:
+            pixels: Normalised pictures (B, 3, S, S).
+            ids: Token ids (B, T).
+            mask: (B, T), 1 on what is not padding.
+        """
+        seen = self.vision(pixel_values=pixels).last_hidden_state
+        read = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
+        scored: Tensor = self.head(read[:, 0])
+        return scored.squeeze(1)
+
+
+def build_network(published: Mapping[str, Tensor], med_config: Mapping[str, Any], where: str) -> BlipReward:
+    """Return the network that holds exactly the published tensors, in float32 on the CPU.
+
+    Args:
+        published: Tensors by their published names.
+        med_config: The published med_config.json.
+        where: The checkpoint's name in messages.
+
+    Raises:
+        RewardError: a tensor is missing, unknown or of another shape.
+    """
+    state = renamed(without(published, DROPPED), our_name)
+    network = blip_skeleton(state, med_config, where)
+    load_strictly(network, state, where)
+    positions = torch.arange(med_config["max_position_embeddings"])[None]
+    network.text.get_submodule("embeddings").register_buffer("position_ids", positions, persistent=False)
+    return network
+
+
+def published_skeleton(med_config: Mapping[str, Any]) -> BlipReward:
+    """Return the published network without weights: BLIP's ViT-L/16 at 224 pixels, and a text encoder's sizes."""
+    width = VISION_WIDTH
+    shapes = {
+        "vision.embeddings.position_embedding": (1, (224 // 16) ** 2 + 1, width),
+        "vision.embeddings.patch_embedding.weight": (width, 3, 16, 16),
+        "vision.encoder.layers.0.mlp.fc1.weight": (4 * width, width),
+        "vision.encoder.layers.23.mlp.fc1.weight": (4 * width, width),
+    }
+    widths = (med_config["hidden_size"], *HEAD_WIDTHS)
+    shapes |= {f"head.{layer}.weight": (widths[i + 1], widths[i]) for i, layer in enumerate(HEAD_LAYERS)}
+    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    return blip_skeleton(state, med_config, "the published checkpoint")
+
+
+def blip_skeleton(state: Mapping[str, Tensor], med_config: Mapping[str, Any], where: str) -> BlipReward:
+    """Return the network without weights, on the meta device.
+
+    Args:
+        state: Tensors under their names in `BlipReward`, whose shapes tell the sizes of vision encoder and head.
+        med_config: The published med_config.json, which tells those of the text encoder.
+        where: The checkpoint's name in messages.
+
+    Raises:
+        RewardError: a tensor or a setting that tells a size is missing.
+    """
+    try:
+        with torch.device("meta"):
+            return BlipReward(_vision(state), _text(state, med_config), _head(state))
+    except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise RewardError(f"the weights and settings of '{where}' are not ImageReward's ({cause(error)})") from error
+
+
+def _vision(state: Mapping[str, Tensor]) -> nn.Module:
+    from transformers import BlipVisionConfig, BlipVisionModel
+
+    _, positions, width = state["vision.embeddings.position_embedding"].shape
+    patch = state["vision.embeddings.patch_embedding.weight"].shape[-1]
+    config = BlipVisionConfig(
+        hidden_size=width,
+        intermediate_size=state["vision.encoder.layers.0.mlp.fc1.weight"].shape[0],
+        num_hidden_layers=_layers(state, "vision.encoder.layers."),
+        num_attention_heads=width // VISION_HEAD,
+        image_size=round((positions - 1) ** 0.5) * patch,
+        patch_size=patch,
+        hidden_act="gelu",
+        layer_norm_eps=VISION_EPS,
+    )
+    model: nn.Module = BlipVisionModel(config)
+    return model
+
+
+def _text(state: Mapping[str, Tensor], med_config: Mapping[str, Any]) -> nn.Module:
+    from transformers import BlipTextConfig, BlipTextModel
+
+    config = BlipTextConfig(
+        **{name: med_config[name] for name in BERT_BASE},
+        encoder_hidden_size=state["vision.embeddings.position_embedding"].shape[-1],
+        is_decoder=True,  # makes the layers that attend to the picture; the forward pass reads in both directions
+        use_cache=False,
+        bos_token_id=None,  # the defaults are ids of the full vocabulary, and only generation uses them
+        sep_token_id=None,
+    )
+    model: nn.Module = BlipTextModel(config, add_pooling_layer=False)
+    return model
+
+
+def _head(state: Mapping[str, Tensor]) -> nn.Sequential:
+    layers: list[nn.Module] = [nn.Identity() for _ in range(HEAD_LAYERS[-1] + 1)]
+    for layer in HEAD_LAYERS:
+        out, width = state[f"head.{layer}.weight"].shape
+        layers[layer] = nn.Linear(width, out)
+    return nn.Sequential(*layers)
+
+
+def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
+    """Return how many layers there are, by the highest number among the names."""
+    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix))
+
+
+@hookimpl
+def register_rewards(register: Callable[..., None]) -> None:
+    """Add the `imagereward` reward to the registry."""
+    register(
+        ImageReward.name,
+        build=ImageReward,
+        config=ImageRewardConfig,
+        summary="ImageReward-v1.0: human preference for a picture given its prompt, centred near 0.",
+        card=RewardCard(
+            modalities=ImageReward.modalities,
+            checkpoint=f"THUDM/ImageReward, {WEIGHTS}",
+            size=1_790_000_000,
+            licence="Apache-2.0",
+            non_commercial=False,
+            source="https://github.com/THUDM/ImageReward, arXiv 2304.05977",
+        ),
+    )
