@@ -5,8 +5,6 @@ halves of the same handwritten digits, so one can be optimised (`classifier="rew
 (`classifier="heldout"`).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from importlib.resources import files
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 
 from branchtree.core.scores import Scores
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
+from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.shared.reward import Reward
 from branchtree_rewards.shared.samples import unreadable
 
@@ -172,17 +170,12 @@ class Digits(Reward[DigitsConfig]):
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `digits` reward to the registry."""
-    register(
-        Digits.name,
-        build=Digits,
-        config=DigitsConfig,
-        summary="Log-probability or accuracy of the prompted handwritten digit, by a bundled classifier.",
-        card=RewardCard(
-            modalities=Digits.modalities,
-            checkpoint="bundled",
-            size=0,
-            licence="Apache-2.0",
-            non_commercial=False,
-            source="trained for this project on the digits of scikit-learn",
-        ),
+    Digits.enter(
+        register,
+        DigitsConfig,
+        "Log-probability or accuracy of the prompted handwritten digit, by a bundled classifier.",
+        checkpoint="bundled",
+        licence="Apache-2.0",
+        source="trained for this project on the digits of scikit-learn",
+        size=0,
     )

@@ -4,8 +4,6 @@ It sees a prompt's whole group at once. Added to another reward with a small wei
 one picture for every noise; alone it rewards noise.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import pydantic
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
+from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.shared.reward import Reward
 from branchtree_rewards.shared.samples import NOT_FINITE
 
@@ -74,17 +72,12 @@ def shrunk(images: Tensor, size: int) -> Tensor:
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `diversity` reward to the registry."""
-    register(
-        Diversity.name,
-        build=Diversity,
-        config=DiversityConfig,
-        summary="Mean distance from the other samples of the prompt, without weights; sees whole groups.",
-        card=RewardCard(
-            modalities=Diversity.modalities,
-            checkpoint="none",
-            size=0,
-            licence="Apache-2.0",
-            non_commercial=False,
-            source="branchtree",
-        ),
+    Diversity.enter(
+        register,
+        DiversityConfig,
+        "Mean distance from the other samples of the prompt, without weights; sees whole groups.",
+        checkpoint="none",
+        licence="Apache-2.0",
+        source="branchtree",
+        size=0,
     )

@@ -8,11 +8,9 @@ old libraries it asks for, are not needed: the prompt, read in both directions, 
 reads its first token. Axis letters: B pairs of a picture and a prompt, T tokens, S side of a picture.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,13 +19,13 @@ from branchtree.errors import RewardError
 from branchtree.files.json_lines import read_json_object
 from branchtree.files.paths import PathOrName
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
+from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.shared.footprints import Skeleton
 from branchtree_rewards.shared.pixels import clip_pixels
 from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards.shared.source import cause, file_at_hand, locate_weights
 from branchtree_rewards.shared.tokenizers import TokenizerKind
-from branchtree_rewards.shared.weights import load_strictly, read_state, renamed, without
+from branchtree_rewards.shared.weights import load_strictly, read_state_dict, renamed, without
 from branchtree_rewards.small.imagereward import write_small_imagereward
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # the publisher's constants
@@ -79,7 +77,7 @@ class ImageReward(ModelReward[ImageRewardConfig]):
                 f"there is no '{SETTINGS}' beside the weights of '{source.name}'; it is published with them"
             )
         med_config = read_json_object(described, RewardError)
-        network = build_network(read_state(file), med_config, source.name)
+        network = build_network(read_state_dict(file), med_config, source.name)
         self._tokenizer = BERT_TOKENIZER.choose(source, self._config.tokenizer, TOKENIZER)
         entries = med_config["vocab_size"]
         if len(self._tokenizer) not in {entries, entries - BLIP_TOKENS}:
@@ -93,37 +91,33 @@ class ImageReward(ModelReward[ImageRewardConfig]):
         file = file_at_hand(self._config.path, self._config.revision, SETTINGS)
         return Skeleton(published_skeleton(read_json_object(file, RewardError) if file else BERT_BASE))
 
-    def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
-        blip = cast(BlipReward, network)
-        pixels = clip_pixels(media.pixels, blip.image_size)
+    def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
+        pixels = clip_pixels(media.pixels, network.image_size)
         prompts = [condition.prompt for condition in conditions]
-        text = self._tokenizer(
-            prompts, padding="max_length", truncation=True, max_length=TOKENS, return_tensors="pt"
-        ).to(pixels.device)
-        return Measured((blip(pixels, text.input_ids, text.attention_mask) - MEAN) / STD)
+        whole = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
+        text = self._tokenizer(prompts, **whole).to(pixels.device)
+        return Measured((network(pixels, text.input_ids, text.attention_mask) - MEAN) / STD)
 
 
 # The network, and the published names of its tensors
 
-DROPPED = frozenset(
-    {
-        "blip.text_encoder.embeddings.position_ids",  # 0, 1, 2, ...
-        "blip.vision_proj.weight",  # these four belong to BLIP's pre-training, and no score depends on them
-        "blip.vision_proj.bias",
-        "blip.text_proj.weight",
-        "blip.text_proj.bias",
-    }
-)
-PREFIXES = {"blip.visual_encoder.": "vision.", "blip.text_encoder.": "text.", "mlp.layers.": "head."}
-VISION_NAMES = (
-    (r"cls_token$", "embeddings.class_embedding"),
-    (r"pos_embed$", "embeddings.position_embedding"),
-    (r"patch_embed\.proj\.", "embeddings.patch_embedding."),
-    (r"norm\.", "post_layernorm."),
-    (r"blocks\.(\d+)\.norm([12])\.", r"encoder.layers.\1.layer_norm\2."),
-    (r"blocks\.(\d+)\.attn\.qkv\.", r"encoder.layers.\1.self_attn.qkv."),
-    (r"blocks\.(\d+)\.attn\.proj\.", r"encoder.layers.\1.self_attn.projection."),
-    (r"blocks\.(\d+)\.mlp\.", r"encoder.layers.\1.mlp."),
+DROPPED = frozenset(f"blip.{half}_proj.{kind}" for half in ("vision", "text") for kind in ("weight", "bias")) | {
+    "blip.text_encoder.embeddings.position_ids"
+}
+"""Tensors that no score depends on: those of BLIP's pre-training, and 0, 1, 2, ..."""
+VISION = r"^blip\.visual_encoder\."
+NAMES = (  # the first that matches a published name applies
+    (r"^blip\.text_encoder\.", "text."),
+    (r"^mlp\.layers\.", "head."),
+    (rf"{VISION}cls_token$", "vision.embeddings.class_embedding"),
+    (rf"{VISION}pos_embed$", "vision.embeddings.position_embedding"),
+    (rf"{VISION}patch_embed\.proj\.", "vision.embeddings.patch_embedding."),
+    (rf"{VISION}norm\.", "vision.post_layernorm."),
+    (rf"{VISION}blocks\.(\d+)\.norm([12])\.", r"vision.encoder.layers.\1.layer_norm\2."),
+    (rf"{VISION}blocks\.(\d+)\.attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
+    (rf"{VISION}blocks\.(\d+)\.attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
+    (rf"{VISION}blocks\.(\d+)\.mlp\.", r"vision.encoder.layers.\1.mlp."),
+    (VISION, "vision."),
 )
 VISION_HEAD = 64  # width of an attention head in every published BLIP vision encoder (ViT-B and ViT-L)
 VISION_EPS = 1e-6  # the publisher's layer norms; transformers' BLIP has 1e-5 by default
@@ -145,33 +139,20 @@ HEAD_LAYERS = (0, 2, 4, 6, 7)  # indices of the linear layers in the published h
 
 def our_name(published: str) -> str:
     """Return the name in `BlipReward` of a published tensor; an unknown one keeps its name, and then fits nowhere."""
-    for prefix, ours in PREFIXES.items():
-        if published.startswith(prefix):
-            rest = published.removeprefix(prefix)
-            return ours + (_vision_name(rest) if ours == "vision." else rest)
-    return published
-
-
-def _vision_name(rest: str) -> str:
-    for pattern, replacement in VISION_NAMES:
-        name, count = re.subn(f"^{pattern}", replacement, rest)
+    for pattern, replacement in NAMES:
+        name, count = re.subn(pattern, replacement, published)
         if count:
             return name
-    return rest
+    return published
 
 
 class BlipReward(nn.Module):
     """Maps a picture and a prompt to one number, before ImageReward's mean and deviation are applied."""
 
-    def __init__(self, vision: nn.Module, text: nn.Module, head: nn.Module) -> None:
+    def __init__(self, vision: Any, text: Any, head: nn.Module) -> None:
         super().__init__()
         self.vision, self.text, self.head = vision, text, head
-
-    @property
-    def image_size(self) -> int:
-        """Height and width in pixels of the pictures it takes."""
-        config: Any = self.vision.config
-        return int(config.image_size)
+        self.image_size = int(vision.config.image_size)
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         """Return a number for each pair (B,).
@@ -232,74 +213,51 @@ def blip_skeleton(state: Mapping[str, Tensor], med_config: Mapping[str, Any], wh
     Raises:
         RewardError: a tensor or a setting that tells a size is missing.
     """
+    from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
+
     try:
+        _, positions, width = state["vision.embeddings.position_embedding"].shape
+        patch = state["vision.embeddings.patch_embedding.weight"].shape[-1]
+        blocks = [name.split(".")[3] for name in state if name.startswith("vision.encoder.layers.")]
+        vision = BlipVisionConfig(
+            hidden_size=width,
+            intermediate_size=state["vision.encoder.layers.0.mlp.fc1.weight"].shape[0],
+            num_hidden_layers=1 + max(map(int, blocks)),
+            num_attention_heads=width // VISION_HEAD,
+            image_size=round((positions - 1) ** 0.5) * patch,
+            patch_size=patch,
+            hidden_act="gelu",
+            layer_norm_eps=VISION_EPS,
+        )
+        text = BlipTextConfig(
+            **{name: med_config[name] for name in BERT_BASE},
+            encoder_hidden_size=width,
+            is_decoder=True,  # makes the layers that attend to the picture; the forward pass reads in both directions
+            use_cache=False,
+            bos_token_id=None,  # the defaults are ids of the full vocabulary, and only generation uses them
+            sep_token_id=None,
+        )
+        linear = {index: state[f"head.{index}.weight"].shape for index in HEAD_LAYERS}
         with torch.device("meta"):
-            return BlipReward(_vision(state), _text(state, med_config), _head(state))
+            head = [
+                nn.Linear(linear[index][1], linear[index][0]) if index in linear else nn.Identity()
+                for index in range(HEAD_LAYERS[-1] + 1)
+            ]
+            text_model = BlipTextModel(text, add_pooling_layer=False)
+            return BlipReward(BlipVisionModel(vision), text_model, nn.Sequential(*head))
     except (KeyError, ValueError, IndexError, ZeroDivisionError) as error:
         raise RewardError(f"the weights and settings of '{where}' are not ImageReward's ({cause(error)})") from error
-
-
-def _vision(state: Mapping[str, Tensor]) -> nn.Module:
-    from transformers import BlipVisionConfig, BlipVisionModel
-
-    _, positions, width = state["vision.embeddings.position_embedding"].shape
-    patch = state["vision.embeddings.patch_embedding.weight"].shape[-1]
-    config = BlipVisionConfig(
-        hidden_size=width,
-        intermediate_size=state["vision.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        num_hidden_layers=_layers(state, "vision.encoder.layers."),
-        num_attention_heads=width // VISION_HEAD,
-        image_size=round((positions - 1) ** 0.5) * patch,
-        patch_size=patch,
-        hidden_act="gelu",
-        layer_norm_eps=VISION_EPS,
-    )
-    model: nn.Module = BlipVisionModel(config)
-    return model
-
-
-def _text(state: Mapping[str, Tensor], med_config: Mapping[str, Any]) -> nn.Module:
-    from transformers import BlipTextConfig, BlipTextModel
-
-    config = BlipTextConfig(
-        **{name: med_config[name] for name in BERT_BASE},
-        encoder_hidden_size=state["vision.embeddings.position_embedding"].shape[-1],
-        is_decoder=True,  # makes the layers that attend to the picture; the forward pass reads in both directions
-        use_cache=False,
-        bos_token_id=None,  # the defaults are ids of the full vocabulary, and only generation uses them
-        sep_token_id=None,
-    )
-    model: nn.Module = BlipTextModel(config, add_pooling_layer=False)
-    return model
-
-
-def _head(state: Mapping[str, Tensor]) -> nn.Sequential:
-    layers: list[nn.Module] = [nn.Identity() for _ in range(HEAD_LAYERS[-1] + 1)]
-    for layer in HEAD_LAYERS:
-        out, width = state[f"head.{layer}.weight"].shape
-        layers[layer] = nn.Linear(width, out)
-    return nn.Sequential(*layers)
-
-
-def _layers(state: Mapping[str, Tensor], prefix: str) -> int:
-    """Return how many layers there are, by the highest number among the names."""
-    return 1 + max(int(name.removeprefix(prefix).split(".")[0]) for name in state if name.startswith(prefix))
 
 
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `imagereward` reward to the registry."""
-    register(
-        ImageReward.name,
-        build=ImageReward,
-        config=ImageRewardConfig,
-        summary="ImageReward-v1.0: human preference for a picture given its prompt, centred near 0.",
-        card=RewardCard(
-            modalities=ImageReward.modalities,
-            checkpoint=f"THUDM/ImageReward, {WEIGHTS}",
-            size=1_790_000_000,
-            licence="Apache-2.0",
-            non_commercial=False,
-            source="https://github.com/THUDM/ImageReward, arXiv 2304.05977",
-        ),
+    ImageReward.enter(
+        register,
+        ImageRewardConfig,
+        "ImageReward-v1.0: human preference for a picture given its prompt, centred near 0.",
+        checkpoint=f"THUDM/ImageReward, {WEIGHTS}",
+        licence="Apache-2.0",
+        source="https://github.com/THUDM/ImageReward, arXiv 2304.05977",
+        size=1_790_000_000,
     )

@@ -9,8 +9,6 @@ Pictures are resized and cut with PIL, as by the publisher. VBench, which uses t
 resizes float tensors without antialiasing and divides by 10: its figures are not comparable.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -25,13 +23,13 @@ from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.files.reading import user_path
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
+from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.clip.network import clip_size, load_clip
 from branchtree_rewards.shared.footprints import CLIP_L_14, Skeleton, build_clip_vision, skeleton
 from branchtree_rewards.shared.pixels import clip_pixels
 from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards.shared.source import locate_local, locate_weights
-from branchtree_rewards.shared.weights import load_strictly, read_state
+from branchtree_rewards.shared.weights import load_strictly, read_state_dict
 from branchtree_rewards.small.clip import AESTHETIC_SEED, CLIP, HEAD, write_clip_folder, write_small_aesthetic
 
 HUB_CLIP = "openai/clip-vit-large-patch14"
@@ -97,7 +95,7 @@ def open_predictor(config: AestheticConfig) -> Opened:
     _check_pair(file, clip.config, clip_source.name)
     with torch.device("meta"):
         head = nn.Linear(clip.config.projection_dim, 1)
-    load_strictly(head, read_state(file), str(file))
+    load_strictly(head, read_state_dict(file), str(file))
     return Opened(AestheticPredictor(clip, head), {HEAD: file, f"{CLIP}/{clip_file.name}": clip_file})
 
 
@@ -119,17 +117,11 @@ def _check_pair(head: Path, clip: Any, name: str) -> None:
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `aesthetic` reward to the registry."""
-    register(
-        Aesthetic.name,
-        build=Aesthetic,
-        config=AestheticConfig,
-        summary="LAION's aesthetic predictor: how beautiful a picture is, about 0 to 10; the prompt takes no part.",
-        card=RewardCard(
-            modalities=Aesthetic.modalities,
-            checkpoint=f"{HEAD} (from GitHub), {HUB_CLIP}",
-            size=None,
-            licence="MIT for the head; see the model card for CLIP",
-            non_commercial=False,
-            source=HEAD_SOURCE,
-        ),
+    Aesthetic.enter(
+        register,
+        AestheticConfig,
+        "LAION's aesthetic predictor: how beautiful a picture is, about 0 to 10; the prompt takes no part.",
+        checkpoint=f"{HEAD} (from GitHub), {HUB_CLIP}",
+        licence="MIT for the head; see the model card for CLIP",
+        source=HEAD_SOURCE,
     )

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
+from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.clip.network import (
     CONFIG_FILE,
     VIT_H_14_378,
@@ -29,7 +29,7 @@ from branchtree_rewards.shared.footprints import CLIP_B_32, CLIP_L_14, Skeleton,
 from branchtree_rewards.shared.pixels import clip_pixels, from_pil, normalised, to_pil
 from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards.shared.source import locate_weights
-from branchtree_rewards.shared.weights import read_state
+from branchtree_rewards.shared.weights import read_state_dict
 from branchtree_rewards.small.clip import write_clip_folder, write_open_clip
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ClipScore(ModelReward[ClipConfig]):
         architecture = read_config(described) if described else VIT_H_14_378
         if not architecture.quick_gelu:
             raise RewardError(f"'{described}' is another CLIP's: it does not set quick_gelu, as DFN5B's does")
-        network = load_open_clip(read_state(file), architecture, str(file))
+        network = load_open_clip(read_state_dict(file), architecture, str(file))
         self._tokenizer = as_open_clip(CLIP_TOKENIZER.choose(source, self._config.tokenizer, OPEN_CLIP_TOKENIZER))
         return Opened(network, {DFN5B_FILE: file}, (described,) if described else ())
 
@@ -125,17 +125,11 @@ def squash(image: Image, size: int) -> Image:
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `clip` reward to the registry."""
-    register(
-        ClipScore.name,
-        build=ClipScore,
-        config=ClipConfig,
-        summary="CLIP score: the cosine of an image and its prompt under OpenAI's B/32 or L/14, or Apple's DFN5B H/14.",
-        card=RewardCard(
-            modalities=ClipScore.modalities,
-            checkpoint=", ".join(HUB.values()),
-            size=None,  # by variant
-            licence="MIT for OpenAI's, as its repository; Apple Sample Code License for DFN5B",
-            non_commercial=False,
-            source="arXiv 2103.00020, 2309.17425",
-        ),
+    ClipScore.enter(
+        register,
+        ClipConfig,
+        "CLIP score: the cosine of an image and its prompt under OpenAI's B/32 or L/14, or Apple's DFN5B H/14.",
+        checkpoint=", ".join(HUB.values()),
+        licence="MIT for OpenAI's, as its repository; Apple Sample Code License for DFN5B",
+        source="arXiv 2103.00020, 2309.17425",
     )

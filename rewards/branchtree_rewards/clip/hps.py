@@ -4,8 +4,6 @@ The score is the cosine of an image's feature with its prompt's, without the log
 tables show 100 times that. Scores of v2.0 and v2.1 are not comparable. Source: the HPSv2 repository.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Literal
@@ -16,7 +14,7 @@ from torch.nn import functional
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
+from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.clip.network import (
     CONFIG_FILE,
     VIT_H_14,
@@ -107,17 +105,12 @@ def letterbox(images: Tensor, size: int) -> Tensor:
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `hps` reward to the registry."""
-    register(
-        Hps.name,
-        build=Hps,
-        config=HpsConfig,
-        summary="HPS-v2.1 or v2.0: the cosine of an image and its prompt under a CLIP tuned on people's choices.",
-        card=RewardCard(
-            modalities=Hps.modalities,
-            checkpoint="xswu/HPSv2: HPS_v2.1_compressed.pt or HPS_v2_compressed.pt",
-            size=1_972_000_000,  # its 986,109,441 numbers in half precision
-            licence="Apache-2.0, as the publisher's repository",
-            non_commercial=False,
-            source="arXiv 2306.09341; the HPSv2 repository",
-        ),
+    Hps.enter(
+        register,
+        HpsConfig,
+        "HPS-v2.1 or v2.0: the cosine of an image and its prompt under a CLIP tuned on people's choices.",
+        checkpoint="xswu/HPSv2: HPS_v2.1_compressed.pt or HPS_v2_compressed.pt",
+        licence="Apache-2.0, as the publisher's repository",
+        source="arXiv 2306.09341; the HPSv2 repository",
+        size=1_972_000_000,  # its 986,109,441 numbers in half precision
     )

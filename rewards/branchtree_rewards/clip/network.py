@@ -5,8 +5,6 @@ projections transposed. Its architecture is told by `open_clip_config.json`, of 
 read here: the ones that HPS and DFN5B are made of. Axis letters: B samples, C channels, H height, W width.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from pathlib import Path

@@ -7,15 +7,13 @@ on several scales, which `scale` names: div100 gives the figures of papers, div2
 MixGRPO's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
 from branchtree.files.paths import PathOrName
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
+from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.clip.network import VIT_H_14, clip_config, cosine, load_clip
 from branchtree_rewards.clip.text import CLIP_TOKENIZER, OPEN_CLIP_TOKENIZER, check_end
 from branchtree_rewards.shared.footprints import Skeleton, build_clip, skeleton
@@ -68,17 +66,11 @@ class PickScore(ModelReward[PickScoreConfig]):
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `pickscore` reward to the registry."""
-    register(
-        PickScore.name,
-        build=PickScore,
-        config=PickScoreConfig,
-        summary="PickScore v1: which picture of a prompt people would pick; 100 times a cosine, typically 18 to 24.",
-        card=RewardCard(
-            modalities=PickScore.modalities,
-            checkpoint=f"{HUB_ID}, model.safetensors or pytorch_model.bin",
-            size=None,
-            licence="MIT for the code; see the model card for the weights",
-            non_commercial=False,
-            source="https://github.com/yuvalkirstain/PickScore, arXiv 2305.01569",
-        ),
+    PickScore.enter(
+        register,
+        PickScoreConfig,
+        "PickScore v1: which picture of a prompt people would pick; 100 times a cosine, typically 18 to 24.",
+        checkpoint=f"{HUB_ID}, model.safetensors or pytorch_model.bin",
+        licence="MIT for the code; see the model card for the weights",
+        source="https://github.com/yuvalkirstain/PickScore, arXiv 2305.01569",
     )

@@ -5,8 +5,6 @@ entities before splitting it; transformers' CLIPTokenizer does neither. Each rew
 They agree on plain prompts and differ on curly quotes, entities, full-width letters and ligatures.
 """
 
-from __future__ import annotations
-
 import html
 from collections.abc import Sequence
 from typing import Any

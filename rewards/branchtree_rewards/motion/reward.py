@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -23,7 +22,7 @@ from branchtree.core.scores import Scores
 from branchtree.data.frames import first_frame
 from branchtree.errors import DataError
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
+from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.motion.directions import named_direction
 from branchtree_rewards.motion.flow import flow_motion
 from branchtree_rewards.motion.measures import Measure, agreement, match, smooth_motion, windows
@@ -57,14 +56,6 @@ class MotionConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     speed: float = pydantic.Field(default=0.01, gt=0, le=1)
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """What was measured of B videos in M windows of S steps."""
-
-    quality: Tensor  # (B,), moving * smooth * constant * first
-    steps: Tensor  # (B, M, S, 2), displacements in shorter sides of the frame
-
-
 class _MotionReward(Reward[MotionConfig]):
     """What the rewards share: what they take, and the measurement.
 
@@ -80,14 +71,15 @@ class _MotionReward(Reward[MotionConfig]):
         wanted = [frame for row, frame in enumerate(first) if row not in unread]
 
         def score(good: Media, theirs: Sequence[Condition]) -> Scores:
-            values = self._values(_judge(self._config, good.pixels, wanted), theirs)
+            quality, steps = _judge(self._config, good.pixels, wanted)
+            values = self._values(quality, steps, theirs)
             return Scores(values=values, valid=torch.ones_like(values, dtype=torch.bool))
 
         return score_rest(media, conditions, unread, score)
 
     @abstractmethod
-    def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
-        """Return the values (B,) of what was measured."""
+    def _values(self, quality: Tensor, steps: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """Return the values (B,) of what `_judge` measured."""
 
     def _shape_flaw(self, media: Media) -> str | None:
         frames, (height, width) = media.pixels.shape[1], media.pixels.shape[-2:]
@@ -117,8 +109,8 @@ class MotionSmoothness(_MotionReward):
 
     name = "motion_smoothness"
 
-    def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
-        return judged.quality
+    def _values(self, quality: Tensor, steps: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        return quality
 
 
 class MotionDirection(_MotionReward):
@@ -138,9 +130,9 @@ class MotionDirection(_MotionReward):
     name = "motion_direction"
     reads_prompt = True
 
-    def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
-        towards = judged.steps.new_tensor([named_direction(condition.prompt) for condition in conditions])
-        return judged.quality * agreement(judged.steps.flatten(1, 2), towards)
+    def _values(self, quality: Tensor, steps: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        towards = steps.new_tensor([named_direction(condition.prompt) for condition in conditions])
+        return quality * agreement(steps.flatten(1, 2), towards)
 
     def _prompt_flaw(self, prompt: str) -> str | None:
         if named_direction(prompt) is None:
@@ -159,29 +151,32 @@ class MotionDisplacement(_MotionReward):
 
     name = "motion_displacement"
 
-    def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
-        lengths: Tensor = judged.steps.sum(dim=2).norm(dim=-1)
+    def _values(self, quality: Tensor, steps: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        lengths: Tensor = steps.sum(dim=2).norm(dim=-1)
         return lengths.mean(dim=1)
 
 
-def _judge(config: MotionConfig, videos: Tensor, first: Sequence[Image | None]) -> _Judged:
-    """Measure videos (B, F, C, H, W) that are to start from the B frames ``first``, or from any where there is none."""
+def _judge(config: MotionConfig, videos: Tensor, first: Sequence[Image | None]) -> tuple[Tensor, Tensor]:
+    """Measure videos in M windows of S steps.
+
+    Args:
+        config: How to measure.
+        videos: (B, F, C, H, W).
+        first: The B frames that they are to start from, None where any will do.
+
+    Returns:
+        moving * smooth * constant * first (B,), and displacements (B, M, S, 2) in shorter sides of the frame.
+    """
     videos = capped(videos, LONGEST)
-    cut = windows(videos)
-    at_once = max(1, AT_ONCE // (cut[0].numel() // cut.shape[3]))
-    quality, steps = (
-        torch.cat(figures) for figures in zip(*(_measured(some, config) for some in cut.split(at_once)), strict=True)
-    )
-    return _Judged(quality * _first_match(videos[:, 0], first), steps)
-
-
-def _measured(cut: Tensor, config: MotionConfig) -> tuple[Tensor, Tensor]:
-    """Measure windows (B, M, F, C, H, W): moving * smooth * constant (B,), and steps (B, M, S, 2) in shorter sides."""
-    side = min(cut.shape[-2:])
-    motion = MEASURES[config.measure](cut.flatten(0, 1))
-    moving, smooth, constant = (factor.view(cut.shape[:2]) for factor in smooth_motion(motion, side, config.speed))
-    quality = moving.mean(dim=1) * smooth.amin(dim=1) * constant.amin(dim=1)
-    return quality, motion.steps.unflatten(0, cut.shape[:2]) / side
+    cut, side = windows(videos), min(videos.shape[-2:])
+    qualities, steps = [], []
+    for some in cut.split(max(1, AT_ONCE // (cut[0].numel() // cut.shape[3]))):
+        motion = MEASURES[config.measure](some.flatten(0, 1))
+        factors = smooth_motion(motion, side, config.speed)
+        moving, smooth, constant = (factor.view(some.shape[:2]) for factor in factors)
+        qualities.append(moving.mean(dim=1) * smooth.amin(dim=1) * constant.amin(dim=1))
+        steps.append(motion.steps.unflatten(0, some.shape[:2]) / side)
+    return torch.cat(qualities) * _first_match(videos[:, 0], first), torch.cat(steps)
 
 
 def _first_frames(conditions: Sequence[Condition]) -> tuple[list[Image | None], dict[int, str]]:
@@ -203,18 +198,15 @@ def _first_match(frames: Tensor, first: Sequence[Image | None]) -> Tensor:
     The match is squared: a first frame that is left out is only one step away from the next one, which then stands
     where it should.
     """
-    matches = [
-        frame.new_ones(()) if image is None else _likeness(frame, _wanted_frame(image, frame))
-        for frame, image in zip(frames, first, strict=True)
-    ]
+    matches = []
+    for frame, image in zip(frames, first, strict=True):
+        if image is None:
+            matches.append(frame.new_ones(()))
+            continue
+        seen = torch.ones_like(frame[:1])
+        found, wanted = blur(frame, FIRST_BLUR), blur(_wanted_frame(image, frame), FIRST_BLUR)
+        matches.append(match(found[None, None], wanted[None], seen, seen[None].bool()).square().squeeze())
     return torch.stack(matches)
-
-
-def _likeness(frame: Tensor, wanted: Tensor) -> Tensor:
-    """Return the squared match, without axes, of two frames (C, H, W)."""
-    seen = torch.ones_like(frame[:1]).unsqueeze(0)
-    found = blur(frame, FIRST_BLUR)[None, None]
-    return match(found, blur(wanted, FIRST_BLUR)[None], seen[0], seen.bool()).square().squeeze()
 
 
 def _wanted_frame(image: Image, like: Tensor) -> Tensor:
@@ -228,37 +220,23 @@ def _wanted_frame(image: Image, like: Tensor) -> Tensor:
     return F.interpolate(wanted, like.shape[-2:], mode="bilinear", align_corners=False, antialias=True)[0]
 
 
-CARD = RewardCard(
-    modalities=_MotionReward.modalities,
-    checkpoint="none",
-    size=0,
-    licence="Apache-2.0",
-    non_commercial=False,
-    source="made for this project",
-)
-
-
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the three rewards to the registry."""
-    register(
-        MotionSmoothness.name,
-        build=MotionSmoothness,
-        config=MotionConfig,
-        summary="Smooth motion of lasting content, from 0 to 1, by optical flow or by tracking the subject.",
-        card=CARD,
-    )
-    register(
-        MotionDirection.name,
-        build=MotionDirection,
-        config=MotionConfig,
-        summary="Smooth motion in the direction that the prompt names, from 0 to 1, measured in the same ways.",
-        card=CARD,
-    )
-    register(
-        MotionDisplacement.name,
-        build=MotionDisplacement,
-        config=MotionConfig,
-        summary="How far what moves gets from where it starts: a figure to watch, measured in the same ways.",
-        card=CARD,
-    )
+    summaries = {
+        MotionSmoothness: "Smooth motion of lasting content, from 0 to 1, by optical flow or by tracking the subject.",
+        MotionDirection: "Smooth motion in the direction that the prompt names, from 0 to 1, measured in the same "
+        "ways.",
+        MotionDisplacement: "How far what moves gets from where it starts: a figure to watch, measured in the same "
+        "ways.",
+    }
+    for reward, summary in summaries.items():
+        reward.enter(
+            register,
+            MotionConfig,
+            summary,
+            checkpoint="none",
+            licence="Apache-2.0",
+            source="made for this project",
+            size=0,
+        )

@@ -60,7 +60,10 @@ def track(clips: Tensor) -> Track:
     clips = clips - clips[:, :1].mean(dim=(2, 3), keepdim=True)
     padded = (2 * clips.shape[-2], 2 * clips.shape[-1])
     spectra = (torch.fft.rfft2(clips, s=padded), torch.fft.rfft2(clips**2, s=padded))
-    change = _change(clips)
+    # Early changes count most: what moves changes at once; what it comes to cover, only when it is reached.
+    frames = torch.arange(1, clips.shape[1], device=clips.device, dtype=clips.dtype)
+    weights = (1 / frames**2)[None, :, None, None]
+    change = blur((weights * (clips[:, 1:] - clips[:, :1]).square()).sum(dim=1) / weights.sum(), SPREAD)
     subject, displacement = change + NOISE, clips.new_zeros(*clips.shape[:2], 2)
     for i in range(PASSES):
         displacement = _best_displacements(clips, spectra, subject)
@@ -69,22 +72,26 @@ def track(clips: Tensor) -> Track:
     return Track(_refined(clips, subject, displacement), subject)
 
 
-def _change(clips: Tensor) -> Tensor:
-    """Return how much each pixel of the first frame changes, early changes counting most: (N, H, W).
-
-    What moves changes at once; what it comes to cover, only when it is reached.
-    """
-    frames = torch.arange(1, clips.shape[1], device=clips.device, dtype=clips.dtype)
-    weights = (1 / frames**2)[None, :, None, None]
-    return blur((weights * (clips[:, 1:] - clips[:, :1]).square()).sum(dim=1) / weights.sum(), SPREAD)
-
-
 def _refined(clips: Tensor, subject: Tensor, displacement: Tensor) -> Tensor:
-    """Move displacements (N, F, 2) to the minimum of the cost between pixels, by paraboloids through six points."""
-    spots = _spots(clips, subject)
+    """Move displacements (N, F, 2) to the minimum of the cost between pixels, by paraboloids through six points.
+
+    The cost is taken at the quarter of the first frame's pixels that weigh most, K of them.
+    """
+    weight, indices = subject.flatten(1).topk(subject[0].numel() // 4)  # (N, K)
+    spots = pixel_grid(clips).flatten(2)[0].T[indices].transpose(1, 2).unsqueeze(2)  # (N, 2, 1, K)
+    weight, value = weight.unsqueeze(1), clips[:, 0].flatten(1).gather(1, indices).unsqueeze(1)  # (N, 1, K)
+
+    def cost(displaced: Tensor) -> Tensor:
+        """Return the mean squared difference (N, F) of the spots from what lies displaced from them."""
+        points = (spots[:, None] + displaced[..., None, None]).flatten(0, 1)
+        found = sample(clips.flatten(0, 1).unsqueeze(1), points).flatten(1).unflatten(0, clips.shape[:2])
+        seen = weight * inside(points, *clips.shape[-2:]).flatten(1).view_as(found)
+        mean: Tensor = (seen * (found - value).square()).sum(dim=2) / seen.sum(dim=2).clamp_min(1e-20)
+        return mean
+
     for reach in REFINEMENTS:
         offsets = reach * clips.new_tensor([(0, 0), (-1, 0), (1, 0), (0, -1), (0, 1), (1, 1)])
-        costs = torch.stack([_cost(clips, spots, displacement + offset) for offset in offsets])
+        costs = torch.stack([cost(displacement + offset) for offset in offsets])
         displacement = displacement + reach * _lowest_point(costs)
     return displacement
 
@@ -113,35 +120,14 @@ def _lowest_point(costs: Tensor) -> Tensor:
     return point.clamp(-0.5, 0.5)
 
 
-@dataclass(frozen=True)
-class _Spots:
-    """The quarter of the first frame's pixels that weigh most; K of them."""
-
-    points: Tensor  # (N, 2, 1, K)
-    weight: Tensor  # (N, 1, K)
-    value: Tensor  # (N, 1, K)
-
-
-def _spots(clips: Tensor, subject: Tensor) -> _Spots:
-    weight, indices = subject.flatten(1).topk(subject[0].numel() // 4)
-    points = pixel_grid(clips).flatten(2)[0].T[indices].transpose(1, 2).unsqueeze(2)
-    return _Spots(points, weight.unsqueeze(1), clips[:, 0].flatten(1).gather(1, indices).unsqueeze(1))
-
-
-def _cost(clips: Tensor, spots: _Spots, displacement: Tensor) -> Tensor:
-    """Return the mean squared difference (N, F) of the spots from what lies displaced from them."""
-    points = (spots.points[:, None] + displacement[..., None, None]).flatten(0, 1)
-    found = sample(clips.flatten(0, 1).unsqueeze(1), points).flatten(1).unflatten(0, clips.shape[:2])
-    weight = spots.weight * inside(points, *clips.shape[-2:]).flatten(1).view_as(found)
-    cost: Tensor = (weight * (found - spots.value).square()).sum(dim=2) / weight.sum(dim=2).clamp_min(1e-20)
-    return cost
-
-
 def _best_displacements(clips: Tensor, spectra: tuple[Tensor, Tensor], subject: Tensor) -> Tensor:
     """Return the displacement (N, F, 2) of each frame, to a fraction of a pixel, from costs on the grid of pixels."""
     height, width = clips.shape[-2:]
     cost, contrast = _costs(clips, spectra, subject)
-    shift = _shifts(clips)
+    # The displacement (2, 2H, 2W) that each cell of a padded correlation stands for.
+    y = torch.fft.fftfreq(2 * height, 1 / (2 * height), device=clips.device, dtype=clips.dtype)
+    x = torch.fft.fftfreq(2 * width, 1 / (2 * width), device=clips.device, dtype=clips.dtype)
+    shift = torch.stack(torch.meshgrid(x, y, indexing="xy"))
     current = clips.new_zeros(len(clips), 2)
     found = [current]
     for frame in range(1, clips.shape[1]):
@@ -168,17 +154,11 @@ def _costs(clips: Tensor, spectra: tuple[Tensor, Tensor], subject: Tensor) -> tu
     overlap = torch.fft.irfft2(weight * whole, s=size)
     product = weight[:, None] * spectra[1] - 2 * spectrum(subject * first)[:, None] * spectra[0]
     varying = torch.fft.irfft2(product, s=size)
-    contrast = _contrast(first, subject)[:, None, None] + NOISE
+    share = subject / subject.sum(dim=(1, 2), keepdim=True)
+    mean = (share * first).sum(dim=(1, 2), keepdim=True)
+    contrast = (share * (first - mean).square()).sum(dim=(1, 2))[:, None, None] + NOISE
     fixed = (fixed + contrast * (mass - overlap)).masked_fill(overlap < LEAST_OVERLAP * mass, torch.inf)
     return (fixed[:, None] + varying) / mass[:, None], contrast
-
-
-def _shifts(clips: Tensor) -> Tensor:
-    """Return the displacement (2, 2H, 2W) that each cell of a padded correlation stands for."""
-    height, width = clips.shape[-2:]
-    y = torch.fft.fftfreq(2 * height, 1 / (2 * height), device=clips.device, dtype=clips.dtype)
-    x = torch.fft.fftfreq(2 * width, 1 / (2 * width), device=clips.device, dtype=clips.dtype)
-    return torch.stack(torch.meshgrid(x, y, indexing="xy"))
 
 
 def _minimum(cost: Tensor, shift: Tensor) -> Tensor:
@@ -213,10 +193,3 @@ def _moving(clips: Tensor, displacement: Tensor) -> Tensor:
     seen = inside(points, *clips.shape[-2:]).view_as(later)
     sure = explained((found - clips[:, :1]).square(), (later - clips[:, :1]).square(), seen)
     return blur(sure, SPREAD) + LEAST
-
-
-def _contrast(first: Tensor, subject: Tensor) -> Tensor:
-    """Return the weighted variance (N,) of frames (N, H, W) over the subject."""
-    weight = subject / subject.sum(dim=(1, 2), keepdim=True)
-    mean = (weight * first).sum(dim=(1, 2), keepdim=True)
-    return (weight * (first - mean).square()).sum(dim=(1, 2))

@@ -3,8 +3,6 @@
 Networks are built on torch's meta device, which needs no memory and no weights.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any

@@ -4,8 +4,6 @@ A reward subclasses `Reward` and says how samples are scored, or `ModelReward` a
 how samples are measured.
 """
 
-from __future__ import annotations
-
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from branchtree.core.scores import Scores
 from branchtree.files.checksums import file_sha256
 from branchtree.files.paths import PathOrName
-from branchtree.plugins.protocols import Condition, Media, RewardFootprint
+from branchtree.plugins.protocols import Condition, Media, RewardCard, RewardFootprint
 from branchtree_rewards.shared.footprints import Skeleton
 from branchtree_rewards.shared.samples import (
     check_batch,
@@ -94,6 +92,23 @@ class Reward(ABC, Generic[Config]):
         self._config = config
         self._device = torch.device("cpu")
         self._loaded = False
+
+    @classmethod
+    def enter(
+        cls,
+        register: Callable[..., None],
+        config: type[Config],
+        summary: str,
+        *,
+        checkpoint: str,  # this and the following are the fields of the reward's card
+        licence: str,
+        source: str,
+        size: int | None = None,
+        non_commercial: bool | None = False,
+    ) -> None:
+        """Enter the reward into a registry, for the hook ``register_rewards``."""
+        card = RewardCard(cls.modalities, checkpoint, size, licence, non_commercial, source)
+        register(cls.name, build=cls, config=config, summary=summary, card=card)
 
     @abstractmethod
     def _scores(self, media: Media, conditions: Sequence[Condition]) -> Scores:

@@ -1,7 +1,5 @@
 """Which samples of a batch can be scored. The others are masked, each with a reason, and no model sees them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Collection, Mapping, Sequence
 
 import torch

@@ -5,8 +5,6 @@ temporary folder and which then takes the same way through the loader as the pub
 there to try a recipe, and the library, without downloads.
 """
 
-from __future__ import annotations
-
 import atexit
 import os
 import re

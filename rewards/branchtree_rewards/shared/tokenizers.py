@@ -1,7 +1,5 @@
 """Tokenizers of rewards: which one is loaded, that it is whole, and that it reads a prompt as text."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from dataclasses import dataclass

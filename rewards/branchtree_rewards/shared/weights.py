@@ -1,7 +1,5 @@
 """Reading weights safely and loading them strictly: every tensor of a file is used, or is named as dropped."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +44,7 @@ def state_dict(content: Any, file: Path) -> State:
     return dict(content)
 
 
-def read_state(file: Path) -> State:
+def read_state_dict(file: Path) -> State:
     """Return the state dict that a file holds. Raises RewardError if it holds none."""
     return state_dict(read_weights(file), file)
 

@@ -3,8 +3,6 @@
 Weights are drawn from a stream of their own, and no tensor is constant, so that every one of them matters to a score.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A tiny random ImageReward checkpoint in the published layout: ImageReward.pt, med_config.json and a vocabulary."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

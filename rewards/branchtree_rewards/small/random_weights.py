@@ -3,8 +3,6 @@
 No tensor is constant, so that every one of them matters to a score.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence

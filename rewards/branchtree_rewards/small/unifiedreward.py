@@ -209,7 +209,7 @@ def _seek_pictures(state: State, attention: str) -> None:
 
 
 def _embeddings(tokenizer: Qwen2TokenizerFast, turns: Sequence[Sequence[str]], generator: torch.Generator) -> Tensor:
-    """Return embeddings that lead from any token to the first heading, from each to the next, and at last to the end."""
+    """Return embeddings that lead from any token to the first heading, then to the next, and at last to the end."""
     table = 0.5 * torch.randn(len(tokenizer), WIDTH, generator=generator)
     table[:, :FREE] = 0
     table[:, ONE] = 1

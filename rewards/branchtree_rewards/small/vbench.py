@@ -1,7 +1,5 @@
 """Tiny random weights for VBench's dimensions, in their published layouts; always the same."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

@@ -3,8 +3,6 @@
 Beside the published files lies a `config.json`, which says how small the model is.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
@@ -19,15 +17,8 @@ SEED = 20250123
 STEP = 7
 RANK = 4
 SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    VIDEO_PAD,
-    *REWARD_TOKENS,
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", VIDEO_PAD, *REWARD_TOKENS),
 )
 WORDS = 1000  # entries of the vocabulary before the special tokens; enough to write the template in 840 tokens
 ADAPTED = tuple(f"{kind}_proj.weight" for kind in ("q", "k", "v", "o", "gate", "up", "down"))
@@ -165,11 +156,11 @@ def _weights(config: dict[str, Any], outputs: int) -> State:
 
 def published_names(state: State) -> State:
     """Rename tensors of transformers 5's Qwen2VLModel as the published checkpoint has them beside low-rank factors."""
-    return {_published_name(name): value for name, value in state.items()}
-
-
-def _published_name(name: str) -> str:
-    old = name.replace("language_model.", "model.", 1) if name.startswith("language_model.") else name
-    layer, _, kind = old.rpartition(".")
-    adapted = name.startswith("language_model.") and f"{layer}.weight".endswith(ADAPTED)
-    return f"base_model.model.{layer}.base_layer.{kind}" if adapted else f"base_model.model.{old}"
+    published = {}
+    for name, value in state.items():
+        of_language = name.startswith("language_model.")
+        old = name.replace("language_model.", "model.", 1) if of_language else name
+        layer, _, kind = old.rpartition(".")
+        adapted = of_language and f"{layer}.weight".endswith(ADAPTED)
+        published[f"base_model.model.{layer}.base_layer.{kind}" if adapted else f"base_model.model.{old}"] = value
+    return published

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,62 +19,59 @@ from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, cause,
 from branchtree_rewards.shared.tokenizers import PROBES, check_whole, own_token, too_long
 from branchtree_rewards.shared.weights import from_pretrained, quiet_libraries
 from branchtree_rewards.small.unifiedreward import write_small_unifiedreward
+from branchtree_rewards.unifiedreward.config import PUBLISHED, UnifiedRewardConfig
 from branchtree_rewards.unifiedreward.templates import NoScore, Spoken
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PUBLISHED = "CodeGoat24/UnifiedReward-qwen-7b"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
 SAMPLING = {"do_sample", "temperature", "top_p", "top_k", "min_p", "typical_p", "max_length"}
 
 
-@dataclass
 class LocalModel:
     """A vision-language model that answers greedily, several questions at a time."""
 
-    name: str  # a hub id, a folder, or "random:small"
-    revision: str | None  # branch, tag or commit of the hub id
-    pin: str | Mapping[str, str] | None  # digests of the weights, as `verify` takes them
-    dtype: torch.dtype | None  # of the weights; None is bfloat16 on CUDA and float32 elsewhere
-    batch: int  # questions answered at a time
-    max_tokens: int  # length of an answer, at most
-    offload: bool  # leave the device after answering
-    _files: dict[str, Path] = field(default_factory=dict)
-    _model: Any = None
-    _processor: Any = None
-    _device: torch.device | None = None
+    def __init__(self, config: UnifiedRewardConfig) -> None:
+        self._config = config
+        self._dtype = DTYPES[config.dtype] if config.dtype else None
+        self._files: dict[str, Path] = {}
+        self._model: Any = None
+        self._processor: Any = None
+        self._device = torch.device("cpu")
+
+    @property
+    def name(self) -> str:
+        """The model's hub id or folder."""
+        return self._config.path
 
     def footprint(self) -> RewardFootprint | None:
         """Return the memory of the weights, of CodeGoat24's 7B models where the configuration is not here."""
         if self.name == RANDOM_SMALL:
-            return RewardFootprint(0, self.offload)
+            return RewardFootprint(0, self._config.offload)
         try:
-            found = skeleton(build_answering, self.name, self.revision, (PUBLISHED, QWEN2_5_VL_7B))
+            found = skeleton(build_answering, self.name, self._config.revision, (PUBLISHED, QWEN2_5_VL_7B))
         except Exception:  # transformers has exceptions of its own for a damaged file; loading will say what is wrong
             return None
-        number = (self.dtype or torch.bfloat16).itemsize
-        return replace(found, number_bytes=number).footprint(self.offload)
+        found = replace(found, number_bytes=(self._dtype or torch.bfloat16).itemsize)
+        return found.footprint(self._config.offload)
 
     def load(self, device: torch.device) -> None:
-        """Load the model strictly.
-
-        Raises:
-            RewardError: files are missing, damaged, not those pinned, or do not fit the model.
-        """
+        """Load the model. Raises RewardError if files are missing, damaged, not those pinned, or do not fit."""
         from transformers import AutoModelForImageTextToText
 
-        source = locate_weights(self.name, self.revision, write_small_unifiedreward)
+        source = locate_weights(self.name, self._config.revision, write_small_unifiedreward)
         if source.only is not None:
             raise RewardError(f"path '{self.name}' is a file; this reward needs its whole folder, or a hub id")
         files = weight_files(source)
-        verify(files, self.pin)
+        verify(files, self._config.sha256)
         settings = {"revision": source.revision} if source.revision else {}
         self._processor = _open_processor(source.location, settings)
         model = from_pretrained(
             AutoModelForImageTextToText,
             source.location,
-            self.dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
+            self._dtype or (torch.bfloat16 if device.type == "cuda" else torch.float32),
             use_safetensors=True,
             trust_remote_code=False,
             **settings,
@@ -83,7 +80,7 @@ class LocalModel:
         model.eval().requires_grad_(False)
         model.generation_config = _greedy(model.generation_config, self._processor.tokenizer.pad_token_id)
         self._files, self._model, self._device = files, model, device
-        if not self.offload:
+        if not self._config.offload:
             model.to(device)
 
     def prompt_flaw(self, prompt: str, asked: str) -> str | None:
@@ -98,14 +95,14 @@ class LocalModel:
     def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | NoScore]:
         """Return the model's greedy answer to each question about the picture of the same index."""
         self._model.to(self._device)
-        batches = spans(len(questions), self.batch)
+        batches = spans(len(questions), self._config.batch)
         return [answer for span in batches for answer in self._answer_batch(pictures[span], questions[span])]
 
     def _answer_batch(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken]:
         texts = [conversation(self._processor, question) for question in questions]
         inputs = self._processor(text=texts, images=list(pictures), padding=True, return_tensors="pt")
         asked = inputs["input_ids"].shape[1]
-        tokens = self._model.generate(**inputs.to(self._device), max_new_tokens=self.max_tokens)[:, asked:]
+        tokens = self._model.generate(**inputs.to(self._device), max_new_tokens=self._config.max_tokens)[:, asked:]
         answered = self._processor.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         endings = self._model.generation_config.eos_token_id
         ended = torch.isin(tokens, tokens.new_tensor(endings)).any(dim=1).tolist()
@@ -113,7 +110,7 @@ class LocalModel:
 
     def release(self) -> None:
         """Leave the device until the next question, under ``offload``."""
-        if self._model is not None and self.offload:
+        if self._model is not None and self._config.offload:
             self._model.to("cpu")
 
     def identity(self) -> str:

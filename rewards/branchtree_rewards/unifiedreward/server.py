@@ -10,20 +10,19 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from branchtree.errors import RewardError
 from branchtree.plugins.protocols import RewardFootprint
 from branchtree_rewards.shared.http import Caller, CallError
+from branchtree_rewards.unifiedreward.config import ImageFormat, UnifiedRewardConfig
 from branchtree_rewards.unifiedreward.templates import NoScore, Spoken
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-ImageFormat = Literal["jpeg", "png"]
 JPEG_QUALITY = 95
 STARTING = {None, 502, 503, 504}  # statuses, or no answer at all, of a server that may still be starting
 MARKERS = re.compile(r"<\|[^|<>\s]{1,40}\|>|<(?:image|video|/?s)>")  # special tokens of chat models, by their look
@@ -31,25 +30,18 @@ POLL = 1.0  # seconds between two looks at a server that is starting
 START = "vllm serve CodeGoat24/UnifiedReward-qwen-7b --served-model-name UnifiedReward --port 8080"
 
 
-@dataclass
 class ChatServer:
     """A client that asks several questions at once and hands the answers back in order."""
 
-    url: str  # the server's base URL, which ends in /v1
-    model: str | None  # the name that the model is served under; None for the one that the server lists
-    api_key_env: str | None  # the environment variable that holds the server's key
-    concurrency: int  # questions under way at once
-    timeout: float  # seconds that one answer may take
-    retries: int  # how often a question that failed is asked again
-    wait: float  # seconds to wait for a server that is still starting
-    max_tokens: int  # length of an answer, at most
-    image_format: ImageFormat
-    _caller: Caller | None = None
+    def __init__(self, config: UnifiedRewardConfig) -> None:
+        self._config, self._url = config, config.server or ""
+        self._model = config.model
+        self._caller: Caller | None = None
 
     @property
     def name(self) -> str:
         """The name that the model is served under, empty while it is not known."""
-        return self.model or ""
+        return self._model or ""
 
     def footprint(self) -> RewardFootprint:
         """Return 0: no weights are in this process."""
@@ -59,14 +51,15 @@ class ChatServer:
         """Find the server in good health and its model's name; nothing is put on ``device``. Raises RewardError."""
         if self._caller is not None:
             self._caller.close()
-        caller = Caller(self.url, self.timeout, self.retries, self._headers(), self.concurrency)
+        config = self._config
+        caller = Caller(self._url, config.timeout, config.retries, self._headers(), config.concurrency)
         served = self._served(caller)
-        if self.model is None:
+        if self._model is None:
             if len(served) != 1:
                 listed = ", ".join(map(repr, served)) or "none"
-                raise RewardError(f"{self.url} lists {len(served)} models ({listed}); name the one to use as 'model'")
-            self.model = served[0]
-        elif self.model not in served:
+                raise RewardError(f"{self._url} lists {len(served)} models ({listed}); name the one to use as 'model'")
+            self._model = served[0]
+        elif self._model not in served:
             self._try_model(caller, served)
         self._caller = caller
 
@@ -80,7 +73,7 @@ class ChatServer:
         caller = self._caller
         if caller is None:
             raise RuntimeError("this server was not looked at: call load(device) first")
-        with ThreadPoolExecutor(self.concurrency, thread_name_prefix="unifiedreward") as pool:
+        with ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="unifiedreward") as pool:
             return list(pool.map(lambda pair: self._answer(caller, *pair), zip(pictures, questions, strict=True)))
 
     def release(self) -> None:
@@ -88,19 +81,20 @@ class ChatServer:
 
     def identity(self) -> str:
         """Return the served model's name; a server does not say which weights it serves."""
-        return f"served model {self.model}\n"
+        return f"served model {self._model}\n"
 
     def _headers(self) -> dict[str, str]:
-        if self.api_key_env is None:
+        variable = self._config.api_key_env
+        if variable is None:
             return {}
-        key = os.environ.get(self.api_key_env)
+        key = os.environ.get(variable)
         if not key:
-            raise RewardError(f"api_key_env is {self.api_key_env}, but the environment has no variable of that name")
+            raise RewardError(f"api_key_env is {variable}, but the environment has no variable of that name")
         return {"Authorization": f"Bearer {key}"}
 
     def _served(self, caller: Caller) -> list[str]:
         """Return the names that the server lists, once it is up. Raises RewardError."""
-        deadline = time.monotonic() + self.wait
+        deadline = time.monotonic() + self._config.wait
         while True:
             try:
                 return _names(caller.get("/models", retries=0))
@@ -108,7 +102,7 @@ class ChatServer:
                 if error.status not in STARTING:
                     return self._unlisted(error)
                 if time.monotonic() >= deadline:
-                    waited = f" after {self.wait:g} s" if self.wait else ""
+                    waited = f" after {self._config.wait:g} s" if self._config.wait else ""
                     raise RewardError(
                         f"the server of unifiedreward is not ready{waited}: {error}; start it, for example with "
                         f"'{START}', or give it time to start with 'wait'"
@@ -123,27 +117,28 @@ class ChatServer:
             raise RewardError(
                 f"the server wants a key: {error}; put it into an environment variable and name that as 'api_key_env'"
             ) from error
-        if self.model is None:
+        if self._model is None:
             raise RewardError(
-                f"'{self.url}' lists no models: {error}; the URL of an OpenAI-compatible server ends in /v1, and one "
+                f"'{self._url}' lists no models: {error}; the URL of an OpenAI-compatible server ends in /v1, and one "
                 "that lists none needs 'model'"
             ) from error
         return []
 
     def _try_model(self, caller: Caller, served: Sequence[str]) -> None:
         """Ask a model that is not listed for one token: `transformers serve` lists only what its cache holds."""
-        request = {"model": self.model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
+        request = {"model": self._model, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 1}
         try:
             caller.post("/chat/completions", json=request)
         except CallError as error:
             listed = ", ".join(map(repr, served)) or "no models"
-            ending = "" if self.url.rstrip("/").endswith("/v1") else ", and its URL should end in /v1"
+            ending = "" if self._url.rstrip("/").endswith("/v1") else ", and its URL should end in /v1"
             raise RewardError(
-                f"'{self.url}' does not serve '{self.model}': {error}; it lists {listed}{ending}"
+                f"'{self._url}' does not serve '{self._model}': {error}; it lists {listed}{ending}"
             ) from error
 
     def _answer(self, caller: Caller, picture: Image, question: str) -> Spoken | NoScore:
-        request = chat_request(self.model or "", data_url(picture, self.image_format), question, self.max_tokens)
+        image = data_url(picture, self._config.image_format)
+        request = chat_request(self._model or "", image, question, self._config.max_tokens)
         try:
             return read_answer(caller.post("/chat/completions", json=request))
         except CallError as error:

@@ -5,8 +5,6 @@ UnifiedReward (https://github.com/CodeGoat24/UnifiedReward, MIT licence), except
 question that flow_grpo asks of UnifiedReward-7b-v1.5.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from dataclasses import dataclass

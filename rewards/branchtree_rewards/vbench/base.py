@@ -4,8 +4,6 @@ Frames are float32 with the values 0 to 255 of their bytes, as VBench reads them
 without antialiasing. Axis letters: T frames, H height, W width, S side of a square.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

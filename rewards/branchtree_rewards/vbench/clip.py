@@ -5,8 +5,6 @@ Formulas and frames are those of aesthetic_quality.py and background_consistency
 digit. Axis letters: T frames, D features.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, cast
 

@@ -4,8 +4,6 @@ The rules are those of dynamic_degree.py in Vchitect/VBench (arXiv 2311.17982). 
 width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,29 +90,23 @@ class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
 
     def _shape_flaw(self, media: Media) -> str | None:
         height, width = media.pixels.shape[-2:]
-        if self._rate(media.fps) is None:
+        if (self._config.clip_fps or media.fps) is None:
             return "the frame rate is not known, and the score depends on it; set clip_fps"
         if min(height, width) < SHORTEST:
             return f"frames of {width}x{height} are too small for RAFT; it needs {SHORTEST} a side"
         return elongated(media)
 
-    def _rate(self, fps: float | None) -> float | None:
-        return self._config.clip_fps or fps
-
     def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
-        rate = self._rate(fps)
+        rate = self._config.clip_fps or fps
         assert rate is not None
         looked = padded(frames[:: max(1, round(rate / RATE))], UNIT)
-        speeds = self._speeds(network, looked)
-        motion = judged(speeds, *frames.shape[-2:])
-        mean = speeds.mean() if len(speeds) else torch.zeros(())
-        value = float(motion.dynamic) if self._config.measure == "dynamic" else motion.share
-        return VideoFigure(value, {"share": motion.share, "speed": mean, "pairs": len(speeds)})
-
-    def _speeds(self, network: nn.Module, frames: Tensor) -> Tensor:
-        first, second = frames[:-1], frames[1:]
+        first, second = looked[:-1], looked[1:]
         found = [
             largest_motions(network, (first[span], second[span]), self._config.updates)
             for span in spans(len(first), self._config.frames)
         ]
-        return torch.cat(found) if found else frames.new_zeros(0)
+        speeds = torch.cat(found) if found else frames.new_zeros(0)
+        motion = judged(speeds, *frames.shape[-2:])
+        value = float(motion.dynamic) if self._config.measure == "dynamic" else motion.share
+        mean = speeds.mean() if found else 0.0
+        return VideoFigure(value, {"share": motion.share, "speed": mean, "pairs": len(speeds)})

@@ -3,10 +3,7 @@
 The frames are those of imaging_quality.py in Vchitect/VBench (arXiv 2311.17982), in its default mode, "longer".
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
-from pathlib import Path
 
 import pydantic
 import torch
@@ -54,28 +51,18 @@ class VBenchImaging(VBenchReward[VBenchImagingConfig]):
         refuse_file(source, OTHERS, f"VBench rates frames by MUSIQ for SPAQ; give '{MUSIQ_FILE}'")
         file = source.find(MUSIQ_FILE)
         described = source.maybe(SIZES_FILE) if source.only is None else None
-        sizes = read_sizes(described) if described else MusiqSizes()
-        return Opened(load_musiq(file, sizes), {file.name: file}, (described,) if described else ())
+        try:
+            sizes = MusiqSizes.model_validate_json(described.read_bytes()) if described else MusiqSizes()
+        except ValueError as error:
+            raise RewardError(f"'{described}' holds no sizes of MUSIQ: {error}") from error
+        content = read_weights(file)
+        if isinstance(content, Mapping) and content.keys() == {"params"}:  # as some training tools save it
+            content = content["params"]
+        with torch.device("meta"):
+            network = Musiq(sizes)
+        load_strictly(network, state_dict(content, file), str(file))
+        return Opened(network, {file.name: file}, (described,) if described else ())
 
     def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
         shown = longer_side(frames, LONGEST) / 255
         return VideoFigure(torch.cat([network(shown[span]) for span in spans(len(shown), self._config.frames)]).mean())
-
-
-def load_musiq(file: Path, sizes: MusiqSizes) -> Musiq:
-    """Return MUSIQ with the weights of ``file``, in float32 on the CPU. Raises RewardError if they do not fit."""
-    content = read_weights(file)
-    if isinstance(content, Mapping) and content.keys() == {"params"}:  # as some training tools save it
-        content = content["params"]
-    with torch.device("meta"):
-        network = Musiq(sizes)
-    load_strictly(network, state_dict(content, file), str(file))
-    return network
-
-
-def read_sizes(file: Path) -> MusiqSizes:
-    """Return the sizes in a musiq.json. Raises RewardError if it does not hold sizes that make a MUSIQ."""
-    try:
-        return MusiqSizes.model_validate_json(file.read_bytes())
-    except ValueError as error:
-        raise RewardError(f"'{file}' holds no sizes of MUSIQ: {error}") from error

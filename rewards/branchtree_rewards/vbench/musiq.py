@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated
 
 import pydantic
@@ -17,9 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from branchtree_rewards.vbench.base import margins
+
 PATCH = 32  # pixels along a side; patches do not overlap
 STEM = PATCH // 4  # cells along a patch's side after the stem
 GROUPS = 32
+LAYER_EPS = 1e-6
 
 Count = Annotated[int, pydantic.Field(ge=1)]
 
@@ -65,20 +69,17 @@ class Bottleneck(nn.Module):
 
     def __init__(self, inputs: int, outputs: int) -> None:
         super().__init__()
-        self.conv1, self.gn1 = StandardisedConv(inputs, inputs, 1), _group_norm(inputs)
-        self.conv2, self.gn2 = StandardisedConv(inputs, inputs, 3), _group_norm(inputs)
-        self.conv3, self.gn3 = StandardisedConv(inputs, outputs, 1), _group_norm(outputs)
-        self.conv_proj, self.gn_proj = StandardisedConv(inputs, outputs, 1), _group_norm(outputs)
+        norm = partial(nn.GroupNorm, GROUPS, eps=1e-4)
+        self.conv1, self.gn1 = StandardisedConv(inputs, inputs, 1), norm(inputs)
+        self.conv2, self.gn2 = StandardisedConv(inputs, inputs, 3), norm(inputs)
+        self.conv3, self.gn3 = StandardisedConv(inputs, outputs, 1), norm(outputs)
+        self.conv_proj, self.gn_proj = StandardisedConv(inputs, outputs, 1), norm(outputs)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map images (N, C, H, W) to as many of the same size."""
         inner = functional.relu(self.gn1(self.conv1(images)))
         inner = functional.relu(self.gn2(self.conv2(inner)))
         return functional.relu(self.gn3(self.conv3(inner)) + self.gn_proj(self.conv_proj(images)))
-
-
-def _group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(GROUPS, channels, eps=1e-4)
 
 
 class Attention(nn.Module):
@@ -103,13 +104,10 @@ class Block(nn.Module):
 
     def __init__(self, sizes: MusiqSizes) -> None:
         super().__init__()
-        self.norm1, self.norm2 = _layer_norm(sizes.width), _layer_norm(sizes.width)
-        self.attention = Attention(sizes.width, sizes.heads)
-        layers = {
-            "fc1": nn.Linear(sizes.width, sizes.inner),
-            "gelu": nn.GELU(),
-            "fc2": nn.Linear(sizes.inner, sizes.width),
-        }
+        width, inner = sizes.width, sizes.inner
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=LAYER_EPS), nn.LayerNorm(width, eps=LAYER_EPS)
+        self.attention = Attention(width, sizes.heads)
+        layers = {"fc1": nn.Linear(width, inner), "gelu": nn.GELU(), "fc2": nn.Linear(inner, width)}
         self.mlp = nn.Sequential(OrderedDict(layers))
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -117,10 +115,6 @@ class Block(nn.Module):
         tokens = tokens + self.attention(self.norm1(tokens))
         result: Tensor = tokens + self.mlp(self.norm2(tokens))
         return result
-
-
-def _layer_norm(width: int) -> nn.LayerNorm:
-    return nn.LayerNorm(width, eps=1e-6)
 
 
 class Encoder(nn.Module):
@@ -132,7 +126,7 @@ class Encoder(nn.Module):
         positions, scales = torch.empty(1, sizes.grid**2, sizes.width), torch.empty(len(sizes.lengths) + 1, sizes.width)
         self.posembed_input = nn.ParameterDict({"position_emb": positions})
         self.scaleembed_input = nn.ParameterDict({"scale_emb": scales})
-        self.encoder_norm = _layer_norm(sizes.width)
+        self.encoder_norm = nn.LayerNorm(sizes.width, eps=LAYER_EPS)
         self.transformer = nn.ModuleDict({f"encoderblock_{index}": Block(sizes) for index in range(sizes.layers)})
 
     def forward(self, tokens: Tensor, cells: Tensor, scales: Tensor) -> Tensor:
@@ -168,17 +162,11 @@ class Musiq(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Return the qualities (N,) of pictures (N, 3, H, W) in [0, 1]."""
         cut = pieces((images - 0.5) * 2, self.sizes.lengths, self.sizes.grid)
-        tokens = self._embedded(cut.patches.flatten(0, 1)).unflatten(0, cut.patches.shape[:2])
+        cells = functional.relu(self.gn_root(self.conv_root(cut.patches.flatten(0, 1))))
+        cells = self.block1(functional.max_pool2d(functional.pad(cells, (0, 1, 0, 1)), 3, stride=2))
+        tokens = self.embedding(cells.permute(0, 2, 3, 1).flatten(1)).unflatten(0, cut.patches.shape[:2])
         quality: Tensor = self.head(self.transformer_encoder(tokens, cut.cells, cut.scales))
         return quality.squeeze(1)
-
-    def _embedded(self, patches: Tensor) -> Tensor:
-        """Embed patches (P, 3, 32, 32) as tokens (P, E)."""
-        cells = functional.relu(self.gn_root(self.conv_root(patches)))
-        cells = functional.max_pool2d(functional.pad(cells, (0, 1, 0, 1)), 3, stride=2)
-        cells = self.block1(cells)
-        tokens: Tensor = self.embedding(cells.permute(0, 2, 3, 1).flatten(1))
-        return tokens
 
 
 @dataclass(frozen=True)
@@ -191,24 +179,22 @@ class Pieces:
 
 
 def pieces(images: Tensor, lengths: tuple[int, ...], grid: int) -> Pieces:
-    """Cut pictures (N, C, H, W), with each length in turn as their longer side and then as they are.
+    """Cut pictures (N, C, H, W), with each length in turn as their longer side, bicubic, and then as they are.
 
     The publisher fills the smaller scales up with patches that attention masks. No score depends on them, and they are
     left out here.
     """
-    scaled = [*(resize_picture(images, length) for length in sorted(lengths)), images]
-    patches = [split(each) for each in scaled]
+    height, width = images.shape[-2:]
+    scaled = []
+    for length in sorted(lengths):
+        ratio = length / max(height, width)
+        new = (max(1, round(height * ratio)), max(1, round(width * ratio)))
+        scaled.append(functional.interpolate(images, new, mode="bicubic", align_corners=False, antialias=False))
+    scaled.append(images)
+    patches = torch.cat([split(each) for each in scaled], dim=1)
     cells = [hashed_cells(*_counts(each), grid).to(images.device) for each in scaled]
     scales = [torch.full_like(each, index) for index, each in enumerate(cells)]
-    return Pieces(torch.cat(patches, dim=1), torch.cat(cells), torch.cat(scales))
-
-
-def resize_picture(images: Tensor, length: int) -> Tensor:
-    """Resize pictures (N, C, H, W) to ``length`` pixels on the longer side, bicubic, without antialiasing."""
-    height, width = images.shape[-2:]
-    ratio = length / max(height, width)
-    new = (max(1, round(height * ratio)), max(1, round(width * ratio)))
-    return functional.interpolate(images, new, mode="bicubic", align_corners=False, antialias=False)
+    return Pieces(patches, torch.cat(cells), torch.cat(scales))
 
 
 def _counts(images: Tensor) -> tuple[int, int]:
@@ -218,9 +204,8 @@ def _counts(images: Tensor) -> tuple[int, int]:
 
 def split(images: Tensor) -> Tensor:
     """Cut pictures (N, C, H, W) row by row into patches (N, P, C, 32, 32); zeros around fill up, an odd one last."""
-    down, across = -images.shape[-2] % PATCH, -images.shape[-1] % PATCH
-    whole = functional.pad(images, (across // 2, across - across // 2, down // 2, down - down // 2))
     rows, columns = _counts(images)
+    whole = functional.pad(images, margins(images.shape[-2], images.shape[-1], PATCH))
     cut = whole.unflatten(3, (columns, PATCH)).unflatten(2, (rows, PATCH))
     patches: Tensor = cut.permute(0, 2, 4, 1, 3, 5).flatten(1, 2)
     return patches
@@ -228,11 +213,6 @@ def split(images: Tensor) -> Tensor:
 
 def hashed_cells(rows: int, columns: int, grid: int) -> Tensor:
     """Return the cell of a ``grid`` x ``grid`` table that each patch of a picture falls on, int64 (rows * columns,)."""
-    down, across = (_nearest(count, grid) for count in (rows, columns))
-    return (down[:, None] * grid + across[None, :]).flatten()
-
-
-def _nearest(count: int, grid: int) -> Tensor:
     line = torch.arange(grid, dtype=torch.float32)[None, None]
-    nearest: Tensor = functional.interpolate(line, count, mode="nearest")
-    return nearest[0, 0].long()
+    down, across = (functional.interpolate(line, count, mode="nearest")[0, 0].long() for count in (rows, columns))
+    return (down[:, None] * grid + across[None, :]).flatten()

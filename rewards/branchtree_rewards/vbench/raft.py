@@ -5,8 +5,6 @@ tensors otherwise: each is found once in torchvision's layout, but for the third
 stored twice.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -15,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import RewardError
-from branchtree_rewards.shared.weights import State, load_strictly, read_state, renamed, without
+from branchtree_rewards.shared.weights import State, load_strictly, read_state_dict, renamed, without
 
 WRAPPED = "module."  # what torch's DataParallel puts before every name
 RENAMED = (  # applied one after the other, each to the name that the one before made
@@ -52,13 +50,10 @@ def torchvision_layout(state: Mapping[str, Tensor]) -> State:
         original = TWICE.sub(r".layer\1.\2.downsample.1.", name)
         if original not in state or not torch.equal(state[name], state[original]):
             raise RewardError(f"RAFT's '{name}' must be stored once more, and alike, as '{original}'")
-    return renamed(without(state, copies), _renamed)
-
-
-def _renamed(name: str) -> str:
+    names = dict(zip(state, state, strict=True))
     for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
+        names = {old: re.sub(pattern, replacement, new) for old, new in names.items()}
+    return renamed(without(state, copies), names.__getitem__)
 
 
 def empty_raft(narrow: int = 1) -> nn.Module:
@@ -97,7 +92,7 @@ def empty_raft(narrow: int = 1) -> nn.Module:
 
 def load_raft(file: Path) -> nn.Module:
     """Return RAFT with the weights of ``file``, in float32 on the CPU. Raises RewardError if they do not fit."""
-    state = torchvision_layout(read_state(file))
+    state = torchvision_layout(read_state_dict(file))
     last = state.get("feature_encoder.conv.bias")
     network = empty_raft(256 // len(last) if last is not None and len(last) in {32, 64, 128} else 1)
     load_strictly(network, state, str(file))
@@ -109,7 +104,7 @@ def largest_motions(network: Callable[..., Sequence[Tensor]], pairs: tuple[Tenso
     """Return how fast the fastest twentieth of the pixels moves between two frames, in pixels: (N,).
 
     Args:
-        network: Returns flows (N, 2, H, W) in pixels after each update, of two images (N, 3, H, W) in [-1, 1].
+        network: Maps two images (N, 3, H, W) in [-1, 1] to the flows (N, 2, H, W) in pixels after each update.
         pairs: Frames (N, 3, H, W) from 0 to 255 and those that follow them, H and W multiples of 8.
         updates: How often RAFT refines its flow.
     """

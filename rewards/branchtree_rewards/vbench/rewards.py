@@ -10,13 +10,9 @@ They need no prompt and none of VBench's own prompts, like its mode for custom v
 is used. VBench's table shows the mean over videos, but for the background; see `VBenchBackground`.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import Any
 
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import RewardCard
 from branchtree_rewards.clip.aesthetic import HUB_CLIP as AESTHETIC_CLIP
 from branchtree_rewards.small.clip import HEAD
 from branchtree_rewards.small.vbench import MUSIQ_FILE, RAFT_FILE
@@ -31,59 +27,52 @@ from branchtree_rewards.vbench.dynamic import PRINCETON_FILE, VBenchDynamic, VBe
 from branchtree_rewards.vbench.imaging import VBenchImaging, VBenchImagingConfig
 from branchtree_rewards.vbench.smoothness import VBenchSmoothness, VBenchSmoothnessConfig
 
-
-def _card(checkpoint: str, licence: str, paper: str = "", **facts: Any) -> RewardCard:
-    source = f"arXiv 2311.17982; github.com/Vchitect/VBench{paper and f'; {paper}'}"
-    known = {"modalities": frozenset({"video"}), "size": None, "non_commercial": False, **facts}
-    return RewardCard(checkpoint=checkpoint, licence=licence, source=source, **known)
+SOURCE = "arXiv 2311.17982; github.com/Vchitect/VBench"
 
 
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the five rewards to the registry."""
-    register(
-        VBenchAesthetic.name,
-        build=VBenchAesthetic,
-        config=VBenchAestheticConfig,
-        summary="VBench's aesthetic quality: LAION's rating of the frames over 10, about 0 to 1.",
-        card=_card(f"{HEAD} (from GitHub), {AESTHETIC_CLIP}", "MIT for the head; see the model card for CLIP"),
+    VBenchAesthetic.enter(
+        register,
+        VBenchAestheticConfig,
+        "VBench's aesthetic quality: LAION's rating of the frames over 10, about 0 to 1.",
+        checkpoint=f"{HEAD} (from GitHub), {AESTHETIC_CLIP}",
+        licence="MIT for the head; see the model card for CLIP",
+        source=SOURCE,
     )
-    register(
-        VBenchBackground.name,
-        build=VBenchBackground,
-        config=VBenchBackgroundConfig,
-        summary="VBench's background consistency: how alike CLIP finds a video's frames, 0 to 1.",
-        card=_card(HUB_CLIP, "MIT, as its repository; see the model card"),
+    VBenchBackground.enter(
+        register,
+        VBenchBackgroundConfig,
+        "VBench's background consistency: how alike CLIP finds a video's frames, 0 to 1.",
+        checkpoint=HUB_CLIP,
+        licence="MIT, as its repository; see the model card",
+        source=SOURCE,
     )
-    register(
-        VBenchImaging.name,
-        build=VBenchImaging,
-        config=VBenchImagingConfig,
-        summary="VBench's imaging quality: MUSIQ's rating of the frames, trained on SPAQ, about 0 to 100.",
-        card=_card(
-            f"{MUSIQ_FILE} (from GitHub)",
-            "Apache-2.0 for MUSIQ; the file was converted for IQA-PyTorch (PolyForm Noncommercial)",
-            "arXiv 2108.05997",
-            non_commercial=None,
-        ),
+    VBenchImaging.enter(
+        register,
+        VBenchImagingConfig,
+        "VBench's imaging quality: MUSIQ's rating of the frames, trained on SPAQ, about 0 to 100.",
+        checkpoint=f"{MUSIQ_FILE} (from GitHub)",
+        licence="Apache-2.0 for MUSIQ; the file was converted for IQA-PyTorch (PolyForm Noncommercial)",
+        source=f"{SOURCE}; arXiv 2108.05997",
+        non_commercial=None,
     )
-    register(
-        VBenchDynamic.name,
-        build=VBenchDynamic,
-        config=VBenchDynamicConfig,
-        summary="VBench's dynamic degree: 1 for a video in which RAFT sees enough motion, 0 for others.",
-        card=_card(f"{RAFT_FILE} (from torchvision) or {PRINCETON_FILE}", "BSD-3-Clause", "arXiv 2003.12039"),
+    VBenchDynamic.enter(
+        register,
+        VBenchDynamicConfig,
+        "VBench's dynamic degree: 1 for a video in which RAFT sees enough motion, 0 for others.",
+        checkpoint=f"{RAFT_FILE} (from torchvision) or {PRINCETON_FILE}",
+        licence="BSD-3-Clause",
+        source=f"{SOURCE}; arXiv 2003.12039",
     )
-    register(
-        VBenchSmoothness.name,
-        build=VBenchSmoothness,
-        config=VBenchSmoothnessConfig,
-        summary="VBench's motion smoothness, with an interpolator that you bring; with `blend`, not VBench's measure.",
-        card=_card(
-            "none; VBench's is AMT-S",
-            "Apache-2.0 without an interpolator; AMT-S is CC BY-NC 4.0",
-            "arXiv 2304.09790",
-            size=0,
-            non_commercial=None,  # by interpolator
-        ),
+    VBenchSmoothness.enter(
+        register,
+        VBenchSmoothnessConfig,
+        "VBench's motion smoothness, with an interpolator that you bring; with `blend`, not VBench's measure.",
+        checkpoint="none; VBench's is AMT-S",
+        licence="Apache-2.0 without an interpolator; AMT-S is CC BY-NC 4.0",
+        source=f"{SOURCE}; arXiv 2304.09790",
+        size=0,
+        non_commercial=None,  # by interpolator
     )

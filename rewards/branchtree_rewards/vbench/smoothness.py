@@ -6,8 +6,6 @@ may be AMT if its licence suits you. The linear blend that comes along is anothe
 Axis letters: B videos, T frames, N pairs of frames, H height, W width.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Mapping, Sequence

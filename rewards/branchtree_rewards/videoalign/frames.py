@@ -4,8 +4,6 @@ Axis letters: T all frames of a video, N sampled frames, C channels, H height, W
 `vision_process.py` in KwaiVGI/VideoAlign, with its "uniform" sampling, and of the Qwen2-VL video processor.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

@@ -5,8 +5,6 @@ The published file is the state dict of a whole peft model of transformers 4.45:
 low-rank factors. Axis letters: B videos, L tokens, D hidden width.
 """
 
-from __future__ import annotations
-
 import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -52,7 +50,7 @@ class VideoAlignNetwork(nn.Module):
             attention_mask=mask,
             # The publisher passes no positions, and transformers 4.45 then counts 0..L-1 on all three axes. Left to
             # itself, transformers 5 would compute M-RoPE, with which this checkpoint was not trained.
-            position_ids=plain_positions(ids),
+            position_ids=torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape),
             pixel_values_videos=torch.cat([video.pixels for video in videos]),
             video_grid_thw=torch.tensor([video.grid for video in videos], device=ids.device),
             use_cache=False,
@@ -63,11 +61,6 @@ class VideoAlignNetwork(nn.Module):
         outputs = states @ self.head.T
         # A head of three rows has one for each token; a head of one row serves all.
         return outputs.diagonal(dim1=1, dim2=2) if len(self.head) > 1 else outputs.squeeze(2)
-
-
-def plain_positions(ids: Tensor) -> Tensor:
-    """Return 0..L-1 for time, height and width alike: (3, B, L)."""
-    return torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape)
 
 
 @dataclass(frozen=True)
@@ -96,7 +89,12 @@ def reward_weights(state: Mapping[str, Tensor], lora: Lora | None, dtype: torch.
         RewardError: the head or the embedding is missing, or the factors are incomplete or of another shape. All other
             names and shapes are checked against the model they are loaded into.
     """
-    named = without(renamed(state, _modern_name), DROPPED)
+
+    def modern(name: str) -> str:
+        name = name.removeprefix(WRAPPER)
+        return f"language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
+
+    named = without(renamed(state, modern), DROPPED)
     for name in (HEAD, EMBEDDING):
         if name not in named:
             raise RewardError(f"'{where}' holds no weight that belongs at '{name}'; it is no VideoAlign checkpoint")
@@ -105,11 +103,6 @@ def reward_weights(state: Mapping[str, Tensor], lora: Lora | None, dtype: torch.
         raise RewardError(f"'{where}' has a head of shape {tuple(head.shape)}; its rows must be 1 or 3")
     require_finite_weights({HEAD: head}, where)
     return RewardWeights(_folded(named, lora, dtype, where), head)
-
-
-def _modern_name(name: str) -> str:
-    name = name.removeprefix(WRAPPER)
-    return f"language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
 
 
 def _folded(state: State, lora: Lora | None, dtype: torch.dtype, where: str) -> State:
@@ -125,19 +118,15 @@ def _folded(state: State, lora: Lora | None, dtype: torch.dtype, where: str) -> 
         raise RewardError(f"'{where}' holds low-rank weights, but its model_config.json has lora_enable false")
     for layer, pieces in layers.items():
         assert lora is not None
-        _check_low_rank(layer, pieces, lora, where)
+        if missing := sorted({WEIGHT, DOWN, UP} - pieces.keys()):
+            raise RewardError(f"'{where}' lacks {', '.join(missing)} of the low-rank layer '{layer}'")
+        rows, columns = pieces[WEIGHT].shape
+        for name, shape in {DOWN: (lora.rank, columns), UP: (rows, lora.rank)}.items():
+            found = tuple(pieces[name].shape)
+            if found != shape:
+                raise RewardError(f"'{where}': {layer}.{name} is {found}, not {shape} of rank {lora.rank}")
         low_rank = pieces[UP].float() @ pieces[DOWN].float()
         folded[f"{layer}.weight"] = (pieces[WEIGHT].float() + lora.scale * low_rank).to(dtype)
         if BIAS in pieces:
             folded[f"{layer}.bias"] = pieces[BIAS].to(dtype)
     return folded
-
-
-def _check_low_rank(layer: str, pieces: State, lora: Lora, where: str) -> None:
-    if missing := sorted({WEIGHT, DOWN, UP} - pieces.keys()):
-        raise RewardError(f"'{where}' lacks {', '.join(missing)} of the low-rank layer '{layer}'")
-    rows, columns = pieces[WEIGHT].shape
-    for name, shape in {DOWN: (lora.rank, columns), UP: (rows, lora.rank)}.items():
-        found = tuple(pieces[name].shape)
-        if found != shape:
-            raise RewardError(f"'{where}': {layer}.{name} is {found}, not {shape} of rank {lora.rank}")

@@ -4,8 +4,6 @@ VideoReward (arXiv 2501.13918) is Qwen2-VL-2B with low-rank weights and a linear
 repository was published as KwaiVGI/VideoReward, which is now KlingTeam/VideoReward; the code is KwaiVGI/VideoAlign.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -20,7 +18,7 @@ from torch import Tensor, nn
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins.hookspecs import hookimpl
-from branchtree.plugins.protocols import Condition, Media, RewardCard
+from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.shared.footprints import QWEN2_VL_2B, Skeleton, build_qwen2_vl, skeleton
 from branchtree_rewards.shared.reward import (
     ClipFps,
@@ -32,8 +30,8 @@ from branchtree_rewards.shared.reward import (
     SampleFps,
 )
 from branchtree_rewards.shared.samples import unreadable, unreadable_or_empty
-from branchtree_rewards.shared.source import WeightsSource, cause, file_at_hand, locate_weights
-from branchtree_rewards.shared.weights import build_pretrained, read_state
+from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, cause, file_at_hand, locate_weights
+from branchtree_rewards.shared.weights import build_pretrained, read_state_dict
 from branchtree_rewards.small.videoalign import write_small_videoalign
 from branchtree_rewards.videoalign.frames import Patches, frame_indices, frame_size, patches
 from branchtree_rewards.videoalign.network import VideoAlignNetwork, reward_weights
@@ -109,11 +107,15 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
             raise RewardError(
                 f"path '{config.path}' is a file; give the folder with model_config.json and checkpoint-*"
             )
-        base = locate_weights(config.base, None, _no_small_base)
+        if config.base == RANDOM_SMALL:
+            raise RewardError(
+                "base 'random:small' is no model; only 'path' can be random, and then brings its own config.json"
+            )
+        base = locate_weights(config.base, None, write_small_videoalign)
         step = f"checkpoint-{config.checkpoint if config.checkpoint is not None else _latest(source)}"
         settings = self._sampled(read_settings(source.find("model_config.json")))
         file = _weights_file(source, step)
-        weights = reward_weights(read_state(file), settings.lora, self._dtype, str(file))
+        weights = reward_weights(read_state_dict(file), settings.lora, self._dtype, str(file))
         architecture = _architecture(source, base, weights.vocabulary)
         tokenizer = open_tokenizer(source, f"{step}/tokenizer", base)
         context = architecture.text_config.max_position_embeddings
@@ -161,8 +163,12 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
         looks = self._look(media.pixels, media.fps)
         pairs = zip(conditions, looks, strict=True)
         rows = [self._questions.encode(condition.prompt, look.tokens) for condition, look in pairs]
-        ids, mask = self._questions.batch(rows, media.pixels.device)
-        return self._measured(network(ids, mask, looks))
+        scores = network(*self._questions.batch(rows, media.pixels.device), looks)
+        mean, std = scores.new_tensor(self._settings.mean), scores.new_tensor(self._settings.std)
+        normalised = dict(zip(DIMENSIONS, ((scores - mean) / std).unbind(1), strict=True))
+        unnormalised = {f"{name}_unnormalised": scores[:, column] for column, name in enumerate(DIMENSIONS)}
+        chosen = [normalised[name] for name in dimensions(self._config.measure)]
+        return Measured(torch.stack(chosen).sum(0), {**normalised, **unnormalised})
 
     def _look(self, videos: Tensor, media_fps: float | None) -> list[Patches]:
         """Return what the model sees of videos (B, F, C, H, W)."""
@@ -175,17 +181,6 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
         if fps is None:
             raise ValueError("the frame rate of the videos is not known, and the score depends on it; set clip_fps")
         return frame_indices(total, fps, self._settings.sampling)
-
-    def _measured(self, scores: Tensor) -> Measured:
-        mean, std = scores.new_tensor(self._settings.mean), scores.new_tensor(self._settings.std)
-        normalised = dict(zip(DIMENSIONS, ((scores - mean) / std).unbind(1), strict=True))
-        unnormalised = {f"{name}_unnormalised": scores[:, column] for column, name in enumerate(DIMENSIONS)}
-        chosen = [normalised[name] for name in dimensions(self._config.measure)]
-        return Measured(torch.stack(chosen).sum(0), {**normalised, **unnormalised})
-
-
-def _no_small_base(folder: Path) -> None:
-    raise RewardError("base 'random:small' is no model; only 'path' can be random, and then brings its own config.json")
 
 
 def _latest(source: WeightsSource) -> int:
@@ -227,17 +222,12 @@ def _architecture(source: WeightsSource, base: WeightsSource, vocabulary: int) -
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `videoalign` reward to the registry."""
-    register(
-        VideoAlign.name,
-        build=VideoAlign,
-        config=VideoAlignConfig,
-        summary="Motion quality, visual quality or text alignment of a video, by VideoAlign's VideoReward.",
-        card=RewardCard(
-            modalities=VideoAlign.modalities,
-            checkpoint="KlingTeam/VideoReward: checkpoint-11352/model.pth",
-            size=5_031_072_529,
-            licence="Apache-2.0, by a public copy of its model card",
-            non_commercial=False,
-            source="arXiv 2501.13918; github.com/KwaiVGI/VideoAlign",
-        ),
+    VideoAlign.enter(
+        register,
+        VideoAlignConfig,
+        "Motion quality, visual quality or text alignment of a video, by VideoAlign's VideoReward.",
+        checkpoint="KlingTeam/VideoReward: checkpoint-11352/model.pth",
+        licence="Apache-2.0, by a public copy of its model card",
+        source="arXiv 2501.13918; github.com/KwaiVGI/VideoAlign",
+        size=5_031_072_529,
     )

@@ -4,8 +4,6 @@ The template is the publisher's `detailed_special` (KwaiVGI/VideoAlign, `prompt_
 byte: blanks at the ends of its lines count. Around it stands the chat format of Qwen2-VL.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -98,25 +96,20 @@ def open_tokenizer(source: WeightsSource, folder: str, base: WeightsSource) -> A
     Raises:
         RewardError: neither can be read.
     """
-    holder, prefix = (source, f"{folder}/") if source.maybe(f"{folder}/{SETTINGS}") else (base, "")
-    tokenizer = _read_tokenizer(holder, prefix)
-    if holder is base:
-        tokenizer.add_special_tokens({"additional_special_tokens": list(REWARD_TOKENS)})
-    return tokenizer
-
-
-def _read_tokenizer(source: WeightsSource, prefix: str) -> Any:
     from transformers import AutoTokenizer
 
+    holder, prefix = (source, f"{folder}/") if source.maybe(f"{folder}/{SETTINGS}") else (base, "")
     # Always from a folder: in a subfolder of a hub repository, transformers would look for a model's config.json.
-    settings = source.find(f"{prefix}{SETTINGS}")
-    if source.maybe(f"{prefix}tokenizer.json") is None:
+    settings = holder.find(f"{prefix}{SETTINGS}")
+    if holder.maybe(f"{prefix}tokenizer.json") is None:
         for name in ("vocab.json", "merges.txt"):
-            source.find(f"{prefix}{name}")
+            holder.find(f"{prefix}{name}")
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(str(settings.parent))
     except Exception as error:  # tokenizers and transformers have exceptions of their own for a file that is not right
-        raise RewardError(f"cannot read the tokenizer of '{source.name}' ({cause(error)})") from error
-    check_whole(tokenizer, source.name)
+        raise RewardError(f"cannot read the tokenizer of '{holder.name}' ({cause(error)})") from error
+    check_whole(tokenizer, holder.name)
+    if holder is base:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(REWARD_TOKENS)})
     return tokenizer
