@@ -10,9 +10,8 @@ from pathlib import Path
 import torch
 
 from branchtree_rewards.clip.network import CONFIG_FILE, OpenClipConfig, published_shapes
-from branchtree_rewards.shared.pixels import CLIP_MEAN, CLIP_STD
 from branchtree_rewards.shared.weights import State, build_pretrained, quiet_libraries
-from branchtree_rewards.small.random_weights import Shapes, meta_shapes, random_tensor, write_json
+from branchtree_rewards.small.checkpoint import Shapes, meta_shapes, random_tensor, write_json, write_kept_settings
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY = 2 * 256 + 2
@@ -40,18 +39,18 @@ def write_clip_folder(folder: Path, seed: int) -> None:
     with quiet_libraries():
         model.save_pretrained(folder)
     write_tokenizer(folder)
-    write_preprocessor(folder)
+    write_kept_settings(folder, "clip")
 
 
 def write_open_clip(folder: Path, weights: str, key: str | None, quick_gelu: bool, seed: int) -> None:
     """Write a checkpoint of open_clip, its configuration and a tokenizer.
 
     Args:
-        folder: Where to.
+        folder: The folder to write to.
         weights: Name of the weights file, which torch.save writes.
         key: Entry of the file that holds the state dict; None: the file is the state dict.
         quick_gelu: Which activation the configuration names.
-        seed: Of the weights.
+        seed: Determines the weights.
     """
     vision = {"image_size": IMAGE, "layers": LAYERS, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": PATCH}
     text = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH, "heads": HEADS, "layers": LAYERS}
@@ -88,34 +87,7 @@ def write_tokenizer(folder: Path) -> None:
 
     symbols = list(bytes_to_unicode().values())
     entries = [*symbols, *(f"{symbol}</w>" for symbol in symbols), START, END]
-    settings = {
-        "tokenizer_class": "CLIPTokenizer",
-        "model_max_length": CONTEXT,
-        "bos_token": START,
-        "eos_token": END,
-        "unk_token": END,
-        "pad_token": END,
-    }
     vocabulary = {entry: index for index, entry in enumerate(entries)}
     (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False), encoding="utf-8")
     (folder / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
-    write_json(folder / "tokenizer_config.json", settings)
-
-
-def write_preprocessor(folder: Path) -> None:
-    """Write preprocessor_config.json: the shorter side to the image size, then a square cut out of the middle."""
-    settings = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_resize": True,
-        "size": {"shortest_edge": IMAGE},
-        "resample": 3,  # PIL's bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": IMAGE, "width": IMAGE},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": True,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-        "do_convert_rgb": True,
-    }
-    write_json(folder / "preprocessor_config.json", settings)
+    write_kept_settings(folder, "clip_tokenizer")

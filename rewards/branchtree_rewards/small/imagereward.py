@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from branchtree_rewards.small.random_weights import write_json
+from branchtree_rewards.small.checkpoint import write_json
 
 Shapes = dict[str, tuple[int, ...]]
 

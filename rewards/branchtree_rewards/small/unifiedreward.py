@@ -21,17 +21,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from branchtree_rewards.shared.pixels import CLIP_MEAN, CLIP_STD, to_pil
+from branchtree_rewards.shared.pixels import to_pil
 from branchtree_rewards.shared.weights import State, build_pretrained, quiet_libraries
-from branchtree_rewards.small.random_weights import meta_shapes, random_state, write_json
+from branchtree_rewards.small.checkpoint import meta_shapes, random_state, write_kept_settings
 from branchtree_rewards.unifiedreward.templates import FILES, LABELS, fill_template
 
 if TYPE_CHECKING:
     from transformers import Qwen2TokenizerFast
 
 SEED = 20260904
-WIDTH, HEADS, HEAD, LAYERS = 64, 4, 16, 2
-VISION_WIDTH = 32
+WIDTH, HEADS, HEAD, LAYERS = 64, 4, 16, 2  # as in data/small_unifiedreward.json
 END, ONE, PICTURE, MEASURE, FREE = 4, 5, 6, 7, 11
 STEADY = HEAD // 2 - 1  # the slowest pair of rotary dimensions: hardly turned by position
 FINEST = 0.05  # the step between two numbers that it can say
@@ -42,14 +41,6 @@ SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", IM_END, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|image_pad|>", "<|video_pad|>"),
-)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -69,7 +60,9 @@ def _write(folder: Path, talks: bool) -> None:
     turns = headings() if talks else []
     tokenizer = _tokenizer(turns)
     with quiet_libraries():
-        _write_settings(folder, tokenizer)
+        ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+        write_kept_settings(folder, "unifiedreward", {**ids, "vocabulary": len(tokenizer)})
+        tokenizer.save_pretrained(folder)
         config = AutoConfig.from_pretrained(folder)
         state = _random_state(config, tokenizer, turns)
         model = build_pretrained(Qwen2_5_VLForConditionalGeneration, config, state, "the small model", torch.float32)
@@ -118,62 +111,6 @@ def _tokenizer(turns: Sequence[Sequence[str]]) -> Qwen2TokenizerFast:
     tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL], special_tokens=True)
     tokenizer.add_tokens([AddedToken(token, normalized=False) for token in [*lines, *spoken]])
     return tokenizer
-
-
-def _configuration(tokenizer: Qwen2TokenizerFast) -> dict[str, Any]:
-    """Return what config.json holds, flat as in the published files."""
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "torch_dtype": "float32",
-        "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS // 2,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "tie_word_embeddings": False,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids[IM_END],
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "vision_config": {
-            "model_type": "qwen2_5_vl",
-            "depth": 2,
-            "hidden_size": VISION_WIDTH,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": WIDTH,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        },
-    }
-
-
-def _write_settings(folder: Path, tokenizer: Qwen2TokenizerFast) -> None:
-    """Write the files without weights: configuration, tokenizer, chat template and image processor."""
-    endings = [tokenizer.convert_tokens_to_ids(name) for name in (IM_END, "<|endoftext|>")]
-    # As published: sampling at a temperature that makes it greedy, and a penalty on repetition.
-    generation = {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05, "eos_token_id": endings}
-    pixels = {"min_pixels": 56 * 56, "max_pixels": 112 * 112, "patch_size": 14, "merge_size": 2}
-    normalisation = {"image_mean": CLIP_MEAN, "image_std": CLIP_STD}
-    processor = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
-    contents = {
-        "config.json": _configuration(tokenizer),
-        "generation_config.json": {**generation, "pad_token_id": tokenizer.pad_token_id},
-        "preprocessor_config.json": {**processor, **pixels, "temporal_patch_size": 2, **normalisation},
-        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
-    }
-    for name, content in contents.items():
-        write_json(folder / name, content)
-    tokenizer.save_pretrained(folder)
 
 
 def _random_state(config: Any, tokenizer: Qwen2TokenizerFast, turns: Sequence[Sequence[str]]) -> State:

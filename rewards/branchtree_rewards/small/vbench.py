@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from branchtree_rewards.small.random_weights import meta_shapes, random_state
+from branchtree_rewards.small.checkpoint import meta_shapes, random_state
 from branchtree_rewards.vbench.musiq import Musiq, MusiqSizes
 from branchtree_rewards.vbench.raft import empty_raft
 

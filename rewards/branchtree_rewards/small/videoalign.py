@@ -10,12 +10,18 @@ from typing import Any
 import torch
 
 from branchtree_rewards.shared.weights import State
-from branchtree_rewards.small.random_weights import meta_shapes, random_state, random_tensor, write_json
+from branchtree_rewards.small.checkpoint import (
+    meta_shapes,
+    random_state,
+    random_tensor,
+    write_json,
+    write_kept_settings,
+)
 from branchtree_rewards.videoalign.text import REWARD_TOKENS, VIDEO_PAD, template
 
 SEED = 20250123
 STEP = 7
-RANK = 4
+RANK = 4  # as in data/small_videoalign.json
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|image_pad|>", VIDEO_PAD, *REWARD_TOKENS),
@@ -29,88 +35,10 @@ def write_small_videoalign(folder: Path, outputs: int = 1) -> None:
     checkpoint = folder / f"checkpoint-{STEP}"
     checkpoint.mkdir(parents=True)
     ids = _write_tokenizer(checkpoint / "tokenizer")
-    config = _config(ids)
-    write_json(folder / "config.json", config)
-    write_json(folder / "model_config.json", _model_config(outputs))
-    torch.save(_weights(config, outputs), checkpoint / "model.pth")
-
-
-def _model_config(outputs: int) -> dict[str, Any]:
-    """Return the published file's sections and values, for a model of this size."""
-    return {
-        "data_config": {
-            "meta_data": "",
-            "data_dir": "",
-            "max_frame_pixels": 200704,
-            "num_frames": None,
-            "fps": 2.0,
-            "eval_dim": ["VQ", "MQ", "TA"],
-            "prompt_template_type": "detailed_special",
-            "sample_type": "uniform",
-        },
-        "model_config": {
-            "model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct",
-            "output_dim": outputs,
-            "use_special_tokens": True,
-            "reward_token": "special",
-        },
-        "peft_lora_config": {
-            "lora_enable": True,
-            "vision_lora": False,
-            "lora_r": RANK,
-            "lora_alpha": 2 * RANK,
-            "lora_namespan_exclude": ["lm_head", "rm_head", "embed_tokens", "visual"],
-            "use_rslora": False,
-        },
-        "inference_config": {
-            "VQ_mean": 3.6757,
-            "VQ_std": 2.2476,
-            "MQ_mean": 1.1646,
-            "MQ_std": 1.3811,
-            "TA_mean": 2.8105,
-            "TA_std": 2.5121,
-        },
-    }
-
-
-def _config(ids: dict[str, int]) -> dict[str, Any]:
-    """Return a `config.json` in the flat form in which Qwen2-VL is published."""
-    return {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
-        "vocab_size": WORDS + len(SPECIAL_TOKENS),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "tie_word_embeddings": False,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "vision_token_id": ids["<|vision_pad|>"],
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids[VIDEO_PAD],
-        "vision_config": {
-            "model_type": "qwen2_vl",
-            "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": 32,
-            "mlp_ratio": 2,
-            "num_heads": 2,
-            "in_chans": 3,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2,
-        },
-    }
+    settings = write_kept_settings(folder, "videoalign", ids)
+    settings["model_config.json"]["model_config"]["output_dim"] = outputs
+    write_json(folder / "model_config.json", settings["model_config.json"])
+    torch.save(_weights(settings["config.json"], outputs), checkpoint / "model.pth")
 
 
 def _write_tokenizer(folder: Path) -> dict[str, int]:

@@ -1,11 +1,13 @@
-"""Random weights for small checkpoints, drawn from a stream of their own, and the other files of a checkpoint.
+"""What small checkpoints are made of: random weights, drawn from a stream of their own, and files of settings.
 
-No tensor is constant, so that every one of them matters to a score.
+No tensor is constant, so that every one of them matters to a score. Settings that do not depend on anything are kept in
+`data/small_*.json`, by file name.
 """
 
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -48,3 +50,23 @@ def meta_shapes(build: Callable[[], nn.Module]) -> dict[str, torch.Size]:
 def write_json(file: Path, content: Any) -> None:
     """Write a file of settings."""
     file.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+def write_kept_settings(folder: Path, checkpoint: str, tokens: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """Write the files of settings that are kept for a small checkpoint.
+
+    Args:
+        folder: The folder to write to.
+        checkpoint: Which of `data/small_*.json`.
+        tokens: Ids of tokens, which stand in place of their names.
+
+    Returns:
+        The contents by file name.
+    """
+    kept = resources.files("branchtree_rewards").joinpath("data", f"small_{checkpoint}.json").read_text("utf-8")
+    for token, index in (tokens or {}).items():
+        kept = kept.replace(json.dumps(token), str(index))
+    contents: dict[str, Any] = json.loads(kept)
+    for name, content in contents.items():
+        write_json(folder / name, content)
+    return contents
