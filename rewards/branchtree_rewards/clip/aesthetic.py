@@ -11,6 +11,7 @@ resizes float tensors without antialiasing and divides by 10: its figures are no
 
 import re
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -25,7 +26,7 @@ from branchtree.files.reading import user_path
 from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.clip.network import clip_size, load_clip
-from branchtree_rewards.shared.footprints import CLIP_L_14, Skeleton, build_clip_vision, skeleton
+from branchtree_rewards.shared.footprints import CLIP_L_14, Skeleton, skeleton
 from branchtree_rewards.shared.pixels import clip_pixels
 from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards.shared.source import locate_local, locate_weights
@@ -77,7 +78,9 @@ class Aesthetic(ModelReward[AestheticConfig]):
 
     def _skeleton(self) -> Skeleton:
         config = self._config
-        return skeleton(build_clip_vision, _clip_of(config), config.revision, (HUB_CLIP, CLIP_L_14))
+        found = skeleton(_clip_of(config), config.revision, (HUB_CLIP, CLIP_L_14))
+        clip: Any = found.network
+        return replace(found, network=nn.ModuleList([clip.vision_model, clip.visual_projection]))
 
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
         predictor = cast(AestheticPredictor, network)

@@ -3,7 +3,7 @@
 Networks are built on torch's meta device, which needs no memory and no weights.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from branchtree_rewards.shared.source import file_at_hand
 
 Settings = Mapping[str, Any]
 
-CLIP_B_32: Settings = {}  # transformers' defaults
+CLIP_B_32: Settings = {"model_type": "clip"}  # transformers' defaults
 CLIP_L_14: Settings = {
+    "model_type": "clip",
     "projection_dim": 768,
     "vision_config": {
         "hidden_size": 1024,
@@ -75,49 +76,23 @@ class Skeleton:
 
 
 def skeleton(
-    build: Callable[[Settings], nn.Module], path: str, revision: str | None, published: tuple[str, Settings]
+    path: str, revision: str | None, published: tuple[str, Settings], auto_class: str = "AutoModel"
 ) -> Skeleton:
-    """Return what ``build`` makes of a config.json, without memory for weights.
+    """Return the network of a config.json, without memory for weights.
 
     Args:
-        build: Makes a network of a configuration.
         path: A folder, a file or a hub id, whose config.json is read if it is on this machine.
         revision: Branch, tag or commit of the hub id.
         published: A hub id and its configuration, which stands in for a config.json that is not here.
+        auto_class: The class of transformers that makes the network.
     """
+    import transformers
+
     hub_id, settings = published
     file = file_at_hand(path, revision, "config.json")
     if file is not None:
-        settings = read_json_object(file, RewardError)
+        settings = {"model_type": settings["model_type"], **read_json_object(file, RewardError)}
+    config = transformers.AutoConfig.for_model(**settings)
     with torch.device("meta"):
-        return Skeleton(build(settings), "" if file or path == hub_id else hub_id)
-
-
-def build_clip(settings: Settings) -> nn.Module:
-    """Return transformers' CLIP."""
-    from transformers import CLIPConfig, CLIPModel
-
-    model: nn.Module = CLIPModel(CLIPConfig.from_dict(dict(settings)))
-    return model
-
-
-def build_clip_vision(settings: Settings) -> nn.Module:
-    """Return CLIP's image encoder with its projection."""
-    clip: Any = build_clip(settings)
-    return nn.ModuleList([clip.vision_model, clip.visual_projection])
-
-
-def build_qwen2_vl(settings: Settings) -> nn.Module:
-    """Return Qwen2-VL without its language head."""
-    from transformers import Qwen2VLConfig, Qwen2VLModel
-
-    model: nn.Module = Qwen2VLModel(Qwen2VLConfig.from_dict(dict(settings)))
-    return model
-
-
-def build_answering(settings: Settings) -> nn.Module:
-    """Return a vision-language model that answers."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    model: nn.Module = AutoModelForImageTextToText.from_config(AutoConfig.for_model(**settings))
-    return model
+        network = getattr(transformers, auto_class).from_config(config)
+    return Skeleton(network, "" if file or path == hub_id else hub_id)

@@ -5,19 +5,14 @@ that double and are drawn at random so that many callers do not come back at onc
 the server refuses) is not. Proxies and credentials of the environment are never used.
 """
 
-from __future__ import annotations
-
 import random
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import httpx
+from collections.abc import Mapping
+from typing import Any
 
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
-FIRST_PAUSE = 0.5  # seconds
+FIRST_PAUSE = 0.5  # seconds, at most
 LONGEST_PAUSE = 20.0  # seconds
 SHOWN = 300  # characters of a server's answer in a message
 
@@ -45,7 +40,6 @@ class Caller:
         retries: How often a request that failed is sent again.
         headers: Sent with every request.
         connections: How many requests may be under way at once.
-        first_pause: Seconds before the first retry, at most; doubled for each further one, up to 20 s.
     """
 
     def __init__(
@@ -55,7 +49,6 @@ class Caller:
         retries: int,
         headers: Mapping[str, str] | None = None,
         connections: int = 8,
-        first_pause: float = FIRST_PAUSE,
     ) -> None:
         import httpx
 
@@ -63,7 +56,7 @@ class Caller:
         self._client = httpx.Client(timeout=timeout, limits=limits, headers=dict(headers or {}), trust_env=False)
         # Whoever drops a caller without closing it leaves no open connections behind.
         self._close = weakref.finalize(self, self._client.close)
-        self._base, self._timeout, self._retries, self._first_pause = base.rstrip("/"), timeout, retries, first_pause
+        self._base, self._timeout, self._retries = base.rstrip("/"), timeout, retries
 
     def get(self, path: str, retries: int | None = None) -> bytes:
         """GET ``path``, with ``retries`` instead of the usual ones, and return the answer's body. Raises CallError."""
@@ -78,21 +71,15 @@ class Caller:
         self._close()
 
     def _call(self, method: str, path: str, retries: int, **settings: Any) -> bytes:
-        for pause in self._pauses(retries):
+        draw = random.Random()
+        for attempt in range(retries + 1):
             try:
                 return self._once(method, path, **settings)
             except CallError as failure:
-                if not failure.passing or pause is None:
+                if not failure.passing or attempt == retries:
                     raise
-            time.sleep(pause)
-        raise AssertionError("the last pause is None")
-
-    def _pauses(self, retries: int) -> Iterator[float | None]:
-        """Yield how many seconds to wait after each failed attempt; None after the last."""
-        draw = random.Random()
-        for attempt in range(retries):
-            yield draw.uniform(0.5, 1.0) * min(self._first_pause * 2**attempt, LONGEST_PAUSE)
-        yield None
+            time.sleep(draw.uniform(0.5, 1.0) * min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))
+        raise AssertionError("the last attempt returns or raises")
 
     def _once(self, method: str, path: str, **settings: Any) -> bytes:
         import httpx
@@ -101,7 +88,12 @@ class Caller:
         url = self._base + path
         try:
             with self._client.stream(method, url, **settings) as response:
-                body = b"".join(_until(deadline, response))
+                pieces = []
+                for piece in response.iter_bytes():  # from a server that may send little by little
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                    pieces.append(piece)
+                body = b"".join(pieces)
         except (httpx.TimeoutException, TimeoutError) as error:
             raise CallError(f"no answer from {url} within {self._timeout:g} s", None, passing=True) from error
         except httpx.TransportError as error:
@@ -115,14 +107,6 @@ class Caller:
             reason = f"{url} answered {response.status_code} {response.reason_phrase}: {text or 'and gave no reason'}"
             raise CallError(reason, response.status_code, passing=response.status_code in PASSING)
         return body
-
-
-def _until(deadline: float, response: httpx.Response) -> Iterator[bytes]:
-    """Yield the body's pieces. Raises TimeoutError when a server that sends little by little has had its time."""
-    for piece in response.iter_bytes():
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        yield piece
 
 
 def _short(text: str) -> str:

@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from branchtree_rewards.small.checkpoint import write_json
+from branchtree_rewards.small.checkpoint import write_kept_settings
 
 Shapes = dict[str, tuple[int, ...]]
 
 IMAGE, PATCH = 32, 8
 WIDTH, VISION_LAYERS, VISION_MLP = 128, 2, 64  # two attention heads, which are 64 wide in the published vision encoder
-TEXT_LAYERS = 2
+TEXT_LAYERS = 2  # as in data/small_imagereward.json
 HEAD = {0: (24, 20), 2: (20, 14), 4: (14, 10), 6: (10, 6), 7: (6, 1)}  # widths in and out of linear layers, by index
 PROJECTION = 16
 SEED = 20230415
@@ -22,12 +22,12 @@ SEED = 20230415
 def write_small_imagereward(folder: Path) -> None:
     """Write the three files of a tiny checkpoint, always the same."""
     vocabulary = _vocabulary()
-    sizes = _med_config(len(vocabulary) + 2)  # the published vocabulary has two entries more, which scoring never uses
+    # The published vocabulary has two entries more, which scoring never uses.
+    sizes = write_kept_settings(folder, "imagereward", {"entries": len(vocabulary) + 2})["med_config.json"]
     generator = torch.Generator().manual_seed(SEED)
     state = {name: _random(name, shape, generator) for name, shape in _shapes(sizes).items()}
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(sizes["max_position_embeddings"])[None]
     torch.save(state, folder / "ImageReward.pt")
-    write_json(folder / "med_config.json", sizes)
     (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
 
 
@@ -35,23 +35,6 @@ def _vocabulary() -> list[str]:
     characters = [chr(code) for code in range(33, 127) if not chr(code).isupper()]
     later = [f"##{character}" for character in characters if character.isalnum()]
     return ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *characters, *later]
-
-
-def _med_config(entries: int) -> dict[str, Any]:
-    return {
-        "model_type": "bert",
-        "vocab_size": entries,
-        "hidden_size": HEAD[0][0],
-        "intermediate_size": 40,
-        "num_hidden_layers": TEXT_LAYERS,
-        "num_attention_heads": 3,
-        "max_position_embeddings": 40,
-        "layer_norm_eps": 1e-12,
-        "hidden_act": "gelu",
-        "type_vocab_size": 2,
-        "pad_token_id": 0,
-        "add_cross_attention": True,
-    }
 
 
 def _shapes(sizes: dict[str, Any]) -> Shapes:

@@ -13,7 +13,7 @@ import torch
 from branchtree.errors import RewardError
 from branchtree.files.checksums import file_sha256
 from branchtree.plugins.protocols import RewardFootprint
-from branchtree_rewards.shared.footprints import QWEN2_5_VL_7B, build_answering, skeleton
+from branchtree_rewards.shared.footprints import QWEN2_5_VL_7B, skeleton
 from branchtree_rewards.shared.samples import spans
 from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, cause, locate_weights, verify
 from branchtree_rewards.shared.tokenizers import PROBES, check_whole, own_token, too_long
@@ -51,7 +51,9 @@ class LocalModel:
         if self.name == RANDOM_SMALL:
             return RewardFootprint(0, self._config.offload)
         try:
-            found = skeleton(build_answering, self.name, self._config.revision, (PUBLISHED, QWEN2_5_VL_7B))
+            found = skeleton(
+                self.name, self._config.revision, (PUBLISHED, QWEN2_5_VL_7B), "AutoModelForImageTextToText"
+            )
         except Exception:  # transformers has exceptions of its own for a damaged file; loading will say what is wrong
             return None
         found = replace(found, number_bytes=(self._dtype or torch.bfloat16).itemsize)

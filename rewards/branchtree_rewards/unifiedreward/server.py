@@ -10,14 +10,14 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from branchtree.errors import RewardError
 from branchtree.plugins.protocols import RewardFootprint
 from branchtree_rewards.shared.http import Caller, CallError
-from branchtree_rewards.unifiedreward.config import ImageFormat, UnifiedRewardConfig
+from branchtree_rewards.unifiedreward.config import UnifiedRewardConfig
 from branchtree_rewards.unifiedreward.templates import NoScore, Spoken
 
 if TYPE_CHECKING:
@@ -51,8 +51,15 @@ class ChatServer:
         """Find the server in good health and its model's name; nothing is put on ``device``. Raises RewardError."""
         if self._caller is not None:
             self._caller.close()
-        config = self._config
-        caller = Caller(self._url, config.timeout, config.retries, self._headers(), config.concurrency)
+        config, headers = self._config, {}
+        if config.api_key_env is not None:
+            key = os.environ.get(config.api_key_env)
+            if not key:
+                raise RewardError(
+                    f"api_key_env is {config.api_key_env}, but the environment has no variable of that name"
+                )
+            headers = {"Authorization": f"Bearer {key}"}
+        caller = Caller(self._url, config.timeout, config.retries, headers, config.concurrency)
         served = self._served(caller)
         if self._model is None:
             if len(served) != 1:
@@ -83,21 +90,13 @@ class ChatServer:
         """Return the served model's name; a server does not say which weights it serves."""
         return f"served model {self._model}\n"
 
-    def _headers(self) -> dict[str, str]:
-        variable = self._config.api_key_env
-        if variable is None:
-            return {}
-        key = os.environ.get(variable)
-        if not key:
-            raise RewardError(f"api_key_env is {variable}, but the environment has no variable of that name")
-        return {"Authorization": f"Bearer {key}"}
-
     def _served(self, caller: Caller) -> list[str]:
         """Return the names that the server lists, once it is up. Raises RewardError."""
         deadline = time.monotonic() + self._config.wait
         while True:
             try:
-                return _names(caller.get("/models", retries=0))
+                body = caller.get("/models", retries=0)
+                return [str(entry["id"]) for entry in json.loads(body)["data"]]
             except CallError as error:
                 if error.status not in STARTING:
                     return self._unlisted(error)
@@ -107,8 +106,8 @@ class ChatServer:
                         f"the server of unifiedreward is not ready{waited}: {error}; start it, for example with "
                         f"'{START}', or give it time to start with 'wait'"
                     ) from error
-            except ValueError as error:
-                return self._unlisted(error)
+            except (ValueError, KeyError, TypeError):
+                return self._unlisted(ValueError(f"it answered '{body[:80].decode(errors='replace')}'"))
             time.sleep(POLL)
 
     def _unlisted(self, error: CallError | ValueError) -> list[str]:
@@ -137,35 +136,18 @@ class ChatServer:
             ) from error
 
     def _answer(self, caller: Caller, picture: Image, question: str) -> Spoken | NoScore:
-        image = data_url(picture, self._config.image_format)
-        request = chat_request(self._model or "", image, question, self._config.max_tokens)
+        """Ask one question about one picture, to be answered greedily."""
+        config, stream = self._config, io.BytesIO()
+        settings = {"quality": JPEG_QUALITY} if config.image_format == "jpeg" else {}
+        picture.save(stream, format=config.image_format.upper(), **settings)
+        url = f"data:image/{config.image_format};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        message = {"role": "user", "content": content}
+        request = {"model": self._model, "messages": [message], "temperature": 0, "max_tokens": config.max_tokens}
         try:
             return read_answer(caller.post("/chat/completions", json=request))
         except CallError as error:
             return NoScore(str(error))
-
-
-def _names(body: bytes) -> list[str]:
-    """Return the models that an answer lists. Raises ValueError."""
-    try:
-        return [str(entry["id"]) for entry in json.loads(body)["data"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"it answered '{body[:80].decode(errors='replace')}'") from error
-
-
-def data_url(picture: Image, image_format: ImageFormat) -> str:
-    """Return a URL that holds the picture itself, as JPEG of quality 95 or as PNG."""
-    stream = io.BytesIO()
-    settings = {"quality": JPEG_QUALITY} if image_format == "jpeg" else {}
-    picture.save(stream, format=image_format.upper(), **settings)
-    return f"data:image/{image_format};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
-
-
-def chat_request(model: str, image: str, question: str, max_tokens: int) -> dict[str, Any]:
-    """Return the request that asks one question about one picture, to be answered greedily."""
-    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
-    message = {"role": "user", "content": content}
-    return {"model": model, "messages": [message], "temperature": 0, "max_tokens": max_tokens}
 
 
 def read_answer(body: bytes) -> Spoken | NoScore:
