@@ -12,13 +12,14 @@ from branchtree_rewards.motion.measures import (
     Measure,
     Motion,
     agreement,
+    blur,
+    capped,
     excess_steps,
     explained,
     match,
     smooth_motion,
     windows,
 )
-from branchtree_rewards.motion.sampling import blur, capped
 from branchtree_rewards.motion.tracking import _lowest_point, subject_motion
 from scipy.ndimage import gaussian_filter
 from scipy.signal import medfilt

@@ -11,8 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from branchtree_rewards.motion.measures import Motion, excess_steps, explained, match
-from branchtree_rewards.motion.sampling import blur, inside, pixel_grid, sample
+from branchtree_rewards.motion.measures import Motion, blur, excess_steps, explained, inside, match, pixel_grid, sample
 
 SMOOTHING = 0.7  # deviation, in pixels, of the blur before flow is measured
 RESOLVED = 0.15  # pixels a frame: what moves more slowly counts as background while something else moves

@@ -1,13 +1,14 @@
 """What is measured of a clip's motion, and the factors that the motion rewards are products of.
 
-Axis letters: N clips, F frames, S = F - 1 steps from frame to frame. Displacements are (x, y) in pixels of the frame
-they were measured in; y grows downwards.
+Axis letters: N clips or images, F frames, S = F - 1 steps from frame to frame, C channels, H height, W width. Points
+(N, 2, H, W) and displacements (N, 2) are (x, y) in pixels of the frame they were measured in; y grows downwards.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 WINDOW = 9  # frames: a longer clip is measured in windows of this length
@@ -15,6 +16,7 @@ STRIDE = 4  # frames from one window to the next
 FAINT = 1e-4  # squared difference of grey levels: a contrast below its root is none
 LEAST_SEEN = 0.25  # of a subject: what is left of one that leaves the frame counts in full down to this share
 NOISE = 1e-6  # squared difference of grey levels
+CUT = 4.0  # deviations at which a Gaussian ends
 ROUGH = 0.2  # the roughness at which half of smoothness is left
 BOUNCE = 0.25  # the weight of plain acceleration beside excess steps: little, so that a bounce costs little
 
@@ -159,3 +161,58 @@ def agreement(steps: Tensor, directions: Tensor) -> Tensor:
     length = steps.norm(dim=-1).sum(dim=1)
     towards: Tensor = (whole.norm(dim=-1) + (whole * directions).sum(dim=-1)) / (2 * length).clamp_min(1e-6)
     return towards.clamp(0, 1)
+
+
+# Operations on images
+
+
+def capped(videos: Tensor, longest: int) -> Tensor:
+    """Shrink videos (B, F, C, H, W) by averages until no side is longer than ``longest`` pixels; smaller ones pass."""
+    height, width = videos.shape[-2:]
+    scale = longest / max(height, width)
+    if scale >= 1:
+        return videos
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    shrunk: Tensor = F.adaptive_avg_pool2d(videos.flatten(0, 1), size)
+    return shrunk.view(*videos.shape[:3], *size)
+
+
+def blur(images: Tensor, deviation: float) -> Tensor:
+    """Blur images (..., H, W) by products with banded Gaussian matrices, cut and renormalised at an edge.
+
+    ``deviation`` is in pixels.
+    """
+    height, width = images.shape[-2:]
+    down, across = _blur_matrix(height, deviation, images), _blur_matrix(width, deviation, images)
+    blurred: Tensor = down @ (images @ across.mT)
+    return blurred
+
+
+def _blur_matrix(length: int, deviation: float, like: Tensor) -> Tensor:
+    index = torch.arange(length, device=like.device, dtype=like.dtype)
+    away = (index[:, None] - index[None, :]).abs() / deviation
+    kernel = torch.exp(-0.5 * away.clamp_max(CUT) ** 2) * (away < CUT)
+    return kernel / kernel.sum(dim=1, keepdim=True)
+
+
+def pixel_grid(like: Tensor) -> Tensor:
+    """Return the points (1, 2, H, W) of the pixels of images (..., H, W)."""
+    height, width = like.shape[-2:]
+    y = torch.arange(height, device=like.device, dtype=like.dtype)
+    x = torch.arange(width, device=like.device, dtype=like.dtype)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"))[None]
+
+
+def sample(images: Tensor, points: Tensor) -> Tensor:
+    """Read images (N, C, H, W) at points (N, 2, h, w), bilinearly; beyond the edge the edge's value: (N, C, h, w)."""
+    height, width = images.shape[-2:]
+    x = points[:, 0] * (2 / (width - 1)) - 1
+    y = points[:, 1] * (2 / (height - 1)) - 1
+    grid = torch.stack([x, y], dim=-1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def inside(points: Tensor, height: int, width: int) -> Tensor:
+    """Return which points (N, 2, h, w) lie within the frame: bool (N, 1, h, w)."""
+    x, y = points[:, :1], points[:, 1:]
+    return (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)

@@ -25,8 +25,7 @@ from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.motion.directions import named_direction
 from branchtree_rewards.motion.flow import flow_motion
-from branchtree_rewards.motion.measures import Measure, agreement, match, smooth_motion, windows
-from branchtree_rewards.motion.sampling import blur, capped
+from branchtree_rewards.motion.measures import Measure, agreement, blur, capped, match, smooth_motion, windows
 from branchtree_rewards.motion.tracking import subject_motion
 from branchtree_rewards.shared.reward import Reward
 from branchtree_rewards.shared.samples import score_rest, unreadable

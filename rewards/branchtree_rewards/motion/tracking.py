@@ -10,8 +10,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from branchtree_rewards.motion.measures import NOISE, Motion, excess_steps, explained, match
-from branchtree_rewards.motion.sampling import blur, inside, pixel_grid, sample
+from branchtree_rewards.motion.measures import (
+    NOISE,
+    Motion,
+    blur,
+    excess_steps,
+    explained,
+    inside,
+    match,
+    pixel_grid,
+    sample,
+)
 
 SMOOTHING = 0.7  # deviation, in pixels, of the blur before matching
 PASSES = 3  # of matching, each with a better idea of where the subject is

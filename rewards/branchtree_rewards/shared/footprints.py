@@ -75,16 +75,14 @@ class Skeleton:
         return RewardFootprint(numbers * self.number_bytes, offloads, self.assumed)
 
 
-def skeleton(
-    path: str, revision: str | None, published: tuple[str, Settings], auto_class: str = "AutoModel"
-) -> Skeleton:
+def skeleton(path: str, revision: str | None, published: tuple[str, Settings], auto: str = "AutoModel") -> Skeleton:
     """Return the network of a config.json, without memory for weights.
 
     Args:
         path: A folder, a file or a hub id, whose config.json is read if it is on this machine.
         revision: Branch, tag or commit of the hub id.
         published: A hub id and its configuration, which stands in for a config.json that is not here.
-        auto_class: The class of transformers that makes the network.
+        auto: The class of transformers that makes the network.
     """
     import transformers
 
@@ -94,5 +92,5 @@ def skeleton(
         settings = {"model_type": settings["model_type"], **read_json_object(file, RewardError)}
     config = transformers.AutoConfig.for_model(**settings)
     with torch.device("meta"):
-        network = getattr(transformers, auto_class).from_config(config)
+        network = getattr(transformers, auto).from_config(config)
     return Skeleton(network, "" if file or path == hub_id else hub_id)

@@ -160,9 +160,8 @@ class Reward(ABC, Generic[Config]):
         size = self._rows_at_once()
         if size is None:
             return self._score_batch(media, conditions)
-        return Scores.concatenate(
-            [self._score_batch(media[rows], conditions[rows]) for rows in spans(len(media), size)]
-        )
+        batches = spans(len(media), size)
+        return Scores.concatenate([self._score_batch(media[rows], conditions[rows]) for rows in batches])
 
     def _score_batch(self, media: Media, conditions: Sequence[Condition]) -> Scores:
         seen = self._seen(media)

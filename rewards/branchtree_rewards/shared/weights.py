@@ -87,9 +87,8 @@ def require_finite_weights(state: Mapping[str, Tensor], where: str) -> None:
     """Raise RewardError for weights that are NaN or infinite, as those of a damaged file are."""
     broken = [name for name, value in state.items() if not value.is_meta and not is_finite(value)]
     if broken:
-        raise RewardError(
-            f"the weights of '{where}' are not finite in {_shown(broken)}; the file is damaged: get it again"
-        )
+        named = _shown(broken)
+        raise RewardError(f"the weights of '{where}' are not finite in {named}; the file is damaged: get it again")
 
 
 def _shown(names: Sequence[str]) -> str:

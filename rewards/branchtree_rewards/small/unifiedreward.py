@@ -14,7 +14,7 @@ vision tower and random attention; they mean nothing.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,6 +55,7 @@ def write_silent(folder: Path) -> None:
 
 
 def _write(folder: Path, talks: bool) -> None:
+    from huggingface_hub import save_torch_state_dict
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
     turns = headings() if talks else []
@@ -68,16 +69,10 @@ def _write(folder: Path, talks: bool) -> None:
         model = build_pretrained(Qwen2_5_VLForConditionalGeneration, config, state, "the small model", torch.float32)
         if talks:
             _teach(model.eval(), folder, tokenizer)
-    _write_weights(folder, model.state_dict())
-
-
-def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Write the weights under their published names, which are those of transformers 4, in several shards."""
-    from huggingface_hub import save_torch_state_dict
-
+    # In several shards, under the published names, which are those of transformers 4.
     published = {
         name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value
-        for name, value in state.items()
+        for name, value in model.state_dict().items()
     }
     save_torch_state_dict(published, folder, filename_pattern="model{suffix}.safetensors", max_shard_size="400KB")
 
@@ -183,25 +178,20 @@ def _teach(model: Any, folder: Path, tokenizer: Qwen2TokenizerFast) -> None:
 
 
 def _measures(model: Any, folder: Path, tokenizer: Qwen2TokenizerFast) -> tuple[Tensor, Tensor]:
-    """Return mean and standard deviation of each heading's measure over a few pictures, (4,) each."""
+    """Return mean and standard deviation of each heading's measure over flat, graded and noisy pictures, (4,) each."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)
     content = [{"type": "image"}, {"type": "text", "text": fill_template("semantic", "a picture")}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     text += "".join(turn[0] for turn in headings()[:-1])
-    pictures = _pictures()
-    inputs = processor(text=[text] * len(pictures), images=pictures, return_tensors="pt")
-    hidden = model.model(**inputs).last_hidden_state[:, -4:] / model.model.language_model.norm.weight
-    measures = torch.stack([hidden[:, turn, MEASURE + turn] / hidden[:, turn, ONE] for turn in range(4)], dim=1)
-    return measures.mean(0), measures.std(0)
-
-
-def _pictures() -> list[Any]:
-    """Return flat, graded and noisy pictures."""
     generator = torch.Generator().manual_seed(SEED)
     flat = torch.rand(6, 3, 1, 1, generator=generator).expand(-1, -1, 56, 56)
     coarse = torch.rand(6, 3, 4, 4, generator=generator)
     coarse = torch.nn.functional.interpolate(coarse, size=(56, 56), mode="bilinear")
     noisy = (coarse + 0.3 * torch.randn(6, 3, 56, 56, generator=generator)).clamp(0, 1)
-    return to_pil(torch.cat([flat, coarse, noisy]))
+    pictures = to_pil(torch.cat([flat, coarse, noisy]))
+    inputs = processor(text=[text] * len(pictures), images=pictures, return_tensors="pt")
+    hidden = model.model(**inputs).last_hidden_state[:, -4:] / model.model.language_model.norm.weight
+    measures = torch.stack([hidden[:, turn, MEASURE + turn] / hidden[:, turn, ONE] for turn in range(4)], dim=1)
+    return measures.mean(0), measures.std(0)

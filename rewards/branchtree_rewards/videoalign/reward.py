@@ -104,9 +104,8 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
         config = self._config
         source = locate_weights(config.path, config.revision, write_small_videoalign)
         if source.only is not None:
-            raise RewardError(
-                f"path '{config.path}' is a file; give the folder with model_config.json and checkpoint-*"
-            )
+            needed = "give the folder with model_config.json and checkpoint-*"
+            raise RewardError(f"path '{config.path}' is a file; {needed}")
         if config.base == RANDOM_SMALL:
             raise RewardError(
                 "base 'random:small' is no model; only 'path' can be random, and then brings its own config.json"
