@@ -4,11 +4,11 @@
 rules for pictures and prompts. `dfn5b` is Apple's DFN5B ViT-H-14 at 378 pixels (arXiv 2309.17425), with open_clip's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from PIL import Image
 
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
@@ -31,9 +31,6 @@ from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardC
 from branchtree_rewards.shared.source import locate_weights
 from branchtree_rewards.shared.weights import read_state_dict
 from branchtree_rewards.small.clip import write_clip_folder, write_open_clip
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 HUB = {
     "openai-b32": "openai/clip-vit-base-patch32",
@@ -115,11 +112,9 @@ class ClipScore(ModelReward[ClipConfig]):
         return Measured(cosine(network, self._tokenizer, shown, [cleaned(prompt) for prompt in prompts]))
 
 
-def squash(image: Image, size: int) -> Image:
+def squash(image: Image.Image, size: int) -> Image.Image:
     """Resize to ``size`` x ``size`` with PIL's bicubic, whatever the shape: DFN5B's own rule in open_clip."""
-    from PIL.Image import Resampling
-
-    return image.resize((size, size), Resampling.BICUBIC)
+    return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
 @hookimpl

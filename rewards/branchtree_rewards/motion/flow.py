@@ -26,7 +26,7 @@ REGULARITY = 0.02  # of the finest level's mean structure: what a level must sho
 
 @dataclass(frozen=True)
 class Trajectories:
-    """Where the pixels of a clip's first frame go."""
+    """Paths of the pixels of a clip's first frame."""
 
     steps: Tensor  # (N, S, 2, H, W), the displacement of each pixel's content at each step
     found: Tensor  # (N, S, C, H, W), the content of each later frame where the pixel has come to
@@ -87,7 +87,7 @@ def follow(clips: Tensor, grey: Tensor) -> Trajectories:
 
 @dataclass(frozen=True)
 class Structure:
-    """What a frame tells of displacements around each pixel; see Shi and Tomasi 1994."""
+    """A frame's structure around each pixel, by which displacements are told apart; see Shi and Tomasi 1994."""
 
     gradient: Tensor  # (N, 2, H, W)
     xx: Tensor  # (N, 1, H, W), windowed products of the gradient

@@ -1,4 +1,4 @@
-"""What is measured of a clip's motion, and the factors that the motion rewards are products of.
+"""Measures of a clip's motion, and the factors that the motion rewards are products of.
 
 Axis letters: N clips or images, F frames, S = F - 1 steps from frame to frame, C channels, H height, W width. Points
 (N, 2, H, W) and displacements (N, 2) are (x, y) in pixels of the frame they were measured in; y grows downwards.
@@ -23,7 +23,7 @@ BOUNCE = 0.25  # the weight of plain acceleration beside excess steps: little, s
 
 @dataclass(frozen=True)
 class Motion:
-    """What happens in N clips."""
+    """Measures of N clips."""
 
     steps: Tensor  # (N, S, 2), the displacement of the whole
     speed: Tensor  # (N, S), the mean length of its pixels' displacements
@@ -130,7 +130,7 @@ def smooth_motion(motion: Motion, side: int, speed: float) -> tuple[Tensor, Tens
         constant = min_t match_t
 
     Args:
-        motion: What happens in N clips.
+        motion: Measures of N clips.
         side: The frames' shorter side in pixels.
         speed: The speed that has half of ``moving``, in shorter sides a frame.
 

@@ -6,16 +6,15 @@ pixels on the longer side. Clips of more than 9 frames are measured in windows o
 counts on average, smoothness and constancy where they are worst.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import pydantic
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from branchtree.core.scores import Scores
@@ -29,9 +28,6 @@ from branchtree_rewards.motion.measures import Measure, agreement, blur, capped,
 from branchtree_rewards.motion.tracking import subject_motion
 from branchtree_rewards.shared.reward import Reward
 from branchtree_rewards.shared.samples import score_rest, unreadable
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 LONGEST = 128  # pixels: the longer side at which motion is measured
 SHORTEST = 8  # pixels: of a frame's side, before and after shrinking
@@ -56,7 +52,7 @@ class MotionConfig(pydantic.BaseModel, extra="forbid", frozen=True):
 
 
 class _MotionReward(Reward[MotionConfig]):
-    """What the rewards share: what they take, and the measurement.
+    """Takes videos, and measures them for the rewards below.
 
     Videos need at least 3 frames of 8x8 pixels. Where a condition has an ``image`` or a ``video``, the first frame of
     that is read, resized to the frames' size and compared with the video's own.
@@ -155,7 +151,7 @@ class MotionDisplacement(_MotionReward):
         return lengths.mean(dim=1)
 
 
-def _judge(config: MotionConfig, videos: Tensor, first: Sequence[Image | None]) -> tuple[Tensor, Tensor]:
+def _judge(config: MotionConfig, videos: Tensor, first: Sequence[Image.Image | None]) -> tuple[Tensor, Tensor]:
     """Measure videos in M windows of S steps.
 
     Args:
@@ -178,9 +174,9 @@ def _judge(config: MotionConfig, videos: Tensor, first: Sequence[Image | None]) 
     return torch.cat(qualities) * _first_match(videos[:, 0], first), torch.cat(steps)
 
 
-def _first_frames(conditions: Sequence[Condition]) -> tuple[list[Image | None], dict[int, str]]:
+def _first_frames(conditions: Sequence[Condition]) -> tuple[list[Image.Image | None], dict[int, str]]:
     """Return the first frame of each condition, None where it has none; and, by row, why one cannot be read."""
-    read: dict[tuple[Path | None, Path | None], Image | None] = {}
+    read: dict[tuple[Path | None, Path | None], Image.Image | None] = {}
     reasons: dict[int, str] = {}
     for row, condition in enumerate(conditions):
         source = (condition.image, condition.video)
@@ -191,7 +187,7 @@ def _first_frames(conditions: Sequence[Condition]) -> tuple[list[Image | None], 
     return [read.get((condition.image, condition.video)) for condition in conditions], reasons
 
 
-def _first_match(frames: Tensor, first: Sequence[Image | None]) -> Tensor:
+def _first_match(frames: Tensor, first: Sequence[Image.Image | None]) -> Tensor:
     """Return how well frames (B, C, H, W) show the first frames that were asked for, (B,); 1 where there is none.
 
     The match is squared: a first frame that is left out is only one step away from the next one, which then stands
@@ -208,7 +204,7 @@ def _first_match(frames: Tensor, first: Sequence[Image | None]) -> Tensor:
     return torch.stack(matches)
 
 
-def _wanted_frame(image: Image, like: Tensor) -> Tensor:
+def _wanted_frame(image: Image.Image, like: Tensor) -> Tensor:
     """Return a first frame (C, H, W) in [0, 1], at the size and with the channels of ``like``."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
     wanted = pixels.to(like).permute(2, 0, 1)[None] / 255

@@ -34,7 +34,7 @@ LEAST = 1e-3  # the weight that a pixel keeps however badly it is explained
 
 @dataclass(frozen=True)
 class Track:
-    """Where a subject went."""
+    """The path of a subject."""
 
     displacement: Tensor  # (N, F, 2) from the first frame
     subject: Tensor  # (N, H, W), the weight of each pixel of the first frame

@@ -1,4 +1,4 @@
-"""How much memory the rewards with published weights take, from configuration files or the published sizes.
+"""Memory that the rewards with published weights take, from configuration files or the published sizes.
 
 Networks are built on torch's meta device, which needs no memory and no weights.
 """

@@ -5,15 +5,9 @@ each other and with the public trainers. Public preprocessing resizes with PIL i
 others; the results differ by more than the last digit, so each reward names the one that its publisher uses.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
+from PIL import Image
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -32,15 +26,13 @@ def to_rgb(images: Tensor) -> Tensor:
     return images.expand(-1, 3, -1, -1) if channels == 1 else images[:, :3]
 
 
-def to_pil(images: Tensor) -> list[Image]:
+def to_pil(images: Tensor) -> list[Image.Image]:
     """Return images (B, C, H, W) in [0, 1] as 8-bit RGB pictures."""
-    from PIL import Image
-
     arrays = to_uint8(to_rgb(images)).permute(0, 2, 3, 1).contiguous().cpu().numpy()
     return [Image.fromarray(array) for array in arrays]
 
 
-def from_pil(images: list[Image]) -> Tensor:
+def from_pil(images: list[Image.Image]) -> Tensor:
     """Return pictures of one size as float (B, 3, H, W) in [0, 1], on the CPU."""
     from torchvision.transforms.functional import pil_to_tensor
 
@@ -59,7 +51,7 @@ def clip_pixels(images: Tensor, size: int, *, floor: bool = False) -> Tensor:
     return normalised(from_pil(pictures).to(images.device))
 
 
-def shortest_side_crop(image: Image, size: int, *, floor: bool = False) -> Image:
+def shortest_side_crop(image: Image.Image, size: int, *, floor: bool = False) -> Image.Image:
     """Resize the shorter side to ``size`` with PIL's bicubic, then cut the middle ``size`` x ``size`` out.
 
     torchvision's Resize and CenterCrop on a PIL image round where the cut begins half-way between two pixels. Under
@@ -69,9 +61,9 @@ def shortest_side_crop(image: Image, size: int, *, floor: bool = False) -> Image
     """
     from torchvision.transforms import InterpolationMode, functional
 
-    resized: Image = functional.resize(image, size, InterpolationMode.BICUBIC)
+    resized: Image.Image = functional.resize(image, size, InterpolationMode.BICUBIC)
     if not floor:
-        cut: Image = functional.center_crop(resized, size)
+        cut: Image.Image = functional.center_crop(resized, size)
         return cut
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
     return resized.crop((left, top, left + size, top + size))

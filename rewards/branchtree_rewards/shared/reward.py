@@ -1,4 +1,4 @@
-"""What rewards share: the checks and masks of all, and the loading, batches and offloading of those with weights.
+"""Base classes of rewards: the checks and masks of all, and the loading, batches and offloading of those with weights.
 
 A reward subclasses `Reward` and says how samples are scored, or `ModelReward` and says how its network is opened and
 how samples are measured.
@@ -94,20 +94,12 @@ class Reward(ABC, Generic[Config]):
         self._loaded = False
 
     @classmethod
-    def enter(
-        cls,
-        register: Callable[..., None],
-        config: type[Config],
-        summary: str,
-        *,
-        checkpoint: str,  # this and the following are the fields of the reward's card
-        licence: str,
-        source: str,
-        size: int | None = None,
-        non_commercial: bool | None = False,
-    ) -> None:
-        """Enter the reward into a registry, for the hook ``register_rewards``."""
-        card = RewardCard(cls.modalities, checkpoint, size, licence, non_commercial, source)
+    def enter(cls, register: Callable[..., None], config: type[Config], summary: str, **facts: Any) -> None:
+        """Enter the reward into a registry, for the hook ``register_rewards``.
+
+        ``facts`` are the fields of its RewardCard; the size is not known, and commercial use allowed, by default.
+        """
+        card = RewardCard(**{"modalities": cls.modalities, "size": None, "non_commercial": False, **facts})
         register(cls.name, build=cls, config=config, summary=summary, card=card)
 
     @abstractmethod
@@ -184,7 +176,7 @@ class Opened:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a model says of B samples."""
+    """A model's figures of B samples."""
 
     raw: Tensor  # (B,) the published score
     details: Mapping[str, Tensor] = field(default_factory=dict)  # further figures (B,) by name

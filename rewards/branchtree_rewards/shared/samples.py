@@ -1,4 +1,4 @@
-"""Which samples of a batch can be scored. The others are masked, each with a reason, and no model sees them."""
+"""Checks of a batch: samples that cannot be scored are masked, each with a reason, and no model sees them."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 

@@ -4,8 +4,8 @@ Public trainers rescale the same score in different ways. Here the raw score is 
 in the recipe:
 
     raw         x
-    x100        100 x, any factor in place of 100
-    div26       x / 26, any divisor in place of 26 (flow_grpo divides PickScore by 26)
+    x100        100 x, any factor instead of 100
+    div26       x / 26, any divisor instead of 26 (flow_grpo divides PickScore by 26)
     mix(18,8)   (x - 18) / 8, any two numbers (MixGRPO's training scale for PickScore)
     clipscore   2.5 max(x, 0) (CLIPScore, arXiv 2104.08718)
 """

@@ -1,4 +1,4 @@
-"""Where a reward's files come from: a hub id, a local folder, a local file, or a small random checkpoint.
+"""Sources of a reward's files: a hub id, a local folder, a local file, or a small random checkpoint.
 
 `random:small` stands for a tiny checkpoint in the published file layout, which the reward's own builder writes to a
 temporary folder and which then takes the same way through the loader as the published one. It scores nonsense; it is

@@ -1,4 +1,4 @@
-"""Tokenizers of rewards: which one is loaded, that it is whole, and that it reads a prompt as text."""
+"""Tokenizers of rewards: the choice of one, and checks that it is whole and reads a prompt as text."""
 
 import json
 from collections.abc import Callable

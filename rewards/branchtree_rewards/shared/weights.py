@@ -77,7 +77,7 @@ def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: 
         "unknown": sorted(state.keys() - wanted.keys()),
         "of another shape": shapes,
     }
-    found = [f"{len(names)} {what}: {_shown(names)}" for what, names in problems.items() if names]
+    found = [f"{len(names)} {problem}: {_shown(names)}" for problem, names in problems.items() if names]
     if found:
         raise RewardError(f"the weights of '{where}' do not fit the model: {'; '.join(found)}")
     require_finite_weights(state, where)
@@ -142,7 +142,7 @@ def from_pretrained(model: Any, location: str, dtype: torch.dtype, **settings: A
         "unexpected": unexpected_keys(loaded, info),
         "mismatched": sorted(map(str, info["mismatched_keys"])),
     }
-    found = [f"{what}: {', '.join(names[:SHOWN])}" for what, names in problems.items() if names]
+    found = [f"{problem}: {', '.join(names[:SHOWN])}" for problem, names in problems.items() if names]
     if found:
         raise RewardError(f"the weights of '{location}' do not fit the model: {'; '.join(found)}")
     require_finite_weights(loaded.state_dict(), location)

@@ -1,4 +1,4 @@
-"""What small checkpoints are made of: random weights, drawn from a stream of their own, and files of settings.
+"""Content of small checkpoints: random weights, drawn from a stream of their own, and files of settings.
 
 No tensor is constant, so that every one of them matters to a score. Settings that do not depend on anything are kept in
 `data/small_*.json`, by file name.
@@ -58,7 +58,7 @@ def write_kept_settings(folder: Path, checkpoint: str, tokens: Mapping[str, int]
     Args:
         folder: The folder to write to.
         checkpoint: Which of `data/small_*.json`.
-        tokens: Ids of tokens, which stand in place of their names.
+        tokens: Ids of tokens by name, written instead of the names.
 
     Returns:
         The contents by file name.

@@ -12,11 +12,9 @@ vision tower and random attention; they mean nothing.
     free        the others: random
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +23,6 @@ from branchtree_rewards.shared.pixels import to_pil
 from branchtree_rewards.shared.weights import State, build_pretrained, quiet_libraries
 from branchtree_rewards.small.checkpoint import meta_shapes, random_state, write_kept_settings
 from branchtree_rewards.unifiedreward.templates import FILES, LABELS, fill_template
-
-if TYPE_CHECKING:
-    from transformers import Qwen2TokenizerFast
 
 SEED = 20260904
 WIDTH, HEADS, HEAD, LAYERS = 64, 4, 16, 2  # as in data/small_unifiedreward.json
@@ -88,7 +83,7 @@ def headings() -> list[list[str]]:
     return [[f"{start}: {number}" for number in numbers()] for start in starts]
 
 
-def _tokenizer(turns: Sequence[Sequence[str]]) -> Qwen2TokenizerFast:
+def _tokenizer(turns: Sequence[Sequence[str]]) -> Any:
     """Return a tokenizer with a token for each byte, each line of the templates, and each heading with its number."""
     from tokenizers import pre_tokenizers
     from transformers import AddedToken, Qwen2TokenizerFast
@@ -108,7 +103,7 @@ def _tokenizer(turns: Sequence[Sequence[str]]) -> Qwen2TokenizerFast:
     return tokenizer
 
 
-def _random_state(config: Any, tokenizer: Qwen2TokenizerFast, turns: Sequence[Sequence[str]]) -> State:
+def _random_state(config: Any, tokenizer: Any, turns: Sequence[Sequence[str]]) -> State:
     """Return random weights in which nothing but the embeddings writes to the dimensions set by hand."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -140,7 +135,7 @@ def _seek_pictures(state: State, attention: str) -> None:
             weight[steady, PICTURE] = 6.0
 
 
-def _embeddings(tokenizer: Qwen2TokenizerFast, turns: Sequence[Sequence[str]], generator: torch.Generator) -> Tensor:
+def _embeddings(tokenizer: Any, turns: Sequence[Sequence[str]], generator: torch.Generator) -> Tensor:
     """Return embeddings that lead from any token to the first heading, then to the next, and at last to the end."""
     table = 0.5 * torch.randn(len(tokenizer), WIDTH, generator=generator)
     table[:, :FREE] = 0
@@ -155,7 +150,7 @@ def _embeddings(tokenizer: Qwen2TokenizerFast, turns: Sequence[Sequence[str]], g
 
 
 @torch.no_grad()
-def _teach(model: Any, folder: Path, tokenizer: Qwen2TokenizerFast) -> None:
+def _teach(model: Any, folder: Path, tokenizer: Any) -> None:
     """Set the language head so that each heading's number follows its measure, spread about 3 over some pictures.
 
     With f the measure, centred and scaled, and a in [-1, 1] standing for a number, the logit of that number is
@@ -177,7 +172,7 @@ def _teach(model: Any, folder: Path, tokenizer: Qwen2TokenizerFast) -> None:
     head[:, :FREE] /= norm[:FREE]
 
 
-def _measures(model: Any, folder: Path, tokenizer: Qwen2TokenizerFast) -> tuple[Tensor, Tensor]:
+def _measures(model: Any, folder: Path, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation of each heading's measure over flat, graded and noisy pictures, (4,) each."""
     from transformers import AutoProcessor
 

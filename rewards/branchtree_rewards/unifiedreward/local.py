@@ -1,14 +1,13 @@
 """UnifiedReward in this process, by transformers."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from PIL import Image
 
 from branchtree.errors import RewardError
 from branchtree.files.checksums import file_sha256
@@ -21,9 +20,6 @@ from branchtree_rewards.shared.weights import from_pretrained, quiet_libraries
 from branchtree_rewards.small.unifiedreward import write_small_unifiedreward
 from branchtree_rewards.unifiedreward.config import PUBLISHED, UnifiedRewardConfig
 from branchtree_rewards.unifiedreward.templates import NoScore, Spoken
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 INDEX = "model.safetensors.index.json"
@@ -94,13 +90,13 @@ class LocalModel:
         return too_long(len(tokenizer(asked, verbose=False)["input_ids"]), context)
 
     @torch.no_grad()
-    def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | NoScore]:
+    def answers(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[Spoken | NoScore]:
         """Return the model's greedy answer to each question about the picture of the same index."""
         self._model.to(self._device)
         batches = spans(len(questions), self._config.batch)
         return [answer for span in batches for answer in self._answer_batch(pictures[span], questions[span])]
 
-    def _answer_batch(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken]:
+    def _answer_batch(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[Spoken]:
         texts = [conversation(self._processor, question) for question in questions]
         inputs = self._processor(text=texts, images=list(pictures), padding=True, return_tensors="pt")
         asked = inputs["input_ids"].shape[1]
@@ -150,8 +146,6 @@ def _open_processor(location: str, settings: Mapping[str, str]) -> Any:
 
 def _check_questions(processor: Any, model: Any, location: str) -> None:
     """Raise RewardError unless a question about a picture reaches the model with the picture and with its words."""
-    from PIL import Image
-
     try:
         texts = [conversation(processor, probe) for probe in PROBES]
         pictures = [Image.new("RGB", (64, 64))] * len(PROBES)

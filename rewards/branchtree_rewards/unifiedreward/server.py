@@ -1,7 +1,5 @@
 """UnifiedReward behind a server that speaks OpenAI's protocol: vLLM, SGLang, or `transformers serve`."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -10,18 +8,15 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 
 from branchtree.errors import RewardError
 from branchtree.plugins.protocols import RewardFootprint
 from branchtree_rewards.shared.http import Caller, CallError
 from branchtree_rewards.unifiedreward.config import UnifiedRewardConfig
 from branchtree_rewards.unifiedreward.templates import NoScore, Spoken
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 JPEG_QUALITY = 95
 STARTING = {None, 502, 503, 504}  # statuses, or no answer at all, of a server that may still be starting
@@ -75,7 +70,7 @@ class ChatServer:
         found = MARKERS.search(prompt)
         return found and f"the prompt holds {found[0]}, which a server may not read as text"
 
-    def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | NoScore]:
+    def answers(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[Spoken | NoScore]:
         """Return the server's answers, in the order of the questions; a question without one holds up no other."""
         caller = self._caller
         if caller is None:
@@ -135,7 +130,7 @@ class ChatServer:
                 f"'{self._url}' does not serve '{self._model}': {error}; it lists {listed}{ending}"
             ) from error
 
-    def _answer(self, caller: Caller, picture: Image, question: str) -> Spoken | NoScore:
+    def _answer(self, caller: Caller, picture: Image.Image, question: str) -> Spoken | NoScore:
         """Ask one question about one picture, to be answered greedily."""
         config, stream = self._config, io.BytesIO()
         settings = {"quality": JPEG_QUALITY} if config.image_format == "jpeg" else {}

@@ -53,7 +53,7 @@ class Spoken:
 
 @dataclass(frozen=True)
 class NoScore:
-    """Why there is no answer, or no score in it."""
+    """The reason why there is no answer, or no score in it."""
 
     reason: str
 

@@ -1,4 +1,4 @@
-"""What the rewards of VBench's dimensions share: settings, frames as VBench shows them, and one figure a video.
+"""Common ground of the rewards of VBench's dimensions: settings, frames as VBench shows them, and one figure a video.
 
 Frames are float32 with the values 0 to 255 of their bytes, as VBench reads them from an MP4 file, and are resized
 without antialiasing. Axis letters: T frames, H height, W width, S side of a square.
@@ -32,7 +32,7 @@ class VBenchConfig(ModelRewardConfig, frozen=True):
 
 @dataclass(frozen=True)
 class VideoFigure:
-    """What is said of one video: a number and details."""
+    """A number and details of one video."""
 
     value: Tensor | float
     details: Mapping[str, Tensor | float] = field(default_factory=dict)

@@ -8,7 +8,6 @@ digit. Axis letters: T frames, D features.
 from functools import partial
 from typing import Any, cast
 
-import pydantic
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -20,26 +19,23 @@ from branchtree_rewards.clip.network import image_features, load_clip
 from branchtree_rewards.shared.reward import Opened
 from branchtree_rewards.shared.samples import elongated, spans
 from branchtree_rewards.shared.source import locate_weights
-from branchtree_rewards.small.clip import write_clip_folder
+from branchtree_rewards.small.clip import HEAD, write_clip_folder
 from branchtree_rewards.vbench.base import VBenchConfig, VBenchReward, VideoFigure, clip_input
 
 HUB_CLIP = "openai/clip-vit-base-patch32"
 SMALL_SEED = 32
 
 
-class VBenchAestheticConfig(AestheticConfig, frozen=True):
+class VBenchAestheticConfig(VBenchConfig, AestheticConfig, frozen=True):
     """Settings of the `vbench_aesthetic` reward: those of `aesthetic`.
 
     Attributes:
         path: The linear head, as for `aesthetic`: the file sa_0_4_vit_l_14_linear.pth, its folder, or "random:small".
         clip: Hub id or folder of the CLIP whose features the head reads. By default the folder "clip" beside the head,
             if there is one, and otherwise "openai/clip-vit-large-patch14".
-        batch: Videos that are on the device at a time; each is measured alone.
-        frames: Frames sent through the model at a time.
     """
 
-    batch: int = pydantic.Field(default=1, ge=1, le=10_000)
-    frames: int = pydantic.Field(default=32, ge=1, le=10_000)
+    path: PathOrName = HEAD
 
 
 class VBenchAesthetic(VBenchReward[VBenchAestheticConfig]):

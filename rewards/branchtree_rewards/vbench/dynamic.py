@@ -50,7 +50,7 @@ class VBenchDynamicConfig(NoPlainFps, VBenchConfig, frozen=True):
 
 @dataclass(frozen=True)
 class FrameMotion:
-    """How VBench judges the speeds between neighbouring frames."""
+    """VBench's verdict on the speeds between neighbouring frames."""
 
     share: float  # of the pairs that are faster than the threshold
     dynamic: bool

@@ -1,4 +1,4 @@
-"""Which frames VideoAlign looks at, at what size, and as what patches.
+"""Frames that VideoAlign looks at: their choice, their size, and the patches they are cut into.
 
 Axis letters: T all frames of a video, N sampled frames, C channels, H height, W width. The rules are those of
 `vision_process.py` in KwaiVGI/VideoAlign, with its "uniform" sampling, and of the Qwen2-VL video processor.

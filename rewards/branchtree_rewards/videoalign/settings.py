@@ -1,4 +1,4 @@
-"""What a VideoAlign checkpoint says of itself in its `model_config.json`."""
+"""Settings of a VideoAlign checkpoint, from its `model_config.json`."""
 
 import math
 from dataclasses import dataclass
