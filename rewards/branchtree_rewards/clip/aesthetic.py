@@ -26,7 +26,7 @@ from branchtree.files.reading import user_path
 from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.clip.network import clip_size, load_clip
-from branchtree_rewards.shared.footprints import CLIP_L_14, Skeleton, skeleton
+from branchtree_rewards.shared.footprints import Skeleton, skeleton
 from branchtree_rewards.shared.pixels import clip_pixels
 from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards.shared.source import locate_local, locate_weights
@@ -78,7 +78,7 @@ class Aesthetic(ModelReward[AestheticConfig]):
 
     def _skeleton(self) -> Skeleton:
         config = self._config
-        found = skeleton(_clip_of(config), config.revision, (HUB_CLIP, CLIP_L_14))
+        found = skeleton(_clip_of(config), config.revision, HUB_CLIP)
         clip: Any = found.network
         return replace(found, network=nn.ModuleList([clip.vision_model, clip.visual_projection]))
 

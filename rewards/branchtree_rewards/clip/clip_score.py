@@ -25,7 +25,7 @@ from branchtree_rewards.clip.network import (
     read_config,
 )
 from branchtree_rewards.clip.text import CLIP_TOKENIZER, OPEN_CLIP_TOKENIZER, as_open_clip, check_end, cleaned
-from branchtree_rewards.shared.footprints import CLIP_B_32, CLIP_L_14, Skeleton, skeleton
+from branchtree_rewards.shared.footprints import Skeleton, skeleton
 from branchtree_rewards.shared.pixels import clip_pixels, from_pil, normalised, to_pil
 from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards.shared.source import locate_weights
@@ -99,8 +99,7 @@ class ClipScore(ModelReward[ClipConfig]):
         revision, variant = self._config.revision, self._config.variant
         if self._by_open_clip:
             return open_clip_skeleton(self._path, revision, VIT_H_14_378)
-        published = CLIP_L_14 if variant == "openai-l14" else CLIP_B_32
-        return skeleton(self._path, revision, (HUB[variant], published))
+        return skeleton(self._path, revision, HUB[variant])
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
         size = network.config.vision_config.image_size

@@ -14,7 +14,7 @@ from typing import Any
 from branchtree.files.paths import PathOrName
 from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
-from branchtree_rewards.clip.network import VIT_H_14, clip_config, cosine, load_clip
+from branchtree_rewards.clip.network import cosine, load_clip
 from branchtree_rewards.clip.text import CLIP_TOKENIZER, OPEN_CLIP_TOKENIZER, check_end
 from branchtree_rewards.shared.footprints import Skeleton, skeleton
 from branchtree_rewards.shared.pixels import clip_pixels
@@ -53,8 +53,7 @@ class PickScore(ModelReward[PickScoreConfig]):
         return Opened(network, {file.name: file})
 
     def _skeleton(self) -> Skeleton:
-        published = clip_config(VIT_H_14).to_dict()
-        return skeleton(self._config.path, self._config.revision, (HUB_ID, published))
+        return skeleton(self._config.path, self._config.revision, HUB_ID)
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
         pictures = clip_pixels(media.pixels, network.config.vision_config.image_size, floor=True)

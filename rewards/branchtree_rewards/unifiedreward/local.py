@@ -12,7 +12,7 @@ from PIL import Image
 from branchtree.errors import RewardError
 from branchtree.files.checksums import file_sha256
 from branchtree.plugins.protocols import RewardFootprint
-from branchtree_rewards.shared.footprints import QWEN2_5_VL_7B, skeleton
+from branchtree_rewards.shared.footprints import skeleton
 from branchtree_rewards.shared.samples import spans
 from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, cause, locate_weights, verify
 from branchtree_rewards.shared.tokenizers import PROBES, check_whole, own_token, too_long
@@ -47,9 +47,7 @@ class LocalModel:
         if self.name == RANDOM_SMALL:
             return RewardFootprint(0, self._config.offload)
         try:
-            found = skeleton(
-                self.name, self._config.revision, (PUBLISHED, QWEN2_5_VL_7B), "AutoModelForImageTextToText"
-            )
+            found = skeleton(self.name, self._config.revision, PUBLISHED, "AutoModelForImageTextToText")
         except Exception:  # transformers has exceptions of its own for a damaged file; loading will say what is wrong
             return None
         found = replace(found, number_bytes=(self._dtype or torch.bfloat16).itemsize)

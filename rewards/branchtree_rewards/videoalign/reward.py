@@ -19,7 +19,7 @@ from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
-from branchtree_rewards.shared.footprints import QWEN2_VL_2B, Skeleton, skeleton
+from branchtree_rewards.shared.footprints import Skeleton, skeleton
 from branchtree_rewards.shared.reward import (
     ClipFps,
     Measured,
@@ -142,7 +142,7 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
         config = self._config
         own = file_at_hand(config.path, None, "config.json")
         path = config.path if own else config.base
-        found = skeleton(path, None, (BASE, QWEN2_VL_2B))
+        found = skeleton(path, None, BASE)
         return replace(found, number_bytes=4 if config.dtype == "float32" else 2)
 
     def _shape_flaw(self, media: Media) -> str | None:
