@@ -170,12 +170,4 @@ class Digits(Reward[DigitsConfig]):
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `digits` reward to the registry."""
-    Digits.enter(
-        register,
-        DigitsConfig,
-        "Log-probability or accuracy of the prompted handwritten digit, by a bundled classifier.",
-        checkpoint="bundled",
-        licence="Apache-2.0",
-        source="trained for this project on the digits of scikit-learn",
-        size=0,
-    )
+    Digits.enter(register, DigitsConfig)

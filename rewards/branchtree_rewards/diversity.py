@@ -72,12 +72,4 @@ def shrunk(images: Tensor, size: int) -> Tensor:
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `diversity` reward to the registry."""
-    Diversity.enter(
-        register,
-        DiversityConfig,
-        "Mean distance from the other samples of the prompt, without weights; sees whole groups.",
-        checkpoint="none",
-        licence="Apache-2.0",
-        source="branchtree",
-        size=0,
-    )
+    Diversity.enter(register, DiversityConfig)

@@ -252,12 +252,4 @@ def blip_skeleton(state: Mapping[str, Tensor], med_config: Mapping[str, Any], wh
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `imagereward` reward to the registry."""
-    ImageReward.enter(
-        register,
-        ImageRewardConfig,
-        "ImageReward-v1.0: human preference for a picture given its prompt, centred near 0.",
-        checkpoint=f"THUDM/ImageReward, {WEIGHTS}",
-        licence="Apache-2.0",
-        source="https://github.com/THUDM/ImageReward, arXiv 2304.05977",
-        size=1_790_000_000,
-    )
+    ImageReward.enter(register, ImageRewardConfig)

@@ -211,13 +211,4 @@ class Remote(Reward[RemoteConfig]):
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `remote` reward to the registry."""
-    Remote.enter(
-        register,
-        RemoteConfig,
-        "Any reward, scored by branchtree serve-reward in another process or on another machine.",
-        checkpoint="that of the served reward",
-        licence="that of the served reward",
-        source="branchtree",
-        size=0,
-        non_commercial=None,
-    )
+    Remote.enter(register, RemoteConfig)

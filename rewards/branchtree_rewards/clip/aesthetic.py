@@ -120,11 +120,4 @@ def _check_pair(head: Path, clip: Any, name: str) -> None:
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `aesthetic` reward to the registry."""
-    Aesthetic.enter(
-        register,
-        AestheticConfig,
-        "LAION's aesthetic predictor: how beautiful a picture is, about 0 to 10; the prompt takes no part.",
-        checkpoint=f"{HEAD} (from GitHub), {HUB_CLIP}",
-        licence="MIT for the head; see the model card for CLIP",
-        source=HEAD_SOURCE,
-    )
+    Aesthetic.enter(register, AestheticConfig)

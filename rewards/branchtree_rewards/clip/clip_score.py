@@ -119,11 +119,4 @@ def squash(image: Image.Image, size: int) -> Image.Image:
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `clip` reward to the registry."""
-    ClipScore.enter(
-        register,
-        ClipConfig,
-        "CLIP score: the cosine of an image and its prompt under OpenAI's B/32 or L/14, or Apple's DFN5B H/14.",
-        checkpoint=", ".join(HUB.values()),
-        licence="MIT for OpenAI's, as its repository; Apple Sample Code License for DFN5B",
-        source="arXiv 2103.00020, 2309.17425",
-    )
+    ClipScore.enter(register, ClipConfig)

@@ -105,12 +105,4 @@ def letterbox(images: Tensor, size: int) -> Tensor:
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `hps` reward to the registry."""
-    Hps.enter(
-        register,
-        HpsConfig,
-        "HPS-v2.1 or v2.0: the cosine of an image and its prompt under a CLIP tuned on people's choices.",
-        checkpoint="xswu/HPSv2: HPS_v2.1_compressed.pt or HPS_v2_compressed.pt",
-        licence="Apache-2.0, as the publisher's repository",
-        source="arXiv 2306.09341; the HPSv2 repository",
-        size=1_972_000_000,  # its 986,109,441 numbers in half precision
-    )
+    Hps.enter(register, HpsConfig)

@@ -65,11 +65,4 @@ class PickScore(ModelReward[PickScoreConfig]):
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `pickscore` reward to the registry."""
-    PickScore.enter(
-        register,
-        PickScoreConfig,
-        "PickScore v1: which picture of a prompt people would pick; 100 times a cosine, typically 18 to 24.",
-        checkpoint=f"{HUB_ID}, model.safetensors or pytorch_model.bin",
-        licence="MIT for the code; see the model card for the weights",
-        source="https://github.com/yuvalkirstain/PickScore, arXiv 2305.01569",
-    )
+    PickScore.enter(register, PickScoreConfig)

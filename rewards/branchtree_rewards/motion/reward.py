@@ -218,20 +218,5 @@ def _wanted_frame(image: Image.Image, like: Tensor) -> Tensor:
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the three rewards to the registry."""
-    summaries = {
-        MotionSmoothness: "Smooth motion of lasting content, from 0 to 1, by optical flow or by tracking the subject.",
-        MotionDirection: "Smooth motion in the direction that the prompt names, from 0 to 1, measured in the same "
-        "ways.",
-        MotionDisplacement: "How far what moves gets from where it starts: a figure to watch, measured in the same "
-        "ways.",
-    }
-    for reward, summary in summaries.items():
-        reward.enter(
-            register,
-            MotionConfig,
-            summary,
-            checkpoint="none",
-            licence="Apache-2.0",
-            source="made for this project",
-            size=0,
-        )
+    for reward in (MotionSmoothness, MotionDirection, MotionDisplacement):
+        reward.enter(register, MotionConfig)

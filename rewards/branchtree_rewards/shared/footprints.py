@@ -3,9 +3,7 @@
 Networks are built on torch's meta device, which needs no memory and no weights.
 """
 
-import json
 from dataclasses import dataclass
-from importlib import resources
 
 import torch
 from torch import nn
@@ -13,7 +11,7 @@ from torch import nn
 from branchtree.errors import RewardError
 from branchtree.files.json_lines import read_json_object
 from branchtree.plugins.protocols import RewardFootprint
-from branchtree_rewards.shared.source import file_at_hand
+from branchtree_rewards.shared.source import bundled_json, file_at_hand
 
 
 @dataclass(frozen=True)
@@ -41,8 +39,7 @@ def skeleton(path: str, revision: str | None, published: str, auto_class: str = 
     """
     import transformers
 
-    known = resources.files("branchtree_rewards").joinpath("data", "published_configs.json")
-    settings = json.loads(known.read_text(encoding="utf-8"))[published]
+    settings = bundled_json("published_configs.json")[published]
     file = file_at_hand(path, revision, "config.json")
     if file is not None:
         settings = {"model_type": settings["model_type"], **read_json_object(file, RewardError)}

@@ -30,7 +30,7 @@ from branchtree_rewards.shared.samples import (
     with_pixels,
 )
 from branchtree_rewards.shared.scale import ScaleName, transform
-from branchtree_rewards.shared.source import RANDOM_SMALL, verify
+from branchtree_rewards.shared.source import RANDOM_SMALL, bundled_json, verify
 from branchtree_rewards.shared.tokenizers import own_token
 
 
@@ -94,12 +94,10 @@ class Reward(ABC, Generic[Config]):
         self._loaded = False
 
     @classmethod
-    def enter(cls, register: Callable[..., None], config: type[Config], summary: str, **facts: Any) -> None:
-        """Enter the reward into a registry, for the hook ``register_rewards``.
-
-        ``facts`` are the fields of its RewardCard; the size is not known, and commercial use allowed, by default.
-        """
-        card = RewardCard(**{"modalities": cls.modalities, "size": None, "non_commercial": False, **facts})
+    def enter(cls, register: Callable[..., None], config: type[Config]) -> None:
+        """Enter the reward into a registry, with its summary and the facts of its card in `data/cards.json`."""
+        facts = bundled_json("cards.json")[cls.name]
+        summary, card = facts.pop("summary"), RewardCard(modalities=cls.modalities, **facts)
         register(cls.name, build=cls, config=config, summary=summary, card=card)
 
     @abstractmethod

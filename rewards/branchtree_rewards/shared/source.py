@@ -6,19 +6,27 @@ there to try a recipe, and the library, without downloads.
 """
 
 import atexit
+import json
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path, PurePath
+from typing import Any
 
 from branchtree.errors import RewardError, nearest
 from branchtree.files.checksums import file_sha256, verify_checksums
 from branchtree.files.reading import user_path
 
 RANDOM_SMALL = "random:small"
+
+
+def bundled_json(name: str) -> Any:
+    """Return the content of a JSON file in the package's `data` folder."""
+    return json.loads(resources.files("branchtree_rewards").joinpath("data", name).read_text(encoding="utf-8"))
 
 
 def cause(error: Exception) -> str:

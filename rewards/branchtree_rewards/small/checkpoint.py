@@ -7,13 +7,13 @@ No tensor is constant, so that every one of them matters to a score. Settings th
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from branchtree_rewards.shared.source import bundled_json
 from branchtree_rewards.shared.weights import State
 
 Shapes = Mapping[str, Sequence[int]]
@@ -63,7 +63,7 @@ def write_kept_settings(folder: Path, checkpoint: str, tokens: Mapping[str, int]
     Returns:
         The contents by file name.
     """
-    kept = resources.files("branchtree_rewards").joinpath("data", f"small_{checkpoint}.json").read_text("utf-8")
+    kept = json.dumps(bundled_json(f"small_{checkpoint}.json"))
     for token, index in (tokens or {}).items():
         kept = kept.replace(json.dumps(token), str(index))
     contents: dict[str, Any] = json.loads(kept)

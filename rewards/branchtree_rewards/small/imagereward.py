@@ -1,17 +1,15 @@
 """A tiny random ImageReward checkpoint in the published layout: ImageReward.pt, med_config.json and a vocabulary."""
 
-import json
 import math
 from collections.abc import Sequence
-from importlib import resources
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from branchtree_rewards.shared.source import bundled_json
 from branchtree_rewards.small.checkpoint import write_kept_settings
 
-SHAPES = "small_imagereward_shapes.json"  # by the published names
 SEED = 20230415
 
 
@@ -24,7 +22,7 @@ def write_small_imagereward(folder: Path) -> None:
     # The published vocabulary has two entries more, which scoring never uses.
     sizes = write_kept_settings(folder, "imagereward", {"entries": len(vocabulary) + 2})["med_config.json"]
     generator = torch.Generator().manual_seed(SEED)
-    shapes = json.loads(resources.files("branchtree_rewards").joinpath("data", SHAPES).read_text(encoding="utf-8"))
+    shapes = bundled_json("small_imagereward_shapes.json")  # by the published names
     state = {name: _random(name, shape, generator) for name, shape in shapes.items()}
     state["blip.text_encoder.embeddings.position_ids"] = torch.arange(sizes["max_position_embeddings"])[None]
     torch.save(state, folder / "ImageReward.pt")

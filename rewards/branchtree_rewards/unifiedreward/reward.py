@@ -18,7 +18,7 @@ from branchtree_rewards.shared.reward import Reward
 from branchtree_rewards.shared.samples import elongated
 from branchtree_rewards.shared.scale import transform
 from branchtree_rewards.shared.source import RANDOM_SMALL, refuse_name
-from branchtree_rewards.unifiedreward.config import LOCAL, PUBLISHED, REMOTE, UnifiedRewardConfig
+from branchtree_rewards.unifiedreward.config import LOCAL, REMOTE, UnifiedRewardConfig
 from branchtree_rewards.unifiedreward.local import LocalModel
 from branchtree_rewards.unifiedreward.server import ChatServer
 from branchtree_rewards.unifiedreward.templates import AXES, OTHERS, NoScore, fill_template, read_axes, read_field
@@ -98,11 +98,4 @@ class UnifiedReward(Reward[UnifiedRewardConfig]):
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `unifiedreward` reward to the registry."""
-    UnifiedReward.enter(
-        register,
-        UnifiedRewardConfig,
-        "UnifiedReward: a vision-language model's score from 1 to 5, in this process or from a server.",
-        checkpoint=PUBLISHED,
-        licence="MIT, by its repository",
-        source="arXiv 2503.05236, https://github.com/CodeGoat24/UnifiedReward",
-    )
+    UnifiedReward.enter(register, UnifiedRewardConfig)

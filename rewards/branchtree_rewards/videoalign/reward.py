@@ -221,12 +221,4 @@ def _architecture(source: WeightsSource, base: WeightsSource, vocabulary: int) -
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
     """Add the `videoalign` reward to the registry."""
-    VideoAlign.enter(
-        register,
-        VideoAlignConfig,
-        "Motion quality, visual quality or text alignment of a video, by VideoAlign's VideoReward.",
-        checkpoint="KlingTeam/VideoReward: checkpoint-11352/model.pth",
-        licence="Apache-2.0, by a public copy of its model card",
-        source="arXiv 2501.13918; github.com/KwaiVGI/VideoAlign",
-        size=5_031_072_529,
-    )
+    VideoAlign.enter(register, VideoAlignConfig)
