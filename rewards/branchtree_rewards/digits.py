@@ -57,17 +57,10 @@ class DigitClassifier(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.features = nn.Sequential(
-            nn.Conv2d(1, 16, 3, stride=2, padding=1),
-            nn.BatchNorm2d(16),
-            nn.SiLU(),
-            nn.Conv2d(16, 32, 3, stride=2, padding=1),
-            nn.BatchNorm2d(32),
-            nn.SiLU(),
-            nn.Conv2d(32, 64, 3, stride=2, padding=1),
-            nn.BatchNorm2d(64),
-            nn.SiLU(),
-        )
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((1, 16), (16, 32), (32, 64)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride=2, padding=1), nn.BatchNorm2d(outputs), nn.SiLU()]
+        self.features = nn.Sequential(*layers)
         self.dropout = nn.Dropout(0.3)
         self.head = nn.Linear(64 * 4 * 4, CLASSES)
 

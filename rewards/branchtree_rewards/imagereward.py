@@ -23,7 +23,7 @@ from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.shared.footprints import Skeleton
 from branchtree_rewards.shared.pixels import clip_pixels
 from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
-from branchtree_rewards.shared.source import cause, file_at_hand, locate_weights
+from branchtree_rewards.shared.source import bundled_json, cause, file_at_hand, locate_weights
 from branchtree_rewards.shared.tokenizers import TokenizerKind
 from branchtree_rewards.shared.weights import load_strictly, read_state_dict, renamed, without
 from branchtree_rewards.small.imagereward import write_small_imagereward
@@ -89,7 +89,7 @@ class ImageReward(ModelReward[ImageRewardConfig]):
 
     def _skeleton(self) -> Skeleton:
         file = file_at_hand(self._config.path, self._config.revision, SETTINGS)
-        return Skeleton(published_skeleton(read_json_object(file, RewardError) if file else BERT_BASE))
+        return Skeleton(published_skeleton(read_json_object(file, RewardError) if file else None))
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
         pixels = clip_pixels(media.pixels, network.image_size)
@@ -121,19 +121,10 @@ NAMES = (  # the first that matches a published name applies
 )
 VISION_HEAD = 64  # width of an attention head in every published BLIP vision encoder (ViT-B and ViT-L)
 VISION_EPS = 1e-6  # the publisher's layer norms; transformers' BLIP has 1e-5 by default
-BERT_BASE: Mapping[str, Any] = {
-    "vocab_size": 30524,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "max_position_embeddings": 512,
-    "layer_norm_eps": 1e-12,
-    "hidden_act": "gelu",
-}
-"""The published med_config.json, as far as it is used."""
-VISION_WIDTH = 1024
-HEAD_WIDTHS = (1024, 128, 64, 16, 1)
+TEXT_SIZES = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "layer_norm_eps", "hidden_act"),
+)
 HEAD_LAYERS = (0, 2, 4, 6, 7)  # indices of the linear layers in the published head; dropouts are between
 
 
@@ -187,19 +178,13 @@ def build_network(published: Mapping[str, Tensor], med_config: Mapping[str, Any]
     return network
 
 
-def published_skeleton(med_config: Mapping[str, Any]) -> BlipReward:
-    """Return the published network without weights: BLIP's ViT-L/16 at 224 pixels, and a text encoder's sizes."""
-    width = VISION_WIDTH
-    shapes = {
-        "vision.embeddings.position_embedding": (1, (224 // 16) ** 2 + 1, width),
-        "vision.embeddings.patch_embedding.weight": (width, 3, 16, 16),
-        "vision.encoder.layers.0.mlp.fc1.weight": (4 * width, width),
-        "vision.encoder.layers.23.mlp.fc1.weight": (4 * width, width),
-    }
-    widths = (med_config["hidden_size"], *HEAD_WIDTHS)
-    shapes |= {f"head.{layer}.weight": (widths[i + 1], widths[i]) for i, layer in enumerate(HEAD_LAYERS)}
-    state = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
-    return blip_skeleton(state, med_config, "the published checkpoint")
+def published_skeleton(med_config: Mapping[str, Any] | None) -> BlipReward:
+    """Return the published network without weights: BLIP's ViT-L/16 at 224 pixels, and BERT's base size by default."""
+    published = bundled_json("published_imagereward.json")
+    settings = med_config or published["med_config"]
+    state = {name: torch.empty(shape, device="meta") for name, shape in published["shapes"].items()}
+    state["head.0.weight"] = torch.empty(len(state["head.0.weight"]), settings["hidden_size"], device="meta")
+    return blip_skeleton(state, settings, "the published checkpoint")
 
 
 def blip_skeleton(state: Mapping[str, Tensor], med_config: Mapping[str, Any], where: str) -> BlipReward:
@@ -230,7 +215,7 @@ def blip_skeleton(state: Mapping[str, Tensor], med_config: Mapping[str, Any], wh
             layer_norm_eps=VISION_EPS,
         )
         text = BlipTextConfig(
-            **{name: med_config[name] for name in BERT_BASE},
+            **{name: med_config[name] for name in TEXT_SIZES},
             encoder_hidden_size=width,
             is_decoder=True,  # makes the layers that attend to the picture; the forward pass reads in both directions
             use_cache=False,

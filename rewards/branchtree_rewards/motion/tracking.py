@@ -5,8 +5,6 @@ at once, by Fourier transform, so that errors do not add up. Axis letters: N cli
 F frames, C channels, H height, W width. Displacements are (x, y) in pixels; y grows downwards.
 """
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
@@ -32,20 +30,12 @@ SPREAD = 3.0  # deviation, in pixels, of the blur of a subject's weights: an out
 LEAST = 1e-3  # the weight that a pixel keeps however badly it is explained
 
 
-@dataclass(frozen=True)
-class Track:
-    """The path of a subject."""
-
-    displacement: Tensor  # (N, F, 2) from the first frame
-    subject: Tensor  # (N, H, W), the weight of each pixel of the first frame
-
-
 def subject_motion(clips: Tensor) -> Motion:
     """Measure clips (N, F, C, H, W) by the displacement of their subject as a whole."""
     clips = blur(clips, SMOOTHING)
-    found = track(clips.mean(dim=2))
-    steps = found.displacement.diff(dim=1)
-    points = pixel_grid(clips) + found.displacement[:, 1:].flatten(0, 1)[..., None, None]
+    displacement, subject = track(clips.mean(dim=2))
+    steps = displacement.diff(dim=1)
+    points = pixel_grid(clips) + displacement[:, 1:].flatten(0, 1)[..., None, None]
     moved = sample(clips[:, 1:].flatten(0, 1), points).view_as(clips[:, 1:])
     seen = inside(points, *clips.shape[-2:]).view_as(clips[:, 1:, 0])
     return Motion(
@@ -53,12 +43,14 @@ def subject_motion(clips: Tensor) -> Motion:
         speed=steps.norm(dim=-1),
         excess=excess_steps(steps.transpose(0, 1)).norm(dim=-1).T,
         acceleration=steps.diff(dim=1).norm(dim=-1),
-        match=match(moved, clips[:, 0], found.subject, seen),
+        match=match(moved, clips[:, 0], subject, seen),
     )
 
 
-def track(clips: Tensor) -> Track:
+def track(clips: Tensor) -> tuple[Tensor, Tensor]:
     """Follow what moves in grey clips (N, F, H, W).
+
+    Returns its displacement (N, F, 2) from the first frame, and the weight (N, H, W) of each pixel of that frame.
 
     The subject's weight w starts as how much each pixel of the first frame changes. The displacement u of frame t
     minimises the mean of (I_0(x) - I_t(x + u))^2 with these weights, what leaves the frame being charged with the
@@ -78,7 +70,7 @@ def track(clips: Tensor) -> Track:
         displacement = _best_displacements(clips, spectra, subject)
         if i < PASSES - 1:
             subject = (change + NOISE) * _moving(clips, displacement)
-    return Track(_refined(clips, subject, displacement), subject)
+    return _refined(clips, subject, displacement), subject
 
 
 def _refined(clips: Tensor, subject: Tensor, displacement: Tensor) -> Tensor:

@@ -23,8 +23,6 @@ from branchtree_rewards.vbench.dynamic import VBenchDynamic, VBenchDynamicConfig
 from branchtree_rewards.vbench.imaging import VBenchImaging, VBenchImagingConfig
 from branchtree_rewards.vbench.smoothness import VBenchSmoothness, VBenchSmoothnessConfig
 
-SOURCE = "arXiv 2311.17982; github.com/Vchitect/VBench"
-
 
 @hookimpl
 def register_rewards(register: Callable[..., None]) -> None:
