@@ -6,7 +6,6 @@ without antialiasing. Axis letters: T frames, H height, W width, S side of a squ
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
 import pydantic
 import torch
@@ -30,24 +29,17 @@ class VBenchConfig(ModelRewardConfig, frozen=True):
     frames: int = pydantic.Field(default=32, ge=1, le=10_000)
 
 
-@dataclass(frozen=True)
-class VideoFigure:
-    """A number and details of one video."""
-
-    value: Tensor | float
-    details: Mapping[str, Tensor | float] = field(default_factory=dict)
+Figures = Mapping[str, Tensor | float]
+"""The score of one video, under "value", and its details."""
 
 
-def gather_figures(figures: Sequence[VideoFigure], device: torch.device) -> Measured:
-    """Return the figures of B videos, whose details have the same names."""
-
-    def column(values: Sequence[Tensor | float]) -> Tensor:
-        return torch.tensor([float(value) for value in values], dtype=torch.float32, device=device)
-
-    return Measured(
-        column([figure.value for figure in figures]),
-        {name: column([figure.details[name] for figure in figures]) for name in figures[0].details},
-    )
+def gather_figures(figures: Sequence[Figures], device: torch.device) -> Measured:
+    """Return the figures of B videos, which have the same names."""
+    columns = {
+        name: torch.tensor([float(video[name]) for video in figures], dtype=torch.float32, device=device)
+        for name in figures[0]
+    }
+    return Measured(columns.pop("value"), columns)
 
 
 class VBenchReward(ModelReward[ModelConfig]):
@@ -57,7 +49,7 @@ class VBenchReward(ModelReward[ModelConfig]):
     reads_prompt = False
 
     @abstractmethod
-    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figures:
         """Measure one video: frames (T, 3, H, W), floats from 0 to 255, that play at ``fps``."""
 
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:

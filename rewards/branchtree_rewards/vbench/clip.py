@@ -20,7 +20,7 @@ from branchtree_rewards.shared.reward import Opened
 from branchtree_rewards.shared.samples import elongated, spans
 from branchtree_rewards.shared.source import locate_weights
 from branchtree_rewards.small.clip import HEAD, write_clip_folder
-from branchtree_rewards.vbench.base import VBenchConfig, VBenchReward, VideoFigure, clip_input
+from branchtree_rewards.vbench.base import Figures, VBenchConfig, VBenchReward, clip_input
 
 HUB_CLIP = "openai/clip-vit-base-patch32"
 SMALL_SEED = 32
@@ -46,11 +46,11 @@ class VBenchAesthetic(VBenchReward[VBenchAestheticConfig]):
     def _open(self) -> Opened:
         return open_predictor(self._config)
 
-    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figures:
         predictor = cast(AestheticPredictor, network)
         shown = spans(len(frames), self._config.frames)
         ratings = torch.cat([predictor(clip_input(frames[span], predictor.image_size)) for span in shown])
-        return VideoFigure((ratings / 10).mean())
+        return {"value": (ratings / 10).mean()}
 
 
 class VBenchBackgroundConfig(VBenchConfig, frozen=True):
@@ -82,11 +82,11 @@ class VBenchBackground(VBenchReward[VBenchBackgroundConfig]):
     def _shape_flaw(self, media: Media) -> str | None:
         return "a video of one frame has nothing to compare" if media.pixels.shape[1] < 2 else elongated(media)
 
-    def _figure(self, network: Any, frames: Tensor, fps: float | None) -> VideoFigure:
+    def _figure(self, network: Any, frames: Tensor, fps: float | None) -> Figures:
         size = int(network.config.vision_config.image_size)
         shown = spans(len(frames), self._config.frames)
         features = torch.cat([image_features(network, clip_input(frames[span], size)) for span in shown])
-        return VideoFigure(consistency(features), {"frames": len(frames) - 1})
+        return {"value": consistency(features), "frames": len(frames) - 1}
 
 
 def consistency(features: Tensor) -> Tensor:

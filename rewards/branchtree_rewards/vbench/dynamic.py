@@ -17,7 +17,7 @@ from branchtree_rewards.shared.reward import ClipFps, NoPlainFps, Opened
 from branchtree_rewards.shared.samples import elongated, spans
 from branchtree_rewards.shared.source import locate_local, refuse_file
 from branchtree_rewards.small.vbench import RAFT_FILE, write_small_raft
-from branchtree_rewards.vbench.base import VBenchConfig, VBenchReward, VideoFigure, padded
+from branchtree_rewards.vbench.base import Figures, VBenchConfig, VBenchReward, padded
 from branchtree_rewards.vbench.raft import largest_motions, load_raft
 
 PRINCETON_FILE = "raft-things.pth"
@@ -96,7 +96,7 @@ class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
             return f"frames of {width}x{height} are too small for RAFT; it needs {SHORTEST} a side"
         return elongated(media)
 
-    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figures:
         rate = self._config.clip_fps or fps
         assert rate is not None
         looked = padded(frames[:: max(1, round(rate / RATE))], UNIT)
@@ -109,4 +109,4 @@ class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
         motion = judged(speeds, *frames.shape[-2:])
         value = float(motion.dynamic) if self._config.measure == "dynamic" else motion.share
         mean = speeds.mean() if found else 0.0
-        return VideoFigure(value, {"share": motion.share, "speed": mean, "pairs": len(speeds)})
+        return {"value": value, "share": motion.share, "speed": mean, "pairs": len(speeds)}

@@ -16,7 +16,7 @@ from branchtree_rewards.shared.samples import spans
 from branchtree_rewards.shared.source import locate_local, refuse_file
 from branchtree_rewards.shared.weights import load_strictly, read_weights, state_dict
 from branchtree_rewards.small.vbench import MUSIQ_FILE, SIZES_FILE, write_small_musiq
-from branchtree_rewards.vbench.base import VBenchConfig, VBenchReward, VideoFigure, longer_side
+from branchtree_rewards.vbench.base import Figures, VBenchConfig, VBenchReward, longer_side
 from branchtree_rewards.vbench.musiq import Musiq, MusiqSizes
 
 PUBLISHED = f"https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/{MUSIQ_FILE}"
@@ -63,6 +63,7 @@ class VBenchImaging(VBenchReward[VBenchImagingConfig]):
         load_strictly(network, state_dict(content, file), str(file))
         return Opened(network, {file.name: file}, (described,) if described else ())
 
-    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figures:
         shown = longer_side(frames, LONGEST) / 255
-        return VideoFigure(torch.cat([network(shown[span]) for span in spans(len(shown), self._config.frames)]).mean())
+        scores = torch.cat([network(shown[span]) for span in spans(len(shown), self._config.frames)])
+        return {"value": scores.mean()}

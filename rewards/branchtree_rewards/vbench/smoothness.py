@@ -24,7 +24,7 @@ from branchtree_rewards.shared.reward import Reward
 from branchtree_rewards.shared.samples import spans
 from branchtree_rewards.shared.scale import ScaleName, transform
 from branchtree_rewards.shared.source import cause
-from branchtree_rewards.vbench.base import VideoFigure, byte_values, gather_figures, padded, unpadded
+from branchtree_rewards.vbench.base import Figures, byte_values, gather_figures, padded, unpadded
 
 BLEND = "blend"
 UNIT = 16  # pixels: AMT's sides are multiples of it
@@ -124,11 +124,11 @@ class VBenchSmoothness(Reward[VBenchSmoothnessConfig]):
         measured = gather_figures([self._figure(video) for video in media.pixels], torch.device("cpu"))
         return measured.scores(self._scale, "the interpolator's frames are not finite")
 
-    def _figure(self, video: Tensor) -> VideoFigure:
+    def _figure(self, video: Tensor) -> Figures:
         difference = self._difference(byte_values(video))
         value = 1 - difference / 255
         blended = {"blend_not_vbench": value} if self._config.interpolator == BLEND else {}
-        return VideoFigure(value, {"difference": difference, **blended})
+        return {"value": value, "difference": difference, **blended}
 
     def _difference(self, frames: Tensor) -> Tensor:
         """Return the mean difference, float64, of odd frames from the drawn ones, of frames (T, 3, H, W) in 0..255.
