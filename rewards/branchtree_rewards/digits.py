@@ -6,7 +6,7 @@ halves of the same handwritten digits, so one can be optimised (`classifier="rew
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from importlib.resources import files
 from typing import Literal
 
@@ -17,9 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from branchtree.core.scores import Scores
-from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
-from branchtree_rewards.shared.reward import Reward
+from branchtree_rewards.shared.reward import Reward, reward_hook
 from branchtree_rewards.shared.samples import unreadable
 
 ClassifierName = Literal["reward", "heldout", "moving_reward", "moving_heldout"]
@@ -160,7 +159,4 @@ class Digits(Reward[DigitsConfig]):
         return Scores(values=values, valid=log_probs.isfinite().all(dim=-1))
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `digits` reward to the registry."""
-    Digits.enter(register, DigitsConfig)
+register_rewards = reward_hook((Digits, DigitsConfig))

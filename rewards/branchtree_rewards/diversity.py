@@ -4,7 +4,7 @@ It sees a prompt's whole group at once. Added to another reward with a small wei
 one picture for every noise; alone it rewards noise.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pydantic
 import torch
@@ -12,9 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from branchtree.core.scores import Scores
-from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
-from branchtree_rewards.shared.reward import Reward
+from branchtree_rewards.shared.reward import Reward, reward_hook
 from branchtree_rewards.shared.samples import NOT_FINITE
 
 
@@ -69,7 +68,4 @@ def shrunk(images: Tensor, size: int) -> Tensor:
     return F.adaptive_avg_pool2d(images, (max(round(height * scale), 1), max(round(width * scale), 1)))
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `diversity` reward to the registry."""
-    Diversity.enter(register, DiversityConfig)
+register_rewards = reward_hook((Diversity, DiversityConfig))

@@ -9,7 +9,7 @@ reads its first token. Axis letters: B pairs of a picture and a prompt, T tokens
 """
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,11 +18,10 @@ from torch import Tensor, nn
 from branchtree.errors import RewardError
 from branchtree.files.json_lines import read_json_object
 from branchtree.files.paths import PathOrName
-from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.shared.footprints import Skeleton
 from branchtree_rewards.shared.pixels import clip_pixels
-from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
 from branchtree_rewards.shared.source import bundled_json, cause, file_at_hand, locate_weights
 from branchtree_rewards.shared.tokenizers import TokenizerKind
 from branchtree_rewards.shared.weights import load_strictly, read_state_dict, renamed, without
@@ -234,7 +233,4 @@ def blip_skeleton(state: Mapping[str, Tensor], med_config: Mapping[str, Any], wh
         raise RewardError(f"the weights and settings of '{where}' are not ImageReward's ({cause(error)})") from error
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `imagereward` reward to the registry."""
-    ImageReward.enter(register, ImageRewardConfig)
+register_rewards = reward_hook((ImageReward, ImageRewardConfig))

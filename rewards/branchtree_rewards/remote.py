@@ -6,7 +6,7 @@ The server gets the pixels to the bit, so that its scores are those that the rew
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
@@ -16,13 +16,12 @@ import torch
 import branchtree
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
 from branchtree.serving.access import authorization, read_token
 from branchtree.serving.wire import CONTENT_TYPE, EXPECTS, MEBIBYTE, Info, WireError, decode_scores, encode_request
 from branchtree_rewards.shared.http import Caller, CallError
 from branchtree_rewards.shared.pixels import to_uint8
-from branchtree_rewards.shared.reward import Reward
+from branchtree_rewards.shared.reward import Reward, reward_hook
 from branchtree_rewards.shared.samples import NO_PIXELS, NOT_FINITE, invalid_scores, score_rest
 
 BOTH = frozenset({"image", "video"})
@@ -208,7 +207,4 @@ class Remote(Reward[RemoteConfig]):
         return RewardError(f"{error}{advice.get(error.status or 0, '')}")
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `remote` reward to the registry."""
-    Remote.enter(register, RemoteConfig)
+register_rewards = reward_hook((Remote, RemoteConfig))

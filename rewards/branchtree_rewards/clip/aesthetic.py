@@ -10,7 +10,7 @@ resizes float tensors without antialiasing and divides by 10: its figures are no
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,11 @@ from torch.nn import functional
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.files.reading import user_path
-from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.clip.network import clip_size, load_clip
 from branchtree_rewards.shared.footprints import Skeleton, skeleton
 from branchtree_rewards.shared.pixels import clip_pixels
-from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
 from branchtree_rewards.shared.source import locate_local, locate_weights
 from branchtree_rewards.shared.weights import load_strictly, read_state_dict
 from branchtree_rewards.small.clip import AESTHETIC_SEED, CLIP, HEAD, write_clip_folder, write_small_aesthetic
@@ -117,7 +116,4 @@ def _check_pair(head: Path, clip: Any, name: str) -> None:
         raise RewardError(f"'{head}' was fitted to {fitted[0]}, and clip '{name}' is {found}; give one pair")
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `aesthetic` reward to the registry."""
-    Aesthetic.enter(register, AestheticConfig)
+register_rewards = reward_hook((Aesthetic, AestheticConfig))

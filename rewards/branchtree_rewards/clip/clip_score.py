@@ -4,7 +4,7 @@
 rules for pictures and prompts. `dfn5b` is Apple's DFN5B ViT-H-14 at 378 pixels (arXiv 2309.17425), with open_clip's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -12,7 +12,6 @@ from PIL import Image
 
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
-from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.clip.network import (
     CONFIG_FILE,
@@ -27,7 +26,7 @@ from branchtree_rewards.clip.network import (
 from branchtree_rewards.clip.text import CLIP_TOKENIZER, OPEN_CLIP_TOKENIZER, as_open_clip, check_end, cleaned
 from branchtree_rewards.shared.footprints import Skeleton, skeleton
 from branchtree_rewards.shared.pixels import clip_pixels, from_pil, normalised, to_pil
-from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
 from branchtree_rewards.shared.source import locate_weights
 from branchtree_rewards.shared.weights import read_state_dict
 from branchtree_rewards.small.clip import write_clip_folder, write_open_clip
@@ -116,7 +115,4 @@ def squash(image: Image.Image, size: int) -> Image.Image:
     return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `clip` reward to the registry."""
-    ClipScore.enter(register, ClipConfig)
+register_rewards = reward_hook((ClipScore, ClipConfig))

@@ -4,7 +4,7 @@ The score is the cosine of an image's feature with its prompt's, without the log
 tables show 100 times that. Scores of v2.0 and v2.1 are not comparable. Source: the HPSv2 repository.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -13,7 +13,6 @@ from torch.nn import functional
 
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
-from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.clip.network import (
     CONFIG_FILE,
@@ -26,7 +25,7 @@ from branchtree_rewards.clip.network import (
 from branchtree_rewards.clip.text import CLIP_TOKENIZER, OPEN_CLIP_TOKENIZER, as_open_clip, check_end, cleaned
 from branchtree_rewards.shared.footprints import Skeleton
 from branchtree_rewards.shared.pixels import normalised, to_rgb, to_uint8
-from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
 from branchtree_rewards.shared.source import locate_weights, refuse_file
 from branchtree_rewards.shared.weights import read_weights, state_dict
 from branchtree_rewards.small.clip import write_open_clip
@@ -102,7 +101,4 @@ def letterbox(images: Tensor, size: int) -> Tensor:
     return functional.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2))
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `hps` reward to the registry."""
-    Hps.enter(register, HpsConfig)
+register_rewards = reward_hook((Hps, HpsConfig))

@@ -7,18 +7,17 @@ on several scales, which `scale` names: div100 gives the figures of papers, div2
 MixGRPO's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 from branchtree.files.paths import PathOrName
-from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.clip.network import cosine, load_clip
 from branchtree_rewards.clip.text import CLIP_TOKENIZER, OPEN_CLIP_TOKENIZER, check_end
 from branchtree_rewards.shared.footprints import Skeleton, skeleton
 from branchtree_rewards.shared.pixels import clip_pixels
-from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
 from branchtree_rewards.shared.source import locate_weights, refuse_name
 from branchtree_rewards.small.clip import write_clip_folder
 
@@ -62,7 +61,4 @@ class PickScore(ModelReward[PickScoreConfig]):
         return Measured(network.logit_scale.float().exp() * similarity, {"cosine": similarity})
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `pickscore` reward to the registry."""
-    PickScore.enter(register, PickScoreConfig)
+register_rewards = reward_hook((PickScore, PickScoreConfig))

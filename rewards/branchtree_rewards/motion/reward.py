@@ -7,7 +7,7 @@ counts on average, smoothness and constancy where they are worst.
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -20,13 +20,12 @@ from torch import Tensor
 from branchtree.core.scores import Scores
 from branchtree.data.frames import first_frame
 from branchtree.errors import DataError
-from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.motion.directions import named_direction
 from branchtree_rewards.motion.flow import flow_motion
 from branchtree_rewards.motion.measures import Measure, agreement, blur, capped, match, smooth_motion, windows
 from branchtree_rewards.motion.tracking import subject_motion
-from branchtree_rewards.shared.reward import Reward
+from branchtree_rewards.shared.reward import Reward, reward_hook
 from branchtree_rewards.shared.samples import score_rest, unreadable
 
 LONGEST = 128  # pixels: the longer side at which motion is measured
@@ -215,8 +214,6 @@ def _wanted_frame(image: Image.Image, like: Tensor) -> Tensor:
     return F.interpolate(wanted, like.shape[-2:], mode="bilinear", align_corners=False, antialias=True)[0]
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the three rewards to the registry."""
-    for reward in (MotionSmoothness, MotionDirection, MotionDisplacement):
-        reward.enter(register, MotionConfig)
+register_rewards = reward_hook(
+    (MotionSmoothness, MotionConfig), (MotionDirection, MotionConfig), (MotionDisplacement, MotionConfig)
+)

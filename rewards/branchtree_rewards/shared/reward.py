@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from branchtree.core.scores import Scores
 from branchtree.files.checksums import file_sha256
 from branchtree.files.paths import PathOrName
+from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media, RewardCard, RewardFootprint
 from branchtree_rewards.shared.footprints import Skeleton
 from branchtree_rewards.shared.samples import (
@@ -93,13 +94,6 @@ class Reward(ABC, Generic[Config]):
         self._device = torch.device("cpu")
         self._loaded = False
 
-    @classmethod
-    def enter(cls, register: Callable[..., None], config: type[Config]) -> None:
-        """Enter the reward into a registry, with its summary and the facts of its card in `data/cards.json`."""
-        facts = bundled_json("cards.json")[cls.name]
-        summary, card = facts.pop("summary"), RewardCard(modalities=cls.modalities, **facts)
-        register(cls.name, build=cls, config=config, summary=summary, card=card)
-
     @abstractmethod
     def _scores(self, media: Media, conditions: Sequence[Condition]) -> Scores:
         """Score at least one sample without flaws; pixels are float32 and on the device."""
@@ -161,6 +155,23 @@ class Reward(ABC, Generic[Config]):
     def _require_loaded(self) -> None:
         if not self._loaded:
             raise RuntimeError(f"the {self.name} reward was not loaded: call load(device) before score(...)")
+
+
+def reward_hook(*rewards: tuple[type[Reward[Any]], type[pydantic.BaseModel]]) -> Callable[..., None]:
+    """Return the hook ``register_rewards`` of a module, for its rewards and their settings.
+
+    Their summaries and the facts of their cards are in `data/cards.json`.
+    """
+
+    @hookimpl
+    def register_rewards(register: Callable[..., None]) -> None:
+        cards = bundled_json("cards.json")
+        for reward, config in rewards:
+            facts = cards[reward.name]
+            summary, card = facts.pop("summary"), RewardCard(modalities=reward.modalities, **facts)
+            register(reward.name, build=reward, config=config, summary=summary, card=card)
+
+    return register_rewards
 
 
 @dataclass(frozen=True)

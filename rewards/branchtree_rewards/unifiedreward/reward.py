@@ -6,15 +6,14 @@ protocol. An answer that holds no score in the form asked for is not valid; it i
 
 import hashlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
 from branchtree.core.scores import Scores
-from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media, RewardFootprint
 from branchtree_rewards.shared.pixels import to_pil
-from branchtree_rewards.shared.reward import Reward
+from branchtree_rewards.shared.reward import Reward, reward_hook
 from branchtree_rewards.shared.samples import elongated
 from branchtree_rewards.shared.scale import transform
 from branchtree_rewards.shared.source import RANDOM_SMALL, refuse_name
@@ -95,7 +94,4 @@ class UnifiedReward(Reward[UnifiedRewardConfig]):
         return Scores(self._scale(raw), raw.isfinite(), raw, details, reasons)
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `unifiedreward` reward to the registry."""
-    UnifiedReward.enter(register, UnifiedRewardConfig)
+register_rewards = reward_hook((UnifiedReward, UnifiedRewardConfig))

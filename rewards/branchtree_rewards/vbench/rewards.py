@@ -10,9 +10,7 @@ They need no prompt and none of VBench's own prompts, like its mode for custom v
 is used. VBench's table shows the mean over videos, but for the background; see `VBenchBackground`.
 """
 
-from collections.abc import Callable
-
-from branchtree.plugins.hookspecs import hookimpl
+from branchtree_rewards.shared.reward import reward_hook
 from branchtree_rewards.vbench.clip import (
     VBenchAesthetic,
     VBenchAestheticConfig,
@@ -23,12 +21,10 @@ from branchtree_rewards.vbench.dynamic import VBenchDynamic, VBenchDynamicConfig
 from branchtree_rewards.vbench.imaging import VBenchImaging, VBenchImagingConfig
 from branchtree_rewards.vbench.smoothness import VBenchSmoothness, VBenchSmoothnessConfig
 
-
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the five rewards to the registry."""
-    VBenchAesthetic.enter(register, VBenchAestheticConfig)
-    VBenchBackground.enter(register, VBenchBackgroundConfig)
-    VBenchImaging.enter(register, VBenchImagingConfig)
-    VBenchDynamic.enter(register, VBenchDynamicConfig)
-    VBenchSmoothness.enter(register, VBenchSmoothnessConfig)
+register_rewards = reward_hook(
+    (VBenchAesthetic, VBenchAestheticConfig),
+    (VBenchBackground, VBenchBackgroundConfig),
+    (VBenchImaging, VBenchImagingConfig),
+    (VBenchDynamic, VBenchDynamicConfig),
+    (VBenchSmoothness, VBenchSmoothnessConfig),
+)

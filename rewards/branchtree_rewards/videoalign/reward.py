@@ -6,7 +6,7 @@ repository was published as KwaiVGI/VideoReward, which is now KlingTeam/VideoRew
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
-from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.shared.footprints import Skeleton, skeleton
 from branchtree_rewards.shared.reward import (
@@ -28,6 +27,7 @@ from branchtree_rewards.shared.reward import (
     NoPlainFps,
     Opened,
     SampleFps,
+    reward_hook,
 )
 from branchtree_rewards.shared.samples import unreadable, unreadable_or_empty
 from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, cause, file_at_hand, locate_weights
@@ -218,7 +218,4 @@ def _architecture(source: WeightsSource, base: WeightsSource, vocabulary: int) -
     return architecture
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `videoalign` reward to the registry."""
-    VideoAlign.enter(register, VideoAlignConfig)
+register_rewards = reward_hook((VideoAlign, VideoAlignConfig))
