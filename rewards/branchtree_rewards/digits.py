@@ -70,11 +70,7 @@ class DigitClassifier(nn.Module):
 
 
 def read_classifier(classifier: ClassifierName) -> bytes:
-    """Return the file of a bundled classifier's weights.
-
-    Raises:
-        FileNotFoundError: the package was installed without its assets.
-    """
+    """Return the file of a bundled classifier's weights. Raises FileNotFoundError without the package's assets."""
     return files("branchtree_rewards").joinpath("assets", weights_name(classifier)).read_bytes()
 
 

@@ -145,13 +145,7 @@ class BlipReward(nn.Module):
         self.image_size = int(vision.config.image_size)
 
     def forward(self, pixels: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
-        """Return a number for each pair (B,).
-
-        Args:
-            pixels: Normalised pictures (B, 3, S, S).
-            ids: Token ids (B, T).
-            mask: (B, T), 1 on what is not padding.
-        """
+        """Return a number (B,) for each of the normalised pictures (B, 3, S, S) with token ids and mask (B, T)."""
         seen = self.vision(pixel_values=pixels).last_hidden_state
         read = self.text(input_ids=ids, attention_mask=mask, encoder_hidden_states=seen).last_hidden_state
         scored: Tensor = self.head(read[:, 0])
@@ -159,15 +153,9 @@ class BlipReward(nn.Module):
 
 
 def build_network(published: Mapping[str, Tensor], med_config: Mapping[str, Any], where: str) -> BlipReward:
-    """Return the network that holds exactly the published tensors, in float32 on the CPU.
+    """Return the network that holds exactly the published tensors, in float32 on the CPU; see `blip_skeleton`.
 
-    Args:
-        published: Tensors by their published names.
-        med_config: The published med_config.json.
-        where: The checkpoint's name in messages.
-
-    Raises:
-        RewardError: a tensor is missing, unknown or of another shape.
+    Raises RewardError if a tensor is missing, unknown or of another shape.
     """
     state = renamed(without(published, DROPPED), our_name)
     network = blip_skeleton(state, med_config, where)

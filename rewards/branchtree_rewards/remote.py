@@ -87,11 +87,7 @@ class Remote(Reward[RemoteConfig]):
             self.modalities = frozenset({config.modality})
 
     def load(self, device: torch.device) -> None:
-        """Ask the server what it serves, and compare that with the settings; the server has its own device.
-
-        Raises:
-            RewardError: there is no server, or another one than was expected.
-        """
+        """Ask the server, which has its own device, what it serves. Raises RewardError if that is not as expected."""
         headers = authorization(read_token(self._config.token_env))
         config = self._config
         self._info = info = self._ask_what_is_served(Caller(config.url, min(config.timeout, QUICK), 0, headers))

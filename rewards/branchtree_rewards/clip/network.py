@@ -34,8 +34,7 @@ OPENAI_SIZES = {
 def load_clip(source: WeightsSource) -> tuple[Any, Path]:
     """Return the CLIPModel of ``source`` in float32 on the CPU, and the file that its weights came from.
 
-    Raises:
-        RewardError: there is no such file, or it does not fit its config.json.
+    Raises RewardError if there is no such file, or it does not fit its config.json.
     """
     from transformers import CLIPModel
 
@@ -150,8 +149,7 @@ def open_clip_skeleton(path: str, revision: str | None, published: OpenClipConfi
 def load_open_clip(state: State, config: OpenClipConfig, where: str) -> Any:
     """Return a float32 CLIPModel that holds exactly the weights ``state``, named as open_clip does.
 
-    Raises:
-        RewardError: a tensor is missing, unknown or of another shape; the message has the checkpoint's own names.
+    Raises RewardError, in the checkpoint's own names, if a tensor is missing, unknown or of another shape.
     """
     from transformers import CLIPModel
 

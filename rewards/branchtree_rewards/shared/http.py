@@ -43,17 +43,12 @@ class Caller:
     """
 
     def __init__(
-        self,
-        base: str,
-        timeout: float,
-        retries: int,
-        headers: Mapping[str, str] | None = None,
-        connections: int = 8,
+        self, base: str, timeout: float, retries: int, headers: Mapping[str, str], connections: int = 8
     ) -> None:
         import httpx
 
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._client = httpx.Client(timeout=timeout, limits=limits, headers=dict(headers or {}), trust_env=False)
+        self._client = httpx.Client(timeout=timeout, limits=limits, headers=dict(headers), trust_env=False)
         # Whoever drops a caller without closing it leaves no open connections behind.
         self._close = weakref.finalize(self, self._client.close)
         self._base, self._timeout, self._retries = base.rstrip("/"), timeout, retries

@@ -40,12 +40,9 @@ def from_pil(images: list[Image.Image]) -> Tensor:
 
 
 def clip_pixels(images: Tensor, size: int, *, floor: bool = False) -> Tensor:
-    """Return images (B, C, H, W) in [0, 1] as CLIP and BLIP take them: (B, 3, S, S), on their device.
+    """Return images (B, C, H, W) in [0, 1] as CLIP and BLIP take them, (B, 3, S, S), on their device.
 
-    Args:
-        images: Pictures of one size.
-        size: The side S in pixels.
-        floor: See `shortest_side_crop`.
+    ``size`` is the side S in pixels; for ``floor`` see `shortest_side_crop`.
     """
     pictures = [shortest_side_crop(picture, size, floor=floor) for picture in to_pil(images)]
     return normalised(from_pil(pictures).to(images.device))

@@ -243,8 +243,7 @@ class ModelReward(Reward[ModelConfig]):
     def load(self, device: torch.device) -> None:
         """Load the model and put it on ``device``, or keep it off until it is needed under ``offload``.
 
-        Raises:
-            RewardError: files are missing, damaged, not those pinned, or do not fit the model.
+        Raises RewardError if files are missing, damaged, not those pinned, or do not fit the model.
         """
         opened = self._open()
         verify(opened.files, self._config.sha256)

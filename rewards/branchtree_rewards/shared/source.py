@@ -51,8 +51,7 @@ class WeightsSource:
     def find(self, *names: str) -> Path:
         """Return the first of ``names`` that is there, downloaded if need be; a file given alone stands for any name.
 
-        Raises:
-            RewardError: none is there; it says what was looked for.
+        Raises RewardError that says what was looked for, if none is there.
         """
         found = self.only or self.maybe(*names)
         if found is None:
@@ -139,14 +138,9 @@ def file_at_hand(path: str, revision: str | None, name: str) -> Path | None:
 
 
 def verify(files: Mapping[str, Path], pin: str | Mapping[str, str] | None) -> None:
-    """Compare weight files with pinned digests.
+    """Compare weight files, by name, with pinned digests by name, or the single one of a checkpoint of one file.
 
-    Args:
-        files: Files by name.
-        pin: Digests by name, or the single one of a checkpoint of one file; None to compare nothing.
-
-    Raises:
-        RewardError: a file differs; it is named.
+    Raises RewardError that names a file that differs.
     """
     if pin is None:
         return

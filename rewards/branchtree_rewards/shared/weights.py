@@ -20,8 +20,7 @@ SHOWN = 5
 def read_weights(file: Path) -> Any:
     """Return the content of a .safetensors file, or of one that torch.load reads with ``weights_only``, on the CPU.
 
-    Raises:
-        RewardError: the file is damaged, or holds anything but tensors in plain containers.
+    Raises RewardError for a file that is damaged, or holds anything but tensors in plain containers.
     """
     try:
         if file.suffix == ".safetensors":
@@ -98,8 +97,7 @@ def _shown(names: Sequence[str]) -> str:
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Give a module, which may be on the meta device, copies of weights that fit it exactly, in float32.
 
-    Raises:
-        RewardError: names or shapes differ, or a weight is not finite.
+    Raises RewardError if names or shapes differ, or a weight is not finite.
     """
     check_fit(state, module.state_dict(), where)
     owned = {  # not mapped from a file; what counts stays whole
@@ -112,8 +110,7 @@ def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) ->
 def build_pretrained(model: Any, config: Any, state: Mapping[str, Tensor], where: str, dtype: torch.dtype) -> Any:
     """Return a transformers ``model`` of ``config`` holding exactly ``state``, without initialising it first.
 
-    Raises:
-        RewardError: names or shapes differ, or a weight is not finite.
+    Raises RewardError if names or shapes differ, or a weight is not finite.
     """
     with torch.device("meta"):
         wanted = model(config).state_dict()
@@ -125,8 +122,7 @@ def build_pretrained(model: Any, config: Any, state: Mapping[str, Tensor], where
 def from_pretrained(model: Any, location: str, dtype: torch.dtype, **settings: Any) -> Any:
     """Call ``model.from_pretrained``, and refuse what it would otherwise replace at random or leave unused.
 
-    Raises:
-        RewardError: the folder or hub id cannot be read, or its weights do not fit the model or are not finite.
+    Raises RewardError if the folder or hub id cannot be read, or its weights do not fit the model or are not finite.
     """
     try:
         with quiet_libraries():  # wrong sizes are let through here only to be named below

@@ -33,6 +33,8 @@ class VBenchAestheticConfig(VBenchConfig, AestheticConfig, frozen=True):
         path: The linear head, as for `aesthetic`: the file sa_0_4_vit_l_14_linear.pth, its folder, or "random:small".
         clip: Hub id or folder of the CLIP whose features the head reads. By default the folder "clip" beside the head,
             if there is one, and otherwise "openai/clip-vit-large-patch14".
+        batch: Videos that are on the device at a time; each is measured alone.
+        frames: Frames sent through the model at a time.
     """
 
     path: PathOrName = HEAD

@@ -38,8 +38,7 @@ TWICE = re.compile(r"\.layer(\d)\.(\d)\.norm3\.")  # also stored as downsample.1
 def torchvision_layout(state: Mapping[str, Tensor]) -> State:
     """Return RAFT's weights under torchvision's names, from either layout.
 
-    Raises:
-        RewardError: a tensor that Princeton's layout stores twice differs from its copy.
+    Raises RewardError if a tensor that Princeton's layout stores twice differs from its copy.
     """
     if state and all(name.startswith(WRAPPED) for name in state):
         state = renamed(state, lambda name: name.removeprefix(WRAPPED))

@@ -67,15 +67,9 @@ def frame_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
 
 
 def frame_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
-    """Return height and width after the resize: multiples of 28, with an area in bounds and about the same aspect.
+    """Return height and width in pixels after the resize: multiples of 28, of about the same aspect.
 
-    Args:
-        height: Pixels before the resize.
-        width: Pixels before the resize.
-        max_pixels: The largest area of a frame.
-
-    Raises:
-        ValueError: one side is more than 200 times the other.
+    The area is at most ``max_pixels``. Raises ValueError if one side is more than 200 times the other.
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(f"frames of {width}x{height} are too elongated; at most 1:{MAX_ASPECT} can be scored")
@@ -103,9 +97,7 @@ def patches(frames: Tensor, max_pixels: int) -> Patches:
     """Resize, normalise and cut up sampled frames (N, C, H, W) in [0, 1], N even.
 
     A patch holds C x 2 x 14 x 14 numbers; the four patches that become one token follow each other.
-
-    Raises:
-        ValueError: the frames cannot be resized, or have another number of channels than 1, 3 or 4.
+    Raises ValueError if the frames cannot be resized, or have another number of channels than 1, 3 or 4.
     """
     height, width = frame_size(frames.shape[-2], frames.shape[-1], max_pixels)
     pixels = normalised(resize_frames(to_uint8(to_rgb(frames)), (height, width)) / 255)

@@ -93,8 +93,7 @@ class Questions:
 def open_tokenizer(source: WeightsSource, folder: str, base: WeightsSource) -> Any:
     """Return the tokenizer in ``folder`` of the checkpoint, or the base model's with the reward tokens added.
 
-    Raises:
-        RewardError: neither can be read.
+    Raises RewardError if neither can be read.
     """
     from transformers import AutoTokenizer
 
