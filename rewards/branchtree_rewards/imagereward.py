@@ -120,10 +120,6 @@ NAMES = (  # the first that matches a published name applies
 )
 VISION_HEAD = 64  # width of an attention head in every published BLIP vision encoder (ViT-B and ViT-L)
 VISION_EPS = 1e-6  # the publisher's layer norms; transformers' BLIP has 1e-5 by default
-TEXT_SIZES = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("max_position_embeddings", "layer_norm_eps", "hidden_act"),
-)
 HEAD_LAYERS = (0, 2, 4, 6, 7)  # indices of the linear layers in the published head; dropouts are between
 
 
@@ -202,7 +198,7 @@ def blip_skeleton(state: Mapping[str, Tensor], med_config: Mapping[str, Any], wh
             layer_norm_eps=VISION_EPS,
         )
         text = BlipTextConfig(
-            **{name: med_config[name] for name in TEXT_SIZES},
+            **{name: med_config[name] for name in bundled_json("published_imagereward.json")["med_config"]},
             encoder_hidden_size=width,
             is_decoder=True,  # makes the layers that attend to the picture; the forward pass reads in both directions
             use_cache=False,

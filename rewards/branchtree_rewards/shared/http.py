@@ -11,6 +11,8 @@ import weakref
 from collections.abc import Mapping
 from typing import Any
 
+from branchtree_rewards.shared.source import cause
+
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
 FIRST_PAUSE = 0.5  # seconds, at most
 LONGEST_PAUSE = 20.0  # seconds
@@ -92,19 +94,14 @@ class Caller:
         except (httpx.TimeoutException, TimeoutError) as error:
             raise CallError(f"no answer from {url} within {self._timeout:g} s", None, passing=True) from error
         except httpx.TransportError as error:
-            reason = f"no answer from {url} ({type(error).__name__}: {_short(str(error))})"
+            reason = f"no answer from {url} ({cause(error)})"
             raise CallError(reason, None, passing=not isinstance(error, httpx.UnsupportedProtocol)) from error
         except (httpx.InvalidURL, httpx.DecodingError) as error:
-            reason = f"cannot talk to {url} ({type(error).__name__}: {_short(str(error))})"
+            reason = f"cannot talk to {url} ({cause(error)})"
             raise CallError(reason, None, passing=False) from error
         if not response.is_success:
-            text = _short(body.decode(errors="replace"))
+            text = " ".join(body.decode(errors="replace").split())
+            text = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
             reason = f"{url} answered {response.status_code} {response.reason_phrase}: {text or 'and gave no reason'}"
             raise CallError(reason, response.status_code, passing=response.status_code in PASSING)
         return body
-
-
-def _short(text: str) -> str:
-    """Return ``text`` on one line and of bounded length."""
-    line = " ".join(text.split())
-    return line if len(line) <= SHOWN else f"{line[:SHOWN]} ..."

@@ -29,19 +29,12 @@ def transform(scale: str) -> Callable[[Tensor], Tensor]:
     if times := re.fullmatch(f"x({NUMBER})", scale):
         factor = float(times[1])
         return lambda raw: raw * factor
-    if over := re.fullmatch(f"div({NUMBER})", scale):
-        divisor = _divisor(over[1], scale)
-        return lambda raw: raw / divisor
-    if shifted := re.fullmatch(rf"mix\(\s*(-?{NUMBER})\s*,\s*({NUMBER})\s*\)", scale):
-        centre, width = float(shifted[1]), _divisor(shifted[2], scale)
-        return lambda raw: (raw - centre) / width
+    if over := re.fullmatch(rf"div({NUMBER})|mix\(\s*(-?{NUMBER})\s*,\s*({NUMBER})\s*\)", scale):
+        centre, divisor = float(over[2] or 0), float(over[1] or over[3])
+        if divisor == 0:
+            raise ValueError(f"scale '{scale}' divides by 0")
+        return lambda raw: (raw - centre) / divisor
     raise ValueError(f"'{scale}' is no scale; write raw, x100, div26, mix(18,8) or clipscore, with numbers of your own")
-
-
-def _divisor(digits: str, scale: str) -> float:
-    if float(digits) == 0:
-        raise ValueError(f"scale '{scale}' divides by 0")
-    return float(digits)
 
 
 ScaleName = Annotated[str, pydantic.AfterValidator(lambda scale: transform(scale) and scale)]

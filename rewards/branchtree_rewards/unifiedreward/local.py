@@ -91,18 +91,17 @@ class LocalModel:
     def answers(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[Spoken | NoScore]:
         """Return the model's greedy answer to each question about the picture of the same index."""
         self._model.to(self._device)
-        batches = spans(len(questions), self._config.batch)
-        return [answer for span in batches for answer in self._answer_batch(pictures[span], questions[span])]
-
-    def _answer_batch(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[Spoken]:
-        texts = [conversation(self._processor, question) for question in questions]
-        inputs = self._processor(text=texts, images=list(pictures), padding=True, return_tensors="pt")
-        asked = inputs["input_ids"].shape[1]
-        tokens = self._model.generate(**inputs.to(self._device), max_new_tokens=self._config.max_tokens)[:, asked:]
-        answered = self._processor.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         endings = self._model.generation_config.eos_token_id
-        ended = torch.isin(tokens, tokens.new_tensor(endings)).any(dim=1).tolist()
-        return [Spoken(text, complete) for text, complete in zip(answered, ended, strict=True)]
+        found: list[Spoken | NoScore] = []
+        for span in spans(len(questions), self._config.batch):
+            texts = [conversation(self._processor, question) for question in questions[span]]
+            inputs = self._processor(text=texts, images=list(pictures[span]), padding=True, return_tensors="pt")
+            asked = inputs["input_ids"].shape[1]
+            tokens = self._model.generate(**inputs.to(self._device), max_new_tokens=self._config.max_tokens)[:, asked:]
+            answers = self._processor.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            ended = torch.isin(tokens, tokens.new_tensor(endings)).any(dim=1).tolist()
+            found += map(Spoken, answers, ended)
+        return found
 
     def release(self) -> None:
         """Leave the device until the next question, under ``offload``."""
