@@ -34,13 +34,9 @@ def weights_name(classifier: ClassifierName) -> str:
 
 
 def to_network_input(images: Tensor) -> Tensor:
-    """Turn images of any size into what `DigitClassifier` reads.
+    """Turn images (B, C, H, W) in [0, 1] of any size into what `DigitClassifier` reads, float32 (B, 1, 32, 32).
 
-    Args:
-        images: float (B, C, H, W) in [0, 1].
-
-    Returns:
-        float32 (B, 1, 32, 32): the mean over the channels, resized with antialiased bilinear filtering.
+    Channels are averaged, and the mean is resized with antialiased bilinear filtering.
     """
     grey = images.to(torch.float32).mean(dim=1, keepdim=True)
     if grey.shape[-2:] == (IMAGE_SIZE, IMAGE_SIZE):

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 
 import pydantic
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.plugins.protocols import Condition, Media
+from branchtree_rewards.shared.pixels import shrunk
 from branchtree_rewards.shared.reward import Reward, reward_hook
 from branchtree_rewards.shared.samples import NOT_FINITE
 
@@ -57,15 +56,6 @@ class Diversity(Reward[DiversityConfig]):
         lonely = dict.fromkeys((finite & ~valid).nonzero().flatten().tolist(), "there is no other sample of its prompt")
         broken = dict.fromkeys((~finite).nonzero().flatten().tolist(), NOT_FINITE)
         return Scores(values=values, valid=valid, reasons={**lonely, **broken})
-
-
-def shrunk(images: Tensor, size: int) -> Tensor:
-    """Shrink images (N, C, H, W) by averages until the longer side is at most ``size`` pixels; smaller ones pass."""
-    height, width = images.shape[-2:]
-    if max(height, width) <= size:
-        return images
-    scale = size / max(height, width)
-    return F.adaptive_avg_pool2d(images, (max(round(height * scale), 1), max(round(width * scale), 1)))
 
 
 register_rewards = reward_hook((Diversity, DiversityConfig))

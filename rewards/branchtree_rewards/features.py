@@ -28,8 +28,7 @@ from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Media
 from branchtree_rewards.clip.network import image_features, load_clip
 from branchtree_rewards.digits import classifier_pair, load_classifier, read_classifier, to_network_input
-from branchtree_rewards.diversity import shrunk
-from branchtree_rewards.shared.pixels import clip_pixels, to_rgb, to_uint8
+from branchtree_rewards.shared.pixels import clip_pixels, shrunk, to_rgb, to_uint8
 from branchtree_rewards.shared.source import cause, locate_weights
 from branchtree_rewards.shared.weights import read_state_dict
 from branchtree_rewards.small.clip import write_clip_folder

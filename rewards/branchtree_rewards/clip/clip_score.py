@@ -59,13 +59,10 @@ class ClipScore(ModelReward[ClipConfig]):
 
     name = "clip"
 
-    @property
-    def _path(self) -> str:
-        return self._config.path or HUB[self._config.variant]
-
-    @property
-    def _by_open_clip(self) -> bool:
-        return self._config.variant == "dfn5b"
+    def __init__(self, config: ClipConfig) -> None:
+        super().__init__(config)
+        self._path = config.path or HUB[config.variant]
+        self._by_open_clip = config.variant == "dfn5b"
 
     def _open(self) -> Opened:
         opened = self._open_dfn5b() if self._by_open_clip else self._open_openai()

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from branchtree_rewards.shared.pixels import shrunk
+
 WINDOW = 9  # frames: a longer clip is measured in windows of this length
 STRIDE = 4  # frames from one window to the next
 FAINT = 1e-4  # squared difference of grey levels: a contrast below its root is none
@@ -168,13 +170,7 @@ def agreement(steps: Tensor, directions: Tensor) -> Tensor:
 
 def capped(videos: Tensor, longest: int) -> Tensor:
     """Shrink videos (B, F, C, H, W) by averages until no side is longer than ``longest`` pixels; smaller ones pass."""
-    height, width = videos.shape[-2:]
-    scale = longest / max(height, width)
-    if scale >= 1:
-        return videos
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    shrunk: Tensor = F.adaptive_avg_pool2d(videos.flatten(0, 1), size)
-    return shrunk.view(*videos.shape[:3], *size)
+    return shrunk(videos.flatten(0, 1), longest).unflatten(0, videos.shape[:2])
 
 
 def blur(images: Tensor, deviation: float) -> Tensor:

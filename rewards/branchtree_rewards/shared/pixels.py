@@ -8,6 +8,7 @@ others; the results differ by more than the last digit, so each reward names the
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -56,11 +57,12 @@ def shortest_side_crop(image: Image.Image, size: int, *, floor: bool = False) ->
     CLIPImageProcessorPil). The two differ by one pixel where 3, 7, 11, ... more than ``size`` are left: at 640 x 427,
     say.
     """
-    from torchvision.transforms import InterpolationMode, functional
+    from torchvision.transforms import InterpolationMode
+    from torchvision.transforms import functional as vision
 
-    resized: Image.Image = functional.resize(image, size, InterpolationMode.BICUBIC)
+    resized: Image.Image = vision.resize(image, size, InterpolationMode.BICUBIC)
     if not floor:
-        cut: Image.Image = functional.center_crop(resized, size)
+        cut: Image.Image = vision.center_crop(resized, size)
         return cut
     left, top = (resized.width - size) // 2, (resized.height - size) // 2
     return resized.crop((left, top, left + size, top + size))
@@ -70,3 +72,12 @@ def normalised(images: Tensor, mean: tuple[float, ...] = CLIP_MEAN, std: tuple[f
     """Return images (B, 3, H, W) in [0, 1] with each channel centred and scaled."""
     centre, width = (images.new_tensor(values).view(1, -1, 1, 1) for values in (mean, std))
     return (images - centre) / width
+
+
+def shrunk(images: Tensor, size: int) -> Tensor:
+    """Shrink images (N, C, H, W) by averages until the longer side is at most ``size`` pixels; smaller ones pass."""
+    height, width = images.shape[-2:]
+    if max(height, width) <= size:
+        return images
+    scale = size / max(height, width)
+    return functional.adaptive_avg_pool2d(images, (max(round(height * scale), 1), max(round(width * scale), 1)))

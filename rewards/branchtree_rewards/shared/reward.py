@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import pydantic
 import torch
@@ -20,16 +20,8 @@ from branchtree.files.checksums import file_sha256
 from branchtree.files.paths import PathOrName
 from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.protocols import Condition, Media, RewardCard, RewardFootprint
+from branchtree_rewards.shared import samples
 from branchtree_rewards.shared.footprints import Skeleton
-from branchtree_rewards.shared.samples import (
-    check_batch,
-    elongated,
-    find_flaws,
-    score_rest,
-    spans,
-    unreadable_or_empty,
-    with_pixels,
-)
 from branchtree_rewards.shared.scale import ScaleName, transform
 from branchtree_rewards.shared.source import RANDOM_SMALL, bundled_json, verify
 from branchtree_rewards.shared.tokenizers import own_token
@@ -54,28 +46,6 @@ class ModelRewardConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     scale: ScaleName = "raw"
     batch: int = pydantic.Field(default=16, ge=1, le=10_000)
     offload: bool = False
-
-
-ClipFps = Annotated[float | None, pydantic.Field(ge=0.1, le=1000)]
-SampleFps = Annotated[float | None, pydantic.Field(gt=0, le=1000)]
-
-
-class NoPlainFps(pydantic.BaseModel, frozen=True):
-    """Settings of a reward whose score depends on frame rates.
-
-    One that is named plainly `fps` is refused: it would mean a clip's own rate to some and that of sampling to others.
-    """
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _tells_rates_apart(cls, settings: Any) -> Any:
-        if isinstance(settings, dict) and "fps" in settings:
-            sampling = ", or 'sample_fps' for the frames a second that the model is shown"
-            raise ValueError(
-                "'fps' could mean two rates; write 'clip_fps' for the frames a second at which the clip plays"
-                + (sampling if "sample_fps" in cls.model_fields else "")
-            )
-        return settings
 
 
 Config = TypeVar("Config", bound=pydantic.BaseModel)
@@ -104,7 +74,7 @@ class Reward(ABC, Generic[Config]):
 
     def _seen(self, media: Media) -> Media:
         """Return the pixels that scores depend on, in float32 on the device."""
-        return with_pixels(media, media.pixels.to(self._device, torch.float32))
+        return samples.with_pixels(media, media.pixels.to(self._device, torch.float32))
 
     def _shape_flaw(self, media: Media) -> str | None:
         """Say why no sample of this shape, length and frame rate can be scored, if none can."""
@@ -112,7 +82,7 @@ class Reward(ABC, Generic[Config]):
 
     def _prompt_flaw(self, prompt: str) -> str | None:
         """Say why a prompt cannot be read, if it cannot be; a reward that does not read prompts takes any."""
-        return unreadable_or_empty(prompt) if self.reads_prompt else None
+        return samples.unreadable_or_empty(prompt) if self.reads_prompt else None
 
     def footprint(self) -> RewardFootprint | None:
         """Return the memory of the weights on an accelerator: none, unless a reward says otherwise."""
@@ -140,17 +110,17 @@ class Reward(ABC, Generic[Config]):
             ValueError: the media are of another kind, or there are not B conditions.
         """
         self._require_loaded()
-        check_batch(media, conditions, self.modalities)
+        samples.check_batch(media, conditions, self.modalities)
         size = self._rows_at_once()
         if size is None:
             return self._score_batch(media, conditions)
-        batches = spans(len(media), size)
+        batches = samples.spans(len(media), size)
         return Scores.concatenate([self._score_batch(media[rows], conditions[rows]) for rows in batches])
 
     def _score_batch(self, media: Media, conditions: Sequence[Condition]) -> Scores:
         seen = self._seen(media)
-        flaws = find_flaws(seen, conditions, self._shape_flaw, self._prompt_flaw)
-        return score_rest(seen, conditions, flaws, self._scores)
+        flaws = samples.find_flaws(seen, conditions, self._shape_flaw, self._prompt_flaw)
+        return samples.score_rest(seen, conditions, flaws, self._scores)
 
     def _require_loaded(self) -> None:
         if not self._loaded:
@@ -220,7 +190,7 @@ class ModelReward(Reward[ModelConfig]):
         return self._config.batch
 
     def _shape_flaw(self, media: Media) -> str | None:
-        return elongated(media)
+        return samples.elongated(media)
 
     def _prompt_flaw(self, prompt: str) -> str | None:
         flaw = super()._prompt_flaw(prompt)

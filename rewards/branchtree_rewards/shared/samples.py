@@ -13,9 +13,6 @@ MAX_ASPECT = 200  # Qwen's own limit; past it, resizing makes sides of no pixel 
 NOT_FINITE = "pixels are not finite"
 NO_PIXELS = "there are no pixels"
 
-PromptFlaw = Callable[[str], str | None]
-ShapeFlaw = Callable[[Media], str | None]
-
 
 def spans(length: int, size: int) -> list[slice]:
     """Return consecutive slices of at most ``size`` that cover ``length``."""
@@ -41,8 +38,8 @@ def check_batch(media: Media, conditions: Sequence[Condition], modalities: Colle
 def find_flaws(
     media: Media,
     conditions: Sequence[Condition],
-    shape_flaw: ShapeFlaw | None = None,
-    prompt_flaw: PromptFlaw | None = None,
+    shape_flaw: Callable[[Media], str | None],
+    prompt_flaw: Callable[[str], str | None],
 ) -> dict[int, str]:
     """Return why samples cannot be scored, by row.
 
@@ -52,15 +49,14 @@ def find_flaws(
         shape_flaw: Says why no sample of this shape, length and frame rate can be scored.
         prompt_flaw: Says why a prompt cannot be read.
     """
-    flaw = NO_PIXELS if 0 in media.pixels.shape[1:] else shape_flaw and shape_flaw(media)
+    flaw = NO_PIXELS if 0 in media.pixels.shape[1:] else shape_flaw(media)
     if flaw:
         return dict.fromkeys(range(len(media)), flaw)
     finite = media.pixels.flatten(1).isfinite().all(dim=1).tolist()
     reasons = {row: NOT_FINITE for row, good in enumerate(finite) if not good}
-    if prompt_flaw:
-        for row, condition in enumerate(conditions):
-            if row not in reasons and (flaw := prompt_flaw(condition.prompt)):
-                reasons[row] = flaw
+    for row, condition in enumerate(conditions):
+        if row not in reasons and (flaw := prompt_flaw(condition.prompt)):
+            reasons[row] = flaw
     return reasons
 
 

@@ -74,7 +74,12 @@ class LocalModel:
         )
         _check_questions(self._processor, model, source.location)
         model.eval().requires_grad_(False)
-        model.generation_config = _greedy(model.generation_config, self._processor.tokenizer.pad_token_id)
+        # The checkpoint's own settings for generation, its penalty on repetition included, without the sampling.
+        published = model.generation_config
+        generation = {name: value for name, value in published.to_diff_dict().items() if name not in SAMPLING}
+        if generation.get("pad_token_id") is None:
+            generation["pad_token_id"] = self._processor.tokenizer.pad_token_id
+        model.generation_config = type(published)(**generation, do_sample=False)
         self._files, self._model, self._device = files, model, device
         if not self._config.offload:
             model.to(device)
@@ -164,11 +169,3 @@ def conversation(processor: Any, question: str) -> str:
     message = [{"role": "user", "content": content}]
     text: str = processor.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
     return text
-
-
-def _greedy(published: Any, pad: int | None) -> Any:
-    """Return the checkpoint's own settings for generation, its penalty on repetition too, without the sampling."""
-    settings = {name: value for name, value in published.to_diff_dict().items() if name not in SAMPLING}
-    if settings.get("pad_token_id") is None:
-        settings["pad_token_id"] = pad
-    return type(published)(**settings, do_sample=False)

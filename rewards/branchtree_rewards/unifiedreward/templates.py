@@ -21,21 +21,17 @@ FILES: dict[TemplateName, str] = {
     "acs_v2": "unifiedreward_acs_v2.txt",
     "flowgrpo_llava": "unifiedreward_flowgrpo_llava.txt",
 }
+BY_AXIS: tuple[FieldName, ...] = ("alignment", "coherence", "style", "mean")
 FIELDS: dict[TemplateName, tuple[FieldName, ...]] = {
-    "semantic": ("alignment", "coherence", "style", "mean"),
+    "semantic": BY_AXIS,
+    "acs_v2": BY_AXIS,
     "score": ("final",),
-    "acs_v2": ("alignment", "coherence", "style", "mean"),
     "flowgrpo_llava": ("final",),
 }
 OLD, NEW = r"unified-?reward-(?:qwen|0\.5b|7b)", r"unified-?reward-?2"  # in names of the first models, and the 2.0 ones
 OTHERS: dict[TemplateName, str] = {"semantic": NEW, "score": NEW, "acs_v2": OLD, "flowgrpo_llava": rf"{NEW}|qwen"}
 """Names of models that were trained on other questions."""
-LABELS = {
-    "alignment": "Alignment Score (1-5)",
-    "coherence": "Coherence Score (1-5)",
-    "style": "Style Score (1-5)",
-    "final": "Final Score",
-}
+LABELS = {**{axis: f"{axis.capitalize()} Score (1-5)" for axis in AXES}, "final": "Final Score"}
 LOWEST = {"alignment": 1.0, "coherence": 1.0, "style": 1.0, "final": 0.0}
 HIGHEST = 5.0
 # A number that ends where it seems to: not 1 of 10, of 1.5.2, of 1e3 or of 1-2, and out of 5 where it is out of any.

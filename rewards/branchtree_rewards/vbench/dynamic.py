@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from branchtree.files.paths import PathOrName
 from branchtree.plugins.protocols import Media
-from branchtree_rewards.shared.reward import ClipFps, NoPlainFps, Opened
+from branchtree_rewards.shared.frame_rates import ClipFps, NoPlainFps
+from branchtree_rewards.shared.reward import Opened
 from branchtree_rewards.shared.samples import elongated, spans
 from branchtree_rewards.shared.source import locate_local, refuse_file
 from branchtree_rewards.small.vbench import RAFT_FILE, write_small_raft

@@ -19,16 +19,8 @@ from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins.protocols import Condition, Media
 from branchtree_rewards.shared.footprints import Skeleton, skeleton
-from branchtree_rewards.shared.reward import (
-    ClipFps,
-    Measured,
-    ModelReward,
-    ModelRewardConfig,
-    NoPlainFps,
-    Opened,
-    SampleFps,
-    reward_hook,
-)
+from branchtree_rewards.shared.frame_rates import ClipFps, NoPlainFps, SampleFps
+from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
 from branchtree_rewards.shared.samples import unreadable, unreadable_or_empty
 from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, cause, file_at_hand, locate_weights
 from branchtree_rewards.shared.weights import build_pretrained, read_state_dict
