@@ -17,10 +17,10 @@ from branchtree_rewards.clip.network import (
     CONFIG_FILE,
     VIT_H_14_378,
     clip_size,
+    clip_skeleton,
     cosine,
     load_clip,
     load_open_clip,
-    open_clip_skeleton,
     read_config,
 )
 from branchtree_rewards.clip.text import CLIP_TOKENIZER, OPEN_CLIP_TOKENIZER, as_open_clip, check_end, cleaned
@@ -94,7 +94,7 @@ class ClipScore(ModelReward[ClipConfig]):
     def _skeleton(self) -> Skeleton:
         revision, variant = self._config.revision, self._config.variant
         if self._by_open_clip:
-            return open_clip_skeleton(self._path, revision, VIT_H_14_378)
+            return clip_skeleton(self._path, revision, VIT_H_14_378)
         return skeleton(self._path, revision, HUB[variant])
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:

@@ -14,14 +14,7 @@ from torch.nn import functional
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins.protocols import Condition, Media
-from branchtree_rewards.clip.network import (
-    CONFIG_FILE,
-    VIT_H_14,
-    cosine,
-    load_open_clip,
-    open_clip_skeleton,
-    read_config,
-)
+from branchtree_rewards.clip.network import CONFIG_FILE, VIT_H_14, clip_skeleton, cosine, load_open_clip, read_config
 from branchtree_rewards.clip.text import CLIP_TOKENIZER, OPEN_CLIP_TOKENIZER, as_open_clip, check_end, cleaned
 from branchtree_rewards.shared.footprints import Skeleton
 from branchtree_rewards.shared.pixels import normalised, to_rgb, to_uint8
@@ -75,7 +68,7 @@ class Hps(ModelReward[HpsConfig]):
         return Opened(network, {name: file}, (described,) if described else ())
 
     def _skeleton(self) -> Skeleton:
-        return open_clip_skeleton(self._config.path, self._config.revision, VIT_H_14)
+        return clip_skeleton(self._config.path, self._config.revision, VIT_H_14)
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
         images = to_uint8(to_rgb(media.pixels)).float() / 255

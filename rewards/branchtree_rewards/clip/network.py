@@ -137,7 +137,7 @@ def read_config(file: Path) -> OpenClipConfig:
         raise RewardError(f"'{file}' does not describe a CLIP of two plain transformers ({cause(error)})") from error
 
 
-def open_clip_skeleton(path: str, revision: str | None, published: OpenClipConfig) -> Skeleton:
+def clip_skeleton(path: str, revision: str | None, published: OpenClipConfig) -> Skeleton:
     """Return the network of the configuration beside the weights, or of the ``published`` one where there is none."""
     from transformers import CLIPModel
 

@@ -165,9 +165,6 @@ def agreement(steps: Tensor, directions: Tensor) -> Tensor:
     return towards.clamp(0, 1)
 
 
-# Operations on images
-
-
 def capped(videos: Tensor, longest: int) -> Tensor:
     """Shrink videos (B, F, C, H, W) by averages until no side is longer than ``longest`` pixels; smaller ones pass."""
     return shrunk(videos.flatten(0, 1), longest).unflatten(0, videos.shape[:2])

@@ -28,9 +28,8 @@ class TokenizerKind:
     def load(self, location: str, revision: str | None = None) -> Any:
         """Return the tokenizer of a folder or hub id.
 
-        Raises:
-            RewardError: it cannot be loaded, is cut short, or has no vocabulary: transformers makes one of the special
-                tokens alone where files are missing, or the hub cannot be reached.
+        Raises RewardError if it cannot be loaded, is cut short, or has no vocabulary: transformers makes one of the
+        special tokens alone where files are missing, or the hub cannot be reached.
         """
         import transformers
 
@@ -47,8 +46,7 @@ class TokenizerKind:
     def choose(self, source: WeightsSource, named: str | None, default: str) -> Any:
         """Return the tokenizer that is ``named``, else that of a local checkpoint's folder, else the ``default``.
 
-        Raises:
-            RewardError: as `load`, and for a named folder whose files differ from its SHA256SUMS.
+        Raises RewardError as `load` does, and for a named folder whose files differ from its SHA256SUMS.
         """
         if named is not None:
             verify_checksums(user_path(named), RewardError)

@@ -11,7 +11,7 @@ import torch
 
 from branchtree_rewards.clip.network import CONFIG_FILE, OpenClipConfig, published_shapes
 from branchtree_rewards.shared.weights import State, build_pretrained, quiet_libraries
-from branchtree_rewards.small.checkpoint import Shapes, meta_shapes, random_tensor, write_json, write_kept_settings
+from branchtree_rewards.small.checkpoint import Shapes, meta_shapes, random_state, write_json, write_kept_settings
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 VOCABULARY = 2 * 256 + 2
@@ -63,13 +63,9 @@ def write_open_clip(folder: Path, weights: str, key: str | None, quick_gelu: boo
 
 
 def _clip_state(shapes: Shapes, seed: int) -> State:
-    generator = torch.Generator().manual_seed(seed)
-    return {
-        name: torch.tensor(LOG_SCALE)
-        if name == "logit_scale"
-        else random_tensor(name, shape, generator, "embedding" in name)
-        for name, shape in shapes.items()
-    }
+    drawn = {name: shape for name, shape in shapes.items() if name != "logit_scale"}
+    state = random_state(drawn, torch.Generator().manual_seed(seed), unscaled="embedding")
+    return {name: state[name] if name in state else torch.tensor(LOG_SCALE) for name in shapes}
 
 
 def write_small_aesthetic(folder: Path) -> None:

@@ -45,15 +45,9 @@ class Patches:
 
 
 def frame_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
-    """Return the indices of the frames to look at: an even number of them, the first and the last included.
+    """Return the indices of the frames to look at, of ``total`` ones that play at ``fps`` a second.
 
-    Args:
-        total: Frames of the video.
-        fps: Frames per second at which it plays.
-        sampling: How the checkpoint wants its frames.
-
-    Raises:
-        ValueError: the video is too short.
+    They are an even number, and the first and the last are among them. Raises ValueError if the video is too short.
     """
     if sampling.frames is None:
         most = min(MAX_FRAMES, total) // PAIR * PAIR

@@ -186,14 +186,13 @@ def _latest(source: WeightsSource) -> int:
 
 
 def _weights_file(source: WeightsSource, step: str) -> Path:
-    name = f"{step}/model.pth"
-    if (file := source.maybe(name)) is not None:
+    if (file := source.maybe(f"{step}/model.pth")) is not None:
         return file
     if source.maybe(f"{step}/adapter_model.safetensors") is not None:
         raise RewardError(
             f"'{source.name}' holds low-rank weights alone in {step}; this reward reads a whole state dict, model.pth"
         )
-    raise RewardError(f"'{source.name}' holds no '{name}'; set 'checkpoint' to a step that is there")
+    raise RewardError(f"'{source.name}' holds no '{step}/model.pth'; set 'checkpoint' to a step that is there")
 
 
 def _architecture(source: WeightsSource, base: WeightsSource, vocabulary: int) -> Any:

@@ -14,11 +14,7 @@ DIMENSIONS = ("VQ", "MQ", "TA")  # visual quality, motion quality, text alignmen
 PUBLISHED = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
 # What the inputs built here follow; a checkpoint trained otherwise would score something else.
 EXPECTED: dict[str, dict[str, object]] = {
-    "data_config": {
-        "eval_dim": list(DIMENSIONS),
-        "prompt_template_type": "detailed_special",
-        "sample_type": "uniform",
-    },
+    "data_config": {"eval_dim": list(DIMENSIONS), "prompt_template_type": "detailed_special", "sample_type": "uniform"},
     "model_config": {"use_special_tokens": True, "reward_token": "special"},
 }
 
