@@ -1,7 +1,7 @@
 """CLIP networks as transformers' CLIPModel, from its own layout or from checkpoints of open_clip; and their features.
 
 open_clip names the same tensors otherwise, keeps query, key and value of an attention in one, and stores both
-projections transposed. Its architecture is told by `open_clip_config.json`, of which the plain vision transformers are
+projections transposed. Its architecture is given by `open_clip_config.json`, of which the plain vision transformers are
 read here: the ones that HPS and DFN5B are made of. Axis letters: B samples, C channels, H height, W width.
 """
 

@@ -87,7 +87,7 @@ def follow(clips: Tensor, grey: Tensor) -> Trajectories:
 
 @dataclass(frozen=True)
 class Structure:
-    """A frame's structure around each pixel, by which displacements are told apart; see Shi and Tomasi 1994."""
+    """A frame's structure around each pixel, which tells displacements; see Shi and Tomasi 1994."""
 
     gradient: Tensor  # (N, 2, H, W)
     xx: Tensor  # (N, 1, H, W), windowed products of the gradient

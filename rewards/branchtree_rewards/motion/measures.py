@@ -167,7 +167,8 @@ def agreement(steps: Tensor, directions: Tensor) -> Tensor:
 
 def capped(videos: Tensor, longest: int) -> Tensor:
     """Shrink videos (B, F, C, H, W) by averages until no side is longer than ``longest`` pixels; smaller ones pass."""
-    return shrunk(videos.flatten(0, 1), longest).unflatten(0, videos.shape[:2])
+    small: Tensor = shrunk(videos.flatten(0, 1), longest).unflatten(0, videos.shape[:2])
+    return small
 
 
 def blur(images: Tensor, deviation: float) -> Tensor:

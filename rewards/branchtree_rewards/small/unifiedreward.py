@@ -143,7 +143,7 @@ def _embeddings(tokenizer: Any, turns: Sequence[Sequence[str]], generator: torch
     table[:, 0] = 1
     for turn, tokens in enumerate(turns):
         ids = tokenizer.convert_tokens_to_ids(tokens)
-        table[ids] = table[ids[0]].clone()  # which number was said does not matter to the next one
+        table[ids] = table[ids[0]].clone()  # which number came does not matter to the next one
         table[ids, 0] = 0
         table[ids, turn + 1] = 1
     return table

@@ -55,8 +55,8 @@ class VideoAlignConfig(NoPlainFps, ModelRewardConfig, frozen=True):
         clip_fps: Frames per second at which the videos play; by default what the media say.
         sample_fps: Frames per second that the model is shown, which the publisher's code calls `fps`; by default the
             rate that the checkpoint was trained with, 2 for the published one.
-        dtype: Of the backbone, "bfloat16" or "float32". "auto" is bfloat16, as the publisher runs it, and float32 on a
-            CPU. The head is in float32 always.
+        dtype: Precision of the backbone, "bfloat16" or "float32". "auto" is bfloat16, as the publisher runs it, and
+            float32 on a CPU. The head is in float32 always.
         batch: Videos sent through the model at a time.
     """
 
