@@ -167,6 +167,8 @@ def agreement(steps: Tensor, directions: Tensor) -> Tensor:
 
 def capped(videos: Tensor, longest: int) -> Tensor:
     """Shrink videos (B, F, C, H, W) by averages until no side is longer than ``longest`` pixels; smaller ones pass."""
+    if max(videos.shape[-2:]) <= longest:
+        return videos
     small: Tensor = shrunk(videos.flatten(0, 1), longest).unflatten(0, videos.shape[:2])
     return small
 

@@ -9,10 +9,7 @@ SampleFps = Annotated[float | None, pydantic.Field(gt=0, le=1000)]
 
 
 class NoPlainFps(pydantic.BaseModel, frozen=True):
-    """Settings of a reward whose score depends on frame rates.
-
-    One that is named plainly `fps` is refused: it would mean a clip's own rate to some and that of sampling to others.
-    """
+    """Settings of a reward whose score depends on frame rates; a plain `fps`, which could mean two, is refused."""
 
     @pydantic.model_validator(mode="before")
     @classmethod
