@@ -154,8 +154,11 @@ def load_open_clip(state: State, config: OpenClipConfig, where: str) -> Any:
     from transformers import CLIPModel
 
     kept = without(state, DROPPED)
-    with torch.device("meta"):
-        wanted = {name: torch.empty(shape) for name, shape in published_shapes(config).items()}
+    try:
+        with torch.device("meta"):
+            wanted = {name: torch.empty(shape) for name, shape in published_shapes(config).items()}
+    except Exception as error:  # each library below has exceptions of its own for sizes that make no model
+        raise RewardError(f"the configuration beside '{where}' makes no CLIP ({cause(error)})") from error
     check_fit(kept, wanted, where)
     return build_pretrained(CLIPModel, clip_config(config), to_transformers(kept), where, torch.float32)
 
@@ -245,9 +248,8 @@ def published_shapes(config: OpenClipConfig) -> dict[str, tuple[int, ...]]:
     for name in names:
         held = _held(name)
         shape = ours[held[0]]
-        if len(held) > 1:
-            shape = (shape[0] * len(held), *shape[1:])
-        shapes[name] = shape[::-1] if name in TRANSPOSED else shape
+        whole = (shape[0] * len(held), *shape[1:]) if shape else shape
+        shapes[name] = whole[::-1] if name in TRANSPOSED else whole
     return shapes
 
 
