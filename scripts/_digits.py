@@ -6,7 +6,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from branchtree_rewards.digits.reward import named_digit
+from branchtree_rewards.digits import named_digit
 from sklearn.datasets import load_digits
 from torch import Tensor
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
-from branchtree_rewards.digits.reward import DIGIT_WORDS
+from branchtree_rewards.digits import DIGIT_WORDS
 from sklearn.datasets import load_digits
 from torch import Tensor
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from _digits import ROOT, digit_images, disjoint_halves, random_shift
 from _moving_digits import REACH, all_glyphs, render
-from branchtree_rewards.digits.classifier import ClassifierName, DigitClassifier, weights_name
+from branchtree_rewards.digits import ClassifierName, DigitClassifier, weights_name
 from torch import Tensor
 
 EPOCHS = 120

@@ -17,8 +17,7 @@ import torch
 import torch.nn.functional as F
 from _digits import IMAGE_SIZE, ROOT, digit_images, prompts_by_digit, random_shift, read_prompts, words
 from _small_models import build_t5_tokenizer, rewrite_json, save_pipeline, write_clip_weights
-from branchtree_rewards.digits.classifier import load_classifier, to_network_input
-from branchtree_rewards.digits.reward import DIGIT_WORDS
+from branchtree_rewards.digits import DIGIT_WORDS, load_classifier, to_network_input
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn

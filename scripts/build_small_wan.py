@@ -30,7 +30,7 @@ from _moving_digits import (
     vocabulary,
 )
 from _small_models import build_t5_tokenizer, save_pipeline, write_clip_weights
-from branchtree_rewards.digits.classifier import load_classifier, to_network_input
+from branchtree_rewards.digits import load_classifier, to_network_input
 from diffusers import (
     AutoencoderKLWan,
     FlowMatchEulerDiscreteScheduler,

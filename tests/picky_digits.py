@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from importlib import import_module
 
 import torch
-from branchtree_rewards.digits.reward import Digits
+from branchtree_rewards.digits import Digits
 
 from branchtree.cli import main
 from branchtree.core.scores import Scores

@@ -19,7 +19,7 @@ import media_files as files
 import numpy as np
 import torch
 from branchtree_rewards.clip.pickscore import PickScore, PickScoreConfig
-from branchtree_rewards.digits.reward import Digits, DigitsConfig
+from branchtree_rewards.digits import Digits, DigitsConfig
 from branchtree_rewards.motion.reward import MotionConfig, MotionSmoothness
 from media_files import FRAMES, LOSSLESS, RATE, TURNS, Coding, Pixels, moving
 from PIL import Image, ImageCms

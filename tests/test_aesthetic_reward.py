@@ -8,8 +8,7 @@ from typing import Any
 import pytest
 import torch
 from branchtree_rewards.clip.aesthetic import Aesthetic, AestheticConfig
-from branchtree_rewards.small.aesthetic import write_small_aesthetic
-from branchtree_rewards.small.clip import write_clip_folder
+from branchtree_rewards.small.clip import write_clip_folder, write_small_aesthetic
 from clip_publisher import random_pictures
 from torch import Tensor
 from torchvision import transforms

@@ -7,11 +7,11 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from branchtree_rewards.remote import Remote, RemoteConfig
+from branchtree_rewards.unifiedreward.config import UnifiedRewardConfig
 from branchtree_rewards.unifiedreward.server import ChatServer
 from fake_videos import write_mp4
 from hypothesis import example, given, settings
@@ -282,8 +282,7 @@ def test_what_a_program_gets_wrong_is_still_its_error(loaded: Loaded) -> None:
     [("a <|image_pad|> cat", "<|image_pad|>"), ("<image> a cat", "<image>"), ("a <|im_end|>", "<|im_end|>")],
 )
 def test_a_chat_server_is_not_asked_what_it_would_not_read_as_text(prompt: str, marker: str) -> None:
-    settings: dict[str, Any] = {"concurrency": 1, "timeout": 1.0, "retries": 0, "wait": 0.0, "max_tokens": 8}
-    server = ChatServer("http://127.0.0.1:9/v1", "model", None, image_format="png", **settings)
+    server = ChatServer(UnifiedRewardConfig(server="http://127.0.0.1:9/v1", model="model"))
     assert marker in (server.prompt_flaw(prompt, prompt) or "")
     assert server.prompt_flaw("a cat | a dog, 1 < 2 > 0", "") is None
 

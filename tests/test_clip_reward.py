@@ -18,7 +18,7 @@ import pytest
 import regex
 import torch
 from branchtree_rewards.clip.clip_score import ClipConfig, ClipScore
-from branchtree_rewards.clip.text import load_clip_tokenizer, token_ids
+from branchtree_rewards.clip.text import CLIP_TOKENIZER, token_ids
 from branchtree_rewards.small.clip import write_clip_folder
 from clip_publisher import (
     SCORED,
@@ -100,7 +100,7 @@ def test_openai_tokens_follow_the_rule_of_transformers(vocabulary: Path) -> None
     texts = [text for text in prompts() if "<|" not in text]  # which transformers reads as end and start
     theirs = open_clip.tokenizer.SimpleTokenizer()
     theirs.clean_fn = lambda text: regex.sub(r"\s+", " ", unicodedata.normalize("NFC", text)).lower()
-    ours = token_ids(load_clip_tokenizer(str(vocabulary), None), texts, 77)
+    ours = token_ids(CLIP_TOKENIZER.load(str(vocabulary)), texts, 77)
     expected = theirs(texts, context_length=77)
     differing = [
         text for text, a, b in zip(texts, expected, ours, strict=True) if up_to_end(a, 49407) != up_to_end(b, 49407)
@@ -110,7 +110,7 @@ def test_openai_tokens_follow_the_rule_of_transformers(vocabulary: Path) -> None
 
 
 def test_a_long_prompt_is_cut_before_its_end_token(vocabulary: Path) -> None:
-    ids = token_ids(load_clip_tokenizer(str(vocabulary), None), ["dog " * 200, "dog " * 75, "dog " * 74], 77)
+    ids = token_ids(CLIP_TOKENIZER.load(str(vocabulary)), ["dog " * 200, "dog " * 75, "dog " * 74], 77)
     assert ids[:, 0].tolist() == [49406] * 3
     assert ids[0].tolist() == ids[1].tolist()
     assert up_to_end(ids[0], 49407)[-1] == 49407
@@ -165,7 +165,7 @@ def test_dfn5b_scores_as_open_clip(dfn5b: tuple[open_clip.CLIP, ClipScore], shap
 
 
 def test_the_variants_are_the_published_sizes() -> None:
-    from branchtree_rewards.clip.open_clip import VIT_H_14_378
+    from branchtree_rewards.clip.network import VIT_H_14_378
 
     config = open_clip.get_model_config("ViT-H-14-378-quickgelu")
     assert VIT_H_14_378.quick_gelu is config["quick_gelu"] is True

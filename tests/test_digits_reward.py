@@ -8,8 +8,15 @@ import pydantic
 import pytest
 import torch
 import torch.nn.functional as F
-from branchtree_rewards.digits.classifier import ClassifierName, DigitClassifier, load_classifier
-from branchtree_rewards.digits.reward import DIGIT_WORDS, Digits, DigitsConfig, named_digit
+from branchtree_rewards.digits import (
+    DIGIT_WORDS,
+    ClassifierName,
+    DigitClassifier,
+    Digits,
+    DigitsConfig,
+    load_classifier,
+    named_digit,
+)
 from torch import Tensor
 
 from branchtree.plugins import Condition, Media

@@ -22,7 +22,7 @@ from branchtree import evaluate, train
 from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, RecipeError
 from branchtree.pictures.grid import write_pictures
-from branchtree.plugins.values import Media
+from branchtree.plugins import Media
 from branchtree.studies.evaluate.figures import compare_scores
 from branchtree.training.evaluation import Samples
 

@@ -10,15 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_rewards.digits.classifier import load_classifier
-from branchtree_rewards.features.clip import ClipFeatures, ClipFeaturesConfig
-from branchtree_rewards.features.digits import (
+from branchtree_rewards.digits import load_classifier
+from branchtree_rewards.features import (
+    ClipFeatures,
+    ClipFeaturesConfig,
     DigitsFeatures,
     DigitsFeaturesConfig,
+    InceptionFeatures,
+    InceptionFeaturesConfig,
     PixelsFeatures,
     PixelsFeaturesConfig,
 )
-from branchtree_rewards.features.inception import InceptionFeatures, InceptionFeaturesConfig
 from branchtree_rewards.small.clip import write_clip_folder
 from torch import Tensor
 

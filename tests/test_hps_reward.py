@@ -9,7 +9,7 @@ import open_clip
 import pytest
 import torch
 from branchtree_rewards.clip.hps import Hps, HpsConfig, letterbox
-from branchtree_rewards.clip.text import as_open_clip, cleaned, load_clip_tokenizer, token_ids
+from branchtree_rewards.clip.text import CLIP_TOKENIZER, as_open_clip, cleaned, token_ids
 from branchtree_rewards.shared.pixels import normalised
 from clip_publisher import (
     SCORED,
@@ -120,7 +120,7 @@ def test_tokens_are_open_clips(vocabulary: Path) -> None:
     texts = prompts()
     assert len(texts) > 500
     theirs = open_clip_tokenizer()(texts, context_length=77)
-    tokenizer = as_open_clip(load_clip_tokenizer(str(vocabulary), None))
+    tokenizer = as_open_clip(CLIP_TOKENIZER.load(str(vocabulary)))
     ours = token_ids(tokenizer, [cleaned(text) for text in texts], 77)
     differing = [
         text for text, a, b in zip(texts, theirs, ours, strict=True) if up_to_end(a, 49407) != up_to_end(b, 49407)

@@ -8,8 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_rewards.imagereward.blip import DROPPED, blip_skeleton, build_network, our_name
-from branchtree_rewards.imagereward.reward import ImageReward, ImageRewardConfig, load_bert_tokenizer
+from branchtree_rewards.imagereward import (
+    BERT_TOKENIZER,
+    DROPPED,
+    ImageReward,
+    ImageRewardConfig,
+    blip_skeleton,
+    build_network,
+    our_name,
+)
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -94,7 +101,7 @@ def test_recorded_rewards_depend_on_the_picture_and_on_the_prompt() -> None:
 
 
 def test_token_ids_are_the_publishers(folder: Path) -> None:
-    tokenizer = load_bert_tokenizer(str(folder))
+    tokenizer = BERT_TOKENIZER.load(str(folder))
     encoded = tokenizer(RECORD["prompts"], padding="max_length", truncation=True, max_length=35)
     assert encoded["input_ids"] == RECORD["ids"]
 

@@ -21,7 +21,7 @@ from branchtree.core.scores import Scores
 from branchtree.errors import DeviceMemoryError, RewardError
 from branchtree.planning.fitting import open_limits
 from branchtree.planning.memory import estimate_memory
-from branchtree.plugins.values import Condition, Footprint, Media
+from branchtree.plugins import Condition, Footprint, Media
 from branchtree.recipe.build import NamedReward, make_credit_rule, make_schedule
 from branchtree.recipe.schema import BatchSection
 from branchtree.run.directory import LIMITS, RunDirectory

@@ -7,20 +7,20 @@ import numpy as np
 import pytest
 import torch
 from branchtree_rewards.motion.directions import named_direction
-from branchtree_rewards.motion.flow import optical_flow
-from branchtree_rewards.motion.models import (
+from branchtree_rewards.motion.flow import flow_motion, optical_flow
+from branchtree_rewards.motion.measures import (
     Measure,
     Motion,
     agreement,
+    blur,
+    capped,
     excess_steps,
     explained,
     match,
     smooth_motion,
     windows,
 )
-from branchtree_rewards.motion.sampling import blur, capped
 from branchtree_rewards.motion.tracking import _lowest_point, subject_motion
-from branchtree_rewards.motion.trajectories import flow_motion
 from scipy.ndimage import gaussian_filter
 from scipy.signal import medfilt
 from torch import Tensor

@@ -18,7 +18,7 @@ import open_clip
 import pytest
 import torch
 from branchtree_rewards.clip.hps import Hps, HpsConfig
-from branchtree_rewards.clip.open_clip import (
+from branchtree_rewards.clip.network import (
     VIT_H_14,
     clip_config,
     load_open_clip,

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import torch
 from branchtree_rewards.clip.aesthetic import _check_pair
+from branchtree_rewards.clip.network import clip_size
 from branchtree_rewards.clip.pickscore import OTHERS as NO_PICKSCORE
-from branchtree_rewards.shared.other_versions import clip_size, refuse_name
-from branchtree_rewards.shared.source import RANDOM_SMALL
+from branchtree_rewards.shared.source import RANDOM_SMALL, refuse_name
 from branchtree_rewards.unifiedreward.templates import OTHERS
 from branchtree_rewards.videoalign.frames import Sampling, frame_indices
 from hypothesis import given, settings

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from branchtree_rewards.clip.pickscore import PickScore, PickScoreConfig
-from branchtree_rewards.clip.text import load_clip_tokenizer, token_ids
+from branchtree_rewards.clip.text import CLIP_TOKENIZER, token_ids
 from branchtree_rewards.small.clip import write_clip_folder
 from clip_publisher import prompts, random_pictures, up_to_end, write_vocabulary
 from PIL import Image
@@ -131,7 +131,7 @@ def test_prompts_are_tokenised_by_the_publishers_rule(tmp_path: Path) -> None:
     publishers = CLIPTokenizer.from_pretrained(tmp_path)
     texts = prompts()
     assert len(texts) > 300
-    ours = token_ids(load_clip_tokenizer(str(tmp_path), None), texts, 77)
+    ours = token_ids(CLIP_TOKENIZER.load(str(tmp_path)), texts, 77)
     for text, row in zip(texts, ours, strict=True):
         expected = publishers(text, padding=True, truncation=True, max_length=77, return_tensors="pt").input_ids[0]
         assert up_to_end(row, 49407) == up_to_end(expected, 49407), text

@@ -18,7 +18,7 @@ import pydantic
 import pytest
 import torch
 from branchtree_rewards.clip.hps import Hps, HpsConfig
-from branchtree_rewards.digits.reward import Digits, DigitsConfig
+from branchtree_rewards.digits import Digits, DigitsConfig
 from branchtree_rewards.motion.reward import MotionConfig, MotionSmoothness
 from branchtree_rewards.remote import Remote, RemoteConfig
 from forked import Python

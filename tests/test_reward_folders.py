@@ -49,15 +49,15 @@ def test_weights_that_are_not_finite_are_refused_by_name(number: float, tmp_path
 
 def test_a_vocabulary_without_some_of_its_merges_is_refused(tmp_path: Path) -> None:
     """Words would be cut where the model has never seen them cut; the real vocabulary of CLIP is whole."""
-    from branchtree_rewards.clip.text import load_clip_tokenizer
+    from branchtree_rewards.clip.text import CLIP_TOKENIZER
     from clip_publisher import write_vocabulary
 
     write_vocabulary(tmp_path)
-    load_clip_tokenizer(str(tmp_path), None)
+    CLIP_TOKENIZER.load(str(tmp_path))
     merges = (tmp_path / "merges.txt").read_text(encoding="utf-8").splitlines(keepends=True)
     (tmp_path / "merges.txt").write_text("".join(merges[: len(merges) // 2]), encoding="utf-8")
     with pytest.raises(RewardError, match="entries that no merge makes"):
-        load_clip_tokenizer(str(tmp_path), None)
+        CLIP_TOKENIZER.load(str(tmp_path))
 
 
 def test_the_sweep_leaves_no_reward_with_weights_out() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from branchtree_rewards.clip.hps import FILES
-from branchtree_rewards.small.aesthetic import write_small_aesthetic as write_aesthetic
 from branchtree_rewards.small.clip import write_clip_folder, write_open_clip
+from branchtree_rewards.small.clip import write_small_aesthetic as write_aesthetic
 from branchtree_rewards.small.imagereward import write_small_imagereward as write_imagereward
 from branchtree_rewards.small.unifiedreward import write_small_unifiedreward as write_unifiedreward
 from branchtree_rewards.small.videoalign import write_small_videoalign as write_videoalign

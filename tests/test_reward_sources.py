@@ -15,8 +15,8 @@ import numpy as np
 import pydantic
 import pytest
 import torch
-from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards.shared.pixels import from_pil, shortest_side_crop, to_pil, to_rgb, to_uint8
+from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened
 from branchtree_rewards.shared.scale import transform
 from branchtree_rewards.shared.source import RANDOM_SMALL, locate_weights, verify
 from branchtree_rewards.shared.weights import check_fit, load_strictly, read_weights, renamed, state_dict

@@ -14,7 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from branchtree_rewards.digits.reward import Digits, DigitsConfig
+from branchtree_rewards.digits import Digits, DigitsConfig
 from branchtree_rewards.motion.reward import MotionConfig, MotionSmoothness
 from clips import digit_clips
 from fake_videos import FPS, write_mp4

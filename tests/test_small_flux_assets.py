@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from branchtree_rewards.digits.reward import DIGIT_WORDS, Digits, DigitsConfig
+from branchtree_rewards.digits import DIGIT_WORDS, Digits, DigitsConfig
 from diffusers import FluxPipeline
 from sklearn.datasets import load_digits
 from torch import Tensor

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from branchtree_adapters.wan import Wan, WanConfig
-from branchtree_rewards.digits.reward import Digits, DigitsConfig, named_digit
+from branchtree_rewards.digits import Digits, DigitsConfig, named_digit
 from diffusers import AutoencoderKLWan, WanImageToVideoPipeline, WanTransformer3DModel
 from PIL import Image
 from torch import Tensor

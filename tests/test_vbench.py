@@ -11,10 +11,9 @@ import numpy as np
 import pydantic
 import pytest
 import torch
-from branchtree_rewards.small.aesthetic import write_small_aesthetic
-from branchtree_rewards.small.clip import write_clip_folder
+from branchtree_rewards.small.clip import write_clip_folder, write_small_aesthetic
+from branchtree_rewards.vbench.base import clip_input
 from branchtree_rewards.vbench.clip import consistency
-from branchtree_rewards.vbench.frames import clip_input
 from torch import Tensor
 from torchvision import transforms
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from branchtree_rewards.shared.model_reward import Opened
+from branchtree_rewards.shared.reward import Opened
+from branchtree_rewards.vbench.base import padded, unpadded
 from branchtree_rewards.vbench.dynamic import VBenchDynamic, VBenchDynamicConfig, judged
-from branchtree_rewards.vbench.frames import padded, unpadded
 from branchtree_rewards.vbench.raft import empty_raft, load_raft, torchvision_layout
 from torch import Tensor, nn
 from torchvision.models.optical_flow import raft_large

@@ -10,10 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from branchtree_rewards.vbench.frames import longer_side
+from branchtree_rewards.vbench.base import longer_side
 from branchtree_rewards.vbench.imaging import VBenchImaging, VBenchImagingConfig
-from branchtree_rewards.vbench.musiq import Musiq, MusiqSizes, StandardisedConv
-from branchtree_rewards.vbench.musiq_patches import hashed_places, pieces, split
+from branchtree_rewards.vbench.musiq import Musiq, MusiqSizes, StandardisedConv, hashed_cells, pieces, split
 from torch import Tensor
 from torchvision import transforms
 from vbench_recorded import recorded, recorder
@@ -78,7 +77,7 @@ def test_scores_are_vbenchs_own(folder: Path, place: int) -> None:
 )
 def test_patches_are_counted_as_published(height: int, width: int, counts: tuple[int, ...] | None) -> None:
     cut = pieces(torch.zeros(1, 3, height, width), (384, 224), 10)
-    assert cut.patches.shape[:2] == (1, len(cut.places))
+    assert cut.patches.shape[:2] == (1, len(cut.cells))
     found = torch.bincount(cut.scales, minlength=3).tolist()
     if counts is None:
         sizes = [(224, round(100 * 224 / 512)), (384, round(100 * 384 / 512)), (512, 100)]
@@ -98,7 +97,7 @@ def test_places_are_the_nearest_cells_of_the_grid() -> None:
     for rows, columns in ((1, 1), (4, 7), (7, 12), (9, 16), (16, 9), (10, 10), (3, 40)):
         down = [math.floor(Fraction(10 * place, rows)) for place in range(rows)]
         across = [math.floor(Fraction(10 * place, columns)) for place in range(columns)]
-        assert hashed_places(rows, columns, 10).tolist() == [10 * row + column for row in down for column in across]
+        assert hashed_cells(rows, columns, 10).tolist() == [10 * row + column for row in down for column in across]
 
 
 @pytest.mark.parametrize(("height", "width"), [(32, 64), (45, 33), (97, 64), (20, 31)])

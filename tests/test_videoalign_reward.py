@@ -16,10 +16,10 @@ import torch
 from branchtree_rewards.shared.weights import check_fit
 from branchtree_rewards.small.videoalign import published_names, write_small_videoalign
 from branchtree_rewards.videoalign.frames import Sampling, frame_indices, frame_size, resize_frames
+from branchtree_rewards.videoalign.network import reward_weights
 from branchtree_rewards.videoalign.reward import VideoAlign, VideoAlignConfig, dimensions
 from branchtree_rewards.videoalign.settings import Lora, read_settings
 from branchtree_rewards.videoalign.text import conversation_text
-from branchtree_rewards.videoalign.weights import reward_weights
 from pydantic import ValidationError
 from torch import Tensor
 

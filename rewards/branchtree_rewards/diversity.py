@@ -1,22 +1,19 @@
 """The reward `diversity`: how far a sample lies from the other samples of its prompt, without weights.
 
 It sees a prompt's whole group at once. Added to another reward with a small weight it works against a policy that gives
-one picture for every noise; by itself it rewards noise.
+one picture for every noise; alone it rewards noise.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pydantic
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from branchtree.core.scores import Scores
-from branchtree.plugins import Condition, Media, RewardCard, RewardFootprint
-from branchtree.plugins.hookspecs import hookimpl
-from branchtree_rewards.shared.samples import NOT_FINITE, check_batch
+from branchtree.plugins import Condition, Media
+from branchtree_rewards.shared.pixels import shrunk
+from branchtree_rewards.shared.reward import Reward, reward_hook
+from branchtree_rewards.shared.samples import NOT_FINITE
 
 
 class DiversityConfig(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -30,52 +27,26 @@ class DiversityConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     size: int = pydantic.Field(default=32, ge=1, le=1024)
 
 
-class Diversity:
+class Diversity(Reward[DiversityConfig]):
     """Scores each sample by its mean distance from the others of its prompt, from 0 to 1.
 
         score_i = mean over j != i of the root mean square of x_i - x_j
 
     over all pixels (and frames) in [0, 1]. A sample without others is not valid, and neither is one that is not finite;
-    such a sample is not compared with.
+    such a sample is not compared with. The conditions are not looked at.
     """
 
-    modalities: frozenset[str] = frozenset({"image", "video"})
+    name = "diversity"
+    modalities = frozenset({"image", "video"})
     groupwise = True
     reads_prompt = False
 
-    def __init__(self, config: DiversityConfig) -> None:
-        self._config = config
-        self._device: torch.device | None = None
+    def _score_batch(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+        return self._scores(self._seen(media), conditions)
 
-    def footprint(self) -> RewardFootprint:
-        """No weights to speak of."""
-        return RewardFootprint(0)
-
-    def load(self, device: torch.device) -> None:
-        """Compare on `device`; call once before `score`."""
-        self._device = device
-
-    @torch.no_grad()
-    def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        """Score the B samples of one prompt against each other.
-
-        Args:
-            media: Images (B, C, H, W) or videos (B, F, C, H, W), float in [0, 1].
-            conditions: B conditions; they are not looked at.
-
-        Returns:
-            `values` float32 (B,) and `valid` bool (B,), on the device.
-
-        Raises:
-            RuntimeError: `load` was not called.
-            ValueError: there are not B conditions.
-        """
-        if self._device is None:
-            raise RuntimeError("the diversity reward was not loaded: call load(device) before score(...)")
-        check_batch(media, conditions, self.modalities)
-        pixels = media.pixels.to(self._device, torch.float32)
-        finite = pixels.flatten(1).isfinite().all(dim=1)
-        points = shrunk(pixels.flatten(0, -4), self._config.size).reshape(len(media), -1)
+    def _scores(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+        finite = media.pixels.flatten(1).isfinite().all(dim=1)
+        points = shrunk(media.pixels.flatten(0, -4), self._config.size).reshape(len(media), -1)
         points = points.where(finite[:, None], torch.zeros_like(points))
         # Differences are formed one by one: the usual short cut over inner products loses small ones to rounding.
         distances = torch.stack([(points - point).square().mean(dim=1).sqrt() for point in points])
@@ -87,29 +58,4 @@ class Diversity:
         return Scores(values=values, valid=valid, reasons={**lonely, **broken})
 
 
-def shrunk(images: Tensor, size: int) -> Tensor:
-    """Images (N, C, H, W) with the longer side at most ``size``, each new pixel an average."""
-    height, width = images.shape[-2:]
-    if max(height, width) <= size:
-        return images
-    scale = size / max(height, width)
-    return F.adaptive_avg_pool2d(images, (max(round(height * scale), 1), max(round(width * scale), 1)))
-
-
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `diversity` reward to the registry."""
-    register(
-        "diversity",
-        build=Diversity,
-        config=DiversityConfig,
-        summary="Mean distance from the other samples of the prompt, without weights; sees whole groups.",
-        card=RewardCard(
-            modalities=Diversity.modalities,
-            checkpoint="none",
-            size=0,
-            licence="Apache-2.0",
-            non_commercial=False,
-            source="branchtree",
-        ),
-    )
+register_rewards = reward_hook((Diversity, DiversityConfig))

@@ -3,13 +3,12 @@
 The server gets the pixels to the bit, so that its scores are those that the reward would give here on its device.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 import weakref
-from collections.abc import Callable, Sequence
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
 
 import pydantic
 import torch
@@ -17,31 +16,17 @@ import torch
 import branchtree
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins import Condition, Media, RewardCard, RewardFootprint
-from branchtree.plugins.hookspecs import hookimpl
+from branchtree.plugins import Condition, Media
 from branchtree.serving.access import authorization, read_token
-from branchtree.serving.wire import (
-    CONTENT_TYPE,
-    EXPECTS,
-    MEBIBYTE,
-    Info,
-    WireError,
-    decode_scores,
-    encode_request,
-)
+from branchtree.serving.wire import CONTENT_TYPE, EXPECTS, MEBIBYTE, Info, WireError, decode_scores, encode_request
 from branchtree_rewards.shared.http import Caller, CallError
 from branchtree_rewards.shared.pixels import to_uint8
-from branchtree_rewards.shared.samples import NO_PIXELS, check_batch, find_flaws, score_rest
+from branchtree_rewards.shared.reward import Reward, reward_hook
+from branchtree_rewards.shared.samples import NO_PIXELS, NOT_FINITE, invalid_scores, score_rest
 
 BOTH = frozenset({"image", "video"})
 QUICK = 10.0  # seconds that a server may take to say how it is
 POLL = 0.5  # seconds between two looks at a server that is still loading
-
-
-def _of_http(url: str) -> str:
-    if not url.startswith(("http://", "https://")):
-        raise ValueError("write the server's address as http://host:port")
-    return url
 
 
 class RemoteConfig(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -61,7 +46,7 @@ class RemoteConfig(pydantic.BaseModel, extra="forbid", frozen=True):
         modality: What the run scores, "image" or "video"; checked at the start.
     """
 
-    url: Annotated[str, pydantic.AfterValidator(_of_http)]
+    url: str
     token_env: str | None = None
     timeout: float = pydantic.Field(default=600, gt=0, le=1e6)
     retries: int = pydantic.Field(default=3, ge=0, le=100)
@@ -72,123 +57,107 @@ class RemoteConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     pixels: Literal["float32", "uint8"] = "float32"
     modality: Literal["image", "video"] | None = None
 
+    @pydantic.field_validator("url")
+    @classmethod
+    def _is_of_http(cls, url: str) -> str:
+        if not url.startswith(("http://", "https://")):
+            raise ValueError("write the server's address as http://host:port")
+        return url
 
-class Remote:
-    """Sends samples to a server, and gives back its reward's scores.
+
+class Remote(Reward[RemoteConfig]):
+    """Sends samples, and the files that conditions name, to a server, and gives back its reward's scores to the bit.
 
     Samples whose request got no answer, retries included, are not valid, and neither are those on which the served
-    reward failed. A server that refuses requests, or that serves something else than it did at the start, ends the run.
+    reward failed. A server that refuses requests, or that serves something else than it did at the start, ends the run
+    with RewardError. Until `load` asks it, modalities are all that might be, and whether the served reward reads
+    prompts or must see a prompt's whole group is not known.
     """
 
+    name = "remote"
+    modalities = BOTH
+    reads_prompt = False
+    groupwise = False
+    _caller: Caller
+    _info: Info
+
     def __init__(self, config: RemoteConfig) -> None:
-        self._config = config
-        self._caller: Caller | None = None
-        self._info: Info | None = None
-
-    @property
-    def modalities(self) -> frozenset[str]:
-        """The configured one, or what the server's reward scores; before `load`, all that it might."""
-        served = BOTH if self._info is None else frozenset(self._info.modalities)
-        return served if self._config.modality is None else frozenset({self._config.modality})
-
-    @property
-    def groupwise(self) -> bool:
-        """Whether the served reward must see a prompt's whole group at once; known after `load`."""
-        return self._info is not None and self._info.groupwise
-
-    @property
-    def reads_prompt(self) -> bool:
-        """Whether the served reward reads prompts; known after `load`."""
-        return self._info is not None and self._info.reads_prompt
-
-    def footprint(self) -> RewardFootprint:
-        """No weights to speak of."""
-        return RewardFootprint(0)
+        super().__init__(config)
+        if config.modality is not None:
+            self.modalities = frozenset({config.modality})
 
     def load(self, device: torch.device) -> None:
-        """Ask the server what it serves, and compare that with the settings; `device` is the server's own affair.
-
-        Raises RewardError if there is no server, or another one than was expected.
-        """
+        """Ask the server, which has its own device, what it serves. Raises RewardError if that is not as expected."""
         headers = authorization(read_token(self._config.token_env))
         config = self._config
-        info = self._ask_what_is_served(Caller(config.url, min(config.timeout, QUICK), 0, headers))
-        for fault in (self._wrong_reward(info), self._wrong_version(info), self._wrong_modality(info)):
-            if fault:
-                raise RewardError(f"the server at {config.url} {fault}")
+        self._info = info = self._ask_what_is_served(Caller(config.url, min(config.timeout, QUICK), 0, headers))
+        if fault := self._mismatch(info):
+            raise RewardError(f"the server at {config.url} {fault}")
         headers |= {EXPECTS: info.identity, "Content-Type": CONTENT_TYPE}
-        self._caller, self._info = Caller(config.url, config.timeout, config.retries, headers), info
+        self._caller = Caller(config.url, config.timeout, config.retries, headers)
         weakref.finalize(self, self._caller.close)
+        self.reads_prompt, self.groupwise = info.reads_prompt, info.groupwise
+        if config.modality is None:
+            self.modalities = frozenset(info.modalities)
+        super().load(torch.device("cpu"))
 
     def fingerprint(self) -> str:
-        """The served reward's fingerprint, or a digest of what else tells it apart and of how pixels are sent."""
-        _, info = self._require_loaded()
+        """Return the served reward's fingerprint, or a digest of what else identifies it and of how pixels are sent."""
+        self._require_loaded()
+        info = self._info
         if info.fingerprint and self._config.pixels == "float32":
             return info.fingerprint
         return hashlib.sha256(f"{info.fingerprint or info.identity} {self._config.pixels}".encode()).hexdigest()
 
-    def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        """Score sample i against condition i.
+    def _score_batch(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+        seen = self._seen(media)  # other flaws are for the served reward to find
+        flaws = dict.fromkeys(range(len(media)), NO_PIXELS) if 0 in media.pixels.shape[1:] else {}
+        return score_rest(seen, conditions, flaws, self._scores)
 
-        Args:
-            media: Images (B, C, H, W) or videos (B, F, C, H, W), as the served reward's modalities say.
-            conditions: B conditions; the files that they name are sent along.
-
-        Returns:
-            Scores (B,) on the CPU, to the bit those of the served reward.
-
-        Raises:
-            RuntimeError: `load` was not called.
-            ValueError: the media are of another kind, or there are not B conditions.
-            RewardError: the server refuses requests as they are set up.
-        """
-        self._require_loaded()
-        check_batch(media, conditions, self.modalities)
-        return score_rest(media, conditions, self._find_unsendable(media), self._score)
-
-    def _find_unsendable(self, media: Media) -> dict[int, str]:
-        """Return why samples are not sent, by row. Bytes cannot show pixels that are not finite."""
-        if self._config.pixels == "uint8":
-            return find_flaws(media, ())
-        return dict.fromkeys(range(len(media)), NO_PIXELS) if 0 in media.pixels.shape[1:] else {}
-
-    def _score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        """Scores by one request, or by more where one would be too large for the server."""
-        _, info = self._require_loaded()
-        pixels = media.pixels.detach().float().cpu()
-        if self._config.pixels == "uint8":
-            pixels = to_uint8(pixels)
+    def _scores(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+        """Score by one request, or by more where one would be too large for the server."""
+        info, pixels, as_bytes = self._info, media.pixels.detach(), self._config.pixels == "uint8"
+        finite = pixels.flatten(1).isfinite().all(dim=1)
+        if as_bytes:
+            pixels = to_uint8(pixels.nan_to_num())
         body = encode_request(pixels, media.fps, conditions) if pixels.nbytes < info.max_body else None
         if body is not None and len(body) <= info.max_body:
-            return self._request(body, len(media))
+            scores = self._request(body, len(media))
+            if not as_bytes:
+                return scores
+            broken = dict.fromkeys(finite.logical_not().nonzero().flatten().tolist(), NOT_FINITE)
+            return replace(scores, valid=scores.valid & finite, reasons={**scores.reasons, **broken})
         if len(media) == 1 or info.groupwise:
             size = (len(body) if body else pixels.nbytes) / MEBIBYTE
             raise RewardError(
                 f"{'a group of samples' if info.groupwise else 'one sample'} takes {size:.1f} MiB, and the server at "
                 f"{self._config.url} reads {info.max_body / MEBIBYTE:g} MiB at most; start it with a larger --max-body"
-                + (", or set pixels: uint8" if self._config.pixels == "float32" else "")
+                + ("" if as_bytes else ", or set pixels: uint8")
             )
         half = len(media) // 2
-        first, second = slice(0, half), slice(half, None)
-        return Scores.concatenate([self._score(media[rows], conditions[rows]) for rows in (first, second)])
+        halves = (slice(0, half), slice(half, None))
+        return Scores.concatenate([self._scores(media[rows], conditions[rows]) for rows in halves])
 
     def _request(self, body: bytes, count: int) -> Scores:
-        caller, _ = self._require_loaded()
         try:
-            return decode_scores(caller.post("/score", content=body).body, count)
+            return decode_scores(self._caller.post("/score", content=body), count)
         except WireError as error:
-            return _invalid(count, f"{self._config.url} gave an answer that cannot be read: {error}")
+            reason = f"{self._config.url} gave an answer that cannot be read: {error}"
         except CallError as error:
-            if error.passing:
-                return _invalid(count, str(error))
-            raise RewardError(f"{error}{self._advice(error.status)}") from error
+            if not error.passing:
+                raise self._refused(error) from error
+            reason = str(error)
+        scores = invalid_scores(count, dict.fromkeys(range(count), reason))
+        return replace(scores, raw=scores.values)
 
     def _ask_what_is_served(self, caller: Caller) -> Info:
+        deadline = time.monotonic() + self._config.wait
         try:
-            self._await_ready(caller)
-            return Info.model_validate_json(caller.get("/info").body)
+            while not self._is_ready(caller, deadline):
+                time.sleep(POLL)
+            return Info.model_validate_json(caller.get("/info"))
         except CallError as error:
-            raise RewardError(f"{error}{self._advice(error.status)}") from error
+            raise self._refused(error) from error
         except pydantic.ValidationError as error:
             raise RewardError(
                 f"{self._config.url} is no server of branchtree serve-reward, or one of another version"
@@ -196,75 +165,42 @@ class Remote:
         finally:
             caller.close()
 
-    def _await_ready(self, caller: Caller) -> None:
-        deadline = time.monotonic() + self._config.wait
-        while True:
-            try:
-                caller.get("/health")
-                return
-            except CallError as error:
-                if not error.passing or time.monotonic() >= deadline:
-                    raise RewardError(
-                        f"{error}; start 'branchtree serve-reward' there, or give it more time with 'wait', in seconds"
-                    ) from error
-            time.sleep(POLL)
+    def _is_ready(self, caller: Caller, deadline: float) -> bool:
+        try:
+            caller.get("/health")
+        except CallError as error:
+            if not error.passing or time.monotonic() >= deadline:
+                raise RewardError(
+                    f"{error}; start 'branchtree serve-reward' there, or give it more time with 'wait', in seconds"
+                ) from error
+            return False
+        return True
 
-    def _wrong_reward(self, info: Info) -> str | None:
-        config = self._config
+    def _mismatch(self, info: Info) -> str | None:
+        """Say in what the server differs from the settings, if it does."""
+        config, served, version = self._config, info.fingerprint or "", branchtree.__version__
         if config.serves not in {None, info.reward}:
             return f"serves '{info.reward}', not '{config.serves}'"
-        wanted = (config.fingerprint or "").lower()
-        if wanted and not (info.fingerprint or "").lower().startswith(wanted):
+        if config.fingerprint and not served.lower().startswith(config.fingerprint.lower()):
             return f"serves '{info.reward}' with fingerprint {info.fingerprint}, not {config.fingerprint}"
+        if config.check_version and info.version != version:
+            return (
+                f"runs branchtree {info.version}, and this is {version}; install the same on both, or set "
+                "check_version: false"
+            )
+        if config.modality not in {None, *info.modalities}:
+            return f"serves '{info.reward}', which scores {', '.join(info.modalities)}, not {config.modality}"
         return None
 
-    def _wrong_version(self, info: Info) -> str | None:
-        if not self._config.check_version or info.version == branchtree.__version__:
-            return None
-        return (
-            f"runs branchtree {info.version}, and this is {branchtree.__version__}; install the same on both, or set "
-            "check_version: false"
-        )
-
-    def _wrong_modality(self, info: Info) -> str | None:
-        if self._config.modality in {None, *info.modalities}:
-            return None
-        return f"serves '{info.reward}', which scores {', '.join(info.modalities)}, not {self._config.modality}"
-
-    def _advice(self, status: int | None) -> str:
-        """What to change when the server refuses."""
-        if status == 401:
-            told = self._config.token_env
-            return f"; check the token in {told} on both sides" if told else "; name its variable as 'token_env'"
-        return "; give the run what it began with, or begin it anew" if status == 409 else ""
-
-    def _require_loaded(self) -> tuple[Caller, Info]:
-        if self._caller is None or self._info is None:
-            raise RuntimeError("the remote reward was not loaded: call load(device) first")
-        return self._caller, self._info
+    def _refused(self, error: CallError) -> RewardError:
+        """Return the error of a refused request, with what to change."""
+        advice = {
+            401: "; name its variable as 'token_env'",
+            409: "; give the run what it began with, or begin it again",
+        }
+        if self._config.token_env:
+            advice[401] = f"; check the token in {self._config.token_env} on both sides"
+        return RewardError(f"{error}{advice.get(error.status or 0, '')}")
 
 
-def _invalid(count: int, reason: str) -> Scores:
-    nothing = torch.full((count,), torch.nan)
-    return Scores(
-        nothing, torch.zeros(count, dtype=torch.bool), raw=nothing, reasons=dict.fromkeys(range(count), reason)
-    )
-
-
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `remote` reward to the registry."""
-    register(
-        "remote",
-        build=Remote,
-        config=RemoteConfig,
-        summary="Any reward, scored by branchtree serve-reward in another process or on another machine.",
-        card=RewardCard(
-            modalities=BOTH,
-            checkpoint="that of the served reward",
-            size=0,
-            licence="that of the served reward",
-            non_commercial=None,
-            source="branchtree",
-        ),
-    )
+register_rewards = reward_hook((Remote, RemoteConfig))

@@ -9,33 +9,28 @@ Pictures are resized and cut with PIL, as by the publisher. VBench, which uses t
 resizes float tensors without antialiasing and divides by 10: its figures are not comparable.
 """
 
-from __future__ import annotations
-
-import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.nn.utils import skip_init
 
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.files.reading import user_path
-from branchtree.plugins import Condition, Media, RewardCard
-from branchtree.plugins.hookspecs import hookimpl
-from branchtree_rewards.clip.folder import load_clip
-from branchtree_rewards.shared.footprints import CLIP_L_14, Skeleton, build_clip_vision, skeleton
-from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened
-from branchtree_rewards.shared.other_versions import clip_size
-from branchtree_rewards.shared.pixels import from_pil, normalised, shortest_side_crop, to_pil
-from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, locate_weights
-from branchtree_rewards.shared.weights import load_strictly, read_weights, state_dict
-from branchtree_rewards.small.aesthetic import CLIP, HEAD, SEED, write_small_aesthetic
-from branchtree_rewards.small.clip import write_clip_folder
+from branchtree.plugins import Condition, Media
+from branchtree_rewards.clip.network import clip_size, load_clip
+from branchtree_rewards.shared.footprints import Skeleton, skeleton
+from branchtree_rewards.shared.pixels import clip_pixels
+from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
+from branchtree_rewards.shared.source import locate_local, locate_weights
+from branchtree_rewards.shared.weights import load_strictly, read_state_dict
+from branchtree_rewards.small.clip import AESTHETIC_SEED, CLIP, HEAD, write_clip_folder, write_small_aesthetic
 
 HUB_CLIP = "openai/clip-vit-large-patch14"
 HEAD_SOURCE = "https://github.com/LAION-AI/aesthetic-predictor"
@@ -65,15 +60,16 @@ class AestheticPredictor(nn.Module):
         self.image_size = int(clip.config.vision_config.image_size)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Ratings (B,) of preprocessed images (B, 3, S, S)."""
+        """Rate preprocessed images (B, 3, S, S): (B,)."""
         features = self.projection(self.vision(pixel_values=images).pooler_output)
         rated: Tensor = self.head(functional.normalize(features.float(), dim=-1))
         return rated.squeeze(1)
 
 
 class Aesthetic(ModelReward[AestheticConfig]):
-    """Rates how beautiful each picture is, about 0 to 10; the prompt takes no part."""
+    """Rates how beautiful each picture is, about 0 to 10, whatever its prompt."""
 
+    name = "aesthetic"
     reads_prompt = False
 
     def _open(self) -> Opened:
@@ -81,31 +77,34 @@ class Aesthetic(ModelReward[AestheticConfig]):
 
     def _skeleton(self) -> Skeleton:
         config = self._config
-        beside = user_path(config.path) / CLIP
-        chosen = config.clip or (str(beside) if beside.is_dir() else HUB_CLIP)
-        return skeleton(build_clip_vision, chosen, config.revision, (HUB_CLIP, CLIP_L_14))
+        found = skeleton(_clip_of(config), config.revision, HUB_CLIP)
+        clip: Any = found.network
+        return replace(found, network=nn.ModuleList([clip.vision_model, clip.visual_projection]))
 
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
         predictor = cast(AestheticPredictor, network)
-        pictures = [shortest_side_crop(picture, predictor.image_size) for picture in to_pil(media.pixels)]
-        return Measured(predictor(normalised(from_pil(pictures)).to(media.pixels.device)))
+        return Measured(predictor(clip_pixels(media.pixels, predictor.image_size)))
 
 
 def open_predictor(config: AestheticConfig) -> Opened:
     """Load the head and the CLIP that ``config`` names into an AestheticPredictor. Raises RewardError."""
-    if config.path != RANDOM_SMALL and not os.path.exists(user_path(config.path)):
-        raise RewardError(
-            f"'{config.path}' is no existing file or folder; the aesthetic head is not on the hub: download '{HEAD}' "
-            f"from {HEAD_SOURCE} and give its path, or '{RANDOM_SMALL}'"
-        )
-    source = locate_weights(config.path, None, write_small_aesthetic)
+    advice = f"the aesthetic head is not on the hub: download '{HEAD}' from {HEAD_SOURCE} and give its path"
+    source = locate_local(config.path, None, write_small_aesthetic, advice)
     file = source.find(HEAD)
-    clip_source = _locate_clip(config, source)
+    write_small = partial(write_clip_folder, seed=AESTHETIC_SEED)
+    clip_source = locate_weights(_clip_of(config, source.folder), config.revision, write_small)
     clip, clip_file = load_clip(clip_source)
     _check_pair(file, clip.config, clip_source.name)
-    head = skip_init(nn.Linear, clip.config.projection_dim, 1)  # drawing weights would move the global random state
-    load_strictly(head, state_dict(read_weights(file), file), str(file))
+    with torch.device("meta"):
+        head = nn.Linear(clip.config.projection_dim, 1)
+    load_strictly(head, read_state_dict(file), str(file))
     return Opened(AestheticPredictor(clip, head), {HEAD: file, f"{CLIP}/{clip_file.name}": clip_file})
+
+
+def _clip_of(config: AestheticConfig, folder: Path | None = None) -> str:
+    """Return the hub id or folder of the CLIP; ``folder`` holds the head, by default at ``config.path``."""
+    beside = (folder or user_path(config.path)) / CLIP
+    return config.clip or (str(beside) if beside.is_dir() else HUB_CLIP)
 
 
 def _check_pair(head: Path, clip: Any, name: str) -> None:
@@ -117,26 +116,4 @@ def _check_pair(head: Path, clip: Any, name: str) -> None:
         raise RewardError(f"'{head}' was fitted to {fitted[0]}, and clip '{name}' is {found}; give one pair")
 
 
-def _locate_clip(config: AestheticConfig, head: WeightsSource) -> WeightsSource:
-    beside = head.folder / CLIP if head.folder else None
-    chosen = config.clip or (str(beside) if beside and beside.is_dir() else HUB_CLIP)
-    return locate_weights(chosen, config.revision, partial(write_clip_folder, seed=SEED))
-
-
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `aesthetic` reward to the registry."""
-    register(
-        "aesthetic",
-        build=Aesthetic,
-        config=AestheticConfig,
-        summary="LAION's aesthetic predictor: how beautiful a picture is, about 0 to 10; the prompt takes no part.",
-        card=RewardCard(
-            modalities=frozenset({"image"}),
-            checkpoint=f"{HEAD} (from GitHub), {HUB_CLIP}",
-            size=None,
-            licence="MIT for the head; see the model card for CLIP",
-            non_commercial=False,
-            source=HEAD_SOURCE,
-        ),
-    )
+register_rewards = reward_hook((Aesthetic, AestheticConfig))

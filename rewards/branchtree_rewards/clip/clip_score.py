@@ -4,38 +4,32 @@
 rules for pictures and prompts. `dfn5b` is Apple's DFN5B ViT-H-14 at 378 pixels (arXiv 2309.17425), with open_clip's.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
+
+from PIL import Image
 
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
-from branchtree.plugins import Condition, Media, RewardCard
-from branchtree.plugins.hookspecs import hookimpl
-from branchtree_rewards.clip.cosine import cosine
-from branchtree_rewards.clip.folder import load_clip
-from branchtree_rewards.clip.open_clip import (
+from branchtree.plugins import Condition, Media
+from branchtree_rewards.clip.network import (
     CONFIG_FILE,
     VIT_H_14_378,
+    clip_size,
+    clip_skeleton,
+    cosine,
+    load_clip,
     load_open_clip,
-    open_clip_skeleton,
     read_config,
 )
-from branchtree_rewards.clip.text import as_open_clip, check_end, cleaned, load_own_tokenizer, token_ids
-from branchtree_rewards.shared.footprints import CLIP_B_32, CLIP_L_14, Skeleton, build_clip, skeleton
-from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened
-from branchtree_rewards.shared.other_versions import clip_size
-from branchtree_rewards.shared.pixels import from_pil, normalised, shortest_side_crop, to_pil
-from branchtree_rewards.shared.samples import unreadable_or_empty
+from branchtree_rewards.clip.text import CLIP_TOKENIZER, OPEN_CLIP_TOKENIZER, as_open_clip, check_end, cleaned
+from branchtree_rewards.shared.footprints import Skeleton, skeleton
+from branchtree_rewards.shared.pixels import clip_pixels, from_pil, normalised, to_pil
+from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
 from branchtree_rewards.shared.source import locate_weights
-from branchtree_rewards.shared.tokenizers import own_token
-from branchtree_rewards.shared.weights import read_weights, state_dict
+from branchtree_rewards.shared.weights import read_state_dict
 from branchtree_rewards.small.clip import write_clip_folder, write_open_clip
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
 
 HUB = {
     "openai-b32": "openai/clip-vit-base-patch32",
@@ -43,7 +37,6 @@ HUB = {
     "dfn5b": "apple/DFN5B-CLIP-ViT-H-14-378",
 }
 SIZES = {"vit_b_32": "openai-b32", "vit_l_14": "openai-l14"}
-DFN5B_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # open_clip's vocabulary
 DFN5B_FILE = "open_clip_pytorch_model.bin"
 
 
@@ -64,35 +57,29 @@ class ClipConfig(ModelRewardConfig, frozen=True):
 class ClipScore(ModelReward[ClipConfig]):
     """Scores how well images fit their prompts, by the cosine of CLIP's features."""
 
+    name = "clip"
+
     def __init__(self, config: ClipConfig) -> None:
         super().__init__(config)
-        self._tokenizer: Any = None
-
-    @property
-    def _by_open_clip(self) -> bool:
-        return self._config.variant == "dfn5b"
+        self._path = config.path or HUB[config.variant]
+        self._by_open_clip = config.variant == "dfn5b"
 
     def _open(self) -> Opened:
-        opened, tokenizer = self._open_dfn5b() if self._by_open_clip else self._open_openai()
+        opened = self._open_dfn5b() if self._by_open_clip else self._open_openai()
         network: Any = opened.network
-        check_end(tokenizer, network.config.text_config, self._path)
-        self._tokenizer = tokenizer
+        check_end(self._tokenizer, network.config.text_config, self._path)
         return opened
 
-    @property
-    def _path(self) -> str:
-        return self._config.path or HUB[self._config.variant]
-
-    def _open_openai(self) -> tuple[Opened, Any]:
+    def _open_openai(self) -> Opened:
         source = locate_weights(self._path, self._config.revision, partial(write_clip_folder, seed=0))
         network, file = load_clip(source)
         variant = self._config.variant
         if (found := SIZES.get(clip_size(network.config) or "", variant)) != variant:
             raise RewardError(f"'{self._path}' is {found} by its sizes, and variant is {variant}; set variant: {found}")
-        tokenizer = load_own_tokenizer(source, self._config.tokenizer, source.location)
-        return Opened(network, {file.name: file}), tokenizer
+        self._tokenizer = CLIP_TOKENIZER.choose(source, self._config.tokenizer, source.location)
+        return Opened(network, {file.name: file})
 
-    def _open_dfn5b(self) -> tuple[Opened, Any]:
+    def _open_dfn5b(self) -> Opened:
         small = partial(write_open_clip, weights=DFN5B_FILE, key=None, quick_gelu=True, seed=0)
         source = locate_weights(self._path, self._config.revision, small)
         file = source.find(DFN5B_FILE)
@@ -100,52 +87,29 @@ class ClipScore(ModelReward[ClipConfig]):
         architecture = read_config(described) if described else VIT_H_14_378
         if not architecture.quick_gelu:
             raise RewardError(f"'{described}' is another CLIP's: it does not set quick_gelu, as DFN5B's does")
-        network = load_open_clip(state_dict(read_weights(file), file), architecture, str(file))
-        tokenizer = load_own_tokenizer(source, self._config.tokenizer, DFN5B_TOKENIZER)
-        return Opened(network, {DFN5B_FILE: file}, (described,) if described else ()), as_open_clip(tokenizer)
+        network = load_open_clip(read_state_dict(file), architecture, str(file))
+        self._tokenizer = as_open_clip(CLIP_TOKENIZER.choose(source, self._config.tokenizer, OPEN_CLIP_TOKENIZER))
+        return Opened(network, {DFN5B_FILE: file}, (described,) if described else ())
 
     def _skeleton(self) -> Skeleton:
-        revision = self._config.revision
+        revision, variant = self._config.revision, self._config.variant
         if self._by_open_clip:
-            return open_clip_skeleton(self._path, revision, VIT_H_14_378)
-        published = CLIP_L_14 if self._config.variant == "openai-l14" else CLIP_B_32
-        return skeleton(build_clip, self._path, revision, (HUB[self._config.variant], published))
-
-    def _prompt_flaw(self, prompt: str) -> str | None:
-        return unreadable_or_empty(prompt) or own_token(self._tokenizer, prompt)
+            return clip_skeleton(self._path, revision, VIT_H_14_378)
+        return skeleton(self._path, revision, HUB[variant])
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
-        config, device = network.config, media.pixels.device
-        fitted = squash if self._by_open_clip else partial(shortest_side_crop, floor=True)
-        pictures = [fitted(picture, config.vision_config.image_size) for picture in to_pil(media.pixels)]
+        size = network.config.vision_config.image_size
         prompts = [condition.prompt for condition in conditions]
-        if self._by_open_clip:
-            prompts = [cleaned(prompt) for prompt in prompts]
-        ids = token_ids(self._tokenizer, prompts, config.text_config.max_position_embeddings)
-        return Measured(cosine(network, normalised(from_pil(pictures).to(device)), ids.to(device)))
+        if not self._by_open_clip:
+            return Measured(cosine(network, self._tokenizer, clip_pixels(media.pixels, size, floor=True), prompts))
+        pictures = from_pil([squash(picture, size) for picture in to_pil(media.pixels)])
+        shown = normalised(pictures.to(media.pixels.device))
+        return Measured(cosine(network, self._tokenizer, shown, [cleaned(prompt) for prompt in prompts]))
 
 
-def squash(image: Image, size: int) -> Image:
+def squash(image: Image.Image, size: int) -> Image.Image:
     """Resize to ``size`` x ``size`` with PIL's bicubic, whatever the shape: DFN5B's own rule in open_clip."""
-    from PIL.Image import Resampling
-
-    return image.resize((size, size), Resampling.BICUBIC)
+    return image.resize((size, size), Image.Resampling.BICUBIC)
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `clip` reward to the registry."""
-    register(
-        "clip",
-        build=ClipScore,
-        config=ClipConfig,
-        summary="CLIP score: the cosine of an image and its prompt under OpenAI's B/32 or L/14, or Apple's DFN5B H/14.",
-        card=RewardCard(
-            modalities=frozenset({"image"}),
-            checkpoint=", ".join(HUB.values()),
-            size=None,  # by variant
-            licence="MIT for OpenAI's, as its repository; Apple Sample Code License for DFN5B",
-            non_commercial=False,
-            source="arXiv 2103.00020, 2309.17425",
-        ),
-    )
+register_rewards = reward_hook((ClipScore, ClipConfig))

@@ -4,9 +4,7 @@ The score is the cosine of an image's feature with its prompt's, without the log
 tables show 100 times that. Scores of v2.0 and v2.1 are not comparable. Source: the HPSv2 repository.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal
 
@@ -15,24 +13,18 @@ from torch.nn import functional
 
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
-from branchtree.plugins import Condition, Media, RewardCard
-from branchtree.plugins.hookspecs import hookimpl
-from branchtree_rewards.clip.cosine import cosine
-from branchtree_rewards.clip.open_clip import CONFIG_FILE, VIT_H_14, load_open_clip, open_clip_skeleton, read_config
-from branchtree_rewards.clip.text import as_open_clip, check_end, cleaned, load_own_tokenizer, token_ids
+from branchtree.plugins import Condition, Media
+from branchtree_rewards.clip.network import CONFIG_FILE, VIT_H_14, clip_skeleton, cosine, load_open_clip, read_config
+from branchtree_rewards.clip.text import CLIP_TOKENIZER, OPEN_CLIP_TOKENIZER, as_open_clip, check_end, cleaned
 from branchtree_rewards.shared.footprints import Skeleton
-from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened
-from branchtree_rewards.shared.other_versions import refuse_file
 from branchtree_rewards.shared.pixels import normalised, to_rgb, to_uint8
-from branchtree_rewards.shared.samples import unreadable_or_empty
-from branchtree_rewards.shared.source import locate_weights
-from branchtree_rewards.shared.tokenizers import own_token
+from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
+from branchtree_rewards.shared.source import locate_weights, refuse_file
 from branchtree_rewards.shared.weights import read_weights, state_dict
 from branchtree_rewards.small.clip import write_open_clip
 
 OTHERS = {"v2.1": r"v2(?![._-]?1)(?:[._-]?0)?", "v2.0": r"v2[._-]?1"}  # in names of the other version's files
 FILES = {"v2.1": "HPS_v2.1_compressed.pt", "v2.0": "HPS_v2_compressed.pt"}
-TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"
 
 
 class HpsConfig(ModelRewardConfig, frozen=True):
@@ -54,15 +46,13 @@ class HpsConfig(ModelRewardConfig, frozen=True):
 class Hps(ModelReward[HpsConfig]):
     """Scores how well images please, and fit their prompts, by the cosine of HPS-v2's CLIP features."""
 
-    def __init__(self, config: HpsConfig) -> None:
-        super().__init__(config)
-        self._tokenizer: Any = None
+    name = "hps"
 
     def _open(self) -> Opened:
-        name = FILES[self._config.version]
+        version = self._config.version
+        name = FILES[version]
         small = partial(write_open_clip, weights=name, key="state_dict", quick_gelu=False, seed=0)
         source = locate_weights(self._config.path, self._config.revision, small)
-        version = self._config.version
         refuse_file(source, OTHERS[version], f"hps is to be {version}; set version, or give the file '{name}'")
         file = source.find(name)
         content = read_weights(file)
@@ -72,28 +62,23 @@ class Hps(ModelReward[HpsConfig]):
         described = source.maybe(CONFIG_FILE) if source.folder else None
         architecture = read_config(described) if described else VIT_H_14
         network = load_open_clip(state_dict(content["state_dict"], file), architecture, str(file))
-        tokenizer = load_own_tokenizer(source, self._config.tokenizer, TOKENIZER)
+        tokenizer = CLIP_TOKENIZER.choose(source, self._config.tokenizer, OPEN_CLIP_TOKENIZER)
         check_end(tokenizer, network.config.text_config, str(file))
         self._tokenizer = as_open_clip(tokenizer)
         return Opened(network, {name: file}, (described,) if described else ())
 
     def _skeleton(self) -> Skeleton:
-        return open_clip_skeleton(self._config.path, self._config.revision, VIT_H_14)
-
-    def _prompt_flaw(self, prompt: str) -> str | None:
-        return unreadable_or_empty(prompt) or own_token(self._tokenizer, prompt)
+        return clip_skeleton(self._config.path, self._config.revision, VIT_H_14)
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
-        config = network.config
         images = to_uint8(to_rgb(media.pixels)).float() / 255
-        pictures = normalised(letterbox(images, config.vision_config.image_size))
+        pictures = normalised(letterbox(images, network.config.vision_config.image_size))
         prompts = [cleaned(condition.prompt) for condition in conditions]
-        ids = token_ids(self._tokenizer, prompts, config.text_config.max_position_embeddings)
-        return Measured(cosine(network, pictures, ids.to(pictures.device)))
+        return Measured(cosine(network, self._tokenizer, pictures, prompts))
 
 
 def letterbox(images: Tensor, size: int) -> Tensor:
-    """Images (B, 3, H, W) resized so that the longer side is ``size``, on a black square (B, 3, size, size).
+    """Resize images (B, 3, H, W) to ``size`` on the longer side, and put them on a black square (B, 3, size, size).
 
     The publisher resizes float pixels, with torchvision's bicubic and antialiasing and without clamping; this is the
     same to the bit on the CPU. Images whose longer side is ``size`` already are padded too, where the publisher's code
@@ -109,20 +94,4 @@ def letterbox(images: Tensor, size: int) -> Tensor:
     return functional.pad(images, (right // 2, right - right // 2, down // 2, down - down // 2))
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `hps` reward to the registry."""
-    register(
-        "hps",
-        build=Hps,
-        config=HpsConfig,
-        summary="HPS-v2.1 or v2.0: the cosine of an image and its prompt under a CLIP tuned on people's choices.",
-        card=RewardCard(
-            modalities=frozenset({"image"}),
-            checkpoint="xswu/HPSv2: HPS_v2.1_compressed.pt or HPS_v2_compressed.pt",
-            size=1_972_000_000,  # its 986,109,441 numbers in half precision
-            licence="Apache-2.0, as the publisher's repository",
-            non_commercial=False,
-            source="arXiv 2306.09341; the HPSv2 repository",
-        ),
-    )
+register_rewards = reward_hook((Hps, HpsConfig))

@@ -5,8 +5,6 @@ entities before splitting it; transformers' CLIPTokenizer does neither. Each rew
 They agree on plain prompts and differ on curly quotes, entities, full-width letters and ligatures.
 """
 
-from __future__ import annotations
-
 import html
 from collections.abc import Sequence
 from typing import Any
@@ -15,60 +13,24 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import RewardError
-from branchtree.files.checksums import verify_checksums
-from branchtree.files.reading import user_path
-from branchtree_rewards.shared.source import WeightsSource
-from branchtree_rewards.shared.tokenizers import check_whole
-from branchtree_rewards.shared.weights import quiet_libraries
+from branchtree_rewards.shared.tokenizers import TokenizerKind
 
-TOKENIZER_FILES = ("tokenizer.json", "vocab.json")
 BYTES = 256  # a byte-pair vocabulary has at least an entry for each
 WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"  # what open_clip splits a prompt into
 LEGACY_END = 2  # with this end id, transformers pools at the highest token id
+OPEN_CLIP_TOKENIZER = "laion/CLIP-ViT-H-14-laion2B-s32B-b79K"  # a hub id with open_clip's vocabulary
 
-
-def load_clip_tokenizer(location: str, revision: str | None) -> Any:
-    """The CLIP tokenizer of a folder or hub id.
-
-    Raises RewardError if it cannot be loaded, or has no vocabulary: transformers makes one of two entries where the
-    files are missing, or the hub cannot be reached.
-    """
-    from transformers import CLIPTokenizerFast
-
-    try:
-        with quiet_libraries():
-            tokenizer = CLIPTokenizerFast.from_pretrained(location, revision=revision)
-    except Exception as error:  # the tokenizers library has exceptions of its own
-        raise _unreadable(location, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}") from error
-    if len(tokenizer) <= BYTES:
-        raise _unreadable(location, "it has no vocabulary")
-    check_whole(tokenizer, location)
-    return tokenizer
-
-
-def _unreadable(location: str, reason: str) -> RewardError:
-    return RewardError(
-        f"cannot load a CLIP tokenizer from '{location}' ({reason}); give a hub id that can be reached, or a folder "
-        f"with {' or '.join(TOKENIZER_FILES)} and merges.txt"
-    )
-
-
-def load_own_tokenizer(source: WeightsSource, named: str | None, default: str) -> Any:
-    """The tokenizer that is ``named``, or else the one in a local checkpoint's folder, or else the ``default``.
-
-    Raises RewardError.
-    """
-    folder = source.folder
-    if named is not None:
-        verify_checksums(user_path(named), RewardError)
-        return load_clip_tokenizer(named, None)
-    if folder is not None and any((folder / name).is_file() for name in TOKENIZER_FILES):
-        return load_clip_tokenizer(str(folder), None)
-    return load_clip_tokenizer(default, source.revision if default == source.location else None)
+CLIP_TOKENIZER = TokenizerKind(
+    name="CLIP",
+    class_name="CLIPTokenizerFast",
+    files=("tokenizer.json", "vocab.json"),
+    wanted="tokenizer.json or vocab.json and merges.txt",
+    flaw=lambda tokenizer: "it has no vocabulary" if len(tokenizer) <= BYTES else None,
+)
 
 
 def as_open_clip(tokenizer: Any) -> Any:
-    """The tokenizer made to split `cleaned` prompts as open_clip does.
+    """Make the tokenizer split `cleaned` prompts as open_clip does, and return it.
 
     The vocabulary is the same. transformers would compose accents, and would read "<|endoftext|>" in a prompt as the
     end token, at which the rest of the prompt is lost.
@@ -105,7 +67,7 @@ def check_end(tokenizer: Any, text_config: Any, where: str) -> None:
 
 
 def token_ids(tokenizer: Any, prompts: Sequence[str], context: int) -> Tensor:
-    """Prompts as ids (B, T), T the length of the text encoder's context; longer ones are cut before their end token.
+    """Return prompts as ids (B, T), T the ``context`` of the text encoder; longer ones are cut before their end token.
 
     All rows have the full length, so that a prompt's row does not depend on the others. What pads them does not matter:
     a token sees only those before it.
@@ -116,10 +78,10 @@ def token_ids(tokenizer: Any, prompts: Sequence[str], context: int) -> Tensor:
 
 
 def cleaned(prompt: str) -> str:
-    """A prompt as OpenAI's first code and open_clip clean it.
+    """Return a prompt as OpenAI's first code and open_clip clean it.
 
-    Mended, unescaped twice, with one space between words and in lower case.
-    Source: `basic_clean` and `whitespace_clean` of the CLIP repository, with ftfy.
+    It is repaired by ftfy, unescaped twice, with one space between words and in lower case, as by `basic_clean` and
+    `whitespace_clean` of the CLIP repository.
     """
     import ftfy
 

@@ -33,15 +33,15 @@ def named_direction(prompt: str) -> Direction | None:
     "left", "right", "up", "down" and the same with "-ward" or "-wards" name one, in any letter case; one of each axis
     together is a diagonal ("up and to the left"). Bare "up" and "down" must follow a verb of motion or another
     direction ("flies straight up", but not "stands up"), or begin the prompt. "from left to right" names where it
-    leads; places and idioms ("on the left", "right hand", "right now") name nothing. Two opposite directions are
+    leads; locations and idioms ("on the left", "right hand", "right now") name nothing. Two opposite directions are
     none, and neither is a path that bounces.
     """
     text = re.sub(r"[^a-z]+", " ", prompt.lower()).strip()
     if _BOUNCING.search(text):
         return None
     words = _OTHER_MEANINGS.sub(" , ", text).split()
-    told = (_WORD.fullmatch(word) for place, word in enumerate(words) if _told(words, place))
-    ways = {match["way"] for match in told if match}
+    moving = (_WORD.fullmatch(word) for i, word in enumerate(words) if _is_of_motion(words, i))
+    ways = {match["way"] for match in moving if match}
     x = sum(AXES[way][0] for way in ways)
     y = sum(AXES[way][1] for way in ways)
     if abs(x) + abs(y) != len(ways) or not ways:
@@ -50,9 +50,9 @@ def named_direction(prompt: str) -> Direction | None:
     return x / length, y / length
 
 
-def _told(words: list[str], place: int) -> bool:
-    """Whether the word at a place is told of motion: always, but for "up" and "down"."""
-    if words[place] not in ("up", "down"):
+def _is_of_motion(words: list[str], i: int) -> bool:
+    """Return whether the word at index ``i`` says where something moves: always, but for "up" and "down"."""
+    if words[i] not in ("up", "down"):
         return True
-    before = [word for word in words[:place] if not _MANNER.fullmatch(word)]
+    before = [word for word in words[:i] if not _MANNER.fullmatch(word)]
     return not before or _VERBS.fullmatch(before[-1]) is not None or _WORD.fullmatch(before[-1]) is not None

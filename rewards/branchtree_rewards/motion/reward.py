@@ -6,33 +6,27 @@ pixels on the longer side. Clips of more than 9 frames are measured in windows o
 counts on average, smoothness and constancy where they are worst.
 """
 
-from __future__ import annotations
-
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import Literal
 
 import pydantic
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.data.frames import first_frame
 from branchtree.errors import DataError
-from branchtree.plugins import Condition, Media, RewardCard, RewardFootprint
-from branchtree.plugins.hookspecs import hookimpl
+from branchtree.plugins import Condition, Media
 from branchtree_rewards.motion.directions import named_direction
-from branchtree_rewards.motion.models import Measure, agreement, match, smooth_motion, windows
-from branchtree_rewards.motion.sampling import blur, capped
+from branchtree_rewards.motion.flow import flow_motion
+from branchtree_rewards.motion.measures import Measure, agreement, blur, capped, match, smooth_motion, windows
 from branchtree_rewards.motion.tracking import subject_motion
-from branchtree_rewards.motion.trajectories import flow_motion
-from branchtree_rewards.shared.samples import check_batch, find_flaws, score_rest, unreadable
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from branchtree_rewards.shared.reward import Reward, reward_hook
+from branchtree_rewards.shared.samples import score_rest, unreadable
 
 LONGEST = 128  # pixels: the longer side at which motion is measured
 SHORTEST = 8  # pixels: of a frame's side, before and after shrinking
@@ -56,71 +50,32 @@ class MotionConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     speed: float = pydantic.Field(default=0.01, gt=0, le=1)
 
 
-@dataclass(frozen=True)
-class _Judged:
-    """What was measured of B videos in M windows of S steps."""
+class _MotionReward(Reward[MotionConfig]):
+    """Takes videos, and measures them for the rewards below.
 
-    quality: Tensor  # (B,), moving * smooth * constant * first
-    steps: Tensor  # (B, M, S, 2), displacements in shorter sides of the frame
+    Videos need at least 3 frames of 8x8 pixels. Where a condition has an ``image`` or a ``video``, the first frame of
+    that is read, resized to the frames' size and compared with the video's own.
+    """
 
-
-class _MotionReward(ABC):
-    """What the rewards share: their settings, what they take, and the measurement."""
-
-    modalities: frozenset[str] = frozenset({"video"})
+    modalities = frozenset({"video"})
     reads_prompt = False
-    name: ClassVar[str]
 
-    def __init__(self, config: MotionConfig) -> None:
-        self._config = config
-        self._device: torch.device | None = None
-
-    def footprint(self) -> RewardFootprint:
-        """No weights to speak of."""
-        return RewardFootprint(0)
-
-    def load(self, device: torch.device) -> None:
-        """Measure on `device`; call once before `score`."""
-        self._device = device
-
-    @torch.no_grad()
-    def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        """Score video i under condition i.
-
-        Args:
-            media: Its `videos` are float (B, F, C, H, W) in [0, 1] with F >= 3 frames of at least 8x8 pixels.
-            conditions: B conditions. Of `image` or `video`, the first frame is read and resized to the frames' size.
-
-        Returns:
-            `values` float32 (B,) and `valid` bool (B,), on the device. A video that is not finite, too short or too
-            small is not valid, and neither is one whose condition has a first frame that cannot be read, or a prompt
-            that lacks what the reward asks for; a reason says so.
-
-        Raises:
-            RuntimeError: `load` was not called.
-            ValueError: `media` holds no videos, they have other axes, or there are not B conditions.
-        """
-        device = self._device
-        if device is None:
-            raise RuntimeError(f"the {self.name} reward was not loaded: call load(device) before score(...)")
-        check_batch(media, conditions, self.modalities)
+    def _scores(self, media: Media, conditions: Sequence[Condition]) -> Scores:
         first, unread = _first_frames(conditions)
-        flaws = {**unread, **find_flaws(media, conditions, self._shape_flaw, self._prompt_flaw)}
+        wanted = [frame for row, frame in enumerate(first) if row not in unread]
 
         def score(good: Media, theirs: Sequence[Condition]) -> Scores:
-            wanted = [frame for row, frame in enumerate(first) if row not in flaws]
-            judged = _judge(self._config, good.pixels.to(device, torch.float32), wanted)
-            values = self._values(judged, theirs)
+            quality, steps = _judge(self._config, good.pixels, wanted)
+            values = self._values(quality, steps, theirs)
             return Scores(values=values, valid=torch.ones_like(values, dtype=torch.bool))
 
-        return score_rest(media, conditions, flaws, score)
+        return score_rest(media, conditions, unread, score)
 
     @abstractmethod
-    def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
-        """The values (B,) of what was measured."""
+    def _values(self, quality: Tensor, steps: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        """Return the values (B,) of what `_judge` measured."""
 
     def _shape_flaw(self, media: Media) -> str | None:
-        """Say why no motion can be measured in videos of this shape, if none can."""
         frames, (height, width) = media.pixels.shape[1], media.pixels.shape[-2:]
         if frames < FEWEST:
             return f"a video of {frames} frame{'s' * (frames != 1)} is too short; {self.name} needs {FEWEST}"
@@ -129,10 +84,6 @@ class _MotionReward(ABC):
                 f"frames of {width}x{height} are too small or too elongated; {self.name} needs {SHORTEST} pixels a "
                 f"side, and no side more than {LONGEST // SHORTEST} times the other"
             )
-        return None
-
-    def _prompt_flaw(self, prompt: str) -> str | None:
-        """Say what the reward asks for that a prompt lacks."""
         return None
 
 
@@ -152,8 +103,8 @@ class MotionSmoothness(_MotionReward):
 
     name = "motion_smoothness"
 
-    def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
-        return judged.quality
+    def _values(self, quality: Tensor, steps: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        return quality
 
 
 class MotionDirection(_MotionReward):
@@ -163,7 +114,7 @@ class MotionDirection(_MotionReward):
 
     with D the sum of the measured displacements, L the sum of their lengths and n the unit vector of the direction, in
     image coordinates: y grows downwards, so that "up" is (0, -1). On a straight path the fraction is
-    (1 + cos angle) / 2: 1 as told, 1/2 across, 0 the other way. A path that returns to where it began has no direction
+    (1 + cos angle) / 2: 1 as asked, 1/2 across, 0 the other way. A path that returns to where it began has no direction
     and scores 0. As the score of smooth motion is a factor, a video that stands still, jumps, fades out or starts from
     another frame earns nothing by it, not even against one that moves the wrong way.
 
@@ -173,9 +124,9 @@ class MotionDirection(_MotionReward):
     name = "motion_direction"
     reads_prompt = True
 
-    def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
-        towards = judged.steps.new_tensor([named_direction(condition.prompt) for condition in conditions])
-        return judged.quality * agreement(judged.steps.flatten(1, 2), towards)
+    def _values(self, quality: Tensor, steps: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        towards = steps.new_tensor([named_direction(condition.prompt) for condition in conditions])
+        return quality * agreement(steps.flatten(1, 2), towards)
 
     def _prompt_flaw(self, prompt: str) -> str | None:
         if named_direction(prompt) is None:
@@ -194,70 +145,66 @@ class MotionDisplacement(_MotionReward):
 
     name = "motion_displacement"
 
-    def _values(self, judged: _Judged, conditions: Sequence[Condition]) -> Tensor:
-        lengths: Tensor = judged.steps.sum(dim=2).norm(dim=-1)
+    def _values(self, quality: Tensor, steps: Tensor, conditions: Sequence[Condition]) -> Tensor:
+        lengths: Tensor = steps.sum(dim=2).norm(dim=-1)
         return lengths.mean(dim=1)
 
 
-def _judge(config: MotionConfig, videos: Tensor, first: Sequence[Image | None]) -> _Judged:
-    """Measure videos (B, F, C, H, W) that are to start from the B frames ``first``, or from any where there is none."""
+def _judge(config: MotionConfig, videos: Tensor, first: Sequence[Image.Image | None]) -> tuple[Tensor, Tensor]:
+    """Measure videos in M windows of S steps.
+
+    Args:
+        config: How to measure.
+        videos: (B, F, C, H, W).
+        first: The B frames that they are to start from, None where any will do.
+
+    Returns:
+        moving * smooth * constant * first (B,), and displacements (B, M, S, 2) in shorter sides of the frame.
+    """
     videos = capped(videos, LONGEST)
-    cut = windows(videos)
-    at_once = max(1, AT_ONCE // (cut[0].numel() // cut.shape[3]))
-    parts = [_measured(part, config) for part in cut.split(at_once)]
-    quality, steps = torch.cat([part[0] for part in parts]), torch.cat([part[1] for part in parts])
-    return _Judged(quality * _first_match(videos[:, 0], first), steps)
+    cut, side = windows(videos), min(videos.shape[-2:])
+    qualities, steps = [], []
+    for some in cut.split(max(1, AT_ONCE // (cut[0].numel() // cut.shape[3]))):
+        motion = MEASURES[config.measure](some.flatten(0, 1))
+        factors = smooth_motion(motion, side, config.speed)
+        moving, smooth, constant = (factor.view(some.shape[:2]) for factor in factors)
+        qualities.append(moving.mean(dim=1) * smooth.amin(dim=1) * constant.amin(dim=1))
+        steps.append(motion.steps.unflatten(0, some.shape[:2]) / side)
+    return torch.cat(qualities) * _first_match(videos[:, 0], first), torch.cat(steps)
 
 
-def _measured(cut: Tensor, config: MotionConfig) -> tuple[Tensor, Tensor]:
-    """moving * smooth * constant (B,) of windows (B, M, F, C, H, W), and their steps (B, M, S, 2) in shorter sides."""
-    side = min(cut.shape[-2:])
-    motion = MEASURES[config.measure](cut.flatten(0, 1))
-    moving, smooth, constant = (factor.view(cut.shape[:2]) for factor in smooth_motion(motion, side, config.speed))
-    quality = moving.mean(dim=1) * smooth.amin(dim=1) * constant.amin(dim=1)
-    return quality, motion.steps.unflatten(0, cut.shape[:2]) / side
-
-
-def _first_frames(conditions: Sequence[Condition]) -> tuple[list[Image | None], dict[int, str]]:
-    """The first frame of each condition, None where there is none to be had; and, by row, why one cannot be read."""
-    read: dict[tuple[Path | None, Path | None], Image | DataError | None] = {}
-    frames: list[Image | None] = []
+def _first_frames(conditions: Sequence[Condition]) -> tuple[list[Image.Image | None], dict[int, str]]:
+    """Return the first frame of each condition, None where it has none; and, by row, why one cannot be read."""
+    read: dict[tuple[Path | None, Path | None], Image.Image | None] = {}
     reasons: dict[int, str] = {}
     for row, condition in enumerate(conditions):
         source = (condition.image, condition.video)
-        if source not in read:
-            try:
-                read[source] = first_frame(condition)
-            except DataError as error:
-                read[source] = error
-        found = read[source]
-        if isinstance(found, DataError):
-            reasons[row] = str(found)
-        frames.append(None if isinstance(found, DataError) else found)
-    return frames, reasons
+        try:
+            read[source] = read[source] if source in read else first_frame(condition)
+        except DataError as error:
+            reasons[row] = str(error)
+    return [read.get((condition.image, condition.video)) for condition in conditions], reasons
 
 
-def _first_match(frames: Tensor, first: Sequence[Image | None]) -> Tensor:
-    """How well frames (B, C, H, W) show the first frames that were asked for, (B,); 1 where there is none.
+def _first_match(frames: Tensor, first: Sequence[Image.Image | None]) -> Tensor:
+    """Return how well frames (B, C, H, W) show the first frames that were asked for, (B,); 1 where there is none.
 
-    The match is squared: a first frame that is left out is only one step away from the next one, which then stands in
-    its place.
+    The match is squared: a first frame that is left out is only one step away from the next one, which then stands
+    where it should.
     """
-    matches = [
-        frame.new_ones(()) if image is None else _likeness(frame, _wanted_frame(image, frame))
-        for frame, image in zip(frames, first, strict=True)
-    ]
+    matches = []
+    for frame, image in zip(frames, first, strict=True):
+        if image is None:
+            matches.append(frame.new_ones(()))
+            continue
+        seen = torch.ones_like(frame[:1])
+        found, wanted = blur(frame, FIRST_BLUR), blur(_wanted_frame(image, frame), FIRST_BLUR)
+        matches.append(match(found[None, None], wanted[None], seen, seen[None].bool()).square().squeeze())
     return torch.stack(matches)
 
 
-def _likeness(frame: Tensor, wanted: Tensor) -> Tensor:
-    seen = torch.ones_like(frame[:1]).unsqueeze(0)
-    found = blur(frame, FIRST_BLUR)[None, None]
-    return match(found, blur(wanted, FIRST_BLUR)[None], seen[0], seen.bool()).square().squeeze()
-
-
-def _wanted_frame(image: Image, like: Tensor) -> Tensor:
-    """A first frame (C, H, W) in [0, 1], at the size and with the channels of ``like``."""
+def _wanted_frame(image: Image.Image, like: Tensor) -> Tensor:
+    """Return a first frame (C, H, W) in [0, 1], at the size and with the channels of ``like``."""
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(image.height, image.width, 3)
     wanted = pixels.to(like).permute(2, 0, 1)[None] / 255
     if len(like) != 3:
@@ -267,37 +214,6 @@ def _wanted_frame(image: Image, like: Tensor) -> Tensor:
     return F.interpolate(wanted, like.shape[-2:], mode="bilinear", align_corners=False, antialias=True)[0]
 
 
-CARD = RewardCard(
-    modalities=_MotionReward.modalities,
-    checkpoint="none",
-    size=0,
-    licence="Apache-2.0",
-    non_commercial=False,
-    source="made for this project",
+register_rewards = reward_hook(
+    (MotionSmoothness, MotionConfig), (MotionDirection, MotionConfig), (MotionDisplacement, MotionConfig)
 )
-
-
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the three rewards to the registry."""
-    register(
-        "motion_smoothness",
-        build=MotionSmoothness,
-        config=MotionConfig,
-        summary="Smooth motion of lasting content, from 0 to 1, by optical flow or by tracking the subject.",
-        card=CARD,
-    )
-    register(
-        "motion_direction",
-        build=MotionDirection,
-        config=MotionConfig,
-        summary="Smooth motion in the direction that the prompt names, from 0 to 1, measured in the same ways.",
-        card=CARD,
-    )
-    register(
-        "motion_displacement",
-        build=MotionDisplacement,
-        config=MotionConfig,
-        summary="How far what moves gets from where it starts: a figure to watch, measured in the same ways.",
-        card=CARD,
-    )

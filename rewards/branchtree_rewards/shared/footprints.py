@@ -1,15 +1,9 @@
-"""How much memory the rewards with published weights take, from configuration files or the published sizes.
+"""Memory that the rewards with published weights take, from configuration files or the published sizes.
 
 Networks are built on torch's meta device, which needs no memory and no weights.
 """
 
-from __future__ import annotations
-
-import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -17,76 +11,7 @@ from torch import nn
 from branchtree.errors import RewardError
 from branchtree.files.json_lines import read_json_object
 from branchtree.plugins import RewardFootprint
-
-Settings = Mapping[str, Any]
-
-CLIP_B_32: Settings = {
-    "projection_dim": 512,
-    "vision_config": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "patch_size": 32,
-    },
-    "text_config": {
-        "hidden_size": 512,
-        "intermediate_size": 2048,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 8,
-    },
-}
-CLIP_L_14: Settings = {
-    "projection_dim": 768,
-    "vision_config": {
-        "hidden_size": 1024,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 16,
-        "patch_size": 14,
-    },
-    "text_config": {
-        "hidden_size": 768,
-        "intermediate_size": 3072,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-    },
-}
-QWEN2_VL_2B: Settings = {
-    "model_type": "qwen2_vl",
-    "tie_word_embeddings": True,
-    "text_config": {
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-        "vocab_size": 151936,
-        "tie_word_embeddings": True,
-    },
-    "vision_config": {"depth": 32, "embed_dim": 1280, "hidden_size": 1536, "num_heads": 16, "mlp_ratio": 4},
-}
-QWEN2_5_VL_7B: Settings = {
-    "model_type": "qwen2_5_vl",
-    "tie_word_embeddings": False,
-    "text_config": {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-        "vocab_size": 152064,
-        "tie_word_embeddings": False,
-    },
-    "vision_config": {
-        "depth": 32,
-        "hidden_size": 1280,
-        "intermediate_size": 3420,
-        "num_heads": 16,
-        "out_hidden_size": 3584,
-    },
-}
-"""The published models' configurations, as far as they tell sizes."""
+from branchtree_rewards.shared.source import bundled_json, file_at_hand
 
 
 @dataclass(frozen=True)
@@ -98,70 +23,27 @@ class Skeleton:
     number_bytes: int = 4
 
     def footprint(self, offloads: bool) -> RewardFootprint:
-        """The memory of the weights."""
+        """Return the memory of the weights."""
         numbers = sum(parameter.numel() for parameter in self.network.parameters())
         return RewardFootprint(numbers * self.number_bytes, offloads, self.assumed)
 
 
-def settings_file(path: str, revision: str | None, name: str) -> Path | None:
-    """A file of a local folder, beside a local file, or of a hub id in the local cache; None if it is not there."""
-    local = Path(os.path.expanduser(path))
-    if local.exists():
-        file = (local if local.is_dir() else local.parent) / name
-        return file if file.is_file() else None
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
+def skeleton(path: str, revision: str | None, published: str, auto_class: str = "AutoModel") -> Skeleton:
+    """Return the network of a config.json, without memory for weights.
 
-    try:
-        cached = try_to_load_from_cache(path, name, revision=revision)
-    except HFValidationError:  # it is a path, of nothing that exists
-        return None
-    return Path(cached) if isinstance(cached, str) else None
+    Args:
+        path: A folder, a file or a hub id, whose config.json is read if it is on this machine.
+        revision: Branch, tag or commit of the hub id.
+        published: The hub id in `data/published_configs.json` whose sizes are taken where there is no config.json.
+        auto_class: The class of transformers that makes the network.
+    """
+    import transformers
 
-
-def skeleton(
-    build: Callable[[Settings], nn.Module], path: str, revision: str | None, published: tuple[str, Settings]
-) -> Skeleton:
-    """What ``build`` makes of config.json, or of the ``published`` hub id's configuration where there is none here."""
-    hub_id, settings = published
-    file = settings_file(path, revision, "config.json")
+    settings = bundled_json("published_configs.json")[published]
+    file = file_at_hand(path, revision, "config.json")
     if file is not None:
-        settings = read_json_object(file, RewardError)
-    return Skeleton(without_memory(lambda: build(settings)), "" if file or path == hub_id else hub_id)
-
-
-def without_memory(build: Callable[[], nn.Module]) -> nn.Module:
-    """What ``build`` makes, without memory for weights."""
+        settings = {"model_type": settings["model_type"], **read_json_object(file, RewardError)}
+    config = transformers.AutoConfig.for_model(**settings)
     with torch.device("meta"):
-        return build()
-
-
-def build_clip(settings: Settings) -> nn.Module:
-    """CLIP of transformers."""
-    from transformers import CLIPConfig, CLIPModel
-
-    model: nn.Module = CLIPModel(CLIPConfig.from_dict(dict(settings)))
-    return model
-
-
-def build_clip_vision(settings: Settings) -> nn.Module:
-    """The half of CLIP that looks at pictures, with its projection."""
-    clip: Any = build_clip(settings)
-    return nn.ModuleList([clip.vision_model, clip.visual_projection])
-
-
-def build_qwen2_vl(settings: Settings) -> nn.Module:
-    """Qwen2-VL without its language head."""
-    from transformers import Qwen2VLConfig, Qwen2VLModel
-
-    model: nn.Module = Qwen2VLModel(Qwen2VLConfig.from_dict(dict(settings)))
-    return model
-
-
-def build_answering(settings: Settings) -> nn.Module:
-    """A vision-language model that answers."""
-    from transformers import AutoConfig, AutoModelForImageTextToText
-
-    config = AutoConfig.for_model(**settings)
-    model: nn.Module = AutoModelForImageTextToText.from_config(config)
-    return model
+        network = getattr(transformers, auto_class).from_config(config)
+    return Skeleton(network, "" if file or path == published else published)

@@ -1,6 +1,4 @@
-"""Settings of frame rates: `fps` alone would mean a clip's own rate to some and the rate of sampling to others."""
-
-from __future__ import annotations
+"""Settings of frame rates."""
 
 from typing import Annotated, Any
 
@@ -11,7 +9,7 @@ SampleFps = Annotated[float | None, pydantic.Field(gt=0, le=1000)]
 
 
 class NoPlainFps(pydantic.BaseModel, frozen=True):
-    """Settings of a reward whose score depends on frame rates; one that is named plainly `fps` is refused."""
+    """Settings of a reward whose score depends on frame rates; a plain `fps`, which could mean two, is refused."""
 
     @pydantic.model_validator(mode="before")
     @classmethod

@@ -1,24 +1,20 @@
 """Calling a server that may be busy, slow, or gone: requests with a deadline, and retries that back off.
 
-What passes by itself (no connection, a time-out, a server overloaded or restarting) is tried again, after pauses
+What may pass (no connection, a time-out, a server overloaded or restarting) is tried again, after pauses
 that double and are drawn at random so that many callers do not come back at once. What does not pass (a request that
 the server refuses) is not. Proxies and credentials of the environment are never used.
 """
 
-from __future__ import annotations
-
 import random
 import time
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-if TYPE_CHECKING:
-    import httpx
+from branchtree_rewards.shared.source import cause
 
 PASSING = frozenset({408, 429, 500, 502, 503, 504})
-FIRST_PAUSE = 0.5  # seconds
+FIRST_PAUSE = 0.5  # seconds, at most
 LONGEST_PAUSE = 20.0  # seconds
 SHOWN = 300  # characters of a server's answer in a message
 
@@ -28,7 +24,7 @@ class CallError(Exception):
 
     Attributes:
         status: The last answer's HTTP status, or None if there was none.
-        passing: Whether the last failure was of a kind that may pass by itself.
+        passing: Whether the last failure was of a kind that may pass.
     """
 
     def __init__(self, reason: str, status: int | None, passing: bool) -> None:
@@ -37,112 +33,75 @@ class CallError(Exception):
         self.passing = passing
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A server's answer of status 2xx."""
-
-    body: bytes
-    headers: Mapping[str, str]  # names in lower case
-
-
 class Caller:
     """Sends requests to one server. May be used from several threads at once.
 
     Args:
         base: The server's URL; paths are appended to it.
-        timeout: Seconds that one request may take, all in all.
+        timeout: Seconds that one request may take, from connecting to the end of the answer.
         retries: How often a request that failed is sent again.
         headers: Sent with every request.
         connections: How many requests may be under way at once.
-        first_pause: Seconds before the first retry, at most; doubled for each further one, up to 20 s.
     """
 
     def __init__(
-        self,
-        base: str,
-        timeout: float,
-        retries: int,
-        headers: Mapping[str, str] | None = None,
-        connections: int = 8,
-        first_pause: float = FIRST_PAUSE,
+        self, base: str, timeout: float, retries: int, headers: Mapping[str, str], connections: int = 8
     ) -> None:
         import httpx
 
         limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        self._client = httpx.Client(timeout=timeout, limits=limits, headers=dict(headers or {}), trust_env=False)
+        self._client = httpx.Client(timeout=timeout, limits=limits, headers=dict(headers), trust_env=False)
         # Whoever drops a caller without closing it leaves no open connections behind.
         self._close = weakref.finalize(self, self._client.close)
-        self._base, self._timeout, self._retries, self._first_pause = base.rstrip("/"), timeout, retries, first_pause
+        self._base, self._timeout, self._retries = base.rstrip("/"), timeout, retries
 
-    def get(self, path: str, retries: int | None = None) -> Answer:
-        """GET ``path``, with ``retries`` in place of the usual ones. Raises CallError."""
+    def get(self, path: str, retries: int | None = None) -> bytes:
+        """GET ``path``, with ``retries`` instead of the usual ones, and return the answer's body. Raises CallError."""
         return self._call("GET", path, self._retries if retries is None else retries)
 
-    def post(
-        self,
-        path: str,
-        json: Any = None,
-        content: bytes | None = None,
-        headers: Mapping[str, str] | None = None,
-        retries: int | None = None,
-    ) -> Answer:
-        """POST ``json`` or the bytes ``content`` to ``path``. Raises CallError."""
-        retries = self._retries if retries is None else retries
-        return self._call("POST", path, retries, json=json, content=content, headers=dict(headers or {}))
+    def post(self, path: str, json: Any = None, content: bytes | None = None) -> bytes:
+        """POST ``json`` or the bytes ``content`` to ``path``, and return the answer's body. Raises CallError."""
+        return self._call("POST", path, self._retries, json=json, content=content)
 
     def close(self) -> None:
         """Close all connections."""
         self._close()
 
-    def _call(self, method: str, path: str, retries: int, **settings: Any) -> Answer:
-        for pause in self._pauses(retries):
+    def _call(self, method: str, path: str, retries: int, **settings: Any) -> bytes:
+        draw = random.Random()
+        for attempt in range(retries + 1):
             try:
                 return self._once(method, path, **settings)
             except CallError as failure:
-                if not failure.passing or pause is None:
+                if not failure.passing or attempt == retries:
                     raise
-            time.sleep(pause)
-        raise AssertionError("the last pause is None")
+            time.sleep(draw.uniform(0.5, 1.0) * min(FIRST_PAUSE * 2**attempt, LONGEST_PAUSE))
+        raise AssertionError("the last attempt returns or raises")
 
-    def _pauses(self, retries: int) -> Iterator[float | None]:
-        """How long to wait after each failed attempt; None after the last."""
-        draw = random.Random()
-        for attempt in range(retries):
-            yield draw.uniform(0.5, 1.0) * min(self._first_pause * 2**attempt, LONGEST_PAUSE)
-        yield None
-
-    def _once(self, method: str, path: str, **settings: Any) -> Answer:
+    def _once(self, method: str, path: str, **settings: Any) -> bytes:
         import httpx
 
         deadline = time.monotonic() + self._timeout
         url = self._base + path
         try:
             with self._client.stream(method, url, **settings) as response:
-                body = b"".join(_until(deadline, response))
+                pieces = []
+                for piece in response.iter_bytes():  # from a server that may send little by little
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                    pieces.append(piece)
+                body = b"".join(pieces)
         except (httpx.TimeoutException, TimeoutError) as error:
             raise CallError(f"no answer from {url} within {self._timeout:g} s", None, passing=True) from error
         except httpx.TransportError as error:
-            reason = f"no answer from {url} ({type(error).__name__}: {_short(str(error))})"
+            reason = f"no answer from {url} ({cause(error)})"
             raise CallError(reason, None, passing=not isinstance(error, httpx.UnsupportedProtocol)) from error
         except (httpx.InvalidURL, httpx.DecodingError) as error:
-            reason = f"cannot talk to {url} ({type(error).__name__}: {_short(str(error))})"
+            reason = f"cannot talk to {url} ({cause(error)})"
             raise CallError(reason, None, passing=False) from error
         if not response.is_success:
-            said = _short(body.decode(errors="replace"))
-            reason = f"{url} answered {response.status_code} {response.reason_phrase}: {said or 'and gave no reason'}"
+            text = " ".join(body.decode(errors="replace").split())
+            text = text if len(text) <= SHOWN else f"{text[:SHOWN]} ..."
+            reason = f"{url} answered {response.status_code} {response.reason_phrase}: {text or 'and gave no reason'}"
             raise CallError(reason, response.status_code, passing=response.status_code in PASSING)
-        return Answer(body, {name.lower(): value for name, value in response.headers.items()})
-
-
-def _until(deadline: float, response: httpx.Response) -> Iterator[bytes]:
-    """The body's pieces. Raises TimeoutError when a server that sends little by little has had its time."""
-    for piece in response.iter_bytes():
-        if time.monotonic() > deadline:
-            raise TimeoutError
-        yield piece
-
-
-def _short(text: str) -> str:
-    """``text`` on one line and of bounded length."""
-    line = " ".join(text.split())
-    return line if len(line) <= SHOWN else f"{line[:SHOWN]} ..."
+        return body

@@ -1,6 +1,4 @@
-"""Which samples of a batch can be scored. The others are masked, each with a reason, and no model sees them."""
-
-from __future__ import annotations
+"""Checks of a batch: samples that cannot be scored are masked, each with a reason, and no model sees them."""
 
 from collections.abc import Callable, Collection, Mapping, Sequence
 
@@ -15,8 +13,15 @@ MAX_ASPECT = 200  # Qwen's own limit; past it, resizing makes sides of no pixel 
 NOT_FINITE = "pixels are not finite"
 NO_PIXELS = "there are no pixels"
 
-PromptFlaw = Callable[[str], str | None]
-ShapeFlaw = Callable[[Media], str | None]
+
+def spans(length: int, size: int) -> list[slice]:
+    """Return consecutive slices of at most ``size`` that cover ``length``."""
+    return [slice(start, start + size) for start in range(0, length, size)]
+
+
+def with_pixels(media: Media, pixels: Tensor) -> Media:
+    """Return media of the same kind and frame rate that hold ``pixels``."""
+    return Media(images=pixels) if media.modality == "image" else Media(videos=pixels, fps=media.fps)
 
 
 def check_batch(media: Media, conditions: Sequence[Condition], modalities: Collection[str]) -> None:
@@ -33,8 +38,8 @@ def check_batch(media: Media, conditions: Sequence[Condition], modalities: Colle
 def find_flaws(
     media: Media,
     conditions: Sequence[Condition],
-    shape_flaw: ShapeFlaw | None = None,
-    prompt_flaw: PromptFlaw | None = None,
+    shape_flaw: Callable[[Media], str | None],
+    prompt_flaw: Callable[[str], str | None],
 ) -> dict[int, str]:
     """Return why samples cannot be scored, by row.
 
@@ -44,15 +49,14 @@ def find_flaws(
         shape_flaw: Says why no sample of this shape, length and frame rate can be scored.
         prompt_flaw: Says why a prompt cannot be read.
     """
-    flaw = NO_PIXELS if 0 in media.pixels.shape[1:] else shape_flaw and shape_flaw(media)
+    flaw = NO_PIXELS if 0 in media.pixels.shape[1:] else shape_flaw(media)
     if flaw:
         return dict.fromkeys(range(len(media)), flaw)
     finite = media.pixels.flatten(1).isfinite().all(dim=1).tolist()
     reasons = {row: NOT_FINITE for row, good in enumerate(finite) if not good}
-    if prompt_flaw:
-        for row, condition in enumerate(conditions):
-            if row not in reasons and (flaw := prompt_flaw(condition.prompt)):
-                reasons[row] = flaw
+    for row, condition in enumerate(conditions):
+        if row not in reasons and (flaw := prompt_flaw(condition.prompt)):
+            reasons[row] = flaw
     return reasons
 
 
@@ -69,16 +73,16 @@ def score_rest(
         conditions: B conditions.
         reasons: Why samples cannot be scored, by row.
         score: Scores at least one sample.
+
+    Returns:
+        Scores (B,), NaN where a reason speaks against a sample.
     """
     rows = [row for row in range(len(media)) if row not in reasons]
     if not rows:
-        nothing = torch.full((len(media),), torch.nan)
-        return Scores(nothing, torch.zeros(len(media), dtype=torch.bool), reasons=dict(reasons))
+        return invalid_scores(len(media), reasons)
     if not reasons:
         return score(media, conditions)
-    pixels = media.pixels[rows]
-    kept = Media(images=pixels) if media.modality == "image" else Media(videos=pixels, fps=media.fps)
-    scores = score(kept, [conditions[row] for row in rows])
+    scores = score(with_pixels(media, media.pixels[rows]), [conditions[row] for row in rows])
 
     def spread(figure: Tensor, filler: float) -> Tensor:
         whole = figure.new_full((len(media),), filler)
@@ -92,6 +96,11 @@ def score_rest(
         details={name: spread(figure, torch.nan) for name, figure in scores.details.items()},
         reasons={**reasons, **{rows[row]: reason for row, reason in scores.reasons.items()}},
     )
+
+
+def invalid_scores(count: int, reasons: Mapping[int, str]) -> Scores:
+    """Return the scores of ``count`` samples of which none is valid, with their reasons by row."""
+    return Scores(torch.full((count,), torch.nan), torch.zeros(count, dtype=torch.bool), reasons=dict(reasons))
 
 
 def elongated(media: Media) -> str | None:

@@ -1,8 +1,6 @@
-"""Reading weights safely and loading them strictly: every tensor of a file has a place, or is named as dropped."""
+"""Reading weights safely and loading them strictly: every tensor of a file is used, or is named as dropped."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -13,13 +11,14 @@ from torch import Tensor, nn
 from branchtree.core.finite import is_finite
 from branchtree.errors import RewardError
 from branchtree.plugins.completeness import unexpected_keys
+from branchtree_rewards.shared.source import cause
 
 State = dict[str, Tensor]
 SHOWN = 5
 
 
 def read_weights(file: Path) -> Any:
-    """The content of a .safetensors file, or of a file that torch.load reads with ``weights_only``, on the CPU.
+    """Return the content of a .safetensors file, or of one that torch.load reads with ``weights_only``, on the CPU.
 
     Raises RewardError for a file that is damaged, or holds anything but tensors in plain containers.
     """
@@ -28,48 +27,56 @@ def read_weights(file: Path) -> Any:
             from safetensors.torch import load_file
 
             return load_file(file)
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=_is_zip(file))
+        with file.open("rb") as stream:
+            mapped = stream.read(2) == b"PK"  # files of torch before 1.6 are no zip archives and cannot be mapped
+        return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped)
     except Exception as error:  # torch, zip, pickle and safetensors each have exceptions of their own for a bad file
-        reason = " ".join(str(error).split())[:300]
         raise RewardError(
-            f"cannot read weights from '{file}' ({type(error).__name__}: {reason}); it is damaged, or holds more than "
-            "tensors"
+            f"cannot read weights from '{file}' ({cause(error)}); it is damaged, or holds more than tensors"
         ) from error
 
 
-def _is_zip(file: Path) -> bool:
-    """Files of torch before 1.6 are not zip archives and cannot be mapped."""
-    with file.open("rb") as stream:
-        return stream.read(2) == b"PK"
-
-
 def state_dict(content: Any, file: Path) -> State:
-    """``content`` if it maps names to tensors. Raises RewardError otherwise."""
+    """Return ``content`` if it maps names to tensors. Raises RewardError otherwise."""
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise RewardError(f"'{file}' holds no state dict: names with tensors")
     return dict(content)
 
 
+def read_state_dict(file: Path) -> State:
+    """Return the state dict that a file holds. Raises RewardError if it holds none."""
+    return state_dict(read_weights(file), file)
+
+
 def without(state: Mapping[str, Tensor], dropped: Iterable[str]) -> State:
-    """``state`` less the names that are known to have no place in the model."""
+    """Return ``state`` less the names for which the model is known to have no use."""
     gone = set(dropped)
     return {name: value for name, value in state.items() if name not in gone}
 
 
+def renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> State:
+    """Return ``state`` under new names. Raises RewardError if two tensors come to the same name."""
+    result: State = {}
+    for name, value in state.items():
+        if (new := rename(name)) in result:
+            raise RewardError(f"two tensors of the checkpoint come to the name '{new}'")
+        result[new] = value
+    return result
+
+
 def check_fit(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor], where: str) -> None:
     """Raise RewardError unless names and shapes of ``state`` are exactly those ``wanted``, and its numbers finite."""
-    missing = sorted(wanted.keys() - state.keys())
-    unknown = sorted(state.keys() - wanted.keys())
     shapes = [
         f"{name} is {tuple(state[name].shape)}, not {tuple(wanted[name].shape)}"
         for name in sorted(wanted.keys() & state.keys())
         if state[name].shape != wanted[name].shape
     ]
-    found = [
-        f"{len(names)} {what}: {', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
-        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
-        if names
-    ]
+    problems = {
+        "missing": sorted(wanted.keys() - state.keys()),
+        "unknown": sorted(state.keys() - wanted.keys()),
+        "of another shape": shapes,
+    }
+    found = [f"{len(names)} {problem}: {_shown(names)}" for problem, names in problems.items() if names]
     if found:
         raise RewardError(f"the weights of '{where}' do not fit the model: {'; '.join(found)}")
     require_finite_weights(state, where)
@@ -79,20 +86,31 @@ def require_finite_weights(state: Mapping[str, Tensor], where: str) -> None:
     """Raise RewardError for weights that are NaN or infinite, as those of a damaged file are."""
     broken = [name for name, value in state.items() if not value.is_meta and not is_finite(value)]
     if broken:
-        named = f"{', '.join(broken[:SHOWN])}{', ...' if len(broken) > SHOWN else ''}"
+        named = _shown(broken)
         raise RewardError(f"the weights of '{where}' are not finite in {named}; the file is damaged: get it again")
 
 
+def _shown(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:SHOWN])}{', ...' if len(names) > SHOWN else ''}"
+
+
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
-    """Copy weights into a module that fits them exactly. Raises RewardError."""
+    """Give a module, which may be on the meta device, copies of weights that fit it exactly, in float32.
+
+    Raises RewardError if names or shapes differ, or a weight is not finite.
+    """
     check_fit(state, module.state_dict(), where)
-    module.load_state_dict(dict(state))
+    owned = {  # not mapped from a file; what counts stays whole
+        name: value.to(torch.float32 if value.is_floating_point() else value.dtype, copy=True)
+        for name, value in state.items()
+    }
+    module.load_state_dict(owned, assign=True)
 
 
 def build_pretrained(model: Any, config: Any, state: Mapping[str, Tensor], where: str, dtype: torch.dtype) -> Any:
-    """A transformers ``model`` of ``config`` holding exactly ``state``, without initialising it first.
+    """Return a transformers ``model`` of ``config`` holding exactly ``state``, without initialising it first.
 
-    Raises RewardError if names or shapes differ.
+    Raises RewardError if names or shapes differ, or a weight is not finite.
     """
     with torch.device("meta"):
         wanted = model(config).state_dict()
@@ -102,9 +120,9 @@ def build_pretrained(model: Any, config: Any, state: Mapping[str, Tensor], where
 
 
 def from_pretrained(model: Any, location: str, dtype: torch.dtype, **settings: Any) -> Any:
-    """``model.from_pretrained`` that refuses what it would otherwise replace at random or leave unused.
+    """Call ``model.from_pretrained``, and refuse what it would otherwise replace at random or leave unused.
 
-    Only weights in safetensors files, or read with ``weights_only``. Raises RewardError.
+    Raises RewardError if the folder or hub id cannot be read, or its weights do not fit the model or are not finite.
     """
     try:
         with quiet_libraries():  # wrong sizes are let through here only to be named below
@@ -112,17 +130,15 @@ def from_pretrained(model: Any, location: str, dtype: torch.dtype, **settings: A
                 location, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True, **settings
             )
     except Exception as error:  # each library below has exceptions of its own for a file that is not right
-        reason = " ".join(str(error).split())[:300]
         raise RewardError(
-            f"cannot load '{location}' ({type(error).__name__}: {reason}); give a hub id that can be reached, or a "
-            "complete folder"
+            f"cannot load '{location}' ({cause(error)}); give a hub id that can be reached, or a complete folder"
         ) from error
     problems = {
         "missing": sorted(map(str, info["missing_keys"])),
         "unexpected": unexpected_keys(loaded, info),
         "mismatched": sorted(map(str, info["mismatched_keys"])),
     }
-    found = [f"{what}: {', '.join(names[:SHOWN])}" for what, names in problems.items() if names]
+    found = [f"{problem}: {', '.join(names[:SHOWN])}" for problem, names in problems.items() if names]
     if found:
         raise RewardError(f"the weights of '{location}' do not fit the model: {'; '.join(found)}")
     require_finite_weights(loaded.state_dict(), location)
@@ -131,7 +147,7 @@ def from_pretrained(model: Any, location: str, dtype: torch.dtype, **settings: A
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """A context without transformers' progress bars and load reports."""
+    """Silence transformers' progress bars and load reports."""
     from transformers.utils import logging
 
     bars, verbosity = logging.is_progress_bar_enabled(), logging.get_verbosity()
@@ -143,13 +159,3 @@ def quiet_libraries() -> Iterator[None]:
         logging.set_verbosity(verbosity)
         if bars:
             logging.enable_progress_bar()
-
-
-def renamed(state: Mapping[str, Tensor], rename: Callable[[str], str]) -> State:
-    """``state`` under new names. Raises RewardError if two tensors come to the same name."""
-    result: State = {}
-    for name, value in state.items():
-        if (new := rename(name)) in result:
-            raise RewardError(f"two tensors of the checkpoint come to the name '{new}'")
-        result[new] = value
-    return result

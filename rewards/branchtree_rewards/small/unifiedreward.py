@@ -12,27 +12,20 @@ vision tower and random attention; they mean nothing.
     free        the others: random
 """
 
-from __future__ import annotations
-
-import json
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from branchtree_rewards.shared.pixels import CLIP_MEAN, CLIP_STD, to_pil
-from branchtree_rewards.shared.weights import build_pretrained, quiet_libraries
+from branchtree_rewards.shared.pixels import to_pil
+from branchtree_rewards.shared.weights import State, build_pretrained, quiet_libraries
+from branchtree_rewards.small.checkpoint import meta_shapes, random_state, write_kept_settings
 from branchtree_rewards.unifiedreward.templates import FILES, LABELS, fill_template
 
-if TYPE_CHECKING:
-    from transformers import Qwen2TokenizerFast
-
 SEED = 20260904
-WIDTH, HEADS, HEAD, LAYERS = 64, 4, 16, 2
-VISION_WIDTH = 32
+WIDTH, HEADS, HEAD, LAYERS = 64, 4, 16, 2  # as in data/small_unifiedreward.json
 END, ONE, PICTURE, MEASURE, FREE = 4, 5, 6, 7, 11
 STEADY = HEAD // 2 - 1  # the slowest pair of rotary dimensions: hardly turned by position
 FINEST = 0.05  # the step between two numbers that it can say
@@ -43,14 +36,6 @@ SPECIAL = (
     *("<|endoftext|>", "<|im_start|>", IM_END, "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
     *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|image_pad|>", "<|video_pad|>"),
-)
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\n"
-    "You are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
-    "{% if part['type'] in ('image', 'image_url') %}<|vision_start|><|image_pad|><|vision_end|>"
-    "{% elif 'text' in part %}{{ part['text'] }}{% endif %}{% endfor %}{% endif %}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
 
@@ -65,50 +50,47 @@ def write_silent(folder: Path) -> None:
 
 
 def _write(folder: Path, talks: bool) -> None:
+    from huggingface_hub import save_torch_state_dict
     from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration
 
     turns = headings() if talks else []
     tokenizer = _tokenizer(turns)
     with quiet_libraries():
-        _write_settings(folder, tokenizer)
+        ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
+        write_kept_settings(folder, "unifiedreward", {**ids, "vocabulary": len(tokenizer)})
+        tokenizer.save_pretrained(folder)
         config = AutoConfig.from_pretrained(folder)
         state = _random_state(config, tokenizer, turns)
         model = build_pretrained(Qwen2_5_VLForConditionalGeneration, config, state, "the small model", torch.float32)
         if talks:
             _teach(model.eval(), folder, tokenizer)
-    _write_weights(folder, model.state_dict())
-
-
-def _write_weights(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """The weights under their published names, which are those of transformers 4, in several shards."""
-    from huggingface_hub import save_torch_state_dict
-
+    # In several shards, under the published names, which are those of transformers 4.
     published = {
         name.replace("model.language_model.", "model.").replace("model.visual.", "visual."): value
-        for name, value in state.items()
+        for name, value in model.state_dict().items()
     }
     save_torch_state_dict(published, folder, filename_pattern="model{suffix}.safetensors", max_shard_size="400KB")
 
 
 def numbers() -> list[str]:
-    """The numbers that it can say, in ascending order."""
+    """Return the numbers that it can say, in ascending order."""
     return [f"{1 + step * FINEST:.2f}" for step in range(round(4 / FINEST) + 1)]
 
 
 def headings() -> list[list[str]]:
-    """The tokens that it says: for each heading in turn, one with each number."""
+    """Return the tokens that it says: for each heading in turn, one with each number."""
     starts = [label if turn == 0 else f"\n{label}" for turn, label in enumerate(LABELS.values())]
     return [[f"{start}: {number}" for number in numbers()] for start in starts]
 
 
-def _tokenizer(turns: Sequence[Sequence[str]]) -> Qwen2TokenizerFast:
-    """A token for each byte, each line of the templates, and each heading with its number."""
+def _tokenizer(turns: Sequence[Sequence[str]]) -> Any:
+    """Return a tokenizer with a token for each byte, each line of the templates, and each heading with its number."""
     from tokenizers import pre_tokenizers
     from transformers import AddedToken, Qwen2TokenizerFast
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokenizer = Qwen2TokenizerFast(
-        vocab={letter: place for place, letter in enumerate(alphabet)},
+        vocab={letter: index for index, letter in enumerate(alphabet)},
         merges=[],
         unk_token=None,
         eos_token=IM_END,
@@ -121,75 +103,12 @@ def _tokenizer(turns: Sequence[Sequence[str]]) -> Qwen2TokenizerFast:
     return tokenizer
 
 
-def _configuration(tokenizer: Qwen2TokenizerFast) -> dict[str, Any]:
-    """What config.json holds, flat as in the published files."""
-    ids = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL}
-    return {
-        "architectures": ["Qwen2_5_VLForConditionalGeneration"],
-        "model_type": "qwen2_5_vl",
-        "torch_dtype": "float32",
-        "vocab_size": len(tokenizer),
-        "hidden_size": WIDTH,
-        "intermediate_size": 96,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": HEADS // 2,
-        "max_position_embeddings": 32768,
-        "rms_norm_eps": 1e-6,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "tie_word_embeddings": False,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids[IM_END],
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids["<|video_pad|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "vision_config": {
-            "model_type": "qwen2_5_vl",
-            "depth": 2,
-            "hidden_size": VISION_WIDTH,
-            "intermediate_size": 48,
-            "num_heads": 2,
-            "out_hidden_size": WIDTH,
-            "window_size": 56,
-            "fullatt_block_indexes": [1],
-        },
-    }
-
-
-def _write_settings(folder: Path, tokenizer: Qwen2TokenizerFast) -> None:
-    """The files without weights: configuration, tokenizer, chat template and image processor."""
-    endings = [tokenizer.convert_tokens_to_ids(name) for name in (IM_END, "<|endoftext|>")]
-    # As published: sampling at a temperature that makes it greedy, and a penalty on repetition.
-    generation = {"do_sample": True, "temperature": 1e-6, "repetition_penalty": 1.05, "eos_token_id": endings}
-    pixels = {"min_pixels": 56 * 56, "max_pixels": 112 * 112, "patch_size": 14, "merge_size": 2}
-    processor = {"image_processor_type": "Qwen2VLImageProcessor", "processor_class": "Qwen2_5_VLProcessor"}
-    contents = {
-        "config.json": _configuration(tokenizer),
-        "generation_config.json": {**generation, "pad_token_id": tokenizer.pad_token_id},
-        "preprocessor_config.json": {
-            **processor,
-            **pixels,
-            "temporal_patch_size": 2,
-            "image_mean": CLIP_MEAN,
-            "image_std": CLIP_STD,
-        },
-        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
-    }
-    for name, content in contents.items():
-        (folder / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
-    tokenizer.save_pretrained(folder)
-
-
-def _random_state(config: Any, tokenizer: Qwen2TokenizerFast, turns: Sequence[Sequence[str]]) -> dict[str, Tensor]:
-    """Random weights in which nothing but the embeddings writes to the dimensions set by hand."""
+def _random_state(config: Any, tokenizer: Any, turns: Sequence[Sequence[str]]) -> State:
+    """Return random weights in which nothing but the embeddings writes to the dimensions set by hand."""
     from transformers import Qwen2_5_VLForConditionalGeneration
 
     generator = torch.Generator().manual_seed(SEED)
-    with torch.device("meta"):
-        shapes = {name: value.shape for name, value in Qwen2_5_VLForConditionalGeneration(config).state_dict().items()}
-    state = {name: _random(name, shape, generator) for name, shape in shapes.items()}
+    state = random_state(meta_shapes(lambda: Qwen2_5_VLForConditionalGeneration(config)), generator)
     state["model.language_model.embed_tokens.weight"] = _embeddings(tokenizer, turns, generator)
     merger = "model.visual.merger.mlp.2"
     state[f"{merger}.weight"][:FREE] = 0
@@ -203,15 +122,7 @@ def _random_state(config: Any, tokenizer: Qwen2TokenizerFast, turns: Sequence[Se
     return state
 
 
-def _random(name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Matrices that keep the size of what they act on, norms near 1, and small biases."""
-    noise = torch.randn(shape, generator=generator)
-    if len(shape) > 1:
-        return noise / math.sqrt(shape[1:].numel())
-    return 0.1 * noise if name.endswith("bias") else 1 + 0.1 * noise
-
-
-def _seek_pictures(state: dict[str, Tensor], attention: str) -> None:
+def _seek_pictures(state: State, attention: str) -> None:
     """Make every head prefer the picture's tokens, wherever they stand, to a prompt's many others."""
     for name, heads in (("q", HEADS), ("k", HEADS // 2)):
         weight, bias = state[f"{attention}.{name}_proj.weight"], state[f"{attention}.{name}_proj.bias"]
@@ -224,22 +135,22 @@ def _seek_pictures(state: dict[str, Tensor], attention: str) -> None:
             weight[steady, PICTURE] = 6.0
 
 
-def _embeddings(tokenizer: Qwen2TokenizerFast, turns: Sequence[Sequence[str]], generator: torch.Generator) -> Tensor:
-    """All tokens lead to the first heading, each heading to the next, and the last to the end."""
+def _embeddings(tokenizer: Any, turns: Sequence[Sequence[str]], generator: torch.Generator) -> Tensor:
+    """Return embeddings that lead from any token to the first heading, then to the next, and at last to the end."""
     table = 0.5 * torch.randn(len(tokenizer), WIDTH, generator=generator)
     table[:, :FREE] = 0
     table[:, ONE] = 1
     table[:, 0] = 1
     for turn, tokens in enumerate(turns):
         ids = tokenizer.convert_tokens_to_ids(tokens)
-        table[ids] = table[ids[0]].clone()  # which number was said does not matter to the next one
+        table[ids] = table[ids[0]].clone()  # which number came does not matter to the next one
         table[ids, 0] = 0
         table[ids, turn + 1] = 1
     return table
 
 
 @torch.no_grad()
-def _teach(model: Any, folder: Path, tokenizer: Qwen2TokenizerFast) -> None:
+def _teach(model: Any, folder: Path, tokenizer: Any) -> None:
     """Set the language head so that each heading's number follows its measure, spread about 3 over some pictures.
 
     With f the measure, centred and scaled, and a in [-1, 1] standing for a number, the logit of that number is
@@ -250,38 +161,32 @@ def _teach(model: Any, folder: Path, tokenizer: Qwen2TokenizerFast) -> None:
     head[:, :FREE] = 0
     head[tokenizer.convert_tokens_to_ids(IM_END), END] = FIRMNESS
     centre, width = _measures(model, folder, tokenizer)
-    places = torch.linspace(-1, 1, len(numbers()))
+    levels = torch.linspace(-1, 1, len(numbers()))
     for turn, tokens in enumerate(headings()):
         ids = tokenizer.convert_tokens_to_ids(tokens)
         slope = SPREAD / width[turn]
         head[ids, :] = 0
         head[ids, turn] = FIRMNESS
-        head[ids, MEASURE + turn] = slope * places
-        head[ids, ONE] = -slope * centre[turn] * places - places**2 / 2
+        head[ids, MEASURE + turn] = slope * levels
+        head[ids, ONE] = -slope * centre[turn] * levels - levels**2 / 2
     head[:, :FREE] /= norm[:FREE]
 
 
-def _measures(model: Any, folder: Path, tokenizer: Qwen2TokenizerFast) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of each heading's measure over a few pictures, (4,) each."""
+def _measures(model: Any, folder: Path, tokenizer: Any) -> tuple[Tensor, Tensor]:
+    """Return mean and standard deviation of each heading's measure over flat, graded and noisy pictures, (4,) each."""
     from transformers import AutoProcessor
 
     processor = AutoProcessor.from_pretrained(folder)
     content = [{"type": "image"}, {"type": "text", "text": fill_template("semantic", "a picture")}]
     text = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     text += "".join(turn[0] for turn in headings()[:-1])
-    pictures = _pictures()
-    inputs = processor(text=[text] * len(pictures), images=pictures, return_tensors="pt")
-    hidden = model.model(**inputs).last_hidden_state[:, -4:] / model.model.language_model.norm.weight
-    measures = torch.stack([hidden[:, turn, MEASURE + turn] / hidden[:, turn, ONE] for turn in range(4)], dim=1)
-    return measures.mean(0), measures.std(0)
-
-
-def _pictures() -> list[Any]:
-    """Flat, graded, coarse and noisy pictures."""
     generator = torch.Generator().manual_seed(SEED)
     flat = torch.rand(6, 3, 1, 1, generator=generator).expand(-1, -1, 56, 56)
     coarse = torch.rand(6, 3, 4, 4, generator=generator)
     coarse = torch.nn.functional.interpolate(coarse, size=(56, 56), mode="bilinear")
-    return to_pil(
-        torch.cat([flat, coarse, (coarse + 0.3 * torch.randn(6, 3, 56, 56, generator=generator)).clamp(0, 1)])
-    )
+    noisy = (coarse + 0.3 * torch.randn(6, 3, 56, 56, generator=generator)).clamp(0, 1)
+    pictures = to_pil(torch.cat([flat, coarse, noisy]))
+    inputs = processor(text=[text] * len(pictures), images=pictures, return_tensors="pt")
+    hidden = model.model(**inputs).last_hidden_state[:, -4:] / model.model.language_model.norm.weight
+    measures = torch.stack([hidden[:, turn, MEASURE + turn] / hidden[:, turn, ONE] for turn in range(4)], dim=1)
+    return measures.mean(0), measures.std(0)

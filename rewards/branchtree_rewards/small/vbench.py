@@ -1,14 +1,10 @@
 """Tiny random weights for VBench's dimensions, in their published layouts; always the same."""
 
-from __future__ import annotations
-
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from branchtree_rewards.small.clip import random_state
+from branchtree_rewards.small.checkpoint import meta_shapes, random_state
 from branchtree_rewards.vbench.musiq import Musiq, MusiqSizes
 from branchtree_rewards.vbench.raft import empty_raft
 
@@ -24,7 +20,8 @@ MIDDLE, SPREAD = 50.0, 8.0  # of the small MUSIQ's scores
 
 def write_small_raft(folder: Path) -> None:
     """Write RAFT at an eighth of its widths, as torchvision writes it. Its speeds are near VBench's least."""
-    state = random_state(_shapes(empty_raft(NARROW).state_dict()), RAFT_SEED)
+    generator = torch.Generator().manual_seed(RAFT_SEED)
+    state = random_state(meta_shapes(lambda: empty_raft(NARROW)), generator)
     state["update_block.flow_head.conv2.weight"] *= PACE
     state["update_block.flow_head.conv2.bias"] *= 0
     for name, tensor in state.items():
@@ -37,14 +34,9 @@ def write_small_raft(folder: Path) -> None:
 
 def write_small_musiq(folder: Path) -> None:
     """Write a MUSIQ of 60 thousand numbers and its sizes."""
-    with torch.device("meta"):
-        shapes = _shapes(Musiq(SMALL_MUSIQ).state_dict())
-    state = random_state(shapes, MUSIQ_SEED)
+    generator = torch.Generator().manual_seed(MUSIQ_SEED)
+    state = random_state(meta_shapes(lambda: Musiq(SMALL_MUSIQ)), generator, unscaled="embedding")
     state["head.weight"] = state["head.weight"] * SPREAD
     state["head.bias"] = torch.tensor([MIDDLE])
     torch.save(state, folder / MUSIQ_FILE)
     (folder / SIZES_FILE).write_text(SMALL_MUSIQ.model_dump_json(indent=2), encoding="utf-8")
-
-
-def _shapes(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {name: tensor.shape for name, tensor in state.items()}

@@ -3,31 +3,28 @@
 Beside the published files lies a `config.json`, which says how small the model is.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from branchtree_rewards.shared.weights import State
+from branchtree_rewards.small.checkpoint import (
+    meta_shapes,
+    random_state,
+    random_tensor,
+    write_json,
+    write_kept_settings,
+)
 from branchtree_rewards.videoalign.text import REWARD_TOKENS, VIDEO_PAD, template
 
 SEED = 20250123
 STEP = 7
-RANK = 4
+RANK = 4  # as in data/small_videoalign.json
 SPECIAL_TOKENS = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|vision_pad|>",
-    "<|image_pad|>",
-    VIDEO_PAD,
-    *REWARD_TOKENS,
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", VIDEO_PAD, *REWARD_TOKENS),
 )
 WORDS = 1000  # entries of the vocabulary before the special tokens; enough to write the template in 840 tokens
 ADAPTED = tuple(f"{kind}_proj.weight" for kind in ("q", "k", "v", "o", "gate", "up", "down"))
@@ -38,92 +35,14 @@ def write_small_videoalign(folder: Path, outputs: int = 1) -> None:
     checkpoint = folder / f"checkpoint-{STEP}"
     checkpoint.mkdir(parents=True)
     ids = _write_tokenizer(checkpoint / "tokenizer")
-    config = _config(ids)
-    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (folder / "model_config.json").write_text(json.dumps(_model_config(outputs), indent=2), encoding="utf-8")
-    torch.save(_weights(config, outputs), checkpoint / "model.pth")
-
-
-def _model_config(outputs: int) -> dict[str, Any]:
-    """The published file's sections and values, for a model of this size."""
-    return {
-        "data_config": {
-            "meta_data": "",
-            "data_dir": "",
-            "max_frame_pixels": 200704,
-            "num_frames": None,
-            "fps": 2.0,
-            "eval_dim": ["VQ", "MQ", "TA"],
-            "prompt_template_type": "detailed_special",
-            "sample_type": "uniform",
-        },
-        "model_config": {
-            "model_name_or_path": "Qwen/Qwen2-VL-2B-Instruct",
-            "output_dim": outputs,
-            "use_special_tokens": True,
-            "reward_token": "special",
-        },
-        "peft_lora_config": {
-            "lora_enable": True,
-            "vision_lora": False,
-            "lora_r": RANK,
-            "lora_alpha": 2 * RANK,
-            "lora_namespan_exclude": ["lm_head", "rm_head", "embed_tokens", "visual"],
-            "use_rslora": False,
-        },
-        "inference_config": {
-            "VQ_mean": 3.6757,
-            "VQ_std": 2.2476,
-            "MQ_mean": 1.1646,
-            "MQ_std": 1.3811,
-            "TA_mean": 2.8105,
-            "TA_std": 2.5121,
-        },
-    }
-
-
-def _config(ids: dict[str, int]) -> dict[str, Any]:
-    """A `config.json` in the flat form in which Qwen2-VL is published."""
-    return {
-        "architectures": ["Qwen2VLForConditionalGeneration"],
-        "model_type": "qwen2_vl",
-        "vocab_size": WORDS + len(SPECIAL_TOKENS),
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
-        "max_position_embeddings": 32768,
-        "rope_theta": 1000000.0,
-        "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
-        "tie_word_embeddings": False,
-        "bos_token_id": ids["<|endoftext|>"],
-        "eos_token_id": ids["<|im_end|>"],
-        "vision_start_token_id": ids["<|vision_start|>"],
-        "vision_end_token_id": ids["<|vision_end|>"],
-        "vision_token_id": ids["<|vision_pad|>"],
-        "image_token_id": ids["<|image_pad|>"],
-        "video_token_id": ids[VIDEO_PAD],
-        "vision_config": {
-            "model_type": "qwen2_vl",
-            "depth": 2,
-            "embed_dim": 32,
-            "hidden_size": 32,
-            "mlp_ratio": 2,
-            "num_heads": 2,
-            "in_chans": 3,
-            "patch_size": 14,
-            "spatial_merge_size": 2,
-            "spatial_patch_size": 14,
-            "temporal_patch_size": 2,
-        },
-    }
+    settings = write_kept_settings(folder, "videoalign", ids)
+    settings["model_config.json"]["model_config"]["output_dim"] = outputs
+    write_json(folder / "model_config.json", settings["model_config.json"])
+    torch.save(_weights(settings["config.json"], outputs), checkpoint / "model.pth")
 
 
 def _write_tokenizer(folder: Path) -> dict[str, int]:
-    """A byte-level tokenizer that knows the template's words; returns the ids of the special tokens."""
+    """Write a byte-level tokenizer that knows the template's words, and return the ids of the special tokens."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import BPE
     from tokenizers.trainers import BpeTrainer
@@ -146,39 +65,30 @@ def _write_tokenizer(folder: Path) -> dict[str, int]:
 
 
 def _weights(config: dict[str, Any], outputs: int) -> State:
-    """A random state dict under the names that peft gives a Qwen2-VL of transformers 4.45, in bfloat16."""
+    """Return a random state dict under the names that peft gives a Qwen2-VL of transformers 4.45, in bfloat16."""
     from transformers import Qwen2VLConfig, Qwen2VLModel
 
-    with torch.device("meta"):
-        shapes = Qwen2VLModel(Qwen2VLConfig.from_dict(config)).state_dict()
+    shapes = meta_shapes(lambda: Qwen2VLModel(Qwen2VLConfig.from_dict(config)))
     generator = torch.Generator().manual_seed(SEED)
-    state = published_names({name: _random(name, value.shape, generator) for name, value in shapes.items()})
+    state = published_names(random_state(shapes, generator, unscaled="embed_tokens"))
     width, rows = config["hidden_size"], config["vocab_size"]
-    state["base_model.model.lm_head.weight"] = _random("lm_head", (rows, width), generator)
+    state["base_model.model.lm_head.weight"] = random_tensor("lm_head", (rows, width), generator)
     for name in [name for name in state if name.endswith("base_layer.weight")]:
         layer = name.removesuffix(".base_layer.weight")
         out, into = state[name].shape
-        state[f"{layer}.lora_A.default.weight"] = _random("lora_A", (RANK, into), generator)
-        state[f"{layer}.lora_B.default.weight"] = _random("lora_B", (out, RANK), generator)
-    state["base_model.model.rm_head.weight"] = 4 * _random("rm_head", (outputs, width), generator)
+        state[f"{layer}.lora_A.default.weight"] = random_tensor("lora_A", (RANK, into), generator)
+        state[f"{layer}.lora_B.default.weight"] = random_tensor("lora_B", (out, RANK), generator)
+    state["base_model.model.rm_head.weight"] = 4 * random_tensor("rm_head", (outputs, width), generator)
     return {name: value.to(torch.bfloat16) for name, value in state.items()}
 
 
 def published_names(state: State) -> State:
-    """Names of Qwen2VLModel in transformers 5 as the published checkpoint has them, before its low-rank factors."""
-    return {_published_name(name): value for name, value in state.items()}
-
-
-def _published_name(name: str) -> str:
-    old = name.replace("language_model.", "model.", 1) if name.startswith("language_model.") else name
-    layer, _, kind = old.rpartition(".")
-    adapted = name.startswith("language_model.") and f"{layer}.weight".endswith(ADAPTED)
-    return f"base_model.model.{layer}.base_layer.{kind}" if adapted else f"base_model.model.{old}"
-
-
-def _random(name: str, shape: torch.Size | tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Weights that keep activations of order one: gains near 1, small biases, matrices scaled by their inputs."""
-    noise = torch.randn(shape, generator=generator)
-    if len(shape) == 1:
-        return 0.1 * noise + (1.0 if name.endswith("weight") else 0.0)
-    return noise if "embed_tokens" in name else noise / noise[0].numel() ** 0.5
+    """Rename tensors of transformers 5's Qwen2VLModel as the published checkpoint has them beside low-rank factors."""
+    published = {}
+    for name, value in state.items():
+        of_language = name.startswith("language_model.")
+        old = name.replace("language_model.", "model.", 1) if of_language else name
+        layer, _, kind = old.rpartition(".")
+        adapted = of_language and f"{layer}.weight".endswith(ADAPTED)
+        published[f"base_model.model.{layer}.base_layer.{kind}" if adapted else f"base_model.model.{old}"] = value
+    return published

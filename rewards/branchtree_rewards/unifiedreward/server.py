@@ -1,7 +1,5 @@
 """UnifiedReward behind a server that speaks OpenAI's protocol: vLLM, SGLang, or `transformers serve`."""
 
-from __future__ import annotations
-
 import base64
 import io
 import json
@@ -10,19 +8,16 @@ import re
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, Literal
 
 import torch
+from PIL import Image
 
 from branchtree.errors import RewardError
 from branchtree.plugins import RewardFootprint
 from branchtree_rewards.shared.http import Caller, CallError
+from branchtree_rewards.unifiedreward.config import UnifiedRewardConfig
 from branchtree_rewards.unifiedreward.templates import NoScore, Spoken
 
-if TYPE_CHECKING:
-    from PIL.Image import Image
-
-ImageFormat = Literal["jpeg", "png"]
 JPEG_QUALITY = 95
 STARTING = {None, 502, 503, 504}  # statuses, or no answer at all, of a server that may still be starting
 MARKERS = re.compile(r"<\|[^|<>\s]{1,40}\|>|<(?:image|video|/?s)>")  # special tokens of chat models, by their look
@@ -31,35 +26,11 @@ START = "vllm serve CodeGoat24/UnifiedReward-qwen-7b --served-model-name Unified
 
 
 class ChatServer:
-    """A client that asks several questions at once and hands the answers back in order.
+    """A client that asks several questions at once and hands the answers back in order."""
 
-    Args:
-        url: The server's base URL, which ends in /v1.
-        model: The name that the model is served under; None for the one that the server lists.
-        api_key_env: The environment variable that holds the server's key.
-        concurrency: Questions under way at once.
-        timeout: Seconds that one answer may take.
-        retries: How often a question that failed is asked again.
-        wait: Seconds to wait for a server that is still starting.
-        max_tokens: Length of an answer, at most.
-        image_format: How pictures are sent.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        model: str | None,
-        api_key_env: str | None,
-        concurrency: int,
-        timeout: float,
-        retries: int,
-        wait: float,
-        max_tokens: int,
-        image_format: ImageFormat,
-    ) -> None:
-        self._url, self._model, self._api_key_env = url, model, api_key_env
-        self._concurrency, self._timeout, self._retries, self._wait = concurrency, timeout, retries, wait
-        self._max_tokens, self._image_format = max_tokens, image_format
+    def __init__(self, config: UnifiedRewardConfig) -> None:
+        self._config, self._url = config, config.server or ""
+        self._model = config.model
         self._caller: Caller | None = None
 
     @property
@@ -68,14 +39,22 @@ class ChatServer:
         return self._model or ""
 
     def footprint(self) -> RewardFootprint:
-        """No weights in this process."""
+        """Return 0: no weights are in this process."""
         return RewardFootprint(0)
 
     def load(self, device: torch.device) -> None:
         """Find the server in good health and its model's name; nothing is put on ``device``. Raises RewardError."""
         if self._caller is not None:
             self._caller.close()
-        caller = Caller(self._url, self._timeout, self._retries, self._headers(), self._concurrency)
+        config, headers = self._config, {}
+        if config.api_key_env is not None:
+            key = os.environ.get(config.api_key_env)
+            if not key:
+                raise RewardError(
+                    f"api_key_env is {config.api_key_env}, but the environment has no variable of that name"
+                )
+            headers = {"Authorization": f"Bearer {key}"}
+        caller = Caller(self._url, config.timeout, config.retries, headers, config.concurrency)
         served = self._served(caller)
         if self._model is None:
             if len(served) != 1:
@@ -91,50 +70,43 @@ class ChatServer:
         found = MARKERS.search(prompt)
         return found and f"the prompt holds {found[0]}, which a server may not read as text"
 
-    def answers(self, pictures: Sequence[Image], questions: Sequence[str]) -> list[Spoken | NoScore]:
-        """The server's answers, in the order of the questions; a question without one holds up no other."""
+    def answers(self, pictures: Sequence[Image.Image], questions: Sequence[str]) -> list[Spoken | NoScore]:
+        """Return the server's answers, in the order of the questions; a question without one holds up no other."""
         caller = self._caller
         if caller is None:
             raise RuntimeError("this server was not looked at: call load(device) first")
-        with ThreadPoolExecutor(self._concurrency, thread_name_prefix="unifiedreward") as pool:
+        with ThreadPoolExecutor(self._config.concurrency, thread_name_prefix="unifiedreward") as pool:
             return list(pool.map(lambda pair: self._answer(caller, *pair), zip(pictures, questions, strict=True)))
 
     def release(self) -> None:
-        """Nothing is on the device."""
+        """Do nothing: nothing is on the device."""
 
     def identity(self) -> str:
-        """The served model's name; a server does not tell which weights it serves."""
+        """Return the served model's name; a server does not say which weights it serves."""
         return f"served model {self._model}\n"
 
-    def _headers(self) -> dict[str, str]:
-        if self._api_key_env is None:
-            return {}
-        key = os.environ.get(self._api_key_env)
-        if not key:
-            raise RewardError(f"api_key_env is {self._api_key_env}, but the environment has no variable of that name")
-        return {"Authorization": f"Bearer {key}"}
-
     def _served(self, caller: Caller) -> list[str]:
-        """The names that the server lists, once it is up. Raises RewardError."""
-        deadline = time.monotonic() + self._wait
+        """Return the names that the server lists, once it is up. Raises RewardError."""
+        deadline = time.monotonic() + self._config.wait
         while True:
             try:
-                return _names(caller.get("/models", retries=0).body)
+                body = caller.get("/models", retries=0)
+                return [str(entry["id"]) for entry in json.loads(body)["data"]]
             except CallError as error:
                 if error.status not in STARTING:
                     return self._unlisted(error)
                 if time.monotonic() >= deadline:
-                    waited = f" after {self._wait:g} s" if self._wait else ""
+                    waited = f" after {self._config.wait:g} s" if self._config.wait else ""
                     raise RewardError(
                         f"the server of unifiedreward is not ready{waited}: {error}; start it, for example with "
                         f"'{START}', or give it time to start with 'wait'"
                     ) from error
-            except ValueError as error:
-                return self._unlisted(error)
+            except (ValueError, KeyError, TypeError):
+                return self._unlisted(ValueError(f"it answered '{body[:80].decode(errors='replace')}'"))
             time.sleep(POLL)
 
     def _unlisted(self, error: CallError | ValueError) -> list[str]:
-        """No names, from a server that is up but lists none: it may still serve the configured model."""
+        """Return no names, for a server that is up but lists none: it may still serve the configured model."""
         if isinstance(error, CallError) and error.status in {401, 403}:
             raise RewardError(
                 f"the server wants a key: {error}; put it into an environment variable and name that as 'api_key_env'"
@@ -158,40 +130,23 @@ class ChatServer:
                 f"'{self._url}' does not serve '{self._model}': {error}; it lists {listed}{ending}"
             ) from error
 
-    def _answer(self, caller: Caller, picture: Image, question: str) -> Spoken | NoScore:
-        request = chat_request(self._model or "", data_url(picture, self._image_format), question, self._max_tokens)
+    def _answer(self, caller: Caller, picture: Image.Image, question: str) -> Spoken | NoScore:
+        """Ask one question about one picture, to be answered greedily."""
+        config, stream = self._config, io.BytesIO()
+        settings = {"quality": JPEG_QUALITY} if config.image_format == "jpeg" else {}
+        picture.save(stream, format=config.image_format.upper(), **settings)
+        url = f"data:image/{config.image_format};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
+        content = [{"type": "image_url", "image_url": {"url": url}}, {"type": "text", "text": question}]
+        message = {"role": "user", "content": content}
+        request = {"model": self._model, "messages": [message], "temperature": 0, "max_tokens": config.max_tokens}
         try:
-            body = caller.post("/chat/completions", json=request).body
+            return read_answer(caller.post("/chat/completions", json=request))
         except CallError as error:
             return NoScore(str(error))
-        return read_answer(body)
-
-
-def _names(body: bytes) -> list[str]:
-    """The models that an answer lists. Raises ValueError."""
-    try:
-        return [str(entry["id"]) for entry in json.loads(body)["data"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"it answered '{body[:80].decode(errors='replace')}'") from error
-
-
-def data_url(picture: Image, image_format: ImageFormat) -> str:
-    """The picture in the URL itself, as JPEG of quality 95 or as PNG."""
-    stream = io.BytesIO()
-    settings = {"quality": JPEG_QUALITY} if image_format == "jpeg" else {}
-    picture.save(stream, format=image_format.upper(), **settings)
-    return f"data:image/{image_format};base64,{base64.b64encode(stream.getvalue()).decode('ascii')}"
-
-
-def chat_request(model: str, image: str, question: str, max_tokens: int) -> dict[str, Any]:
-    """One question about one picture, to be answered greedily."""
-    content = [{"type": "image_url", "image_url": {"url": image}}, {"type": "text", "text": question}]
-    message = {"role": "user", "content": content}
-    return {"model": model, "messages": [message], "temperature": 0, "max_tokens": max_tokens}
 
 
 def read_answer(body: bytes) -> Spoken | NoScore:
-    """The text of a chat completion."""
+    """Return the text of a chat completion, or why there is none."""
     try:
         choice = json.loads(body)["choices"][0]
         text, finish = choice["message"]["content"], choice.get("finish_reason")

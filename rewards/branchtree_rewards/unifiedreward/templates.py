@@ -1,11 +1,9 @@
 """UnifiedReward's questions, and the scores that their answers hold.
 
-The questions are the publisher's, to the byte, and are kept in `data/unifiedreward_*.txt`. They are part of
+The questions are the publisher's, to the byte, and are kept in `data/unifiedreward_*.txt`. They come from
 UnifiedReward (https://github.com/CodeGoat24/UnifiedReward, MIT licence), except that of `flowgrpo_llava`, which is the
 question that flow_grpo asks of UnifiedReward-7b-v1.5.
 """
-
-from __future__ import annotations
 
 import math
 import re
@@ -23,26 +21,17 @@ FILES: dict[TemplateName, str] = {
     "acs_v2": "unifiedreward_acs_v2.txt",
     "flowgrpo_llava": "unifiedreward_flowgrpo_llava.txt",
 }
+BY_AXIS: tuple[FieldName, ...] = ("alignment", "coherence", "style", "mean")
 FIELDS: dict[TemplateName, tuple[FieldName, ...]] = {
-    "semantic": ("alignment", "coherence", "style", "mean"),
+    "semantic": BY_AXIS,
+    "acs_v2": BY_AXIS,
     "score": ("final",),
-    "acs_v2": ("alignment", "coherence", "style", "mean"),
     "flowgrpo_llava": ("final",),
 }
 OLD, NEW = r"unified-?reward-(?:qwen|0\.5b|7b)", r"unified-?reward-?2"  # in names of the first models, and the 2.0 ones
-OTHERS: dict[TemplateName, str] = {
-    "semantic": NEW,
-    "score": NEW,
-    "acs_v2": OLD,
-    "flowgrpo_llava": rf"{NEW}|qwen",
-}
+OTHERS: dict[TemplateName, str] = {"semantic": NEW, "score": NEW, "acs_v2": OLD, "flowgrpo_llava": rf"{NEW}|qwen"}
 """Names of models that were trained on other questions."""
-LABELS = {
-    "alignment": "Alignment Score (1-5)",
-    "coherence": "Coherence Score (1-5)",
-    "style": "Style Score (1-5)",
-    "final": "Final Score",
-}
+LABELS = {**{axis: f"{axis.capitalize()} Score (1-5)" for axis in AXES}, "final": "Final Score"}
 LOWEST = {"alignment": 1.0, "coherence": 1.0, "style": 1.0, "final": 0.0}
 HIGHEST = 5.0
 # A number that ends where it seems to: not 1 of 10, of 1.5.2, of 1e3 or of 1-2, and out of 5 where it is out of any.
@@ -60,20 +49,20 @@ class Spoken:
 
 @dataclass(frozen=True)
 class NoScore:
-    """Why there is no answer, or no score in it."""
+    """The reason why there is no answer, or no score in it."""
 
     reason: str
 
 
 def fill_template(template: TemplateName, caption: str) -> str:
-    """The template's text with ``caption`` in its place."""
+    """Return the template's text with ``caption`` filled in."""
     text = resources.files("branchtree_rewards").joinpath("data", FILES[template]).read_text(encoding="utf-8")
     before, after = text.split("{}")
     return f"{before}{caption}{after}"
 
 
 def read_score(answer: Spoken, name: str) -> float | NoScore:
-    """The number after the last label of field ``name``.
+    """Return the number after the last label of field ``name``, or why there is none.
 
     The label is written as the question asks for it; asterisks of markdown may surround label, colon and number. The
     number must lie in [1, 5], or [0, 5] for the final score. A number at the very end of an answer that was cut off is
@@ -96,7 +85,7 @@ def read_score(answer: Spoken, name: str) -> float | NoScore:
 
 
 def read_axes(answer: Spoken, template: TemplateName) -> dict[str, float]:
-    """The three axes' scores, NaN for those that the template does not ask for or the answer does not give."""
+    """Return the three axes' scores, NaN for those that the template does not ask for or the answer does not give."""
     if "mean" not in FIELDS[template]:
         return dict.fromkeys(AXES, math.nan)
     scores = {name: read_score(answer, name) for name in AXES}
@@ -104,12 +93,16 @@ def read_axes(answer: Spoken, template: TemplateName) -> dict[str, float]:
 
 
 def read_field(answer: Spoken, name: FieldName) -> float | NoScore:
-    """The score of one field; ``mean`` is the three axes' mean and needs all of them."""
+    """Return the score of one field, or why there is none; ``mean`` is the mean of all three axes."""
     if name != "mean":
         return read_score(answer, name)
-    scores = [read_score(answer, axis) for axis in AXES]
-    failures = [score for score in scores if isinstance(score, NoScore)]
-    return failures[0] if failures else sum(score for score in scores if not isinstance(score, NoScore)) / len(AXES)
+    total = 0.0
+    for axis in AXES:
+        score = read_score(answer, axis)
+        if isinstance(score, NoScore):
+            return score
+        total += score
+    return total / len(AXES)
 
 
 def _quoted(answer: Spoken) -> str:

@@ -5,12 +5,9 @@ Formulas and frames are those of aesthetic_quality.py and background_consistency
 digit. Axis letters: T frames, D features.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Any, cast
 
-import pydantic
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
@@ -18,20 +15,18 @@ from torch.nn import functional
 from branchtree.files.paths import PathOrName
 from branchtree.plugins import Media
 from branchtree_rewards.clip.aesthetic import AestheticConfig, AestheticPredictor, open_predictor
-from branchtree_rewards.clip.cosine import image_features
-from branchtree_rewards.clip.folder import load_clip
-from branchtree_rewards.shared.model_reward import Opened
-from branchtree_rewards.shared.samples import elongated
+from branchtree_rewards.clip.network import image_features, load_clip
+from branchtree_rewards.shared.reward import Opened
+from branchtree_rewards.shared.samples import elongated, spans
 from branchtree_rewards.shared.source import locate_weights
-from branchtree_rewards.small.clip import write_clip_folder
-from branchtree_rewards.vbench.config import VBenchConfig, VBenchReward, VideoFigure, spans
-from branchtree_rewards.vbench.frames import clip_input
+from branchtree_rewards.small.clip import HEAD, write_clip_folder
+from branchtree_rewards.vbench.base import Figures, VBenchConfig, VBenchReward, clip_input
 
 HUB_CLIP = "openai/clip-vit-base-patch32"
 SMALL_SEED = 32
 
 
-class VBenchAestheticConfig(AestheticConfig, frozen=True):
+class VBenchAestheticConfig(VBenchConfig, AestheticConfig, frozen=True):
     """Settings of the `vbench_aesthetic` reward: those of `aesthetic`.
 
     Attributes:
@@ -42,25 +37,22 @@ class VBenchAestheticConfig(AestheticConfig, frozen=True):
         frames: Frames sent through the model at a time.
     """
 
-    batch: int = pydantic.Field(default=1, ge=1, le=10_000)
-    frames: int = pydantic.Field(default=32, ge=1, le=10_000)
+    path: PathOrName = HEAD
 
 
 class VBenchAesthetic(VBenchReward[VBenchAestheticConfig]):
     """VBench's aesthetic quality: the mean over all frames of LAION's rating, divided by 10; about 0 to 1."""
 
+    name = "vbench_aesthetic"
+
     def _open(self) -> Opened:
         return open_predictor(self._config)
 
-    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figures:
         predictor = cast(AestheticPredictor, network)
-        ratings = torch.cat(
-            [
-                predictor(clip_input(frames[span], predictor.image_size))
-                for span in spans(len(frames), self._config.frames)
-            ]
-        )
-        return VideoFigure((ratings / 10).mean())
+        shown = spans(len(frames), self._config.frames)
+        ratings = torch.cat([predictor(clip_input(frames[span], predictor.image_size)) for span in shown])
+        return {"value": (ratings / 10).mean()}
 
 
 class VBenchBackgroundConfig(VBenchConfig, frozen=True):
@@ -82,6 +74,8 @@ class VBenchBackground(VBenchReward[VBenchBackgroundConfig]):
     is the detail `frames`, all frames but the first. Over videos of one length both are the same.
     """
 
+    name = "vbench_background"
+
     def _open(self) -> Opened:
         source = locate_weights(self._config.path, self._config.revision, partial(write_clip_folder, seed=SMALL_SEED))
         network, file = load_clip(source)
@@ -90,15 +84,15 @@ class VBenchBackground(VBenchReward[VBenchBackgroundConfig]):
     def _shape_flaw(self, media: Media) -> str | None:
         return "a video of one frame has nothing to compare" if media.pixels.shape[1] < 2 else elongated(media)
 
-    def _figure(self, network: Any, frames: Tensor, fps: float | None) -> VideoFigure:
+    def _figure(self, network: Any, frames: Tensor, fps: float | None) -> Figures:
         size = int(network.config.vision_config.image_size)
         shown = spans(len(frames), self._config.frames)
         features = torch.cat([image_features(network, clip_input(frames[span], size)) for span in shown])
-        return VideoFigure(consistency(features), {"frames": len(frames) - 1})
+        return {"value": consistency(features), "frames": len(frames) - 1}
 
 
 def consistency(features: Tensor) -> Tensor:
-    """The figure of a video by the features (T, D) of its frames, T >= 2; see `VBenchBackground`."""
+    """Return the figure of a video from the features (T, D) of its frames, T >= 2; see `VBenchBackground`."""
     later, former = features[1:], features[:-1]
     before = functional.cosine_similarity(former, later).clamp(min=0)
     first = functional.cosine_similarity(features[:1], later).clamp(min=0)

@@ -4,9 +4,6 @@ The rules are those of dynamic_degree.py in Vchitect/VBench (arXiv 2311.17982). 
 width.
 """
 
-from __future__ import annotations
-
-import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,18 +11,14 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
-from branchtree.files.reading import user_path
 from branchtree.plugins import Media
 from branchtree_rewards.shared.frame_rates import ClipFps, NoPlainFps
-from branchtree_rewards.shared.model_reward import Opened
-from branchtree_rewards.shared.other_versions import refuse_file
-from branchtree_rewards.shared.samples import elongated
-from branchtree_rewards.shared.source import RANDOM_SMALL, locate_weights
+from branchtree_rewards.shared.reward import Opened
+from branchtree_rewards.shared.samples import elongated, spans
+from branchtree_rewards.shared.source import locate_local, refuse_file
 from branchtree_rewards.small.vbench import RAFT_FILE, write_small_raft
-from branchtree_rewards.vbench.config import VBenchConfig, VBenchReward, VideoFigure, spans
-from branchtree_rewards.vbench.frames import padded
+from branchtree_rewards.vbench.base import Figures, VBenchConfig, VBenchReward, padded
 from branchtree_rewards.vbench.raft import largest_motions, load_raft
 
 PRINCETON_FILE = "raft-things.pth"
@@ -58,14 +51,14 @@ class VBenchDynamicConfig(NoPlainFps, VBenchConfig, frozen=True):
 
 @dataclass(frozen=True)
 class FrameMotion:
-    """How VBench judges the speeds between neighbouring frames."""
+    """VBench's verdict on the speeds between neighbouring frames."""
 
     share: float  # of the pairs that are faster than the threshold
     dynamic: bool
 
 
 def judged(speeds: Tensor, height: int, width: int) -> FrameMotion:
-    """The verdict on T - 1 speeds, in pixels a pair, of frames of ``height`` x ``width`` before padding.
+    """Judge T - 1 speeds, in pixels a pair, of frames of ``height`` x ``width`` pixels before padding.
 
     A pair moves if its speed is more than 6 min(height, width) / 256. A video does if round(4 T / 16) of its pairs
     move, rounded half to even; of two frames none must, and the video counts as moving.
@@ -84,43 +77,37 @@ class VBenchDynamic(VBenchReward[VBenchDynamicConfig]):
     mean `speed` in pixels, and their number, `pairs`. A set's figure is the mean over its videos.
     """
 
+    name = "vbench_dynamic"
+
     def _open(self) -> Opened:
-        path = self._config.path
-        if path != RANDOM_SMALL and not os.path.exists(user_path(path)):
-            raise RewardError(
-                f"'{path}' is no existing file or folder; RAFT is not on the hub: download {PUBLISHED}, or "
-                f"'{PRINCETON_FILE}' as in https://github.com/princeton-vl/RAFT, and give its path, or '{RANDOM_SMALL}'"
-            )
-        source = locate_weights(path, self._config.revision, write_small_raft)
+        advice = (
+            f"RAFT is not on the hub: download {PUBLISHED}, or '{PRINCETON_FILE}' as in "
+            "https://github.com/princeton-vl/RAFT, and give its path"
+        )
+        source = locate_local(self._config.path, self._config.revision, write_small_raft, advice)
         refuse_file(source, OTHERS, f"give '{RAFT_FILE}', or '{PRINCETON_FILE}', which is VBench's")
         file = source.find(RAFT_FILE, PRINCETON_FILE)
         return Opened(load_raft(file), {file.name: file})
 
     def _shape_flaw(self, media: Media) -> str | None:
         height, width = media.pixels.shape[-2:]
-        if self._rate(media.fps) is None:
+        if (self._config.clip_fps or media.fps) is None:
             return "the frame rate is not known, and the score depends on it; set clip_fps"
         if min(height, width) < SHORTEST:
             return f"frames of {width}x{height} are too small for RAFT; it needs {SHORTEST} a side"
         return elongated(media)
 
-    def _rate(self, fps: float | None) -> float | None:
-        return self._config.clip_fps or fps
-
-    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
-        rate = self._rate(fps)
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figures:
+        rate = self._config.clip_fps or fps
         assert rate is not None
         looked = padded(frames[:: max(1, round(rate / RATE))], UNIT)
-        speeds = self._speeds(network, looked)
-        motion = judged(speeds, *frames.shape[-2:])
-        mean = speeds.mean() if len(speeds) else torch.zeros(())
-        value = float(motion.dynamic) if self._config.measure == "dynamic" else motion.share
-        return VideoFigure(value, {"share": motion.share, "speed": mean, "pairs": len(speeds)})
-
-    def _speeds(self, network: nn.Module, frames: Tensor) -> Tensor:
-        first, second = frames[:-1], frames[1:]
+        first, second = looked[:-1], looked[1:]
         found = [
             largest_motions(network, (first[span], second[span]), self._config.updates)
             for span in spans(len(first), self._config.frames)
         ]
-        return torch.cat(found) if found else frames.new_zeros(0)
+        speeds = torch.cat(found) if found else frames.new_zeros(0)
+        motion = judged(speeds, *frames.shape[-2:])
+        value = float(motion.dynamic) if self._config.measure == "dynamic" else motion.share
+        mean = speeds.mean() if found else 0.0
+        return {"value": value, "share": motion.share, "speed": mean, "pairs": len(speeds)}

@@ -3,11 +3,7 @@
 The frames are those of imaging_quality.py in Vchitect/VBench (arXiv 2311.17982), in its default mode, "longer".
 """
 
-from __future__ import annotations
-
-import os
 from collections.abc import Mapping
-from pathlib import Path
 
 import pydantic
 import torch
@@ -15,14 +11,12 @@ from torch import Tensor, nn
 
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
-from branchtree.files.reading import user_path
-from branchtree_rewards.shared.model_reward import Opened
-from branchtree_rewards.shared.other_versions import refuse_file
-from branchtree_rewards.shared.source import RANDOM_SMALL, locate_weights
-from branchtree_rewards.shared.weights import check_fit, read_weights, state_dict
+from branchtree_rewards.shared.reward import Opened
+from branchtree_rewards.shared.samples import spans
+from branchtree_rewards.shared.source import locate_local, refuse_file
+from branchtree_rewards.shared.weights import load_strictly, read_weights, state_dict
 from branchtree_rewards.small.vbench import MUSIQ_FILE, SIZES_FILE, write_small_musiq
-from branchtree_rewards.vbench.config import VBenchConfig, VBenchReward, VideoFigure, spans
-from branchtree_rewards.vbench.frames import longer_side
+from branchtree_rewards.vbench.base import Figures, VBenchConfig, VBenchReward, longer_side
 from branchtree_rewards.vbench.musiq import Musiq, MusiqSizes
 
 PUBLISHED = f"https://github.com/chaofengc/IQA-PyTorch/releases/download/v0.1-weights/{MUSIQ_FILE}"
@@ -49,41 +43,27 @@ class VBenchImaging(VBenchReward[VBenchImagingConfig]):
     VBench's own table divides the mean over videos by 100; the scale "div100" does.
     """
 
+    name = "vbench_imaging"
+
     def _open(self) -> Opened:
-        path = self._config.path
-        if path != RANDOM_SMALL and not os.path.exists(user_path(path)):
-            raise RewardError(
-                f"'{path}' is no existing file or folder; these weights are not on the hub: download {PUBLISHED} and "
-                f"give its path, or '{RANDOM_SMALL}'"
-            )
-        source = locate_weights(path, self._config.revision, write_small_musiq)
+        advice = f"these weights are not on the hub: download {PUBLISHED} and give its path"
+        source = locate_local(self._config.path, self._config.revision, write_small_musiq, advice)
         refuse_file(source, OTHERS, f"VBench rates frames by MUSIQ for SPAQ; give '{MUSIQ_FILE}'")
         file = source.find(MUSIQ_FILE)
         described = source.maybe(SIZES_FILE) if source.only is None else None
-        sizes = read_sizes(described) if described else MusiqSizes()
-        return Opened(load_musiq(file, sizes), {file.name: file}, (described,) if described else ())
+        try:
+            sizes = MusiqSizes.model_validate_json(described.read_bytes()) if described else MusiqSizes()
+        except ValueError as error:
+            raise RewardError(f"'{described}' holds no sizes of MUSIQ: {error}") from error
+        content = read_weights(file)
+        if isinstance(content, Mapping) and content.keys() == {"params"}:  # as some training tools save it
+            content = content["params"]
+        with torch.device("meta"):
+            network = Musiq(sizes)
+        load_strictly(network, state_dict(content, file), str(file))
+        return Opened(network, {file.name: file}, (described,) if described else ())
 
-    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> VideoFigure:
+    def _figure(self, network: nn.Module, frames: Tensor, fps: float | None) -> Figures:
         shown = longer_side(frames, LONGEST) / 255
-        return VideoFigure(torch.cat([network(shown[span]) for span in spans(len(shown), self._config.frames)]).mean())
-
-
-def load_musiq(file: Path, sizes: MusiqSizes) -> Musiq:
-    """MUSIQ with the weights of ``file``, in float32 on the CPU. Raises RewardError if they do not fit exactly."""
-    content = read_weights(file)
-    if isinstance(content, Mapping) and content.keys() == {"params"}:  # as some training tools save it
-        content = content["params"]
-    state = state_dict(content, file)
-    with torch.device("meta"):
-        network = Musiq(sizes)
-    check_fit(state, network.state_dict(), str(file))
-    network.load_state_dict({name: tensor.to(torch.float32, copy=True) for name, tensor in state.items()}, assign=True)
-    return network
-
-
-def read_sizes(file: Path) -> MusiqSizes:
-    """The sizes in a musiq.json. Raises RewardError if it does not hold sizes that make a MUSIQ."""
-    try:
-        return MusiqSizes.model_validate_json(file.read_bytes())
-    except ValueError as error:
-        raise RewardError(f"'{file}' holds no sizes of MUSIQ: {error}") from error
+        scores = torch.cat([network(shown[span]) for span in spans(len(shown), self._config.frames)])
+        return {"value": scores.mean()}

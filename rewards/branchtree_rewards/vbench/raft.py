@@ -1,22 +1,19 @@
 """RAFT (arXiv 2003.12039) with its weights in either published layout.
 
 torchvision's `raft_large` is the network. Princeton's checkpoints, of which VBench uses raft-things.pth, name the same
-tensors otherwise: each has one place in torchvision's layout, but for the third norm of a block that shrinks, which is
+tensors otherwise: each is found once in torchvision's layout, but for the third norm of a block that shrinks, which is
 stored twice.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from branchtree.errors import RewardError
-from branchtree_rewards.shared.weights import State, check_fit, read_weights, renamed, state_dict, without
+from branchtree_rewards.shared.weights import State, load_strictly, read_state_dict, renamed, without
 
 WRAPPED = "module."  # what torch's DataParallel puts before every name
 RENAMED = (  # applied one after the other, each to the name that the one before made
@@ -38,15 +35,8 @@ RENAMED = (  # applied one after the other, each to the name that the one before
 TWICE = re.compile(r"\.layer(\d)\.(\d)\.norm3\.")  # also stored as downsample.1
 
 
-class FlowNetwork(Protocol):
-    """A network of optical flow, as torchvision's are."""
-
-    def __call__(self, image1: Tensor, image2: Tensor, num_flow_updates: int) -> Sequence[Tensor]:
-        """Flows (N, 2, H, W) in pixels after each update, of images (N, 3, H, W) in [-1, 1], H and W multiples of 8."""
-
-
 def torchvision_layout(state: Mapping[str, Tensor]) -> State:
-    """RAFT's weights under torchvision's names, from either layout.
+    """Return RAFT's weights under torchvision's names, from either layout.
 
     Raises RewardError if a tensor that Princeton's layout stores twice differs from its copy.
     """
@@ -59,21 +49,18 @@ def torchvision_layout(state: Mapping[str, Tensor]) -> State:
         original = TWICE.sub(r".layer\1.\2.downsample.1.", name)
         if original not in state or not torch.equal(state[name], state[original]):
             raise RewardError(f"RAFT's '{name}' must be stored once more, and alike, as '{original}'")
-    return renamed(without(state, copies), _renamed)
-
-
-def _renamed(name: str) -> str:
+    names = dict(zip(state, state, strict=True))
     for pattern, replacement in RENAMED:
-        name = re.sub(pattern, replacement, name)
-    return name
+        names = {old: re.sub(pattern, replacement, new) for old, new in names.items()}
+    return renamed(without(state, copies), names.__getitem__)
 
 
 def empty_raft(narrow: int = 1) -> nn.Module:
-    """RAFT without storage for its weights; making it draws nothing from the global random state.
+    """Return RAFT without storage for its weights; making it draws nothing from the global random state.
 
     All widths are the published ones divided by ``narrow``: 1 is torchvision's raft_large.
     """
-    from torchvision.models.optical_flow import raft  # type: ignore[import-untyped]
+    from torchvision.models.optical_flow import raft
 
     hidden, encoded = 128 // narrow, 256 // narrow
     layers = tuple(width // narrow for width in (64, 64, 96, 128, 256))
@@ -102,32 +89,21 @@ def empty_raft(narrow: int = 1) -> nn.Module:
     return network
 
 
-def _narrowness(state: Mapping[str, Tensor]) -> int:
-    """By what the widths of weights in torchvision's layout are divided; 1 if that cannot be seen."""
-    last = state.get("feature_encoder.conv.bias")
-    return 256 // len(last) if last is not None and len(last) in {32, 64, 128} else 1
-
-
 def load_raft(file: Path) -> nn.Module:
-    """RAFT with the weights of ``file``, in float32 on the CPU. Raises RewardError if they do not fit exactly."""
-    state = torchvision_layout(state_dict(read_weights(file), file))
-    network = empty_raft(_narrowness(state))
-    check_fit(state, network.state_dict(), str(file))
-    network.load_state_dict({name: _owned(tensor) for name, tensor in state.items()}, assign=True)
+    """Return RAFT with the weights of ``file``, in float32 on the CPU. Raises RewardError if they do not fit."""
+    state = torchvision_layout(read_state_dict(file))
+    last = state.get("feature_encoder.conv.bias")
+    network = empty_raft(256 // len(last) if last is not None and len(last) in {32, 64, 128} else 1)
+    load_strictly(network, state, str(file))
     return network
-
-
-def _owned(tensor: Tensor) -> Tensor:
-    """A copy that is not mapped from a file, in float32 unless it counts."""
-    return tensor.to(torch.float32 if tensor.is_floating_point() else tensor.dtype, copy=True)
 
 
 @torch.no_grad()
 def largest_motions(network: Callable[..., Sequence[Tensor]], pairs: tuple[Tensor, Tensor], updates: int) -> Tensor:
-    """How fast the fastest twentieth of the pixels moves between two frames, in pixels: (N,).
+    """Return how fast the fastest twentieth of the pixels moves between two frames, in pixels: (N,).
 
     Args:
-        network: A `FlowNetwork`.
+        network: Maps two images (N, 3, H, W) in [-1, 1] to the flows (N, 2, H, W) in pixels after each update.
         pairs: Frames (N, 3, H, W) from 0 to 255 and those that follow them, H and W multiples of 8.
         updates: How often RAFT refines its flow.
     """

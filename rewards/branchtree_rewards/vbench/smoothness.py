@@ -1,16 +1,15 @@
 """VBench's motion smoothness, `vbench_smoothness`: how well each second frame follows from those beside it.
 
 The formula is that of motion_smoothness.py in Vchitect/VBench (arXiv 2311.17982). VBench interpolates with AMT-S, whose
-licence (CC BY-NC 4.0) forbids commercial use, so that it is not part of this library: you name the interpolator, which
+licence (CC BY-NC 4.0) forbids commercial use, so that this library does not hold it: you name the interpolator, which
 may be AMT if its licence suits you. The linear blend that comes along is another measure.
 Axis letters: B videos, T frames, N pairs of frames, H height, W width.
 """
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Mapping, Sequence
+from operator import attrgetter
 from typing import Annotated, Protocol
 
 import pydantic
@@ -21,10 +20,11 @@ from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins import Condition, Media
-from branchtree_rewards.shared.samples import check_batch, find_flaws, score_rest
+from branchtree_rewards.shared.reward import Reward
+from branchtree_rewards.shared.samples import spans
 from branchtree_rewards.shared.scale import ScaleName, transform
-from branchtree_rewards.vbench.config import VideoFigure, gather_figures, spans
-from branchtree_rewards.vbench.frames import byte_values, padded, unpadded
+from branchtree_rewards.shared.source import cause
+from branchtree_rewards.vbench.base import Figures, byte_values, gather_figures, padded, unpadded
 
 BLEND = "blend"
 UNIT = 16  # pixels: AMT's sides are multiples of it
@@ -34,14 +34,14 @@ class FrameInterpolator(Protocol):
     """Draws the frame that lies in the middle between two."""
 
     def __call__(self, first: Tensor, second: Tensor) -> Tensor:
-        """Frames (N, 3, H, W) in the middle of those given, float32 on their device.
+        """Return frames (N, 3, H, W) in the middle of those given, float32 on their device.
 
         The numbers given are in [0, 1]; what is returned is cut to that range. H and W are multiples of 16.
         """
 
 
 def blend(first: Tensor, second: Tensor) -> Tensor:
-    """The mean of two frames. Whatever moves becomes two faint copies, so it penalises all motion."""
+    """Return the mean of two frames: whatever moves becomes two faint copies, so that all motion is penalised."""
     return (first + second) / 2
 
 
@@ -73,87 +73,74 @@ class VBenchSmoothnessConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     frames: int = pydantic.Field(default=1, ge=1, le=10_000)
 
 
-class VBenchSmoothness:
+class VBenchSmoothness(Reward[VBenchSmoothnessConfig]):
     """VBench's motion smoothness: 1 where each second frame is the one that an interpolator draws from its neighbours.
 
         video = 1 - mean over odd t of mean |frame_t - drawn_t| / 255
 
-    in bytes, the drawn ones cut off rather than rounded. A last frame without one after it is left out. Details:
-    `difference`, the mean difference in bytes, and with the linear blend `blend_not_vbench`, the value once more, under
-    the name that it has to be reported by.
+    in bytes, the drawn ones cut off rather than rounded. A last frame without one after it is left out, and a video of
+    fewer than 3 frames is not valid. Details: `difference`, the mean difference in bytes, and with the linear blend
+    `blend_not_vbench`, the value once more, under the name that it has to be reported by.
     """
 
-    modalities: frozenset[str] = frozenset({"video"})
+    name = "vbench_smoothness"
+    modalities = frozenset({"video"})
     reads_prompt = False
 
     def __init__(self, config: VBenchSmoothnessConfig) -> None:
-        self._config = config
+        super().__init__(config)
         self._scale = transform(config.scale)
-        self._interpolator: FrameInterpolator | None = None
-        self._device = torch.device("cpu")
+        self._interpolate: FrameInterpolator = blend
+
+    def footprint(self) -> None:
+        """Return None: an interpolator does not say what it takes."""
 
     def load(self, device: torch.device) -> None:
         """Make the interpolator. Raises RewardError if it cannot be imported or made."""
-        self._device = device
-        self._interpolator = blend if self._config.interpolator == BLEND else self._made(device)
+        if self._config.interpolator != BLEND:
+            self._interpolate = self._made(device)
+        super().load(device)
 
     def _made(self, device: torch.device) -> FrameInterpolator:
         name = self._config.interpolator
         module, attributes = name.split(":")
         try:
-            factory = importlib.import_module(module)
-            for attribute in attributes.split("."):
-                factory = getattr(factory, attribute)
-            made: FrameInterpolator = factory(device=device, **self._config.options)  # type: ignore[operator]
+            factory = attrgetter(attributes)(importlib.import_module(module))
+            made: FrameInterpolator = factory(device=device, **self._config.options)
         except Exception as error:  # somebody else's code
-            raise RewardError(f"cannot make the interpolator '{name}' ({type(error).__name__}: {error})") from error
+            raise RewardError(f"cannot make the interpolator '{name}' ({cause(error)})") from error
         if not callable(made):
             raise RewardError(f"the interpolator '{name}' made a {type(made).__name__}, which cannot be called")
         return made
 
-    @torch.no_grad()
-    def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        """Score video i; the conditions take no part.
+    def _rows_at_once(self) -> int:
+        return 1
 
-        Args:
-            media: Videos (B, T, C, H, W), float in [0, 1]. One of fewer than 3 frames, or that is not finite, is not
-                valid.
-            conditions: B conditions.
+    def _shape_flaw(self, media: Media) -> str | None:
+        frames = media.pixels.shape[1]
+        return f"a video of {frames} frames has none between two others" if frames < 3 else None
 
-        Returns:
-            Scores (B,) on the CPU: `values` after the scale, `raw` before it.
+    def _scores(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+        measured = gather_figures([self._figure(video) for video in media.pixels], torch.device("cpu"))
+        return measured.scores(self._scale, "the interpolator's frames are not finite")
 
-        Raises:
-            RuntimeError: `load` was not called.
-            ValueError: the media are no videos, or there are not B conditions.
-            RewardError: the interpolator returned something else than frames of that size.
-        """
-        if self._interpolator is None:
-            raise RuntimeError("this reward was not loaded: call load(device) first")
-        check_batch(media, conditions, self.modalities)
-        interpolate = self._interpolator
-        flaws = find_flaws(media, conditions, _too_short)
-        return score_rest(media, conditions, flaws, lambda good, _: self._scores(interpolate, good.pixels))
-
-    def _scores(self, interpolate: FrameInterpolator, videos: Tensor) -> Scores:
-        measured = gather_figures([self._figure(interpolate, video) for video in videos], torch.device("cpu"))
-        valid = measured.raw.isfinite()
-        reasons = dict.fromkeys((~valid).nonzero().flatten().tolist(), "the interpolator's frames are not finite")
-        return Scores(self._scale(measured.raw), valid, measured.raw, measured.details, reasons)
-
-    def _figure(self, interpolate: FrameInterpolator, video: Tensor) -> VideoFigure:
-        difference = self._difference(interpolate, byte_values(video.to(self._device, torch.float32)))
+    def _figure(self, video: Tensor) -> Figures:
+        difference = self._difference(byte_values(video))
         value = 1 - difference / 255
         blended = {"blend_not_vbench": value} if self._config.interpolator == BLEND else {}
-        return VideoFigure(value, {"difference": difference, **blended})
+        return {"value": value, "difference": difference, **blended}
 
-    def _difference(self, interpolate: FrameInterpolator, frames: Tensor) -> Tensor:
-        """The mean difference of odd frames from the drawn ones, of frames (T, 3, H, W) from 0 to 255; float64."""
+    def _difference(self, frames: Tensor) -> Tensor:
+        """Return the mean difference, float64, of odd frames from the drawn ones, of frames (T, 3, H, W) in 0..255.
+
+        Raises:
+            RewardError: the interpolator returned something else than frames of their size.
+        """
         kept, height, width = padded(frames[::2] / 255, UNIT), frames.shape[-2], frames.shape[-1]
         left_out = frames[1::2][: len(kept) - 1]
-        parts = []
+        differences = []
         for span in spans(len(left_out), self._config.frames):
-            drawn = interpolate(kept[:-1][span], kept[1:][span])
+            drawn = self._interpolate(kept[:-1][span], kept[1:][span])
             if not isinstance(drawn, Tensor) or drawn.shape != kept[1:][span].shape:
                 found = tuple(drawn.shape) if isinstance(drawn, Tensor) else type(drawn).__name__
                 raise RewardError(
@@ -161,10 +148,5 @@ class VBenchSmoothness:
                     f"{tuple(kept[1:][span].shape)}"
                 )
             whole = (unpadded(drawn, height, width, UNIT) * 255).clamp(0, 255).floor()
-            parts.append((whole.double() - left_out[span].double()).abs().mean(dim=(1, 2, 3)))
-        return torch.cat(parts).mean()
-
-
-def _too_short(media: Media) -> str | None:
-    frames = media.pixels.shape[1]
-    return f"a video of {frames} frames has none between two others" if frames < 3 else None
+            differences.append((whole.double() - left_out[span].double()).abs().mean(dim=(1, 2, 3)))
+        return torch.cat(differences).mean()

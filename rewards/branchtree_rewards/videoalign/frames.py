@@ -1,10 +1,8 @@
-"""Which frames VideoAlign looks at, at what size, and as what patches.
+"""Frames that VideoAlign looks at: their choice, their size, and the patches they are cut into.
 
 Axis letters: T all frames of a video, N sampled frames, C channels, H height, W width. The rules are those of
 `vision_process.py` in KwaiVGI/VideoAlign, with its "uniform" sampling, and of the Qwen2-VL video processor.
 """
-
-from __future__ import annotations
 
 import math
 from dataclasses import dataclass
@@ -47,9 +45,9 @@ class Patches:
 
 
 def frame_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
-    """The frames to look at of a video of ``total`` frames that plays at ``fps``: an even number, first and last in.
+    """Return the indices of the frames to look at, of ``total`` ones that play at ``fps`` a second.
 
-    Raises ValueError if the video is too short.
+    They are an even number, and the first and the last are among them. Raises ValueError if the video is too short.
     """
     if sampling.frames is None:
         most = min(MAX_FRAMES, total) // PAIR * PAIR
@@ -63,9 +61,9 @@ def frame_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
 
 
 def frame_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
-    """Height and width after the resize: multiples of 28, with an area in bounds and about the same aspect.
+    """Return height and width in pixels after the resize: multiples of 28, of about the same aspect.
 
-    Raises ValueError if one side is more than 200 times the other.
+    The area is at most ``max_pixels``. Raises ValueError if one side is more than 200 times the other.
     """
     if max(height, width) > MAX_ASPECT * min(height, width):
         raise ValueError(f"frames of {width}x{height} are too elongated; at most 1:{MAX_ASPECT} can be scored")
@@ -82,7 +80,7 @@ def frame_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
 
 
 def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
-    """8-bit frames (N, C, H, W) at another size, as float32 whole numbers in 0..255.
+    """Resize 8-bit frames (N, C, H, W) to ``size``, as float32 whole numbers in 0..255.
 
     This is torchvision's bicubic resize of 8-bit tensors with antialiasing, to the bit.
     """
@@ -90,10 +88,10 @@ def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def patches(frames: Tensor, max_pixels: int) -> Patches:
-    """Sampled frames (N, C, H, W) in [0, 1], N even, resized, normalised and cut up.
+    """Resize, normalise and cut up sampled frames (N, C, H, W) in [0, 1], N even.
 
-    A patch holds C x 2 x 14 x 14 numbers; the four patches that become one token follow each other. Raises ValueError
-    for frames that cannot be resized, or with another number of channels than 1, 3 or 4.
+    A patch holds C x 2 x 14 x 14 numbers; the four patches that become one token follow each other.
+    Raises ValueError if the frames cannot be resized, or have another number of channels than 1, 3 or 4.
     """
     height, width = frame_size(frames.shape[-2], frames.shape[-1], max_pixels)
     pixels = normalised(resize_frames(to_uint8(to_rgb(frames)), (height, width)) / 255)

@@ -4,11 +4,9 @@ VideoReward (arXiv 2501.13918) is Qwen2-VL-2B with low-rank weights and a linear
 repository was published as KwaiVGI/VideoReward, which is now KlingTeam/VideoReward; the code is KwaiVGI/VideoAlign.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -19,36 +17,29 @@ from torch import Tensor, nn
 
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
-from branchtree.plugins import Condition, Media, RewardCard
-from branchtree.plugins.hookspecs import hookimpl
-from branchtree_rewards.shared.footprints import QWEN2_VL_2B, Skeleton, build_qwen2_vl, settings_file, skeleton
+from branchtree.plugins import Condition, Media
+from branchtree_rewards.shared.footprints import Skeleton, skeleton
 from branchtree_rewards.shared.frame_rates import ClipFps, NoPlainFps, SampleFps
-from branchtree_rewards.shared.model_reward import Measured, ModelReward, ModelRewardConfig, Opened
+from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
 from branchtree_rewards.shared.samples import unreadable, unreadable_or_empty
-from branchtree_rewards.shared.source import WeightsSource, locate_weights
-from branchtree_rewards.shared.weights import build_pretrained, read_weights, state_dict
+from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, cause, file_at_hand, locate_weights
+from branchtree_rewards.shared.weights import build_pretrained, read_state_dict
 from branchtree_rewards.small.videoalign import write_small_videoalign
 from branchtree_rewards.videoalign.frames import Patches, frame_indices, frame_size, patches
-from branchtree_rewards.videoalign.network import VideoAlignNetwork
+from branchtree_rewards.videoalign.network import VideoAlignNetwork, reward_weights
 from branchtree_rewards.videoalign.settings import DIMENSIONS, VideoAlignSettings, read_settings
 from branchtree_rewards.videoalign.text import Questions, open_tokenizer
-from branchtree_rewards.videoalign.weights import reward_weights
 
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
 PUBLISHED_STEP = 11352
 
 
 def dimensions(measure: str) -> tuple[str, ...]:
-    """The dimensions that a measure adds up. Raises ValueError for one that names none, or one twice."""
-    names = DIMENSIONS if measure == "overall" else tuple(part.strip() for part in measure.split("+"))
+    """Return the dimensions that a measure adds up. Raises ValueError for one that names none, or one twice."""
+    names = DIMENSIONS if measure == "overall" else tuple(name.strip() for name in measure.split("+"))
     if not set(names) <= set(DIMENSIONS) or len(set(names)) < len(names):
         raise ValueError(f"'{measure}' is no measure; write MQ, VQ, TA, a sum such as VQ+MQ, or overall for all three")
     return names
-
-
-def _known(measure: str) -> str:
-    dimensions(measure)
-    return measure
 
 
 class VideoAlignConfig(NoPlainFps, ModelRewardConfig, frozen=True):
@@ -64,15 +55,15 @@ class VideoAlignConfig(NoPlainFps, ModelRewardConfig, frozen=True):
         clip_fps: Frames per second at which the videos play; by default what the media say.
         sample_fps: Frames per second that the model is shown, which the publisher's code calls `fps`; by default the
             rate that the checkpoint was trained with, 2 for the published one.
-        dtype: Of the backbone, "bfloat16" or "float32". "auto" is bfloat16, as the publisher runs it, and float32 on a
-            CPU. The head is in float32 always.
+        dtype: Precision of the backbone, "bfloat16" or "float32". "auto" is bfloat16, as the publisher runs it, and
+            float32 on a CPU. The head is in float32 always.
         batch: Videos sent through the model at a time.
     """
 
     path: PathOrName = "KlingTeam/VideoReward"
     checkpoint: int | None = pydantic.Field(default=None, ge=0, lt=2**31)
     base: PathOrName = BASE
-    measure: Annotated[str, pydantic.AfterValidator(_known)] = "MQ"
+    measure: Annotated[str, pydantic.AfterValidator(lambda measure: dimensions(measure) and measure)] = "MQ"
     clip_fps: ClipFps = None
     sample_fps: SampleFps = None
     dtype: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -82,6 +73,7 @@ class VideoAlignConfig(NoPlainFps, ModelRewardConfig, frozen=True):
 class VideoAlign(ModelReward[VideoAlignConfig]):
     """Scores videos by VideoReward, normalised with the publisher's mean and standard deviation."""
 
+    name = "videoalign"
     modalities = frozenset({"video"})
     _dtype: torch.dtype
     _settings: VideoAlignSettings
@@ -89,7 +81,7 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
 
     def __init__(self, config: VideoAlignConfig) -> None:
         super().__init__(config)
-        # Each score is read before the prompt's place in the question, but that of text alignment.
+        # Each score is read before the prompt in the question, but that of text alignment.
         self.reads_prompt = "TA" in dimensions(config.measure)
 
     def load(self, device: torch.device) -> None:
@@ -99,27 +91,32 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
         super().load(device)
 
     def _open(self) -> Opened:
+        from transformers import Qwen2VLModel
+
         config = self._config
         source = locate_weights(config.path, config.revision, write_small_videoalign)
         if source.only is not None:
+            needed = "give the folder with model_config.json and checkpoint-*"
+            raise RewardError(f"path '{config.path}' is a file; {needed}")
+        if config.base == RANDOM_SMALL:
             raise RewardError(
-                f"path '{config.path}' is a file; give the folder with model_config.json and checkpoint-*"
+                "base 'random:small' is no model; only 'path' can be random, and then brings its own config.json"
             )
-        base = locate_weights(config.base, None, _no_small_base)
+        base = locate_weights(config.base, None, write_small_videoalign)
         step = f"checkpoint-{config.checkpoint if config.checkpoint is not None else _latest(source)}"
         settings = self._sampled(read_settings(source.find("model_config.json")))
         file = _weights_file(source, step)
-        weights = reward_weights(state_dict(read_weights(file), file), settings.lora, self._dtype, str(file))
+        weights = reward_weights(read_state_dict(file), settings.lora, self._dtype, str(file))
         architecture = _architecture(source, base, weights.vocabulary)
         tokenizer = open_tokenizer(source, f"{step}/tokenizer", base)
         context = architecture.text_config.max_position_embeddings
         questions = Questions(tokenizer, weights.vocabulary, architecture.video_token_id, context)
-        backbone = build_pretrained(_backbone(), architecture, weights.backbone, str(file), self._dtype)
+        backbone = build_pretrained(Qwen2VLModel, architecture, weights.backbone, str(file), self._dtype)
         self._settings, self._questions = settings, questions
         return Opened(VideoAlignNetwork(backbone, weights.head, questions.reward_ids), {"model.pth": file})
 
     def _sampled(self, settings: VideoAlignSettings) -> VideoAlignSettings:
-        """The checkpoint's settings with the rate of sampling that is asked for."""
+        """Return the checkpoint's settings with the rate of sampling that is asked for."""
         if self._config.sample_fps is None:
             return settings
         if settings.sampling.frames is not None:
@@ -130,14 +127,14 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
         return replace(settings, sampling=replace(settings.sampling, fps=self._config.sample_fps))
 
     def fingerprint(self) -> str:
-        """A digest of the weights and of all settings that change a score, those of `model_config.json` included."""
+        """Return a digest of the weights and of all settings that change a score, of `model_config.json` too."""
         return hashlib.sha256(f"{super().fingerprint()} {self._settings} {self._dtype}".encode()).hexdigest()
 
     def _skeleton(self) -> Skeleton:
         config = self._config
-        own = settings_file(config.path, None, "config.json")
+        own = file_at_hand(config.path, None, "config.json")
         path = config.path if own else config.base
-        found = skeleton(build_qwen2_vl, path, None, (BASE, QWEN2_VL_2B))
+        found = skeleton(path, None, BASE)
         return replace(found, number_bytes=4 if config.dtype == "float32" else 2)
 
     def _shape_flaw(self, media: Media) -> str | None:
@@ -155,45 +152,30 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
 
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
         looks = self._look(media.pixels, media.fps)
-        rows = [
-            self._questions.encode(condition.prompt, look.tokens)
-            for condition, look in zip(conditions, looks, strict=True)
-        ]
-        ids, mask = self._questions.batch(rows, media.pixels.device)
-        return self._measured(network(ids, mask, looks))
+        pairs = zip(conditions, looks, strict=True)
+        rows = [self._questions.encode(condition.prompt, look.tokens) for condition, look in pairs]
+        scores = network(*self._questions.batch(rows, media.pixels.device), looks)
+        mean, std = scores.new_tensor(self._settings.mean), scores.new_tensor(self._settings.std)
+        normalised = dict(zip(DIMENSIONS, ((scores - mean) / std).unbind(1), strict=True))
+        unnormalised = {f"{name}_unnormalised": scores[:, column] for column, name in enumerate(DIMENSIONS)}
+        chosen = [normalised[name] for name in dimensions(self._config.measure)]
+        return Measured(torch.stack(chosen).sum(0), {**normalised, **unnormalised})
 
     def _look(self, videos: Tensor, media_fps: float | None) -> list[Patches]:
-        """What the model sees of videos (B, F, C, H, W)."""
+        """Return what the model sees of videos (B, F, C, H, W)."""
         chosen = self._chosen_frames(videos.shape[1], media_fps)
         return [patches(video[chosen], self._settings.sampling.max_pixels) for video in videos]
 
     def _chosen_frames(self, total: int, media_fps: float | None) -> list[int]:
-        """Which frames the model is shown. Raises ValueError if there are too few, or the frame rate is not known."""
+        """Return the frames that the model is shown. Raises ValueError for too few, or an unknown frame rate."""
         fps = self._config.clip_fps or media_fps
         if fps is None:
             raise ValueError("the frame rate of the videos is not known, and the score depends on it; set clip_fps")
         return frame_indices(total, fps, self._settings.sampling)
 
-    def _measured(self, scores: Tensor) -> Measured:
-        mean, std = scores.new_tensor(self._settings.mean), scores.new_tensor(self._settings.std)
-        normalised = dict(zip(DIMENSIONS, ((scores - mean) / std).unbind(1), strict=True))
-        unnormalised = {f"{name}_unnormalised": scores[:, place] for place, name in enumerate(DIMENSIONS)}
-        chosen = [normalised[name] for name in dimensions(self._config.measure)]
-        return Measured(torch.stack(chosen).sum(0), {**normalised, **unnormalised})
-
-
-def _backbone() -> Any:
-    from transformers import Qwen2VLModel
-
-    return Qwen2VLModel
-
-
-def _no_small_base(folder: Path) -> None:
-    raise RewardError("base 'random:small' is no model; only 'path' can be random, and then brings its own config.json")
-
 
 def _latest(source: WeightsSource) -> int:
-    """The step of the highest `checkpoint-*`; on the hub, the published one. Raises RewardError if there is none."""
+    """Return the step of the highest `checkpoint-*`; on the hub, the published one. Raises RewardError without any."""
     if source.folder is None:
         return PUBLISHED_STEP
     steps = [path.name.removeprefix("checkpoint-") for path in source.folder.glob("checkpoint-*") if path.is_dir()]
@@ -204,18 +186,17 @@ def _latest(source: WeightsSource) -> int:
 
 
 def _weights_file(source: WeightsSource, step: str) -> Path:
-    name = f"{step}/model.pth"
-    if (file := source.maybe(name)) is not None:
+    if (file := source.maybe(f"{step}/model.pth")) is not None:
         return file
     if source.maybe(f"{step}/adapter_model.safetensors") is not None:
         raise RewardError(
             f"'{source.name}' holds low-rank weights alone in {step}; this reward reads a whole state dict, model.pth"
         )
-    raise RewardError(f"'{source.name}' holds no '{name}'; set 'checkpoint' to a step that is there")
+    raise RewardError(f"'{source.name}' holds no '{step}/model.pth'; set 'checkpoint' to a step that is there")
 
 
 def _architecture(source: WeightsSource, base: WeightsSource, vocabulary: int) -> Any:
-    """The configuration of Qwen2-VL with the checkpoint's vocabulary, the reward tokens included."""
+    """Return the configuration of Qwen2-VL with the checkpoint's vocabulary, the reward tokens included."""
     from transformers import Qwen2VLConfig
 
     own = source.maybe("config.json") if source.folder is not None else None
@@ -223,25 +204,9 @@ def _architecture(source: WeightsSource, base: WeightsSource, vocabulary: int) -
     try:
         architecture = Qwen2VLConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except Exception as error:  # the configuration's own checks raise many kinds
-        raise RewardError(f"'{file}' is no configuration of Qwen2-VL ({type(error).__name__}: {error})") from error
+        raise RewardError(f"'{file}' is no configuration of Qwen2-VL ({cause(error)})") from error
     architecture.text_config.vocab_size = vocabulary
     return architecture
 
 
-@hookimpl
-def register_rewards(register: Callable[..., None]) -> None:
-    """Add the `videoalign` reward to the registry."""
-    register(
-        "videoalign",
-        build=VideoAlign,
-        config=VideoAlignConfig,
-        summary="Motion quality, visual quality or text alignment of a video, by VideoAlign's VideoReward.",
-        card=RewardCard(
-            modalities=frozenset({"video"}),
-            checkpoint="KlingTeam/VideoReward: checkpoint-11352/model.pth",
-            size=5_031_072_529,
-            licence="Apache-2.0, by a public copy of its model card",
-            non_commercial=False,
-            source="arXiv 2501.13918; github.com/KwaiVGI/VideoAlign",
-        ),
-    )
+register_rewards = reward_hook((VideoAlign, VideoAlignConfig))

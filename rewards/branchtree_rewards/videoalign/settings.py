@@ -1,15 +1,12 @@
-"""What a VideoAlign checkpoint says of itself in its `model_config.json`."""
-
-from __future__ import annotations
+"""Settings of a VideoAlign checkpoint, from its `model_config.json`."""
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from branchtree.errors import RewardError
 from branchtree.files.json_lines import read_json_object
+from branchtree_rewards.shared.source import cause
 from branchtree_rewards.videoalign.frames import Sampling
 
 DIMENSIONS = ("VQ", "MQ", "TA")  # visual quality, motion quality, text alignment; in the order of the model's outputs
@@ -17,11 +14,7 @@ DIMENSIONS = ("VQ", "MQ", "TA")  # visual quality, motion quality, text alignmen
 PUBLISHED = {"VQ": (3.6757, 2.2476), "MQ": (1.1646, 1.3811), "TA": (2.8105, 2.5121)}
 # What the inputs built here follow; a checkpoint trained otherwise would score something else.
 EXPECTED: dict[str, dict[str, object]] = {
-    "data_config": {
-        "eval_dim": list(DIMENSIONS),
-        "prompt_template_type": "detailed_special",
-        "sample_type": "uniform",
-    },
+    "data_config": {"eval_dim": list(DIMENSIONS), "prompt_template_type": "detailed_special", "sample_type": "uniform"},
     "model_config": {"use_special_tokens": True, "reward_token": "special"},
 }
 
@@ -55,38 +48,23 @@ def read_settings(file: Path) -> VideoAlignSettings:
                         f"'{file}' has {section}.{key} = {content[section][key]!r}; this reward reads checkpoints "
                         f"trained with {value!r}"
                     )
-        norms = _norms(content.get("inference_config") or {})
+        data, low_rank, norms = content["data_config"], content["peft_lora_config"], content.get("inference_config")
+        frames, lora = data.get("num_frames"), None
+        if low_rank["lora_enable"]:
+            rank = int(low_rank["lora_r"])
+            # Rank-stabilised LoRA divides by the square root of the rank (arXiv 2312.03732).
+            lora = Lora(rank, low_rank["lora_alpha"] / (math.sqrt(rank) if low_rank.get("use_rslora") else rank))
         return VideoAlignSettings(
-            sampling=_sampling(content["data_config"]),
-            lora=_lora(content["peft_lora_config"]),
-            mean=tuple(norm[0] for norm in norms),
-            std=tuple(norm[1] for norm in norms),
+            sampling=Sampling(
+                fps=float(data["fps"]),
+                max_pixels=int(data["max_frame_pixels"]),
+                frames=None if frames is None else int(frames),
+            ),
+            lora=lora,
+            mean=tuple(float(norms[f"{name}_mean"]) if norms else PUBLISHED[name][0] for name in DIMENSIONS),
+            std=tuple(float(norms[f"{name}_std"]) if norms else PUBLISHED[name][1] for name in DIMENSIONS),
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RewardError(
-            f"'{file}' is not the model_config.json of a VideoAlign checkpoint ({type(error).__name__}: {error})"
+            f"'{file}' is not the model_config.json of a VideoAlign checkpoint ({cause(error)})"
         ) from error
-
-
-def _sampling(section: Mapping[str, Any]) -> Sampling:
-    frames = section.get("num_frames")
-    return Sampling(
-        fps=float(section["fps"]),
-        max_pixels=int(section["max_frame_pixels"]),
-        frames=None if frames is None else int(frames),
-    )
-
-
-def _lora(section: Mapping[str, Any]) -> Lora | None:
-    if not section["lora_enable"]:
-        return None
-    rank = int(section["lora_r"])
-    # Rank-stabilised LoRA divides by the square root of the rank (arXiv 2312.03732).
-    return Lora(rank, section["lora_alpha"] / (math.sqrt(rank) if section.get("use_rslora") else rank))
-
-
-def _norms(section: Mapping[str, Any]) -> list[tuple[float, float]]:
-    """Mean and standard deviation by dimension."""
-    if not section:
-        return [PUBLISHED[name] for name in DIMENSIONS]
-    return [(float(section[f"{name}_mean"]), float(section[f"{name}_std"])) for name in DIMENSIONS]

@@ -4,8 +4,6 @@ The template is the publisher's `detailed_special` (KwaiVGI/VideoAlign, `prompt_
 byte: blanks at the ends of its lines count. Around it stands the chat format of Qwen2-VL.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from importlib import resources
 from typing import Any
@@ -14,8 +12,8 @@ import torch
 from torch import Tensor
 
 from branchtree.errors import RewardError
-from branchtree_rewards.shared.source import WeightsSource
-from branchtree_rewards.shared.tokenizers import check_whole, own_token
+from branchtree_rewards.shared.source import WeightsSource, cause
+from branchtree_rewards.shared.tokenizers import check_whole, own_token, too_long
 from branchtree_rewards.shared.weights import quiet_libraries
 from branchtree_rewards.videoalign.settings import DIMENSIONS
 
@@ -26,12 +24,12 @@ REWARD_TOKENS = tuple(f"<|{name}_reward|>" for name in DIMENSIONS)  # the scores
 
 
 def template() -> str:
-    """The publisher's text, with ``{text_prompt}`` where the prompt goes."""
+    """Return the publisher's text, with ``{text_prompt}`` where the prompt goes."""
     return (resources.files("branchtree_rewards") / "data" / TEMPLATE).read_bytes().decode("utf-8")
 
 
 def conversation_text(prompt: str, video_tokens: int) -> str:
-    """The whole conversation: system line, video, template with ``prompt``, and the opening of an answer."""
+    """Return the whole conversation: system line, video, template with ``prompt``, and the opening of an answer."""
     return (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         f"<|im_start|>user\n<|vision_start|>{VIDEO_PAD * video_tokens}<|vision_end|>"
@@ -43,9 +41,16 @@ class Questions:
     """A checkpoint's tokenizer, checked against its model."""
 
     def __init__(self, tokenizer: Any, vocabulary: int, video_token_id: int, context: int) -> None:
-        """Raises RewardError if the tokenizer and a model of ``vocabulary`` embeddings do not belong together.
+        """Check the tokenizer against its model.
 
-        ``context`` is how many tokens the model reads at most.
+        Args:
+            tokenizer: A tokenizer of Qwen2-VL with VideoAlign's reward tokens.
+            vocabulary: How many embeddings the model has.
+            video_token_id: The id that stands for a video in the model's configuration.
+            context: How many tokens the model reads at most.
+
+        Raises:
+            RewardError: they do not belong together.
         """
         self._tokenizer, self._context = tokenizer, context
         added = {token: index for token, index in tokenizer.get_added_vocab().items() if index is not None}
@@ -67,22 +72,17 @@ class Questions:
     def flaw(self, prompt: str) -> str | None:
         """Say why the model cannot be asked about a prompt, if it cannot be.
 
-        A special token would add a video, or a place to read a score at.
+        A special token would add a video, or another token to read a score at.
         """
-        if flaw := own_token(self._tokenizer, prompt):
-            return flaw
-        words = len(self.encode(prompt, 0))
-        if words <= self._context:
-            return None
-        return f"the prompt is too long: with the question it has {words} tokens, and the model reads {self._context}"
+        return own_token(self._tokenizer, prompt) or too_long(len(self.encode(prompt, 0)), self._context)
 
     def encode(self, prompt: str, video_tokens: int) -> list[int]:
-        """Token ids of the question about one video."""
+        """Return the token ids of the question about one video."""
         ids: list[int] = self._tokenizer(conversation_text(prompt, video_tokens), add_special_tokens=False)["input_ids"]
         return ids
 
     def batch(self, rows: Sequence[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-        """Rows padded on the right: token ids (B, L) int64, and a mask (B, L) that is 1 on what is not padding."""
+        """Pad rows on the right: token ids (B, L) int64, and a mask (B, L) that is 1 on what is not padding."""
         longest = max(map(len, rows))
         pad = self._tokenizer.pad_token_id or 0  # masked, so any would do
         ids = torch.tensor([row + [pad] * (longest - len(row)) for row in rows], device=device)
@@ -91,30 +91,24 @@ class Questions:
 
 
 def open_tokenizer(source: WeightsSource, folder: str, base: WeightsSource) -> Any:
-    """The tokenizer in ``folder`` of the checkpoint; without one, the base model's with the reward tokens added.
+    """Return the tokenizer in ``folder`` of the checkpoint, or the base model's with the reward tokens added.
 
     Raises RewardError if neither can be read.
     """
-    holder, place = (source, f"{folder}/") if source.maybe(f"{folder}/{SETTINGS}") else (base, "")
-    tokenizer = _read_tokenizer(holder, place)
-    if holder is base:
-        tokenizer.add_special_tokens({"additional_special_tokens": list(REWARD_TOKENS)})
-    return tokenizer
-
-
-def _read_tokenizer(source: WeightsSource, prefix: str) -> Any:
     from transformers import AutoTokenizer
 
+    holder, prefix = (source, f"{folder}/") if source.maybe(f"{folder}/{SETTINGS}") else (base, "")
     # Always from a folder: in a subfolder of a hub repository, transformers would look for a model's config.json.
-    settings = source.find(f"{prefix}{SETTINGS}")
-    if source.maybe(f"{prefix}tokenizer.json") is None:
+    settings = holder.find(f"{prefix}{SETTINGS}")
+    if holder.maybe(f"{prefix}tokenizer.json") is None:
         for name in ("vocab.json", "merges.txt"):
-            source.find(f"{prefix}{name}")
+            holder.find(f"{prefix}{name}")
     try:
         with quiet_libraries():
             tokenizer = AutoTokenizer.from_pretrained(str(settings.parent))
     except Exception as error:  # tokenizers and transformers have exceptions of their own for a file that is not right
-        reason = " ".join(str(error).split())[:300]
-        raise RewardError(f"cannot read the tokenizer of '{source.name}' ({type(error).__name__}: {reason})") from error
-    check_whole(tokenizer, source.name)
+        raise RewardError(f"cannot read the tokenizer of '{holder.name}' ({cause(error)})") from error
+    check_whole(tokenizer, holder.name)
+    if holder is base:
+        tokenizer.add_special_tokens({"additional_special_tokens": list(REWARD_TOKENS)})
     return tokenizer

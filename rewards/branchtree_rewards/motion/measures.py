@@ -1,31 +1,35 @@
-"""What is measured of a clip's motion, and the factors that the motion rewards are products of.
+"""Measures of a clip's motion, and the factors that the motion rewards are products of.
 
-Axis letters: N clips, F frames, S = F - 1 steps from frame to frame. Displacements are (x, y) in pixels of the frame
-they were measured in; y grows downwards.
+Axis letters: N clips or images, F frames, S = F - 1 steps from frame to frame, C channels, H height, W width. Points
+(N, 2, H, W) and displacements (N, 2) are (x, y) in pixels of the frame they were measured in; y grows downwards.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from branchtree_rewards.shared.pixels import shrunk
 
 WINDOW = 9  # frames: a longer clip is measured in windows of this length
 STRIDE = 4  # frames from one window to the next
 FAINT = 1e-4  # squared difference of grey levels: a contrast below its root is none
-LEAST_SEEN = 0.25  # of a subject: what is left of one that leaves the frame counts in full down to this part
+LEAST_SEEN = 0.25  # of a subject: what is left of one that leaves the frame counts in full down to this share
 NOISE = 1e-6  # squared difference of grey levels
+CUT = 4.0  # deviations at which a Gaussian ends
 ROUGH = 0.2  # the roughness at which half of smoothness is left
 BOUNCE = 0.25  # the weight of plain acceleration beside excess steps: little, so that a bounce costs little
 
 
 @dataclass(frozen=True)
 class Motion:
-    """What happens in N clips."""
+    """Measures of N clips."""
 
     steps: Tensor  # (N, S, 2), the displacement of the whole
-    speed: Tensor  # (N, S), the mean length of the displacements of its parts
-    excess: Tensor  # (N, S), the mean length of excess_steps of its parts
+    speed: Tensor  # (N, S), the mean length of its pixels' displacements
+    excess: Tensor  # (N, S), the mean length of its pixels' excess_steps
     acceleration: Tensor  # (N, S - 1), the mean length of the change from a step to the next
     match: Tensor  # (N, S), how well the first frame's content is found again in each later frame, from 0 to 1
 
@@ -44,7 +48,7 @@ def windows(videos: Tensor) -> Tensor:
 
 
 def excess_steps(steps: Tensor) -> Tensor:
-    """How far each step lies, per axis, from the median of itself and its two neighbours.
+    """Return how far each step lies, per axis, from the median of itself and its two neighbours.
 
     A velocity that rises or falls monotonically over three steps is its own median: a straight path, a slow turn, and
     a bounce off an edge (v, v, -v, -v, or v, v, a, -v, -v with a between them) have no excess. A jump, a stutter, a
@@ -52,7 +56,7 @@ def excess_steps(steps: Tensor) -> Tensor:
     nearest medians (Tukey 1977, the end-point rule).
 
     Args:
-        steps: (S, ...), S >= 2: the steps along the first axis. Of two steps each is half their difference off.
+        steps: (S, ...), S >= 2: the steps along the first axis. Each of two steps is half their difference off.
 
     Returns:
         The differences, of the same shape.
@@ -71,14 +75,14 @@ def _median3(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
 
 
 def match(found: Tensor, first: Tensor, weight: Tensor, seen: Tensor) -> Tensor:
-    """How well content is found again: max(0, 1 - ||found - first|| / ||first - its mean||), weighted norms.
+    """Return how well content is found again: max(0, 1 - ||found - first|| / ||first - its mean||), weighted norms.
 
     1 where it is unchanged, 0 where it differs as much as a flat field of its mean colour would. Content that never
     had any contrast cannot be found again: 0. If less than a quarter of the weight is still in the frame, the result
     falls in proportion.
 
     Args:
-        found: (N, S, C, H, W), the content of later frames brought back to its place in the first.
+        found: (N, S, C, H, W), the content of later frames brought back to where it is in the first.
         first: (N, C, H, W), the first frames.
         weight: (N, H, W), which pixels matter.
         seen: Bool (N, S, H, W), false where the content has left the frame.
@@ -99,7 +103,7 @@ def match(found: Tensor, first: Tensor, weight: Tensor, seen: Tensor) -> Tensor:
 
 
 def explained(moved: Tensor, stayed: Tensor, seen: Tensor) -> Tensor:
-    """How much better content is explained by moving than by staying, as the square of a contrast.
+    """Return how much better content is explained by moving than by staying, as the square of a contrast.
 
     ((S - M) / (S + M))^2 where S > M, else 0: M sums the squared differences from the first frame of what has moved,
     S of what lies still, over the frames in which the moved content is seen. It is near 1 on a subject and 0 on the
@@ -118,7 +122,7 @@ def explained(moved: Tensor, stayed: Tensor, seen: Tensor) -> Tensor:
 
 
 def smooth_motion(motion: Motion, side: int, speed: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The three factors of good motion, of each clip (N,), each from 0 to 1.
+    """Return the three factors of good motion, of each clip (N,), each from 0 to 1.
 
     With v_t the speed of step t, s = speed * side, e_t the excess and a_t the acceleration:
 
@@ -128,7 +132,7 @@ def smooth_motion(motion: Motion, side: int, speed: float) -> tuple[Tensor, Tens
         constant = min_t match_t
 
     Args:
-        motion: Of N clips.
+        motion: Measures of N clips.
         side: The frames' shorter side in pixels.
         speed: The speed that has half of ``moving``, in shorter sides a frame.
 
@@ -143,7 +147,7 @@ def smooth_motion(motion: Motion, side: int, speed: float) -> tuple[Tensor, Tens
 
 
 def agreement(steps: Tensor, directions: Tensor) -> Tensor:
-    """How far displacements go as told: (|sum_t d_t| + (sum_t d_t) . n) / (2 sum_t |d_t|), from 0 to 1.
+    """Return how far displacements go as asked: (|sum_t d_t| + (sum_t d_t) . n) / (2 sum_t |d_t|), from 0 to 1.
 
     1 on a straight path along n, (1 + cos angle) / 2 on another straight path, 0 on one the other way and on one
     that returns to where it began.
@@ -151,8 +155,60 @@ def agreement(steps: Tensor, directions: Tensor) -> Tensor:
     Args:
         steps: (N, S, 2), the displacements d_t.
         directions: (N, 2), the unit vectors n.
+
+    Returns:
+        (N,) from 0 to 1.
     """
     whole = steps.sum(dim=1)
     length = steps.norm(dim=-1).sum(dim=1)
     towards: Tensor = (whole.norm(dim=-1) + (whole * directions).sum(dim=-1)) / (2 * length).clamp_min(1e-6)
     return towards.clamp(0, 1)
+
+
+def capped(videos: Tensor, longest: int) -> Tensor:
+    """Shrink videos (B, F, C, H, W) by averages until no side is longer than ``longest`` pixels; smaller ones pass."""
+    if max(videos.shape[-2:]) <= longest:
+        return videos
+    small: Tensor = shrunk(videos.flatten(0, 1), longest).unflatten(0, videos.shape[:2])
+    return small
+
+
+def blur(images: Tensor, deviation: float) -> Tensor:
+    """Blur images (..., H, W) by products with banded Gaussian matrices, cut and renormalised at an edge.
+
+    ``deviation`` is in pixels.
+    """
+    height, width = images.shape[-2:]
+    down, across = _blur_matrix(height, deviation, images), _blur_matrix(width, deviation, images)
+    blurred: Tensor = down @ (images @ across.mT)
+    return blurred
+
+
+def _blur_matrix(length: int, deviation: float, like: Tensor) -> Tensor:
+    index = torch.arange(length, device=like.device, dtype=like.dtype)
+    away = (index[:, None] - index[None, :]).abs() / deviation
+    kernel = torch.exp(-0.5 * away.clamp_max(CUT) ** 2) * (away < CUT)
+    return kernel / kernel.sum(dim=1, keepdim=True)
+
+
+def pixel_grid(like: Tensor) -> Tensor:
+    """Return the points (1, 2, H, W) of the pixels of images (..., H, W)."""
+    height, width = like.shape[-2:]
+    y = torch.arange(height, device=like.device, dtype=like.dtype)
+    x = torch.arange(width, device=like.device, dtype=like.dtype)
+    return torch.stack(torch.meshgrid(x, y, indexing="xy"))[None]
+
+
+def sample(images: Tensor, points: Tensor) -> Tensor:
+    """Read images (N, C, H, W) at points (N, 2, h, w), bilinearly; beyond the edge the edge's value: (N, C, h, w)."""
+    height, width = images.shape[-2:]
+    x = points[:, 0] * (2 / (width - 1)) - 1
+    y = points[:, 1] * (2 / (height - 1)) - 1
+    grid = torch.stack([x, y], dim=-1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=True)
+
+
+def inside(points: Tensor, height: int, width: int) -> Tensor:
+    """Return which points (N, 2, h, w) lie within the frame: bool (N, 1, h, w)."""
+    x, y = points[:, :1], points[:, 1:]
+    return (x >= 0) & (x <= width - 1) & (y >= 0) & (y <= height - 1)

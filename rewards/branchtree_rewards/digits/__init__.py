@@ -1,1 +1,0 @@
-"""The digit classifier of the quickstart."""

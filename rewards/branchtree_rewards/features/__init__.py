@@ -1,1 +1,0 @@
-"""Feature spaces in which the diversity of samples is measured."""
