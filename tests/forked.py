@@ -100,6 +100,16 @@ class Python:
         return self._streams / name
 
 
+def end_together(processes: Sequence[Python]) -> list[int]:
+    """Wait for all, and return their exit codes; where one fails, the others, which may wait for it, are killed."""
+    while running := [process for process in processes if process.is_running()]:
+        if any(process.ended() for process in processes if process not in running):
+            for process in running:
+                process.send(signal.SIGKILL)
+        time.sleep(0.05)
+    return [process.ended() for process in processes]
+
+
 def _run(arguments: Sequence[str], environment: Mapping[str, str], folder: str, streams: Sequence[str]) -> None:
     """In the process: what ``python`` does with ``-m NAME``, ``-c CODE`` or a script."""
     for descriptor, file in enumerate(streams, start=1):

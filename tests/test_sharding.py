@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline
-from patience import PATIENCE
+from forked import Python, end_together
 from safetensors.torch import load_file
 from tiny_flux import tiny_flux
 from tiny_wan import Kind, tiny_wan
@@ -26,7 +24,6 @@ from branchtree.errors import RecipeError
 from branchtree.training.sharding import read_shard_settings
 
 CONFIGS = Path(__file__).parents[1] / "recipes" / "accelerate"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 # Three prompts, so that one process has one and the other two; the leaves of a prompt without a digit are masked, and
 # only one process has it. Batches are small, so that processes need different numbers of forwards and backwards.
@@ -91,20 +88,31 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for precision in ("full", "lora"):
         shutil.copytree(video, root / precision / "pipeline")
         asked.append({"precision": precision, "path": str(video), "output": str(root / precision)})
-    launcher = ["-m", "accelerate.commands.launch", "--config_file", str(CONFIGS / "fsdp2.yaml")]
-    launcher += ["--num_processes", "2", "--main_process_port", "0", str(Path(__file__).parent / "process_runs.py")]
-    done = subprocess.run(
-        [sys.executable, *launcher, json.dumps(asked)],
-        check=False,
-        capture_output=True,
-        text=True,
-        env=ENVIRONMENT,
-        timeout=PATIENCE,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    script, shared = str(Path(__file__).parent / "process_runs.py"), shared_environment()
+    processes = [
+        Python(script, json.dumps(asked), environment={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)})
+        for rank in range(2)
+    ]
+    assert end_together(processes) == [0, 0], "".join(process.out + process.err for process in processes)
     for kind in ("sharded", "ddp"):
         train("quickstart", small(model, **UNEVEN), output=root / f"{kind}_then_one", resume=True)
     return root
+
+
+def shared_environment() -> dict[str, str]:
+    """What ``accelerate launch --config_file fsdp2.yaml`` and torch's agent put into two processes' environment."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    words = ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", "2", "--main_process_port", "0"]
+    words.append("process_runs.py")
+    started: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "multi_gpu_launcher", started.append)
+        launch.launch_command(launch.launch_command_parser().parse_args(words))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return {**prepare_multi_gpu_env(started[0]), **address, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 
 
 def _asked(output: Path, overrides: dict[str, Any], sharded: bool, resume: bool = False) -> dict[str, Any]:
