@@ -13,8 +13,8 @@ from branchtree_guest.model import GuestGaussian, GuestGaussianConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from branchtree.plugins import DENOISER_FILE as WEIGHTS
 from branchtree.plugins import Condition, Conditioning, Footprint, LoraSettings, Media
+from branchtree.plugins.base import DENOISER_FILE as WEIGHTS
 from branchtree.plugins.hookspecs import Register, hookimpl
 
 LATENT = (3, 4, 4)

@@ -120,7 +120,7 @@ def samples(kind: str, seed: int, folder: Path) -> tuple[Media, list[Condition]]
         videos[2, 1, 0, 0, 0] = torch.nan
         return Media(videos=videos, fps=8.0), [
             Condition("a pan to the right", image=folder / "first.png", metadata={"seed": seed}),
-            Condition("a pan to the right", image=folder / "first.png", place="prompts.jsonl:2"),
+            Condition("a pan to the right", image=folder / "first.png", location="prompts.jsonl:2"),
             Condition("a pan, 左から右へ", negative_prompt="shaking"),
         ]
     images = torch.rand(4, 3, 20, 28, generator=source)

@@ -194,8 +194,8 @@ def test_the_verdict_is_the_same_in_process_remotely_and_in_training(tmp_path: P
     empty = tmp_path / "empty.png"
     empty.write_bytes(b"")
     media, conditions = clips(
-        Condition("a ball \ud83d", place=os.fsdecode(b"prompts\xff.jsonl:3")),
-        Condition("a ball", image=tmp_path / "missing.png", place="prompts.jsonl:4"),
+        Condition("a ball \ud83d", location=os.fsdecode(b"prompts\xff.jsonl:3")),
+        Condition("a ball", image=tmp_path / "missing.png", location="prompts.jsonl:4"),
         Condition("a ball", image=broken_image(tmp_path)),
         Condition("a ball", video=empty),
     )

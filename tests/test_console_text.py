@@ -197,7 +197,7 @@ def test_messages_are_no_markup_and_move_no_cursor(here: Path) -> None:
 
 def test_a_message_names_a_long_prompt_in_part(tmp_path: Path) -> None:
     with pytest.raises(DataError) as refused:
-        first_frame(Condition("x" * 100_000, image=tmp_path / "none.png", place="p.jsonl:1"))
+        first_frame(Condition("x" * 100_000, image=tmp_path / "none.png", location="p.jsonl:1"))
     assert len(str(refused.value)) < 1000
 
 

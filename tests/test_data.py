@@ -37,7 +37,7 @@ def read(
 
 
 def places(conditions: list[Condition]) -> list[str]:
-    return [condition.place for condition in conditions]
+    return [condition.location for condition in conditions]
 
 
 def refusal(prompts: Any, **settings: Any) -> str:
@@ -348,7 +348,7 @@ def test_what_several_prompts_share_is_looked_at_once() -> None:
 
 @pytest.mark.parametrize(("count", "listed", "more"), [(1, 1, 0), (5, 5, 0), (6, 5, 1), (12, 5, 7)])
 def test_the_first_few_bad_ones_are_told_together(count: int, listed: int, more: int) -> None:
-    bad = [Condition("x", image=Path(f"bad{n}.png"), place=f"p.jsonl:{n}") for n in range(count)]
+    bad = [Condition("x", image=Path(f"bad{n}.png"), location=f"p.jsonl:{n}") for n in range(count)]
     with pytest.raises(DataError) as refused:
         looked_at([Condition("fine", image=Path("fine.png")), *bad, *bad])
     lines = [f"p.jsonl:{n}: 'x': is bad" for n in range(listed)] + ([f"and {more} more"] if more else [])
@@ -381,7 +381,7 @@ def test_conditions_that_differ_in_any_input_are_encoded_apart() -> None:
         Condition("a", video=one),
     ]
     cache = ConditioningCache(Numberer())  # type: ignore[arg-type]
-    same = [replace(condition, place="elsewhere", metadata={"id": 1}) for condition in different]
+    same = [replace(condition, location="elsewhere", metadata={"id": 1}) for condition in different]
     numbers = cache.get([*different, *same], torch.device("cpu"))["number"].tolist()
     assert numbers == [*range(7), *range(7)]
 

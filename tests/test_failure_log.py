@@ -35,7 +35,7 @@ from branchtree.training.failures import (
 )
 
 PLANS = [make_plan(2, {0: count}) for count in (4, 7, 30)]
-CONDITIONS = [Condition(f"prompt {number}", place=f"p.txt:{number}") for number in range(3)]
+CONDITIONS = [Condition(f"prompt {number}", location=f"p.txt:{number}") for number in range(3)]
 IDS = [12, 10, 11]
 
 

@@ -62,7 +62,7 @@ def clip(path: Path) -> Path:
 
 
 def condition(**files: Path) -> Condition:
-    return Condition("a wave", place="p.jsonl:3", **files)
+    return Condition("a wave", location="p.jsonl:3", **files)
 
 
 def refusal(**files: Path) -> str:

@@ -75,7 +75,7 @@ def test_a_request_arrives_to_the_bit(tmp_path: Path) -> None:
             image=tmp_path / "first.png",
             last_image=tmp_path / "first.png",
             metadata={"a": [1, None, {"b": 0.1}], "huge": 2**70},
-            place="prompts.jsonl:1",
+            location="prompts.jsonl:1",
         ),
         Condition("", video=tmp_path / "clip.MP4"),
     ]
@@ -84,7 +84,7 @@ def test_a_request_arrives_to_the_bit(tmp_path: Path) -> None:
     assert torch.equal(request.media.pixels.view(torch.int32), pixels.contiguous().view(torch.int32))
     assert (request.media.modality, request.media.fps) == ("video", 8.0)
     first, second = request.conditions
-    assert (first.prompt, first.negative_prompt, first.place) == ('a 猫 "quoted"\n', "blurry", "prompts.jsonl:1")
+    assert (first.prompt, first.negative_prompt, first.location) == ('a 猫 "quoted"\n', "blurry", "prompts.jsonl:1")
     assert first.metadata == {"a": [1, None, {"b": 0.1}], "huge": 2**70}
     assert first.image == first.last_image
     assert first.image and first.image.read_bytes() == b"\x89PNG and more"
@@ -190,9 +190,9 @@ def test_a_file_that_cannot_be_read_is_missing_there_too(tmp_path: Path) -> None
 
 
 def test_a_prompt_arrives_even_if_it_is_no_whole_text(tmp_path: Path) -> None:
-    condition = Condition("a \ud83d cat\0", "\udcff", metadata={"\udcff": "\ud83d"}, place="\udcff.jsonl:1")
+    condition = Condition("a \ud83d cat\0", "\udcff", metadata={"\udcff": "\ud83d"}, location="\udcff.jsonl:1")
     [arrived] = decode_request(encode_request(torch.zeros(1, 3, 2, 2), None, [condition]), tmp_path).conditions
-    assert (arrived, arrived.place) == (condition, condition.place)
+    assert (arrived, arrived.location) == (condition, condition.location)
 
 
 def test_what_cannot_be_sent_is_an_error() -> None:

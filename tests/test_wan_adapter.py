@@ -342,7 +342,7 @@ def test_conditions_that_cannot_be_taken(folder: Callable[[Kind], Path], frames:
     wide = write_frame(tmp_path / "wide.png", 0, width=48)
     (tmp_path / "broken.png").write_bytes(frames[0].read_bytes()[:60])
     (tmp_path / "broken.mp4").write_bytes(b"no video")
-    asked = Condition("a digit", place="set.jsonl:7")
+    asked = Condition("a digit", location="set.jsonl:7")
     refusals: list[tuple[Wan, Condition, str]] = [
         (plain, asked, "has no first frame; give it an 'image' or a 'video'"),
         (plain, replace(asked, image=tmp_path / "none.png"), "there is no file"),

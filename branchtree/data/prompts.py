@@ -167,7 +167,7 @@ class _Reader:
             last_image=self._file(row, "last_image", location),
             video=self._file(row, "video", location),
             metadata={key: row[key] for key in row if key not in (self.column, "negative_prompt", *MEDIA)},
-            place=location,
+            location=location,
         )
 
     def _instead(self, row: Mapping[str, Any]) -> str:
@@ -236,7 +236,7 @@ def _from_file(path: Path, reader: _Reader) -> list[Condition]:
         raise DataError(f"{path}: prompts are read from .txt, .jsonl and .parquet files")
     numbered = numbered_lines(path)
     if suffix == ".txt":
-        return [Condition(prompt=line.strip(), place=location) for location, line in numbered]
+        return [Condition(prompt=line.strip(), location=location) for location, line in numbered]
     return reader.rows([(location, json_object(line, location)) for location, line in numbered])
 
 

@@ -29,12 +29,12 @@ class Condition:
     last_image: Path | None = None  # its last frame
     video: Path | None = None  # its first frame stands in for ``image``
     metadata: Mapping[str, Any] = field(default_factory=dict)
-    place: str = field(default="", compare=False)  # file and line it was read from
+    location: str = field(default="", compare=False)  # file and line it was read from
 
     def __str__(self) -> str:
         """Return what a message calls it: where it was read, and its prompt."""
         prompt = shortened(self.prompt)
-        return f"{self.place}: '{prompt}'" if self.place else f"'{prompt}'"
+        return f"{self.location}: '{prompt}'" if self.location else f"'{prompt}'"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Media:
         return Media(images=self.pixels[rows])
 
     @staticmethod
-    def joined(batches: Sequence[Media]) -> Media:
+    def concatenate(batches: Sequence[Media]) -> Media:
         """Concatenate media of one kind and size."""
         first = batches[0]
         if len(batches) == 1:

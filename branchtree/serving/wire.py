@@ -114,7 +114,7 @@ def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condi
                 "prompt": condition.prompt,
                 "negative_prompt": condition.negative_prompt,
                 "metadata": dict(condition.metadata),
-                "place": condition.place,
+                "place": condition.location,
                 **{kind: numbers.setdefault(path, len(numbers)) for kind, path in named.items()},
             }
         )
@@ -127,7 +127,7 @@ def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condi
     try:
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
-        at = next((f"{one.place}: " for one in conditions if one.place and not _is_json(one.metadata)), "")
+        at = next((f"{one.location}: " for one in conditions if one.location and not _is_json(one.metadata)), "")
         raise RewardError(
             f"{at}the conditions' metadata cannot be sent to a remote reward: {error}; keep to JSON"
         ) from None
@@ -215,7 +215,7 @@ def _condition(fields: _ConditionFields, paths: Sequence[Path]) -> Condition:
         prompt=fields.prompt,
         negative_prompt=fields.negative_prompt,
         metadata=fields.metadata,
-        place=fields.place,
+        location=fields.place,
         **{kind: paths[number] for kind, number in named.items()},
     )
 

@@ -74,7 +74,7 @@ class Leaves:
                     "position": self.first + prompt,
                     "prompt_id": self.prompt_ids[prompt],
                     "prompt": logged(condition.prompt),
-                    "source": logged(condition.place),
+                    "source": logged(condition.location),
                     "leaf": leaf,
                     "reward": label,
                     "reason": logged(scores[label].reasons.get(row, NO_REASON)),

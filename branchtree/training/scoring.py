@@ -45,7 +45,7 @@ class Piece:
     def concatenate(pieces: Sequence[Piece]) -> Piece:
         """Return consecutive pieces as one."""
         return Piece(
-            Media.joined([piece.media for piece in pieces]),
+            Media.concatenate([piece.media for piece in pieces]),
             [condition for piece in pieces for condition in piece.conditions],
             [prompt for piece in pieces for prompt in piece.prompts],
         )

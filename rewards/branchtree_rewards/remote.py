@@ -22,7 +22,7 @@ from branchtree.serving.wire import CONTENT_TYPE, EXPECTS, MEBIBYTE, Info, WireE
 from branchtree_rewards.shared.http import Caller, CallError
 from branchtree_rewards.shared.pixels import to_uint8
 from branchtree_rewards.shared.reward import Reward, reward_hook
-from branchtree_rewards.shared.samples import NO_PIXELS, NOT_FINITE, invalid_scores, score_rest
+from branchtree_rewards.shared.samples import NO_PIXELS, find_flaws, invalid_scores, score_rest
 
 BOTH = frozenset({"image", "video"})
 QUICK = 10.0  # seconds that a server may take to say how it is
@@ -111,22 +111,22 @@ class Remote(Reward[RemoteConfig]):
 
     def _score_batch(self, media: Media, conditions: Sequence[Condition]) -> Scores:
         seen = self._seen(media)  # other flaws are for the served reward to find
-        flaws = dict.fromkeys(range(len(media)), NO_PIXELS) if 0 in media.pixels.shape[1:] else {}
-        return score_rest(seen, conditions, flaws, self._scores)
+        return score_rest(seen, conditions, self._find_unsendable(media), self._scores)
+
+    def _find_unsendable(self, media: Media) -> dict[int, str]:
+        """Return why samples are not sent, by row. Bytes cannot show pixels that are not finite."""
+        if self._config.pixels == "uint8":
+            return find_flaws(media, (), lambda media: None, lambda prompt: None)
+        return dict.fromkeys(range(len(media)), NO_PIXELS) if 0 in media.pixels.shape[1:] else {}
 
     def _scores(self, media: Media, conditions: Sequence[Condition]) -> Scores:
         """Score by one request, or by more where one would be too large for the server."""
         info, pixels, as_bytes = self._info, media.pixels.detach(), self._config.pixels == "uint8"
-        finite = pixels.flatten(1).isfinite().all(dim=1)
         if as_bytes:
-            pixels = to_uint8(pixels.nan_to_num())
+            pixels = to_uint8(pixels)
         body = encode_request(pixels, media.fps, conditions) if pixels.nbytes < info.max_body else None
         if body is not None and len(body) <= info.max_body:
-            scores = self._request(body, len(media))
-            if not as_bytes:
-                return scores
-            broken = dict.fromkeys(finite.logical_not().nonzero().flatten().tolist(), NOT_FINITE)
-            return replace(scores, valid=scores.valid & finite, reasons={**scores.reasons, **broken})
+            return self._request(body, len(media))
         if len(media) == 1 or info.groupwise:
             size = (len(body) if body else pixels.nbytes) / MEBIBYTE
             raise RewardError(

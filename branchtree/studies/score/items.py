@@ -50,7 +50,7 @@ class Item:
     @property
     def at(self) -> str:
         """How messages about it begin: with the line that named it, if one did."""
-        return f"{self.condition.place}: " if self.condition.place else ""
+        return f"{self.condition.location}: " if self.condition.location else ""
 
 
 def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]:
@@ -168,4 +168,4 @@ def _row_item(row: Mapping[str, Any], folder: Path, location: str, default: str)
     require_characters(str(file), f"{location}: {kind}")
     metadata = {key: value for key, value in row.items() if key not in KEYS}
     require_writable(metadata, location)
-    return Item(folder / user_path(file), kind, Condition(text, metadata=metadata, place=location))
+    return Item(folder / user_path(file), kind, Condition(text, metadata=metadata, location=location))

@@ -188,7 +188,7 @@ def _mismatch(item: Item, reward: NamedReward) -> str | None:
         kinds = " and ".join(f"{kind}s" for kind in sorted(takes))
         return f"{item.at}reward '{reward.label}' scores {kinds}, but '{item.path}' is a {item.kind}"
     if needs_prompt(reward.adapter) and not item.condition.prompt.strip():
-        where = 'as "prompt" in its row, or ' if item.condition.place else ""
+        where = 'as "prompt" in its row, or ' if item.condition.location else ""
         return (
             f"{item.at}reward '{reward.label}' reads the prompt, and '{item.path}' has none; give one {where}with "
             "--prompt (prompt=... in Python) for all that have none"
