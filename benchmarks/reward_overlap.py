@@ -25,8 +25,8 @@ import torch
 
 from branchtree.core.scores import Scores
 from branchtree.plugins import Condition, Media
+from branchtree.plugins.scores import NamedReward
 from branchtree.recipe import load_recipe
-from branchtree.recipe.build import NamedReward
 from branchtree.run.directory import RunDirectory
 from branchtree.training.inputs import read_inputs
 from branchtree.training.iteration import iterate

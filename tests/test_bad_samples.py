@@ -25,8 +25,8 @@ from branchtree.core.scores import Scores
 from branchtree.errors import DataError
 from branchtree.plugins import Condition, Media, RewardAdapter
 from branchtree.plugins.protocols import GroupReward
-from branchtree.plugins.scores import ask, needs_prompt
-from branchtree.recipe.build import NamedReward, make_reward
+from branchtree.plugins.scores import NamedReward, ask, needs_prompt
+from branchtree.recipe.build import make_reward
 from branchtree.training.limits import RowLimit
 from branchtree.training.scoring import timed_scores
 

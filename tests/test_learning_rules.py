@@ -23,8 +23,7 @@ from branchtree import load_recipe
 from branchtree.core.scores import Scores
 from branchtree.errors import RecipeError, RewardError
 from branchtree.plugins import Condition, Media
-from branchtree.plugins.scores import ask
-from branchtree.recipe.build import NamedReward
+from branchtree.plugins.scores import NamedReward, ask
 from branchtree.run.directory import RunDirectory
 from branchtree.run.manifest import write_manifest
 from branchtree.run.resume import find_checkpoint

@@ -22,7 +22,8 @@ from branchtree.errors import DeviceMemoryError, RewardError
 from branchtree.planning.fitting import open_limits
 from branchtree.planning.memory import estimate_memory
 from branchtree.plugins import Condition, Footprint, Media
-from branchtree.recipe.build import NamedReward, make_credit_rule, make_schedule
+from branchtree.plugins.scores import NamedReward
+from branchtree.recipe.build import make_credit_rule, make_schedule
 from branchtree.recipe.schema import BatchSection
 from branchtree.run.directory import LIMITS, RunDirectory
 from branchtree.testing.probe import require_equal

@@ -30,7 +30,8 @@ from branchtree.core.tree import grow
 from branchtree.data.prompts import PromptOrder
 from branchtree.errors import ModelError, RewardError
 from branchtree.plugins import Condition, Media
-from branchtree.recipe.build import NamedReward, make_schedule
+from branchtree.plugins.scores import NamedReward
+from branchtree.recipe.build import make_schedule
 from branchtree.recipe.schema import BatchSection, ScoringSection
 from branchtree.report import write_page
 from branchtree.run.checkpoint import list_checkpoints

@@ -26,7 +26,8 @@ from branchtree.core.sharing import cut
 from branchtree.core.tree import grow, grow_shares
 from branchtree.errors import RecipeError
 from branchtree.pictures.grid import Thumbnail
-from branchtree.recipe.build import NamedReward, make_schedule
+from branchtree.plugins.scores import NamedReward
+from branchtree.recipe.build import make_schedule
 from branchtree.recipe.load import load_recipe
 from branchtree.training.processes import GroupRecord, Team, make_team, refuse_whole_groups
 

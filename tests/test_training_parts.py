@@ -33,8 +33,7 @@ from branchtree.files.writing import write_atomically
 from branchtree.pictures.grid import write_grid
 from branchtree.pictures.still import fitted, to_image
 from branchtree.plugins import Condition, Conditioning, Media
-from branchtree.plugins.scores import ask
-from branchtree.recipe.build import NamedReward
+from branchtree.plugins.scores import NamedReward, ask
 from branchtree.recipe.schema import OptimSection
 from branchtree.run.checkpoint import list_checkpoints
 from branchtree.run.directory import METRICS, RunDirectory

@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from branchtree.core.transitions import Reduction, like
+from branchtree.core.transitions import Reduction
 
 LOG_SQRT_TAU = 0.5 * math.log(2 * math.pi)
 
@@ -59,6 +59,11 @@ class GaussianTransition:
 
     def _reduced(self, average: Tensor, reduction: Reduction) -> Tensor:
         return average if reduction == "mean" else average * self.mean[0].numel()
+
+
+def like(rows: Tensor, latents: Tensor) -> Tensor:
+    """A vector (B,) as float32 (B, 1, ...) that broadcasts against latents (B, *latent)."""
+    return rows.to(device=latents.device, dtype=torch.float32).view(-1, *[1] * (latents.ndim - 1))
 
 
 class GaussianKernel(ABC):

@@ -8,8 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from branchtree.core.gaussian import like
 from branchtree.core.transfer import send
-from branchtree.core.transitions import like
 
 Solver = Literal["euler", "dpm2m"]
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from typing import Literal, Protocol, Self, runtime_checkable
 
-import torch
 from torch import Tensor
 
 Reduction = Literal["mean", "sum"]
@@ -48,8 +47,3 @@ class ScalesNoise(Protocol):
 
     def noise_scale(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         """Return the standard deviation that a stochastic step adds, (B,), for noise levels (B,)."""
-
-
-def like(rows: Tensor, latents: Tensor) -> Tensor:
-    """A vector (B,) as float32 (B, 1, ...) that broadcasts against latents (B, *latent)."""
-    return rows.to(device=latents.device, dtype=torch.float32).view(-1, *[1] * (latents.ndim - 1))

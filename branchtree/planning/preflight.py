@@ -18,14 +18,9 @@ from branchtree.planning.memory import (
     prompts_each,
 )
 from branchtree.plugins.protocols import ModelAdapter, RewardAdapter, SizedReward
+from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import Footprint, RewardFootprint
-from branchtree.recipe.build import (
-    NamedReward,
-    make_credit_rule,
-    make_model,
-    make_reward,
-    make_schedule,
-)
+from branchtree.recipe.build import make_credit_rule, make_model, make_reward, make_schedule
 from branchtree.recipe.schema import Recipe, RewardSection
 from branchtree.recipe.source import KeyPath
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from numbers import Integral
 
 import torch
@@ -14,6 +15,21 @@ from branchtree.plugins.protocols import GroupReward, ReadsPrompt, RewardAdapter
 from branchtree.plugins.values import Condition, Media
 
 NOT_FINITE = "the value is not finite"
+
+
+@dataclass(frozen=True)
+class NamedReward:
+    """A reward with its label and weight in a recipe."""
+
+    label: str
+    weight: float
+    adapter: RewardAdapter
+    described: str = ""  # its name and settings
+
+    @property
+    def groupwise(self) -> bool:
+        """Whether it must get all samples of a prompt at once; known once it is loaded."""
+        return isinstance(self.adapter, GroupReward) and self.adapter.groupwise
 
 
 def ask(label: str, adapter: RewardAdapter, media: Media, conditions: Sequence[Condition]) -> Scores:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,8 +21,9 @@ from branchtree.core.transitions import Kernel, ScalesNoise
 from branchtree.errors import RecipeError
 from branchtree.plugins.base import Callback
 from branchtree.plugins.builtin import sliding_window
-from branchtree.plugins.protocols import GroupReward, ModelAdapter, RewardAdapter
+from branchtree.plugins.protocols import ModelAdapter, RewardAdapter
 from branchtree.plugins.registry import registry
+from branchtree.plugins.scores import NamedReward
 from branchtree.recipe.load import validate_options
 from branchtree.recipe.schema import (
     CallbackSection,
@@ -37,21 +37,6 @@ from branchtree.recipe.schema import (
 from branchtree.recipe.source import KeyPath
 
 log = logging.getLogger("branchtree")
-
-
-@dataclass(frozen=True)
-class NamedReward:
-    """A reward with its label and weight in a recipe."""
-
-    label: str
-    weight: float
-    adapter: RewardAdapter
-    described: str = ""  # its name and settings
-
-    @property
-    def groupwise(self) -> bool:
-        """Whether it must get all samples of a prompt at once; known once it is loaded."""
-        return isinstance(self.adapter, GroupReward) and self.adapter.groupwise
 
 
 def make_rule(kind: str, name: str, choice: Choice | None, at: KeyPath, *given: Any) -> Any:

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import Condition
-from branchtree.recipe.build import NamedReward
 from branchtree.recipe.paths import local_paths
 from branchtree.recipe.schema import DataSection, EvaluationSection, Recipe
 

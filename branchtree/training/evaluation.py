@@ -14,8 +14,8 @@ from torch import Tensor
 from branchtree.core.rollout import chunks
 from branchtree.core.scores import Scores
 from branchtree.errors import ModelError, RewardError
+from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import Condition, Media
-from branchtree.recipe.build import NamedReward
 from branchtree.training.faults import REMEDY, are_faults
 from branchtree.training.limits import RowLimits
 from branchtree.training.policy import Policy

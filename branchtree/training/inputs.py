@@ -10,16 +10,9 @@ from branchtree.core.schedule import Schedule
 from branchtree.data.prompts import check_conditions, held_out_conditions, training_conditions
 from branchtree.plugins.base import Callback
 from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import Condition
-from branchtree.recipe.build import (
-    NamedReward,
-    check_learns,
-    make_callbacks,
-    make_kernel,
-    make_model,
-    make_rewards,
-    make_schedule,
-)
+from branchtree.recipe.build import check_learns, make_callbacks, make_kernel, make_model, make_rewards, make_schedule
 from branchtree.recipe.schema import Recipe
 from branchtree.run.contents import Contents, evaluation_identity, read_contents
 

@@ -20,14 +20,9 @@ from branchtree.planning.devices import indexed
 from branchtree.planning.gpus import USABLE, device_memory
 from branchtree.planning.preflight import TrainingNeed, step_shortage
 from branchtree.plugins.protocols import CompilesBlocks, ModelAdapter, RewardAdapter
+from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import LoraSettings
-from branchtree.recipe.build import (
-    NamedReward,
-    make_credit_rule,
-    make_edge_loss,
-    make_sampler,
-    planned_steps,
-)
+from branchtree.recipe.build import make_credit_rule, make_edge_loss, make_sampler, planned_steps
 from branchtree.recipe.schema import OptimSection, Recipe
 from branchtree.run.directory import RunDirectory
 from branchtree.run.resume import find_checkpoint

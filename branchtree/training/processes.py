@@ -25,7 +25,8 @@ from branchtree.core.sharing import cut
 from branchtree.core.tree import Topology, grow, grow_shares
 from branchtree.errors import BranchTreeError, DataError, RecipeError, RewardError
 from branchtree.pictures.grid import Thumbnail
-from branchtree.recipe.build import NamedReward, make_shares
+from branchtree.plugins.scores import NamedReward
+from branchtree.recipe.build import make_shares
 from branchtree.recipe.schema import Recipe
 
 Value = TypeVar("Value")

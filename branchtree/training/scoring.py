@@ -20,9 +20,8 @@ from torch import Tensor
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
 from branchtree.plugins.protocols import ModelAdapter, ReleasesMemory
-from branchtree.plugins.scores import ask, failed_scores
+from branchtree.plugins.scores import NamedReward, ask, failed_scores
 from branchtree.plugins.values import Condition, Media
-from branchtree.recipe.build import NamedReward
 from branchtree.training.faults import find_faults, mask_faults
 from branchtree.training.limits import REWARD_REMEDY, RowLimit, RowLimits, ran_out_of_memory
 

@@ -10,7 +10,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from branchtree.errors import RecipeError
-from branchtree.recipe.build import NamedReward, make_reward
+from branchtree.plugins.scores import NamedReward
+from branchtree.recipe.build import make_reward
 from branchtree.recipe.schema import RewardSection
 from branchtree.recipe.source import parse_plugin
 

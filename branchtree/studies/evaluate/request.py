@@ -13,8 +13,9 @@ from branchtree.errors import RecipeError
 from branchtree.files.reading import user_path
 from branchtree.planning.preflight import require_evaluation_memory
 from branchtree.plugins.protocols import LoadsLora, ModelAdapter
+from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import Condition
-from branchtree.recipe.build import NamedReward, make_kernel, make_model, make_rewards
+from branchtree.recipe.build import make_kernel, make_model, make_rewards
 from branchtree.recipe.schema import EvaluationSection, Recipe
 from branchtree.run.checkpoint import read_state
 from branchtree.run.contents import changed_files, read_contents

@@ -17,8 +17,7 @@ from branchtree.errors import DataError, OutputError, RecipeError, RewardError, 
 from branchtree.files.reading import whole_text
 from branchtree.planning.devices import named_device
 from branchtree.plugins.protocols import ReleasesMemory
-from branchtree.plugins.scores import ask, needs_prompt
-from branchtree.recipe.build import NamedReward
+from branchtree.plugins.scores import NamedReward, ask, needs_prompt
 from branchtree.studies.common.output import Advance, as_lines, check_file, counter, write_lines
 from branchtree.studies.common.rewards import Spec, make_named
 from branchtree.studies.score.items import Given, Item, list_items
