@@ -1,16 +1,24 @@
 """The rewards `motion_smoothness` and `motion_direction`, on clips of known motion and on the same clips spoilt."""
 
+import hashlib
 import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import clips
 import pydantic
 import pytest
 import torch
-from branchtree_rewards.motion.reward import MotionConfig, MotionDirection, MotionDisplacement, MotionSmoothness
+from branchtree_rewards.motion.reward import (
+    MEASURES,
+    MotionConfig,
+    MotionDirection,
+    MotionDisplacement,
+    MotionSmoothness,
+)
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -26,6 +34,26 @@ OPPOSITE = {"left": "right", "right": "left", "up": "down", "down": "up"}
 each_reward = pytest.mark.parametrize("name", REWARDS)
 each_measure = pytest.mark.parametrize("measure", ["flow", "subject"])
 Reward = MotionSmoothness | MotionDirection
+
+
+@pytest.fixture(scope="module", autouse=True)
+def measured_once() -> Iterator[None]:
+    """Measure the same frames once: what rewards make of a measurement, and of first frames, comes after it."""
+    known: dict[tuple[str, torch.Size, bytes], Any] = {}
+
+    def remembering(name: str, measure: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        def measured(frames: Tensor) -> Any:
+            key = (name, frames.shape, hashlib.sha256(frames.contiguous().numpy()).digest())
+            if key not in known:
+                known[key] = measure(frames)
+            return known[key]
+
+        return measured
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name, measure in list(MEASURES.items()):
+            patch.setitem(MEASURES, name, remembering(name, measure))
+        yield
 
 
 def loaded(name: str, measure: str = "flow", **settings: float) -> Reward:
