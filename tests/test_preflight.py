@@ -332,7 +332,7 @@ def test_the_timeout_reaches_the_process_group() -> None:
         import os
         import torch
         os.environ |= dict(LOCAL_RANK="0", RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-        from accelerate import PartialState
+        from accelerate.state import AcceleratorState
         from branchtree import load_recipe
         from branchtree.run.directory import RunDirectory
         from branchtree.training.loading import make_accelerator
@@ -342,7 +342,7 @@ def test_the_timeout_reaches_the_process_group() -> None:
             group = torch.distributed.group.WORLD
             print(round(group._get_backend(torch.device("cpu")).options._timeout.total_seconds()))
             torch.distributed.destroy_process_group()
-            PartialState._reset_state()
+            AcceleratorState._reset_state(reset_partial_state=True)
         """
     done = run_code(code)
     assert done.out.split() == [str(2 * 3600), "600", "30"], done.err
