@@ -60,7 +60,7 @@ class WanConfig(PipelineConfig):
 
     @property
     def guided(self) -> bool:
-        """Whether guidance is on, by diffusers' rule."""
+        """Return whether guidance is on, by diffusers' rule."""
         return self.guidance > 1
 
     @property

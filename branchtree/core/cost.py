@@ -31,9 +31,9 @@ class Cost:
 
 
 def count(plans: Sequence[TreePlan], rule: CreditRule, iteration: int) -> Cost:
-    """The cost of one iteration in which every leaf is valid and no two rewards tie.
+    """Return the cost of one iteration in which every leaf is valid and no two rewards tie.
 
-    The tree is scored with made-up distinct rewards by the very functions that training uses, so these are the
+    The tree is scored with invented distinct rewards by the very functions that training uses, so these are the
     numbers that a run shows; a masked leaf or a tie can only lower them.
     """
     topology = grow(plans)

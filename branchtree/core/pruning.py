@@ -1,6 +1,6 @@
 """Which edges are trained: masks over a scored tree. The rollout and the rewards always see the full tree.
 
-A mask is per depth (N_d,) bool and speaks of the edge into each node; that of depth 0 is all False.
+A mask is per depth (N_d,) bool, for the edge into each node; that of depth 0 is all False.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ class ReadsPrompt(Protocol):
 
     @property
     def reads_prompt(self) -> bool:
-        """Whether samples need a prompt to be scored."""
+        """Return whether samples need a prompt to be scored."""
 
 
 @runtime_checkable

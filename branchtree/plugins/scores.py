@@ -28,7 +28,7 @@ class NamedReward:
 
     @property
     def groupwise(self) -> bool:
-        """Whether it must get all samples of a prompt at once; known once it is loaded."""
+        """Return whether it must get all samples of a prompt at once; known once it is loaded."""
         return isinstance(self.adapter, GroupReward) and self.adapter.groupwise
 
 

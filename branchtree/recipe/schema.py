@@ -597,7 +597,7 @@ class Recipe(Section):
 
     @property
     def autocast(self) -> bool:
-        """Whether the denoiser runs under autocast: in bfloat16 with float32 weights, which are trained in full.
+        """Return whether the denoiser runs under autocast: in bfloat16 with float32 weights, which are trained in full.
 
         A base that LoRA freezes is in bfloat16 itself.
         """

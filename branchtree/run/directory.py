@@ -171,7 +171,7 @@ class RunDirectory:
             file.write(json.dumps(row) + "\n")
 
     def sync_logs(self) -> None:
-        """Have the .jsonl files on the disk: a checkpoint must not outlive the lines that were written before it."""
+        """Flush the .jsonl files to the disk: a checkpoint must not outlive the lines that were written before it."""
         synchronise(path for path in (self.root / name for name in LOGS) if path.is_file())
 
     def rows(self, name: str) -> list[dict[str, Any]]:

@@ -47,7 +47,7 @@ class Component:
 
     @property
     def is_model(self) -> bool:
-        """Whether it has weights."""
+        """Return whether it has weights."""
         return issubclass(self.kind, nn.Module)
 
 

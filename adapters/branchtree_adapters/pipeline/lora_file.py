@@ -131,7 +131,7 @@ def _find(source: Path) -> tuple[Path, Path | None]:
 
 
 def _is_foreign(name: str) -> bool:
-    """Whether a key is one of a program that names layers in another way than diffusers."""
+    """Return whether a key is one of a program that names layers in another way than diffusers."""
     return name.startswith(("diffusion_model.", "lora_", PEFT_PREFIX))
 
 

@@ -87,7 +87,7 @@ def cpu_seconds(folder: Path) -> float | None:
 
 
 def is_finished(run: PlannedRun) -> bool:
-    """Whether a run is done. Raises OutputError if it was done for another number of iterations."""
+    """Return whether a run is done. Raises OutputError if it was done for another number of iterations."""
     path = run.folder / SUMMARY
     if not path.is_file():
         return False

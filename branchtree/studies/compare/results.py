@@ -126,7 +126,7 @@ class Comparison:
 
     @property
     def complete(self) -> bool:
-        """Whether every run is finished."""
+        """Return whether every run is finished."""
         return all(run.status == "finished" for row in self.rows for run in row.runs)
 
     def held_out(self, row: RowFigures, label: str) -> HeldOut:

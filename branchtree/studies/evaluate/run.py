@@ -57,7 +57,7 @@ class EvaluationResult:
 
     @property
     def alone(self) -> bool:
-        """Whether the base model was judged alone."""
+        """Return whether the base model was judged alone."""
         return self.iteration is None and self.lora is None
 
 
