@@ -117,7 +117,13 @@ def test_a_number_is_refused_by_name_or_plans(key: str, source: Source) -> None:
             assert named(error, key.rsplit(".", 1)[-1]), (value, str(error))
 
 
-REQUIRED: dict[str, Any] = {"path": "nowhere", "url": "http://localhost:1", "interpolator": "blend"}
+REQUIRED: dict[str, Any] = {
+    "height": 64,
+    "width": 64,
+    "path": "nowhere",
+    "url": "http://localhost:1",
+    "interpolator": "blend",
+}
 PLUGINS = [
     (kind, name)
     for kind in ("models", "rewards", "features")

@@ -67,7 +67,10 @@ class ModelAdapter(Protocol):
     # Sampling
 
     def encode(self, conditions: Sequence[Condition]) -> Conditioning:
-        """Encode P conditions: float tensors on the CPU with P as first axis, each row independent of the others."""
+        """Encode P conditions: tensors on the CPU with P as first axis, each row independent of the others.
+
+        Rows of different sizes are padded with zeros at their ends: ``predict`` gets them with as many zeros or more.
+        """
 
     def initial_noise(self, generator: torch.Generator) -> Tensor:
         """Draw one sample's starting latents (*latent), float32 on the CPU, standard normal."""

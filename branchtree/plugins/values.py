@@ -16,7 +16,7 @@ from torch import Tensor
 from branchtree.errors import shortened
 
 Conditioning = Mapping[str, Tensor]
-"""Encoded conditions of P prompts: named tensors whose first axis is P."""
+"""Encoded conditions of P prompts: named tensors whose first axis is P. Rows may have zeros at their ends."""
 
 
 @dataclass(frozen=True)

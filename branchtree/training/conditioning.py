@@ -8,6 +8,7 @@ from itertools import islice
 
 import torch
 
+from branchtree.core.padding import pad_together
 from branchtree.core.transfer import send
 from branchtree.errors import DataError
 from branchtree.plugins.protocols import DropsEncoders, ModelAdapter
@@ -60,7 +61,7 @@ class ConditioningCache:
         for key in keys:
             self._rows.move_to_end(key)
         self._shrink(keep=len(set(keys)))
-        return {name: send(torch.stack([row[name] for row in rows]), device) for name in rows[0]}
+        return {name: send(pad_together([row[name] for row in rows]), device) for name in rows[0]}
 
     def holds(self, conditions: Iterable[Condition]) -> bool:
         """Return whether all of these are encoded."""

@@ -35,6 +35,7 @@ def check_tokenizer_files(kind: Any, folder: Path) -> None:
 
 def check_tokenizer(tokenizer: Any, folder: Path, encoder: Mapping[str, Any]) -> None:
     """Refuse a tokenizer that does not fit its encoder, whose configuration is ``encoder``. Raises ModelError."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)  # a processor holds one
     special = set(tokenizer.all_special_tokens)  # among them sentinels of pre-training, which no prompt holds
     vocabulary = {token: number for token, number in tokenizer.get_vocab().items() if token not in special}
     rows = encoder.get("vocab_size")
@@ -72,6 +73,7 @@ def _require_reachable(tokenizer: Any, folder: Path) -> None:
 
 def probe_texts(tokenizer: Any, folder: Path) -> tuple[str, str]:
     """Return two texts of the tokenizer's own vocabulary that it encodes differently. Raises ModelError if none are."""
+    tokenizer = getattr(tokenizer, "tokenizer", tokenizer)
     special = set(tokenizer.all_special_ids)
     plain = sorted(set(tokenizer.get_vocab().values()) - special)
     seen: dict[tuple[int, ...], str] = {}

@@ -33,7 +33,15 @@ def save_lora(
     if not exact or math.frexp(scale)[0] == 0.5:
         layers = {name: value * scale if name.endswith(UP) else value for name, value in layers.items()}
         metadata["lora_alpha"] = config.r
-    pipeline.save_lora_weights(directory, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)
+    writer = pipeline if hasattr(pipeline, "save_lora_weights") else _plain_writer()
+    writer.save_lora_weights(directory, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)
+
+
+def _plain_writer() -> Any:
+    """Return a class that writes a transformer's LoRA, for pipelines whose class has no LoRA files of its own."""
+    from diffusers.loaders import SD3LoraLoaderMixin
+
+    return SD3LoraLoaderMixin
 
 
 def _lora_layers(denoiser: Any, replacement: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:

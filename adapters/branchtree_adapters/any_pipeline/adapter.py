@@ -1,0 +1,276 @@
+"""The model family ``diffusers``: any pipeline of diffusers with a transformer, driven through its own call."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import pydantic
+import torch
+from torch import Tensor, nn
+
+from branchtree.core.padding import pad_together
+from branchtree.data.frames import first_frame
+from branchtree.errors import DataError, ModelError, nearest
+from branchtree.plugins import Condition, Conditioning, Footprint, Media, Register, hookimpl
+from branchtree.plugins.weights import lora_parameters_per_rank
+from branchtree_adapters.any_pipeline.driver import Asked, PipelineDriver, Wrapped
+from branchtree_adapters.any_pipeline.measure import measure
+from branchtree_adapters.any_pipeline.unloaded import unloaded_pipeline
+from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
+from branchtree_adapters.pipeline.blueprint import described
+from branchtree_adapters.pipeline.components import INDEX
+from branchtree_adapters.pipeline.sources import CHECK_HUB, fetch_configs, read_configs
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+SCHEDULER = "scheduler/scheduler_config.json"
+OURS = frozenset(
+    {
+        "self",
+        "prompt",
+        "negative_prompt",
+        "image",
+        "height",
+        "width",
+        "num_frames",
+        "num_inference_steps",
+        "sigmas",
+        "timesteps",
+        "latents",
+        "generator",
+        "output_type",
+        "return_dict",
+        "callback_on_step_end",
+        "callback_on_step_end_tensor_inputs",
+    }
+)
+"""Arguments of a pipeline's call that are not the user's to set under ``call``."""
+SHORT, LONG = "a cat", "two small birds that sit on the branch of an old tree in the rain"
+"""Two prompts of different lengths, by which a pipeline's layout is learnt."""
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+"""Endings of the names of attention's projections in diffusers' transformers."""
+
+
+class DiffusersConfig(PipelineConfig):
+    """Which pipeline, and what it is to make: images, or videos of ``frames`` at ``fps`` where it makes videos.
+
+    ``images`` is how many images each condition holds, for pipelines that may take any number: 1 by default where one
+    is needed, and 0 elsewhere. ``call`` holds keywords of the pipeline's own ``__call__``, such as ``guidance_scale``.
+    ``negative_prompt`` stands in for that of conditions that have none.
+    """
+
+    frames: int | None = pydantic.Field(default=None, gt=0, le=10_000)
+    fps: float = pydantic.Field(default=16.0, ge=0.1, le=1000)
+    negative_prompt: str | None = None
+    images: int | None = pydantic.Field(default=None, ge=0, le=16)
+    call: Mapping[str, Any] = pydantic.Field(default_factory=dict)
+
+
+class Diffusers(PipelineAdapter):
+    """A pipeline whose prediction is one step of its own call: the model is what the pipeline says it is.
+
+    Latents are what the pipeline gives its scheduler.
+    """
+
+    config: DiffusersConfig
+    config_files = (SCHEDULER,)
+
+    def __init__(self, config: DiffusersConfig) -> None:
+        super().__init__(config)
+        self._loaded: PipelineDriver | None = None
+
+    # Known before loading
+
+    @cached_property
+    def pipeline_class(self) -> str:  # type: ignore[override]
+        """The class that the model's model_index.json names. Raises ModelError if it names none of diffusers."""
+        import diffusers
+
+        fetch_configs(self._source, [INDEX])
+        index = read_configs(self._source, [INDEX])
+        if index is None:
+            raise ModelError(f"'{self._source.name}/{INDEX}' cannot be read; {CHECK_HUB}.")
+        name = str(index[INDEX].get("_class_name"))
+        kind = getattr(diffusers, name, None)
+        if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
+            raise ModelError(f"'{self._source.location}/{INDEX}' names {name}, which is no pipeline of diffusers.")
+        return name
+
+    @cached_property
+    def _takes(self) -> Mapping[str, inspect.Parameter]:
+        return inspect.signature(inspect.unwrap(self._class.__call__)).parameters
+
+    @property
+    def modality(self) -> str:
+        """``"video"`` for a pipeline that takes a number of frames."""
+        return "video" if "num_frames" in self._takes else "image"
+
+    @property
+    def prediction(self) -> str:  # type: ignore[override]
+        """What the model predicts, by its scheduler's configuration."""
+        scheduler = self.blueprint.configs[SCHEDULER]
+        default = "epsilon" if "beta_schedule" in scheduler else "flow_prediction"
+        kind = scheduler.get("prediction_type", default)
+        flow = "flow" in kind or scheduler.get("use_flow_sigmas")
+        return "velocity" if flow else {"epsilon": "noise", "v_prediction": "v"}.get(kind, "velocity")
+
+    @property
+    def media(self) -> frozenset[str]:  # type: ignore[override]
+        """The image that a pipeline takes, if it takes one."""
+        return frozenset({"image", "video"} if self._images else ())
+
+    @property
+    def _images(self) -> int:
+        """Images that a condition holds. Raises ModelError for a pipeline that takes none."""
+        image = self._takes.get("image")
+        if self.config.images is None:
+            return int(image is not None and image.default is inspect.Parameter.empty)
+        if self.config.images and image is None:
+            raise ModelError(f"model.images: {self.pipeline_class} takes no image; leave it out.")
+        return self.config.images
+
+    @property
+    def call(self) -> dict[str, Any]:
+        """The keywords of every call. Raises ModelError for one that the pipeline does not take."""
+        known = self._takes.keys() - OURS
+        for name in self.config.call:
+            if name not in known:
+                reason = "is set by keys of its own" if name in OURS else "is not taken"
+                raise ModelError(f"model.call.{name} {reason} by {self.pipeline_class}{nearest(name, sorted(known))}")
+        sizes = {"height": self.config.height, "width": self.config.width, "num_frames": self.config.frames}
+        given = {name: size for name, size in sizes.items() if name in self._takes and size is not None}
+        return {**given, **self.config.call}
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """The shape of what the pipeline gives its scheduler."""
+        return self.driver.state_shape
+
+    @property
+    def rows_per_prediction(self) -> int:  # type: ignore[override]
+        """Rows through the denoiser for each row predicted, guidance included."""
+        return self.driver.rows_per_prediction
+
+    def _lora_targets(self, denoiser: nn.Module) -> Sequence[str]:
+        linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+        return [name for name in linear if name.endswith(ATTENTION)] or linear
+
+    def footprint(self) -> Footprint:
+        """Return the model's sizes, measured on a pipeline without weights. Raises ModelError if there can be none."""
+        pipeline, driver = self._unloaded
+        found = measure(pipeline, driver, self._examples[0], torch.bfloat16, self.blueprint.origin)
+        with torch.device("meta"):
+            transformer = self.build_denoiser()
+        each_rank = lora_parameters_per_rank(transformer, self._lora_targets(transformer))
+        return replace(found, lora_parameters_per_rank=each_rank, assumed=self.blueprint.assumed)
+
+    # The pipeline at work
+
+    @property
+    def driver(self) -> PipelineDriver:
+        """The driver of the loaded pipeline; before it is loaded, that of a pipeline without weights."""
+        return self._unloaded[1] if self._loaded is None else self._loaded
+
+    @cached_property
+    def _unloaded(self) -> tuple[Any, PipelineDriver]:
+        """A pipeline made of configuration files, and its driver."""
+        with described():
+            pipeline = unloaded_pipeline(self._class, self.blueprint, self._source.folder)
+            return pipeline, self._driven(pipeline, torch.device("cpu"))
+
+    def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
+        """Load the pipeline, and learn its layout, for which encoders work once; see PipelineAdapter."""
+        super().load(device, dtype, denoiser_dtype)
+        pipeline = self.with_encoders()
+        on_device(pipeline.vae, device)
+        self._loaded = self._driven(pipeline, device)
+        self._loaded.compare_levels()
+        self.release_frozen()
+
+    def _driven(self, pipeline: Any, device: torch.device) -> PipelineDriver:
+        driver = PipelineDriver(pipeline, self.call, device)
+        driver.learn(*self._examples)
+        return driver
+
+    @property
+    def _examples(self) -> list[Asked]:
+        """Two prompts of different lengths, with different images."""
+        return [
+            self._asked(Condition(prompt, self.config.negative_prompt), self._blank(colour))
+            for prompt, colour in ((SHORT, "grey"), (LONG, "white"))
+        ]
+
+    def _asked(self, condition: Condition, image: Image.Image | None) -> Asked:
+        negative = condition.negative_prompt if condition.negative_prompt is not None else self.config.negative_prompt
+        return Asked(condition.prompt, negative, {"image": image} if self._images else {})
+
+    def _blank(self, colour: str) -> Image.Image:
+        from PIL import Image
+
+        return Image.new("RGB", (self.config.width, self.config.height), colour)
+
+    def check(self, condition: Condition) -> None:
+        """Refuse a condition that the pipeline cannot take. Raises DataError."""
+        if condition.negative_prompt and "negative_prompt" not in self._takes:
+            raise DataError(f"{condition} has a negative prompt, which {self.pipeline_class} does not take; remove it.")
+        self._image(condition)
+
+    def _image(self, condition: Condition) -> Image.Image | None:
+        if not self._images:
+            return None
+        image = first_frame(condition)
+        if image is None:
+            raise DataError(f"{condition} has no image, which {self.pipeline_class} needs; give it an 'image'.")
+        return image
+
+    def encode_condition(self, condition: Condition) -> Conditioning:
+        """Return what the pipeline's own methods gave for a condition, by method, call and leaf."""
+        return self.driver.encode(self._asked(condition, self._image(condition)))
+
+    @torch.no_grad()
+    def encode(self, conditions: Sequence[Condition]) -> Conditioning:
+        """Encode P conditions, one at a time; rows of other sizes are padded with zeros at their ends."""
+        self.with_encoders()
+        rows = [self.encode_condition(condition) for condition in conditions]
+        return {name: pad_together([row[name][0].cpu() for row in rows]) for name in rows[0]}
+
+    def initial_noise(self, generator: torch.Generator) -> Tensor:
+        """Draw starting latents as the pipeline does and lays them out."""
+        return self.driver.noise(generator)
+
+    def sigmas(self, steps: int) -> Tensor:
+        """Return the noise levels (steps + 1,) of the pipeline's own schedule."""
+        return self.driver.grid(steps)
+
+    def predict(
+        self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
+    ) -> Tensor:
+        """Return what the pipeline gives its scheduler (B, *latent), guidance included, at sigma (B,)."""
+        components = None
+        if denoiser is not None and denoiser is not self.denoiser:
+            components = {"transformer": Wrapped(denoiser, self.denoiser)}
+        return self.driver.predict(latents, sigma.to(latents.device), conditioning, components)
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Media:
+        """Decode latents (B, *latent) as the pipeline does after its loop."""
+        on_device(self.pipeline.vae, self.device)
+        decoded = self.driver.decode(latents.to(self.device), self._example_rows(len(latents)))
+        samples = decoded.float().clamp(0, 1)
+        return Media(videos=samples, fps=self.config.fps) if self.modality == "video" else Media(images=samples)
+
+    def _example_rows(self, count: int) -> dict[str, Tensor]:
+        return {name: value.expand(count, *value.shape[1:]) for name, value in self.driver.example.items()}
+
+
+@hookimpl
+def register_models(register: Register) -> None:
+    """Register the model family ``diffusers``."""
+    register(
+        "diffusers", build=Diffusers, config=DiffusersConfig, summary="any diffusers pipeline, driven by its own call"
+    )

@@ -1,0 +1,434 @@
+"""One step of a pipeline's own ``__call__`` as a prediction, its first lines as an encoder, its last as a decoder."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from branchtree.errors import ModelError
+from branchtree_adapters.any_pipeline.clock import Clock, flow_clock, noise_clock
+from branchtree_adapters.any_pipeline.draws import Draw, find_draw, numbered_draws
+from branchtree_adapters.any_pipeline.families import Family, family_of
+from branchtree_adapters.any_pipeline.images import blank_images, image_sizes, inverted_images
+from branchtree_adapters.any_pipeline.recording import (
+    Around,
+    Leaf,
+    LeafLayout,
+    Recording,
+    Replay,
+    find_states,
+    groups,
+    learn_layout,
+    pack,
+    recorded_methods,
+    without_given,
+)
+from branchtree_adapters.any_pipeline.schedulers import GridReader, StepKeeper, StepRequest, StopCall, stand_in
+from branchtree_adapters.any_pipeline.times import MixedRowsError, row_sigmas, row_times
+
+DENOISERS = ("transformer", "unet", "transformer_2", "unconditional_transformer")
+"""Names that pipelines have for what denoises."""
+TABLE_STEPS = 8
+"""Steps of the grid by which a pipeline's times are compared with its noise levels."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as a pipeline's ``__call__`` takes it."""
+
+    prompt: str
+    negative_prompt: str | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)  # images and the like, by keyword
+
+
+@functools.cache
+def _quick_class(pipeline: type) -> type:
+    """Return a pipeline's class that is told its device and has no hooks to free: both walk through every module."""
+    members = {
+        "_execution_device": property(lambda self: self.__dict__["run_device"]),
+        "maybe_free_model_hooks": lambda self: None,
+        "__module__": pipeline.__module__,
+    }
+    return type(pipeline.__name__, (pipeline,), members)
+
+
+def _casting(vae: Any) -> Any:
+    """Return a VAE that takes tensors of any precision: pipelines give it those of their denoiser's."""
+    other = copy.copy(vae)
+
+    def cast(own: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda sample, *args, **kwargs: own(sample.to(vae.dtype), *args, **kwargs)
+
+    other.__dict__.update(encode=cast(vae.encode), decode=cast(vae.decode))
+    return other
+
+
+class Wrapped:
+    """A denoiser under another module, such as DDP's, with the attributes that a pipeline looks for on it."""
+
+    def __init__(self, outer: nn.Module, denoiser: nn.Module) -> None:
+        self._outer, self._denoiser = outer, denoiser
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the outer module."""
+        return self._outer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._denoiser, name)
+
+
+class PipelineDriver:
+    """Drives a loaded flow-matching or noise-predicting pipeline.
+
+    Args:
+        pipeline: of diffusers.
+        call: keywords of its ``__call__``, such as sizes and guidance.
+        device: where the denoiser is.
+        family: what is particular to the pipeline; None: what is known of its class.
+
+    Raises ModelError if the pipeline's settings make a prediction depend on the step's number.
+    """
+
+    def __init__(
+        self, pipeline: Any, call: Mapping[str, Any], device: torch.device, family: Family | None = None
+    ) -> None:
+        self._pipeline, self._call, self._device = pipeline, dict(call), device
+        self._family = family or family_of(type(pipeline))
+        self._family.check(pipeline, self._call)
+        pipeline.set_progress_bar_config(disable=True)
+        self._function: Callable[..., Any] = inspect.unwrap(type(pipeline).__call__)  # without its no_grad
+        self._takes = inspect.signature(self._function).parameters
+        self._methods = recorded_methods(type(pipeline))
+        config = pipeline.scheduler.config
+        self._train_steps: int = config.get("num_train_timesteps", 1000)
+        self._inverted = bool(config.get("invert_sigmas", False))
+        kind = config.get("prediction_type", "flow_prediction")
+        self.prediction = {"epsilon": "noise", "v_prediction": "v"}.get(kind, "velocity")
+        """What the denoiser predicts, in the library's words."""
+        self._rows_share_a_call: bool | None = None  # though their times differ; learnt at the first such rows
+        self._learnt: LeafLayout | None = None
+        self._draws: list[Draw] = []
+        self._clock: Clock
+        self.rows_per_prediction = 1
+        """Rows through the denoiser for each row predicted."""
+        self.example: Mapping[str, Tensor] = {}
+        """The encodings of the prompt by which the layout was learnt, one row."""
+        self._asked: Asked | None = None
+
+    # Running the pipeline
+
+    @contextmanager
+    def _playing(self, kind: type[StepKeeper | GridReader], question: StepRequest, around: Around) -> Iterator[Any]:
+        """A shallow copy of the pipeline, with a stand-in scheduler and its methods replaced on the copy alone."""
+        pipeline = copy.copy(self._pipeline)
+        own_class: Any = type(pipeline)  # mypy takes no class for hashable
+        pipeline.__class__ = _quick_class(own_class)
+        pipeline.__dict__["run_device"] = self._device
+        pipeline.__dict__["vae"] = _casting(self._pipeline.vae)
+        pipeline.__dict__["scheduler"] = stand_in(self._pipeline.scheduler, kind, question)
+        inside = False
+
+        def replaced(name: str) -> Callable[..., Any]:
+            own = getattr(pipeline, name)
+
+            def call(*args: Any, **kwargs: Any) -> Any:
+                nonlocal inside
+                if inside:
+                    return own(*args, **kwargs)
+                inside = True
+                try:
+                    return around(name, own, args, kwargs)
+                finally:
+                    inside = False
+
+            return call
+
+        pipeline.__dict__.update({name: replaced(name) for name in self._methods})
+        yield pipeline
+
+    def _run(
+        self,
+        kind: type[StepKeeper | GridReader],
+        question: StepRequest,
+        around: Around,
+        asked: Asked,
+        rows: int = 1,
+        components: Mapping[str, Any] | None = None,
+        **keywords: Any,
+    ) -> Any:
+        call = {
+            "generator": torch.Generator().manual_seed(0),  # never torch's own random state
+            "num_inference_steps": TABLE_STEPS,
+            "return_dict": False,
+            **self._call,
+            **asked.extra,
+            **keywords,
+        }
+        if self._family.copies is not None:
+            call[self._family.copies], rows = rows, 1
+        if "negative_prompt" in self._takes and asked.negative_prompt is not None:
+            call["negative_prompt"] = [asked.negative_prompt] * rows
+        with self._playing(kind, question, around) as pipeline:
+            pipeline.__dict__.update(components or {})
+            try:
+                return self._function(pipeline, prompt=[asked.prompt] * rows, **call)
+            except StopCall:
+                return None
+
+    # Encoding
+
+    @torch.no_grad()
+    def _record(
+        self, asked: Asked, copies: int = 1, steps: int = 0, given: Mapping[Leaf, Tensor] | None = None
+    ) -> tuple[Recording, StepRequest]:
+        question = StepRequest(torch.ones(steps) * self._train_steps, torch.ones(steps + 1))
+        recording = Recording(self._pipeline_dtype, given or {})
+        self._run(StepKeeper, question, recording.around, asked, copies, output_type="latent")
+        return recording, question
+
+    @property
+    def _pipeline_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.denoiser.dtype
+        return dtype
+
+    @property
+    def denoisers(self) -> dict[str, nn.Module]:
+        """The pipeline's modules that denoise, by name."""
+        found = {name: getattr(self._pipeline, name, None) for name in DENOISERS}
+        return {name: module for name, module in found.items() if module is not None}
+
+    @property
+    def denoiser(self) -> Any:
+        """The first of the modules that denoise."""
+        return next(iter(self.denoisers.values()))
+
+    def learn(self, asked: Asked, other: Asked) -> None:
+        """Learn the pipeline's layout from two prompts of different lengths. Raises ModelError if it has none."""
+        if asked.extra == other.extra:  # what follows from an image would pass for the same for all prompts
+            other = replace(other, extra=inverted_images(other.extra))
+        with rows_of_calls(self.denoiser) as calls:
+            one, question = self._record(asked, steps=1)
+        self.rows_per_prediction = sum(calls)
+        two, _ = self._record(asked, copies=2)
+        third, _ = self._record(other)
+
+        def ask(leaf: Leaf, value: Tensor) -> Sequence[Tensor]:
+            return self._record(asked, steps=1, given={leaf: value})[1].samples
+
+        states = find_states(one.leaves, question.samples, ask)
+        if self._family.denoised in one.leaves:
+            states = (without_given(states[0], one.leaves[self._family.denoised].cpu()), *states[1:])
+        rules = self._family.rules
+        rules = replace(rules, ragged=rules.ragged or bool(image_sizes(asked.extra)))
+        self._learnt = learn_layout(one, two, third, states, rules)
+        self._asked = asked
+        with numbered_draws(type(self._pipeline)) as draws:
+            numbered, _ = self._record(asked)
+        self.example = pack(one, self._learnt, image_sizes(asked.extra))
+        self._draws = [find_draw(numbered.leaves[state.leaf], state, draws) for state in self._learnt.states]
+        if self.prediction == "velocity":
+            fine = partial(self._own_grid, self._train_steps)
+            self._clock = flow_clock(self._train_steps, self._own_grid(TABLE_STEPS), fine)
+        else:
+            self._clock = noise_clock(self._pipeline.scheduler)
+
+    @property
+    def layout(self) -> LeafLayout:
+        """What was learnt. Raises ModelError before ``learn``."""
+        if self._learnt is None:
+            raise ModelError("the pipeline's layout is not known yet")
+        return self._learnt
+
+    @property
+    def _first(self) -> Asked:
+        assert self._asked is not None
+        return self._asked
+
+    def _blank(self, packed: Mapping[str, Tensor]) -> Asked:
+        """Return a prompt for the pipeline to run through while its methods are replayed."""
+        return replace(self._first, extra=blank_images(self._first.extra, packed))
+
+    def compare_levels(self) -> None:
+        """Find out, by a few predictions, whether rows of different noise levels can share a call."""
+        state = torch.stack([self.noise(torch.Generator().manual_seed(row)) for row in range(2)]).to(self._device)
+        twice = {name: value.expand(2, *value.shape[1:]).to(self._device) for name, value in self.example.items()}
+        self._rows_share_a_call = self._try_mixed(state, torch.tensor([0.8, 0.3], device=self._device), twice)
+
+    def encode(self, asked: Asked) -> dict[str, Tensor]:
+        """Return a prompt's encodings by name, each with a first axis of 1, on the CPU."""
+        recording, _ = self._record(asked)
+        return pack(recording, self.layout, image_sizes(asked.extra))
+
+    # The state: one tensor, also of a model with two samples
+
+    @property
+    def state_shape(self) -> tuple[int, ...]:
+        """The shape of one row."""
+        shapes = [state.shape for state in self.layout.states]
+        return shapes[0] if len(shapes) == 1 else (sum(torch.Size(shape).numel() for shape in shapes),)
+
+    def _joined(self, samples: Sequence[Tensor]) -> Tensor:
+        return samples[0] if len(samples) == 1 else torch.cat([sample.flatten(1) for sample in samples], 1)
+
+    def _samples(self, state: Tensor) -> list[Tensor]:
+        shapes = [state_.shape for state_ in self.layout.states]
+        if len(shapes) == 1:
+            return [state]
+        pieces = state.split([torch.Size(shape).numel() for shape in shapes], 1)
+        return [piece.reshape(len(state), *shape) for piece, shape in zip(pieces, shapes, strict=True)]
+
+    def noise(self, generator: torch.Generator) -> Tensor:
+        """Draw one sample's starting noise (*state), float32 on the CPU, as the pipeline lays it out."""
+        return self._joined([draw.sample(generator)[None] for draw in self._draws])[0]
+
+    # The grid
+
+    def grid(self, steps: int) -> Tensor:
+        """Return the noise levels (steps + 1,) of the pipeline's own schedule, from at most 1 to 0."""
+        levels = self._clock.levels(*self._own_grid(steps))
+        return 1 - levels if self._inverted else levels
+
+    @torch.no_grad()
+    def _own_grid(self, steps: int) -> tuple[Tensor, Tensor]:
+        """Return the times and sigmas that the pipeline's scheduler takes in a run."""
+        question = StepRequest()
+        around = Recording(self._pipeline_dtype).around
+        self._run(GridReader, question, around, self._first, num_inference_steps=steps)
+        assert question.grid is not None
+        return question.grid
+
+    # Predicting and decoding
+
+    def predict(
+        self, state: Tensor, sigma: Tensor, packed: Mapping[str, Tensor], components: Mapping[str, Any] | None = None
+    ) -> Tensor:
+        """Return what the pipeline gives its scheduler, (B, *state), float32, after guidance.
+
+        Args:
+            state: (B, *state).
+            sigma: (B,) noise levels.
+            packed: B rows of encodings.
+            components: of the pipeline, by name, to use in place of its own.
+        """
+        kinds = groups(packed)
+        if kinds is None:
+            return self._predict_levels(state, sigma, packed, components)
+        return _in_order(
+            [(rows, self._predict_levels(state[rows], sigma[rows], _rows(packed, rows), components)) for rows in kinds]
+        )
+
+    def _predict_levels(
+        self, state: Tensor, sigma: Tensor, packed: Mapping[str, Tensor], components: Mapping[str, Any] | None
+    ) -> Tensor:
+        """Predict for rows of one shape, in one call where the pipeline's model can take a time for each row."""
+        levels = sigma.unique()
+        if len(levels) == 1:
+            return self._once(state, sigma, packed, components, mixed=False)
+        if self._rows_share_a_call is None:
+            self._rows_share_a_call = self._try_mixed(state, sigma, packed)
+        masks = [sigma == level for level in levels]
+        if self._rows_share_a_call:
+            try:
+                return self._once(state, sigma, packed, components, mixed=True)
+            except MixedRowsError as question:
+                masks = [question.answer, ~question.answer]
+        found = []
+        for mask in masks:
+            rows = torch.nonzero(mask)[:, 0]
+            found.append((rows, self._predict_levels(state[rows], sigma[rows], _rows(packed, rows), components)))
+        return _in_order(found)
+
+    def _once(
+        self,
+        state: Tensor,
+        sigma: Tensor,
+        packed: Mapping[str, Tensor],
+        components: Mapping[str, Any] | None,
+        *,
+        mixed: bool,
+    ) -> Tensor:
+        """Run the pipeline for one step."""
+        level = 1 - sigma if self._inverted else sigma
+        if mixed:
+            ndim = max(len(each.shape) for each in self.layout.states)
+            question = StepRequest(row_times(self._clock.time(level)), row_sigmas(level, ndim))
+        else:
+            question = StepRequest(self._clock.time(level[:1]), level[:1].repeat(2))
+        replay = Replay(self.layout, packed, self._samples(state))
+        asked = self._blank(packed)
+        self._run(StepKeeper, question, replay.around, asked, len(state), components, output_type="latent")
+        outputs = zip(self.layout.states, question.outputs, strict=True)
+        output = self._joined([state.of_prediction(each.float()) for state, each in outputs])
+        return -output if self._inverted else output
+
+    @torch.no_grad()
+    def _try_mixed(self, state: Tensor, sigma: Tensor, packed: Mapping[str, Tensor]) -> bool | None:
+        """Return whether one call with a time for each row gives what a call for each level gives; None: not known."""
+        try:
+            together = self._once(state, sigma, packed, None, mixed=True)
+        except MixedRowsError as question:
+            for mask in (question.answer, ~question.answer):
+                rows = torch.nonzero(mask)[:, 0]
+                if len(sigma[rows].unique()) > 1:
+                    return self._try_mixed(state[rows], sigma[rows], _rows(packed, rows))
+            return None
+        except (TypeError, ValueError, RuntimeError):  # its code makes one number of the time
+            return False
+        for level in sigma.unique():
+            mask = sigma == level
+            alone = self._once(state, level.expand(len(state)), packed, None, mixed=False)
+            scale = float(alone.abs().max())
+            if not torch.allclose(alone[mask], together[mask], rtol=1e-3, atol=1e-4 * scale):
+                return False
+        return True
+
+    @torch.no_grad()
+    def decode(self, state: Tensor, packed: Mapping[str, Tensor]) -> Any:
+        """Return what the pipeline makes of clean states (B, *state) after its loop, as a tensor with B first."""
+        kinds = groups(packed)
+        if kinds is not None:
+            return _in_order([(rows, self.decode(state[rows], _rows(packed, rows))) for rows in kinds])
+        if self._family.decodes_singly and len(state) > 1:
+            rows = torch.arange(len(state)).split(1)
+            return torch.cat([self.decode(state[row], _rows(packed, row)) for row in rows])
+        question = StepRequest(torch.zeros(0), torch.zeros(1))
+        replay = Replay(self.layout, packed, self._samples(state), self._pipeline.vae.dtype)
+        return self._run(StepKeeper, question, replay.around, self._blank(packed), len(state), output_type="pt")[0]
+
+
+@contextmanager
+def rows_of_calls(denoiser: nn.Module) -> Iterator[list[int]]:
+    """A context that yields a list of how many rows each call of a denoiser has."""
+    calls: list[int] = []
+
+    def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        given = [*args, *kwargs.values()]
+        calls.append(
+            next(len(each) for each in given if isinstance(each, (Tensor, list)) and getattr(each, "ndim", True))
+        )
+
+    hook = denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    try:
+        yield calls
+    finally:
+        hook.remove()
+
+
+def _rows(packed: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:
+    return {name: value[rows.to(value.device)] for name, value in packed.items()}
+
+
+def _in_order(found: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+    """Put rows that were predicted in groups back in their order."""
+    order = torch.cat([rows for rows, _ in found]).argsort()
+    values = torch.cat([values for _, values in found])
+    return values[order.to(values.device)]

@@ -1,0 +1,197 @@
+"""Components without weights in memory: a phantom takes what its model takes, and returns zeros of the right shapes.
+
+A phantom's parameters are torch's fake tensors, which have a shape and a dtype alone. Its class is a subclass of the
+model's own, so that a pipeline finds the configuration, attributes and methods that it looks for. A pipeline of
+phantoms runs its own ``__call__`` on real, small tensors, without weights and within seconds at any size.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensor,
+    FakeTensorMode,
+    unset_fake_temporarily,
+)
+from torch.utils._pytree import tree_any, tree_leaves, tree_map
+
+ENTRANCES = ("__call__", "encode", "decode")
+"""The methods by which pipelines call a component."""
+LARGE = 2**24
+"""Numbers from which a tensor is fake though its values are known."""
+
+
+class ShapesOnly(FakeTensorMode):
+    """Computes shapes alone of what depends on weights, and values of the rest, where these are not large.
+
+    Masks and positions do not depend on weights. Their values decide which way a model goes, or how large a tensor is,
+    so that a model that asks for them cannot run on shapes alone.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(allow_non_fake_inputs=True)
+        self.known = False  # whether values are computed; not while a model is built, whose tensors are its weights
+
+    def dispatch(
+        self, func: Any, types: Sequence[type], args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
+    ) -> object:
+        """Run one operation of torch."""
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.index.Tensor:
+            args = (args[0], _numbered(cast("list[Any]", args[1])))
+        shapes = functools.partial(self._shapes, func, types, args, kwargs)
+        if not self.known or tree_any(_is_fake, (args, kwargs)):
+            return shapes()
+        if any(isinstance(leaf, Tensor) and leaf.numel() > LARGE for leaf in tree_leaves((args, kwargs))):
+            return shapes()
+        try:
+            found = shapes()
+            if any(isinstance(leaf, Tensor) and leaf.numel() > LARGE for leaf in tree_leaves(found)):
+                return found
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            pass
+        with unset_fake_temporarily():
+            return func(*args, **kwargs)
+
+    def _shapes(self, *operation: Any) -> object:
+        """Run one operation on shapes alone, with all those that torch makes of it."""
+        known, self.known = self.known, False
+        try:
+            return super().dispatch(*operation)
+        finally:
+            self.known = known
+
+
+def _is_fake(leaf: Any) -> bool:
+    return isinstance(leaf, FakeTensor)
+
+
+def _numbered(indices: list[Any]) -> list[Any]:
+    """Replace masks with known values, which choose a number of entries that no shape says, by the entries' numbers."""
+    numbered: list[Any] = []
+    with unset_fake_temporarily():
+        for index in indices:
+            known_mask = isinstance(index, Tensor) and index.dtype == torch.bool and not _is_fake(index)
+            numbered.extend(index.nonzero(as_tuple=True) if known_mask else [index])
+    return numbered
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a phantom."""
+
+    method: str
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def rows(self) -> int:
+        """Return how many rows its first input holds: entries of a list, or the size of a tensor's first axis."""
+        return len(next(value for value in (*self.args, *self.kwargs.values()) if isinstance(value, list | Tensor)))
+
+
+@dataclass
+class _Body:
+    """What a phantom has beside its model's attributes."""
+
+    mode: ShapesOnly
+    calls: list[Call] = field(default_factory=list)
+    running: bool = False
+    stops: bool = False  # whether a call leaves what made it
+
+
+class Phantom:
+    """What is mixed into a model's class to make a phantom of it."""
+
+    body: _Body
+
+    def dry_run(self, call: Call) -> Any:
+        """Return what a call returns, as fake tensors."""
+        self.body.running = True
+        try:
+            with self.body.mode:
+                return getattr(self, call.method)(*call.args, **call.kwargs)
+        finally:
+            self.body.running = False
+
+
+@functools.cache
+def _phantom_class(kind: type) -> type:
+    entrances = {name: _entrance(name) for name in ENTRANCES if hasattr(kind, name)}
+    return type(kind.__name__, (Phantom, kind), {"__module__": kind.__module__, **entrances})
+
+
+def _entrance(method: str) -> Callable[..., Any]:
+    """Return what stands for a method of a model."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.body.running:
+            return getattr(super(Phantom, self), method)(*args, **kwargs)
+        self.body.calls.append(Call(method, args, kwargs))
+        if self.body.stops:
+            raise _CallError
+        return _zeros(self.dry_run(self.body.calls[-1]))
+
+    return call
+
+
+def phantom(build: Callable[[], nn.Module]) -> Any:
+    """Return the phantom of a model, which ``build`` builds with fresh weights."""
+    mode = ShapesOnly()
+    with mode:
+        module = build().eval()
+    mode.known = True
+    kind: Any = type(module)
+    module.__class__ = _phantom_class(kind)
+    module.__dict__["body"] = _Body(mode)
+    return module
+
+
+@contextmanager
+def recorded_calls(component: Any) -> Iterator[list[Call]]:
+    """A context that yields a list of the calls of a phantom in it."""
+    calls: list[Call] = []
+    before, component.body.calls = component.body.calls, calls
+    try:
+        yield calls
+    finally:
+        component.body.calls = before
+
+
+class _CallError(BaseException):
+    """Leaves what called a phantom. No handler of a pipeline's may catch it."""
+
+
+def first_call(component: Any, run: Callable[[], Any]) -> Call | None:
+    """Return the first call that ``run`` makes of a phantom, and leave it there; None if it makes none."""
+    with recorded_calls(component) as calls:
+        component.body.stops = True
+        try:
+            run()
+        except _CallError:
+            pass
+        finally:
+            component.body.stops = False
+    return calls[0] if calls else None
+
+
+def _zeros(output: Any) -> Any:
+    """Replace fake tensors by zeros, also in the attributes of objects such as a VAE's distribution."""
+
+    def real(leaf: Any) -> Any:
+        if _is_fake(leaf):
+            return torch.zeros(leaf.shape, dtype=leaf.dtype)
+        if hasattr(leaf, "__dict__") and any(map(_is_fake, vars(leaf).values())):
+            vars(leaf).update({name: real(value) for name, value in vars(leaf).items()})
+        return leaf
+
+    return tree_map(real, output)

@@ -1,0 +1,104 @@
+"""A diffusers pipeline of configuration files alone: phantoms for models, and tokenizers even without their files.
+
+Its figures depend on the tokenizer by the length alone that the pipeline pads prompts to.
+"""
+
+from __future__ import annotations
+
+import inspect
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from branchtree_adapters.any_pipeline.phantom import phantom
+from branchtree_adapters.pipeline.blueprint import Blueprint
+from branchtree_adapters.pipeline.components import (
+    INDEX,
+    Component,
+    component_class,
+    is_present,
+    load_component,
+    wanted_classes,
+)
+
+SCHEDULER = "scheduler/scheduler_config.json"
+"""A file that the blueprint is to hold; the defaults of the scheduler's class stand for one that it does not."""
+TEXT_LENGTH = 512
+"""Tokens that a tokenizer without files takes where nothing says how many its encoder does."""
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
+    "{% if message['content'] is string %}{{ message['content'] }}"
+    "{% else %}{% for entry in message['content'] %}{{ entry.get('text', '') }}{% endfor %}{% endif %}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+"""A chat template of the common form."""
+
+
+def unloaded_pipeline(kind: Any, blueprint: Blueprint, folder: Path | None = None) -> Any:
+    """Return ``kind``, a diffusers class, with phantoms of the blueprint's components.
+
+    Args:
+        kind: The class.
+        blueprint: Its configuration files; those of the scheduler and of tokenizers are used if they are there.
+        folder: The pipeline's own, from which tokenizers, processors and the like are loaded if they are there.
+    """
+    index = blueprint.configs.get(INDEX, {})
+    components: dict[str, Any] = {name: phantom(partial(blueprint.build, name)) for name in blueprint.classes}
+    for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
+        entry = index.get(name)
+        if name in components:
+            continue
+        if name in index and not isinstance(entry, list | tuple):  # a setting
+            components[name] = entry
+        elif is_present(entry) or (parameter.default is parameter.empty and name not in index):
+            wanted = component_class(kind, name, entry, INDEX) if entry else wanted_classes(kind, name)[0]
+            components[name] = _without_weights(name, wanted, blueprint, folder, components)
+        elif parameter.default is parameter.empty:
+            components[name] = None
+    return kind(**components)
+
+
+def _without_weights(
+    name: str, kind: Any, blueprint: Blueprint, folder: Path | None, components: dict[str, Any]
+) -> Any:
+    """Return a scheduler, tokenizer or processor: its own, or one that does as well for sizes."""
+    if folder is not None and (folder / name).is_dir():
+        return load_component(Component(name, kind, folder / name), torch.float32)
+    if name == "scheduler":
+        return kind.from_config(dict(blueprint.configs.get(SCHEDULER, {})))
+    if not name.startswith("tokenizer"):
+        return kind()
+    encoder = components.get(name.replace("tokenizer", "text_encoder"))
+    settings = blueprint.configs.get(f"{name}/tokenizer_config.json", {})
+    longest = settings.get(
+        "model_max_length", getattr(getattr(encoder, "config", None), "max_position_embeddings", TEXT_LENGTH)
+    )
+    tokenizer = byte_tokenizer(int(min(longest, 2**20)))
+    return _processor(kind, tokenizer) if hasattr(kind, "image_processor_class") else tokenizer
+
+
+def byte_tokenizer(longest: int) -> Any:
+    """Return a tokenizer that has one token for each byte of a text, and takes ``longest`` tokens."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocabulary = {piece: i for i, piece in enumerate(sorted(ByteLevel.alphabet()))}
+    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=longest)
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
+    tokenizer.chat_template = CHAT
+    return tokenizer
+
+
+def _processor(kind: Any, tokenizer: Any) -> Any:
+    """Return a processor of images and text, of the classes that its own class names."""
+    import transformers
+
+    return kind(
+        image_processor=transformers.Qwen2VLImageProcessor(),
+        tokenizer=tokenizer,
+        video_processor=transformers.Qwen2VLVideoProcessor(),
+        chat_template=CHAT,
+    )

@@ -1,0 +1,122 @@
+"""Pipelines of phantoms against the same pipelines with weights: shapes, operations and memory are the same."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+from branchtree_adapters.any_pipeline.driver import DENOISERS, Asked, PipelineDriver
+from branchtree_adapters.any_pipeline.measure import count_operations, measure
+from branchtree_adapters.any_pipeline.phantom import phantom
+from branchtree_adapters.any_pipeline.unloaded import unloaded_pipeline
+from branchtree_adapters.flux import Flux, FluxConfig
+from tiny_pipelines import FAMILIES, Tiny
+from torch import Tensor, nn
+
+CPU = torch.device("cpu")
+UNMEASURED = {"krea2", "ideogram4", "wan_experts", "wan_image_expanded", "ltx_image", "ltx2"}
+"""Families whose sizes cannot be told before loading yet: they compute with what their weights give."""
+UNMASKED = 0.06
+"""Chroma's blocks get no mask under gradient checkpointing, whose blocks are what is measured."""
+
+
+def fresh(module: nn.Module) -> Callable[[], nn.Module]:
+    """What builds a model of the same class and configuration."""
+    kind: Any = type(module)
+    if kind.__module__.startswith("transformers."):
+        return lambda: kind(copy.deepcopy(module.config))
+    return lambda: kind.from_config(dict(module.config))
+
+
+def driver_of(family: Tiny, pipeline: Any) -> PipelineDriver:
+    driver = PipelineDriver(pipeline, family.call, CPU)
+    driver.learn(family.asked("a cat"), family.asked("a much longer text"))
+    return driver
+
+
+def kept_numbers(driver: PipelineDriver, asked: Asked, rows: int) -> int:
+    """Float32 numbers that autograd saves in a prediction, weights among them."""
+    kept: dict[int, Tensor] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.setdefault(tensor.untyped_storage()._cdata, tensor)
+        return tensor
+
+    packed = {name: value.repeat(rows, *(1,) * (value.ndim - 1)) for name, value in driver.encode(asked).items()}
+    state = torch.zeros(rows, *driver.state_shape)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        velocity = driver.predict(state, torch.full((rows,), 0.5), packed)
+    assert velocity.requires_grad
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) // 4
+
+
+# Mochi computes its positions under float32 autocast, which a CPU does not have.
+@pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - UNMEASURED))
+def test_a_pipeline_of_phantoms_is_as_the_real_one(name: str) -> None:
+    family = FAMILIES[name]
+    real = family.build()
+    modules = {key: each for key, each in real.components.items() if isinstance(each, nn.Module)}
+    unreal = type(real)(**{**real.components, **{key: phantom(fresh(each)) for key, each in modules.items()}})
+    driver, other = driver_of(family, real), driver_of(family, unreal)
+    asked = family.asked("a cat")
+    found = measure(unreal, other, asked, torch.float32, "here")
+
+    assert found.latent_shape == driver.state_shape
+    packed = driver.encode(asked)
+    shapes = {key: value.shape for key, value in packed.items()}
+    assert {key: value.shape for key, value in other.encode(asked).items()} == shapes
+
+    denoiser = next(modules[key] for key in DENOISERS if key in modules)
+    denoiser.requires_grad_(True)  # without it, torch computes some layers as products of batches
+    rows: list[int] = []
+    watch = denoiser.register_forward_pre_hook(
+        lambda _, args, kwargs: rows.append(len(next(iter((*args, *kwargs.values()))))), with_kwargs=True
+    )
+    state, sigma = torch.zeros(1, *driver.state_shape), torch.tensor([0.5])
+    operations = count_operations(lambda: driver.predict(state, sigma, packed))
+    watch.remove()
+    assert found.rows_per_prediction == sum(rows)
+    assert found.forward_flops_per_row * sum(rows) == operations.total
+    assert 0 < found.attention_flops_per_row * sum(rows) == operations.attention
+
+    assert found.decoder is not None
+    assert found.decoder.media_numbers_per_row == driver.decode(state, packed).numel()
+    assert found.decoder.flops_per_row == count_operations(lambda: driver.decode(state, packed)).total
+
+    kept = kept_numbers(driver, asked, 2) - kept_numbers(driver, asked, 1)
+    assert found.activation_numbers_per_row * sum(rows) == pytest.approx(
+        kept, rel=UNMASKED if name == "chroma" else 0.02
+    )
+    assert 0 < found.checkpointed_numbers_per_row < found.activation_numbers_per_row
+    assert found.denoiser_parameters == sum(each.numel() for each in denoiser.parameters())
+
+
+def test_a_published_model_at_full_size() -> None:
+    adapter = Flux(FluxConfig(path="some-org/not-in-any-cache", height=1024, width=1024))
+    pipeline = unloaded_pipeline(diffusers.FluxPipeline, adapter.blueprint)
+    pipeline.vae.register_to_config(shift_factor=0.1159)
+    driver = PipelineDriver(pipeline, {"height": 1024, "width": 1024}, CPU)
+    driver.learn(Asked("a cat"), Asked("a much longer text"))
+    found, derived = measure(pipeline, driver, Asked("a cat"), torch.bfloat16, "here"), adapter.footprint()
+    assert found.latent_shape == derived.latent_shape == (4096, 64)
+    for name, error in {
+        "denoiser_parameters": 0,
+        "frozen_parameters": 0,
+        "rows_per_prediction": 0,
+        "conditioning_numbers": 0.01,
+        "forward_flops_per_row": 0.02,
+        "attention_flops_per_row": 0.001,
+        "activation_numbers_per_row": 0.05,
+        "checkpointed_numbers_per_row": 0.05,
+        "forward_numbers_per_row": 0.1,
+        "largest_block_parameters": 0,
+    }.items():
+        assert getattr(found, name) == pytest.approx(getattr(derived, name), rel=error), name
+    assert found.decoder is not None and derived.decoder is not None
+    assert found.decoder.numbers_per_row == pytest.approx(derived.decoder.numbers_per_row, rel=0.02)
+    assert found.decoder.flops_per_row == pytest.approx(derived.decoder.flops_per_row, rel=1e-3)
