@@ -19,6 +19,7 @@ from branchtree_adapters.any_pipeline.families import family_of
 from tiny_pipelines import FAMILIES, Tiny
 from torch import Tensor, nn
 
+from branchtree.core.padding import pad_together
 from branchtree.errors import ModelError
 
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's float32 regions
@@ -59,14 +60,7 @@ def packed(family: Tiny, driver: PipelineDriver) -> Mapping[str, Tensor]:
 
 def padded(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Rows of one, with zeros at the ends of those that are shorter."""
-    together = {}
-    for name in rows[0]:
-        values = [row[name] for row in rows]
-        shape = [max(sizes) for sizes in zip(*(value.shape[1:] for value in values), strict=True)]
-        together[name] = values[0].new_zeros(len(values), *shape)
-        for i, value in enumerate(values):
-            together[name][i][tuple(slice(size) for size in value.shape[1:])] = value[0]
-    return together
+    return {name: pad_together([row[name][0] for row in rows]) for name in rows[0]}
 
 
 def one_row(packed: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:

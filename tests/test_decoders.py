@@ -11,10 +11,10 @@ import pytest
 import tiny_flux
 import tiny_wan
 import torch
+from branchtree_adapters.any_pipeline.measure import PeakMemory
 from branchtree_adapters.flux import FLUX_DEV
 from branchtree_adapters.pipeline.decoders import decoder_of_images, decoder_of_videos
 from diffusers import AutoencoderKL, AutoencoderKLWan
-from peak_memory import PeakMemory
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 

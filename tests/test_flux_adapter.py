@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from branchtree_adapters.any_pipeline.measure import PeakMemory
 from branchtree_adapters.flux import FLUX_DEV, LORA_TARGETS, Flux, FluxConfig, register_models
 from branchtree_adapters.pipeline import sources
 from branchtree_adapters.pipeline.blueprint import count_parameters
 from branchtree_adapters.pipeline.lora_file import LORA_FILE
 from diffusers import FluxPipeline
-from peak_memory import PeakMemory
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError

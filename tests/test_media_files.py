@@ -11,8 +11,8 @@ import media_files as files
 import numpy as np
 import pytest
 import sweep_media as sweep
+from branchtree_adapters.any_pipeline.measure import PeakMemory
 from media_files import TURNS, moving
-from peak_memory import PeakMemory
 from PIL import Image
 
 from branchtree import score

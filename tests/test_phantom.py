@@ -64,7 +64,7 @@ def test_a_pipeline_of_phantoms_is_as_the_real_one(name: str) -> None:
     unreal = type(real)(**{**real.components, **{key: phantom(fresh(each)) for key, each in modules.items()}})
     driver, other = driver_of(family, real), driver_of(family, unreal)
     asked = family.asked("a cat")
-    found = measure(unreal, other, asked, torch.float32, "here")
+    found = measure(other, asked, torch.float32, "here")
 
     assert found.latent_shape == driver.state_shape
     packed = driver.encode(asked)
@@ -102,7 +102,7 @@ def test_a_published_model_at_full_size() -> None:
     pipeline.vae.register_to_config(shift_factor=0.1159)
     driver = PipelineDriver(pipeline, {"height": 1024, "width": 1024}, CPU)
     driver.learn(Asked("a cat"), Asked("a much longer text"))
-    found, derived = measure(pipeline, driver, Asked("a cat"), torch.bfloat16, "here"), adapter.footprint()
+    found, derived = measure(driver, Asked("a cat"), torch.bfloat16, "here"), adapter.footprint()
     assert found.latent_shape == derived.latent_shape == (4096, 64)
     for name, error in {
         "denoiser_parameters": 0,

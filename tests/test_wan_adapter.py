@@ -12,9 +12,9 @@ import av
 import numpy as np
 import pytest
 import torch
+from branchtree_adapters.any_pipeline.measure import PeakMemory
 from branchtree_adapters.wan import LORA_TARGETS, Wan, WanConfig, register_models
 from diffusers import DDIMScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
-from peak_memory import PeakMemory
 from PIL import Image
 from pydantic import ValidationError
 from tiny_wan import FRAMES, IMAGE_DIM, IMAGE_TOKENS, LATENT, SIZE, Kind, tiny_wan, write_frame

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from branchtree.core.scores import Scores
 from branchtree.errors import ModelError, RewardError
 from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import Condition, Media
+from branchtree.recipe.schema import EvaluationSection
 from branchtree.training.faults import REMEDY, are_faults
 from branchtree.training.limits import RowLimits
 from branchtree.training.policy import Policy
@@ -24,22 +25,6 @@ from branchtree.training.scoring import Scorer
 
 Pair = tuple[int, int]
 """Which prompt, and which of its noises."""
-
-
-class Drawing(Protocol):
-    """How many samples are drawn, from which noises, and how many at a time: an ``evaluation`` section has it."""
-
-    @property
-    def noises(self) -> int:
-        """Samples per prompt."""
-
-    @property
-    def rows(self) -> int:
-        """Samples at a time."""
-
-    @property
-    def seed(self) -> int:
-        """What addresses the noises."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +66,7 @@ class Evaluator:
     ``background`` says whether a batch is scored while the next one is sampled.
     """
 
-    section: Drawing
+    section: EvaluationSection
     conditions: Sequence[Condition]
     rewards: Sequence[NamedReward]
     policy: Policy

@@ -24,7 +24,7 @@ log = logging.getLogger("branchtree")
 class CheckpointWriter:
     """Does one write after the other. In the background, training goes on meanwhile and learns of a failure later.
 
-    Used as a context, it is left only when nothing is being written, unless the process is told to stop at once.
+    Used as a context, it is left only when nothing is being written, unless the process is asked to stop at once.
     """
 
     def __init__(self, background: bool) -> None:
@@ -50,7 +50,7 @@ class CheckpointWriter:
             write()
             return
         future: Future[None] = Future()
-        # A daemon, so that a process that is told to stop at once does: what it leaves is a folder without its name.
+        # A daemon, so that a process that is asked to stop at once does: what it leaves is a folder without its name.
         threading.Thread(target=_fulfil, args=(future, write), name="checkpoint", daemon=True).start()
         self._under_way = future
 

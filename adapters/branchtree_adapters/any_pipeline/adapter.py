@@ -12,14 +12,14 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
-from branchtree.core.padding import pad_together
 from branchtree.data.frames import first_frame
 from branchtree.errors import DataError, ModelError, nearest
 from branchtree.plugins import Condition, Conditioning, Footprint, Media, Register, hookimpl
 from branchtree.plugins.weights import lora_parameters_per_rank
+from branchtree_adapters.any_pipeline.clock import predicted
 from branchtree_adapters.any_pipeline.driver import Asked, PipelineDriver, Wrapped
 from branchtree_adapters.any_pipeline.measure import measure
-from branchtree_adapters.any_pipeline.unloaded import unloaded_pipeline
+from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeline
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
 from branchtree_adapters.pipeline.blueprint import described
 from branchtree_adapters.pipeline.components import INDEX
@@ -28,7 +28,6 @@ from branchtree_adapters.pipeline.sources import CHECK_HUB, fetch_configs, read_
 if TYPE_CHECKING:
     from PIL import Image
 
-SCHEDULER = "scheduler/scheduler_config.json"
 OURS = frozenset(
     {
         "self",
@@ -113,11 +112,7 @@ class Diffusers(PipelineAdapter):
     @property
     def prediction(self) -> str:  # type: ignore[override]
         """What the model predicts, by its scheduler's configuration."""
-        scheduler = self.blueprint.configs[SCHEDULER]
-        default = "epsilon" if "beta_schedule" in scheduler else "flow_prediction"
-        kind = scheduler.get("prediction_type", default)
-        flow = "flow" in kind or scheduler.get("use_flow_sigmas")
-        return "velocity" if flow else {"epsilon": "noise", "v_prediction": "v"}.get(kind, "velocity")
+        return predicted(self.blueprint.configs[SCHEDULER])
 
     @property
     def media(self) -> frozenset[str]:  # type: ignore[override]
@@ -162,8 +157,7 @@ class Diffusers(PipelineAdapter):
 
     def footprint(self) -> Footprint:
         """Return the model's sizes, measured on a pipeline without weights. Raises ModelError if there can be none."""
-        pipeline, driver = self._unloaded
-        found = measure(pipeline, driver, self._examples[0], torch.bfloat16, self.blueprint.origin)
+        found = measure(self._unloaded, self._examples[0], torch.bfloat16, self.blueprint.origin)
         with torch.device("meta"):
             transformer = self.build_denoiser()
         each_rank = lora_parameters_per_rank(transformer, self._lora_targets(transformer))
@@ -174,14 +168,14 @@ class Diffusers(PipelineAdapter):
     @property
     def driver(self) -> PipelineDriver:
         """The driver of the loaded pipeline; before it is loaded, that of a pipeline without weights."""
-        return self._unloaded[1] if self._loaded is None else self._loaded
+        return self._unloaded if self._loaded is None else self._loaded
 
     @cached_property
-    def _unloaded(self) -> tuple[Any, PipelineDriver]:
-        """A pipeline made of configuration files, and its driver."""
+    def _unloaded(self) -> PipelineDriver:
+        """The driver of a pipeline made of configuration files."""
         with described():
             pipeline = unloaded_pipeline(self._class, self.blueprint, self._source.folder)
-            return pipeline, self._driven(pipeline, torch.device("cpu"))
+            return self._driven(pipeline, torch.device("cpu"))
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
         """Load the pipeline, and learn its layout, for which encoders work once; see PipelineAdapter."""
@@ -201,8 +195,7 @@ class Diffusers(PipelineAdapter):
     def _examples(self) -> list[Asked]:
         """Two prompts of different lengths, with different images."""
         return [
-            self._asked(Condition(prompt, self.config.negative_prompt), self._blank(colour))
-            for prompt, colour in ((SHORT, "grey"), (LONG, "white"))
+            self._asked(Condition(prompt), self._blank(colour)) for prompt, colour in ((SHORT, "grey"), (LONG, "white"))
         ]
 
     def _asked(self, condition: Condition, image: Image.Image | None) -> Asked:
@@ -231,13 +224,6 @@ class Diffusers(PipelineAdapter):
     def encode_condition(self, condition: Condition) -> Conditioning:
         """Return what the pipeline's own methods gave for a condition, by method, call and leaf."""
         return self.driver.encode(self._asked(condition, self._image(condition)))
-
-    @torch.no_grad()
-    def encode(self, conditions: Sequence[Condition]) -> Conditioning:
-        """Encode P conditions, one at a time; rows of other sizes are padded with zeros at their ends."""
-        self.with_encoders()
-        rows = [self.encode_condition(condition) for condition in conditions]
-        return {name: pad_together([row[name][0].cpu() for row in rows]) for name in rows[0]}
 
     def initial_noise(self, generator: torch.Generator) -> Tensor:
         """Draw starting latents as the pipeline does and lays them out."""

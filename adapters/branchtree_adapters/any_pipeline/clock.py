@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -59,6 +59,15 @@ def _interpolated(at: Tensor, known: Tensor, values: Tensor) -> Tensor:
     above = torch.searchsorted(known, at.contiguous()).clamp(1, len(known) - 1)
     weight = (at - known[above - 1]) / (known[above] - known[above - 1])
     return values[above - 1] + weight * (values[above] - values[above - 1])
+
+
+def predicted(scheduler: Mapping[str, Any]) -> str:
+    """Return what a model predicts, ``velocity``, ``noise`` or ``v``, by its scheduler's configuration."""
+    default = "epsilon" if "beta_schedule" in scheduler else "flow_prediction"
+    kind = scheduler.get("prediction_type", default)
+    if "flow" in kind or scheduler.get("use_flow_sigmas"):
+        return "velocity"
+    return {"epsilon": "noise", "v_prediction": "v"}.get(kind, "velocity")
 
 
 def noise_clock(scheduler: Any) -> TableClock:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import ModelError
-from branchtree_adapters.any_pipeline.clock import Clock, flow_clock, noise_clock
+from branchtree_adapters.any_pipeline.clock import Clock, flow_clock, noise_clock, predicted
 from branchtree_adapters.any_pipeline.draws import Draw, find_draw, numbered_draws
 from branchtree_adapters.any_pipeline.families import Family, family_of
 from branchtree_adapters.any_pipeline.images import blank_images, image_sizes, inverted_images
@@ -52,7 +52,7 @@ class Asked:
 
 @functools.cache
 def _quick_class(pipeline: type) -> type:
-    """Return a pipeline's class that is told its device and has no hooks to free: both walk through every module."""
+    """Return a subclass that is given its device and has no hooks to free: either would walk through every module."""
     members = {
         "_execution_device": property(lambda self: self.__dict__["run_device"]),
         "maybe_free_model_hooks": lambda self: None,
@@ -111,8 +111,7 @@ class PipelineDriver:
         config = pipeline.scheduler.config
         self._train_steps: int = config.get("num_train_timesteps", 1000)
         self._inverted = bool(config.get("invert_sigmas", False))
-        kind = config.get("prediction_type", "flow_prediction")
-        self.prediction = {"epsilon": "noise", "v_prediction": "v"}.get(kind, "velocity")
+        self.prediction = predicted(config)
         """What the denoiser predicts, in the library's words."""
         self._rows_share_a_call: bool | None = None  # though their times differ; learnt at the first such rows
         self._learnt: LeafLayout | None = None
@@ -199,6 +198,11 @@ class PipelineDriver:
     def _pipeline_dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.denoiser.dtype
         return dtype
+
+    @property
+    def pipeline(self) -> Any:
+        """The pipeline that is driven."""
+        return self._pipeline
 
     @property
     def denoisers(self) -> dict[str, nn.Module]:
@@ -411,16 +415,19 @@ def rows_of_calls(denoiser: nn.Module) -> Iterator[list[int]]:
     calls: list[int] = []
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        given = [*args, *kwargs.values()]
-        calls.append(
-            next(len(each) for each in given if isinstance(each, (Tensor, list)) and getattr(each, "ndim", True))
-        )
+        calls.append(rows_of_call(args, kwargs))
 
     hook = denoiser.register_forward_pre_hook(count, with_kwargs=True)
     try:
         yield calls
     finally:
         hook.remove()
+
+
+def rows_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Return how many rows a call has: entries of its first list, or of the first axis of its first tensor."""
+    given = (*args, *kwargs.values())
+    return next(len(each) for each in given if isinstance(each, list) or (isinstance(each, Tensor) and each.ndim))
 
 
 def _rows(packed: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from branchtree.plugins import DecoderFootprint, Footprint
-from branchtree_adapters.any_pipeline.driver import DENOISERS, Asked, PipelineDriver
+from branchtree_adapters.any_pipeline.driver import Asked, PipelineDriver, rows_of_call
 from branchtree_adapters.any_pipeline.phantom import Call, first_call, recorded_calls
 from branchtree_adapters.any_pipeline.recording import GROUP, SHAPES
 from branchtree_adapters.pipeline.blueprint import count_parameters, largest_block
@@ -35,7 +35,7 @@ Calls = Sequence[tuple[Any, Call]]
 """Denoisers' calls in one prediction."""
 
 
-def measure(pipeline: Any, driver: PipelineDriver, asked: Asked, dtype: torch.dtype, source: str) -> Footprint:
+def measure(driver: PipelineDriver, asked: Asked, dtype: torch.dtype, source: str) -> Footprint:
     """Return a model's sizes.
 
     The numbers alive in a forward and a decoding are measured by following every tensor; a convolution's workspace is
@@ -43,23 +43,22 @@ def measure(pipeline: Any, driver: PipelineDriver, asked: Asked, dtype: torch.dt
     is 0.
 
     Args:
-        pipeline: Whose components with weights are phantoms.
-        driver: Of that pipeline, which has learnt its layout.
+        driver: Of a pipeline whose components with weights are phantoms; it has learnt its layout.
         asked: A prompt.
         dtype: The precision of a run; under autocast where it is not float32.
         source: Where the configuration comes from, in words.
     """
-    denoisers = [component for name in DENOISERS if (component := getattr(pipeline, name, None)) is not None]
+    denoisers = list(driver.denoisers.values())
     packed = driver.encode(asked)
     one: list[tuple[Any, Call]] = []
     operations = count_operations(lambda: one.extend(_prediction(denoisers, driver, packed, 1)))
     two = _prediction(denoisers, driver, packed, 2)
-    rows = sum(call.rows for _, call in one)
+    rows = sum(_rows(call) for _, call in one)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         kept, more = (kept_for_backward(calls) for calls in (one, two))
         alive = _alive_per_row(one, two)
     unit = dtype.itemsize
-    others = [module for module in pipeline.components.values() if isinstance(module, nn.Module)]
+    others = [module for module in driver.pipeline.components.values() if isinstance(module, nn.Module)]
     return Footprint(
         denoiser_parameters=sum(map(count_parameters, denoisers)),
         frozen_parameters=sum(count_parameters(module) for module in others if module not in denoisers),
@@ -74,7 +73,7 @@ def measure(pipeline: Any, driver: PipelineDriver, asked: Asked, dtype: torch.dt
         conditioning_numbers=sum(value.numel() for name, value in packed.items() if name not in {SHAPES, GROUP}),
         attention_flops_per_row=operations.attention / rows,
         largest_block_parameters=max(map(largest_block, denoisers)),
-        decoder=measure_decoder(pipeline, driver, packed),
+        decoder=measure_decoder(driver, packed),
     )
 
 
@@ -91,10 +90,14 @@ def _prediction(denoisers: Iterable[Any], driver: PipelineDriver, packed: Mappin
     return calls
 
 
+def _rows(call: Call) -> int:
+    return rows_of_call(call.args, call.kwargs)
+
+
 @torch.no_grad()
-def measure_decoder(pipeline: Any, driver: PipelineDriver, packed: Mapping[str, Tensor]) -> DecoderFootprint | None:
+def measure_decoder(driver: PipelineDriver, packed: Mapping[str, Tensor]) -> DecoderFootprint | None:
     """Return the sizes of a VAE's decoder at work on one row; None for a pipeline that decodes without a VAE."""
-    vae: Any = getattr(pipeline, "vae", None)
+    vae: Any = getattr(driver.pipeline, "vae", None)
     call = None if vae is None else first_call(vae, lambda: driver.decode(torch.zeros(1, *driver.state_shape), packed))
     if call is None:
         return None
@@ -175,7 +178,7 @@ def _alive_per_row(one: Calls, two: Calls) -> float:
             for denoiser, call in calls:
                 denoiser.dry_run(call)
         peaks.append(memory.peak)
-    fewer, more = (max(call.rows for _, call in calls) for calls in (one, two))
+    fewer, more = (max(_rows(call) for _, call in calls) for calls in (one, two))
     return (peaks[1] - peaks[0]) / (more - fewer) if more > fewer else peaks[0] / fewer
 
 

@@ -93,11 +93,6 @@ class Call:
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
 
-    @property
-    def rows(self) -> int:
-        """Return how many rows its first input holds: entries of a list, or the size of a tensor's first axis."""
-        return len(next(value for value in (*self.args, *self.kwargs.values()) if isinstance(value, list | Tensor)))
-
 
 @dataclass
 class _Body:

@@ -15,6 +15,7 @@ import pydantic
 import torch
 from torch import Tensor, nn
 
+from branchtree.core.padding import pad_together
 from branchtree.errors import ModelError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins import Condition, Conditioning, Footprint, LoraSummary, Media, ModelBase
@@ -232,10 +233,13 @@ class PipelineAdapter(ModelBase):
 
     @torch.no_grad()
     def encode(self, conditions: Sequence[Condition]) -> Conditioning:
-        """Encode P conditions, one at a time so that no row depends on another. Returns tensors on the CPU."""
+        """Encode P conditions, one at a time so that no row depends on another. Returns tensors on the CPU.
+
+        Smaller ones have zeros at their ends.
+        """
         self.with_encoders()
         rows = [self.encode_condition(condition) for condition in conditions]
-        return {name: torch.cat([row[name].cpu() for row in rows]) for name in rows[0]}
+        return {name: pad_together([row[name][0].cpu() for row in rows]) for name in rows[0]}
 
     def with_encoders(self) -> Any:
         """Return the pipeline with its encoders on the device, read if they are not there. Raises ModelError."""
