@@ -16,7 +16,8 @@ import pytest
 import torch
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.any_pipeline.families import family_of
-from tiny_pipelines import FAMILIES, Tiny
+from branchtree_adapters.small.pipelines import PIPELINES, Small
+from small_pipelines import ask, past_images
 from torch import Tensor, nn
 
 from branchtree.core.padding import pad_together
@@ -28,9 +29,9 @@ PROMPTS = ("one", "two words", "three")
 LEVELS = (0.9, 0.5, 0.25)
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Iterator[Tiny]:
-    family = FAMILIES[request.param]
+@pytest.fixture(scope="module", params=PIPELINES)
+def family(request: pytest.FixtureRequest) -> Iterator[Small]:
+    family = PIPELINES[request.param]
     with pytest.MonkeyPatch.context() as patch:
         for name, value in family.constants.items():
             patch.setattr(sys.modules[getattr(diffusers, family.pipeline).__module__], name, value)
@@ -38,24 +39,24 @@ def family(request: pytest.FixtureRequest) -> Iterator[Tiny]:
 
 
 @pytest.fixture(scope="module")
-def pipeline(family: Tiny) -> Any:
+def pipeline(family: Small) -> Any:
     return family.build()
 
 
-def made_driver(family: Tiny, pipeline: Any) -> PipelineDriver:
+def made_driver(family: Small, pipeline: Any) -> PipelineDriver:
     made = PipelineDriver(pipeline, family.call, torch.device("cpu"))
-    made.learn(family.asked("a cat"), family.asked("a much longer text"))
+    made.learn(ask(family, "a cat"), ask(family, "a much longer text"))
     return made
 
 
 @pytest.fixture(scope="module")
-def driver(family: Tiny, pipeline: Any) -> PipelineDriver:
+def driver(family: Small, pipeline: Any) -> PipelineDriver:
     return made_driver(family, pipeline)
 
 
 @pytest.fixture(scope="module")
-def packed(family: Tiny, driver: PipelineDriver) -> Mapping[str, Tensor]:
-    return padded([driver.encode(family.asked(prompt)) for prompt in PROMPTS])
+def packed(family: Small, driver: PipelineDriver) -> Mapping[str, Tensor]:
+    return padded([driver.encode(ask(family, prompt)) for prompt in PROMPTS])
 
 
 def padded(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -86,10 +87,10 @@ def test_rows_of_several_prompts_and_levels_are_rows_alone(
     assert not torch.allclose(alone[0], driver.predict(state[:1], sigma[:1], one_row(packed, 1)).detach()[0], atol=1e-6)
 
 
-def test_images_make_a_difference(family: Tiny, driver: PipelineDriver) -> None:
+def test_images_make_a_difference(family: Small, driver: PipelineDriver) -> None:
     if not family.images:
         return
-    asked, other = family.asked("one"), family.asked("another")
+    asked, other = ask(family, "one"), ask(family, "another")
     state, sigma = states(driver, 1), torch.tensor(LEVELS[:1])
     with torch.no_grad():
         found = [
@@ -121,14 +122,14 @@ def test_gradients_are_those_of_each_row(driver: PipelineDriver, pipeline: Any, 
         torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-5 * scale)
 
 
-def test_the_loop_is_the_pipelines_own(family: Tiny, pipeline: Any) -> None:
+def test_the_loop_is_the_pipelines_own(family: Small, pipeline: Any) -> None:
     """With Euler's method, or DDIM's where noise is predicted; other schedulers take other steps."""
     steps, seed = 4, 5
     plain = with_plain_solver(pipeline)
     driver = made_driver(family, plain)
-    asked = family.asked(PROMPTS[0])
+    asked = ask(family, PROMPTS[0])
     one = driver.encode(asked)
-    state = driver.noise(family.past_images(torch.Generator().manual_seed(seed)))[None]
+    state = driver.noise(past_images(family, torch.Generator().manual_seed(seed)))[None]
     expected = plain(
         prompt=asked.prompt,
         num_inference_steps=steps,
@@ -196,7 +197,7 @@ def test_a_given_frame_is_no_state(driver: PipelineDriver, numbers: int) -> None
 )
 @pytest.mark.parametrize("halved", ["denoiser", "encoders"])
 def test_the_denoiser_may_have_a_precision_of_its_own(name: str, halved: str) -> None:
-    family = FAMILIES[name]
+    family = PIPELINES[name]
     found = []
     for dtype in (torch.float32, torch.bfloat16):
         pipeline = family.build()
@@ -205,7 +206,7 @@ def test_the_denoiser_may_have_a_precision_of_its_own(name: str, halved: str) ->
             if isinstance(module, nn.Module) and component != "vae" and encodes == (halved == "encoders"):
                 module.to(dtype)
         driver = made_driver(family, pipeline)
-        packed = padded([driver.encode(family.asked(prompt)) for prompt in PROMPTS])
+        packed = padded([driver.encode(ask(family, prompt)) for prompt in PROMPTS])
         with torch.no_grad():
             found.append(driver.predict(states(driver), torch.tensor(LEVELS), packed))
         assert found[-1].dtype == torch.float32
@@ -254,14 +255,14 @@ def called_back(pipeline: Any) -> dict[str, Any]:
 def test_settings_that_count_steps_are_refused(
     name: str, change: Callable[[Any], Mapping[str, Any]], remedy: str
 ) -> None:
-    family = FAMILIES[name]
+    family = PIPELINES[name]
     pipeline = family.build()
     with pytest.raises(ModelError, match=remedy):
         PipelineDriver(pipeline, {**family.call, **change(pipeline)}, torch.device("cpu"))
 
 
 def test_the_default_schedule_of_ideogram4_is_refused() -> None:
-    family = FAMILIES["ideogram4"]
+    family = PIPELINES["ideogram4"]
     with pytest.raises(ModelError, match="guidance_schedule"):
         PipelineDriver(family.build(), {"height": 32, "width": 32}, torch.device("cpu"))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_pipelines import FAMILIES, Tiny
+from branchtree_adapters.small.pipelines import PIPELINES, Small
 
 from branchtree import load_recipe, train
 from branchtree.run.directory import METRICS
@@ -18,7 +18,7 @@ PROMISED = ["flux", "sd3", "aura_flow"]
 SMALL = {"run.iterations": 2, "run.sample_prompts": 1, "tree.steps": 6, "tree.splits": [0, 2], "evaluation": None}
 
 
-def section(family: Tiny, folder: Path) -> dict[str, Any]:
+def section(family: Small, folder: Path) -> dict[str, Any]:
     """The section ``model`` for a family's small pipeline, which is written to ``folder``."""
     family.build().save_pretrained(folder)
     sizes = {"height", "width", "num_frames"}
@@ -38,7 +38,7 @@ class TestPromises(ModelAdapterPromises):
     def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdapterCase:
         folder = tmp_path_factory.mktemp(request.param)
         return AdapterCase(
-            model=section(FAMILIES[request.param], folder / "pipeline"), reward={"reward": "digits"}, prompts=PROMPTS
+            model=section(PIPELINES[request.param], folder / "pipeline"), reward={"reward": "digits"}, prompts=PROMPTS
         )
 
 

@@ -14,7 +14,8 @@ from branchtree_adapters.any_pipeline.measure import count_operations, measure
 from branchtree_adapters.any_pipeline.phantom import phantom
 from branchtree_adapters.any_pipeline.unloaded import unloaded_pipeline
 from branchtree_adapters.flux import Flux, FluxConfig
-from tiny_pipelines import FAMILIES, Tiny
+from branchtree_adapters.small.pipelines import PIPELINES, Small
+from small_pipelines import ask
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
@@ -32,9 +33,9 @@ def fresh(module: nn.Module) -> Callable[[], nn.Module]:
     return lambda: kind.from_config(dict(module.config))
 
 
-def driver_of(family: Tiny, pipeline: Any) -> PipelineDriver:
+def driver_of(family: Small, pipeline: Any) -> PipelineDriver:
     driver = PipelineDriver(pipeline, family.call, CPU)
-    driver.learn(family.asked("a cat"), family.asked("a much longer text"))
+    driver.learn(ask(family, "a cat"), ask(family, "a much longer text"))
     return driver
 
 
@@ -56,14 +57,14 @@ def kept_numbers(driver: PipelineDriver, asked: Asked, rows: int) -> int:
 
 # Mochi computes its positions under float32 autocast, which a CPU does not have.
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - UNMEASURED))
+@pytest.mark.parametrize("name", sorted(PIPELINES.keys() - UNMEASURED))
 def test_a_pipeline_of_phantoms_is_as_the_real_one(name: str) -> None:
-    family = FAMILIES[name]
+    family = PIPELINES[name]
     real = family.build()
     modules = {key: each for key, each in real.components.items() if isinstance(each, nn.Module)}
     unreal = type(real)(**{**real.components, **{key: phantom(fresh(each)) for key, each in modules.items()}})
     driver, other = driver_of(family, real), driver_of(family, unreal)
-    asked = family.asked("a cat")
+    asked = ask(family, "a cat")
     found = measure(other, asked, torch.float32, "here")
 
     assert found.latent_shape == driver.state_shape

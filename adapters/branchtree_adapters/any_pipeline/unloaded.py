@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from branchtree_adapters.any_pipeline.byte_tokenizer import CHAT, byte_tokenizer
 from branchtree_adapters.any_pipeline.phantom import phantom
 from branchtree_adapters.pipeline.blueprint import Blueprint
 from branchtree_adapters.pipeline.components import (
@@ -27,14 +28,6 @@ SCHEDULER = "scheduler/scheduler_config.json"
 """A file that the blueprint is to hold; the defaults of the scheduler's class stand for one that it does not."""
 TEXT_LENGTH = 512
 """Tokens that a tokenizer without files takes where nothing says how many its encoder does."""
-SPECIAL = ("<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
-CHAT = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n"
-    "{% if message['content'] is string %}{{ message['content'] }}"
-    "{% else %}{% for entry in message['content'] %}{{ entry.get('text', '') }}{% endfor %}{% endif %}<|im_end|>\n"
-    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-"""A chat template of the common form."""
 
 
 def unloaded_pipeline(kind: Any, blueprint: Blueprint, folder: Path | None = None) -> Any:
@@ -78,18 +71,6 @@ def _without_weights(
     )
     tokenizer = byte_tokenizer(int(min(longest, 2**20)))
     return _processor(kind, tokenizer) if hasattr(kind, "image_processor_class") else tokenizer
-
-
-def byte_tokenizer(longest: int) -> Any:
-    """Return a tokenizer that has one token for each byte of a text, and takes ``longest`` tokens."""
-    from tokenizers.pre_tokenizers import ByteLevel
-    from transformers import Qwen2Tokenizer
-
-    vocabulary = {piece: i for i, piece in enumerate(sorted(ByteLevel.alphabet()))}
-    tokenizer = Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=longest)
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL)})
-    tokenizer.chat_template = CHAT
-    return tokenizer
 
 
 def _processor(kind: Any, tokenizer: Any) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -17,9 +20,9 @@ from branchtree.errors import ModelError, nearest, reason_of
 from branchtree.files.checksums import verify_checksums
 from branchtree.files.reading import user_path
 from branchtree_adapters.pipeline.component_configs import read_json
-from branchtree_adapters.pipeline.components import INDEX, build_pipeline
+from branchtree_adapters.pipeline.components import INDEX, build_pipeline, quiet
 
-BUNDLED = "bundled:"
+BUNDLED, SMALL = "bundled:", "small:"
 Configs = Mapping[str, Mapping[str, Any]]
 CHECK_HUB = (
     "check the hub id, the network and, for a gated model, that its licence is accepted on its page and that you are "
@@ -42,20 +45,23 @@ class ModelSource:
 
 
 def locate_pipeline(path: str, revision: str | None = None) -> ModelSource:
-    """Tell a local folder, a model shipped with the package (``bundled:NAME``) and a hub id apart.
+    """Tell a local folder, a hub id, and models that come with the package apart.
 
-    A path that exists or begins with ``/``, ``./``, ``../`` or ``~`` is a folder; ``org/name`` is a hub id.
-    Raises ModelError for a missing folder, an unknown bundled name, a revision of a folder, or anything else.
+    ``bundled:NAME`` is a trained model, ``small:NAME`` one with random weights. A path that exists or begins with
+    ``/``, ``./``, ``../`` or ``~`` is a folder; ``org/name`` is a hub id. Raises ModelError for a missing folder, an
+    unknown name, a revision of a folder, or anything else.
     """
     folder = user_path(path)
     if path.startswith(BUNDLED):
         folder = _bundled(path.removeprefix(BUNDLED))
+    elif path.startswith(SMALL):
+        folder = _small(path.removeprefix(SMALL))
     elif not os.path.exists(folder) and not path.startswith(("/", "./", "../", "~")):
         if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
             return ModelSource(path, None, revision)
         raise ModelError(
             f"model path '{path}' is neither an existing folder nor a hub id; "
-            f"give a folder such as './my-model', a hub id such as 'org/name', or '{BUNDLED}NAME'."
+            f"give a folder such as './my-model', a hub id such as 'org/name', '{BUNDLED}NAME' or '{SMALL}NAME'."
         )
     if not os.path.isdir(folder):
         raise ModelError(f"model folder '{folder}' does not exist; give a folder written by save_pretrained.")
@@ -75,6 +81,20 @@ def _bundled(name: str) -> Path:
     if name not in known:
         raise ModelError(f"no model '{name}' is bundled{nearest(name, known)}")
     return Path(str(assets / name))
+
+
+@cache
+def _small(name: str) -> Path:
+    """Write a small pipeline to a folder that is there until the process ends."""
+    from branchtree_adapters.small.pipelines import PIPELINES
+
+    if name not in PIPELINES:
+        raise ModelError(f"no small model is named '{name}'{nearest(name, PIPELINES)}")
+    folder = tempfile.TemporaryDirectory(prefix=f"branchtree_small_{name}_")
+    atexit.register(folder.cleanup)
+    with quiet():
+        PIPELINES[name].build().save_pretrained(folder.name)
+    return Path(folder.name)
 
 
 def read_configs(source: ModelSource, names: Sequence[str]) -> Configs | None:
