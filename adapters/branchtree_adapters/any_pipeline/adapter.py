@@ -19,9 +19,10 @@ from branchtree.plugins.weights import lora_parameters_per_rank
 from branchtree_adapters.any_pipeline.clock import predicted
 from branchtree_adapters.any_pipeline.driver import Asked, PipelineDriver, Wrapped
 from branchtree_adapters.any_pipeline.measure import measure
+from branchtree_adapters.any_pipeline.published import published_model
 from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeline
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
-from branchtree_adapters.pipeline.blueprint import described
+from branchtree_adapters.pipeline.blueprint import Published, described
 from branchtree_adapters.pipeline.components import INDEX
 from branchtree_adapters.pipeline.sources import CHECK_HUB, fetch_configs, read_configs
 
@@ -90,8 +91,12 @@ class Diffusers(PipelineAdapter):
         """The class that the model's model_index.json names. Raises ModelError if it names none of diffusers."""
         import diffusers
 
-        fetch_configs(self._source, [INDEX])
         index = read_configs(self._source, [INDEX])
+        if index is None and self.published is not None:
+            index = self.published.configs
+        if index is None:
+            fetch_configs(self._source, [INDEX])
+            index = read_configs(self._source, [INDEX])
         if index is None:
             raise ModelError(f"'{self._source.name}/{INDEX}' cannot be read; {CHECK_HUB}.")
         name = str(index[INDEX].get("_class_name"))
@@ -99,6 +104,12 @@ class Diffusers(PipelineAdapter):
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
             raise ModelError(f"'{self._source.location}/{INDEX}' names {name}, which is no pipeline of diffusers.")
         return name
+
+    @cached_property
+    def published(self) -> Published | None:  # type: ignore[override]
+        """What is known of the model's hub id, whose files need not be in the local cache."""
+        found = published_model(self._source.name) if self._source.folder is None else None
+        return None if found is None else found.files
 
     @cached_property
     def _takes(self) -> Mapping[str, inspect.Parameter]:

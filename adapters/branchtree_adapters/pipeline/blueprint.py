@@ -32,6 +32,7 @@ class Published:
     name: str
     configs: Configs
     alike: tuple[str, ...] = ()  # hub ids whose sizes are the same
+    source: str = ""  # where the configuration comes from, if it has to be said
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,9 @@ def read_blueprint(
     if configs is None:
         if published is None:
             raise ModelError(f"the configuration files of '{source.name}' cannot be read; {CHECK_HUB}.")
-        configs, assumed = {name: known.configs.get(name, {}) for name in names}, source.name not in known.alike
+        configs, assumed = {**dict.fromkeys(names, {}), **known.configs}, source.name not in known.alike
         origin = f"assumed to be those of {known.name}, since '{source.name}' is not in the local cache"
+        origin += f" (from {known.source})" if known.source else ""
     ours = {f"{name}/config.json": kind for name, kind in classes.items() if not is_of_transformers(kind)}
     filled = {name: {**_defaults(kind), **configs[name]} for name, kind in ours.items()}
     return Blueprint(classes, {INDEX: index, **configs, **filled}, origin, assumed)
