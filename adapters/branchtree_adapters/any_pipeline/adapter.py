@@ -22,7 +22,7 @@ from branchtree_adapters.any_pipeline.measure import measure
 from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeline
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
 from branchtree_adapters.pipeline.blueprint import described
-from branchtree_adapters.pipeline.components import INDEX
+from branchtree_adapters.pipeline.components import INDEX, quiet
 from branchtree_adapters.pipeline.sources import CHECK_HUB, fetch_configs, read_configs
 
 if TYPE_CHECKING:
@@ -188,7 +188,8 @@ class Diffusers(PipelineAdapter):
 
     def _driven(self, pipeline: Any, device: torch.device) -> PipelineDriver:
         driver = PipelineDriver(pipeline, self.call, device)
-        driver.learn(*self._examples)
+        with quiet():  # the examples may be too long for a tokenizer
+            driver.learn(*self._examples)
         return driver
 
     @property
