@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
 from branchtree_adapters.small.pipelines import PIPELINES, Small
 
 from branchtree import load_recipe, train
+from branchtree.errors import ModelError
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS
 from branchtree.testing import AdapterCase, ModelAdapterPromises
@@ -43,6 +45,14 @@ class TestPromises(ModelAdapterPromises):
         return AdapterCase(
             model=section(PIPELINES[request.param], folder / "pipeline"), reward={"reward": "digits"}, prompts=PROMPTS
         )
+
+
+@pytest.mark.parametrize("pipeline", ["GlmImagePipeline", "HiDreamImagePipeline"])
+def test_what_cannot_be_trained_is_refused_by_its_class(pipeline: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    model = Diffusers(DiffusersConfig(path=str(tmp_path), height=32, width=32))
+    with pytest.raises(ModelError, match=f"{pipeline} cannot be trained: its "):
+        model.footprint()
 
 
 def both_metrics(recipe: Recipe, call: Mapping[str, Any], folder: Path) -> list[bytes]:

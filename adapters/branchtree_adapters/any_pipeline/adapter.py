@@ -18,6 +18,7 @@ from branchtree.plugins import Condition, Conditioning, Footprint, Media, Regist
 from branchtree.plugins.weights import lora_parameters_per_rank
 from branchtree_adapters.any_pipeline.clock import predicted
 from branchtree_adapters.any_pipeline.driver import Asked, PipelineDriver, Wrapped
+from branchtree_adapters.any_pipeline.families import family_of
 from branchtree_adapters.any_pipeline.measure import measure
 from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeline
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
@@ -98,6 +99,7 @@ class Diffusers(PipelineAdapter):
         kind = getattr(diffusers, name, None)
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
             raise ModelError(f"'{self._source.location}/{INDEX}' names {name}, which is no pipeline of diffusers.")
+        family_of(kind).check_class(name)
         return name
 
     @cached_property
