@@ -87,11 +87,11 @@ FAMILIES: dict[str, Family] = {
     "CogVideoXImageToVideoPipeline": Family(refused=(DYNAMIC,)),
     "CogVideoXPipeline": Family(refused=(DYNAMIC,)),
     "GlmImagePipeline": Family(
-        untrainable="its encoder writes an image's tokens one by one, at random, and batches of prompts change each other"
+        untrainable="its encoder draws an image's tokens at random, one by one, and prompts of a batch change each other"
     ),
     "HiDreamImagePipeline": Family(
-        untrainable="its experts are computed without gradients unless the whole model is in training mode, in which it "
-        "gives something else"
+        untrainable="its experts are computed without gradients unless the whole model is in training mode, in which "
+        "it gives something else"
     ),
     "HunyuanImagePipeline": Family(refused=(MEAN_FLOW,)),
     "HunyuanVideo15ImageToVideoPipeline": Family(decodes_singly=True, refused=(MEAN_FLOW,)),
