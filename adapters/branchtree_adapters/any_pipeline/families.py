@@ -87,7 +87,7 @@ FAMILIES: dict[str, Family] = {
     "CogVideoXImageToVideoPipeline": Family(refused=(DYNAMIC,)),
     "CogVideoXPipeline": Family(refused=(DYNAMIC,)),
     "GlmImagePipeline": Family(
-        untrainable="its encoder draws an image's tokens at random, one by one, and prompts of a batch change each other"
+        untrainable="its encoder draws an image's tokens at random, and prompts of a batch change each other"
     ),
     "HiDreamImagePipeline": Family(
         untrainable="its experts are computed without gradients unless the whole model is in training mode, in which "
