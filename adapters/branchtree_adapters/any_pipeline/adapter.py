@@ -39,6 +39,7 @@ OURS = frozenset(
         "height",
         "width",
         "num_frames",
+        "frames",
         "num_inference_steps",
         "sigmas",
         "timesteps",
@@ -120,7 +121,12 @@ class Diffusers(PipelineAdapter):
     @property
     def modality(self) -> str:
         """``"video"`` for a pipeline that takes a number of frames."""
-        return "video" if "num_frames" in self._takes else "image"
+        return "image" if self._frames_keyword is None else "video"
+
+    @property
+    def _frames_keyword(self) -> str | None:
+        """The pipeline's own name for the number of frames."""
+        return next((name for name in ("num_frames", "frames") if name in self._takes), None)
 
     @property
     def prediction(self) -> str:  # type: ignore[override]
@@ -150,7 +156,7 @@ class Diffusers(PipelineAdapter):
             if name not in known:
                 reason = "is set by keys of its own" if name in OURS else "is not taken"
                 raise ModelError(f"model.call.{name} {reason} by {self.pipeline_class}{nearest(name, sorted(known))}")
-        sizes = {"height": self.config.height, "width": self.config.width, "num_frames": self.config.frames}
+        sizes = {"height": self.config.height, "width": self.config.width, self._frames_keyword: self.config.frames}
         given = {name: size for name, size in sizes.items() if name in self._takes and size is not None}
         return {**given, **self.config.call}
 

@@ -62,15 +62,22 @@ def _without_weights(
         return load_component(Component(name, kind, folder / name), torch.float32)
     if name == "scheduler":
         return kind.from_config(dict(blueprint.configs.get(SCHEDULER, {})))
-    if not name.startswith("tokenizer"):
+    if not (name.startswith("tokenizer") or _takes_text(kind)):
         return kind()
-    encoder = components.get(name.replace("tokenizer", "text_encoder"))
+    encoder = components.get(name.replace("tokenizer", "text_encoder").replace("processor", "text_encoder"))
     settings = blueprint.configs.get(f"{name}/tokenizer_config.json", {})
     longest = settings.get(
         "model_max_length", getattr(getattr(encoder, "config", None), "max_position_embeddings", TEXT_LENGTH)
     )
     tokenizer = byte_tokenizer(int(min(longest, 2**20)))
-    return _processor(kind, tokenizer) if hasattr(kind, "image_processor_class") else tokenizer
+    return _processor(kind, tokenizer) if _takes_text(kind) else tokenizer
+
+
+def _takes_text(kind: Any) -> bool:
+    """Whether a class is of processors of images and text."""
+    import transformers
+
+    return issubclass(kind, transformers.ProcessorMixin)
 
 
 def _processor(kind: Any, tokenizer: Any) -> Any:

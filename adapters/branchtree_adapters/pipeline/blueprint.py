@@ -90,7 +90,7 @@ def read_blueprint(
     if configs is None:
         if published is None:
             raise ModelError(f"the configuration files of '{source.name}' cannot be read; {CHECK_HUB}.")
-        configs, assumed = {**dict.fromkeys(names, {}), **known.configs}, source.name not in known.alike
+        configs, assumed = {**{key: {} for key in names}, **known.configs}, source.name not in known.alike
         origin = f"assumed to be those of {known.name}, since '{source.name}' is not in the local cache"
         origin += f" (from {known.source})" if known.source else ""
     ours = {f"{name}/config.json": kind for name, kind in classes.items() if not is_of_transformers(kind)}
