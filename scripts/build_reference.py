@@ -19,6 +19,7 @@ from pathlib import Path
 import typer
 import yaml
 from _recipe_keys import option_table, recipe_tables
+from build_models import SECTIONS
 
 from branchtree import load_recipe
 from branchtree.cli.app import app
@@ -58,6 +59,7 @@ def regions() -> Mapping[str, Callable[[], str]]:
         "method-list": method_list,
         "commands": commands,
         "counts": counts,
+        **SECTIONS,
         **{name: partial(drawing, tree) for name, tree in DRAWN.items()},
         **{f"guest/{name}": partial(guest, name) for name in files},
     }
@@ -175,7 +177,7 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing; exit with 1 if a page is out of date")
     check = parser.parse_args().check
     stale = []
-    for page in sorted((ROOT / "docs").glob("*.md")):
+    for page in sorted((ROOT / "docs").rglob("*.md")):
         text = page.read_text(encoding="utf-8")
         if filled(text) != text:
             stale.append(page.relative_to(ROOT))

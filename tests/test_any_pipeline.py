@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
@@ -14,8 +14,9 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from branchtree_adapters.any_pipeline.driver import PipelineDriver
+from branchtree_adapters.any_pipeline.driver import PipelineDriver, rows_of_calls
 from branchtree_adapters.any_pipeline.families import family_of
+from branchtree_adapters.any_pipeline.published import published_models
 from branchtree_adapters.small.pipelines import PIPELINES, Small
 from small_pipelines import ask, past_images
 from torch import Tensor, nn
@@ -70,6 +71,18 @@ def one_row(packed: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:
 
 def states(driver: PipelineDriver, count: int = 3) -> Tensor:
     return torch.stack([driver.noise(torch.Generator().manual_seed(seed)) for seed in range(count)])
+
+
+def test_published_models_are_listed_with_their_work(
+    family: Small, driver: PipelineDriver, packed: Mapping[str, Tensor]
+) -> None:
+    listed = [model for model in published_models() if any(PIPELINES[name] is family for name in model.small)]
+    with ExitStack() as stack:
+        counted = [stack.enter_context(rows_of_calls(denoiser)) for denoiser in driver.denoisers.values()]
+        driver.predict(states(driver, 1), torch.tensor([0.5]), one_row(packed, 0))
+    calls = [rows for each in counted for rows in each]
+    assert {model.work for model in listed} <= {f"{calls[0]} x {len(calls)}"}
+    assert {model.pipeline for model in listed} <= {family.pipeline}
 
 
 def test_rows_of_several_prompts_and_levels_are_rows_alone(

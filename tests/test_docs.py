@@ -35,7 +35,7 @@ from branchtree.training.metrics import ShareRecord, iteration_metrics
 from branchtree.training.update import UpdateRecord
 
 ROOT = Path(__file__).parents[1]
-DOCS = sorted((ROOT / "docs").glob("*.md"))
+DOCS = sorted((ROOT / "docs").rglob("*.md"))
 FOLDERS = ["adapters/README.md", "rewards/README.md", "recipes/README.md"]
 PAGES = [*DOCS, *(ROOT / name for name in (*FOLDERS, "CONTRIBUTING.md", "CHANGELOG.md", "README.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
@@ -50,7 +50,7 @@ def reference(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     """The script that writes the generated sections."""
     monkeypatch.syspath_prepend(ROOT / "scripts")
     yield importlib.import_module("build_reference")
-    for name in ("build_reference", "_recipe_keys"):
+    for name in ("build_reference", "build_models", "_recipe_keys"):
         sys.modules.pop(name, None)
 
 
@@ -252,7 +252,7 @@ def resolves(dotted: str) -> bool:
 def test_the_navigation_has_every_page() -> None:
     config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
     named = re.findall(r"[\w/]+\.md", str(config["nav"]))
-    assert sorted(named) == [page.name for page in DOCS]
+    assert sorted(named) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in DOCS)
 
 
 def test_make_targets_exist() -> None:

@@ -24,7 +24,7 @@ from branchtree.recipe.build import make_model
 from branchtree.recipe.load import builtin_folder
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs" / "first_run.md").read_text(encoding="utf-8")
+PAGE, MODELS = ((ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("first_run.md", "models.md"))
 
 
 class Hub:
@@ -107,7 +107,7 @@ def test_the_page_lists_every_download() -> None:
         path = str(recipe.model.options["path"])
         if path.startswith("bundled:"):
             continue
-        assert f"`{path}`" in PAGE, name
+        assert f"`{path}`" in PAGE + MODELS, name
         rewards = [*recipe.rewards, *(recipe.evaluation.rewards if recipe.evaluation else ())]
         for reward in rewards:
             card = registry().reward(reward.reward).card

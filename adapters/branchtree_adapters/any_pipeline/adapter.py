@@ -54,7 +54,11 @@ OURS = frozenset(
 """Arguments of a pipeline's call that are not the user's to set under ``call``."""
 SHORT, LONG = "a cat", "two small birds that sit on the branch of an old tree in the rain"
 """Two prompts of different lengths, by which a pipeline's layout is learnt."""
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
+ATTENTION = (
+    *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
+    *("attn.to_qkv_mlp_proj", "attn.to_out"),  # FLUX.2's single blocks
+    *(f"attention.{name}" for name in ("to_query", "to_key", "to_value", "out_layer")),  # Kandinsky 5
+)
 """Endings of the names of attention's projections in diffusers' transformers."""
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from branchtree_adapters.any_pipeline.byte_tokenizer import CHAT, byte_tokenizer
+from branchtree_adapters.any_pipeline.byte_tokenizer import CHAT, SPECIAL, byte_tokenizer
 from branchtree_adapters.any_pipeline.phantom import phantom
 from branchtree_adapters.pipeline.blueprint import Blueprint
 from branchtree_adapters.pipeline.components import (
@@ -58,6 +58,8 @@ def _without_weights(
     name: str, kind: Any, blueprint: Blueprint, folder: Path | None, components: dict[str, Any]
 ) -> Any:
     """Return a scheduler, tokenizer or processor: its own, or one that does as well for sizes."""
+    from tokenizers.processors import TemplateProcessing
+
     if folder is not None and (folder / name).is_dir():
         return load_component(Component(name, kind, folder / name), torch.float32)
     if name == "scheduler":
@@ -70,6 +72,9 @@ def _without_weights(
         "model_max_length", getattr(getattr(encoder, "config", None), "max_position_embeddings", TEXT_LENGTH)
     )
     tokenizer = byte_tokenizer(int(min(longest, 2**20)))
+    if settings.get("add_bos_token"):
+        marks = [(SPECIAL[0], tokenizer.convert_tokens_to_ids(SPECIAL[0]))]
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{SPECIAL[0]} $A", special_tokens=marks)
     return _processor(kind, tokenizer) if _takes_text(kind) else tokenizer
 
 

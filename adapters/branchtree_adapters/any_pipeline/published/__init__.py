@@ -16,7 +16,7 @@ import yaml
 from branchtree_adapters.pipeline.blueprint import Published
 from branchtree_adapters.pipeline.components import INDEX
 
-FILES = {"scheduler": "scheduler_config.json"}
+FILES = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
 """Names of components' configuration files where they are not config.json."""
 
 
@@ -30,6 +30,7 @@ class PublishedModel:
     task: str
     licence: str
     pipeline: str  # the class in diffusers
+    work: str  # rows x calls for one prediction, under guidance
     source: str  # where the configuration comes from
     small: tuple[str, ...]  # small pipelines of the same family that tests run
     files: Published
@@ -68,6 +69,7 @@ def _model(entry: Mapping[str, Any], components: Mapping[str, Any]) -> Published
         task=entry["task"],
         licence=entry["licence"],
         pipeline=entry["pipeline"],
+        work=entry["work"],
         source=entry["source"],
         small=tuple(entry["small"]),
         files=Published(entry["name"], {**configs, INDEX: index}, ids, entry["source"]),

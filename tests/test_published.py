@@ -1,0 +1,332 @@
+"""Published models of diffusers: their configurations, the sizes that plans have of them, and their recipes.
+
+Sizes are compared with modules that are built here from the classes themselves, and with arithmetic written out here.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import diffusers
+import pytest
+import torch
+import transformers
+from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
+from branchtree_adapters.any_pipeline.published import PublishedModel, published_model, published_models
+from branchtree_adapters.pipeline import sources
+from branchtree_adapters.pipeline.blueprint import count_parameters
+from branchtree_adapters.pipeline.components import INDEX
+from training_runs import shortened
+
+from branchtree import load_recipe, train
+from branchtree.recipe import recipe_names
+from branchtree.recipe.build import make_model
+from branchtree.recipe.load import builtin_folder
+
+ROOT = Path(__file__).parents[1]
+EVERY = pytest.mark.parametrize("model", published_models(), ids=lambda model: str(model.name))
+DRIVEN = sorted(name for name in recipe_names([builtin_folder()]) if load_recipe(name).model.adapter == "diffusers")
+
+
+@pytest.fixture(scope="module")
+def kept() -> Iterator[ModuleType]:
+    """The script that measures models and keeps their sizes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "scripts")
+        yield importlib.import_module("build_models")
+    sys.modules.pop("build_models", None)
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fail where the hub is asked for a model that the table has."""
+
+    def ask(*_: Any) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(sources, "fetch_configs", ask)
+    monkeypatch.setattr("branchtree_adapters.pipeline.blueprint.fetch_configs", ask)
+    monkeypatch.setattr("branchtree_adapters.any_pipeline.adapter.fetch_configs", ask)
+
+
+# The table
+
+
+def test_no_hub_id_is_listed_twice() -> None:
+    ids = [each for model in published_models() for each in model.ids]
+    assert len(ids) == len({*ids})
+
+
+@EVERY
+def test_configurations_have_keys_of_their_classes_alone(model: PublishedModel) -> None:
+    adapter = Diffusers(DiffusersConfig(path=model.ids[0], height=1024, width=1024))
+    pipeline = getattr(diffusers, model.pipeline)
+    parameters = inspect.signature(pipeline.__init__).parameters
+    assert adapter.pipeline_class == model.pipeline
+    for file, config in model.files.configs.items():
+        if file == INDEX:
+            assert config.keys() - {"_class_name"} <= parameters.keys()
+            continue
+        name = file.partition("/")[0]
+        assert name in parameters
+        if name in adapter.blueprint.classes:
+            kind = adapter.blueprint.classes[name]
+            known = getattr(kind, "config_class", None)
+            keys = inspect.signature(kind.__init__).parameters if known is None else known().to_dict()
+            assert config.keys() <= keys.keys(), file
+
+
+def test_a_model_that_is_not_in_the_cache_is_told_apart_by_its_source() -> None:
+    adapter = Diffusers(DiffusersConfig(path="Qwen/Qwen-Image", height=1024, width=1024))
+    assert not adapter.blueprint.assumed
+    assert adapter.blueprint.origin == (
+        "assumed to be those of Qwen-Image, since 'Qwen/Qwen-Image' is not in the local cache (from the defaults of "
+        "diffusers' classes, and its scheduler_config.json as other projects have it)"
+    )
+
+
+def test_a_model_that_is_not_in_the_table_is_asked_for() -> None:
+    with pytest.raises(AssertionError, match="the hub was asked"):
+        Diffusers(DiffusersConfig(path="some-org/some-model", height=64, width=64)).footprint()
+
+
+# Sizes, by classes and arithmetic of this file's own
+
+
+def t5(kind: str = "T5", **changes: Any) -> Any:
+    sizes = {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
+    return getattr(transformers, f"{kind}EncoderModel")(config)
+
+
+def clip(kind: str = "CLIPTextModelWithProjection", *, large: bool = False) -> Any:
+    sizes = (1280, 5120, 32, 20) if large else (768, 3072, 12, 12)
+    names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    config = transformers.CLIPTextConfig(**dict(zip(names, sizes, strict=True)), projection_dim=sizes[0])
+    return getattr(transformers, kind)(config)
+
+
+QWEN25 = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+}
+
+
+def qwen25_vl() -> Any:
+    vision = {"hidden_size": 1280, "out_hidden_size": 3584}
+    config = transformers.Qwen2_5_VLConfig(text_config=QWEN25, vision_config=vision)
+    return transformers.Qwen2_5_VLForConditionalGeneration(config)
+
+
+def qwen3(kind: str) -> Any:
+    config = transformers.Qwen3Config(
+        hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_key_value_heads=8, tie_word_embeddings=True
+    )
+    return getattr(transformers, kind)(config)
+
+
+def gemma() -> Any:
+    return transformers.Gemma2Model(transformers.Gemma2Config())
+
+
+def kl(latents: int, widths: tuple[int, ...] = (128, 256, 512, 512), layers: int = 2, attention: bool = True) -> Any:
+    return diffusers.AutoencoderKL(
+        block_out_channels=widths,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=layers,
+        latent_channels=latents,
+        use_quant_conv=latents == 4,
+        use_post_quant_conv=latents == 4,
+        mid_block_add_attention=attention,
+    )
+
+
+def square(width: int, layers: int) -> int:
+    """LoRA parameters for each rank of linear layers that keep a width."""
+    return layers * 2 * width
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a plan has to say of a recipe's model."""
+
+    denoiser: Callable[[], Any]
+    frozen: Callable[[], list[Any]]
+    latents: tuple[int, ...]
+    rows: int
+    lora: int  # parameters for each rank
+
+
+SANA_VAE = {
+    "encoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "decoder_block_types": ("ResBlock",) * 3 + ("EfficientViTBlock",) * 3,
+    "downsample_block_type": "conv",
+    "upsample_block_type": "interpolate",
+}
+EXPECTED: Mapping[str, Expected] = {
+    "sd35_t2i_branchgrpo": Expected(
+        lambda: diffusers.SD3Transformer2DModel(
+            num_layers=24,
+            num_attention_heads=24,
+            caption_projection_dim=1536,
+            pos_embed_max_size=384,
+            dual_attention_layers=tuple(range(13)),
+            qk_norm="rms_norm",
+        ),
+        lambda: [kl(16), clip(), clip(large=True), t5()],
+        (16, 1024 // 8, 1024 // 8),
+        2,
+        square(1536, 24 * 8 - 1 + 13 * 4),  # the last block gives no text
+    ),
+    "qwen_image_t2i_branchgrpo": Expected(
+        diffusers.QwenImageTransformer2DModel,
+        lambda: [diffusers.AutoencoderKLQwenImage(), qwen25_vl()],
+        (64 * 64, 16 * 4),
+        2,
+        square(24 * 128, 60 * 8),
+    ),
+    "z_image_t2i_branchgrpo": Expected(
+        diffusers.ZImageTransformer2DModel,
+        lambda: [kl(16), qwen3("Qwen3Model")],
+        (16, 128, 128),
+        2,
+        square(3840, (30 + 2 + 2) * 4),
+    ),
+    "klein_t2i_branchgrpo": Expected(
+        lambda: diffusers.Flux2Transformer2DModel(
+            num_layers=5, num_single_layers=20, num_attention_heads=24, joint_attention_dim=7680, guidance_embeds=False
+        ),
+        lambda: [diffusers.AutoencoderKLFlux2(), qwen3("Qwen3ForCausalLM")],
+        (64 * 64, 32 * 4),
+        2,
+        # A single block has one layer to queries, keys, values and a gated feed-forward of three widths, and one back.
+        square(3072, 5 * 8) + 20 * ((1 + 3 + 2 * 3) * 3072 + (1 + 3 + 1) * 3072),
+    ),
+    "chroma_t2i_branchgrpo": Expected(
+        diffusers.ChromaTransformer2DModel,
+        lambda: [kl(16), t5()],
+        (64 * 64, 16 * 4),
+        2,
+        square(3072, 19 * 8 + 38 * 3),
+    ),
+    "sana_t2i_branchgrpo": Expected(
+        diffusers.SanaTransformer2DModel,
+        lambda: [diffusers.AutoencoderDC(**SANA_VAE), gemma()],
+        (32, 1024 // 32, 1024 // 32),
+        2,
+        square(2240, 20 * 8),
+    ),
+    "lumina2_t2i_branchgrpo": Expected(
+        lambda: diffusers.Lumina2Transformer2DModel(cap_feat_dim=2304),
+        lambda: [kl(16), gemma()],
+        (16, 128, 128),
+        2,
+        (26 + 2 + 2) * (2 * (2304 + 2304) + 2 * (2304 + 8 * 96)),  # 8 heads of 24 for keys and values
+    ),
+    "ltx_t2v_branchgrpo": Expected(
+        diffusers.LTXVideoTransformer3DModel,
+        lambda: [diffusers.AutoencoderKLLTXVideo(), t5()],
+        (((161 - 1) // 8 + 1) * (480 // 32) * (704 // 32), 128),
+        2,
+        square(2048, 28 * 8),
+    ),
+    "hunyuan15_t2v_branchgrpo": Expected(
+        diffusers.HunyuanVideo15Transformer3DModel,
+        lambda: [
+            diffusers.AutoencoderKLHunyuanVideo15(),
+            transformers.Qwen2_5_VLTextModel(transformers.Qwen2_5_VLTextConfig(**QWEN25)),
+            t5(vocab_size=384, d_model=1472, d_ff=3584, num_heads=6, num_layers=12),
+        ],
+        (32, (61 - 1) // 4 + 1, 480 // 16, 848 // 16),
+        2,
+        square(2048, 54 * 8 + 2 * 4),
+    ),
+    "cogview4_t2i_branchgrpo": Expected(
+        lambda: diffusers.CogView4Transformer2DModel(num_layers=28, attention_head_dim=128, num_attention_heads=32),
+        lambda: [kl(16, (128, 512, 1024, 1024), 3, False), transformers.GlmModel(transformers.GlmConfig())],
+        (16, 128, 128),
+        2,
+        square(4096, 28 * 4),
+    ),
+    "aura_flow_t2i_branchgrpo": Expected(
+        lambda: diffusers.AuraFlowTransformer2DModel(pos_embed_max_size=9216),
+        lambda: [kl(4), t5("UMT5", d_model=2048, d_ff=5120, num_heads=32, vocab_size=32128)],
+        (4, 128, 128),
+        2,
+        square(3072, 4 * 8 + 32 * 4),
+    ),
+    "pixart_sigma_t2i_branchgrpo": Expected(
+        lambda: diffusers.PixArtTransformer2DModel(
+            caption_channels=4096, interpolation_scale=2, use_additional_conditions=False
+        ),
+        lambda: [kl(4), t5()],
+        (4, 128, 128),
+        2,
+        square(1152, 28 * 8),
+    ),
+    "sana_video_t2v_branchgrpo": Expected(
+        diffusers.SanaVideoTransformer3DModel,
+        lambda: [diffusers.AutoencoderKLWan(), gemma()],
+        (16, (81 - 1) // 4 + 1, 480 // 8, 832 // 8),
+        2,
+        square(2240, 20 * 8),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_the_sizes_that_a_plan_has_are_those_of_the_model(name: str, kept: ModuleType) -> None:
+    expected, found = EXPECTED[name], kept.footprint(name)
+    recipe = load_recipe(name)
+    adapter = Diffusers(DiffusersConfig(**recipe.model.options))
+    with torch.device("meta"):
+        denoiser, frozen = expected.denoiser(), expected.frozen()
+        read = {kind: count_parameters(adapter.blueprint.build(kind)) for kind in adapter.blueprint.classes}
+    numbers = sum(parameter.numel() for parameter in denoiser.parameters())
+    others = sum(parameter.numel() for module in frozen for parameter in module.parameters())
+    assert found.denoiser_parameters == read.pop("transformer") == numbers
+    assert found.frozen_parameters == sum(read.values()) == others
+    assert found.latent_shape == expected.latents
+    assert found.rows_per_prediction == expected.rows
+    assert found.lora_parameters_per_rank == expected.lora
+    assert found.source == adapter.blueprint.origin
+
+
+@pytest.mark.parametrize("name", DRIVEN)
+def test_kept_sizes_are_of_the_recipe_as_it_is(name: str, kept: ModuleType) -> None:
+    assert kept.stored()[name]["model"] == kept.options(load_recipe(name)), "run: python scripts/build_models.py"
+
+
+@pytest.mark.parametrize("name", DRIVEN)
+def test_the_description_says_the_smallest_gpu_that_is_enough(name: str, kept: ModuleType) -> None:
+    description = load_recipe(name).description
+    assert description.endswith(f"; one {kept.smallest_card(kept.kept_plan(name))} GB GPU")
+
+
+def test_a_published_model_is_measured_offline(kept: ModuleType) -> None:
+    name = "sana_t2i_branchgrpo"
+    assert make_model(load_recipe(name)).footprint() == kept.footprint(name)
+
+
+# Recipes
+
+
+@pytest.mark.parametrize("name", DRIVEN)
+def test_a_recipe_trains_its_small_version(name: str, tmp_path: Path) -> None:
+    result = train(name, {**shortened(name), "evaluation": None}, smoke=True, output=tmp_path / "run")
+    assert result.finished and result.iterations == 1
+
+
+def test_every_driven_recipe_is_of_a_published_model() -> None:
+    assert [name for name in DRIVEN if published_model(str(load_recipe(name).model.options["path"])) is None] == []
