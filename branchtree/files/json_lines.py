@@ -34,27 +34,33 @@ def json_object(line: str, location: str) -> Mapping[str, Any]:
     return row
 
 
-def read_json_object(path: Path, kind: type[BranchTreeError]) -> dict[str, Any]:
-    """Return the object in a .json file. Raises an error of ``kind`` that names the file."""
-    content = parse_json(read_text(path, kind), str(path), kind)
+def read_json_object(path: Path, kind: type[BranchTreeError], infinities: bool = False) -> dict[str, Any]:
+    """Return the object in a .json file; see parse_json. Raises an error of ``kind`` that names the file."""
+    content = parse_json(read_text(path, kind), str(path), kind, infinities=infinities)
     if not isinstance(content, dict):
         raise kind(f"{path}: does not hold a JSON object")
     return content
 
 
-def parse_json(text: str, location: str, kind: type[BranchTreeError] = DataError, half_characters: bool = False) -> Any:
+def parse_json(
+    text: str,
+    location: str,
+    kind: type[BranchTreeError] = DataError,
+    half_characters: bool = False,
+    infinities: bool = False,
+) -> Any:
     """Return the value of a JSON text that every program reads in the same way and that can be written again.
 
     Raises an error of ``kind`` that begins with the ``location`` for a text that is not JSON or that programs read
     differently: with a key given twice, NaN, numbers too large, values nested too deeply, or half characters unless
-    ``half_characters`` allows them.
+    ``half_characters`` allows them. ``infinities`` allows Infinity and -Infinity, which Python's own writer gives.
     """
     try:
         value = json.loads(
             text,
             parse_int=_integer,
             parse_float=_float,
-            parse_constant=_no_number,
+            parse_constant=_infinity if infinities else _no_number,
             object_pairs_hook=_without_duplicates,
         )
     except json.JSONDecodeError as error:
@@ -151,6 +157,10 @@ def _float(text: str) -> float:
     if not math.isfinite(value):
         raise ValueError(f"{shortened(text, 40)} is too large a number")
     return value
+
+
+def _infinity(text: str) -> float:
+    return _no_number(text) if text == "NaN" else float(text)
 
 
 def _no_number(text: str) -> float:
