@@ -28,6 +28,8 @@ from branchtree_adapters.pipeline.sources import CHECK_HUB, fetch_configs, read_
 if TYPE_CHECKING:
     from PIL import Image
 
+FRAMES = frozenset({"num_frames", "frames"})
+"""Names that pipelines have for the number of frames."""
 OURS = frozenset(
     {
         "self",
@@ -36,7 +38,7 @@ OURS = frozenset(
         "image",
         "height",
         "width",
-        "num_frames",
+        *FRAMES,
         "num_inference_steps",
         "sigmas",
         "timesteps",
@@ -107,7 +109,7 @@ class Diffusers(PipelineAdapter):
     @property
     def modality(self) -> str:
         """``"video"`` for a pipeline that takes a number of frames."""
-        return "video" if "num_frames" in self._takes else "image"
+        return "image" if FRAMES.isdisjoint(self._takes) else "video"
 
     @property
     def prediction(self) -> str:  # type: ignore[override]
@@ -137,7 +139,7 @@ class Diffusers(PipelineAdapter):
             if name not in known:
                 reason = "is set by keys of its own" if name in OURS else "is not taken"
                 raise ModelError(f"model.call.{name} {reason} by {self.pipeline_class}{nearest(name, sorted(known))}")
-        sizes = {"height": self.config.height, "width": self.config.width, "num_frames": self.config.frames}
+        sizes = {"height": self.config.height, "width": self.config.width, **dict.fromkeys(FRAMES, self.config.frames)}
         given = {name: size for name, size in sizes.items() if name in self._takes and size is not None}
         return {**given, **self.config.call}
 

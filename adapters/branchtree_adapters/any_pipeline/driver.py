@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from branchtree.errors import ModelError
+from branchtree.errors import ModelError, shortened
 from branchtree_adapters.any_pipeline.clock import Clock, flow_clock, noise_clock, predicted
 from branchtree_adapters.any_pipeline.draws import Draw, find_draw, numbered_draws
 from branchtree_adapters.any_pipeline.families import Family, family_of
@@ -217,9 +217,22 @@ class PipelineDriver:
 
     def learn(self, asked: Asked, other: Asked) -> None:
         """Learn the pipeline's layout from two prompts of different lengths. Raises ModelError if it has none."""
+        try:
+            self._learn(asked, other)
+        except (ModelError, NotImplementedError):
+            raise
+        except Exception as error:  # pipelines have exceptions of their own for what they are not given
+            what = "" if asked.extra else ", images among them"
+            raise ModelError(
+                f"{type(self._pipeline).__name__} cannot be run for one step ({type(error).__name__}: "
+                f"{shortened(' '.join(str(error).split()))}); look whether it lacks a keyword under model.call{what}, or "
+                f"has one that does not suit it"
+            ) from error
+
+    def _learn(self, asked: Asked, other: Asked) -> None:
         if asked.extra == other.extra:  # what follows from an image would pass for the same for all prompts
             other = replace(other, extra=inverted_images(other.extra))
-        with rows_of_calls(self.denoiser) as calls:
+        with rows_of_calls(self.denoisers.values()) as calls:
             one, question = self._record(asked, steps=1)
         self.rows_per_prediction = sum(calls)
         two, _ = self._record(asked, copies=2)
@@ -410,18 +423,19 @@ class PipelineDriver:
 
 
 @contextmanager
-def rows_of_calls(denoiser: nn.Module) -> Iterator[list[int]]:
+def rows_of_calls(denoisers: Iterable[nn.Module]) -> Iterator[list[int]]:
     """A context that yields a list of how many rows each call of a denoiser has."""
     calls: list[int] = []
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(rows_of_call(args, kwargs))
 
-    hook = denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    hooks = [denoiser.register_forward_pre_hook(count, with_kwargs=True) for denoiser in denoisers]
     try:
         yield calls
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def rows_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

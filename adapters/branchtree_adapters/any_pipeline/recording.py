@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from branchtree.errors import ModelError
+from branchtree_adapters.any_pipeline.phantom import without_fakes
 
 PREFIXES = ("encode_", "prepare_", "generate_")
 NOT_RECORDED = frozenset({"prepare_extra_step_kwargs"})
@@ -52,7 +53,7 @@ class Recording:
 
     def around(self, name: str, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a method and take down what it gives, if there is a tensor in it."""
-        output = own(*args, **kwargs)
+        output = without_fakes(own(*args, **kwargs))
         call = self._calls[name] = self._calls.get(name, -1) + 1
         leaves, tree = tree_flatten(output)
         if self.cast is not None and name.startswith("encode_"):

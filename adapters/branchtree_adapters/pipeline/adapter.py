@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -36,6 +37,10 @@ from branchtree_adapters.pipeline.components import own_component, quiet
 from branchtree_adapters.pipeline.decoders import decoder_footprint
 from branchtree_adapters.pipeline.encoders import fingerprint, probe_encoders
 from branchtree_adapters.pipeline.grids import scheduler_grid
+
+
+ENCODER = re.compile(r"(text|image)_encoder(_\d+)?")
+"""Names that pipelines have for encoders."""
 
 
 class PipelineConfig(pydantic.BaseModel):
@@ -195,13 +200,16 @@ class PipelineAdapter(ModelBase):
             self.latent_shape  # noqa: B018 - refused before weights are read
         speed.check_attention(self.config.attention)
         self._frozen_dtypes = {"default": dtype, **dict.fromkeys(self.float32_components, torch.float32)}
-        dtypes = {**self._frozen_dtypes, "transformer": denoiser_dtype}
+        dtypes = {**self._frozen_dtypes, **dict.fromkeys(["transformer", *self._beside_names], denoiser_dtype)}
         loaded = sources.load_pipeline(self._class, source, dtypes, self._encoder_names)
         self._blueprint = self._blueprint.with_loaded(loaded)
         self.latent_shape  # noqa: B018 - of what was loaded
         speed.set_attention(loaded.transformer, self.config.attention)
         own_component(loaded.transformer, device, self._location("transformer"))
         self._own({"vae": loaded.vae})
+        for name in self._beside_names:
+            own_component(getattr(loaded, name), device, self._location(name))
+            getattr(loaded, name).requires_grad_(False)
         if device.type == "cpu" or self.modality == "image":
             _channels_last(loaded.vae)
         self.take(loaded, device, denoiser_dtype)
@@ -214,7 +222,13 @@ class PipelineAdapter(ModelBase):
     def _encoder_names(self) -> list[str]:
         """Names that the pipeline has for encoders, whether this model has them or not."""
         names = inspect.signature(self._class.__init__).parameters
-        return [name for name in names if name.startswith(("text_encoder", "image_encoder"))]
+        return [name for name in names if ENCODER.fullmatch(name)]
+
+    @property
+    def _beside_names(self) -> list[str]:
+        """Names of the components with weights that work beside the denoiser, in its precision."""
+        known = {"transformer", "vae", *self._encoder_names}
+        return [name for name in self.blueprint.classes if name not in known]
 
     def _own(self, components: Mapping[str, Any]) -> None:
         for name, component in components.items():
@@ -260,8 +274,8 @@ class PipelineAdapter(ModelBase):
         if any(getattr(self.pipeline, name) is not None for name in names):
             return {}
         others = [name for name in self.pipeline.components if name not in names]
-        found = sources.load_pipeline(self._class, sources.pinned(self._source), self._frozen_dtypes, others)
-        return {name: getattr(found, name) for name in names}
+        found = sources.load_some(self._class, sources.pinned(self._source), self._frozen_dtypes, others)
+        return {name: found.get(name) for name in names}
 
     def drop_encoders(self) -> None:
         """Free the encoders; they are read again if ``encode`` is called again."""

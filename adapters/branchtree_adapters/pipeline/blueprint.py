@@ -100,15 +100,14 @@ def _classes(pipeline: Any, index: Mapping[str, Any], where: str) -> dict[str, A
     """Return the classes of the components with weights that a model_index.json names, or the pipeline asks for."""
     classes: dict[str, Any] = {}
     for name, parameter in inspect.signature(pipeline.__init__).parameters.items():
-        if name not in {"transformer", "vae"} and not name.startswith(("text_encoder", "image_encoder")):
-            continue
         required = parameter.default is parameter.empty or name == "transformer"
-        if is_present(index.get(name)):
-            classes[name] = component_class(pipeline, name, index[name], where)
-        elif required and name in index:
+        present = is_present(index.get(name))
+        kinds = [component_class(pipeline, name, index[name], where)] if present else wanted_classes(pipeline, name)
+        if not (present or required) or not any(issubclass(kind, nn.Module) for kind in kinds):
+            continue
+        if not present and name in index:
             raise not_named(pipeline, name, where)
-        elif required:
-            classes[name] = wanted_classes(pipeline, name)[0]
+        classes[name] = kinds[0]
     return {"transformer": classes.pop("transformer"), **classes}
 
 
