@@ -44,7 +44,8 @@ class ShapesOnly(FakeTensorMode):
 
     def __init__(self) -> None:
         super().__init__(allow_non_fake_inputs=True)
-        self.known = False  # whether values are computed; not while a model is built, whose tensors are its weights
+        self.building = True  # a model, whose tensors are its weights; their initialisation may look at them
+        self.known = False  # whether values are computed
 
     def dispatch(
         self, func: Any, types: Sequence[type], args: Sequence[object] = (), kwargs: Mapping[str, object] | None = None
@@ -53,6 +54,8 @@ class ShapesOnly(FakeTensorMode):
         kwargs = kwargs or {}
         if func is torch.ops.aten.index.Tensor:
             args = (args[0], _numbered(cast("list[Any]", args[1])))
+        if self.building and func is torch.ops.aten._local_scalar_dense.default:
+            return 0.0 if cast(Tensor, args[0]).is_floating_point() else 0
         shapes = functools.partial(self._shapes, func, types, args, kwargs)
         if not self.known or tree_any(_is_fake, (args, kwargs)):
             return shapes()
@@ -170,7 +173,7 @@ def phantom(build: Callable[[], nn.Module]) -> Any:
     mode = ShapesOnly()
     with mode:
         module = build().eval()
-    mode.known = True
+    mode.building, mode.known = False, True
     for each in module.modules():
         each._buffers.update({name: _ones(value) for name, value in each._buffers.items() if _is_constant(value)})
     kind: Any = type(module)
