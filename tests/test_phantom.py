@@ -9,11 +9,12 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from branchtree_adapters.any_pipeline.driver import DENOISERS, Asked, PipelineDriver
+from branchtree_adapters.any_pipeline.driver import Asked, PipelineDriver
 from branchtree_adapters.any_pipeline.measure import count_operations, measure
 from branchtree_adapters.any_pipeline.phantom import phantom
 from branchtree_adapters.any_pipeline.unloaded import unloaded_pipeline
 from branchtree_adapters.flux import Flux, FluxConfig
+from branchtree_adapters.pipeline.denoisers import DENOISERS
 from branchtree_adapters.small.pipelines import PIPELINES, Small
 from small_pipelines import ask
 from torch import Tensor, nn

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
 
 from branchtree.errors import ModelError
 from branchtree_adapters.any_pipeline.clock import Clock, flow_clock, noise_clock, predicted
@@ -34,11 +35,14 @@ from branchtree_adapters.any_pipeline.recording import (
 )
 from branchtree_adapters.any_pipeline.schedulers import GridReader, StepKeeper, StepRequest, StopCall, stand_in
 from branchtree_adapters.any_pipeline.times import MixedRowsError, row_sigmas, row_times
+from branchtree_adapters.pipeline.denoisers import DENOISERS
 
-DENOISERS = ("transformer", "unet", "transformer_2", "unconditional_transformer")
-"""Names that pipelines have for what denoises."""
 TABLE_STEPS = 8
 """Steps of the grid by which a pipeline's times are compared with its noise levels."""
+COMPARED = ((0.8, 0.3), (0.3, 0.2))
+"""Pairs of noise levels of which one at least is on one side of any boundary between denoisers."""
+ENDS = (0.999, 0.001)
+"""Noise levels on both sides of any boundary."""
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,13 @@ def _casting(vae: Any) -> Any:
 
 
 class Wrapped:
-    """A denoiser under another module, such as DDP's, with the attributes that a pipeline looks for on it."""
+    """A denoiser that is called by way of ``outer``, with the attributes that a pipeline looks for on it."""
 
-    def __init__(self, outer: nn.Module, denoiser: nn.Module) -> None:
+    def __init__(self, outer: Callable[..., Any], denoiser: nn.Module) -> None:
         self._outer, self._denoiser = outer, denoiser
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the outer module."""
+        """Call it."""
         return self._outer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -219,7 +223,7 @@ class PipelineDriver:
         """Learn the pipeline's layout from two prompts of different lengths. Raises ModelError if it has none."""
         if asked.extra == other.extra:  # what follows from an image would pass for the same for all prompts
             other = replace(other, extra=inverted_images(other.extra))
-        with rows_of_calls(self.denoiser) as calls:
+        with rows_of_calls(self.denoisers.values()) as calls:
             one, question = self._record(asked, steps=1)
         self.rows_per_prediction = sum(calls)
         two, _ = self._record(asked, copies=2)
@@ -263,9 +267,47 @@ class PipelineDriver:
 
     def compare_levels(self) -> None:
         """Find out, by a few predictions, whether rows of different noise levels can share a call."""
-        state = torch.stack([self.noise(torch.Generator().manual_seed(row)) for row in range(2)]).to(self._device)
-        twice = {name: value.expand(2, *value.shape[1:]).to(self._device) for name, value in self.example.items()}
-        self._rows_share_a_call = self._try_mixed(state, torch.tensor([0.8, 0.3], device=self._device), twice)
+        state, twice = self._example_rows(2)
+        for levels in COMPARED:
+            self._rows_share_a_call = self._try_mixed(state, torch.tensor(levels, device=self._device), twice)
+            if self._rows_share_a_call is not None:
+                return
+
+    def _example_rows(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return some rows of noise, and as many of the example's encodings."""
+        state = torch.stack([self.noise(torch.Generator().manual_seed(row)) for row in range(count)])
+        rows = {name: value.expand(count, *value.shape[1:]) for name, value in self.example.items()}
+        return state.to(self._device), {name: value.to(self._device) for name, value in rows.items()}
+
+    def unused_parameters(self) -> dict[str, set[str]]:
+        """Return the names of parameters, by denoiser, on which no prediction of the example depends.
+
+        A forward whose intermediate results are not kept tells.
+        """
+        state, packed = self._example_rows(2)
+        parameters = {id(each): each for module in self.denoisers.values() for each in module.parameters()}
+        trained = {key: each.requires_grad for key, each in parameters.items()}
+        try:
+            for module in self.denoisers.values():
+                module.requires_grad_(True)
+            with torch.enable_grad(), saved_tensors_hooks(lambda _: torch.empty(0), lambda nothing: nothing):
+                predicted = self.predict(state, torch.tensor(ENDS, device=self._device), packed)
+            used = {id(leaf) for leaf in leaves_of(predicted)}
+        finally:
+            for key, each in parameters.items():
+                each.requires_grad_(trained[key])
+        return {
+            name: {key for key, value in module.named_parameters() if id(value) not in used}
+            for name, module in self.denoisers.items()
+        }
+
+    def absent_levels(self, sigma: Tensor) -> Tensor:
+        """Return noise levels at which denoisers are called that none of the rows at ``sigma`` (B,) calls."""
+        boundary = self._pipeline.config.get("boundary_ratio")
+        if boundary is None or len(self.denoisers) == 1:
+            return sigma[:0]
+        high = self._clock.time(sigma) >= boundary * self._train_steps
+        return sigma.new_tensor(ENDS)[torch.stack([~high.any(), high.all()])]
 
     def encode(self, asked: Asked) -> dict[str, Tensor]:
         """Return a prompt's encodings by name, each with a first axis of 1, on the CPU."""
@@ -410,18 +452,33 @@ class PipelineDriver:
 
 
 @contextmanager
-def rows_of_calls(denoiser: nn.Module) -> Iterator[list[int]]:
-    """A context that yields a list of how many rows each call of a denoiser has."""
+def rows_of_calls(denoisers: Iterable[nn.Module]) -> Iterator[list[int]]:
+    """A context that yields a list of how many rows each call of one of the denoisers has."""
     calls: list[int] = []
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(rows_of_call(args, kwargs))
 
-    hook = denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    hooks = [denoiser.register_forward_pre_hook(count, with_kwargs=True) for denoiser in denoisers]
     try:
         yield calls
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors with gradients of their own on which a tensor depends."""
+    found, waiting, seen = [], [tensor.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting.extend(following for following, _ in node.next_functions)
+    return found
 
 
 def rows_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:

@@ -20,6 +20,7 @@ from branchtree_adapters.pipeline.components import (
     Component,
     component_class,
     is_present,
+    left_out,
     load_component,
     wanted_classes,
 )
@@ -43,6 +44,9 @@ def unloaded_pipeline(kind: Any, blueprint: Blueprint, folder: Path | None = Non
     for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
         entry = index.get(name)
         if name in components:
+            continue
+        if name in left_out(kind):
+            components[name] = None
             continue
         if name in index and not isinstance(entry, list | tuple):  # a setting
             components[name] = entry

@@ -66,12 +66,14 @@ def build_pipeline(pipeline: Any, folder: Path, dtypes: Mapping[str, torch.dtype
     verify_checksums(folder, ModelError, [INDEX])
     index = read_json(folder / INDEX)
     parameters = dict(list(inspect.signature(pipeline.__init__).parameters.items())[1:])
-    named = {name: index[name] for name in parameters if name in index}
+    skipped = left_out(pipeline)
+    named = {name: index[name] for name in parameters if name in index and name not in skipped}
     entries = {name: entry for name, entry in named.items() if isinstance(entry, list | tuple)}
     settings = {name: entry for name, entry in named.items() if name not in entries}
     found = [_component(pipeline, name, entry, folder) for name, entry in entries.items() if is_present(entry)]
-    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-    for name in [*required, "transformer"]:
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    required |= {"transformer"} & parameters.keys()  # optional to some, which then run without their first denoiser
+    for name in [name for name in parameters if name in required and name not in skipped]:
         if name not in {component.name for component in found}:
             raise not_named(pipeline, name, f"'{folder / INDEX}'")
     read = [component for component in found if component.name not in without]
@@ -79,8 +81,16 @@ def build_pipeline(pipeline: Any, folder: Path, dtypes: Mapping[str, torch.dtype
     loaded = {each.name: load_component(each, dtypes.get(each.name, dtypes["default"])) for each in read}
     for component in read:
         _check_against_encoder(component, loaded[component.name])
-    absent = dict.fromkeys(name for name in parameters if name in entries or name in without)
+    absent = dict.fromkeys(name for name in parameters if name in entries or name in without or name in skipped)
+    if skipped:
+        settings["requires_safety_checker"] = False
     return pipeline(**{**settings, **absent, **loaded})
+
+
+def left_out(pipeline: Any) -> list[str]:
+    """Return the components that are never loaded: those by which Stable Diffusion blackens samples."""
+    takes = inspect.signature(pipeline.__init__).parameters
+    return ["safety_checker", "feature_extractor"] if "requires_safety_checker" in takes else []
 
 
 def _check_against_encoder(component: Component, loaded: Any) -> None:
