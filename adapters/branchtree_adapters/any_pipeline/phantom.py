@@ -175,7 +175,7 @@ def phantom(build: Callable[[], nn.Module]) -> Any:
         module = build().eval()
     mode.building, mode.known = False, True
     for each in module.modules():
-        each._buffers.update({name: _ones(value) for name, value in each._buffers.items() if _is_constant(value)})
+        each._buffers.update(_constants(each))
     kind: Any = type(module)
     module.__class__ = _phantom_class(kind)
     module.__dict__["body"] = _Body(mode)
@@ -186,13 +186,10 @@ def _copy(leaf: Any) -> Any:
     return leaf.clone() if isinstance(leaf, Tensor) else leaf
 
 
-def _is_constant(value: Any) -> bool:
-    """Whether a buffer is one that pipelines compute with themselves, as with the means of a VAE's latents."""
-    return isinstance(value, Tensor) and value.is_floating_point() and value.numel() <= CONSTANT
-
-
-def _ones(value: Tensor) -> Tensor:
-    return torch.ones(value.shape, dtype=value.dtype)
+def _constants(module: nn.Module) -> dict[str, Tensor]:
+    """Return ones for buffers with which pipelines may compute themselves, as with the means of a VAE's latents."""
+    floats = {name: each for name, each in module.named_buffers(recurse=False) if each.is_floating_point()}
+    return {name: torch.ones(each.shape, dtype=each.dtype) for name, each in floats.items() if each.numel() <= CONSTANT}
 
 
 @contextmanager
@@ -224,7 +221,7 @@ def first_call(component: Any, run: Callable[[], Any]) -> Call | None:
 
 
 def without_fakes(output: Any) -> Any:
-    """Return an output with zeros for its fake tensors, also in the attributes of objects such as a VAE's distribution."""
+    """Return an output with zeros for its fake tensors, also in attributes of objects such as a VAE's distribution."""
 
     def real(leaf: Any) -> Any:
         if _is_fake(leaf):

@@ -21,6 +21,7 @@ from branchtree_adapters.pipeline.components import (
     component_class,
     is_component,
     is_present,
+    left_out,
     load_component,
     wanted_classes,
 )
@@ -44,6 +45,9 @@ def unloaded_pipeline(kind: Any, blueprint: Blueprint, folder: Path | None = Non
     for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
         entry = index.get(name)
         if name in components:
+            continue
+        if name in left_out(kind):
+            components[name] = None
             continue
         if name in index and not is_component(entry):  # a setting
             components[name] = entry

@@ -64,11 +64,13 @@ def build_pipeline(pipeline: Any, folder: Path, dtypes: Mapping[str, torch.dtype
         ModelError: A file is missing or damaged, or the weights do not account for every tensor of their model.
     """
     loaded = load_components(pipeline, folder, dtypes, without)
-    index, parameters = read_json(folder / INDEX), _parameters(pipeline)
-    named = {name: index[name] for name in parameters if name in index}
+    index, parameters, skipped = read_json(folder / INDEX), _parameters(pipeline), left_out(pipeline)
+    named = {name: index[name] for name in parameters if name in index and name not in skipped}
     settings = {name: entry for name, entry in named.items() if not is_component(entry)}
-    absent = dict.fromkeys(name for name in parameters if is_component(index.get(name)) or name in without)
-    return pipeline(**{**settings, **absent, **loaded})
+    if skipped:
+        settings["requires_safety_checker"] = False
+    absent = {name for name in parameters if is_component(index.get(name))} | {*without, *skipped} & parameters.keys()
+    return pipeline(**{**settings, **dict.fromkeys(absent), **loaded})
 
 
 def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
@@ -80,11 +82,12 @@ def load_components(
 ) -> dict[str, Any]:
     """Load the components of ``pipeline`` by name, but for those named in ``without``; see build_pipeline."""
     verify_checksums(folder, ModelError, [INDEX])
-    index, parameters = read_json(folder / INDEX), _parameters(pipeline)
-    entries = {name: index[name] for name in parameters if is_present(index.get(name))}
+    index, parameters, skipped = read_json(folder / INDEX), _parameters(pipeline), left_out(pipeline)
+    entries = {name: index[name] for name in parameters if is_present(index.get(name)) and name not in skipped}
     found = [_component(pipeline, name, entry, folder) for name, entry in entries.items()]
-    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-    for name in [*required, "transformer"]:
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    required |= {"transformer"} & parameters.keys()  # optional to some, which then run without their first denoiser
+    for name in [name for name in parameters if name in required and name not in skipped]:
         if name not in {component.name for component in found}:
             raise not_named(pipeline, name, f"'{folder / INDEX}'")
     read = [component for component in found if component.name not in without]
@@ -93,6 +96,12 @@ def load_components(
     for component in read:
         _check_against_encoder(component, loaded[component.name])
     return loaded
+
+
+def left_out(pipeline: Any) -> list[str]:
+    """Return the components that are never loaded: those by which Stable Diffusion blackens samples."""
+    takes = inspect.signature(pipeline.__init__).parameters
+    return ["safety_checker", "feature_extractor"] if "requires_safety_checker" in takes else []
 
 
 def _check_against_encoder(component: Component, loaded: Any) -> None:

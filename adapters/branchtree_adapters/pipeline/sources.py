@@ -20,7 +20,7 @@ from branchtree.errors import ModelError, nearest, reason_of
 from branchtree.files.checksums import verify_checksums
 from branchtree.files.reading import user_path
 from branchtree_adapters.pipeline.component_configs import read_json
-from branchtree_adapters.pipeline.components import INDEX, build_pipeline, load_components, quiet
+from branchtree_adapters.pipeline.components import INDEX, build_pipeline, left_out, load_components, quiet
 
 BUNDLED, SMALL = "bundled:", "small:"
 Configs = Mapping[str, Mapping[str, Any]]
@@ -165,7 +165,7 @@ def _loading(source: ModelSource) -> Iterator[None]:
 def _download(pipeline: Any, source: ModelSource, without: Collection[str]) -> Path:
     """Return the folder of a hub id's files, downloaded but for some components. Raises ModelError."""
     try:
-        absent = dict.fromkeys(without)
+        absent = dict.fromkeys([*without, *left_out(pipeline)])
         return Path(pipeline.download(source.name, revision=source.revision, use_safetensors=True, **absent))
     except Exception as error:  # the hub's client has many exceptions for one matter
         raise ModelError(f"cannot load '{source.location}' ({type(error).__name__}: {error}); {CHECK_HUB}.") from error
