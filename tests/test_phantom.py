@@ -15,12 +15,10 @@ from branchtree_adapters.any_pipeline.phantom import phantom
 from branchtree_adapters.any_pipeline.unloaded import unloaded_pipeline
 from branchtree_adapters.flux import Flux, FluxConfig
 from branchtree_adapters.small.pipelines import PIPELINES, Small
-from small_pipelines import ask
+from small_pipelines import ask, small_constants
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
-UNMEASURED: set[str] = set()
-"""Families whose sizes cannot be told before loading yet: they compute with what their weights give."""
 UNMASKED = 0.06
 """Chroma's blocks get no mask under gradient checkpointing, whose blocks are what is measured."""
 
@@ -57,9 +55,14 @@ def kept_numbers(driver: PipelineDriver, asked: Asked, rows: int) -> int:
 
 # Mochi computes its positions under float32 autocast, which a CPU does not have.
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-@pytest.mark.parametrize("name", sorted(PIPELINES.keys() - UNMEASURED))
+@pytest.mark.parametrize("name", sorted(PIPELINES))
 def test_a_pipeline_of_phantoms_is_as_the_real_one(name: str) -> None:
-    family = PIPELINES[name]
+    with small_constants(PIPELINES[name]):
+        compare(name, PIPELINES[name])
+
+
+def compare(name: str, family: Small) -> None:
+    """Compare all but the decoder of sound, which is not counted."""
     real = family.build()
     modules = {key: each for key, each in real.components.items() if isinstance(each, nn.Module)}
     made = {**family.components(), **{key: phantom(fresh(each)) for key, each in modules.items()}}
@@ -91,7 +94,8 @@ def test_a_pipeline_of_phantoms_is_as_the_real_one(name: str) -> None:
 
     assert found.decoder is not None
     assert found.decoder.media_numbers_per_row == driver.decode(state, packed).numel()
-    assert found.decoder.flops_per_row == count_operations(lambda: driver.decode(state, packed)).total
+    decoding = count_operations(lambda: driver.decode(state, packed)).total
+    assert found.decoder.flops_per_row == decoding or (name == "ltx2" and found.decoder.flops_per_row < decoding)
 
     kept = kept_numbers(driver, asked, 2) - kept_numbers(driver, asked, 1)
     assert found.activation_numbers_per_row * sum(rows) == pytest.approx(
