@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
 from branchtree_adapters.small.pipelines import PIPELINES, Small
+from small_pipelines import options, small_constants
 
 from branchtree import load_recipe, train
 from branchtree.errors import ModelError
@@ -79,3 +81,28 @@ def test_the_video_quickstart_is_that_of_the_hand_written_adapter(tmp_path: Path
     first, second = both_metrics(recipe, {"guidance_scale": 4.0, "max_sequence_length": 12}, tmp_path)
     for own, driven in zip(first.splitlines(), second.splitlines(), strict=True):
         assert json.loads(driven) == pytest.approx(json.loads(own), rel=1e-4, abs=1e-4, nan_ok=True)
+
+
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_model_is_loaded_as_it_was_planned(name: str) -> None:
+    with small_constants(PIPELINES[name]):
+        planned, loaded = (Diffusers(DiffusersConfig(**options(name))) for _ in range(2))
+        expected = planned.latent_shape, planned.rows_per_prediction, planned.driver.example.keys()
+        loaded.load(torch.device("cpu"), torch.float32, torch.float32)
+    assert (loaded.latent_shape, loaded.rows_per_prediction, loaded.driver.example.keys()) == expected
+    assert loaded.encoding_fingerprint() is not None
+
+
+@pytest.mark.parametrize("name", ["qwen_image", "ltx", "mochi"])
+def test_a_grid_that_diffusers_divides_by_zero_for_is_refused(name: str) -> None:
+    model = Diffusers(DiffusersConfig(**options(name)))
+    model.load(torch.device("cpu"), torch.float32, torch.float32)
+    with pytest.raises(ModelError, match="more tree.steps"):
+        model.sigmas(1)
+    assert len(model.sigmas(2)) == 3
+
+
+def test_a_call_that_lacks_an_image_is_refused() -> None:
+    model = Diffusers(DiffusersConfig(**{**options("ltx_image"), "images": None}))
+    with pytest.raises(ModelError, match="images among them"):
+        model.latent_shape  # noqa: B018

@@ -77,17 +77,17 @@ def compare(name: str, family: Small) -> None:
     assert {key: value.shape for key, value in other.encode(asked).items()} == shapes
 
     denoisers = nn.ModuleDict(driver.denoisers).requires_grad_(True)  # else torch computes layers in another way
-    rows: list[int] = []
+    calls: list[tuple[nn.Module, Any, Any]] = []
     watches = [
-        denoiser.register_forward_pre_hook(
-            lambda _, args, kwargs: rows.append(len(next(iter((*args, *kwargs.values()))))), with_kwargs=True
-        )
+        denoiser.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
         for denoiser in denoisers.values()
     ]
     state, sigma = torch.zeros(1, *driver.state_shape), torch.tensor([0.5])
-    operations = count_operations(lambda: driver.predict(state, sigma, packed))
+    driver.predict(state, sigma, packed)
     for watch in watches:
         watch.remove()
+    rows = [len(next(iter((*args, *kwargs.values())))) for _, args, kwargs in calls]
+    operations = count_operations(lambda: [denoiser(*args, **kwargs) for denoiser, args, kwargs in calls])
     assert found.rows_per_prediction == sum(rows)
     assert found.forward_flops_per_row * sum(rows) == operations.total
     assert 0 < found.attention_flops_per_row * sum(rows) == operations.attention

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from branchtree.core.grid import check_grid
 from branchtree.data.frames import first_frame
-from branchtree.errors import DataError, ModelError, nearest
+from branchtree.errors import DataError, ModelError, nearest, shortened
 from branchtree.plugins import Condition, Conditioning, Footprint, Media, Register, hookimpl
 from branchtree.plugins.weights import lora_parameters_per_rank
 from branchtree_adapters.any_pipeline.clock import predicted
@@ -58,6 +59,8 @@ OURS = frozenset(
     }
 )
 """Arguments of a pipeline's call that are not the user's to set under ``call``."""
+SMALLEST = 64
+"""Pixels of a side of an image by which a layout is learnt, at least: some pipelines refuse smaller ones."""
 SHORT, LONG = "a cat", "two small birds that sit on the branch of an old tree in the rain"
 """Two prompts of different lengths, by which a pipeline's layout is learnt."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
@@ -243,7 +246,7 @@ class Diffusers(PipelineAdapter):
     def _blank(self, colour: str) -> Image.Image:
         from PIL import Image
 
-        return Image.new("RGB", (self.config.width, self.config.height), colour)
+        return Image.new("RGB", (max(self.config.width, SMALLEST), max(self.config.height, SMALLEST)), colour)
 
     def check(self, condition: Condition) -> None:
         """Refuse a condition that the pipeline cannot take. Raises DataError."""
@@ -268,8 +271,17 @@ class Diffusers(PipelineAdapter):
         return self.driver.noise(generator)
 
     def sigmas(self, steps: int) -> Tensor:
-        """Return the noise levels (steps + 1,) of the pipeline's own schedule."""
-        return self.driver.grid(steps)
+        """Return the noise levels (steps + 1,) of the pipeline's own schedule. Raises ModelError if it has none."""
+        try:
+            grid = self.driver.grid(steps)
+            check_grid(grid)
+        except Exception as error:  # diffusers divides by zero, among other things
+            scheduler = type(self.driver.pipeline.scheduler).__name__
+            raise ModelError(
+                f"sampler.grid 'pipeline': {scheduler} of '{self.config.path}' makes no grid of {steps} steps: "
+                f"{shortened(' '.join(str(error).split()))}. Set more tree.steps, or sampler.grid to 'linear'."
+            ) from error
+        return grid
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
@@ -293,11 +305,19 @@ class Diffusers(PipelineAdapter):
         """Decode latents (B, *latent) as the pipeline does after its loop."""
         on_device(self.pipeline.vae, self.device)
         decoded = self.driver.decode(latents.to(self.device), self._example_rows(len(latents)))
-        samples = decoded.float().clamp(0, 1)
+        samples = opaque(decoded.float().clamp(0, 1))
         return Media(videos=samples, fps=self.config.fps) if self.modality == "video" else Media(images=samples)
 
     def _example_rows(self, count: int) -> dict[str, Tensor]:
         return {name: value.expand(count, *value.shape[1:]) for name, value in self.driver.example.items()}
+
+
+def opaque(samples: Tensor) -> Tensor:
+    """Lay samples (..., 4, H, W) with an opacity over white; return those without one as they are."""
+    if samples.shape[-3] != 4:
+        return samples
+    colours, opacity = samples.split([3, 1], dim=-3)
+    return colours * opacity + (1 - opacity)
 
 
 def in_step(denoiser: nn.Module) -> bool:
