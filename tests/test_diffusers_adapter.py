@@ -86,18 +86,18 @@ def test_the_video_quickstart_is_that_of_the_hand_written_adapter(tmp_path: Path
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_model_is_loaded_as_it_was_planned(name: str) -> None:
     with small_constants(PIPELINES[name]):
-        planned, loaded = (Diffusers(DiffusersConfig(**options(name))) for _ in range(2))
-        expected = planned.latent_shape, planned.rows_per_prediction, planned.driver.example.keys()
-        loaded.load(torch.device("cpu"), torch.float32, torch.float32)
-    assert (loaded.latent_shape, loaded.rows_per_prediction, loaded.driver.example.keys()) == expected
-    assert loaded.encoding_fingerprint() is not None
+        model = Diffusers(DiffusersConfig(**options(name)))
+        planned = model.latent_shape, model.rows_per_prediction, model.driver.example.keys()
+        model.load(torch.device("cpu"), torch.float32, torch.float32)
+    assert (model.latent_shape, model.rows_per_prediction, model.driver.example.keys()) == planned
+    assert model.encoding_fingerprint() is not None
 
 
 @pytest.mark.parametrize("name", ["qwen_image", "ltx", "mochi"])
 def test_a_grid_that_diffusers_divides_by_zero_for_is_refused(name: str) -> None:
     model = Diffusers(DiffusersConfig(**options(name)))
     model.load(torch.device("cpu"), torch.float32, torch.float32)
-    with pytest.raises(ModelError, match="more tree.steps"):
+    with pytest.raises(ModelError, match=r"more tree\.steps"):
         model.sigmas(1)
     assert len(model.sigmas(2)) == 3
 

@@ -317,7 +317,8 @@ def opaque(samples: Tensor) -> Tensor:
     if samples.shape[-3] != 4:
         return samples
     colours, opacity = samples.split([3, 1], dim=-3)
-    return colours * opacity + (1 - opacity)
+    over: Tensor = colours * opacity + (1 - opacity)
+    return over
 
 
 def in_step(denoiser: nn.Module) -> bool:
