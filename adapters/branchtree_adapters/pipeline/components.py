@@ -81,16 +81,18 @@ def build_pipeline(pipeline: Any, folder: Path, dtypes: Mapping[str, torch.dtype
     loaded = {each.name: load_component(each, dtypes.get(each.name, dtypes["default"])) for each in read}
     for component in read:
         _check_against_encoder(component, loaded[component.name])
-    absent = dict.fromkeys(name for name in parameters if name in entries or name in without or name in skipped)
-    if skipped:
-        settings["requires_safety_checker"] = False
-    return pipeline(**{**settings, **absent, **loaded})
+    absent = dict.fromkeys(name for name in parameters if name in entries or name in without)
+    return pipeline(**{**settings, **absent, **loaded, **skipped})
 
 
-def left_out(pipeline: Any) -> list[str]:
-    """Return the components that are never loaded: those by which Stable Diffusion blackens samples."""
-    takes = inspect.signature(pipeline.__init__).parameters
-    return ["safety_checker", "feature_extractor"] if "requires_safety_checker" in takes else []
+def left_out(pipeline: Any) -> dict[str, Any]:
+    """Return what a pipeline is given in place of components that are never loaded.
+
+    They are those by which Stable Diffusion blackens samples.
+    """
+    if "requires_safety_checker" not in inspect.signature(pipeline.__init__).parameters:
+        return {}
+    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def _check_against_encoder(component: Component, loaded: Any) -> None:
