@@ -20,8 +20,8 @@ from branchtree.run.directory import METRICS
 from branchtree.testing import AdapterCase, ModelAdapterPromises
 
 PROMPTS = ["a red three", "seven blue", "a digit"]
-PROMISED = ["flux", "sd3", "aura_flow", "sdxl", "wan_experts"]
-"""Families of each kind: without guidance and with it, one call per noise level, a U-Net, and two transformers."""
+PROMISED = ["flux", "aura_flow", "sdxl", "wan_experts"]
+"""Families of each kind: without guidance, one call per noise level, a U-Net that predicts noise, two transformers."""
 SMALL = {"run.iterations": 2, "run.sample_prompts": 1, "tree.steps": 6, "tree.splits": [0, 2], "evaluation": None}
 
 

@@ -182,7 +182,10 @@ def _by_diffusers(
     if unet is None:
         return pipeline.lora_state_dict(given), {}
     converted, alphas = pipeline.lora_state_dict(given, unet_config=unet)
-    beside = {name: torch.as_tensor(value) for name, value in (alphas or {}).items()}
+    beside = {
+        name.partition(".lora_A.")[0].removesuffix(ALPHA) + ALPHA: torch.as_tensor(value)
+        for name, value in convert_unet_state_dict_to_peft(alphas or {}).items()
+    }
     return convert_unet_state_dict_to_peft(converted), beside
 
 
