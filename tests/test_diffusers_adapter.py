@@ -22,6 +22,7 @@ from branchtree.testing import AdapterCase, ModelAdapterPromises
 PROMPTS = ["a red three", "seven blue", "a digit"]
 PROMISED = ["flux", "aura_flow", "sdxl", "wan_experts"]
 """Families of each kind: without guidance, one call per noise level, a U-Net that predicts noise, two transformers."""
+MOCHI = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # its float32 regions
 SMALL = {"run.iterations": 2, "run.sample_prompts": 1, "tree.steps": 6, "tree.splits": [0, 2], "evaluation": None}
 
 
@@ -83,6 +84,7 @@ def test_the_video_quickstart_is_that_of_the_hand_written_adapter(tmp_path: Path
         assert json.loads(driven) == pytest.approx(json.loads(own), rel=1e-4, abs=1e-4, nan_ok=True)
 
 
+@MOCHI
 @pytest.mark.parametrize("name", PIPELINES)
 def test_a_model_is_loaded_as_it_was_planned(name: str) -> None:
     with small_constants(PIPELINES[name]):
@@ -93,6 +95,7 @@ def test_a_model_is_loaded_as_it_was_planned(name: str) -> None:
     assert model.encoding_fingerprint() is not None
 
 
+@MOCHI
 @pytest.mark.parametrize("name", ["qwen_image", "ltx", "mochi"])
 def test_a_grid_that_diffusers_divides_by_zero_for_is_refused(name: str) -> None:
     model = Diffusers(DiffusersConfig(**options(name)))
