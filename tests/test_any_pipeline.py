@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import replace
@@ -18,7 +17,7 @@ from branchtree_adapters.any_pipeline.driver import PipelineDriver, rows_of_call
 from branchtree_adapters.any_pipeline.families import family_of
 from branchtree_adapters.any_pipeline.published import published_models
 from branchtree_adapters.small.pipelines import PIPELINES, Small
-from small_pipelines import ask, past_images
+from small_pipelines import ask, past_images, small_constants
 from torch import Tensor, nn
 
 from branchtree.core.padding import pad_together
@@ -33,9 +32,7 @@ LEVELS = (0.9, 0.5, 0.25)
 @pytest.fixture(scope="module", params=PIPELINES)
 def family(request: pytest.FixtureRequest) -> Iterator[Small]:
     family = PIPELINES[request.param]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in family.constants.items():
-            patch.setattr(sys.modules[getattr(diffusers, family.pipeline).__module__], name, value)
+    with small_constants(family):
         yield family
 
 

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
 from branchtree_adapters.small.pipelines import PIPELINES, Small
+from small_pipelines import options, small_constants
 
 from branchtree import load_recipe, train
 from branchtree.errors import ModelError
@@ -18,8 +20,9 @@ from branchtree.run.directory import METRICS
 from branchtree.testing import AdapterCase, ModelAdapterPromises
 
 PROMPTS = ["a red three", "seven blue", "a digit"]
-PROMISED = ["flux", "sd3", "aura_flow"]
-"""Families of each kind: without guidance and with it, and one call per noise level."""
+PROMISED = ["flux", "aura_flow", "sdxl", "wan_experts"]
+"""Families of each kind: without guidance, one call per noise level, a U-Net that predicts noise, two transformers."""
+MOCHI = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # its float32 regions
 SMALL = {"run.iterations": 2, "run.sample_prompts": 1, "tree.steps": 6, "tree.splits": [0, 2], "evaluation": None}
 
 
@@ -79,3 +82,30 @@ def test_the_video_quickstart_is_that_of_the_hand_written_adapter(tmp_path: Path
     first, second = both_metrics(recipe, {"guidance_scale": 4.0, "max_sequence_length": 12}, tmp_path)
     for own, driven in zip(first.splitlines(), second.splitlines(), strict=True):
         assert json.loads(driven) == pytest.approx(json.loads(own), rel=1e-4, abs=1e-4, nan_ok=True)
+
+
+@MOCHI
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_model_is_loaded_as_it_was_planned(name: str) -> None:
+    with small_constants(PIPELINES[name]):
+        model = Diffusers(DiffusersConfig(**options(name)))
+        planned = model.latent_shape, model.rows_per_prediction, model.driver.example.keys()
+        model.load(torch.device("cpu"), torch.float32, torch.float32)
+    assert (model.latent_shape, model.rows_per_prediction, model.driver.example.keys()) == planned
+    assert model.encoding_fingerprint() is not None
+
+
+@MOCHI
+@pytest.mark.parametrize("name", ["qwen_image", "ltx", "mochi"])
+def test_a_grid_that_diffusers_divides_by_zero_for_is_refused(name: str) -> None:
+    model = Diffusers(DiffusersConfig(**options(name)))
+    model.load(torch.device("cpu"), torch.float32, torch.float32)
+    with pytest.raises(ModelError, match=r"more tree\.steps"):
+        model.sigmas(1)
+    assert len(model.sigmas(2)) == 3
+
+
+def test_a_call_that_lacks_an_image_is_refused() -> None:
+    model = Diffusers(DiffusersConfig(**{**options("ltx_image"), "images": None}))
+    with pytest.raises(ModelError, match="images among them"):
+        model.latent_shape  # noqa: B018

@@ -1,19 +1,23 @@
-"""The model family ``diffusers``: any pipeline of diffusers with a transformer, driven through its own call."""
+"""The model family ``diffusers``: any pipeline of diffusers, driven through its own call."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import pydantic
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
+from branchtree.core.grid import check_grid
 from branchtree.data.frames import first_frame
-from branchtree.errors import DataError, ModelError, nearest
+from branchtree.errors import DataError, ModelError, nearest, shortened
 from branchtree.plugins import Condition, Conditioning, Footprint, Media, Register, hookimpl
 from branchtree.plugins.weights import lora_parameters_per_rank
 from branchtree_adapters.any_pipeline.clock import predicted
@@ -23,13 +27,23 @@ from branchtree_adapters.any_pipeline.measure import measure
 from branchtree_adapters.any_pipeline.published import published_model
 from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeline
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
+<<<<<<< HEAD
 from branchtree_adapters.pipeline.blueprint import Published, described
 from branchtree_adapters.pipeline.components import INDEX, quiet
+=======
+from branchtree_adapters.pipeline.blueprint import described
+from branchtree_adapters.pipeline.components import INDEX, is_present, quiet
+from branchtree_adapters.pipeline.denoisers import DENOISERS, apart
+>>>>>>> meas
 from branchtree_adapters.pipeline.sources import CHECK_HUB, fetch_configs, read_configs
 
 if TYPE_CHECKING:
     from PIL import Image
 
+log = logging.getLogger("branchtree")
+
+FRAMES = frozenset({"num_frames", "frames"})
+"""Names that pipelines have for the number of frames."""
 OURS = frozenset(
     {
         "self",
@@ -38,8 +52,12 @@ OURS = frozenset(
         "image",
         "height",
         "width",
+<<<<<<< HEAD
         "num_frames",
         "frames",
+=======
+        *FRAMES,
+>>>>>>> meas
         "num_inference_steps",
         "sigmas",
         "timesteps",
@@ -52,6 +70,8 @@ OURS = frozenset(
     }
 )
 """Arguments of a pipeline's call that are not the user's to set under ``call``."""
+SMALLEST = 64
+"""Pixels of a side of an image by which a layout is learnt, at least: some pipelines refuse smaller ones."""
 SHORT, LONG = "a cat", "two small birds that sit on the branch of an old tree in the rain"
 """Two prompts of different lengths, by which a pipeline's layout is learnt."""
 ATTENTION = (
@@ -89,6 +109,7 @@ class Diffusers(PipelineAdapter):
     def __init__(self, config: DiffusersConfig) -> None:
         super().__init__(config)
         self._loaded: PipelineDriver | None = None
+        self._unused: Mapping[str, Collection[str]] = {}  # parameters by denoiser
 
     # Known before loading
 
@@ -97,6 +118,7 @@ class Diffusers(PipelineAdapter):
         """The class that the model's model_index.json names. Raises ModelError if it names none of diffusers."""
         import diffusers
 
+<<<<<<< HEAD
         index = read_configs(self._source, [INDEX])
         if index is None and self.published is not None:
             index = self.published.configs
@@ -106,6 +128,9 @@ class Diffusers(PipelineAdapter):
         if index is None:
             raise ModelError(f"'{self._source.name}/{INDEX}' cannot be read; {CHECK_HUB}.")
         name = str(index[INDEX].get("_class_name"))
+=======
+        name = str(self._index.get("_class_name"))
+>>>>>>> meas
         kind = getattr(diffusers, name, None)
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
             raise ModelError(f"'{self._source.location}/{INDEX}' names {name}, which is no pipeline of diffusers.")
@@ -113,10 +138,28 @@ class Diffusers(PipelineAdapter):
         return name
 
     @cached_property
+<<<<<<< HEAD
     def published(self) -> Published | None:  # type: ignore[override]
         """What is known of the model's hub id, whose files need not be in the local cache."""
         found = published_model(self._source.name) if self._source.folder is None else None
         return None if found is None else found.files
+=======
+    def _index(self) -> Mapping[str, Any]:
+        fetch_configs(self._source, [INDEX])
+        found = read_configs(self._source, [INDEX])
+        if found is None:
+            raise ModelError(f"'{self._source.name}/{INDEX}' cannot be read; {CHECK_HUB}.")
+        return found[INDEX]
+
+    @cached_property
+    def denoiser_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The denoisers that the model has. Raises ModelError for a pipeline that takes none."""
+        parameters = inspect.signature(self._class.__init__).parameters
+        taken = [name for name in DENOISERS if name in parameters]
+        if not taken:
+            raise ModelError(f"{self.pipeline_class} has no {' or '.join(DENOISERS[:2])}, and cannot be trained.")
+        return tuple(name for name in taken if is_present(self._index.get(name))) or (taken[0],)
+>>>>>>> meas
 
     @cached_property
     def _takes(self) -> Mapping[str, inspect.Parameter]:
@@ -125,12 +168,16 @@ class Diffusers(PipelineAdapter):
     @property
     def modality(self) -> str:
         """``"video"`` for a pipeline that takes a number of frames."""
+<<<<<<< HEAD
         return "image" if self._frames_keyword is None else "video"
 
     @property
     def _frames_keyword(self) -> str | None:
         """The pipeline's own name for the number of frames."""
         return next((name for name in ("num_frames", "frames") if name in self._takes), None)
+=======
+        return "image" if FRAMES.isdisjoint(self._takes) else "video"
+>>>>>>> meas
 
     @property
     def prediction(self) -> str:  # type: ignore[override]
@@ -160,7 +207,11 @@ class Diffusers(PipelineAdapter):
             if name not in known:
                 reason = "is set by keys of its own" if name in OURS else "is not taken"
                 raise ModelError(f"model.call.{name} {reason} by {self.pipeline_class}{nearest(name, sorted(known))}")
+<<<<<<< HEAD
         sizes = {"height": self.config.height, "width": self.config.width, self._frames_keyword: self.config.frames}
+=======
+        sizes = {"height": self.config.height, "width": self.config.width, **dict.fromkeys(FRAMES, self.config.frames)}
+>>>>>>> meas
         given = {name: size for name, size in sizes.items() if name in self._takes and size is not None}
         return {**given, **self.config.call}
 
@@ -182,8 +233,8 @@ class Diffusers(PipelineAdapter):
         """Return the model's sizes, measured on a pipeline without weights. Raises ModelError if there can be none."""
         found = measure(self._unloaded, self._examples[0], torch.bfloat16, self.blueprint.origin)
         with torch.device("meta"):
-            transformer = self.build_denoiser()
-        each_rank = lora_parameters_per_rank(transformer, self._lora_targets(transformer))
+            denoisers = apart(self.build_denoiser(), self.denoiser_names).values()
+        each_rank = sum(lora_parameters_per_rank(module, self._lora_targets(module)) for module in denoisers)
         return replace(found, lora_parameters_per_rank=each_rank, assumed=self.blueprint.assumed)
 
     # The pipeline at work
@@ -207,7 +258,20 @@ class Diffusers(PipelineAdapter):
         on_device(pipeline.vae, device)
         self._loaded = self._driven(pipeline, device)
         self._loaded.compare_levels()
+        self._unused = self._loaded.unused_parameters()
         self.release_frozen()
+
+    def unused_layers(self, name: str) -> frozenset[str]:
+        """Return layers of a denoiser, by name, whose weights have no effect."""
+        return frozenset(key.removesuffix(".weight") for key in self._unused.get(name, ()))
+
+    def freeze_unused(self) -> None:
+        """Freeze the weights that have no effect, and log which."""
+        for name, module in self.denoisers.items():
+            unused = sorted(self._unused.get(name, ()))
+            self._fixed[name] = {key: module.get_parameter(key).requires_grad_(False).detach() for key in unused}
+            if unused:
+                log.info("%d tensors of %s have no effect and are not trained: %s, ...", len(unused), name, unused[0])
 
     def _driven(self, pipeline: Any, device: torch.device) -> PipelineDriver:
         driver = PipelineDriver(pipeline, self.call, device)
@@ -229,7 +293,7 @@ class Diffusers(PipelineAdapter):
     def _blank(self, colour: str) -> Image.Image:
         from PIL import Image
 
-        return Image.new("RGB", (self.config.width, self.config.height), colour)
+        return Image.new("RGB", (max(self.config.width, SMALLEST), max(self.config.height, SMALLEST)), colour)
 
     def check(self, condition: Condition) -> None:
         """Refuse a condition that the pipeline cannot take. Raises DataError."""
@@ -254,28 +318,63 @@ class Diffusers(PipelineAdapter):
         return self.driver.noise(generator)
 
     def sigmas(self, steps: int) -> Tensor:
-        """Return the noise levels (steps + 1,) of the pipeline's own schedule."""
-        return self.driver.grid(steps)
+        """Return the noise levels (steps + 1,) of the pipeline's own schedule. Raises ModelError if it has none."""
+        try:
+            grid = self.driver.grid(steps)
+            check_grid(grid)
+        except Exception as error:  # diffusers divides by zero, among other things
+            scheduler = type(self.driver.pipeline.scheduler).__name__
+            raise ModelError(
+                f"sampler.grid 'pipeline': {scheduler} of '{self.config.path}' makes no grid of {steps} steps: "
+                f"{shortened(' '.join(str(error).split()))}. Set more tree.steps, or sampler.grid to 'linear'."
+            ) from error
+        return grid
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
         """Return what the pipeline gives its scheduler (B, *latent), guidance included, at sigma (B,)."""
-        components = None
-        if denoiser is not None and denoiser is not self.denoiser:
-            components = {"transformer": Wrapped(denoiser, self.denoiser)}
-        return self.driver.predict(latents, sigma.to(latents.device), conditioning, components)
+        outer, sigma = self.denoiser if denoiser is None else denoiser, sigma.to(latents.device)
+        if len(self.denoiser_names) == 1:
+            name, own = self.denoiser_names[0], self.denoiser
+            return self.driver.predict(
+                latents, sigma, conditioning, None if outer is own else {name: Wrapped(outer, own)}
+            )
+        components = {name: Wrapped(partial(outer, name), own) for name, own in self.denoisers.items()}
+        added = self.driver.absent_levels(sigma) if in_step(outer) else sigma[:0]
+        rows = [*range(len(sigma)), *[0] * len(added)]  # those at the end call denoisers that no other row calls
+        asked = {name: value[rows] for name, value in conditioning.items()} if len(added) else conditioning
+        latents = latents[rows] if len(added) else latents
+        return self.driver.predict(latents, torch.cat([sigma, added]), asked, components)[: len(sigma)]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Media:
         """Decode latents (B, *latent) as the pipeline does after its loop."""
         on_device(self.pipeline.vae, self.device)
         decoded = self.driver.decode(latents.to(self.device), self._example_rows(len(latents)))
-        samples = decoded.float().clamp(0, 1)
+        samples = opaque(decoded.float().clamp(0, 1))
         return Media(videos=samples, fps=self.config.fps) if self.modality == "video" else Media(images=samples)
 
     def _example_rows(self, count: int) -> dict[str, Tensor]:
         return {name: value.expand(count, *value.shape[1:]) for name, value in self.driver.example.items()}
+
+
+def opaque(samples: Tensor) -> Tensor:
+    """Lay samples (..., 4, H, W) with an opacity over white; return those without one as they are."""
+    if samples.shape[-3] != 4:
+        return samples
+    colours, opacity = samples.split([3, 1], dim=-3)
+    over: Tensor = colours * opacity + (1 - opacity)
+    return over
+
+
+def in_step(denoiser: nn.Module) -> bool:
+    """Return whether several processes must call the same modules in the same order.
+
+    So they must where weights are gathered from all of them, or gradients.
+    """
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and (torch.is_grad_enabled() or isinstance(denoiser, FSDPModule))
 
 
 @hookimpl

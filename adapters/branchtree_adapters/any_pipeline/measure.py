@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,9 +50,8 @@ def measure(driver: PipelineDriver, asked: Asked, dtype: torch.dtype, source: st
     """
     denoisers = list(driver.denoisers.values())
     packed = driver.encode(asked)
-    one: list[tuple[Any, Call]] = []
-    operations = count_operations(lambda: one.extend(_prediction(denoisers, driver, packed, 1)))
-    two = _prediction(denoisers, driver, packed, 2)
+    one, two = (_prediction(denoisers, driver, packed, rows) for rows in (1, 2))
+    operations = count_operations(lambda: [denoiser.dry_run(call) for denoiser, call in one])
     rows = sum(_rows(call) for _, call in one)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         kept, more = (kept_for_backward(calls) for calls in (one, two))
@@ -80,14 +79,12 @@ def measure(driver: PipelineDriver, asked: Asked, dtype: torch.dtype, source: st
 @torch.no_grad()
 def _prediction(denoisers: Iterable[Any], driver: PipelineDriver, packed: Mapping[str, Tensor], rows: int) -> Calls:
     """Return the denoisers' calls in a prediction of the same row, several times."""
-    calls: list[tuple[Any, Call]] = []
     state = torch.zeros(rows, *driver.state_shape)
     several = {name: value.repeat(rows, *(1,) * (value.ndim - 1)) for name, value in packed.items()}
-    for denoiser in denoisers:
-        with recorded_calls(denoiser) as recorded:
-            driver.predict(state, torch.full((rows,), 0.5), several)
-        calls.extend((denoiser, call) for call in recorded)
-    return calls
+    with ExitStack() as recording:
+        recorded = {denoiser: recording.enter_context(recorded_calls(denoiser)) for denoiser in denoisers}
+        driver.predict(state, torch.full((rows,), 0.5), several)
+    return [(denoiser, call) for denoiser, own in recorded.items() for call in own]
 
 
 def _rows(call: Call) -> int:

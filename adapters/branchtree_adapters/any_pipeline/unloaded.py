@@ -19,7 +19,9 @@ from branchtree_adapters.pipeline.components import (
     INDEX,
     Component,
     component_class,
+    is_component,
     is_present,
+    left_out,
     load_component,
     wanted_classes,
 )
@@ -42,16 +44,16 @@ def unloaded_pipeline(kind: Any, blueprint: Blueprint, folder: Path | None = Non
     components: dict[str, Any] = {name: phantom(partial(blueprint.build, name)) for name in blueprint.classes}
     for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
         entry = index.get(name)
-        if name in components:
+        if name in components or name in left_out(kind):
             continue
-        if name in index and not isinstance(entry, list | tuple):  # a setting
+        if name in index and not is_component(entry):  # a setting
             components[name] = entry
         elif is_present(entry) or (parameter.default is parameter.empty and name not in index):
             wanted = component_class(kind, name, entry, INDEX) if entry else wanted_classes(kind, name)[0]
             components[name] = _without_weights(name, wanted, blueprint, folder, components)
         elif parameter.default is parameter.empty:
             components[name] = None
-    return kind(**components)
+    return kind(**components, **left_out(kind))
 
 
 def _without_weights(
