@@ -27,14 +27,9 @@ from branchtree_adapters.any_pipeline.measure import measure
 from branchtree_adapters.any_pipeline.published import published_model
 from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeline
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
-<<<<<<< HEAD
 from branchtree_adapters.pipeline.blueprint import Published, described
-from branchtree_adapters.pipeline.components import INDEX, quiet
-=======
-from branchtree_adapters.pipeline.blueprint import described
 from branchtree_adapters.pipeline.components import INDEX, is_present, quiet
 from branchtree_adapters.pipeline.denoisers import DENOISERS, apart
->>>>>>> meas
 from branchtree_adapters.pipeline.sources import CHECK_HUB, fetch_configs, read_configs
 
 if TYPE_CHECKING:
@@ -52,12 +47,7 @@ OURS = frozenset(
         "image",
         "height",
         "width",
-<<<<<<< HEAD
-        "num_frames",
-        "frames",
-=======
         *FRAMES,
->>>>>>> meas
         "num_inference_steps",
         "sigmas",
         "timesteps",
@@ -118,19 +108,7 @@ class Diffusers(PipelineAdapter):
         """The class that the model's model_index.json names. Raises ModelError if it names none of diffusers."""
         import diffusers
 
-<<<<<<< HEAD
-        index = read_configs(self._source, [INDEX])
-        if index is None and self.published is not None:
-            index = self.published.configs
-        if index is None:
-            fetch_configs(self._source, [INDEX])
-            index = read_configs(self._source, [INDEX])
-        if index is None:
-            raise ModelError(f"'{self._source.name}/{INDEX}' cannot be read; {CHECK_HUB}.")
-        name = str(index[INDEX].get("_class_name"))
-=======
         name = str(self._index.get("_class_name"))
->>>>>>> meas
         kind = getattr(diffusers, name, None)
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
             raise ModelError(f"'{self._source.location}/{INDEX}' names {name}, which is no pipeline of diffusers.")
@@ -138,15 +116,19 @@ class Diffusers(PipelineAdapter):
         return name
 
     @cached_property
-<<<<<<< HEAD
     def published(self) -> Published | None:  # type: ignore[override]
         """What is known of the model's hub id, whose files need not be in the local cache."""
         found = published_model(self._source.name) if self._source.folder is None else None
         return None if found is None else found.files
-=======
+
+    @cached_property
     def _index(self) -> Mapping[str, Any]:
-        fetch_configs(self._source, [INDEX])
         found = read_configs(self._source, [INDEX])
+        if found is None and self.published is not None:
+            found = self.published.configs
+        if found is None:
+            fetch_configs(self._source, [INDEX])
+            found = read_configs(self._source, [INDEX])
         if found is None:
             raise ModelError(f"'{self._source.name}/{INDEX}' cannot be read; {CHECK_HUB}.")
         return found[INDEX]
@@ -159,7 +141,6 @@ class Diffusers(PipelineAdapter):
         if not taken:
             raise ModelError(f"{self.pipeline_class} has no {' or '.join(DENOISERS[:2])}, and cannot be trained.")
         return tuple(name for name in taken if is_present(self._index.get(name))) or (taken[0],)
->>>>>>> meas
 
     @cached_property
     def _takes(self) -> Mapping[str, inspect.Parameter]:
@@ -168,16 +149,7 @@ class Diffusers(PipelineAdapter):
     @property
     def modality(self) -> str:
         """``"video"`` for a pipeline that takes a number of frames."""
-<<<<<<< HEAD
-        return "image" if self._frames_keyword is None else "video"
-
-    @property
-    def _frames_keyword(self) -> str | None:
-        """The pipeline's own name for the number of frames."""
-        return next((name for name in ("num_frames", "frames") if name in self._takes), None)
-=======
         return "image" if FRAMES.isdisjoint(self._takes) else "video"
->>>>>>> meas
 
     @property
     def prediction(self) -> str:  # type: ignore[override]
@@ -207,11 +179,7 @@ class Diffusers(PipelineAdapter):
             if name not in known:
                 reason = "is set by keys of its own" if name in OURS else "is not taken"
                 raise ModelError(f"model.call.{name} {reason} by {self.pipeline_class}{nearest(name, sorted(known))}")
-<<<<<<< HEAD
-        sizes = {"height": self.config.height, "width": self.config.width, self._frames_keyword: self.config.frames}
-=======
         sizes = {"height": self.config.height, "width": self.config.width, **dict.fromkeys(FRAMES, self.config.frames)}
->>>>>>> meas
         given = {name: size for name, size in sizes.items() if name in self._takes and size is not None}
         return {**given, **self.config.call}
 
