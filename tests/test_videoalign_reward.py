@@ -19,7 +19,7 @@ from branchtree_rewards.videoalign.frames import Sampling, frame_indices, frame_
 from branchtree_rewards.videoalign.network import reward_weights
 from branchtree_rewards.videoalign.reward import VideoAlign, VideoAlignConfig, dimensions
 from branchtree_rewards.videoalign.settings import Lora, read_settings
-from branchtree_rewards.videoalign.text import conversation_text
+from branchtree_rewards.videoalign.text import question_form
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -472,7 +472,7 @@ def test_the_template_is_the_publishers_to_the_byte() -> None:
     assert len(content) == 3997
     assert hashlib.sha256(content).hexdigest() == "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
     before, after = content.decode().split("{text_prompt}")
-    asked_text = conversation_text("{text_prompt} {braces}", 2)
+    asked_text = question_form().conversation("{text_prompt} {braces}", 2)
     assert asked_text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|>"
         f"<|video_pad|><|vision_end|>{before}{{text_prompt}} {{braces}}{after}<|im_end|>\n<|im_start|>assistant\n"
