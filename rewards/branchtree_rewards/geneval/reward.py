@@ -86,7 +86,7 @@ class Geneval(ModelReward[GenevalConfig]):
         detector, file = load_folder(Owlv2ForObjectDetection, source)
         self._tokenizer = CLIP_TOKENIZER.choose(source, None, source.location)
         self._context = detector.config.text_config.max_position_embeddings
-        check_end(self._tokenizer, detector.config.text_config, source.name)
+        check_end(self._tokenizer, detector.config.text_config, source.name, highest=True)
         write_small_clip = partial(write_clip_folder, seed=CLIP_SEED)
         clip_source = locate_weights(_clip_of(config, source.folder), None, write_small_clip)
         clip, clip_file = load_clip(clip_source)
@@ -112,7 +112,7 @@ class Geneval(ModelReward[GenevalConfig]):
         """Say why the detector cannot be asked for a class, if it cannot be."""
         if flaw := own_token(self._tokenizer, name):
             return flaw.replace("the prompt", "the name")
-        tokens = len(self._tokenizer(QUERY.format(name))["input_ids"])
+        tokens = len(self._tokenizer(QUERY.format(name), verbose=False)["input_ids"])
         if tokens <= self._context:
             return None
         return f"the name is too long: with the question it has {tokens} tokens, and the detector reads {self._context}"

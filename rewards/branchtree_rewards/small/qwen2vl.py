@@ -23,7 +23,7 @@ WORDS = 1000  # entries of the vocabulary before the special tokens, at most; en
 HEAD = "lm_head.weight"
 
 
-def write_tokenizer(folder: Path, text: str, reward_tokens: Sequence[str]) -> dict[str, int]:
+def write_qwen_tokenizer(folder: Path, text: str, reward_tokens: Sequence[str]) -> dict[str, int]:
     """Write a byte-level tokenizer that knows the words of ``text``, and return the ids of its special tokens."""
     from tokenizers import Tokenizer, pre_tokenizers
     from tokenizers.models import BPE

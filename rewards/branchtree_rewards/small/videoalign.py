@@ -10,7 +10,14 @@ import torch
 
 from branchtree_rewards.shared.weights import State
 from branchtree_rewards.small.checkpoint import random_tensor, write_json, write_kept_settings
-from branchtree_rewards.small.qwen2vl import HEAD, old_name, random_backbone, random_head, write_config, write_tokenizer
+from branchtree_rewards.small.qwen2vl import (
+    HEAD,
+    old_name,
+    random_backbone,
+    random_head,
+    write_config,
+    write_qwen_tokenizer,
+)
 from branchtree_rewards.videoalign.text import question_form
 
 SEED = 20250123
@@ -24,7 +31,7 @@ def write_small_videoalign(folder: Path, outputs: int = 1) -> None:
     checkpoint = folder / f"checkpoint-{STEP}"
     checkpoint.mkdir(parents=True)
     form = question_form()
-    ids = write_tokenizer(checkpoint / "tokenizer", form.template, form.reward_tokens)
+    ids = write_qwen_tokenizer(checkpoint / "tokenizer", form.template, form.reward_tokens)
     config = write_config(folder, ids)
     settings = write_kept_settings(folder, "videoalign")["model_config.json"]
     settings["model_config"]["output_dim"] = outputs
