@@ -293,6 +293,25 @@ def test_the_file_alone_takes_config_and_tokenizer_from_the_base(folder: Path, r
         loaded(other, base=str(base))
 
 
+def test_from_the_hub_come_the_weights_and_the_bases_config_and_tokenizer(
+    folder: Path, reward: Hpsv3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the hub's own client, from a cache such as it leaves behind after a download; nothing else is asked."""
+    for name in ("MizzenAI/HPSv3", "Qwen/Qwen2-VL-7B-Instruct"):
+        repository = tmp_path / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+        ignored = shutil.ignore_patterns(WEIGHTS) if name.startswith("Qwen") else shutil.ignore_patterns("*.json")
+        shutil.copytree(folder, repository / "snapshots" / ("a" * 40), ignore=ignored)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    published = Hpsv3(Hpsv3Config())
+    published.load(CPU)
+    media = pictures(1)
+    expected = reward.score(media, asked(PROMPTS[0])).values
+    assert published.score(media, asked(PROMPTS[0])).values.equal(expected)
+
+
 def test_a_tokenizer_of_another_model_is_refused(folder: Path, tmp_path: Path) -> None:
     at = tmp_path / "edited"
     shutil.copytree(folder, at)

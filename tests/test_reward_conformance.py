@@ -66,6 +66,7 @@ CASES: Mapping[str, RewardCase] = {
     "geneval": RewardCase(
         {"reward": "geneval", "path": "random:small", "batch": 3},
         [seeking(("cat", 1)), seeking(("dog", 2), ("cat", 1)), seeking(("bench", 1)), seeking(("bus", 3))],
+        refused=[Condition("a cat"), Condition("two dogs", metadata={"include": [{"class": "dog", "count": 0}]})],
     ),
     "motion_direction-subject": motion("motion_direction", "subject"),
 }
@@ -107,6 +108,7 @@ BROKEN = {
     "FlagsByNumbers": "each_sample_gets_a_number_and_a_flag",
     "KeepsGradients": "each_sample_gets_a_number_and_a_flag",
     "TakesVideosToo": "what_it_cannot_score_is_refused",
+    "RefusesItsOwn": "what_its_check_refuses_is_not_scored",
     "SpreadsOnePrompt": "what_it_cannot_score_is_refused",
     "CutsToBytes": "pixels_that_are_not_finite_make_their_sample_invalid",
     "SpoilsTheBatch": "pixels_that_are_not_finite_make_their_sample_invalid",
