@@ -21,7 +21,7 @@ from hypothesis import event, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from branchtree import load_recipe, score
+from branchtree import evaluate, load_recipe, score
 from branchtree.data.prompts import check_for_rewards, load_conditions
 from branchtree.errors import DataError
 from branchtree.planning.plan import plan_recipe
@@ -163,6 +163,8 @@ def test_training_planning_and_scoring_check_before_anything_is_loaded(prompts: 
         for reads in (read_inputs, plan_recipe):
             with pytest.raises(DataError, match=rf"{where}: 'a cat': geneval: its metadata have no"):
                 reads(load_recipe("quickstart", overrides))
+    with pytest.raises(DataError, match=r"plain\.txt:1: 'a cat': geneval: its metadata have no"):
+        evaluate("quickstart", rewards=["geneval path=/nowhere"], prompts=tmp_path / "plain.txt")
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     lines = [{"image": "a.png", **LINES[0]}, {"image": "a.png", "prompt": "a dog"}]
     (tmp_path / "list.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")

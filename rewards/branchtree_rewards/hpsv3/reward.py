@@ -54,7 +54,7 @@ class Hpsv3Config(ModelRewardConfig, frozen=True):
 
 
 class Hpsv3(ModelReward[Hpsv3Config]):
-    """Scores how people would like each picture of its prompt; 9 to 12 for the better models of today."""
+    """Scores how people would like each picture of its prompt; about 10 for those of FLUX.1-dev."""
 
     name = "hpsv3"
     _dtype: torch.dtype
