@@ -553,6 +553,9 @@ def test_half_precision_leaves_the_head_alone(reward: VideoAlign) -> None:
     assert (network.backbone.dtype, network.head.dtype) == (torch.bfloat16, torch.float32)
     exact: Any = reward._require_opened().network
     assert exact.backbone.dtype == torch.float32
+    rounded, whole = (one.backbone.language_model.rotary_emb.inv_freq for one in (network, exact))
+    assert rounded.dtype == whole.dtype == torch.float32
+    assert rounded.equal(whole.bfloat16().float()) and not rounded.equal(whole)  # as a cast of the whole model does
     near = half.score(noise(2), asked("a cat", "a dog")).values
     assert near.isfinite().all()
     assert (near - reward.score(noise(2), asked("a cat", "a dog")).values).abs().max() < 0.3

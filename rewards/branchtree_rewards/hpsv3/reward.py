@@ -19,7 +19,7 @@ from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins import Condition, Media
 from branchtree_rewards.hpsv3.network import QUESTION, WEIGHTS, Hpsv3Network, hpsv3_weights, load_head
-from branchtree_rewards.qwen2vl.backbone import backbone_skeleton, read_architecture
+from branchtree_rewards.qwen2vl.backbone import backbone_skeleton, read_architecture, round_frequencies
 from branchtree_rewards.qwen2vl.patches import PAIR, UNIT, Patches, cut_up, fitted_size
 from branchtree_rewards.qwen2vl.questions import Questions, open_tokenizer
 from branchtree_rewards.shared.footprints import Skeleton
@@ -43,7 +43,8 @@ class Hpsv3Config(ModelRewardConfig, frozen=True):
             its own `config.json` and tokenizer.
         base: The model that was fine-tuned, a hub id or a folder. Its `config.json` and its tokenizer alone are read.
         dtype: Precision of the backbone, "bfloat16" or "float32". "auto" is bfloat16, as the publisher runs it, and
-            float32 on a CPU. The head is in float32 always.
+            float32 on a CPU. The head is in float32 always, and the frequencies of rotary embeddings are rounded to
+            bfloat16 always, as those that the model was trained with.
         batch: Pictures sent through the model at a time.
     """
 
@@ -84,6 +85,7 @@ class Hpsv3(ModelReward[Hpsv3Config]):
         tokenizer = open_tokenizer(source if source.folder else None, "", base, QUESTION)
         self._questions = Questions(QUESTION, tokenizer, architecture)
         backbone = build_pretrained(Qwen2VLModel, architecture, weights.backbone, str(file), self._dtype)
+        round_frequencies(backbone)
         head = load_head(architecture.text_config.hidden_size, weights.head, str(file))
         return Opened(Hpsv3Network(backbone, head, self._questions.reward_ids), {WEIGHTS: file})
 

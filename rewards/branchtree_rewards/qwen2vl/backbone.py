@@ -53,6 +53,17 @@ def read_architecture(source: WeightsSource, base: WeightsSource, vocabulary: in
     return architecture
 
 
+def round_frequencies(backbone: Any) -> None:
+    """Round the frequencies of rotary embeddings to bfloat16, in their own precision.
+
+    The publishers cast whole models, which in transformers 4.45 reaches the frequencies too: their models were trained
+    so, and publish scores so. `from_pretrained` in bfloat16 leaves the frequencies in float32.
+    """
+    for name, buffer in backbone.named_buffers():
+        if name.endswith("inv_freq"):
+            buffer.copy_(buffer.bfloat16())
+
+
 def backbone_skeleton(path: PathOrName, base: PathOrName, published: str) -> Skeleton:
     """Return the backbone without weights, of the checkpoint's own `config.json` or of its base model's."""
     own = file_at_hand(path, None, CONFIG_FILE)

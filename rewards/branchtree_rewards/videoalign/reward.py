@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins import Condition, Media
-from branchtree_rewards.qwen2vl.backbone import backbone_skeleton, read_architecture
+from branchtree_rewards.qwen2vl.backbone import backbone_skeleton, read_architecture, round_frequencies
 from branchtree_rewards.qwen2vl.patches import Patches
 from branchtree_rewards.qwen2vl.questions import Questions, open_tokenizer
 from branchtree_rewards.shared.footprints import Skeleton
@@ -113,6 +113,8 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
         form = question_form()
         questions = Questions(form, open_tokenizer(source, f"{step}/tokenizer/", base, form), architecture)
         backbone = build_pretrained(Qwen2VLModel, architecture, weights.backbone, str(file), self._dtype)
+        if self._dtype == torch.bfloat16:
+            round_frequencies(backbone)
         self._settings, self._questions = settings, questions
         return Opened(VideoAlignNetwork(backbone, weights.head, questions.reward_ids), {"model.pth": file})
 
