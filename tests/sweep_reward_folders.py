@@ -27,7 +27,9 @@ from branchtree.recipe.build import make_reward
 
 CPU = torch.device("cpu")
 REWARDS: Mapping[str, Mapping[str, Any]] = {
+    "geneval": {},
     "hps": {},
+    "hpsv3": {},
     "clip": {},
     "clip-dfn5b": {"variant": "dfn5b"},
     "pickscore": {},
@@ -40,7 +42,8 @@ REWARDS: Mapping[str, Mapping[str, Any]] = {
     "vbench_dynamic": {"measure": "share", "updates": 1},
     "vbench_imaging": {},
 }
-PROMPTS = ("a red cat", "two blue dogs, running")
+OBJECTS = {"include": [{"class": "cat", "count": 1, "color": "red"}, {"class": "dog", "count": 2}]}  # for geneval
+CONDITIONS = [Condition(prompt, metadata=OBJECTS) for prompt in ("a red cat", "two blue dogs, running")]
 
 
 def _deleted(content: bytes) -> bytes | None:
@@ -118,7 +121,7 @@ class Folder:
     def _outcome(self) -> tuple[str, str]:
         try:
             reward = load(self.reward, self.path)
-            scores = reward.score(samples(reward), [Condition(prompt) for prompt in PROMPTS])
+            scores = reward.score(samples(reward), CONDITIONS)
         except BranchTreeError as error:
             return "refused", str(error)
         except Exception as error:  # what is looked for
@@ -154,7 +157,7 @@ def folder_of(name: str, at: Path, sums: bool) -> Folder:
     if sums:
         write_checksums(at)
     reward = load(name, at)
-    scores = reward.score(samples(reward), [Condition(prompt) for prompt in PROMPTS])
+    scores = reward.score(samples(reward), CONDITIONS)
     assert bool(scores.valid.all()), scores.reasons
     return Folder(name, at, scores.values)
 

@@ -236,6 +236,14 @@ class ReadsPrompt(Protocol):
 
 
 @runtime_checkable
+class ChecksConditions(Protocol):
+    """A reward that needs more of a condition than its prompt, and can tell before ``load`` whether it is there."""
+
+    def check(self, condition: Condition) -> None:
+        """Refuse a condition that cannot be scored, by a DataError that names it and says what would be right."""
+
+
+@runtime_checkable
 class ReleasesMemory(Protocol):
     """A reward that can leave the device while it has nothing to score."""
 

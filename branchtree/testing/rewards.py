@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from branchtree.core.scores import Scores
-from branchtree.errors import BranchTreeError, RewardError
-from branchtree.plugins.protocols import Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter
+from branchtree.errors import BranchTreeError, DataError, RewardError
+from branchtree.plugins.protocols import ChecksConditions, Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter
 from branchtree.plugins.registry import registry
 from branchtree.plugins.scores import check_scores
 from branchtree.plugins.values import Condition, Media
@@ -41,13 +42,15 @@ class RewardCase:
 
     ``reward`` is written as an entry of a recipe's ``rewards``; its plug-in must be installed. ``conditions`` are what
     the samples were asked to show: at least four, each of them one that the reward can score. Where a setting limits
-    how many samples go through a model at once, let it be smaller than their number.
+    how many samples go through a model at once, let it be smaller than their number. ``refused`` are conditions that
+    the ``check`` of a reward that has one must refuse.
     """
 
     reward: Mapping[str, Any]
     conditions: Sequence[Condition]
     media: Callable[[str, int], Media] = noise_media  # (modality, B) -> B samples, not all of one score
     tolerance: float = 1e-5  # between a sample scored in two batches, relative to the largest score or to 1
+    refused: Sequence[Condition] = ()
 
     def build(self, **options: Any) -> RewardAdapter:
         """The reward, not loaded, from the plug-in that registered it; ``options`` replace its settings."""
@@ -167,6 +170,22 @@ class RewardPromises:
             for conditions in (case.conditions[:-1], [*case.conditions, case.conditions[0]], case.conditions[:1], []):
                 with pytest.raises(REFUSED):
                     loaded.score(media, conditions)
+
+    def test_what_its_check_refuses_is_not_scored(self, case: RewardCase, loaded: RewardAdapter) -> None:
+        """Before loading, the case's conditions pass; the refused ones are named in an error, and are never valid."""
+        adapter = case.build()
+        if not isinstance(adapter, ChecksConditions):
+            pytest.skip("this reward takes any condition")
+        for condition in case.conditions:
+            try:
+                adapter.check(condition)
+            except DataError as error:
+                pytest.fail(f"a condition of the case is refused: {error}")
+        for condition in case.refused:
+            with pytest.raises(DataError, match=re.escape(condition.prompt)):
+                adapter.check(condition)
+            for media in case.samples():
+                assert not loaded.score(_chosen(media, [0]), [condition]).valid.any()
 
     def test_pixels_that_are_not_finite_make_their_sample_invalid(
         self, case: RewardCase, loaded: RewardAdapter
