@@ -19,11 +19,12 @@ from branchtree.plugins import Condition, Conditioning, Footprint, Media, Regist
 from branchtree.plugins.weights import lora_parameters_per_rank
 from branchtree_adapters.any_pipeline.clock import predicted
 from branchtree_adapters.any_pipeline.driver import Asked, PipelineDriver, Wrapped
+from branchtree_adapters.any_pipeline.families import family_of
 from branchtree_adapters.any_pipeline.measure import measure
 from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeline
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
 from branchtree_adapters.pipeline.blueprint import described
-from branchtree_adapters.pipeline.components import INDEX
+from branchtree_adapters.pipeline.components import INDEX, quiet
 from branchtree_adapters.pipeline.sources import CHECK_HUB, fetch_configs, read_configs
 
 if TYPE_CHECKING:
@@ -101,6 +102,7 @@ class Diffusers(PipelineAdapter):
         kind = getattr(diffusers, name, None)
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
             raise ModelError(f"'{self._source.location}/{INDEX}' names {name}, which is no pipeline of diffusers.")
+        family_of(kind).check_class(name)
         return name
 
     @cached_property
@@ -199,7 +201,8 @@ class Diffusers(PipelineAdapter):
     def _driven(self, pipeline: Any, device: torch.device) -> PipelineDriver:
         driver = PipelineDriver(pipeline, self.call, device)
         try:
-            driver.learn(*self._examples)
+            with quiet():  # the examples may be too long for a tokenizer
+                driver.learn(*self._examples)
         except Exception as error:  # whatever a pipeline's own code stumbles over
             if "image" not in self._takes or self._images == 1:
                 raise
@@ -214,9 +217,10 @@ class Diffusers(PipelineAdapter):
         """Raise ModelError if the pipeline looks at fewer images than it is given."""
         if self._images < 2:
             return
-        first, other = self._examples
-        images = [*first.extra["image"][:-1], other.extra["image"][-1]]
-        before, after = driver.encode(first), driver.encode(replace(first, extra={"image": images}))
+        first = self._examples[0]
+        *others, last = first.extra["image"]
+        changed = replace(first, extra={"image": [*others, _blank("white", *last.size)]})
+        before, after = driver.encode(first), driver.encode(changed)
         if all(torch.equal(value, after[name]) for name, value in before.items()):
             raise ModelError(f"model.images: {self.pipeline_class} does not look at image {self._images}; give fewer")
 
