@@ -32,6 +32,7 @@ REWARDS: Mapping[str, Mapping[str, Any]] = {
     "hpsv3": {},
     "clip": {},
     "clip-dfn5b": {"variant": "dfn5b"},
+    "clip_similarity": {},
     "pickscore": {},
     "imagereward": {},
     "aesthetic": {},
@@ -43,7 +44,11 @@ REWARDS: Mapping[str, Mapping[str, Any]] = {
     "vbench_imaging": {},
 }
 OBJECTS = {"include": [{"class": "cat", "count": 1, "color": "red"}, {"class": "dog", "count": 2}]}  # for geneval
-CONDITIONS = [Condition(prompt, metadata=OBJECTS) for prompt in ("a red cat", "two blue dogs, running")]
+FRAMES = Path(__file__).parents[1] / "recipes/prompts/moving_digits"
+CONDITIONS = [
+    Condition(prompt, image=FRAMES / f"train_{row:03d}.png", metadata=OBJECTS)
+    for row, prompt in enumerate(("a red cat", "two blue dogs, running"))
+]
 
 
 def _deleted(content: bytes) -> bytes | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,8 +29,14 @@ def moving_digits(modality: str, samples: int) -> Media:
     return Media(videos=digit_clips(samples, seed=3).videos, fps=8.0)
 
 
-def small(name: str, **options: Any) -> RewardCase:
-    return RewardCase({"reward": name, "path": "random:small", "batch": 3, **options}, prompted(*PROMPTS))
+def small(name: str, conditions: Sequence[Condition] | None = None) -> RewardCase:
+    return RewardCase({"reward": name, "path": "random:small", "batch": 3}, conditions or prompted(*PROMPTS))
+
+
+def edits() -> list[Condition]:
+    """Conditions with an image each."""
+    frames = Path(__file__).parents[1] / "recipes/prompts/moving_digits"
+    return [Condition(prompt, image=frames / f"train_{row:03d}.png") for row, prompt in enumerate(PROMPTS)]
 
 
 def motion(name: str, measure: str) -> RewardCase:
@@ -68,6 +74,7 @@ CASES: Mapping[str, RewardCase] = {
         [seeking(("cat", 1)), seeking(("dog", 2), ("cat", 1)), seeking(("bench", 1)), seeking(("bus", 3))],
         refused=[Condition("a cat"), Condition("two dogs", metadata={"include": [{"class": "dog", "count": 0}]})],
     ),
+    "clip_similarity": small("clip_similarity", conditions=edits()),
     "motion_direction-subject": motion("motion_direction", "subject"),
 }
 
