@@ -37,7 +37,7 @@ class LoadingPromises(LoadedOnce):
         assert [name for name in names if not hasattr(loaded, name)] == []
         assert isinstance(loaded.denoiser, nn.Module)
         for adapter in (case.build(), loaded):
-            assert adapter.modality in {"image", "video"}
+            assert adapter.modality.isidentifier()
             assert adapter.prediction in {"velocity", "noise", "v"}
             assert adapter.rows_per_prediction >= 1
         assert loaded.rows_per_prediction == case.build().rows_per_prediction
@@ -127,6 +127,6 @@ class LoadingPromises(LoadedOnce):
         found = {parameter.dtype for parameter in adapter.denoiser.parameters()}
         assert {denoiser_dtype} <= found <= {denoiser_dtype, SINGLE}
         asked = make_question(adapter, case.conditions)
-        answer, pixels = predict_rows(adapter, asked), adapter.decode(asked.latents).pixels
-        assert answer.dtype == pixels.dtype == SINGLE
-        assert bool(answer.isfinite().all()) and bool(pixels.isfinite().all())
+        answer, decoded = predict_rows(adapter, asked), adapter.decode(asked.latents)
+        assert answer.dtype == SINGLE and bool(answer.isfinite().all()) and bool(decoded.is_finite().all())
+        assert all(value.dtype == SINGLE for value in decoded.tensors.values() if value.is_floating_point())

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.samples import Samples
 from branchtree.plugins.values import Condition, Conditioning, LoraSettings
 from branchtree.testing.case import AdapterCase
 
@@ -74,6 +75,17 @@ def disturbed(seed: int) -> Iterator[None]:
         before = torch.get_rng_state()
         yield
         assert torch.equal(torch.get_rng_state(), before)
+
+
+def same_samples(first: Samples, second: Samples) -> bool:
+    """Return whether samples are equal in all fields, tensors to the bit."""
+    if type(first) is not type(second):
+        return False
+    pairs = zip(vars(first).values(), vars(second).values(), strict=True)
+    return all(
+        torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
+        for one, other in pairs
+    )
 
 
 def trainable_parameters(adapter: ModelAdapter) -> dict[str, nn.Parameter]:

@@ -17,8 +17,9 @@ from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, RewardError
 from branchtree.plugins.protocols import Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter
 from branchtree.plugins.registry import registry
+from branchtree.plugins.samples import Media
 from branchtree.plugins.scores import check_scores
-from branchtree.plugins.values import Condition, Media
+from branchtree.plugins.values import Condition
 from branchtree.recipe.build import make_reward
 from branchtree.testing.probe import CPU, require_close
 

@@ -12,6 +12,7 @@ import torch
 from branchtree.core.grid import check_grid
 from branchtree.core.padding import pad_together
 from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.samples import Media, Samples
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
     CPU,
@@ -25,6 +26,7 @@ from branchtree.testing.probe import (
     randomise,
     require_close,
     require_equal,
+    same_samples,
 )
 
 NORMAL_NUMBERS = 20_000
@@ -124,39 +126,42 @@ class SamplingPromises(LoadedOnce):
         assert not torch.equal(predict_rows(adapter, asked), before)
 
     def test_decoded_samples_are_media(self, loaded: ModelAdapter) -> None:
-        """Float32 in [0, 1], of the adapter's modality, and different for different latents."""
+        """Of the adapter's modality, finite, and different for different latents; pixels are float32 in [0, 1]."""
         latents = noise(loaded, len(SIGMAS))
         media = loaded.decode(latents)
         assert media.modality == loaded.modality and len(media) == len(latents)
-        assert media.pixels.ndim == (4 if media.modality == "image" else 5)
-        assert media.pixels.dtype == torch.float32 and not media.pixels.requires_grad
-        assert 0 <= float(media.pixels.min()) < float(media.pixels.max()) <= 1
-        assert media.modality == "image" or (media.fps or 0) > 0
-        assert not torch.equal(media.pixels[0], media.pixels[1])
+        assert isinstance(media, Samples) and bool(media.is_finite().all())
+        assert not any(value.requires_grad for value in media.tensors.values())
+        assert not same_samples(media[:1], media[1:2])
+        if isinstance(media, Media):
+            assert media.pixels.ndim == (4 if media.modality == "image" else 5)
+            assert media.pixels.dtype == torch.float32
+            assert 0 <= float(media.pixels.min()) < float(media.pixels.max()) <= 1
+            assert media.modality == "image" or (media.fps or 0) > 0
 
     def test_a_sample_is_decoded_the_same_in_any_batch(self, case: AdapterCase, loaded: ModelAdapter) -> None:
         """However the adapter or a recipe's ``batch.decode_rows`` cuts a batch up."""
         latents = noise(loaded, len(SIGMAS))
-        together = loaded.decode(latents).pixels
-        pieces = torch.cat([loaded.decode(row).pixels for row in latents.split(1)])
-        require_close(pieces, together, case.tolerance[torch.float32])
+        together, pieces = loaded.decode(latents), [loaded.decode(row) for row in latents.split(1)]
+        for name, found in pieces[0].concatenate(pieces).tensors.items():
+            require_close(found, together.tensors[name], case.tolerance[torch.float32])
 
     def test_samples_are_decoded_while_others_are_predicted(self, loaded: ModelAdapter, case: AdapterCase) -> None:
         """By another thread, as a run decodes the prompts that are done first."""
         latents, asked = noise(loaded, 2), make_question(loaded, case.conditions)
-        decoded, answer = loaded.decode(latents).pixels, predict_rows(loaded, asked)
+        decoded, answer = loaded.decode(latents), predict_rows(loaded, asked)
         with ThreadPoolExecutor(max_workers=1) as executor:
             beside = [executor.submit(loaded.decode, latents) for _ in range(4)]
             answers = [predict_rows(loaded, asked) for _ in range(8)]
-            assert all(torch.equal(each.result().pixels, decoded) for each in beside)
+            assert all(same_samples(each.result(), decoded) for each in beside)
         assert all(torch.equal(each, answer) for each in answers)
 
     def test_frozen_parts_can_be_released_and_used_again(self, case: AdapterCase) -> None:
         """With the same results, to the bit."""
         adapter = load(case)
         latents = noise(adapter, 2)
-        encoded, decoded = adapter.encode(case.conditions), adapter.decode(latents).pixels
+        encoded, decoded = adapter.encode(case.conditions), adapter.decode(latents)
         adapter.release_frozen()
         require_equal(dict(encoded), dict(adapter.encode(case.conditions)))
         adapter.release_frozen()
-        assert torch.equal(decoded, adapter.decode(latents).pixels)
+        assert same_samples(decoded, adapter.decode(latents))
