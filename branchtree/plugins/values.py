@@ -5,6 +5,7 @@ Axis letter: P prompts.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,6 +30,11 @@ class Condition:
     video: Path | None = None  # its first frame stands in for ``image``
     metadata: Mapping[str, Any] = field(default_factory=dict)
     location: str = field(default="", compare=False)  # file and line it was read from
+
+    @property
+    def metadata_text(self) -> str:
+        """The metadata as JSON with sorted keys, by which conditions can be told apart."""
+        return json.dumps(self.metadata, sort_keys=True, default=str)
 
     def __str__(self) -> str:
         """Return what a message calls it: where it was read, and its prompt."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from branchtree.testing.probe import (
     require_equal,
     same_samples,
 )
+from branchtree.training.conditioning import ConditioningCache
 
 NORMAL_NUMBERS = 20_000
 """How many are drawn to see whether noise is standard normal."""
@@ -78,6 +80,16 @@ class SamplingPromises(LoadedOnce):
             assert torch.equal(padded[0], padded[1]), name
             assert torch.equal(rows, backwards[name].flip(0)), name
         assert any(not torch.equal(rows[0], rows[1]) for rows in together.values())
+
+    def test_encodings_are_those_of_the_whole_condition(self, case: AdapterCase, loaded: ModelAdapter) -> None:
+        """A run that keeps encodings also encodes a prompt again where the metadata beside it are others."""
+        first, *others = case.conditions
+        conditions = [first, *(replace(first, metadata=other.metadata) for other in others)]
+        kept = ConditioningCache(loaded).get(conditions, CPU)
+        for row, condition in enumerate(conditions):
+            for name, value in loaded.encode([condition]).items():
+                padded = pad_together([kept[name][row], value[0]])
+                assert torch.equal(padded[0], padded[1]), name
 
     def test_predictions_are_float32_and_repeatable(self, case: AdapterCase, loaded: ModelAdapter) -> None:
         """They have the latents' shape and are finite; the arguments are left as they are."""
