@@ -174,5 +174,5 @@ def test_pictures_can_be_left_out(recipe: Path, tmp_path: Path, changes: dict[st
 
 
 def test_a_reward_of_another_kind_is_refused(recipe: Path) -> None:
-    with pytest.raises(RecipeError, match="digits.*image.*walk"):
+    with pytest.raises(RecipeError, match=r"digits.*image.*walk"):
         train(load_recipe(recipe, {"rewards": [{"reward": "digits"}]}))
