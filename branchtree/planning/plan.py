@@ -8,6 +8,7 @@ from branchtree.core.cost import Cost, count
 from branchtree.core.schedule import TreePlan
 from branchtree.core.tree import Topology, grow, grow_shares
 from branchtree.data.prompts import HUB, PromptOrder, check_conditions, held_out_conditions, training_conditions
+from branchtree.errors import RecipeError
 from branchtree.planning.fitting import Fit, find_fits
 from branchtree.planning.gpus import GPUS
 from branchtree.planning.memory import MemoryEstimate, estimate_memory
@@ -98,6 +99,8 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
     schedule, rule = make_schedule(recipe), make_credit_rule(recipe)
     plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe, model)]
     footprint = model.footprint()
+    if recipe.lora is not None and footprint.lora_parameters_per_rank == 0:
+        raise RecipeError(f"lora: no layer of the model family '{recipe.model.adapter}' takes one; leave it out")
     iteration = count(plans, rule, 0)
     rewards = reward_sizes(recipe)
     around = rewards.around()
