@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from guests import fake_distribution
+from safetensors.torch import load_file
 from torch import Tensor
 from training_runs import metrics
 
 from branchtree import evaluate, load_recipe, train
 from branchtree.errors import RecipeError
-from branchtree.plugins import Media, Samples
+from branchtree.plugins import Callback, Condition, Media, Samples
 
 
 @dataclass(frozen=True)
@@ -144,11 +145,21 @@ def recipe(tmp_path: Path, plug: Callable[[Path], None]) -> Path:
 
 def test_another_kind_of_sample_is_trained_and_evaluated(recipe: Path, tmp_path: Path) -> None:
     """Without pictures: its trees are recorded all the same, and its figures are of distinct goals."""
-    train(recipe, output=tmp_path / "run")
+
+    class Seen(Callback):
+        kinds: ClassVar[list[tuple[str, int]]] = []
+
+        def on_samples(self, iteration: int, samples: Sequence[Samples], conditions: Sequence[Condition]) -> None:
+            self.kinds.append((samples[0].modality, sum(map(len, samples))))
+
+    train(recipe, output=tmp_path / "run", callbacks=[Seen()])
     assert all(row["ratio/first_step_max_deviation"] == 0 for row in metrics(tmp_path / "run"))
     assert not list((tmp_path / "run" / "samples").glob("*.png"))
+    kept = load_file(tmp_path / "run" / "samples" / "iteration_000002.safetensors")
+    assert kept["points"].shape == (3, 4, 2) and kept.keys() == {"points"}
     tree = json.loads((tmp_path / "run" / "trees" / "iteration_000000.json").read_text())
     assert len(tree["leaves"]) == 4 and {leaf["thumbnail"] for leaf in tree["leaves"]} == {None}
+    assert Seen.kinds == [("walk", 3)] * 2
     evaluate(tmp_path / "run", output=tmp_path / "evaluation")
     rows = [json.loads(line) for line in (tmp_path / "evaluation" / "samples.jsonl").read_text().splitlines()]
     base = [row["rewards"]["arrives"]["value"] for row in rows if row["model"] == "base"]

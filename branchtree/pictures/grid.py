@@ -35,15 +35,35 @@ def drawn(samples: Sequence[Samples], conditions: Sequence[Condition]) -> list[M
     return [media for media in shown if media is not None]
 
 
-def write_grid(folder: Path, iteration: int, media: Sequence[Media], prompts: Sequence[str]) -> None:
-    """Write the samples of ``media`` and, last, ``iteration_NNNNNN.json`` with their prompts.
+def write_contents(stem: Path, samples: Sequence[Samples]) -> None:
+    """Write what samples of another kind than media hold, ``stem.safetensors``, with what is no tensor in its metadata.
+
+    Images and videos are files of their own.
+    """
+    whole = samples[0].concatenate(samples)
+    if isinstance(whole, Media):
+        return
+    from safetensors.torch import save
+
+    others = {name: value for name, value in vars(whole).items() if name not in whole.tensors}
+    tensors = {name: value.cpu().contiguous() for name, value in whole.tensors.items()}
+    content = save(tensors, {"modality": whole.modality, "fields": json.dumps(others, default=str)})
+    write_atomically(stem.with_suffix(".safetensors"), content)
+
+
+def write_grid(folder: Path, iteration: int, samples: Sequence[Samples], conditions: Sequence[Condition]) -> None:
+    """Write samples and, last, ``iteration_NNNNNN.json`` with their prompts.
 
     ``iteration_NNNNNN.png`` has images in a grid, row by row, or one strip of frames per video. For videos the .mp4
-    beside it is the grid of all samples playing, and ``iteration_NNNNNN/sample_NNN.mp4`` has each separately.
+    beside it is the grid of all samples playing, and ``iteration_NNNNNN/sample_NNN.mp4`` has each separately. What
+    samples of other kinds consist of is in ``iteration_NNNNNN.safetensors``.
     """
     path = sample_index(folder, iteration)
     stem = path.with_suffix("")
-    index = {"iteration": iteration, "prompts": list(prompts), **write_pictures(stem, media)}
+    write_contents(stem, samples)
+    media = drawn(samples, conditions)
+    layout = write_pictures(stem, media) if media else {}
+    index = {"iteration": iteration, "prompts": [condition.prompt for condition in conditions], **layout}
     write_atomically(path, json.dumps(index).encode())
 
 

@@ -187,6 +187,9 @@ class Callback:
     def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Run after an iteration and its optimiser steps."""
 
+    def on_samples(self, iteration: int, samples: Sequence[Samples], conditions: Sequence[Condition]) -> None:
+        """Run when ``run.sample_every`` has samples made, in batches, one for each condition."""
+
     def on_evaluation(self, iteration: int, figures: Mapping[str, float]) -> None:
         """Run after an evaluation, when ``iteration`` iterations were done."""
 

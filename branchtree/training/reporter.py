@@ -11,7 +11,7 @@ from typing import Any
 
 from branchtree.errors import CallbackError, reason_of
 from branchtree.files.writing import write_atomically
-from branchtree.pictures.grid import drawn, sample_index, write_grid
+from branchtree.pictures.grid import sample_index, write_grid
 from branchtree.plugins.base import Callback
 from branchtree.run.directory import EVALUATION, METRICS, SAMPLES, SUMMARY, TIMING
 from branchtree.training.evaluation import Figure
@@ -130,13 +130,11 @@ class Reporter:
         if not self._main:
             return
         decoded = session.limits.decode.each(len(latents), lambda rows: inputs.model.decode(latents[rows]))
-        media = drawn([each for _, each in decoded], conditions)
+        samples = [each for _, each in decoded]
         inputs.model.release_frozen()
-        prompts = [condition.prompt for condition in conditions]
-        if not media:
-            return
         with session.output.writing(SAMPLES):
-            write_grid(session.output.root / SAMPLES, done, media, prompts)
+            write_grid(session.output.root / SAMPLES, done, samples, conditions)
+        self._call("on_samples", done, samples, conditions)
 
     def shown(self, done: int) -> tuple[bool, bool]:
         """Return whether this process, the main one, wrote held-out figures and samples after ``done`` iterations."""

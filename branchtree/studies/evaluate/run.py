@@ -12,7 +12,7 @@ from typing import Any
 from branchtree.errors import CheckpointError
 from branchtree.files.reading import whole_text
 from branchtree.files.writing import write_atomically
-from branchtree.pictures.grid import drawn, write_pictures
+from branchtree.pictures.grid import drawn, write_contents, write_pictures
 from branchtree.plugins.protocols import LoadsLora
 from branchtree.plugins.values import LoraSummary
 from branchtree.recipe.build import make_sampler
@@ -166,6 +166,7 @@ def _write_grid(request: EvaluationRequest, models: Mapping[str, Evaluated]) -> 
     prompts = sorted({prompt for prompt, _ in shown})
     columns = [(noise, model) for noise in sorted({noise for _, noise in shown}) for model in models]
     samples = [models[model].media[prompt, noise] for prompt in prompts for noise, model in columns]
+    write_contents(request.output / GRID, samples)
     media = drawn(samples, [request.conditions[prompt] for prompt in prompts for _ in columns])
     if not media:
         return
