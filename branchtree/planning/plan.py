@@ -17,7 +17,7 @@ from branchtree.data.prompts import (
     held_out_conditions,
     training_conditions,
 )
-from branchtree.errors import PluginError
+from branchtree.errors import PluginError, RecipeError
 from branchtree.planning.fitting import Fit, find_fits
 from branchtree.planning.gpus import GPUS
 from branchtree.planning.memory import MemoryEstimate, estimate_memory
@@ -110,6 +110,8 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
     schedule, rule = make_schedule(recipe), make_credit_rule(recipe)
     plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe, model)]
     footprint = model.footprint()
+    if recipe.lora is not None and footprint.lora_parameters_per_rank == 0:
+        raise RecipeError(f"lora: no layer of the model family '{recipe.model.adapter}' takes one; leave it out")
     iteration = count(plans, rule, 0)
     rewards = reward_sizes(recipe)
     around = rewards.around()

@@ -18,10 +18,11 @@ from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, DataError, RewardError
 from branchtree.plugins.protocols import ChecksConditions, Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter
 from branchtree.plugins.registry import registry
+from branchtree.plugins.samples import Media, Samples
 from branchtree.plugins.scores import check_scores
-from branchtree.plugins.values import Condition, Media
+from branchtree.plugins.values import Condition
 from branchtree.recipe.build import make_reward
-from branchtree.testing.probe import CPU, require_close
+from branchtree.testing.probe import CPU, require_close, same_samples
 
 REFUSED = (ValueError, BranchTreeError)
 
@@ -48,7 +49,7 @@ class RewardCase:
 
     reward: Mapping[str, Any]
     conditions: Sequence[Condition]
-    media: Callable[[str, int], Media] = noise_media  # (modality, B) -> B samples, not all of one score
+    media: Callable[[str, int], Samples] = noise_media  # (modality, B) -> B samples, not all of one score
     tolerance: float = 1e-5  # between a sample scored in two batches, relative to the largest score or to 1
     refused: Sequence[Condition] = ()
 
@@ -63,7 +64,7 @@ class RewardCase:
         adapter.load(CPU)
         return adapter
 
-    def samples(self) -> list[Media]:
+    def samples(self) -> list[Samples]:
         """Samples of each modality that the reward takes, one for each condition. Raises ValueError for too few."""
         count = len(self.conditions)
         if count < 4:
@@ -75,12 +76,12 @@ def _groupwise(adapter: RewardAdapter) -> bool:
     return isinstance(adapter, GroupReward) and adapter.groupwise
 
 
-def _chosen(media: Media, rows: Sequence[int]) -> Media:
-    pixels = media.pixels[list(rows)].clone()
-    return Media(videos=pixels, fps=media.fps) if media.modality == "video" else Media(images=pixels)
+def _chosen(media: Samples, rows: Sequence[int]) -> Samples:
+    """Return a copy of some samples, in any order."""
+    return media.concatenate([media[row : row + 1] for row in rows]).cpu()
 
 
-def _score(adapter: RewardAdapter, case: RewardCase, media: Media, rows: Sequence[int] | None = None) -> Scores:
+def _score(adapter: RewardAdapter, case: RewardCase, media: Samples, rows: Sequence[int] | None = None) -> Scores:
     """The scores of some samples, each against its own condition; of all by default."""
     chosen = range(len(media)) if rows is None else rows
     return adapter.score(_chosen(media, chosen), [case.conditions[row] for row in chosen])
@@ -130,7 +131,7 @@ class RewardPromises:
         """Before it is loaded; loading may narrow it, never widen it. Its card, if it gives one, promises no less."""
         card = registry().reward(case.reward["reward"]).card
         modalities = case.build().modalities
-        assert modalities and modalities <= {"image", "video"}
+        assert modalities and all(modality.isidentifier() for modality in modalities)
         assert loaded.modalities and loaded.modalities <= modalities
         assert card is None or modalities <= card.modalities
 
@@ -191,10 +192,10 @@ class RewardPromises:
         self, case: RewardCase, loaded: RewardAdapter
     ) -> None:
         """With a reason if the reward gives any; the other samples' scores are those without it."""
-        for media in case.samples():
+        for media in (samples for samples in case.samples() if isinstance(samples, Media)):
             rest = list(range(2, len(media)))
             expected = _score(loaded, case, media, rest)
-            spoilt = _chosen(media, range(len(media)))
+            spoilt = media.cpu()
             for row, number in enumerate((float("nan"), float("inf"))):
                 spoilt.pixels[row, ..., media.pixels.shape[-2] // 2, media.pixels.shape[-1] // 2] = number
             scores = _score(loaded, case, spoilt)
@@ -227,9 +228,9 @@ class RewardPromises:
     ) -> None:
         """To the bit: again, and by a reward that was built and loaded again. Samples are left as they were."""
         for media in case.samples():
-            before = media.pixels.clone()
+            before = media.cpu()
             scores = loaded.score(media, case.conditions)
-            assert torch.equal(media.pixels, before)
+            assert same_samples(media, before)
             _require_equal(_score(loaded, case, media), scores)
             _require_equal(_score(twin, case, media), scores)
 

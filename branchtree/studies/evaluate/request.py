@@ -27,7 +27,7 @@ log = logging.getLogger("branchtree")
 
 RESULT = "evaluation.json"
 SAMPLES, GRID = "samples.jsonl", "grid"
-WRITTEN = (RESULT, SAMPLES, GRID, *(f"{GRID}{ending}" for ending in (".json", ".png", ".mp4")))
+WRITTEN = (RESULT, SAMPLES, GRID, *(f"{GRID}{ending}" for ending in (".json", ".png", ".mp4", ".safetensors")))
 MARKS = {RESULT: ("figures", "settings"), SAMPLES: ("model", "prompt", "noise", "rewards")}
 """Files by which an earlier evaluation is known, and keys that they have."""
 
