@@ -333,12 +333,12 @@ class Diffusers(PipelineAdapter):
     ) -> Tensor:
         """Return what the pipeline gives its scheduler (B, *latent), guidance included, at sigma (B,)."""
         outer, sigma = self.denoiser if denoiser is None else denoiser, sigma.to(latents.device)
+        sharded = isinstance(outer, FSDPModule)
         if len(self.denoiser_names) == 1:
             name, own = self.denoiser_names[0], self.denoiser
-            return self.driver.predict(
-                latents, sigma, conditioning, None if outer is own else {name: Wrapped(outer, own)}
-            )
-        components = {name: Wrapped(partial(outer, name), own) for name, own in self.denoisers.items()}
+            components = None if outer is own and not sharded else {name: Wrapped(outer, own, sharded)}
+            return self.driver.predict(latents, sigma, conditioning, components)
+        components = {name: Wrapped(partial(outer, name), own, sharded) for name, own in self.denoisers.items()}
         added = self.driver.absent_levels(sigma) if in_step(outer) else sigma[:0]
         rows = [*range(len(sigma)), *[0] * len(added)]  # those at the end call denoisers that no other row calls
         asked = {name: value[rows] for name, value in conditioning.items()} if len(added) else conditioning
