@@ -269,8 +269,7 @@ def test_rows_that_need_calls_of_their_own_are_refused_where_weights_are_sharded
     name: str, levels: tuple[float, float], rows: str
 ) -> None:
     """Other processes would wait for weights in calls that this one does not make."""
-    options = {key: value for key, value in section(name).items() if key != "adapter"}
-    model = Diffusers(DiffusersConfig(**options))
+    model = Diffusers(DiffusersConfig.model_validate(section(name)))
     model.load(torch.device("cpu"), torch.float32, torch.float32)
     conditioning = {key: value.expand(2, *value.shape[1:]) for key, value in model.driver.example.items()}
     wrapped = {"transformer": Wrapped(model.denoiser, model.denoiser, sharded=True)}
