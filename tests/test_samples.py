@@ -11,12 +11,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 from guests import fake_distribution
+from pydantic import BaseModel, Field
 from safetensors.torch import load_file
 from torch import Tensor
 from training_runs import metrics
 
 from branchtree import evaluate, load_recipe, train
-from branchtree.errors import RecipeError
+from branchtree.errors import DataError, RecipeError
 from branchtree.plugins import Callback, Condition, Media, Samples
 
 
@@ -51,6 +52,17 @@ def test_samples_that_are_not_finite_are_told_from_the_others() -> None:
     points[1, 0], points[4, 1] = torch.nan, torch.inf
     assert Paths(points, PATHS.names).is_finite().tolist() == [True, False, True, True, False]
     assert Media(images=torch.zeros(2, 3, 4, 4)).is_finite().tolist() == [True, True]
+
+
+def test_a_conditions_metadata_are_read_as_a_plug_ins_own_model() -> None:
+    class Goal(BaseModel, extra="forbid"):
+        goal: tuple[float, float]
+        radius: float = Field(default=1.0, gt=0)
+
+    assert Condition("go", metadata={"goal": [1, 2]}).read(Goal) == Goal(goal=(1, 2))
+    wrong = Condition("go", metadata={"goal": [1], "radius": -1, "speed": 2}, location="goals.jsonl:3")
+    with pytest.raises(DataError, match=r"goals\.jsonl:3: 'go': goal\.1: .*; radius: .* 0; speed: Extra"):
+        wrong.read(Goal)
 
 
 STRANGER = """

@@ -84,10 +84,9 @@ class ModelAdapter(Protocol):
         """Predict for latents (B, *latent) at sigma (B,) under B rows of ``conditioning``; float32.
 
         The prediction has the latents' shape (B, *latent), or that which the recipe's transition takes.
-
-
-        Rows go through ``denoiser``: the adapter's own, that one wrapped for distributed training, or a frozen copy, in
-        the dtype it was loaded in. A run that trains float32 weights in bfloat16 calls it under autocast, but never
+        Latents come as they are kept, float32 or integers, whatever the run's precision. Rows go through ``denoiser``:
+        the adapter's own, that one wrapped for distributed training, or a frozen copy, in the dtype it was loaded in. A
+        run that trains float32 weights in bfloat16 calls it under autocast, but never
         with low-rank weights.
         """
 

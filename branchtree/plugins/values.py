@@ -9,14 +9,18 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from branchtree.errors import shortened
+from branchtree.errors import DataError, shortened
 
 Conditioning = Mapping[str, Tensor]
 """Encoded conditions of P prompts: named tensors whose first axis is P. Rows may have zeros at their ends."""
+
+
+Fields = TypeVar("Fields", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -41,6 +45,17 @@ class Condition:
     def files(self) -> tuple[Path | None, ...]:
         """What a sample may depend on beside the texts: image, last image and video, and further images."""
         return (self.image, self.last_image, self.video, *self.further_images)
+
+    def read(self, kind: type[Fields]) -> Fields:
+        """Return the metadata as a pydantic model, a plug-in's own. Raises DataError that names each key at fault."""
+        try:
+            return kind.model_validate(dict(self.metadata))
+        except ValidationError as error:
+            problems = [
+                f"{'.'.join(map(str, each['loc'])) or 'metadata'}: {each['msg']}"
+                for each in error.errors(include_url=False, include_input=False)
+            ]
+            raise DataError(f"{self}: {'; '.join(problems)}") from None
 
     @property
     def metadata_text(self) -> str:
