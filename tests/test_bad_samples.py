@@ -32,12 +32,17 @@ from branchtree.training.scoring import timed_scores
 
 TOKENS = {
     "clip": "<|endoftext|>",
+    "hpsv3": "<|Reward|>",
     "pickscore": "<|startoftext|>",
     "imagereward": "[SEP]",
     "unifiedreward": "<|image_pad|>",
     "videoalign": "<|MQ_reward|>",
 }
 """A token of each model's own that its tokenizer would read in the middle of a prompt."""
+
+
+READERS = ("clip_similarity",)
+"""Rewards that read a condition's image, beside those of motion."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +66,9 @@ FLAWS = {
     "NUL": Flaw(lambda text: f"{text}\0", stops=lambda n, r: reads_text(n, r) or n == "videoalign"),
     "empty": Flaw(lambda text: " ", stops=reads_text),
     "token": Flaw(lambda text: f"{text} {{token}} b", stops=lambda name, reward: name in TOKENS),
-    "missing image": Flaw(image=Path("/nowhere/a.png"), stops=lambda name, reward: name.startswith("motion_")),
+    "missing image": Flaw(
+        image=Path("/nowhere/a.png"), stops=lambda name, reward: name in READERS or name.startswith("motion_")
+    ),
 }
 
 
@@ -82,7 +89,7 @@ class Loaded:
         if change.nan:
             pixels[..., 0, 0] = torch.nan
         prompt = change.prompt(self.conditions[row].prompt).replace("{token}", TOKENS.get(self.name, "red"))
-        return pixels, replace(self.conditions[row], prompt=prompt, image=change.image)
+        return pixels, replace(self.conditions[row], prompt=prompt, image=change.image or self.conditions[row].image)
 
     def scored(self, flaws: Sequence[str]) -> Scores:
         """The scores of all samples together, with a flaw each."""
@@ -169,7 +176,7 @@ def test_a_long_prompt_is_cut_scored_or_masked(loaded: Loaded) -> None:
     long = replace(loaded.conditions[0], prompt=loaded.conditions[0].prompt + " and a cat" * 10_000)
     rest = list(loaded.conditions[1:])
     scores = loaded.reward.score(loaded.media, [long, *rest])
-    assert scores.valid.tolist() == [loaded.name not in {"unifiedreward", "videoalign"}, True, True]
+    assert scores.valid.tolist() == [loaded.name not in {"hpsv3", "unifiedreward", "videoalign"}, True, True]
     assert scores.valid[0] or "too long" in scores.reasons[0]
 
 

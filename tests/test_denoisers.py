@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 import yaml
 from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
+from branchtree_adapters.any_pipeline.driver import Wrapped
 from branchtree_adapters.pipeline.denoisers import Denoisers
 from branchtree_adapters.small.pipelines import PIPELINES
 from diffusers.utils import convert_state_dict_to_kohya
@@ -258,3 +260,19 @@ def test_two_processes_learn_what_one_does(runs: Path, other: str) -> None:
     for first, second in zip(metrics(runs / f"{case}_one"), metrics(runs / other), strict=True):
         assert first["grad_norm"] > 0
         assert second["grad_norm"] == pytest.approx(first["grad_norm"], rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("name", "levels", "rows"), [("aura_flow", (0.9, 0.2), "noise levels"), ("sd3", (0.9, 0.2), "")]
+)
+def test_rows_that_need_calls_of_their_own_are_refused_where_weights_are_sharded(
+    name: str, levels: tuple[float, float], rows: str
+) -> None:
+    """Other processes would wait for weights in calls that this one does not make."""
+    model = Diffusers(DiffusersConfig.model_validate(section(name)))
+    model.load(torch.device("cpu"), torch.float32, torch.float32)
+    conditioning = {key: value.expand(2, *value.shape[1:]) for key, value in model.driver.example.items()}
+    wrapped = {"transformer": Wrapped(model.denoiser, model.denoiser, sharded=True)}
+    state, sigma = torch.zeros(2, *model.latent_shape), torch.tensor(levels)
+    with pytest.raises(ModelError, match=f"different {rows}.* under DDP") if rows else nullcontext():
+        model.driver.predict(state, sigma, conditioning, wrapped)

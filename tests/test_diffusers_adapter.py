@@ -10,8 +10,11 @@ from typing import Any
 import pytest
 import torch
 from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
+from branchtree_adapters.pipeline.sources import _small, locate_pipeline
 from branchtree_adapters.small.pipelines import PIPELINES, Small
 from small_pipelines import options, small_constants
+from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from branchtree import load_recipe, train
 from branchtree.errors import ModelError
@@ -109,3 +112,15 @@ def test_a_call_that_lacks_an_image_is_refused() -> None:
     model = Diffusers(DiffusersConfig(**{**options("ltx_image"), "images": None}))
     with pytest.raises(ModelError, match="images among them"):
         model.latent_shape  # noqa: B018
+
+
+def test_each_process_has_a_small_pipeline_of_its_own() -> None:
+    """Also one that is not the first of several."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    _small.cache_clear()
+    try:
+        folder = locate_pipeline("small:sd3").folder
+    finally:
+        dist.destroy_process_group()
+    assert folder is not None
+    assert all((folder / name / "config.json").is_file() for name in ("transformer", "vae", "text_encoder_3"))

@@ -15,7 +15,9 @@ from training_runs import metrics, shortened, small
 from branchtree import evaluate, load_recipe, train
 from branchtree.recipe.load import method_names
 
-RECIPES = sorted(path.stem for path in (Path(__file__).parents[1] / "recipes").glob("*.yaml"))
+FILES = (Path(__file__).parents[1] / "recipes").glob("*.yaml")
+RECIPES = sorted(path.stem for path in FILES if "extends: models/" not in path.read_text(encoding="utf-8"))
+RECIPES += ["sana_t2i_branchgrpo", "ltx_t2v_branchgrpo"]  # of those that differ in the pipeline that is driven
 NAMES = ("cuda", "cuda:0")  # as accelerate gives it, without an index, and with one
 BOTH = {"quickstart", "flux_t2i_branchgrpo"}
 JUDGED = {*BOTH, "wan_i2v_motion"}

@@ -14,8 +14,9 @@ from torch import Tensor
 from branchtree.core.rollout import chunks
 from branchtree.core.scores import Scores
 from branchtree.errors import ModelError, RewardError
+from branchtree.plugins.samples import Samples
 from branchtree.plugins.scores import NamedReward
-from branchtree.plugins.values import Condition, Media
+from branchtree.plugins.values import Condition
 from branchtree.recipe.schema import EvaluationSection
 from branchtree.training.faults import REMEDY, are_faults
 from branchtree.training.limits import RowLimits
@@ -37,19 +38,19 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Samples:
+class Evaluated:
     """Samples of one model, in the order of the prompts and of each prompt's noises."""
 
     pairs: Sequence[Pair]  # of S samples
     scores: Mapping[str, Scores]  # by the rewards' labels, S of each
-    media: Mapping[Pair, Media]  # one sample each, of those that were to be kept; on the CPU
+    media: Mapping[Pair, Samples]  # one sample each, of those that were to be kept; on the CPU
 
     @staticmethod
-    def merge(shares: Sequence[Samples]) -> Samples:
+    def merge(shares: Sequence[Evaluated]) -> Evaluated:
         """Return the samples that several processes made as one, in order."""
         pairs = [pair for share in shares for pair in share.pairs]
         order = sorted(range(len(pairs)), key=pairs.__getitem__)
-        return Samples(
+        return Evaluated(
             pairs=[pairs[row] for row in order],
             scores={
                 label: Scores.concatenate([share.scores[label] for share in shares]).rows(torch.tensor(order))
@@ -83,7 +84,7 @@ class Evaluator:
         accelerator: Any,
         keep: AbstractSet[Pair] = frozenset(),
         advance: Callable[[int], None] | None = None,
-    ) -> Samples:
+    ) -> Evaluated:
         """Return all samples, scored, and the media of those in ``keep``.
 
         ``advance`` is called with the number of samples of each batch.
@@ -97,8 +98,8 @@ class Evaluator:
         most = len(batches[:: accelerator.num_processes])
         with Processes(accelerator, self.joint).together():
             scored = self._in_step(mine, batches[0], most, keep, advance)
-        everyone: list[Samples] = gather_object(scored)
-        samples = Samples.merge(everyone)
+        everyone: list[Evaluated] = gather_object(scored)
+        samples = Evaluated.merge(everyone)
         self._require_samples(samples.scores)
         return samples
 
@@ -115,7 +116,7 @@ class Evaluator:
         most: int,
         keep: AbstractSet[Pair],
         advance: Callable[[int], None] | None,
-    ) -> list[Samples]:
+    ) -> list[Evaluated]:
         """Score some batches, and sample along with the process that has the ``most``, even if a reward fails."""
         sampled: list[int] = []
         try:
@@ -129,7 +130,7 @@ class Evaluator:
     def _fill(self, pairs: Sequence[Pair], times: int) -> None:
         """Sample for nothing, where every forward is a call that all processes must make."""
         for _ in range(times if self.joint else 0):
-            self._sampled(pairs, [self.conditions[prompt] for prompt, _ in pairs])
+            self._sampled(pairs, self.policy.under([self.conditions[prompt] for prompt, _ in pairs]))
 
     @property
     def _rows(self) -> int:
@@ -143,37 +144,38 @@ class Evaluator:
         keep: AbstractSet[Pair],
         sampled: list[int],
         advance: Callable[[int], None] | None,
-    ) -> list[Samples]:
+    ) -> list[Evaluated]:
         """The samples of all batches as one entry; none if there are no batches. ``sampled`` gets each one's size."""
         if not batches:
             return []
-        kept: list[Future[list[Media]]] = []
-        policy, limits = self.policy, self.limits
+        kept: list[Future[list[Samples]]] = []
+        limits = self.limits
         # Decoding has no thread: prompts are encoded between two batches, and an adapter need not do both at once.
         with Scorer(
-            policy.model, self.rewards, limits, limits.evaluation, policy.device, background=self.background
+            self.policy.model, self.rewards, limits, limits.evaluation, self.policy.device, background=self.background
         ) as scorer:
             for done, pairs in enumerate(batches):
                 conditions = [self.conditions[prompt] for prompt, _ in pairs]
                 if not self.policy.cache.holds(conditions):
                     self.policy.cache.prepare(self._coming(batches[done:]), replace=True)
-                latents = self._sampled(pairs, conditions)
+                policy = self.policy.under(conditions)
+                latents = self._sampled(pairs, policy)
                 sampled.append(len(pairs))
                 rows = {row for row, pair in enumerate(pairs) if pair in keep}
-                kept.append(scorer.put(latents, conditions, [prompt for prompt, _ in pairs], rows))
+                prompts, encoded = [prompt for prompt, _ in pairs], policy.encoded(range(len(pairs)))
+                kept.append(scorer.put(latents, conditions, prompts, rows, encoded))
                 if advance is not None:
                     advance(len(pairs))
             scores = scorer.finish()
         pairs = [pair for batch in batches for pair in batch]
         media = [single for put in kept for single in put.result()]
-        return [Samples(pairs, scores, dict(zip([pair for pair in pairs if pair in keep], media, strict=True)))]
+        return [Evaluated(pairs, scores, dict(zip([pair for pair in pairs if pair in keep], media, strict=True)))]
 
     def _coming(self, batches: Sequence[Sequence[Pair]]) -> list[Condition]:
         """The conditions of some batches, each once."""
         return [self.conditions[prompt] for prompt in dict.fromkeys(prompt for pairs in batches for prompt, _ in pairs)]
 
-    def _sampled(self, pairs: Sequence[Pair], conditions: Sequence[Condition]) -> Tensor:
-        policy = self.policy.under(conditions)
+    def _sampled(self, pairs: Sequence[Pair], policy: Policy) -> Tensor:
         return policy.sample(policy.initial(self.section.seed, 0, pairs))
 
 

@@ -14,10 +14,12 @@ from branchtree.core.rollout import forwards
 from branchtree.core.scores import Scores
 from branchtree.core.tree import BranchTree, Topology
 from branchtree.errors import RewardError
-from branchtree.pictures.grid import make_thumbnails
-from branchtree.plugins.values import Condition, Media
+from branchtree.pictures.grid import Thumbnail, drawn, make_thumbnails
+from branchtree.plugins.samples import Samples
+from branchtree.plugins.values import Condition
 from branchtree.training.continuation import compare_continuation
 from branchtree.training.failures import Leaves, logged
+from branchtree.training.policy import Policy
 from branchtree.training.processes import GroupRecord
 from branchtree.training.scoring import Scorer
 from branchtree.training.session import Session
@@ -66,7 +68,7 @@ def iterate(session: Session, iteration: int) -> Iteration:
     calls = processes.most(forwards(topology, session.limits.rollout.rows, session.recipe.batch.rollout_prompts))
     try:
         with processes.together(), policy.in_step(calls) as in_step, session.scorer() as scorer:
-            leaves = LeafScores(scorer, batch, session.records_tree(iteration), watch)
+            leaves = LeafScores(scorer, batch, policy, session.records_tree(iteration), watch)
             with watch.phase("rollout"):
                 growth = session.grow(in_step, topology, batch.ids, iteration)
                 for prompts, latents in growth:
@@ -88,7 +90,7 @@ def iterate(session: Session, iteration: int) -> Iteration:
     session.failures.check(session.accelerator, scores, failed, partial(session.log_failure, iteration))
 
     with watch.phase("credit"):
-        group = session.team.gather(GroupRecord(topology, log_prob, scores, make_thumbnails(leaves.media)))
+        group = session.team.gather(GroupRecord(topology, log_prob, scores, leaves.thumbnails()))
         rest = range(leaves.groups[len(credits)].start if credits else 0, topology.prompts)
         last = session.credit(group.topology, group.log_prob, group.of(rest), rest, tree.dimensions, iteration)
         credit = Credit.concatenate([*credits, last])
@@ -119,11 +121,11 @@ def plan_batch(session: Session, iteration: int) -> Batch:
 class LeafScores:
     """Has the leaves of an iteration's trees scored, and gives the scores as they are ready."""
 
-    def __init__(self, scorer: Scorer, batch: Batch, recorded: bool, watch: Stopwatch) -> None:
-        """``recorded`` keeps the media of the first prompt's leaves."""
-        self._scorer, self._batch, self._watch = scorer, batch, watch
+    def __init__(self, scorer: Scorer, batch: Batch, policy: Policy, recorded: bool, watch: Stopwatch) -> None:
+        """``policy`` is under the batch's prompts; ``recorded`` keeps the media of the first prompt's leaves."""
+        self._scorer, self._batch, self._policy, self._watch = scorer, batch, policy, watch
         self._keep = batch.topology.span(0, batch.topology.steps) if recorded else range(0)
-        self._kept: list[Future[list[Media]]] = []
+        self._kept: list[Future[list[Samples]]] = []
         self.groups: list[range] = []  # prompts that are scored together
 
     def put(self, prompts: range, latents: Tensor) -> None:
@@ -136,7 +138,7 @@ class LeafScores:
             conditions = [self._batch.conditions[root] for root in roots]
             keep = self._keep if 0 in group else range(0)
             with self._watch.phase("reward"):
-                self._kept.append(self._scorer.put(own, conditions, roots, keep))
+                self._kept.append(self._scorer.put(own, conditions, roots, keep, self._policy.encoded(roots)))
             self.groups.append(group)
 
     def ready(self) -> Iterator[tuple[range, dict[str, Scores]]]:
@@ -153,10 +155,10 @@ class LeafScores:
         self._watch.background |= self._scorer.seconds
         return scores
 
-    @property
-    def media(self) -> list[Media]:
-        """The recorded leaves, one each, on the CPU."""
-        return [media for future in self._kept for media in future.result()]
+    def thumbnails(self) -> list[Thumbnail]:
+        """Return a picture of each recorded leaf; none where samples of this kind are not drawn."""
+        samples = [each for future in self._kept for each in future.result()]
+        return make_thumbnails(drawn(samples, [self._batch.conditions[0]] * len(samples)))
 
 
 def scoring_groups(topology: Topology, prompts: range) -> list[range]:

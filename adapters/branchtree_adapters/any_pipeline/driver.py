@@ -77,10 +77,13 @@ def _casting(vae: Any) -> Any:
 
 
 class Wrapped:
-    """A denoiser that is called by way of ``outer``, with the attributes that a pipeline looks for on it."""
+    """A denoiser that is called by way of ``outer``, with the attributes that a pipeline looks for on it.
 
-    def __init__(self, outer: Callable[..., Any], denoiser: nn.Module) -> None:
-        self._outer, self._denoiser = outer, denoiser
+    ``sharded`` says whether its weights are spread over processes.
+    """
+
+    def __init__(self, outer: Callable[..., Any], denoiser: nn.Module, sharded: bool = False) -> None:
+        self._outer, self._denoiser, self.sharded = outer, denoiser, sharded
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Call it."""
@@ -382,6 +385,7 @@ class PipelineDriver:
         kinds = groups(packed)
         if kinds is None:
             return self._predict_levels(state, sigma, packed, components)
+        self._require_whole_weights(components, "prompts or images of different sizes")
         return _in_order(
             [(rows, self._predict_levels(state[rows], sigma[rows], _rows(packed, rows), components)) for rows in kinds]
         )
@@ -408,12 +412,21 @@ class PipelineDriver:
                 self._rows_share_a_call = self._try_mixed(state, sigma, packed)
                 if self._rows_share_a_call:
                     return self._predict_levels(state, sigma, packed, components)
+            self._require_whole_weights(components, "different noise levels")
             masks = [sigma == level for level in levels]
         found = []
         for mask in masks:
             rows = torch.nonzero(mask)[:, 0]
             found.append((rows, self._predict_levels(state[rows], sigma[rows], _rows(packed, rows), components)))
         return _in_order(found)
+
+    def _require_whole_weights(self, components: Mapping[str, Any] | None, rows: str) -> None:
+        """Raise ModelError before calls whose number other processes, which must gather weights too, do not know."""
+        if any(isinstance(each, Wrapped) and each.sharded for each in (components or {}).values()):
+            raise ModelError(
+                f"{type(self._pipeline).__name__} needs a call each for rows of {rows}, so that processes would wait "
+                "for each other's weights for ever under FSDP2; train under DDP, with lora if memory is short"
+            )
 
     def _once(
         self,

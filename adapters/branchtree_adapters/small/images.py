@@ -102,16 +102,19 @@ def chroma() -> dict[str, Any]:
     }
 
 
-def qwen_image_vae() -> Any:
+def qwen_image_vae(**changes: Any) -> Any:
     """Return the VAE of Qwen-Image."""
     return diffusers.AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0, 0.1, 0.2, -0.1],
-        latents_std=[1.0, 1.1, 0.9, 1.2],
+        **{
+            "base_dim": 8,
+            "z_dim": 4,
+            "dim_mult": [1, 2, 2, 2],
+            "num_res_blocks": 1,
+            "temperal_downsample": [False, True, True],
+            "latents_mean": [0.0, 0.1, 0.2, -0.1],
+            "latents_std": [1.0, 1.1, 0.9, 1.2],
+            **changes,
+        }
     )
 
 
@@ -144,8 +147,12 @@ def qwen_image() -> dict[str, Any]:
 
 
 def qwen_edit() -> dict[str, Any]:
-    """Return the components of Qwen-Image-Edit."""
-    return {**qwen_image(), "processor": qwen_vl_processor()}
+    """Return the components of Qwen-Image-Edit.
+
+    The pipeline scales images to a million pixels, so that the VAE must be quick, and leave few tokens of them.
+    """
+    vae = qwen_image_vae(base_dim=4, dim_mult=[1] * 6, num_res_blocks=0, temperal_downsample=[False] * 5)
+    return {**qwen_image(), "vae": vae, "processor": qwen_vl_processor()}
 
 
 def qwen_image_21() -> dict[str, Any]:
@@ -252,12 +259,12 @@ def z_image() -> dict[str, Any]:
     }
 
 
-def flux2_vae() -> Any:
-    """Return the VAE of FLUX.2."""
+def flux2_vae(levels: int = 2) -> Any:
+    """Return the VAE of FLUX.2, which halves sizes ``levels - 1`` times."""
     return diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=4,
@@ -268,7 +275,7 @@ def flux2_klein() -> dict[str, Any]:
     """Return the components of FLUX.2 klein."""
     return {
         "scheduler": FLOW(use_dynamic_shifting=True, shift=3.0),
-        "vae": flux2_vae(),
+        "vae": flux2_vae(levels=4),
         "text_encoder": decoder_text("Qwen3ForCausalLM", "Qwen3Config", num_hidden_layers=28),
         "tokenizer": qwen_tokenizer(),
         "transformer": diffusers.Flux2Transformer2DModel(
