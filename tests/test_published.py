@@ -159,6 +159,11 @@ def square(width: int, layers: int) -> int:
     return layers * 2 * width
 
 
+def attended(width: int, text: int, blocks: int) -> int:
+    """LoRA parameters for each rank of a U-Net's blocks, which attend to themselves and to a text."""
+    return blocks * (square(width, 6) + 2 * (text + width))
+
+
 @dataclass(frozen=True)
 class Expected:
     """What a plan has to say of a recipe's model."""
@@ -284,6 +289,67 @@ EXPECTED: Mapping[str, Expected] = {
         2,
         square(2240, 20 * 8),
     ),
+    "mochi_t2v_branchgrpo": Expected(
+        diffusers.MochiTransformer3DModel,
+        lambda: [diffusers.AutoencoderKLMochi(), t5()],
+        (12, (19 - 1) // 6 + 1, 480 // 8, 848 // 8),
+        2,
+        48 * (4 * 2 * 3072 + 3 * (1536 + 3072)) + 47 * (3072 + 1536) + 4096 + 4096,  # text is half as wide
+    ),
+    "sdxl_t2i_branchgrpo": Expected(
+        lambda: diffusers.UNet2DConditionModel(
+            sample_size=128,
+            block_out_channels=(320, 640, 1280),
+            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+            up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+            transformer_layers_per_block=[1, 2, 10],
+            attention_head_dim=[5, 10, 20],
+            cross_attention_dim=2048,
+            use_linear_projection=True,
+            addition_embed_type="text_time",
+            addition_time_embed_dim=256,
+            projection_class_embeddings_input_dim=2816,
+        ),
+        lambda: [kl(4), clip("CLIPTextModel"), clip(large=True)],
+        (4, 128, 128),
+        2,
+        # Two layers on the way down, three up, of 2 and 10 blocks; 10 in the middle.
+        attended(640, 2048, (2 + 3) * 2) + attended(1280, 2048, (2 + 3 + 1) * 10),
+    ),
+    "sd15_t2i_branchgrpo": Expected(
+        lambda: diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768),
+        lambda: [kl(4), clip("CLIPTextModel")],
+        (4, 512 // 8, 512 // 8),
+        2,
+        attended(320, 768, 2 + 3) + attended(640, 768, 2 + 3) + attended(1280, 768, 2 + 3 + 1),
+    ),
+    "wan22_ti2v_5b_t2v_branchgrpo": Expected(
+        lambda: diffusers.WanTransformer3DModel(
+            num_attention_heads=24, num_layers=30, ffn_dim=14336, in_channels=48, out_channels=48
+        ),
+        lambda: [
+            diffusers.AutoencoderKLWan(
+                base_dim=160,
+                z_dim=48,
+                is_residual=True,
+                in_channels=12,
+                out_channels=12,
+                decoder_base_dim=256,
+                patch_size=2,
+            ),
+            t5("UMT5", vocab_size=256384),
+        ],
+        (48, (81 - 1) // 4 + 1, 480 // 16, 832 // 16),
+        2,
+        square(24 * 128, 30 * 8),
+    ),
+    "wan22_t2v_a14b_branchgrpo": Expected(
+        lambda: torch.nn.ModuleList(diffusers.WanTransformer3DModel() for _ in range(2)),
+        lambda: [diffusers.AutoencoderKLWan(), t5("UMT5", vocab_size=256384)],
+        (16, 21, 60, 104),
+        2,
+        2 * square(5120, 40 * 8),
+    ),
 }
 
 
@@ -297,7 +363,7 @@ def test_the_sizes_that_a_plan_has_are_those_of_the_model(name: str, kept: Modul
         read = {kind: count_parameters(adapter.blueprint.build(kind)) for kind in adapter.blueprint.classes}
     numbers = sum(parameter.numel() for parameter in denoiser.parameters())
     others = sum(parameter.numel() for module in frozen for parameter in module.parameters())
-    assert found.denoiser_parameters == read.pop("transformer") == numbers
+    assert found.denoiser_parameters == sum(read.pop(kind) for kind in adapter.denoiser_names) == numbers
     assert found.frozen_parameters == sum(read.values()) == others
     assert found.latent_shape == expected.latents
     assert found.rows_per_prediction == expected.rows
