@@ -101,22 +101,28 @@ def smallest_card(plan: RunPlan) -> int | None:
 
 def model_table() -> str:
     """The published models: what they are, what the driver does with them, and what training a LoRA takes."""
-    recipes = {model.name: name for name, model in driven_recipes().items()}
+    recipes, kept = {model.name: name for name, model in driven_recipes().items()}, stored()
     lines = [
         "| model | hub id | task | licence | pipeline | rows x calls | recipe | plan | verified |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for model in published_models():
         name, overrides = OTHER_RECIPES.get(model.name, (recipes.get(model.name), {}))
-        shown, needs = "", ""
-        if name is not None:
-            plan = plan_recipe(load_recipe(name, overrides)) if overrides or name not in stored() else kept_plan(name)
-            card = smallest_card(plan)
-            needs = f"{plan.memory.device / GIB:.0f} GiB" + (f", {card} GB GPU" if card else "")
-            shown = " ".join([f"`{name}`", *(f"`{key}={value}`" for key, value in overrides.items())])
+        shown = " ".join([f"`{name}`" if name else "", *(f"`{key}={value}`" for key, value in overrides.items())])
+        needs = ""
+        if model.name in OTHER_RECIPES:
+            needs = _needs(plan_recipe(load_recipe(str(name), overrides)))
+        elif name in kept:
+            needs = _needs(kept_plan(name))
         cells = (model.name, f"`{model.ids[0]}`", model.task, model.licence, f"`{model.pipeline}`", model.work)
         lines.append(f"| {' | '.join((*cells, shown, needs, 'T, P' if model.small else ''))} |")
     return "\n".join(lines)
+
+
+def _needs(plan: RunPlan) -> str:
+    """What a plan takes of a GPU, in words."""
+    card = smallest_card(plan)
+    return f"{plan.memory.device / GIB:.0f} GiB" + (f", {card} GB GPU" if card else "")
 
 
 def source_table() -> str:
