@@ -104,7 +104,7 @@ def read_blueprint(
         origin += f" (from {known.source})" if known.source else ""
     ours = {f"{name}/config.json": kind for name, kind in classes.items() if not is_of_transformers(kind)}
     filled = {name: {**_defaults(kind), **configs[name]} for name, kind in ours.items()}
-    return Blueprint(classes, {INDEX: index, **configs, **filled}, origin, assumed, denoisers)
+    return Blueprint(classes, {**configs, INDEX: index, **filled}, origin, assumed, denoisers)
 
 
 def _classes(pipeline: Any, index: Mapping[str, Any], denoisers: Sequence[str], where: str) -> dict[str, Any]:
