@@ -86,6 +86,7 @@ def kept_plan(name: str, overrides: Mapping[str, Any] | None = None) -> RunPlan:
     with (
         mock.patch.object(Diffusers, "footprint", lambda self: sizes),
         mock.patch.object(Diffusers, "rows_per_prediction", sizes.rows_per_prediction),
+        mock.patch.object(Diffusers, "check"),  # of prompts, which takes a pipeline
     ):
         return plan_recipe(load_recipe(name, overrides))
 
