@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from branchtree_adapters.any_pipeline.driver import Asked
+from branchtree_adapters.any_pipeline.asking import Asked
 from branchtree_adapters.small.pipelines import Small
 from PIL import Image
 

@@ -16,9 +16,11 @@ from branchtree.data.frames import first_frame
 from branchtree.errors import DataError, ModelError, nearest
 from branchtree.plugins import Condition, Conditioning, Footprint, Media, Register, hookimpl
 from branchtree.plugins.weights import lora_parameters_per_rank
+from branchtree_adapters.any_pipeline.asking import Asked
 from branchtree_adapters.any_pipeline.clock import predicted
-from branchtree_adapters.any_pipeline.driver import Asked, PipelineDriver, Wrapped
+from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.any_pipeline.measure import measure
+from branchtree_adapters.any_pipeline.substitutes import Wrapped
 from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeline
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
 from branchtree_adapters.pipeline.blueprint import described

@@ -7,16 +7,18 @@ import functools
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from branchtree.errors import ModelError
+from branchtree.core.padding import pad_together
+from branchtree.errors import ModelError, reason_of
+from branchtree_adapters.any_pipeline.asking import Asked, Way, listed_prompts, ways
 from branchtree_adapters.any_pipeline.clock import Clock, flow_clock, noise_clock, predicted
-from branchtree_adapters.any_pipeline.draws import Draw, find_draw, numbered_draws
+from branchtree_adapters.any_pipeline.draws import Draw, find_draws
 from branchtree_adapters.any_pipeline.families import Family, family_of
 from branchtree_adapters.any_pipeline.images import blank_images, image_sizes, inverted_images
 from branchtree_adapters.any_pipeline.recording import (
@@ -25,6 +27,7 @@ from branchtree_adapters.any_pipeline.recording import (
     LeafLayout,
     Recording,
     Replay,
+    Rules,
     find_states,
     groups,
     learn_layout,
@@ -33,21 +36,13 @@ from branchtree_adapters.any_pipeline.recording import (
     without_given,
 )
 from branchtree_adapters.any_pipeline.schedulers import GridReader, StepKeeper, StepRequest, StopCall, stand_in
+from branchtree_adapters.any_pipeline.substitutes import Silent, Wrapped, casting, rows_of_call, stopping, taking
 from branchtree_adapters.any_pipeline.times import MixedRowsError, row_sigmas, row_times
 
 DENOISERS = ("transformer", "unet", "transformer_2", "unconditional_transformer")
 """Names that pipelines have for what denoises."""
 TABLE_STEPS = 8
 """Steps of the grid by which a pipeline's times are compared with its noise levels."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt as a pipeline's ``__call__`` takes it."""
-
-    prompt: str
-    negative_prompt: str | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)  # images and the like, by keyword
 
 
 @functools.cache
@@ -59,31 +54,6 @@ def _quick_class(pipeline: type) -> type:
         "__module__": pipeline.__module__,
     }
     return type(pipeline.__name__, (pipeline,), members)
-
-
-def _casting(vae: Any) -> Any:
-    """Return a VAE that takes tensors of any precision: pipelines give it those of their denoiser's."""
-    other = copy.copy(vae)
-
-    def cast(own: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda sample, *args, **kwargs: own(sample.to(vae.dtype), *args, **kwargs)
-
-    other.__dict__.update(encode=cast(vae.encode), decode=cast(vae.decode))
-    return other
-
-
-class Wrapped:
-    """A denoiser under another module, such as DDP's, with the attributes that a pipeline looks for on it."""
-
-    def __init__(self, outer: nn.Module, denoiser: nn.Module) -> None:
-        self._outer, self._denoiser = outer, denoiser
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the outer module."""
-        return self._outer(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._denoiser, name)
 
 
 class PipelineDriver:
@@ -113,6 +83,9 @@ class PipelineDriver:
         self._inverted = bool(config.get("invert_sigmas", False))
         self.prediction = predicted(config)
         """What the denoiser predicts, in the library's words."""
+        self._way: Way = listed_prompts
+        self._alone = False  # whether each row has a call of its own
+        self._silent: Mapping[str, Any] = {}  # denoisers that give zeros, where decoding takes a step
         self._rows_share_a_call: bool | None = None  # though their times differ; learnt at the first such rows
         self._learnt: LeafLayout | None = None
         self._draws: list[Draw] = []
@@ -132,7 +105,7 @@ class PipelineDriver:
         own_class: Any = type(pipeline)  # mypy takes no class for hashable
         pipeline.__class__ = _quick_class(own_class)
         pipeline.__dict__["run_device"] = self._device
-        pipeline.__dict__["vae"] = _casting(self._pipeline.vae)
+        pipeline.__dict__["vae"] = casting(self._pipeline.vae)
         pipeline.__dict__["scheduler"] = stand_in(self._pipeline.scheduler, kind, question)
         inside = False
 
@@ -164,22 +137,20 @@ class PipelineDriver:
         components: Mapping[str, Any] | None = None,
         **keywords: Any,
     ) -> Any:
+        if "negative_prompt" not in self._takes:
+            asked = replace(asked, negative_prompt=None)
         call = {
             "generator": torch.Generator().manual_seed(0),  # never torch's own random state
             "num_inference_steps": TABLE_STEPS,
             "return_dict": False,
             **self._call,
-            **asked.extra,
+            **self._way(asked, rows),
             **keywords,
         }
-        if self._family.copies is not None:
-            call[self._family.copies], rows = rows, 1
-        if "negative_prompt" in self._takes and asked.negative_prompt is not None:
-            call["negative_prompt"] = [asked.negative_prompt] * rows
         with self._playing(kind, question, around) as pipeline:
             pipeline.__dict__.update(components or {})
             try:
-                return self._function(pipeline, prompt=[asked.prompt] * rows, **call)
+                return self._function(pipeline, **call)
             except StopCall:
                 return None
 
@@ -189,10 +160,16 @@ class PipelineDriver:
     def _record(
         self, asked: Asked, copies: int = 1, steps: int = 0, given: Mapping[Leaf, Tensor] | None = None
     ) -> tuple[Recording, StepRequest]:
-        question = StepRequest(torch.ones(steps) * self._train_steps, torch.ones(steps + 1))
+        """Take down what methods give before the denoiser is first called, or, with a step, in the whole call."""
+        question = self._noisiest(1)
         recording = Recording(self._pipeline_dtype, given or {})
-        self._run(StepKeeper, question, recording.around, asked, copies, output_type="latent")
+        stops = {} if steps else {name: stopping(module) for name, module in self.denoisers.items()}
+        self._run(StepKeeper, question, recording.around, asked, copies, stops, output_type="latent")
         return recording, question
+
+    def _noisiest(self, steps: int) -> StepRequest:
+        """Return a request for steps at the noisiest level."""
+        return StepRequest(torch.ones(steps) * self._train_steps, torch.ones(steps + 1))
 
     @property
     def _pipeline_dtype(self) -> torch.dtype:
@@ -216,13 +193,27 @@ class PipelineDriver:
         return next(iter(self.denoisers.values()))
 
     def learn(self, asked: Asked, other: Asked) -> None:
-        """Learn the pipeline's layout from two prompts of different lengths. Raises ModelError if it has none."""
+        """Learn the pipeline's layout from two prompts of different lengths.
+
+        Raises ModelError if it has none, or refuses what is asked of it.
+        """
+        try:
+            self._learn(asked, other)
+        except (ModelError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # pipelines have many exceptions for what they cannot do
+            raise ModelError(
+                f"{type(self._pipeline).__name__} cannot be driven with these settings: {reason_of(error)}"
+            ) from error
+
+    def _learn(self, asked: Asked, other: Asked) -> None:
         if asked.extra == other.extra:  # what follows from an image would pass for the same for all prompts
             other = replace(other, extra=inverted_images(other.extra))
+        two = self._record_twice(asked)
+        one, _ = self._record(asked)
         with rows_of_calls(self.denoiser) as calls:
-            one, question = self._record(asked, steps=1)
+            _, question = self._record(asked, steps=1)
         self.rows_per_prediction = sum(calls)
-        two, _ = self._record(asked, copies=2)
         third, _ = self._record(other)
 
         def ask(leaf: Leaf, value: Tensor) -> Sequence[Tensor]:
@@ -235,15 +226,61 @@ class PipelineDriver:
         rules = replace(rules, ragged=rules.ragged or bool(image_sizes(asked.extra)))
         self._learnt = learn_layout(one, two, third, states, rules)
         self._asked = asked
-        with numbered_draws(type(self._pipeline)) as draws:
-            numbered, _ = self._record(asked)
-        self.example = pack(one, self._learnt, image_sizes(asked.extra))
-        self._draws = [find_draw(numbered.leaves[state.leaf], state, draws) for state in self._learnt.states]
+        self._draws = find_draws(states, lambda: self._record(asked)[0].leaves, type(self._pipeline))
         if self.prediction == "velocity":
             fine = partial(self._own_grid, self._train_steps)
             self._clock = flow_clock(self._train_steps, self._own_grid(TABLE_STEPS), fine)
         else:
             self._clock = noise_clock(self._pipeline.scheduler)
+        if self._way is not listed_prompts and self._family.copies is None:
+            self._find_rows(one, partial(learn_layout, one, two, third, states), rules, [asked, asked, other])
+        self.example = pack(one, self.layout, image_sizes(asked.extra))
+        self._silent = self._find_silent()
+
+    def _record_twice(self, asked: Asked) -> Recording:
+        """Record two samples of a prompt in the first way that the pipeline takes; one, where it takes none."""
+        candidates = ways(self._takes, self._family.copies, asked)
+        for way in candidates[:-1]:
+            self._way = way
+            try:
+                return self._record(asked, copies=2)[0]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # pipelines have many exceptions for arguments that they do not take
+                continue
+        self._way = candidates[-1]
+        return self._record(asked, copies=2)[0]
+
+    def _find_rows(
+        self, one: Recording, layout: Callable[[Rules], LeafLayout], rules: Rules, asked: Sequence[Asked]
+    ) -> None:
+        """Find, by predictions, which leaves have rows of prompts though they did not double with the prompt.
+
+        Where rows in one call are not what they are alone, each has a call of its own from then on.
+        """
+        axes = self.layout.axes
+        single = {leaf for leaf in self.layout.stored if axes[leaf] is None and one.leaves[leaf].shape[:1] == (1,)}
+        for by_rows in ([rules.by_rows | single] if single else []) + [rules.by_rows]:
+            self._learnt = layout(replace(rules, by_rows=by_rows))
+            if self._rows_agree([self.encode(each) for each in asked]):
+                return
+        self._alone = True
+
+    @torch.no_grad()
+    def _rows_agree(self, encoded: Sequence[Mapping[str, Tensor]]) -> bool:
+        """Return whether prompts' predictions in one batch are what they are alone."""
+        state = torch.stack([self.noise(torch.Generator().manual_seed(row)) for row in range(len(encoded))])
+        state, sigma = state.to(self._device), torch.full((len(encoded),), 0.5, device=self._device)
+        packed = {name: pad_together([row[name][0] for row in encoded]).to(self._device) for name in encoded[0]}
+        try:
+            together = self.predict(state, sigma, packed)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # of the pipeline's or the model's code, for rows that it does not take
+            return False
+        rows = torch.arange(len(encoded)).split(1)
+        alone = torch.cat([self.predict(state[row], sigma[row], _rows(packed, row)) for row in rows])
+        return torch.allclose(alone, together, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
 
     @property
     def layout(self) -> LeafLayout:
@@ -263,6 +300,8 @@ class PipelineDriver:
 
     def compare_levels(self) -> None:
         """Find out, by a few predictions, whether rows of different noise levels can share a call."""
+        if self._alone:
+            return
         state = torch.stack([self.noise(torch.Generator().manual_seed(row)) for row in range(2)]).to(self._device)
         twice = {name: value.expand(2, *value.shape[1:]).to(self._device) for name, value in self.example.items()}
         self._rows_share_a_call = self._try_mixed(state, torch.tensor([0.8, 0.3], device=self._device), twice)
@@ -323,12 +362,17 @@ class PipelineDriver:
             packed: B rows of encodings.
             components: of the pipeline, by name, to use in place of its own.
         """
-        kinds = groups(packed)
+        kinds = self._groups(packed)
         if kinds is None:
             return self._predict_levels(state, sigma, packed, components)
         return _in_order(
             [(rows, self._predict_levels(state[rows], sigma[rows], _rows(packed, rows), components)) for rows in kinds]
         )
+
+    def _groups(self, packed: Mapping[str, Tensor]) -> list[Tensor] | None:
+        """Return the rows that can share a call, group by group; None where all can."""
+        count = len(next(iter(packed.values())))
+        return list(torch.arange(count).split(1)) if self._alone and count > 1 else groups(packed)
 
     def _predict_levels(
         self, state: Tensor, sigma: Tensor, packed: Mapping[str, Tensor], components: Mapping[str, Any] | None
@@ -398,15 +442,41 @@ class PipelineDriver:
     @torch.no_grad()
     def decode(self, state: Tensor, packed: Mapping[str, Tensor]) -> Any:
         """Return what the pipeline makes of clean states (B, *state) after its loop, as a tensor with B first."""
-        kinds = groups(packed)
+        kinds = self._groups(packed)
         if kinds is not None:
             return _in_order([(rows, self.decode(state[rows], _rows(packed, rows))) for rows in kinds])
         if self._family.decodes_singly and len(state) > 1:
             rows = torch.arange(len(state)).split(1)
             return torch.cat([self.decode(state[row], _rows(packed, row)) for row in rows])
-        question = StepRequest(torch.zeros(0), torch.zeros(1))
+        return self._leave_loop(state, packed, self._silent)[0]
+
+    def _leave_loop(self, state: Tensor, packed: Mapping[str, Tensor], components: Mapping[str, Any]) -> Any:
+        """Run the pipeline from the end of its loop; where a denoiser is among the components, from its last step."""
+        question = self._noisiest(int(bool(components.keys() & self.denoisers.keys())))
         replay = Replay(self.layout, packed, self._samples(state), self._pipeline.vae.dtype)
-        return self._run(StepKeeper, question, replay.around, self._blank(packed), len(state), output_type="pt")[0]
+        asked = self._blank(packed)
+        return self._run(StepKeeper, question, replay.around, asked, len(state), components, output_type="pt")
+
+    @torch.no_grad()
+    def _find_silent(self) -> Mapping[str, Any]:
+        """Return denoisers that give zeros, for a pipeline whose last lines need what its loop leaves; else none.
+
+        It is such a pipeline if its VAE is given something else without a step than with one that changes nothing.
+        """
+        silent = {name: Wrapped(Silent(module), module) for name, module in self.denoisers.items()}
+        found: list[Tensor] = []
+        state = self.noise(torch.Generator().manual_seed(0))[None].to(self._device)
+        packed = {name: value.to(self._device) for name, value in self.example.items()}
+        self._leave_loop(state, packed, {**silent, "vae": taking(self._pipeline.vae, found)})
+        try:
+            self._leave_loop(state, packed, {"vae": taking(self._pipeline.vae, found)})
+        except UnboundLocalError:  # of what is set in the loop alone
+            return silent
+        if len(found) < 2:
+            return {}
+        stepped, plain = found
+        close = 0.05 * float(stepped.abs().max())  # for rounding in the loop
+        return {} if torch.allclose(stepped, plain, rtol=0.05, atol=close) else silent
 
 
 @contextmanager
@@ -422,12 +492,6 @@ def rows_of_calls(denoiser: nn.Module) -> Iterator[list[int]]:
         yield calls
     finally:
         hook.remove()
-
-
-def rows_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Return how many rows a call has: entries of its first list, or of the first axis of its first tensor."""
-    given = (*args, *kwargs.values())
-    return next(len(each) for each in given if isinstance(each, list) or (isinstance(each, Tensor) and each.ndim))
 
 
 def _rows(packed: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

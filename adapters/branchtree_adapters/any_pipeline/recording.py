@@ -86,6 +86,10 @@ class State:
         """Return the sample's numbers in a leaf of one row."""
         return value.flatten() if self.index is None else value.flatten()[self.index.to(value.device)]
 
+    def numbers(self, leaves: Mapping[Leaf, Any]) -> Tensor:
+        """Return the sample's numbers among what methods gave for one row, in float64 on the CPU."""
+        return self.taken(leaves[self.leaf].detach().cpu().double())
+
     def of_prediction(self, output: Tensor) -> Tensor:
         """Return what is predicted (B, *shape) of what the scheduler is given."""
         return output if self.predicted is None else output.flatten(1)[:, self.predicted.to(output.device)]

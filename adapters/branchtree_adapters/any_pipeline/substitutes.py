@@ -1,0 +1,93 @@
+"""What stands on a copy of a pipeline in the place of its denoiser and its VAE."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from branchtree_adapters.any_pipeline.schedulers import StopCall
+
+
+class Wrapped:
+    """A denoiser under another module, such as DDP's, with the attributes that a pipeline looks for on it."""
+
+    def __init__(self, outer: Callable[..., Any], denoiser: nn.Module) -> None:
+        self._outer, self._denoiser = outer, denoiser
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the outer module."""
+        return self._outer(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._denoiser, name)
+
+
+def rows_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
+    """Return how many rows a call has: entries of its first list, or of the first axis of its first tensor."""
+    given = (*args, *kwargs.values())
+    return next(len(each) for each in given if isinstance(each, list) or (isinstance(each, Tensor) and each.ndim))
+
+
+def stopping(denoiser: nn.Module) -> Wrapped:
+    """Return a denoiser that leaves the call in which it is asked."""
+
+    def stop(*args: Any, **kwargs: Any) -> None:
+        raise StopCall
+
+    return Wrapped(stop, denoiser)
+
+
+class Silent:
+    """A denoiser that works once, and afterwards gives zeros of the same shapes for each row."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        self._denoiser = denoiser
+        self._rows, self._output = 0, None
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the denoiser's output, or zeros."""
+        rows = rows_of_call(args, kwargs)
+        if not self._rows:
+            output = self._denoiser(*args, **kwargs)
+            self._rows, self._output = rows, tree_map(_meta, output)
+            return output
+        device = next(leaf.device for leaf in (*args, *kwargs.values()) if isinstance(leaf, Tensor))
+
+        def zeros(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor):
+                return leaf
+            return torch.zeros(len(leaf) * rows // self._rows, *leaf.shape[1:], dtype=leaf.dtype, device=device)
+
+        return tree_map(zeros, self._output)
+
+
+def _meta(leaf: Any) -> Any:
+    return leaf.to("meta") if isinstance(leaf, Tensor) else leaf
+
+
+def casting(vae: Any) -> Any:
+    """Return a VAE that takes tensors of any precision: pipelines give it those of their denoiser's."""
+    other = copy.copy(vae)
+
+    def cast(own: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda sample, *args, **kwargs: own(sample.to(vae.dtype), *args, **kwargs)
+
+    other.__dict__.update(encode=cast(vae.encode), decode=cast(vae.decode))
+    return other
+
+
+def taking(vae: Any, taken: list[Tensor]) -> Any:
+    """Return a VAE that adds what it is to decode to ``taken``, and leaves the call."""
+    other = casting(vae)
+
+    def decode(sample: Tensor, *args: Any, **kwargs: Any) -> None:
+        taken.append(sample)
+        raise StopCall
+
+    other.__dict__.update(decode=decode)
+    return other
