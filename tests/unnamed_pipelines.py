@@ -17,7 +17,6 @@ from branchtree_adapters.small.components import (
     clip_text,
     clip_tokenizer,
     decoder_text,
-    image_vae,
     qwen3_vl,
     qwen3_vl_processor,
     qwen_tokenizer,

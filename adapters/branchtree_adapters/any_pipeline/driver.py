@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from branchtree.core.padding import pad_together
 from branchtree.errors import ModelError, reason_of
@@ -158,13 +159,17 @@ class PipelineDriver:
 
     @torch.no_grad()
     def _record(
-        self, asked: Asked, copies: int = 1, steps: int = 0, given: Mapping[Leaf, Tensor] | None = None
+        self,
+        asked: Asked,
+        copies: int = 1,
+        denoisers: Mapping[str, Any] | None = None,
+        given: Mapping[Leaf, Tensor] | None = None,
     ) -> tuple[Recording, StepRequest]:
-        """Take down what methods give before the denoiser is first called, or, with a step, in the whole call."""
+        """Take down what methods give before a denoiser is first called, or in the whole call of some denoisers."""
         question = self._noisiest(1)
         recording = Recording(self._pipeline_dtype, given or {})
-        stops = {} if steps else {name: stopping(module) for name, module in self.denoisers.items()}
-        self._run(StepKeeper, question, recording.around, asked, copies, stops, output_type="latent")
+        stops = {name: stopping(module) for name, module in self.denoisers.items()}
+        self._run(StepKeeper, question, recording.around, asked, copies, denoisers or stops, output_type="latent")
         return recording, question
 
     def _noisiest(self, steps: int) -> StepRequest:
@@ -211,13 +216,17 @@ class PipelineDriver:
             other = replace(other, extra=inverted_images(other.extra))
         two = self._record_twice(asked)
         one, _ = self._record(asked)
+        silent = {name: Silent(module) for name, module in self.denoisers.items()}
+        denoisers = {name: Wrapped(silent[name], module) for name, module in self.denoisers.items()}
         with rows_of_calls(self.denoiser) as calls:
-            _, question = self._record(asked, steps=1)
+            _, question = self._record(asked, denoisers=denoisers)
+        for each in silent.values():
+            each.silenced = True
         self.rows_per_prediction = sum(calls)
         third, _ = self._record(other)
 
         def ask(leaf: Leaf, value: Tensor) -> Sequence[Tensor]:
-            return self._record(asked, steps=1, given={leaf: value})[1].samples
+            return self._record(asked, denoisers=denoisers, given={leaf: value})[1].samples
 
         states = find_states(one.leaves, question.samples, ask)
         if self._family.denoised in one.leaves:
@@ -235,7 +244,7 @@ class PipelineDriver:
         if self._way is not listed_prompts and self._family.copies is None:
             self._find_rows(one, partial(learn_layout, one, two, third, states), rules, [asked, asked, other])
         self.example = pack(one, self.layout, image_sizes(asked.extra))
-        self._silent = self._find_silent()
+        self._silent = denoisers if self._needs_step(denoisers) else {}
 
     def _record_twice(self, asked: Asked) -> Recording:
         """Record two samples of a prompt in the first way that the pipeline takes; one, where it takes none."""
@@ -458,25 +467,25 @@ class PipelineDriver:
         return self._run(StepKeeper, question, replay.around, asked, len(state), components, output_type="pt")
 
     @torch.no_grad()
-    def _find_silent(self) -> Mapping[str, Any]:
-        """Return denoisers that give zeros, for a pipeline whose last lines need what its loop leaves; else none.
+    def _needs_step(self, silent: Mapping[str, Any]) -> bool:
+        """Return whether the pipeline's last lines need what a step of its loop leaves, the state apart.
 
-        It is such a pipeline if its VAE is given something else without a step than with one that changes nothing.
+        It is so if its VAE is given something else without a step than with one that changes nothing.
         """
-        silent = {name: Wrapped(Silent(module), module) for name, module in self.denoisers.items()}
         found: list[Tensor] = []
+        vae = {"vae": taking(self._pipeline.vae, found)}
         state = self.noise(torch.Generator().manual_seed(0))[None].to(self._device)
         packed = {name: value.to(self._device) for name, value in self.example.items()}
-        self._leave_loop(state, packed, {**silent, "vae": taking(self._pipeline.vae, found)})
+        self._leave_loop(state, packed, {**silent, **vae})
         try:
-            self._leave_loop(state, packed, {"vae": taking(self._pipeline.vae, found)})
+            self._leave_loop(state, packed, vae)
         except UnboundLocalError:  # of what is set in the loop alone
-            return silent
-        if len(found) < 2:
-            return {}
+            return True
+        if len(found) < 2 or any(isinstance(each, FakeTensor) for each in found):  # of a pipeline without weights
+            return False
         stepped, plain = found
         close = 0.05 * float(stepped.abs().max())  # for rounding in the loop
-        return {} if torch.allclose(stepped, plain, rtol=0.05, atol=close) else silent
+        return not torch.allclose(stepped, plain, rtol=0.05, atol=close)
 
 
 @contextmanager

@@ -43,16 +43,16 @@ def stopping(denoiser: nn.Module) -> Wrapped:
 
 
 class Silent:
-    """A denoiser that works once, and afterwards gives zeros of the same shapes for each row."""
+    """A denoiser that works until it is ``silenced``, and then gives zeros of the same shapes for each row."""
 
     def __init__(self, denoiser: nn.Module) -> None:
-        self._denoiser = denoiser
+        self._denoiser, self.silenced = denoiser, False
         self._rows, self._output = 0, None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Return the denoiser's output, or zeros."""
         rows = rows_of_call(args, kwargs)
-        if not self._rows:
+        if not self.silenced or not self._rows:
             output = self._denoiser(*args, **kwargs)
             self._rows, self._output = rows, tree_map(_meta, output)
             return output
