@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
+from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
 from branchtree_adapters.small.pipelines import PIPELINES, Small
 
 from branchtree import load_recipe, train
+from branchtree.errors import ModelError
+from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS
 from branchtree.testing import AdapterCase, ModelAdapterPromises
 
@@ -42,13 +47,35 @@ class TestPromises(ModelAdapterPromises):
         )
 
 
+@pytest.mark.parametrize("pipeline", ["GlmImagePipeline", "HiDreamImagePipeline"])
+def test_what_cannot_be_trained_is_refused_by_its_class(pipeline: str, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text(json.dumps({"_class_name": pipeline}))
+    model = Diffusers(DiffusersConfig(path=str(tmp_path), height=32, width=32))
+    with pytest.raises(ModelError, match=f"{pipeline} cannot be trained: its "):
+        model.footprint()
+
+
+def both_metrics(recipe: Recipe, call: Mapping[str, Any], folder: Path) -> list[bytes]:
+    """What a run of the recipe measures, and a run whose model is driven through the pipeline's own call."""
+    options = recipe.model.options
+    sizes = {name: options[name] for name in ("path", "height", "width", "frames", "fps") if name in options}
+    driven = type(recipe.model)(**{"adapter": "diffusers", "call": call, **sizes})
+    train(recipe, output=folder / "own")
+    train(recipe.model_copy(update={"model": driven}), output=folder / "driven")
+    return [(folder / name / METRICS).read_bytes() for name in ("own", "driven")]
+
+
 def test_the_quickstart_is_that_of_the_hand_written_adapter(tmp_path: Path) -> None:
     """To the byte."""
-    recipe = load_recipe("quickstart", SMALL)
-    sizes = {"height": recipe.model.options["height"], "width": recipe.model.options["width"]}
     call = {"guidance_scale": 0.0, "max_sequence_length": 8}  # of T5: as many as its tokenizer takes
-    model = {"adapter": "diffusers", "path": recipe.model.options["path"], **sizes, "call": call}
-    train(recipe, output=tmp_path / "flux")
-    train(recipe.model_copy(update={"model": type(recipe.model)(**model)}), output=tmp_path / "diffusers")
-    first, second = ((tmp_path / name / METRICS).read_bytes() for name in ("flux", "diffusers"))
+    first, second = both_metrics(load_recipe("quickstart", SMALL), call, tmp_path)
     assert first == second
+
+
+def test_the_video_quickstart_is_that_of_the_hand_written_adapter(tmp_path: Path) -> None:
+    """Guidance included: the pipeline's call sends its two rows through the model one after the other."""
+    changes = {"batch.prompts": 1, "model.guidance": 4.0, "optim.warmup": 0}
+    recipe = load_recipe("wan_quickstart", {**SMALL, **changes})
+    first, second = both_metrics(recipe, {"guidance_scale": 4.0, "max_sequence_length": 12}, tmp_path)
+    for own, driven in zip(first.splitlines(), second.splitlines(), strict=True):
+        assert json.loads(driven) == pytest.approx(json.loads(own), rel=1e-4, abs=1e-4, nan_ok=True)

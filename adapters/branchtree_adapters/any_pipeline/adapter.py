@@ -19,12 +19,13 @@ from branchtree.plugins.weights import lora_parameters_per_rank
 from branchtree_adapters.any_pipeline.asking import Asked
 from branchtree_adapters.any_pipeline.clock import predicted
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
+from branchtree_adapters.any_pipeline.families import family_of
 from branchtree_adapters.any_pipeline.measure import measure
 from branchtree_adapters.any_pipeline.substitutes import Wrapped
 from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeline
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
 from branchtree_adapters.pipeline.blueprint import described
-from branchtree_adapters.pipeline.components import INDEX
+from branchtree_adapters.pipeline.components import INDEX, quiet
 from branchtree_adapters.pipeline.sources import CHECK_HUB, fetch_configs, read_configs
 
 if TYPE_CHECKING:
@@ -100,6 +101,7 @@ class Diffusers(PipelineAdapter):
         kind = getattr(diffusers, name, None)
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
             raise ModelError(f"'{self._source.location}/{INDEX}' names {name}, which is no pipeline of diffusers.")
+        family_of(kind).check_class(name)
         return name
 
     @cached_property
@@ -190,7 +192,8 @@ class Diffusers(PipelineAdapter):
 
     def _driven(self, pipeline: Any, device: torch.device) -> PipelineDriver:
         driver = PipelineDriver(pipeline, self.call, device)
-        driver.learn(*self._examples)
+        with quiet():  # the examples may be too long for a tokenizer
+            driver.learn(*self._examples)
         return driver
 
     @property

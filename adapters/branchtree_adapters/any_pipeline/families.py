@@ -28,6 +28,12 @@ class Family:
     copies: str | None = None  # the keyword that makes several rows where it takes one prompt alone
     denoised: Leaf | None = None  # what a method gives that is zero where its state is given, not denoised
     refused: tuple[Refusal, ...] = ()
+    untrainable: str | None = None  # why none of its models can be trained
+
+    def check_class(self, name: str) -> None:
+        """Raise ModelError if no model of the pipeline's class can be trained."""
+        if self.untrainable is not None:
+            raise ModelError(f"{name} cannot be trained: {self.untrainable}.")
 
     def check(self, pipeline: Any, call: Mapping[str, Any]) -> None:
         """Raise ModelError if a setting is refused, or if the pipeline starts from an image's noised latents."""
@@ -88,6 +94,13 @@ ONE_PROMPT = "num_images_per_prompt"
 FAMILIES: dict[str, Family] = {
     "CogVideoXImageToVideoPipeline": Family(refused=(DYNAMIC,)),
     "CogVideoXPipeline": Family(refused=(DYNAMIC,)),
+    "GlmImagePipeline": Family(
+        untrainable="its encoder draws an image's tokens at random, and prompts of a batch change each other"
+    ),
+    "HiDreamImagePipeline": Family(
+        untrainable="its experts are computed without gradients unless the whole model is in training mode, in which "
+        "it gives something else"
+    ),
     "HunyuanImagePipeline": Family(refused=(MEAN_FLOW,)),
     "HunyuanVideo15ImageToVideoPipeline": Family(decodes_singly=True, refused=(MEAN_FLOW,)),
     "HunyuanVideo15Pipeline": Family(decodes_singly=True),
