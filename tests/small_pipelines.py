@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import diffusers
+import pytest
 import torch
 from branchtree_adapters.any_pipeline.asking import Asked
-from branchtree_adapters.small.pipelines import Small
+from branchtree_adapters.small.pipelines import PIPELINES, Small
 from PIL import Image
 
 
@@ -20,6 +27,26 @@ def ask(family: Small, prompt: str, images: int | None = None) -> Asked:
     count = family.images if images is None else images
     made = [picture(f"{prompt} {i}") for i in range(count)]
     return Asked(prompt, family.negative, {"image": made if family.image_list else made[0]} if made else {})
+
+
+def options(name: str) -> dict[str, Any]:
+    """Return the configuration of the adapter ``diffusers`` for a small pipeline."""
+    family = PIPELINES[name]
+    call = dict(family.call)
+    sizes = {"height": call.pop("height"), "width": call.pop("width")}
+    frames = [call.pop(key) for key in ("num_frames", "frames") if key in call]
+    images = {"images": family.images} if family.images else {}
+    videos = {"frames": frames[0]} if frames else {}
+    return {"path": f"small:{name}", "negative_prompt": family.negative, "call": call, **sizes, **images, **videos}
+
+
+@contextmanager
+def small_constants(family: Small) -> Iterator[None]:
+    """A context in which the constants of a pipeline's module are those that its small model needs."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in family.constants.items():
+            patch.setattr(sys.modules[getattr(diffusers, family.pipeline).__module__], name, value)
+        yield
 
 
 def past_images(family: Small, generator: torch.Generator) -> torch.Generator:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,7 +16,7 @@ import torch
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.any_pipeline.families import family_of
 from branchtree_adapters.small.pipelines import PIPELINES, Small
-from small_pipelines import ask, past_images
+from small_pipelines import ask, past_images, small_constants
 from torch import Tensor, nn
 
 from branchtree.core.padding import pad_together
@@ -32,9 +31,7 @@ LEVELS = (0.9, 0.5, 0.25)
 @pytest.fixture(scope="module", params=PIPELINES)
 def family(request: pytest.FixtureRequest) -> Iterator[Small]:
     family = PIPELINES[request.param]
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in family.constants.items():
-            patch.setattr(sys.modules[getattr(diffusers, family.pipeline).__module__], name, value)
+    with small_constants(family):
         yield family
 
 

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
 from branchtree_adapters.flux import Flux, FluxConfig
 from branchtree_adapters.wan import Wan, WanConfig
 from pretend_gpu import pretend_gpu
+from small_pipelines import options
 from tiny_flux import tiny_flux
 from tiny_wan import FRAMES, SIZE, Kind, tiny_wan, write_frame
 
@@ -29,7 +31,11 @@ def wan(folder: Path) -> tuple[Wan, Condition]:
     return Wan(config), Condition("a three", image=write_frame(folder / "frame.png", 0))
 
 
-@pytest.mark.parametrize("make", [flux, wan])
+def sd3(folder: Path) -> tuple[Diffusers, Condition]:
+    return Diffusers(DiffusersConfig.model_validate(options("sd3"))), Condition("a three")
+
+
+@pytest.mark.parametrize("make", [flux, wan, sd3])
 def test_a_prediction_does_not_wait(make: type[object], tmp_path: Path) -> None:
     adapter, condition = make(tmp_path)  # type: ignore[misc]
     with pretend_gpu() as counts, torch.no_grad():

@@ -34,27 +34,33 @@ def json_object(line: str, location: str) -> Mapping[str, Any]:
     return row
 
 
-def read_json_object(path: Path, kind: type[BranchTreeError]) -> dict[str, Any]:
-    """Return the object in a .json file. Raises an error of ``kind`` that names the file."""
-    content = parse_json(read_text(path, kind), str(path), kind)
+def read_json_object(path: Path, kind: type[BranchTreeError], infinite: bool = False) -> dict[str, Any]:
+    """Return the object in a .json file, and Infinity if ``infinite``. Raises an error of ``kind`` that names it."""
+    content = parse_json(read_text(path, kind), str(path), kind, infinite=infinite)
     if not isinstance(content, dict):
         raise kind(f"{path}: does not hold a JSON object")
     return content
 
 
-def parse_json(text: str, location: str, kind: type[BranchTreeError] = DataError, half_characters: bool = False) -> Any:
+def parse_json(
+    text: str,
+    location: str,
+    kind: type[BranchTreeError] = DataError,
+    half_characters: bool = False,
+    infinite: bool = False,
+) -> Any:
     """Return the value of a JSON text that every program reads in the same way and that can be written again.
 
     Raises an error of ``kind`` that begins with the ``location`` for a text that is not JSON or that programs read
     differently: with a key given twice, NaN, numbers too large, values nested too deeply, or half characters unless
-    ``half_characters`` allows them.
+    ``half_characters`` allows them, or Infinity unless ``infinite`` does, as it does for files of Python's libraries.
     """
     try:
         value = json.loads(
             text,
             parse_int=_integer,
             parse_float=_float,
-            parse_constant=_no_number,
+            parse_constant=_infinite if infinite else _no_number,
             object_pairs_hook=_without_duplicates,
         )
     except json.JSONDecodeError as error:
@@ -155,3 +161,7 @@ def _float(text: str) -> float:
 
 def _no_number(text: str) -> float:
     raise ValueError(f"{text} is no number in JSON; write null, or leave it out")
+
+
+def _infinite(text: str) -> float:
+    return _no_number(text) if text == "NaN" else float(text)

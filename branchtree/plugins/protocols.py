@@ -159,6 +159,14 @@ class CompilesBlocks(Protocol):
 
 
 @runtime_checkable
+class FreezesUnused(Protocol):
+    """A model that knows which of its weights have no effect: they get no gradient, for which processes would wait."""
+
+    def freeze_unused(self) -> None:
+        """Set ``requires_grad`` of those weights to False. Called after that of all was set to True."""
+
+
+@runtime_checkable
 class StartsFromWeights(Protocol):
     """A model that takes weights of another origin than ``save`` for ``model.start``; others ``restore`` them."""
 

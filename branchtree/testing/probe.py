@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from branchtree.plugins.protocols import ModelAdapter
 from branchtree.plugins.values import Condition, Conditioning, LoraSettings
 from branchtree.testing.case import AdapterCase
+from branchtree.training.loading import train_all
 
 CPU, HALF, SINGLE = torch.device("cpu"), torch.bfloat16, torch.float32
 SIGMAS = (0.9, 0.3, 0.6, 0.1)
@@ -27,7 +28,8 @@ def load(case: AdapterCase, dtype: torch.dtype = torch.float32, path: Path | Non
     """Load the case's model, or the one that was exported to ``path``, on the CPU and trainable as a whole."""
     adapter = case.build() if path is None else case.build(**{case.path_key: str(path)})
     adapter.load(CPU, dtype, dtype)
-    adapter.denoiser.eval().requires_grad_(True)
+    adapter.denoiser.eval()
+    train_all(adapter)
     return adapter
 
 

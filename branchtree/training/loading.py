@@ -19,7 +19,7 @@ from branchtree.errors import BranchTreeError, ModelError, RecipeError, RewardEr
 from branchtree.planning.devices import indexed
 from branchtree.planning.gpus import USABLE, device_memory
 from branchtree.planning.preflight import TrainingNeed, step_shortage
-from branchtree.plugins.protocols import CompilesBlocks, ModelAdapter, RewardAdapter
+from branchtree.plugins.protocols import CompilesBlocks, FreezesUnused, ModelAdapter, RewardAdapter
 from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import LoraSettings
 from branchtree.recipe.build import make_credit_rule, make_edge_loss, make_sampler, planned_steps
@@ -104,7 +104,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
 
 def make_accelerator(recipe: Recipe) -> Any:
     """accelerate's engine for the recipe. Raises RecipeError for a tracker that is not installed."""
-    from accelerate import Accelerator, PartialState
+    from accelerate import Accelerator, DistributedDataParallelKwargs, PartialState
     from accelerate.tracking import get_available_trackers
 
     available = {str(tracker) for tracker in get_available_trackers()}
@@ -125,7 +125,8 @@ def make_accelerator(recipe: Recipe) -> Any:
         # Set because several processes without a GPU would otherwise each train alone.
         cpu=not torch.accelerator.is_available(),
         mixed_precision="no",  # the policy casts by itself; accelerate has one precision for all runs of a process
-        kwargs_handlers=[process_group(recipe.run.timeout)],
+        # Buffers are constants. To send them before a forward would take as many forwards in every process.
+        kwargs_handlers=[process_group(recipe.run.timeout), DistributedDataParallelKwargs(broadcast_buffers=False)],
     )
     for state in (PartialState(), accelerator.state):
         state.device = indexed(state.device)  # a process that is alone is given CUDA without an index
@@ -153,11 +154,18 @@ def load_model(recipe: Recipe, model: ModelAdapter, device: torch.device) -> Non
         alpha = 2.0 * recipe.lora.rank if recipe.lora.alpha is None else recipe.lora.alpha
         model.add_lora(LoraSettings(recipe.lora.rank, alpha, recipe.lora.targets), recipe.seed)
     else:
-        model.denoiser.requires_grad_(True)
+        train_all(model)
     if recipe.model.start is not None:
         load_start(model, Path(recipe.model.start))
     if recipe.run.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+
+
+def train_all(model: ModelAdapter) -> None:
+    """Have all weights of a loaded model's denoiser trained that have an effect."""
+    model.denoiser.requires_grad_(True)
+    if isinstance(model, FreezesUnused):
+        model.freeze_unused()
 
 
 def compile_denoiser(model: ModelAdapter, denoiser: nn.Module, backend: str) -> None:

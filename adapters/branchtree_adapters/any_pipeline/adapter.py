@@ -1,16 +1,19 @@
-"""The model family ``diffusers``: any pipeline of diffusers with a transformer, driven through its own call."""
+"""The model family ``diffusers``: any pipeline of diffusers, driven through its own call."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
 import pydantic
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.distributed.fsdp import FSDPModule
 
 from branchtree.data.frames import first_frame
 from branchtree.errors import DataError, ModelError, nearest
@@ -25,12 +28,17 @@ from branchtree_adapters.any_pipeline.substitutes import Wrapped
 from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeline
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
 from branchtree_adapters.pipeline.blueprint import described
-from branchtree_adapters.pipeline.components import INDEX, quiet
+from branchtree_adapters.pipeline.components import INDEX, is_present, quiet
+from branchtree_adapters.pipeline.denoisers import DENOISERS, apart
 from branchtree_adapters.pipeline.sources import CHECK_HUB, fetch_configs, read_configs
 
 if TYPE_CHECKING:
     from PIL import Image
 
+log = logging.getLogger("branchtree")
+
+FRAMES = frozenset({"num_frames", "frames"})
+"""Names that pipelines have for the number of frames."""
 OURS = frozenset(
     {
         "self",
@@ -39,7 +47,7 @@ OURS = frozenset(
         "image",
         "height",
         "width",
-        "num_frames",
+        *FRAMES,
         "num_inference_steps",
         "sigmas",
         "timesteps",
@@ -85,6 +93,7 @@ class Diffusers(PipelineAdapter):
     def __init__(self, config: DiffusersConfig) -> None:
         super().__init__(config)
         self._loaded: PipelineDriver | None = None
+        self._unused: Mapping[str, Collection[str]] = {}  # parameters by denoiser
 
     # Known before loading
 
@@ -93,16 +102,29 @@ class Diffusers(PipelineAdapter):
         """The class that the model's model_index.json names. Raises ModelError if it names none of diffusers."""
         import diffusers
 
-        fetch_configs(self._source, [INDEX])
-        index = read_configs(self._source, [INDEX])
-        if index is None:
-            raise ModelError(f"'{self._source.name}/{INDEX}' cannot be read; {CHECK_HUB}.")
-        name = str(index[INDEX].get("_class_name"))
+        name = str(self._index.get("_class_name"))
         kind = getattr(diffusers, name, None)
         if not (inspect.isclass(kind) and issubclass(kind, diffusers.DiffusionPipeline)):
             raise ModelError(f"'{self._source.location}/{INDEX}' names {name}, which is no pipeline of diffusers.")
         family_of(kind).check_class(name)
         return name
+
+    @cached_property
+    def _index(self) -> Mapping[str, Any]:
+        fetch_configs(self._source, [INDEX])
+        found = read_configs(self._source, [INDEX])
+        if found is None:
+            raise ModelError(f"'{self._source.name}/{INDEX}' cannot be read; {CHECK_HUB}.")
+        return found[INDEX]
+
+    @cached_property
+    def denoiser_names(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The denoisers that the model has. Raises ModelError for a pipeline that takes none."""
+        parameters = inspect.signature(self._class.__init__).parameters
+        taken = [name for name in DENOISERS if name in parameters]
+        if not taken:
+            raise ModelError(f"{self.pipeline_class} has no {' or '.join(DENOISERS[:2])}, and cannot be trained.")
+        return tuple(name for name in taken if is_present(self._index.get(name))) or (taken[0],)
 
     @cached_property
     def _takes(self) -> Mapping[str, inspect.Parameter]:
@@ -111,7 +133,7 @@ class Diffusers(PipelineAdapter):
     @property
     def modality(self) -> str:
         """``"video"`` for a pipeline that takes a number of frames."""
-        return "video" if "num_frames" in self._takes else "image"
+        return "image" if FRAMES.isdisjoint(self._takes) else "video"
 
     @property
     def prediction(self) -> str:  # type: ignore[override]
@@ -141,7 +163,7 @@ class Diffusers(PipelineAdapter):
             if name not in known:
                 reason = "is set by keys of its own" if name in OURS else "is not taken"
                 raise ModelError(f"model.call.{name} {reason} by {self.pipeline_class}{nearest(name, sorted(known))}")
-        sizes = {"height": self.config.height, "width": self.config.width, "num_frames": self.config.frames}
+        sizes = {"height": self.config.height, "width": self.config.width, **dict.fromkeys(FRAMES, self.config.frames)}
         given = {name: size for name, size in sizes.items() if name in self._takes and size is not None}
         return {**given, **self.config.call}
 
@@ -163,8 +185,8 @@ class Diffusers(PipelineAdapter):
         """Return the model's sizes, measured on a pipeline without weights. Raises ModelError if there can be none."""
         found = measure(self._unloaded, self._examples[0], torch.bfloat16, self.blueprint.origin)
         with torch.device("meta"):
-            transformer = self.build_denoiser()
-        each_rank = lora_parameters_per_rank(transformer, self._lora_targets(transformer))
+            denoisers = apart(self.build_denoiser(), self.denoiser_names).values()
+        each_rank = sum(lora_parameters_per_rank(module, self._lora_targets(module)) for module in denoisers)
         return replace(found, lora_parameters_per_rank=each_rank, assumed=self.blueprint.assumed)
 
     # The pipeline at work
@@ -188,7 +210,20 @@ class Diffusers(PipelineAdapter):
         on_device(pipeline.vae, device)
         self._loaded = self._driven(pipeline, device)
         self._loaded.compare_levels()
+        self._unused = self._loaded.unused_parameters()
         self.release_frozen()
+
+    def unused_layers(self, name: str) -> frozenset[str]:
+        """Return layers of a denoiser, by name, whose weights have no effect."""
+        return frozenset(key.removesuffix(".weight") for key in self._unused.get(name, ()))
+
+    def freeze_unused(self) -> None:
+        """Freeze the weights that have no effect, and log which."""
+        for name, module in self.denoisers.items():
+            unused = sorted(self._unused.get(name, ()))
+            self._fixed[name] = {key: module.get_parameter(key).requires_grad_(False).detach() for key in unused}
+            if unused:
+                log.info("%d tensors of %s have no effect and are not trained: %s, ...", len(unused), name, unused[0])
 
     def _driven(self, pipeline: Any, device: torch.device) -> PipelineDriver:
         driver = PipelineDriver(pipeline, self.call, device)
@@ -242,10 +277,18 @@ class Diffusers(PipelineAdapter):
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
         """Return what the pipeline gives its scheduler (B, *latent), guidance included, at sigma (B,)."""
-        components = None
-        if denoiser is not None and denoiser is not self.denoiser:
-            components = {"transformer": Wrapped(denoiser, self.denoiser)}
-        return self.driver.predict(latents, sigma.to(latents.device), conditioning, components)
+        outer, sigma = self.denoiser if denoiser is None else denoiser, sigma.to(latents.device)
+        if len(self.denoiser_names) == 1:
+            name, own = self.denoiser_names[0], self.denoiser
+            return self.driver.predict(
+                latents, sigma, conditioning, None if outer is own else {name: Wrapped(outer, own)}
+            )
+        components = {name: Wrapped(partial(outer, name), own) for name, own in self.denoisers.items()}
+        added = self.driver.absent_levels(sigma) if in_step(outer) else sigma[:0]
+        rows = [*range(len(sigma)), *[0] * len(added)]  # those at the end call denoisers that no other row calls
+        asked = {name: value[rows] for name, value in conditioning.items()} if len(added) else conditioning
+        latents = latents[rows] if len(added) else latents
+        return self.driver.predict(latents, torch.cat([sigma, added]), asked, components)[: len(sigma)]
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Media:
@@ -257,6 +300,15 @@ class Diffusers(PipelineAdapter):
 
     def _example_rows(self, count: int) -> dict[str, Tensor]:
         return {name: value.expand(count, *value.shape[1:]) for name, value in self.driver.example.items()}
+
+
+def in_step(denoiser: nn.Module) -> bool:
+    """Return whether several processes must call the same modules in the same order.
+
+    So they must where weights are gathered from all of them, or gradients.
+    """
+    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return several and (torch.is_grad_enabled() or isinstance(denoiser, FSDPModule))
 
 
 @hookimpl

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from branchtree.core.padding import pad_together
-from branchtree.errors import ModelError, reason_of
+from branchtree.errors import ModelError, shortened
 from branchtree_adapters.any_pipeline.asking import Asked, Way, listed_prompts, ways
 from branchtree_adapters.any_pipeline.clock import Clock, flow_clock, noise_clock, predicted
 from branchtree_adapters.any_pipeline.draws import Draw, find_draws
@@ -39,11 +40,14 @@ from branchtree_adapters.any_pipeline.recording import (
 from branchtree_adapters.any_pipeline.schedulers import GridReader, StepKeeper, StepRequest, StopCall, stand_in
 from branchtree_adapters.any_pipeline.substitutes import Silent, Wrapped, casting, rows_of_call, stopping, taking
 from branchtree_adapters.any_pipeline.times import MixedRowsError, row_sigmas, row_times
+from branchtree_adapters.pipeline.denoisers import DENOISERS
 
-DENOISERS = ("transformer", "unet", "transformer_2", "unconditional_transformer")
-"""Names that pipelines have for what denoises."""
 TABLE_STEPS = 8
 """Steps of the grid by which a pipeline's times are compared with its noise levels."""
+COMPARED = ((0.8, 0.3), (0.3, 0.2))
+"""Pairs of noise levels of which one at least is on one side of any boundary between denoisers."""
+ENDS = (0.999, 0.001)
+"""Noise levels on both sides of any boundary."""
 
 
 @functools.cache
@@ -166,15 +170,16 @@ class PipelineDriver:
         given: Mapping[Leaf, Tensor] | None = None,
     ) -> tuple[Recording, StepRequest]:
         """Take down what methods give before a denoiser is first called, or in the whole call of some denoisers."""
-        question = self._noisiest(1)
+        question = self._noisiest()
         recording = Recording(self._pipeline_dtype, given or {})
         stops = {name: stopping(module) for name, module in self.denoisers.items()}
         self._run(StepKeeper, question, recording.around, asked, copies, denoisers or stops, output_type="latent")
         return recording, question
 
-    def _noisiest(self, steps: int) -> StepRequest:
-        """Return a request for steps at the noisiest level."""
-        return StepRequest(torch.ones(steps) * self._train_steps, torch.ones(steps + 1))
+    def _noisiest(self) -> StepRequest:
+        """Return a request for a step at the noisiest level."""
+        ones = torch.ones(2, device=self._device)
+        return StepRequest(ones[:1] * self._train_steps, ones)
 
     @property
     def _pipeline_dtype(self) -> torch.dtype:
@@ -198,17 +203,17 @@ class PipelineDriver:
         return next(iter(self.denoisers.values()))
 
     def learn(self, asked: Asked, other: Asked) -> None:
-        """Learn the pipeline's layout from two prompts of different lengths.
-
-        Raises ModelError if it has none, or refuses what is asked of it.
-        """
+        """Learn the pipeline's layout from two prompts of different lengths. Raises ModelError if it has none."""
         try:
             self._learn(asked, other)
-        except (ModelError, torch.OutOfMemoryError):
+        except (ModelError, NotImplementedError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # pipelines have many exceptions for what they cannot do
+        except Exception as error:  # pipelines have exceptions of their own for what they are not given
+            what = "" if asked.extra else ", images among them"
             raise ModelError(
-                f"{type(self._pipeline).__name__} cannot be driven with these settings: {reason_of(error)}"
+                f"{type(self._pipeline).__name__} cannot be run for one step ({type(error).__name__}: "
+                f"{shortened(' '.join(str(error).split()))}); look whether it lacks a keyword under model.call{what}, "
+                f"or has one that does not suit it"
             ) from error
 
     def _learn(self, asked: Asked, other: Asked) -> None:
@@ -218,7 +223,7 @@ class PipelineDriver:
         one, _ = self._record(asked)
         silent = {name: Silent(module) for name, module in self.denoisers.items()}
         denoisers = {name: Wrapped(silent[name], module) for name, module in self.denoisers.items()}
-        with rows_of_calls(self.denoiser) as calls:
+        with rows_of_calls(self.denoisers.values()) as calls:
             _, question = self._record(asked, denoisers=denoisers)
         for each in silent.values():
             each.silenced = True
@@ -311,9 +316,47 @@ class PipelineDriver:
         """Find out, by a few predictions, whether rows of different noise levels can share a call."""
         if self._alone:
             return
-        state = torch.stack([self.noise(torch.Generator().manual_seed(row)) for row in range(2)]).to(self._device)
-        twice = {name: value.expand(2, *value.shape[1:]).to(self._device) for name, value in self.example.items()}
-        self._rows_share_a_call = self._try_mixed(state, torch.tensor([0.8, 0.3], device=self._device), twice)
+        state, twice = self._example_rows(2)
+        for levels in COMPARED:
+            self._rows_share_a_call = self._try_mixed(state, torch.tensor(levels, device=self._device), twice)
+            if self._rows_share_a_call is not None:
+                return
+
+    def _example_rows(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return some rows of noise, and as many of the example's encodings."""
+        state = torch.stack([self.noise(torch.Generator().manual_seed(row)) for row in range(count)])
+        rows = {name: value.expand(count, *value.shape[1:]) for name, value in self.example.items()}
+        return state.to(self._device), {name: value.to(self._device) for name, value in rows.items()}
+
+    def unused_parameters(self) -> dict[str, set[str]]:
+        """Return the names of parameters, by denoiser, on which no prediction of the example depends.
+
+        A forward whose intermediate results are not kept tells.
+        """
+        state, packed = self._example_rows(2)
+        parameters = {id(each): each for module in self.denoisers.values() for each in module.parameters()}
+        trained = {key: each.requires_grad for key, each in parameters.items()}
+        try:
+            for module in self.denoisers.values():
+                module.requires_grad_(True)
+            with torch.enable_grad(), saved_tensors_hooks(lambda _: torch.empty(0), lambda nothing: nothing):
+                predicted = self.predict(state, torch.tensor(ENDS, device=self._device), packed)
+            used = {id(leaf) for leaf in leaves_of(predicted)}
+        finally:
+            for key, each in parameters.items():
+                each.requires_grad_(trained[key])
+        return {
+            name: {key for key, value in module.named_parameters() if id(value) not in used}
+            for name, module in self.denoisers.items()
+        }
+
+    def absent_levels(self, sigma: Tensor) -> Tensor:
+        """Return noise levels at which denoisers are called that none of the rows at ``sigma`` (B,) calls."""
+        boundary = self._pipeline.config.get("boundary_ratio")
+        if boundary is None or len(self.denoisers) == 1:
+            return sigma[:0]
+        high = self._clock.time(sigma) >= boundary * self._train_steps
+        return sigma.new_tensor(ENDS)[torch.stack([~high.any(), high.all()])]
 
     def encode(self, asked: Asked) -> dict[str, Tensor]:
         """Return a prompt's encodings by name, each with a first axis of 1, on the CPU."""
@@ -386,18 +429,26 @@ class PipelineDriver:
     def _predict_levels(
         self, state: Tensor, sigma: Tensor, packed: Mapping[str, Tensor], components: Mapping[str, Any] | None
     ) -> Tensor:
-        """Predict for rows of one shape, in one call where the pipeline's model can take a time for each row."""
-        levels = sigma.unique()
-        if len(levels) == 1:
+        """Predict for rows of one shape, in one call where the pipeline's model can take a time for each row.
+
+        Where it can, the host asks nothing of the device.
+        """
+        if len(sigma) == 1:
             return self._once(state, sigma, packed, components, mixed=False)
-        if self._rows_share_a_call is None:
-            self._rows_share_a_call = self._try_mixed(state, sigma, packed)
-        masks = [sigma == level for level in levels]
         if self._rows_share_a_call:
             try:
                 return self._once(state, sigma, packed, components, mixed=True)
             except MixedRowsError as question:
                 masks = [question.answer, ~question.answer]
+        else:
+            levels = sigma.unique()
+            if len(levels) == 1:
+                return self._once(state, sigma, packed, components, mixed=False)
+            if self._rows_share_a_call is None:
+                self._rows_share_a_call = self._try_mixed(state, sigma, packed)
+                if self._rows_share_a_call:
+                    return self._predict_levels(state, sigma, packed, components)
+            masks = [sigma == level for level in levels]
         found = []
         for mask in masks:
             rows = torch.nonzero(mask)[:, 0]
@@ -461,7 +512,9 @@ class PipelineDriver:
 
     def _leave_loop(self, state: Tensor, packed: Mapping[str, Tensor], components: Mapping[str, Any]) -> Any:
         """Run the pipeline from the end of its loop; where a denoiser is among the components, from its last step."""
-        question = self._noisiest(int(bool(components.keys() & self.denoisers.keys())))
+        zero = torch.zeros(1, device=self._device)
+        stepped = bool(components.keys() & self.denoisers.keys())
+        question = self._noisiest() if stepped else StepRequest(zero[:0], zero)
         replay = Replay(self.layout, packed, self._samples(state), self._pipeline.vae.dtype)
         asked = self._blank(packed)
         return self._run(StepKeeper, question, replay.around, asked, len(state), components, output_type="pt")
@@ -489,18 +542,33 @@ class PipelineDriver:
 
 
 @contextmanager
-def rows_of_calls(denoiser: nn.Module) -> Iterator[list[int]]:
-    """A context that yields a list of how many rows each call of a denoiser has."""
+def rows_of_calls(denoisers: Iterable[nn.Module]) -> Iterator[list[int]]:
+    """A context that yields a list of how many rows each call of one of the denoisers has."""
     calls: list[int] = []
 
     def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(rows_of_call(args, kwargs))
 
-    hook = denoiser.register_forward_pre_hook(count, with_kwargs=True)
+    hooks = [denoiser.register_forward_pre_hook(count, with_kwargs=True) for denoiser in denoisers]
     try:
         yield calls
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
+
+
+def leaves_of(tensor: Tensor) -> list[Tensor]:
+    """Return the tensors with gradients of their own on which a tensor depends."""
+    found, waiting, seen = [], [tensor.grad_fn], set[Any]()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(node.variable)
+        waiting.extend(following for following, _ in node.next_functions)
+    return found
 
 
 def _rows(packed: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

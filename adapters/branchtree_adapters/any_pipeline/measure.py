@@ -10,7 +10,7 @@ from __future__ import annotations
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -82,14 +82,12 @@ def measure(driver: PipelineDriver, asked: Asked, dtype: torch.dtype, source: st
 @torch.no_grad()
 def _prediction(denoisers: Iterable[Any], driver: PipelineDriver, packed: Mapping[str, Tensor], rows: int) -> Calls:
     """Return the denoisers' calls in a prediction of the same row, several times."""
-    calls: list[tuple[Any, Call]] = []
     state = torch.zeros(rows, *driver.state_shape)
     several = {name: value.repeat(rows, *(1,) * (value.ndim - 1)) for name, value in packed.items()}
-    for denoiser in denoisers:
-        with recorded_calls(denoiser) as recorded:
-            driver.predict(state, torch.full((rows,), 0.5), several)
-        calls.extend((denoiser, call) for call in recorded)
-    return calls
+    with ExitStack() as recording:
+        recorded = {denoiser: recording.enter_context(recorded_calls(denoiser)) for denoiser in denoisers}
+        driver.predict(state, torch.full((rows,), 0.5), several)
+    return [(denoiser, call) for denoiser, own in recorded.items() for call in own]
 
 
 def _rows(call: Call) -> int:

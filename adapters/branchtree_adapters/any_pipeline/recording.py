@@ -9,6 +9,7 @@ recorded twice, and the state takes the place of the latents that the pipeline p
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -19,6 +20,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from branchtree.errors import ModelError
+from branchtree_adapters.any_pipeline.phantom import without_fakes
 
 PREFIXES = ("encode_", "prepare_", "generate_")
 NOT_RECORDED = frozenset({"prepare_extra_step_kwargs"})
@@ -52,7 +54,7 @@ class Recording:
 
     def around(self, name: str, own: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Call a method and take down what it gives, if there is a tensor in it."""
-        output = own(*args, **kwargs)
+        output = without_fakes(own(*args, **kwargs))
         call = self._calls[name] = self._calls.get(name, -1) + 1
         leaves, tree = tree_flatten(output)
         if self.cast is not None and name.startswith("encode_"):
@@ -309,15 +311,15 @@ def groups(packed: Mapping[str, Tensor]) -> list[Tensor] | None:
     return None if len(kinds) == 1 else [torch.nonzero(numbers == kind)[:, 0] for kind in kinds]
 
 
-def unpack(packed: Mapping[str, Tensor], layout: LeafLayout, row: int) -> dict[Leaf, Tensor]:
-    """Return one row's own leaves, in their own sizes."""
-    leaves = {leaf: packed[_name(leaf)][row] for leaf in layout.stored}
+def unpack(packed: Mapping[str, Tensor], layout: LeafLayout, count: int) -> list[dict[Leaf, Tensor]]:
+    """Return the own leaves of ``count`` rows, in their own sizes."""
+    rows = [{leaf: packed[_name(leaf)][row] for leaf in layout.stored} for row in range(count)]
     if SHAPES in packed:
-        sizes = packed[SHAPES][row].tolist()
-        for leaf, value in leaves.items():
-            own, sizes = sizes[: value.ndim], sizes[value.ndim :]
-            leaves[leaf] = value[tuple(slice(size) for size in own)]
-    return leaves
+        for leaves, shapes in zip(rows, packed[SHAPES].tolist(), strict=True):
+            sizes = iter(shapes)
+            for leaf, value in leaves.items():
+                leaves[leaf] = value[tuple(slice(size) for size in itertools.islice(sizes, value.ndim))]
+    return rows
 
 
 class Replay:
@@ -340,7 +342,7 @@ class Replay:
         """
         self._layout = layout
         count = len(states[0])
-        self._rows = [unpack(packed, layout, row) for row in range(count)] if SHAPES in packed else None
+        self._rows = unpack(packed, layout, count) if SHAPES in packed else None
         self._packed, self._calls = packed, dict[str, int]()
         self._states = {
             state.leaf: state.placed(value, None if state.rest is None else self._own(state.leaf), row, dtype)
@@ -386,9 +388,8 @@ class Replay:
         return values[0] if axis is None else torch.cat(values, axis)
 
     def _listed(self, output: Output, tree: TreeSpec) -> Any:
-        rows = self._rows or [
-            unpack(self._packed, self._layout, row) for row in range(len(next(iter(self._states.values()))))
-        ]
+        count = len(next(iter(self._states.values())))
+        rows = self._rows or unpack(self._packed, self._layout, count)
         trees = [tree_unflatten([row[*output, i] for i in range(tree.num_leaves)], tree) for row in rows]
         return _concatenated(trees)
 

@@ -8,10 +8,11 @@ would expand it, its rows are tiled instead, and where it would decide by it, ro
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, cast
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
 
 _PRODUCTS = {Tensor.mul, Tensor.__mul__, Tensor.__rmul__, torch.mul}
 
@@ -25,7 +26,40 @@ class MixedRowsError(RuntimeError):
         self.answer = answer
 
 
-class RowTimes(Tensor):
+class Rows(Tensor):
+    """Numbers of rows in the place of a scalar: it holds the tensor of them, which may be of any subclass itself.
+
+    What is computed of it alone is of its kind again.
+    """
+
+    @classmethod
+    def holding(cls, rows: Tensor) -> Self:
+        """Return ``rows`` as this kind."""
+        held = torch.empty(rows.shape, dtype=rows.dtype, device="meta").as_subclass(cls)
+        held.__dict__["held"] = rows
+        return held
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Sequence[type], args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Ask the tensor that is held."""
+        leaves = tree_leaves((args, kwargs))
+        alone = all(isinstance(each, cls) or not each.ndim for each in leaves if isinstance(each, Tensor))
+        plain_args, plain_kwargs = tree_map(_plain, (args, kwargs or {}))
+        found = func(*plain_args, **plain_kwargs)
+        return tree_map(lambda leaf: cls.holding(leaf) if isinstance(leaf, Tensor) else leaf, found) if alone else found
+
+    def rows(self) -> Tensor:
+        """Return the plain tensor."""
+        return cast(Tensor, self.__dict__["held"])
+
+
+def _plain(leaf: Any) -> Any:
+    return leaf.rows() if isinstance(leaf, Rows) else leaf
+
+
+class RowTimes(Rows):
     """B times (B,) in the place of a scalar.
 
     Raises TypeError where it meets a tensor of several numbers other than a vector of tokens' masks: that would
@@ -43,11 +77,7 @@ class RowTimes(Tensor):
                 return (rows.rows().reshape(-1, *[1] * other.ndim) * other).flatten(1).as_subclass(TokenTimes)
         if any(isinstance(each, Tensor) and not isinstance(each, cls) and each.ndim for each in args):
             raise TypeError("a time for each row met a tensor of several numbers")
-        return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[no-untyped-call]
-
-    def rows(self) -> Tensor:
-        """Return the times as a plain tensor (B,)."""
-        return self.as_subclass(Tensor)
+        return super().__torch_function__(func, types, args, kwargs)
 
     def expand(self, *size: Any) -> Tensor:  # type: ignore[override]
         """Tile the rows to the size, which is a multiple of B."""
@@ -106,19 +136,19 @@ class TokenTimes(Tensor):
         return own.repeat(size[0] // len(own), 1)
 
 
-class RowSigmas(Tensor):
+class RowSigmas(Rows):
     """A noise level for each row, (B, 1, ...), in the place of a scalar; as a float, which keys caches, their mean."""
 
     def __float__(self) -> float:
-        return float(self.as_subclass(Tensor).mean())
+        return float(self.rows().mean())
 
 
 def row_times(times: Tensor) -> Tensor:
     """Return times (B,) as a loop's only step, (1, B)."""
-    return cast(Tensor, times[None].as_subclass(RowTimes))
+    return RowTimes.holding(times[None])
 
 
 def row_sigmas(sigmas: Tensor, ndim: int) -> Tensor:
     """Return noise levels (B,) as a loop's two, (2, B, 1, ...), for states of ``ndim`` axes beside the batch."""
     level = sigmas.reshape(1, -1, *[1] * ndim)
-    return cast(Tensor, torch.cat([level, level]).as_subclass(RowSigmas))
+    return RowSigmas.holding(torch.cat([level, level]))

@@ -19,7 +19,9 @@ from branchtree_adapters.pipeline.components import (
     INDEX,
     Component,
     component_class,
+    is_component,
     is_present,
+    left_out,
     load_component,
     wanted_classes,
 )
@@ -44,7 +46,10 @@ def unloaded_pipeline(kind: Any, blueprint: Blueprint, folder: Path | None = Non
         entry = index.get(name)
         if name in components:
             continue
-        if name in index and not isinstance(entry, list | tuple):  # a setting
+        if name in left_out(kind):
+            components[name] = None
+            continue
+        if name in index and not is_component(entry):  # a setting
             components[name] = entry
         elif is_present(entry) or (parameter.default is parameter.empty and name not in index):
             wanted = component_class(kind, name, entry, INDEX) if entry else wanted_classes(kind, name)[0]

@@ -1,9 +1,10 @@
-"""The base class of models that are a diffusers pipeline with one transformer."""
+"""The base class of models that are a diffusers pipeline."""
 
 from __future__ import annotations
 
 import inspect
 import math
+import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -18,7 +19,16 @@ from torch import Tensor, nn
 from branchtree.core.padding import pad_together
 from branchtree.errors import ModelError
 from branchtree.files.paths import PathOrName
-from branchtree.plugins import Condition, Conditioning, Footprint, LoraSummary, Media, ModelBase
+from branchtree.plugins import (
+    Condition,
+    Conditioning,
+    Footprint,
+    LoraSettings,
+    LoraSummary,
+    Media,
+    ModelBase,
+    weights,
+)
 from branchtree.plugins.weights import has_lora
 from branchtree_adapters.pipeline import sources, speed, trained
 from branchtree_adapters.pipeline.blueprint import (
@@ -34,8 +44,12 @@ from branchtree_adapters.pipeline.blueprint import (
 )
 from branchtree_adapters.pipeline.components import own_component, quiet
 from branchtree_adapters.pipeline.decoders import decoder_footprint
+from branchtree_adapters.pipeline.denoisers import apart, split_state, together
 from branchtree_adapters.pipeline.encoders import fingerprint, probe_encoders
 from branchtree_adapters.pipeline.grids import scheduler_grid
+
+ENCODER = re.compile(r"(text|image)_encoder(_\d+)?")
+"""Names that pipelines have for encoders."""
 
 
 class PipelineConfig(pydantic.BaseModel):
@@ -55,15 +69,17 @@ class PipelineConfig(pydantic.BaseModel):
 
 
 class PipelineAdapter(ModelBase):
-    """A diffusers pipeline whose transformer is trained.
+    """A diffusers pipeline whose denoisers are trained: one transformer, unless a model says otherwise.
 
     A model writes ``modality``, ``pipeline_class``, ``encode_condition`` and ``predict``. The defaults are those of an
     image model with the VAE's latents as they are and the scheduler's own time grid. A video model's configuration
-    also has ``frames`` and ``fps``. ``pipeline``, ``device`` and ``dtype`` (the transformer's) are set by ``load``.
+    also has ``frames`` and ``fps``. ``pipeline``, ``device`` and ``dtype`` (the denoisers') are set by ``load``.
     """
 
     pipeline_class: str
     """The name of the pipeline's class in diffusers."""
+    denoiser_names: tuple[str, ...] = ("transformer",)
+    """The components that are trained, in the order in which a prediction calls them."""
     config_files: tuple[str, ...] = ()
     """JSON files to find in ``blueprint.configs`` beside those of components with weights."""
     published: Published | None = None
@@ -84,6 +100,7 @@ class PipelineAdapter(ModelBase):
         self._pipeline: Any = None
         self._blueprint: Blueprint | None = None
         self._frozen_dtypes: Mapping[str, torch.dtype] = {}
+        self._fixed: dict[str, Mapping[str, Tensor]] = {}  # by denoiser, weights that full training leaves as they are
 
     # What a model writes
 
@@ -139,7 +156,8 @@ class PipelineAdapter(ModelBase):
         return self._blueprint
 
     def _read_blueprint(self, *, fetch: bool = False) -> Blueprint:
-        return read_blueprint(self._class, self._source, self.config_files, self.published, fetch=fetch)
+        names = self.denoiser_names
+        return read_blueprint(self._class, self._source, names, self.config_files, self.published, fetch=fetch)
 
     @property
     def _class(self) -> Any:
@@ -152,22 +170,26 @@ class PipelineAdapter(ModelBase):
         return sources.locate_pipeline(self.config.path, self.config.revision)
 
     def build_denoiser(self) -> nn.Module:
-        """Return a transformer with random weights, by its config.json. Raises ModelError if that describes none."""
-        transformer: nn.Module = self.blueprint.build("transformer")
-        return transformer
+        """Return denoisers with random weights, by their config.json. Raises ModelError if one describes none."""
+        return together({name: self.blueprint.build(name) for name in self.denoiser_names})
+
+    @property
+    def denoisers(self) -> dict[str, Any]:
+        """The modules that are trained, by name."""
+        return apart(self.denoiser, self.denoiser_names)
 
     def footprint(self) -> Footprint:
         """Return the model's sizes, from config.json files. Raises ModelError for a folder or size that cannot be."""
         with torch.device("meta"):
-            transformer = self.build_denoiser()
-            frozen = {name: self.blueprint.build(name) for name in self.blueprint.classes if name != "transformer"}
+            denoiser = self.build_denoiser()
+            frozen = {name: self.blueprint.build(name) for name in (*self.blueprint.encoders, "vae")}
         counts = {name: count_parameters(module) for name, module in frozen.items()}
         float32 = sum(count for name, count in counts.items() if name in self.float32_components)
         return replace(
-            self.sizes(transformer),
+            self.sizes(denoiser),
             frozen_parameters=sum(counts.values()),
             frozen_float32_parameters=float32,
-            largest_block_parameters=largest_block(transformer),
+            largest_block_parameters=largest_block(denoiser),
             decoder=decoder_footprint(
                 frozen["vae"], self.config.height, self.config.width, self.latent_shape, self._decoded_at_once
             ),
@@ -181,7 +203,7 @@ class PipelineAdapter(ModelBase):
         return max(1, self.decode_pixels // sample)
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
-        """Load the pipeline: the transformer to ``device``, the VAE to the CPU until it is needed.
+        """Load the pipeline: its denoisers to ``device``, the VAE to the CPU until it is needed.
 
         Encoders are read when ``encode`` first needs them. The weights that diffusers keeps in float32 stay so. Raises
         ModelError if the source cannot be read, or for a size or task that the model is not made for.
@@ -195,26 +217,72 @@ class PipelineAdapter(ModelBase):
             self.latent_shape  # noqa: B018 - refused before weights are read
         speed.check_attention(self.config.attention)
         self._frozen_dtypes = {"default": dtype, **dict.fromkeys(self.float32_components, torch.float32)}
-        dtypes = {**self._frozen_dtypes, "transformer": denoiser_dtype}
+        in_call = [*self.denoiser_names, *self._beside_names]
+        dtypes = {**self._frozen_dtypes, **dict.fromkeys(in_call, denoiser_dtype)}
         loaded = sources.load_pipeline(self._class, source, dtypes, self._encoder_names)
         self._blueprint = self._blueprint.with_loaded(loaded)
         self.latent_shape  # noqa: B018 - of what was loaded
-        speed.set_attention(loaded.transformer, self.config.attention)
-        own_component(loaded.transformer, device, self._location("transformer"))
+        for name in self.denoiser_names:
+            speed.set_attention(getattr(loaded, name), self.config.attention)
+            own_component(getattr(loaded, name), device, self._location(name))
         self._own({"vae": loaded.vae})
+        for name in self._beside_names:
+            own_component(getattr(loaded, name), device, self._location(name))
+            getattr(loaded, name).requires_grad_(False)
         if device.type == "cpu" or self.modality == "image":
             _channels_last(loaded.vae)
         self.take(loaded, device, denoiser_dtype)
 
     def take(self, pipeline: Any, device: torch.device, dtype: torch.dtype) -> None:
-        """Use a pipeline whose transformer is on ``device`` in ``dtype``."""
-        self._pipeline, self._denoiser, self.device, self.dtype = pipeline, pipeline.transformer, device, dtype
+        """Use a pipeline whose denoisers are on ``device`` in ``dtype``."""
+        self._pipeline, self.device, self.dtype = pipeline, device, dtype
+        self._denoiser = together({name: getattr(pipeline, name) for name in self.denoiser_names})
+
+    def add_lora(self, settings: LoraSettings, seed: int) -> None:
+        """Put LoRA on each denoiser; see ModelBase."""
+        for offset, (name, module) in enumerate(self.denoisers.items()):
+            targets = self._with_effect(name, module, settings.targets or self._lora_targets(module))
+            weights.add_lora(module, settings, targets, seed + offset)
+
+    def _with_effect(self, name: str, module: nn.Module, targets: Sequence[str]) -> Sequence[str]:
+        """Return targets without the layers of ``unused_layers``. Raises ModelError where none are left."""
+        unused = self.unused_layers(name)
+        if not unused:
+            return targets
+        names = {id(layer): key for key, layer in module.named_modules()}
+        found = [names[id(layer)] for layer in weights.linear_layers(module, targets)]
+        left = [key for key in found if key not in unused]
+        if not left:
+            raise ModelError(f"LoRA targets {list(targets)} are layers of {name} that no prediction depends on")
+        return left if len(left) < len(found) else targets
+
+    def unused_layers(self, name: str) -> frozenset[str]:
+        """Return layers of a denoiser, by name, whose weights have no effect. By default none are known."""
+        return frozenset()
+
+    def _states(self, replacement: Mapping[str, Tensor] | None) -> dict[str, dict[str, Tensor]]:
+        """Return the trained weights, or others in their place, of each denoiser. Raises CheckpointError."""
+        return split_state(weights.trained_state(self.denoiser, replacement), self.denoiser_names)
+
+    def _twins(self, replacement: Mapping[str, Tensor] | None) -> dict[str, Any]:
+        """Return the denoisers as modules of their own, with other weights. Raises CheckpointError."""
+        states, fixed = self._states(replacement), self._fixed  # which are whole here, also where others are sharded
+        return {
+            name: trained.with_weights(module, {**fixed.get(name, {}), **states[name]})
+            for name, module in self.denoisers.items()
+        }
 
     @property
     def _encoder_names(self) -> list[str]:
         """Names that the pipeline has for encoders, whether this model has them or not."""
         names = inspect.signature(self._class.__init__).parameters
-        return [name for name in names if name.startswith(("text_encoder", "image_encoder"))]
+        return [name for name in names if ENCODER.fullmatch(name)]
+
+    @property
+    def _beside_names(self) -> list[str]:
+        """Names of the components with weights that work beside the denoiser, in its precision."""
+        known = {*self.denoiser_names, "vae", *self._encoder_names}
+        return [name for name in self.blueprint.classes if name not in known]
 
     def _own(self, components: Mapping[str, Any]) -> None:
         for name, component in components.items():
@@ -228,7 +296,7 @@ class PipelineAdapter(ModelBase):
     def weights_of(self, component: str) -> str:
         """Return where the weights of the ``denoiser``, the ``decoder`` or the ``encoders`` are."""
         encoding = [*self.blueprint.encoders, *(["vae"] if self.encodes_with_vae else [])]
-        names = {"denoiser": ["transformer"], "decoder": ["vae"]}.get(component, encoding)
+        names = {"denoiser": list(self.denoiser_names), "decoder": ["vae"]}.get(component, encoding)
         return ", ".join(self._location(name) for name in names)
 
     @torch.no_grad()
@@ -260,8 +328,8 @@ class PipelineAdapter(ModelBase):
         if any(getattr(self.pipeline, name) is not None for name in names):
             return {}
         others = [name for name in self.pipeline.components if name not in names]
-        found = sources.load_pipeline(self._class, sources.pinned(self._source), self._frozen_dtypes, others)
-        return {name: getattr(found, name) for name in names}
+        found = sources.load_some(self._class, sources.pinned(self._source), self._frozen_dtypes, others)
+        return {name: found.get(name) for name in names}
 
     def drop_encoders(self) -> None:
         """Free the encoders; they are read again if ``encode`` is called again."""
@@ -269,7 +337,7 @@ class PipelineAdapter(ModelBase):
 
     def encoding_fingerprint(self) -> str | None:
         """Digest the files, settings and libraries that encodings depend on; None if no file is known."""
-        skipped = {"transformer", "scheduler"} | (set() if self.encodes_with_vae else {"vae"})
+        skipped = {*self.denoiser_names, "scheduler"} | (set() if self.encodes_with_vae else {"vae"})
         names = self.encoding_settings or type(self.config).model_fields.keys() - {"path", "revision", "attention"}
         settings = {"family": type(self).__name__, **{name: str(getattr(self.config, name)) for name in names}}
         settings |= {f"dtype of {name}": str(dtype) for name, dtype in self._frozen_dtypes.items()}
@@ -313,11 +381,15 @@ class PipelineAdapter(ModelBase):
         return Media(videos=samples.transpose(1, 2), fps=self.config.fps)
 
     def save(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
-        """Write ``pytorch_lora_weights.safetensors``, or without LoRA the whole ``transformer/``; see ModelBase."""
+        """Write ``pytorch_lora_weights.safetensors``, or without LoRA the whole ``transformer/``; see ModelBase.
+
+        So for each denoiser, with its name for the folder; the LoRA of the first is in ``directory`` itself.
+        """
         if has_lora(self.denoiser):
-            trained.save_lora(self.pipeline, self.denoiser, directory, denoiser_state, exact=True)
+            trained.save_lora(self.pipeline, self.denoisers, self._states(denoiser_state), directory, exact=True)
         else:
-            trained.with_weights(self.denoiser, denoiser_state).save_pretrained(directory / "transformer")
+            for name, twin in self._twins(denoiser_state).items():
+                twin.save_pretrained(directory / name)
 
     def export(self, directory: Path, denoiser_state: Mapping[str, Tensor] | None = None) -> None:
         """Write what a user loads: the LoRA file, or without LoRA a complete pipeline folder. See ``save``.
@@ -325,36 +397,40 @@ class PipelineAdapter(ModelBase):
         The LoRA file gives every reader the trained strength, whether it knows of alpha or not.
         """
         if has_lora(self.denoiser):
-            trained.save_lora(self.pipeline, self.denoiser, directory, denoiser_state, exact=False)
+            trained.save_lora(self.pipeline, self.denoisers, self._states(denoiser_state), directory, exact=False)
         else:
-            transformer = trained.with_weights(self.denoiser, denoiser_state)
-            components = {**self.pipeline.components, **self._absent_encoders(), "transformer": transformer}
+            twins = self._twins(denoiser_state)
+            components = {**self.pipeline.components, **self._absent_encoders(), **twins}
+            takes = inspect.signature(self._class.__init__).parameters.keys() - components.keys()
+            settings = {name: value for name, value in self.pipeline.config.items() if name in takes}
             with quiet():
-                self._class(**components).save_pretrained(directory)
+                self._class(**components, **settings).save_pretrained(directory)
 
     def restore(self, directory: Path) -> None:
         """Read back, to the bit, what ``save`` wrote, before sharding. Raises CheckpointError if it does not fit."""
         if has_lora(self.denoiser):
-            trained.restore_lora(self.denoiser, directory)
+            trained.restore_lora(self.denoisers, directory)
         else:
-            trained.restore_all(self.denoiser, directory / "transformer")
+            trained.restore_all(self.denoisers, directory)
 
     def start_from(self, source: Path) -> None:
         """Take a LoRA's file or folder, or without LoRA a folder of all weights, before sharding.
 
-        Raises CheckpointError if they do not fit.
+        A folder has the layout of ``save``. Raises CheckpointError if they do not fit.
         """
         if has_lora(self.denoiser):
-            trained.start_lora(self.denoiser, source, self._class)
+            unused = {name: self.unused_layers(name) for name in self.denoiser_names}
+            trained.start_lora(self.denoisers, source, self._class, unused)
         else:
-            trained.start_all(self.denoiser, source)
+            trained.start_all(self.denoisers, source)
 
     def load_lora(self, source: Path) -> LoraSummary:
-        """Put a LoRA file of any common kind, or the folder of one, on the transformer in place of any other LoRA.
+        """Put a LoRA file of any common kind, or the folder of one, on the denoiser in place of any other LoRA.
 
-        Raises CheckpointError for one that is damaged, or has keys that fit nothing in the transformer.
+        Several denoisers take a folder as ``save`` writes it. Raises CheckpointError for one that is damaged, or has
+        keys that fit nothing in the denoiser.
         """
-        return trained.load_lora(self.denoiser, source, self._class)
+        return trained.load_lora(self.denoisers, source, self._class)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -16,6 +16,7 @@ from branchtree_adapters.pipeline.components import (
     component_class,
     is_of_transformers,
     is_present,
+    left_out,
     not_named,
     wanted_classes,
 )
@@ -42,11 +43,12 @@ class Blueprint:
     configs: Configs  # of diffusers' classes with the defaults of these
     origin: str  # where the files come from, in words
     assumed: bool  # whether they are those of another model
+    denoisers: tuple[str, ...] = ("transformer",)  # components that are trained
 
     @property
     def encoders(self) -> list[str]:
         """Names of the components that ``encode`` alone needs."""
-        return [name for name in self.classes if name not in {"transformer", "vae"}]
+        return [name for name in self.classes if name not in {*self.denoisers, "vae"}]
 
     def build(self, name: str) -> Any:
         """Return a component with fresh weights. Raises ModelError if its config.json describes none."""
@@ -56,18 +58,25 @@ class Blueprint:
 
     def with_loaded(self, pipeline: Any) -> Blueprint:
         """Return the blueprint with the configuration of components that were loaded."""
-        loaded = {TRANSFORMER: pipeline.transformer.config, VAE: pipeline.vae.config}
-        return Blueprint(self.classes, {**self.configs, **loaded}, self.origin, False)
+        loaded = {f"{name}/config.json": getattr(pipeline, name).config for name in (*self.denoisers, "vae")}
+        return replace(self, configs={**self.configs, **loaded}, assumed=False)
 
 
 def read_blueprint(
-    pipeline: Any, source: ModelSource, others: Sequence[str], published: Published | None, *, fetch: bool = False
+    pipeline: Any,
+    source: ModelSource,
+    denoisers: tuple[str, ...],
+    others: Sequence[str],
+    published: Published | None,
+    *,
+    fetch: bool = False,
 ) -> Blueprint:
     """Read the configuration files of ``pipeline``, a diffusers class.
 
     Args:
         pipeline: The class.
         source: Where the files are.
+        denoisers: The components that are trained.
         others: JSON files to read beside those of components with weights.
         published: What is assumed of a hub id that is not in the local cache.
         fetch: Whether to download the files of a hub id; they are also where nothing is assumed.
@@ -83,7 +92,7 @@ def read_blueprint(
 
     known = Published("", {}) if published is None else published
     index = {**known.configs, **(read([INDEX]) or {})}.get(INDEX, {})
-    classes = _classes(pipeline, index, f"'{source.location}/{INDEX}'")
+    classes = _classes(pipeline, index, denoisers, f"'{source.location}/{INDEX}'")
     names = [*(f"{name}/config.json" for name in classes), *others]
     configs, assumed, origin = read(names), False, f"configuration files of '{source.name}'"
     if configs is None:
@@ -93,23 +102,27 @@ def read_blueprint(
         origin = f"assumed to be those of {known.name}, since '{source.name}' is not in the local cache"
     ours = {f"{name}/config.json": kind for name, kind in classes.items() if not is_of_transformers(kind)}
     filled = {name: {**_defaults(kind), **configs[name]} for name, kind in ours.items()}
-    return Blueprint(classes, {INDEX: index, **configs, **filled}, origin, assumed)
+    return Blueprint(classes, {INDEX: index, **configs, **filled}, origin, assumed, denoisers)
 
 
-def _classes(pipeline: Any, index: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Return the classes of the components with weights that a model_index.json names, or the pipeline asks for."""
+def _classes(pipeline: Any, index: Mapping[str, Any], denoisers: Sequence[str], where: str) -> dict[str, Any]:
+    """Return the classes of the components with weights that a model_index.json names, or the pipeline asks for.
+
+    The denoisers come first.
+    """
     classes: dict[str, Any] = {}
     for name, parameter in inspect.signature(pipeline.__init__).parameters.items():
-        if name not in {"transformer", "vae"} and not name.startswith(("text_encoder", "image_encoder")):
+        if name in left_out(pipeline):
             continue
-        required = parameter.default is parameter.empty or name == "transformer"
-        if is_present(index.get(name)):
-            classes[name] = component_class(pipeline, name, index[name], where)
-        elif required and name in index:
+        required = parameter.default is parameter.empty or name in denoisers
+        present = is_present(index.get(name))
+        kinds = [component_class(pipeline, name, index[name], where)] if present else wanted_classes(pipeline, name)
+        if not (present or required) or not any(issubclass(kind, nn.Module) for kind in kinds):
+            continue
+        if not present and name in index:
             raise not_named(pipeline, name, where)
-        elif required:
-            classes[name] = wanted_classes(pipeline, name)[0]
-    return {"transformer": classes.pop("transformer"), **classes}
+        classes[name] = kinds[0]
+    return {**{name: classes.pop(name) for name in denoisers}, **classes}
 
 
 def _defaults(kind: Any) -> dict[str, Any]:

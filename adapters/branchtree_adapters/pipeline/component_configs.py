@@ -20,7 +20,7 @@ PREPROCESSING = ("do_resize", "do_center_crop", "do_normalize", "image_mean", "i
 def read_json(file: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a model. Raises ModelError."""
     try:
-        return read_json_object(file, ModelError)
+        return read_json_object(file, ModelError, infinite=True)
     except ModelError as error:
         raise ModelError(f"{error}; {INCOMPLETE}.") from None
 

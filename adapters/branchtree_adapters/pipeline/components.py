@@ -63,15 +63,31 @@ def build_pipeline(pipeline: Any, folder: Path, dtypes: Mapping[str, torch.dtype
     Raises:
         ModelError: A file is missing or damaged, or the weights do not account for every tensor of their model.
     """
+    loaded = load_components(pipeline, folder, dtypes, without)
+    index, parameters, skipped = read_json(folder / INDEX), _parameters(pipeline), left_out(pipeline)
+    named = {name: index[name] for name in parameters if name in index and name not in skipped}
+    settings = {name: entry for name, entry in named.items() if not is_component(entry)}
+    if skipped:
+        settings["requires_safety_checker"] = False
+    absent = {name for name in parameters if is_component(index.get(name))} | {*without, *skipped} & parameters.keys()
+    return pipeline(**{**settings, **dict.fromkeys(absent), **loaded})
+
+
+def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
+    return dict(list(inspect.signature(pipeline.__init__).parameters.items())[1:])
+
+
+def load_components(
+    pipeline: Any, folder: Path, dtypes: Mapping[str, torch.dtype], without: Collection[str]
+) -> dict[str, Any]:
+    """Load the components of ``pipeline`` by name, but for those named in ``without``; see build_pipeline."""
     verify_checksums(folder, ModelError, [INDEX])
-    index = read_json(folder / INDEX)
-    parameters = dict(list(inspect.signature(pipeline.__init__).parameters.items())[1:])
-    named = {name: index[name] for name in parameters if name in index}
-    entries = {name: entry for name, entry in named.items() if isinstance(entry, list | tuple)}
-    settings = {name: entry for name, entry in named.items() if name not in entries}
-    found = [_component(pipeline, name, entry, folder) for name, entry in entries.items() if is_present(entry)]
-    required = [name for name, parameter in parameters.items() if parameter.default is parameter.empty]
-    for name in [*required, "transformer"]:
+    index, parameters, skipped = read_json(folder / INDEX), _parameters(pipeline), left_out(pipeline)
+    entries = {name: index[name] for name in parameters if is_present(index.get(name)) and name not in skipped}
+    found = [_component(pipeline, name, entry, folder) for name, entry in entries.items()]
+    required = {name for name, parameter in parameters.items() if parameter.default is parameter.empty}
+    required |= {"transformer"} & parameters.keys()  # optional to some, which then run without their first denoiser
+    for name in [name for name in parameters if name in required and name not in skipped]:
         if name not in {component.name for component in found}:
             raise not_named(pipeline, name, f"'{folder / INDEX}'")
     read = [component for component in found if component.name not in without]
@@ -79,8 +95,13 @@ def build_pipeline(pipeline: Any, folder: Path, dtypes: Mapping[str, torch.dtype
     loaded = {each.name: load_component(each, dtypes.get(each.name, dtypes["default"])) for each in read}
     for component in read:
         _check_against_encoder(component, loaded[component.name])
-    absent = dict.fromkeys(name for name in parameters if name in entries or name in without)
-    return pipeline(**{**settings, **absent, **loaded})
+    return loaded
+
+
+def left_out(pipeline: Any) -> list[str]:
+    """Return the components that are never loaded: those by which Stable Diffusion blackens samples."""
+    takes = inspect.signature(pipeline.__init__).parameters
+    return ["safety_checker", "feature_extractor"] if "requires_safety_checker" in takes else []
 
 
 def _check_against_encoder(component: Component, loaded: Any) -> None:
@@ -97,9 +118,15 @@ def _check_against_encoder(component: Component, loaded: Any) -> None:
         check_image_processor(loaded, component.folder, config.get("vision_config", config))
 
 
+def is_component(entry: Any) -> bool:
+    """Return whether an entry of a model_index.json is of a component, there or not, and no setting."""
+    pair = isinstance(entry, list | tuple) and len(entry) == 2
+    return pair and all(word is None or isinstance(word, str) for word in entry)
+
+
 def is_present(entry: Any) -> bool:
     """Return whether an entry of a model_index.json names a component's class, not null or a list of two nulls."""
-    return isinstance(entry, list | tuple) and len(entry) == 2 and all(isinstance(word, str) for word in entry)
+    return is_component(entry) and None not in entry
 
 
 def _component(pipeline: Any, name: str, entry: Any, folder: Path) -> Component:
@@ -118,15 +145,25 @@ def component_class(pipeline: Any, name: str, entry: Any, index: str) -> Any:
     """Return the class that an entry of the file ``index`` names. Raises ModelError for one of another kind."""
     library, kind_name = entry
     where = f"{index} names {library}.{kind_name} for {name}"
-    if library not in LIBRARIES:
-        raise ModelError(f"{where}; only classes of {' and '.join(LIBRARIES)} are loaded.")
-    kind = getattr(importlib.import_module(library), kind_name, None)
+    kind = getattr(_library(library, where), kind_name, None)
     wanted = {each.__name__ for each in wanted_classes(pipeline, name)}
     if not inspect.isclass(kind):
         raise ModelError(f"{where}, and {library} has no such class{nearest(kind_name, wanted)}")
     if wanted and not _suits(name, kind, wanted):
         raise ModelError(f"{where}, and {pipeline.__name__} takes {' or '.join(sorted(wanted))}; {INCOMPLETE}.")
     return kind
+
+
+def _library(name: str, where: str) -> Any:
+    """Return a library's module, or that of a pipeline of diffusers, which may have models of its own."""
+    import diffusers.pipelines
+
+    if name in LIBRARIES:
+        return importlib.import_module(name)
+    own = getattr(diffusers.pipelines, name, None)
+    if not inspect.ismodule(own):
+        raise ModelError(f"{where}; only classes of {' and '.join(LIBRARIES)} are loaded.")
+    return own
 
 
 def wanted_classes(pipeline: Any, name: str) -> list[Any]:

@@ -46,9 +46,9 @@ def probe_encoders(pipeline: Any, location: str) -> None:
                 continue
             check_tokenizer(tokenizer, folder, encoder.config.to_dict())
             probes = probe_texts(tokenizer, folder)
-            length = min(tokenizer.model_max_length, PROBE_TOKENS)
+            length = min(getattr(tokenizer, "tokenizer", tokenizer).model_max_length, PROBE_TOKENS)
             options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
-            inputs = [tokenizer(text, **options).input_ids for text in probes]
+            inputs = [tokenizer(text=text, **options).input_ids for text in probes]
             texts = f", as for the texts {list(probes)}"
         else:
             prepare = pipeline.components.get("image_processor") or pipeline.components["feature_extractor"]

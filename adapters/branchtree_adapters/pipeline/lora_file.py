@@ -17,9 +17,11 @@ from branchtree.errors import CheckpointError, shortened
 from branchtree.files.json_lines import parse_json, read_json_object
 from branchtree.plugins import LoraSummary
 from branchtree.plugins.weights import read_safetensors
+from branchtree_adapters.pipeline.denoisers import DENOISERS
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-PREFIX, DOWN, UP, ALPHA = "transformer.", ".lora_A.weight", ".lora_B.weight", ".alpha"
+DOWN, UP, ALPHA = ".lora_A.weight", ".lora_B.weight", ".alpha"
+PREFIXES = re.compile(r"^(transformer|unet)\.")
 METADATA = "lora_adapter_metadata"
 PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
@@ -43,7 +45,7 @@ class LoraLayer:
 
 @dataclass(frozen=True)
 class LoraFile:
-    """A file's layers by their names in the transformer."""
+    """A file's layers by their names in the denoiser."""
 
     path: Path
     kind: str
@@ -55,27 +57,29 @@ class LoraFile:
         downs = {f"{name}{DOWN}": layer.down.float() for name, layer in self.layers.items()}
         return downs | {f"{name}{UP}": layer.up.float() * factor(layer) for name, layer in self.layers.items()}
 
-    def summary(self) -> LoraSummary:
-        """Return ranks, strengths and targets, for a person."""
-        layers = self.layers.values()
-        endings = Counter(re.sub(r"^.*\.\d+\.(?=[a-z])", "", name) for name in self.layers)
-        return LoraSummary(
-            path=str(self.path),
-            kind=self.kind,
-            layers=len(self.layers),
-            ranks=tuple(sorted({layer.rank for layer in layers})),
-            strengths=self.strengths,
-            targets=dict(sorted(endings.items())),
-        )
+
+def summary_of(files: Sequence[LoraFile]) -> LoraSummary:
+    """Return ranks, strengths and targets of a pipeline's LoRA files, for a person."""
+    layers = [(name, layer) for file in files for name, layer in file.layers.items()]
+    endings = Counter(re.sub(r"^.*\.\d+\.(?=[a-z])", "", name) for name, _ in layers)
+    return LoraSummary(
+        path=str(files[0].path),
+        kind=files[0].kind,
+        layers=len(layers),
+        ranks=tuple(sorted({layer.rank for _, layer in layers})),
+        strengths=tuple(sorted({strength for file in files for strength in file.strengths})),
+        targets=dict(sorted(endings.items())),
+    )
 
 
-def read_lora(source: Path, pipeline: type[Any]) -> LoraFile:
+def read_lora(source: Path, pipeline: type[Any], unet: Any = None) -> LoraFile:
     """Read a LoRA file, or the folder of one.
 
     Args:
         source: A safetensors file or a folder: as diffusers and this library write them, a folder of peft's, or a file
             with the keys of kohya's scripts, ComfyUI or another program that diffusers can convert.
         pipeline: The diffusers class whose converter knows the other programs' names.
+        unet: The configuration of a U-Net, by which its converter numbers blocks.
 
     Raises:
         CheckpointError: There is no such file, or it is damaged, or holds what is no LoRA.
@@ -90,10 +94,10 @@ def read_lora(source: Path, pipeline: type[Any]) -> LoraFile:
         kind, named = "peft adapter", {name.removeprefix(PEFT_PREFIX): value for name, value in tensors.items()}
     elif all(name.endswith((DOWN, UP, ALPHA)) and not _is_foreign(name) for name in tensors):
         kind, named = "diffusers", tensors
-        settings = {name.removeprefix(PREFIX): value for name, value in metadata.items()}
+        settings = {PREFIXES.sub("", name): value for name, value in metadata.items()}
     else:
-        kind, named, settings = "converted by diffusers", _converted(file, tensors, pipeline), {}
-    layers = _layers(file, {name.removeprefix(PREFIX): value for name, value in named.items()}, settings)
+        kind, named, settings = "converted by diffusers", _converted(file, tensors, pipeline, unet), {}
+    layers = _layers(file, {PREFIXES.sub("", name): value for name, value in named.items()}, settings)
     strengths = {layer.strength for layer in layers.values()} if named is tensors or config else _alphas(tensors)
     return LoraFile(file, kind, layers, tuple(sorted(strengths)))
 
@@ -119,7 +123,7 @@ def _find(source: Path) -> tuple[Path, Path | None]:
     if source.is_dir():
         file = next((folder / name for name in (LORA_FILE, PEFT_FILE) if (folder / name).is_file()), source)
         if not file.is_file():
-            whole = any(source.glob("transformer/*.safetensors"))
+            whole = any(any(source.glob(f"{name}/*.safetensors")) for name in DENOISERS)
             named = "the folder of a whole model as model.path instead" if whole else "a LoRA's file or folder"
             raise CheckpointError(f"'{source}' holds no {LORA_FILE} and no {PEFT_FILE}; name {named}")
     if file.suffix != ".safetensors":
@@ -135,8 +139,10 @@ def _is_foreign(name: str) -> bool:
     return name.startswith(("diffusion_model.", "lora_", PEFT_PREFIX))
 
 
-def _converted(file: Path, tensors: Mapping[str, Tensor], pipeline: type[Any]) -> dict[str, Tensor]:
-    """Return the weights under diffusers' names, their alphas multiplied in. Raises CheckpointError for lost keys.
+def _converted(file: Path, tensors: Mapping[str, Tensor], pipeline: type[Any], unet: Any) -> dict[str, Tensor]:
+    """Return the weights under diffusers' names, their alphas multiplied in or, for a U-Net's, beside them.
+
+    Raises CheckpointError for lost keys.
 
     diffusers' converters drop what they do not know with no more than a log line, or none. So they are run on weights
     with gradients: one that nothing came of has none.
@@ -145,7 +151,7 @@ def _converted(file: Path, tensors: Mapping[str, Tensor], pipeline: type[Any]) -
     try:
         with torch.enable_grad():
             given = {name: leaves[name] * 1 if name in leaves else value for name, value in tensors.items()}
-            converted = pipeline.lora_state_dict(given)
+            converted, alphas = _by_diffusers(given, pipeline, unet)
             made = [value for value in converted.values() if value.requires_grad]
             found = torch.autograd.grad([value.sum() for value in made], list(leaves.values()), allow_unused=True)
     except Exception as error:  # the converters assert, and index, and raise many kinds
@@ -159,12 +165,25 @@ def _converted(file: Path, tensors: Mapping[str, Tensor], pipeline: type[Any]) -
     lost += [f"'{name}'" for name in tensors if name.endswith(ALPHA) and name.removesuffix(ALPHA) not in modules]
     lost += [f"'{name}'" for name in converted if name.endswith(ALPHA)]  # which its reader would not look at
     _refuse(file, lost, "holds keys that fit nothing in the model")
-    return {name: value.detach() for name, value in converted.items()}
+    return {**{name: value.detach() for name, value in converted.items()}, **alphas}
+
+
+def _by_diffusers(
+    given: Mapping[str, Tensor], pipeline: type[Any], unet: Any
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the weights that the pipeline's converter makes of a file's, and the alphas that it leaves beside them."""
+    from diffusers.utils.state_dict_utils import convert_unet_state_dict_to_peft
+
+    if unet is None:
+        return pipeline.lora_state_dict(given), {}
+    converted, alphas = pipeline.lora_state_dict(given, unet_config=unet)
+    beside = {name: torch.as_tensor(value) for name, value in (alphas or {}).items()}
+    return convert_unet_state_dict_to_peft(converted), beside
 
 
 def _ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Return the rank of each module of a file that is yet to be converted."""
-    downs = (DOWN, ".lora_down.weight")
+    downs = (DOWN, ".lora_down.weight", ".lora.down.weight")
     return {
         name.removesuffix(end): len(value) for name, value in tensors.items() for end in downs if name.endswith(end)
     }

@@ -6,8 +6,8 @@ import atexit
 import os
 import re
 import tempfile
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
@@ -20,7 +20,7 @@ from branchtree.errors import ModelError, nearest, reason_of
 from branchtree.files.checksums import verify_checksums
 from branchtree.files.reading import user_path
 from branchtree_adapters.pipeline.component_configs import read_json
-from branchtree_adapters.pipeline.components import INDEX, build_pipeline, quiet
+from branchtree_adapters.pipeline.components import INDEX, build_pipeline, left_out, load_components, quiet
 
 BUNDLED, SMALL = "bundled:", "small:"
 Configs = Mapping[str, Mapping[str, Any]]
@@ -136,18 +136,36 @@ def load_pipeline(
     ``without`` are neither read nor downloaded; the pipeline has None in their place. Raises ModelError.
     """
     folder = source.folder or _download(pipeline, source, without)
-    try:
+    with _loading(source):
         loaded = build_pipeline(pipeline, folder, dtypes, without)
-    except Exception as error:  # every library below has exceptions of its own for a file that is not right
-        raise ModelError(f"cannot load '{source.location}': {reason_of(error)}") from error
     loaded.register_to_config(_name_or_path=source.location)
     return loaded
+
+
+def load_some(
+    pipeline: Any, source: ModelSource, dtypes: Mapping[str, torch.dtype], without: Collection[str]
+) -> dict[str, Any]:
+    """Load the components of ``pipeline`` but for those named in ``without``, by name; see load_pipeline.
+
+    Without the pipeline itself, which may need the others to be made.
+    """
+    folder = source.folder or _download(pipeline, source, without)
+    with _loading(source):
+        return load_components(pipeline, folder, dtypes, without)
+
+
+@contextmanager
+def _loading(source: ModelSource) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # every library below has exceptions of its own for a file that is not right
+        raise ModelError(f"cannot load '{source.location}': {reason_of(error)}") from error
 
 
 def _download(pipeline: Any, source: ModelSource, without: Collection[str]) -> Path:
     """Return the folder of a hub id's files, downloaded but for some components. Raises ModelError."""
     try:
-        absent = dict.fromkeys(without)
+        absent = dict.fromkeys([*without, *left_out(pipeline)])
         return Path(pipeline.download(source.name, revision=source.revision, use_safetensors=True, **absent))
     except Exception as error:  # the hub's client has many exceptions for one matter
         raise ModelError(f"cannot load '{source.location}' ({type(error).__name__}: {error}); {CHECK_HUB}.") from error

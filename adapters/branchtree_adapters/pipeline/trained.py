@@ -1,10 +1,13 @@
-"""The trained weights of a diffusers transformer, all of them or a LoRA: saved, restored, and taken from elsewhere."""
+"""The trained weights of a pipeline's denoisers, all or a LoRA: saved, restored, and taken from elsewhere.
+
+Files of a pipeline's first denoiser are where they are of its only one. A LoRA of another is in a folder of its name.
+"""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +16,55 @@ from torch import Tensor
 
 from branchtree.errors import CheckpointError
 from branchtree.plugins import LoraSummary, weights
-from branchtree_adapters.pipeline.lora_file import DOWN, LORA_FILE, METADATA, UP, read_lora, require_layers
+from branchtree_adapters.pipeline.lora_file import (
+    DOWN,
+    LORA_FILE,
+    METADATA,
+    UP,
+    LoraFile,
+    read_lora,
+    require_layers,
+    summary_of,
+)
 
 SHOWN = 2
+State = Mapping[str, Tensor]
+"""Trained weights by their names in a denoiser."""
+Denoisers = Mapping[str, Any]
+"""A pipeline's denoisers by name."""
 
 
-def save_lora(
-    pipeline: Any, denoiser: Any, directory: Path, replacement: Mapping[str, Tensor] | None, exact: bool
-) -> None:
-    """Write the LoRA weights, or ``replacement``, as ``pipeline.load_lora_weights`` reads them.
+def save_lora(pipeline: Any, denoisers: Denoisers, states: Mapping[str, State], directory: Path, exact: bool) -> None:
+    """Write LoRA weights, by denoiser, as ``pipeline.load_lora_weights`` reads them.
 
     B is multiplied by the scale, alpha over rank, and the file says that alpha is the rank: readers of the tensors
     alone get the trained strength too. Under ``exact`` a scale that is no power of two, whose product would be rounded,
-    stays beside the weights, in the file's metadata. Raises CheckpointError if ``replacement`` belongs to another
-    model.
+    stays beside the weights, in the file's metadata.
     """
-    layers, config = _lora_layers(denoiser, replacement), denoiser.peft_config["default"]
+    for name, folder in _folders(denoisers, directory).items():
+        _save_one(pipeline, name, denoisers[name], states[name], folder, exact)
+
+
+def _folders(denoisers: Denoisers, source: Path) -> dict[str, Path]:
+    """Return where each denoiser's LoRA is."""
+    first, *others = denoisers
+    return {first: source, **{name: source / name for name in others}}
+
+
+def _save_one(pipeline: Any, name: str, denoiser: Any, state: State, directory: Path, exact: bool) -> None:
+    layers, config = _lora_layers(denoiser, state), denoiser.peft_config["default"]
     scale, metadata = config.lora_alpha / config.r, config.to_dict()
     if not exact or math.frexp(scale)[0] == 0.5:
         layers = {name: value * scale if name.endswith(UP) else value for name, value in layers.items()}
         metadata["lora_alpha"] = config.r
-    writer = pipeline if hasattr(pipeline, "save_lora_weights") else _plain_writer()
-    writer.save_lora_weights(directory, transformer_lora_layers=layers, transformer_lora_adapter_metadata=metadata)
+    writer, kind = pipeline if hasattr(pipeline, "save_lora_weights") else _plain_writer(), _kind(name)
+    given = {f"{kind}_lora_layers": layers, f"{kind}_lora_adapter_metadata": metadata}
+    writer.save_lora_weights(directory, **given)
+
+
+def _kind(name: str) -> str:
+    """Return what a denoiser is called in LoRA files."""
+    return "unet" if name == "unet" else "transformer"
 
 
 def _plain_writer() -> Any:
@@ -44,52 +74,56 @@ def _plain_writer() -> Any:
     return SD3LoraLoaderMixin
 
 
-def _lora_layers(denoiser: Any, replacement: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """Return the LoRA weights, or ``replacement`` in their place, by peft's names in a file."""
+def _lora_layers(denoiser: Any, state: State | None = None) -> dict[str, Tensor]:
+    """Return the LoRA weights, or ``state`` in their place, by peft's names in a file."""
     from peft import get_peft_model_state_dict
 
-    state = weights.trained_state(denoiser, replacement)
-    return dict(get_peft_model_state_dict(denoiser, state_dict=state))
+    return dict(get_peft_model_state_dict(denoiser, state_dict=weights.trained_state(denoiser, state)))
 
 
 @torch.no_grad()
-def restore_lora(denoiser: Any, directory: Path) -> None:
-    """Read into ``denoiser`` what ``save_lora`` wrote. Raises CheckpointError if it is missing or another's."""
-    config = denoiser.peft_config["default"]
-    saved, metadata = weights.read_safetensors([directory / LORA_FILE])
-    try:
-        beside = json.loads(metadata.get(METADATA, "{}"))
-    except ValueError as error:
-        raise CheckpointError(f"cannot read trained weights from '{directory / LORA_FILE}': {error}") from error
-    strength = beside.get("transformer.lora_alpha", 1) / beside.get("transformer.r", 1)
-    factor = strength / (config.lora_alpha / config.r)
-    scaled = {name: value * factor if name.endswith(UP) else value for name, value in saved.items()}
-    live = {f"transformer.{name}": tensor for name, tensor in _lora_layers(denoiser).items()}
+def restore_lora(denoisers: Denoisers, directory: Path) -> None:
+    """Read into denoisers what ``save_lora`` wrote. Raises CheckpointError if it is missing or another's."""
+    live: dict[str, Tensor] = {}
+    scaled: dict[str, Tensor] = {}
+    for name, folder in _folders(denoisers, directory).items():
+        config, kind = denoisers[name].peft_config["default"], _kind(name)
+        saved, metadata = weights.read_safetensors([folder / LORA_FILE])
+        try:
+            beside = json.loads(metadata.get(METADATA, "{}"))
+        except ValueError as error:
+            raise CheckpointError(f"cannot read trained weights from '{folder / LORA_FILE}': {error}") from error
+        strength = beside.get(f"{kind}.lora_alpha", 1) / beside.get(f"{kind}.r", 1)
+        factor = strength / (config.lora_alpha / config.r)
+        where = "" if folder == directory else f"{name}/"
+        scaled |= {f"{where}{key}": value * factor if key.endswith(UP) else value for key, value in saved.items()}
+        live |= {f"{where}{kind}.{key}": tensor for key, tensor in _lora_layers(denoisers[name]).items()}
     weights.copy_exactly(live, scaled, directory)
 
 
-def with_weights(denoiser: Any, replacement: Mapping[str, Tensor] | None) -> Any:
-    """Return a second model like ``denoiser``, with ``replacement`` for its trained weights; copies no weights.
-
-    Raises CheckpointError if ``replacement`` belongs to another model.
-    """
+def with_weights(denoiser: Any, state: State) -> Any:
+    """Return a second model like ``denoiser``, with other weights where ``state`` has some; copies no weights."""
     with torch.device("meta"):
         twin = type(denoiser).from_config(denoiser.config)
-    state = {**denoiser.state_dict(), **weights.trained_state(denoiser, replacement)}
-    twin.load_state_dict(state, strict=True, assign=True)
+    twin.load_state_dict({**denoiser.state_dict(), **state}, strict=True, assign=True)
     return twin.requires_grad_(False).eval()
 
 
-def restore_all(denoiser: Any, folder: Path) -> None:
-    """Read into ``denoiser`` what its save_pretrained wrote to ``folder``. Raises CheckpointError likewise."""
-    weights.copy_exactly(
-        denoiser.state_dict(), weights.read_safetensors(sorted(folder.glob("*.safetensors")))[0], folder
-    )
+def restore_all(denoisers: Denoisers, directory: Path) -> None:
+    """Read into denoisers what their save_pretrained wrote to folders of their names. Raises CheckpointError."""
+    live: dict[str, Tensor] = {}
+    saved: dict[str, Tensor] = {}
+    for name, denoiser in denoisers.items():
+        where = "" if not live else f"{name}/"
+        tensors = weights.read_safetensors(sorted((directory / name).glob("*.safetensors")))[0]
+        saved |= {f"{where}{key}": tensor for key, tensor in tensors.items()}
+        live |= {f"{where}{key}": tensor for key, tensor in denoiser.state_dict().items()}
+    weights.copy_exactly(live, saved, directory)
 
 
 @torch.no_grad()
-def start_all(denoiser: Any, source: Path) -> None:
-    """Copy all weights, from a pipeline's folder or its transformer's, into ``denoiser``.
+def start_all(denoisers: Denoisers, source: Path) -> None:
+    """Copy all weights, from a pipeline's folder or that of its only denoiser.
 
     Their precision may be another. Raises CheckpointError if they do not fit.
     """
@@ -98,47 +132,73 @@ def start_all(denoiser: Any, source: Path) -> None:
             f"'{source}' is a LoRA, or a file that is no whole model, and the recipe trains all weights; add a lora "
             "section, as in lora.rank=8, or name a folder of all weights"
         )
-    folder = source / "transformer" if (source / "transformer").is_dir() else source
-    saved = weights.read_safetensors(sorted(folder.glob("*.safetensors")))[0]
-    if not saved:
-        raise CheckpointError(
-            f"'{source}' holds no weights; name a run, a checkpoint, or a folder of a model's weights"
-        )
-    live = denoiser.state_dict()
-    weights.require_same_shapes(f"the weights in '{folder}'", live, saved)
-    for name, tensor in live.items():
-        tensor.copy_(saved[name])
+    pairs = []
+    for name, denoiser in denoisers.items():
+        folder = source / name if (source / name).is_dir() or len(denoisers) > 1 else source
+        saved = weights.read_safetensors(sorted(folder.glob("*.safetensors")))[0]
+        if not saved:
+            raise CheckpointError(
+                f"'{folder}' holds no weights; name a run, a checkpoint, or a folder of a model's weights"
+            )
+        live = denoiser.state_dict()
+        weights.require_same_shapes(f"the weights in '{folder}'", live, saved)
+        pairs += [(tensor, saved[key]) for key, tensor in live.items()]
+    for tensor, value in pairs:
+        tensor.copy_(value)
 
 
 @torch.no_grad()
-def start_lora(denoiser: Any, source: Path, pipeline: type[Any]) -> None:
-    """Copy a LoRA, a file or the folder of one, into that of ``denoiser``, so that it acts as the file says.
+def start_lora(denoisers: Denoisers, source: Path, pipeline: type[Any], unused: Mapping[str, Collection[str]]) -> None:
+    """Copy a LoRA, a file or the folder of one, into that of the denoisers, so that it acts as the file says.
 
-    ``pipeline`` is the class that the denoiser belongs to. The file's precision and alpha may be others. Raises
-    CheckpointError, in one message, if it has another rank or lies on other layers.
+    ``pipeline`` is the class that they belong to. The file's precision and alpha may be others, and layers without
+    effect, ``unused`` by their names, may be on it. Raises CheckpointError, in one message, if it has
+    another rank or lies on other layers.
     """
-    file, config = read_lora(source, pipeline), denoiser.peft_config["default"]
-    scale = config.lora_alpha / config.r
-    saved = file.tensors(lambda layer: layer.strength / scale)
-    live = _lora_layers(denoiser)
-    _require_fit(file.path, live, saved)
-    for name, tensor in live.items():
-        tensor.copy_(saved[name])
+    pairs = []
+    for name, file in _read_each(denoisers, source, pipeline).items():
+        config = denoisers[name].peft_config["default"]
+        scale = config.lora_alpha / config.r
+        saved, live = file.tensors(scale), _lora_layers(denoisers[name])
+        needless = {f"{layer}{ending}" for layer in unused[name] for ending in (DOWN, UP)} - live.keys()
+        saved = {key: value for key, value in saved.items() if key not in needless}
+        _require_fit(file.path, live, saved)
+        pairs += [(tensor, saved[key]) for key, tensor in live.items()]
+    for tensor, value in pairs:
+        tensor.copy_(value)
 
 
 @torch.no_grad()
-def load_lora(denoiser: Any, source: Path, pipeline: type[Any]) -> LoraSummary:
-    """Put a LoRA, a file or the folder of one, on ``denoiser`` in place of any other, frozen.
+def load_lora(denoisers: Denoisers, source: Path, pipeline: type[Any]) -> LoraSummary:
+    """Put a LoRA, a file or the folder of one, on denoisers in place of any other, frozen.
 
     B is multiplied by the strength. Raises CheckpointError for one that is damaged or does not fit.
     """
-    file = read_lora(source, pipeline)
-    if weights.has_lora(denoiser):
-        denoiser.unload_lora()
-    require_layers(file, denoiser)
-    denoiser.load_lora_adapter(file.tensors(lambda layer: layer.strength), prefix=None, adapter_name="default")
-    denoiser.requires_grad_(False)
-    return file.summary()
+    files = _read_each(denoisers, source, pipeline)
+    for name, denoiser in denoisers.items():
+        if weights.has_lora(denoiser):
+            denoiser.unload_lora()
+        require_layers(files[name], denoiser)
+    for name, denoiser in denoisers.items():
+        tensors = files[name].tensors(lambda layer: layer.strength)
+        denoiser.load_lora_adapter(tensors, prefix=None, adapter_name="default")
+        denoiser.requires_grad_(False)
+    return summary_of(list(files.values()))
+
+
+def _read_each(denoisers: Denoisers, source: Path, pipeline: type[Any]) -> dict[str, LoraFile]:
+    """Return each denoiser's LoRA. Raises CheckpointError if one is missing or damaged."""
+    first, *others = denoisers
+    for name in others:
+        if not (source / name).is_dir():
+            raise CheckpointError(
+                f"'{source}' holds no LoRA of {name}, which the model has beside {first}; give a folder that holds "
+                f"that of {first}, and in folders of their names that of {' and '.join(others)}"
+            )
+    return {
+        name: read_lora(folder, pipeline, denoisers[name].config if name == "unet" else None)
+        for name, folder in _folders(denoisers, source).items()
+    }
 
 
 def _require_fit(file: Path, wanted: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:

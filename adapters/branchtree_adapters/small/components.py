@@ -125,13 +125,14 @@ def qwen_vl() -> Any:
     return transformers.Qwen2_5_VLForConditionalGeneration(qwen_vl_config())
 
 
-def qwen3_vl(kind: str = "Qwen3VLModel") -> Any:
+def qwen3_vl(kind: str = "Qwen3VLModel", **changes: Any) -> Any:
     """Return a small Qwen3-VL, of the class ``kind``."""
     token = {piece: 257 + i for i, piece in enumerate(SPECIAL)}
     config = transformers.Qwen3VLConfig(
         text_config={
             **DECODER,
             "rope_parameters": {"rope_type": "default", "mrope_section": [4, 2, 2], "rope_theta": 1e4},
+            **changes,
         },
         vision_config={
             "depth": 2,

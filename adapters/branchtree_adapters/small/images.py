@@ -212,7 +212,7 @@ def ideogram4_transformer() -> Any:
         num_attention_heads=2,
         intermediate_size=48,
         adaln_dim=16,
-        llm_features_dim=2 * WIDTH,
+        llm_features_dim=13 * WIDTH,
         mrope_section=(4, 2, 2),
     )
 
@@ -222,7 +222,7 @@ def ideogram4() -> dict[str, Any]:
     return {
         "scheduler": FLOW(),
         "vae": flux2_vae(),
-        "text_encoder": qwen3_vl(),
+        "text_encoder": qwen3_vl(num_hidden_layers=36),  # some of which the pipeline names
         "tokenizer": qwen_tokenizer(),
         "transformer": ideogram4_transformer(),
         "unconditional_transformer": ideogram4_transformer(),

@@ -68,8 +68,7 @@ PIPELINES: dict[str, Small] = {
     "ideogram4": Small(
         "Ideogram4Pipeline",
         images.ideogram4,
-        {**SQUARE, "guidance_scale": 4.0, "guidance_schedule": None, "max_sequence_length": 80},
-        constants={"QWEN3_VL_ACTIVATION_LAYERS": (0, 1)},
+        {**SQUARE, "guidance_scale": 4.0, "guidance_schedule": None, "max_sequence_length": 120},
     ),
     "z_image": Small(
         "ZImagePipeline", images.z_image, {**SQUARE, "guidance_scale": 4.0, "cfg_truncation": 2.0}, "blur"

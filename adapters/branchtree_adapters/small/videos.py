@@ -10,6 +10,7 @@ import transformers
 from diffusers.pipelines import ltx2
 
 from branchtree_adapters.small.components import (
+    DECODER,
     FLOW,
     WIDTH,
     decoder_text,
@@ -143,6 +144,18 @@ def ltx_image() -> dict[str, Any]:
     return made
 
 
+def gemma3() -> Any:
+    """Return a small Gemma 3, which sees images too."""
+    vision = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(
+            text_config={**DECODER, "layer_types": ["full_attention"] * 2, "pad_token_id": 0},
+            vision_config={**vision, "image_size": 16, "patch_size": 8},
+            mm_tokens_per_image=4,
+        )
+    )
+
+
 def ltx2_audio() -> dict[str, Any]:
     """Return the components of LTX-2, which makes sound too."""
     return {
@@ -168,9 +181,7 @@ def ltx2_audio() -> dict[str, Any]:
         "audio_vae": diffusers.AutoencoderKLLTX2Audio(
             base_channels=8, output_channels=2, ch_mult=(1,), num_res_blocks=1, latent_channels=2, mel_bins=16
         ),
-        "text_encoder": decoder_text(
-            "Gemma3TextModel", "Gemma3TextConfig", layer_types=["full_attention"] * 2, pad_token_id=0
-        ),
+        "text_encoder": gemma3(),
         "tokenizer": gemma_tokenizer(),
         "connectors": ltx2.LTX2TextConnectors(
             caption_channels=WIDTH,
