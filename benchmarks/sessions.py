@@ -68,7 +68,7 @@ class Prompts:
 def grown(session: Session, iteration: int, prompts: Prompts) -> tuple[BranchTree, dict[str, Scores]]:
     """The iteration's trees and the scores of their leaves."""
     with session.scorer() as scorer:
-        leaves = LeafScores(scorer, prompts.batch, False, Stopwatch(session.device))
+        leaves = LeafScores(scorer, prompts.batch, prompts.policy, False, Stopwatch(session.device))
         growth = session.grow(prompts.policy, prompts.batch.topology, prompts.batch.ids, iteration)
         for complete, latents in growth:
             leaves.put(complete, latents)

@@ -40,6 +40,10 @@ TOKENS = {
 """A token of each model's own that its tokenizer would read in the middle of a prompt."""
 
 
+READERS = ("clip_similarity",)
+"""Rewards that read a condition's image, beside those of motion."""
+
+
 @dataclass(frozen=True)
 class Flaw:
     """A change to one sample, and which rewards it keeps from scoring it: those that ``stops`` says."""
@@ -61,7 +65,9 @@ FLAWS = {
     "NUL": Flaw(lambda text: f"{text}\0", stops=lambda n, r: reads_text(n, r) or n == "videoalign"),
     "empty": Flaw(lambda text: " ", stops=reads_text),
     "token": Flaw(lambda text: f"{text} {{token}} b", stops=lambda name, reward: name in TOKENS),
-    "missing image": Flaw(image=Path("/nowhere/a.png"), stops=lambda name, reward: name.startswith("motion_")),
+    "missing image": Flaw(
+        image=Path("/nowhere/a.png"), stops=lambda name, reward: name in READERS or name.startswith("motion_")
+    ),
 }
 
 
@@ -82,7 +88,7 @@ class Loaded:
         if change.nan:
             pixels[..., 0, 0] = torch.nan
         prompt = change.prompt(self.conditions[row].prompt).replace("{token}", TOKENS.get(self.name, "red"))
-        return pixels, replace(self.conditions[row], prompt=prompt, image=change.image)
+        return pixels, replace(self.conditions[row], prompt=prompt, image=change.image or self.conditions[row].image)
 
     def scored(self, flaws: Sequence[str]) -> Scores:
         """The scores of all samples together, with a flaw each."""

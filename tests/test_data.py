@@ -211,7 +211,6 @@ def test_every_condition_says_where_it_was_written(tmp_path: Path) -> None:
     [
         (3, "it is a number"),
         (True, "it is a truth value"),
-        (["x.png"], "it is a list"),
         ({"bytes": None, "path": "x.png"}, "it is an object"),
         ("  ", "it is an empty text"),
     ],
@@ -220,6 +219,43 @@ def test_a_path_is_a_text(key: str, value: object, what: str, tmp_path: Path) ->
     path = write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b", key: value}])
     expected = f"{path}:2: {key}: write the path of a file as a text, or leave it out; {what}"
     assert refusal(path) == expected
+
+
+@pytest.mark.parametrize("key", ["last_image", "video"])
+def test_there_is_one_last_image_and_one_video(key: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "b", key: ["x.png"]}])
+    assert refusal(path).endswith(f"{key}: write the path of a file as a text, or leave it out; it is a list")
+
+
+def test_an_image_may_be_a_list(tmp_path: Path) -> None:
+    """From either kind of file; one in a list is the one itself."""
+    rows = [{"prompt": "a", "image": names} for names in ("x.png", ["x.png"], ["x.png", "y.png", "x.png"])]
+    x, y = tmp_path / "x.png", tmp_path / "y.png"
+    expected = [Condition("a", image=x), Condition("a", image=x), Condition("a", image=x, further_images=(y, x))]
+    found = read(write_rows(tmp_path / "p.jsonl", rows))
+    assert found == expected
+    assert [condition.images for condition in found] == [(x,), (x,), (x, y, x)]
+    table = {"prompt": ["a"] * 2, "image": [["x.png"], ["x.png", "y.png", "x.png"]]}
+    assert read(write_parquet(tmp_path / "p.parquet", table)) == expected[1:]
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ([], "image: write the paths of files into the list, or leave it out; it is empty"),
+        (["x.png", None], "image: write the paths of files into the list, or leave it out; entry 2 is null"),
+        (["x.png", 3], "image 2: write the path of a file as a text, or leave it out; it is a number"),
+        (["x.png", ["y.png"]], "image 2: write the path of a file as a text, or leave it out; it is a list"),
+    ],
+)
+def test_a_list_holds_paths(value: object, message: str, tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "a"}, {"prompt": "b", "image": value}])
+    assert refusal(path) == f"{path}:2: {message}"
+
+
+def test_every_image_of_a_list_is_inside_the_data_folder(tmp_path: Path) -> None:
+    path = write_rows(tmp_path / "p.jsonl", [{"prompt": "b", "image": ["x.png", "../y.png"]}])
+    assert refusal(path).startswith(f"{path}:1: image 2 '../y.png' lies outside the data folder '{tmp_path}'; ")
 
 
 def test_a_negative_prompt_is_a_text(tmp_path: Path) -> None:
@@ -313,7 +349,8 @@ def test_sections_are_read_by_their_keys(tmp_path: Path) -> None:
 class Looker:
     """A model that takes no picture whose name begins with "bad", and keeps what it saw."""
 
-    def __init__(self) -> None:
+    def __init__(self, *media: str) -> None:
+        self.media = frozenset(media)
         self.seen: list[Condition] = []
 
     def check(self, condition: Condition) -> None:
@@ -335,15 +372,22 @@ def test_what_several_prompts_share_is_looked_at_once() -> None:
         Condition("a", image=two),
         Condition("a", last_image=one),
         Condition("a", video=one),
+        Condition("a", image=one, further_images=(two,)),
+        Condition("a", image=one, further_images=(one,)),
         Condition("a", "blur", one),
         Condition("a", "None", one),
         Condition("a"),
     ]
-    same = [
-        Condition(f"other {index}", c.negative_prompt, c.image, c.last_image, c.video)
-        for index, c in enumerate(different)
-    ]
+    same = [replace(condition, prompt=f"other {index}") for index, condition in enumerate(different)]
     assert looked_at([*different, *same]) == different
+
+
+def test_several_images_are_refused_for_a_model_that_takes_one() -> None:
+    several = Condition("x", image=Path("1.png"), further_images=(Path("2.png"),), location="p.jsonl:3")
+    with pytest.raises(DataError, match=r"^p.jsonl:3: 'x' has 2 images, and the model takes one; give one\.$"):
+        check_conditions(Looker("image"), [Condition("a", image=Path("1.png")), several])  # type: ignore[arg-type]
+    for media in (["image", "images"], []):  # one that takes several judges itself; to others images are nothing
+        check_conditions(Looker(*media), [several])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("count", "listed", "more"), [(1, 1, 0), (5, 5, 0), (6, 5, 1), (12, 5, 7)])

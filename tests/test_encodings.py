@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import os
 import shutil
@@ -89,14 +91,25 @@ def test_what_an_encoding_depends_on_is_in_its_key(tmp_path: Path) -> None:
             Condition("a", image=frame),
             Condition("a", last_image=frame),
             Condition("a", video=frame),
+            Condition("a", image=frame, further_images=(frame,)),
+            Condition("a", image=frame, further_images=(frame, frame)),
         )
     }
     paths.add(EncodingStore(tmp_path, ["another model"], 1).path(Condition("a")))
-    assert len(paths) == 7
+    assert len(paths) == 9
     before = store(tmp_path).path(Condition("a", image=frame))
     assert before == store(tmp_path).path(Condition("a", image=other))  # a file's name is not its content
     frame.write_bytes(b"two")
     assert before != store(tmp_path).path(Condition("a", image=frame))
+
+
+def test_the_key_of_a_condition_with_one_image_stays_what_it_was(tmp_path: Path) -> None:
+    frame = tmp_path / "a.png"
+    frame.write_bytes(b"one")
+    digest = hashlib.sha256(b"one").hexdigest()
+    described = json.dumps([["context"], "a", "b", [digest, None, None]])
+    expected = hashlib.sha256(described.encode()).hexdigest()
+    assert store(tmp_path).path(Condition("a", "b", image=frame)).stem == expected
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "misplaced"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -250,9 +251,10 @@ def test_every_file_that_prompts_and_plug_ins_name_has_a_digest(tmp_path: Path) 
         evaluation__rewards=[{"reward": "hps", "path": str(tmp_path / "one.safetensors")}],
     )
     seen = [Condition("a", image=tmp_path / "pictures/a.png", metadata={"kind": b"x", "at": {1: [None, 2.5]}})]
+    seen[0] = replace(seen[0], further_images=(tmp_path / "pictures/b.png",))
     before = read_contents(chosen, seen, [Condition("b")])
     assert {key: list(files) for key, files in before.items()} == {
-        "data.prompts": ["p.jsonl", "pictures/a.png"],
+        "data.prompts": ["p.jsonl", "pictures/a.png", "pictures/b.png"],
         "evaluation.prompts": ["digits_heldout.txt"],
         "rewards.0.path": ["a.safetensors"],
         "evaluation.rewards.0.path": ["one.safetensors"],
@@ -260,7 +262,7 @@ def test_every_file_that_prompts_and_plug_ins_name_has_a_digest(tmp_path: Path) 
     assert changed_files(before, read_contents(chosen, seen, [Condition("b")])) == []
     (tmp_path / "pictures/a.png").write_bytes(b"a" * 9 + b"b")
     (tmp_path / "heads/b.safetensors").write_bytes(b"w")
-    other = [Condition("a", image=tmp_path / "pictures/a.png", metadata={"kind": b"y"})]
+    other = [replace(seen[0], metadata={"kind": b"y"})]
     after = read_contents(chosen, other, [Condition("b")])
     assert [str(change) for change in changed_files(before, after)] == [
         "data.prompts: p.jsonl, pictures/a.png changed",

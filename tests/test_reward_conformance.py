@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -29,8 +28,14 @@ def moving_digits(modality: str, samples: int) -> Media:
     return Media(videos=digit_clips(samples, seed=3).videos, fps=8.0)
 
 
-def small(name: str, **options: Any) -> RewardCase:
-    return RewardCase({"reward": name, "path": "random:small", "batch": 3, **options}, prompted(*PROMPTS))
+def small(name: str, conditions: Sequence[Condition] | None = None) -> RewardCase:
+    return RewardCase({"reward": name, "path": "random:small", "batch": 3}, conditions or prompted(*PROMPTS))
+
+
+def edits() -> list[Condition]:
+    """Conditions with an image each."""
+    frames = Path(__file__).parents[1] / "recipes/prompts/moving_digits"
+    return [Condition(prompt, image=frames / f"train_{row:03d}.png") for row, prompt in enumerate(PROMPTS)]
 
 
 def motion(name: str, measure: str) -> RewardCase:
@@ -56,6 +61,7 @@ CASES: Mapping[str, RewardCase] = {
         {"reward": "vbench_dynamic", "path": "random:small", "measure": "share"}, prompted(*PROMPTS), large_pairs
     ),
     "vbench_smoothness": RewardCase({"reward": "vbench_smoothness", "interpolator": "blend"}, prompted(*PROMPTS)),
+    "clip_similarity": small("clip_similarity", conditions=edits()),
     "motion_direction-subject": motion("motion_direction", "subject"),
 }
 

@@ -50,6 +50,11 @@ def test_published_models_of_which_a_part_is_used() -> None:
     assert aesthetic == 4 * (303_179_776 + 1024 * 768)  # CLIP's ViT-L/14 and its projection
 
 
+def test_the_text_half_of_clip_is_dropped() -> None:
+    similarity = built("clip_similarity").footprint().weights
+    assert similarity == 4 * (87_456_000 + 768 * 512)  # ViT-B/32 and its projection
+
+
 def test_what_leaves_the_device_says_so() -> None:
     assert built("hps", path="random:small", offload=True).footprint() == RewardFootprint(0, offloads=True)
     assert built("clip", offload=True).footprint().offloads

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,7 @@ def test_a_request_arrives_to_the_bit(tmp_path: Path) -> None:
         ),
         Condition("", video=tmp_path / "clip.MP4"),
     ]
+    conditions[1] = replace(conditions[1], further_images=(tmp_path / "clip.MP4", tmp_path / "first.png"))
     (tmp_path / "server").mkdir()
     request = decode_request(encode_request(pixels, 8.0, conditions), tmp_path / "server")
     assert torch.equal(request.media.pixels.view(torch.int32), pixels.contiguous().view(torch.int32))
@@ -90,6 +92,12 @@ def test_a_request_arrives_to_the_bit(tmp_path: Path) -> None:
     assert first.image and first.image.read_bytes() == b"\x89PNG and more"
     assert second.video and (second.video.read_bytes(), second.video.suffix) == (bytes(range(256)), ".MP4")
     assert (second.image, second.negative_prompt, second.metadata) == (None, None, {})
+    assert second.further_images == (second.video, first.image)
+
+
+def test_a_condition_without_further_images_is_sent_as_to_older_servers() -> None:
+    body = encode_request(torch.zeros(1, 3, 2, 2), None, [Condition("a", image=Path("gone.png"))])
+    assert b"further_images" not in body and b"gone.png" in body
 
 
 def test_bytes_stand_for_255ths(tmp_path: Path) -> None:

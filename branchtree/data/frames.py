@@ -1,4 +1,4 @@
-"""The first and the last frame of a condition, read from pictures and videos."""
+"""The images of a condition, and the first and the last frame of a video, read from pictures and videos."""
 
 from __future__ import annotations
 
@@ -22,6 +22,16 @@ def first_frame(condition: Condition) -> Image.Image | None:
     if condition.image is not None:
         return read_image(condition.image, f"{condition}: ", upright=True)
     return None if condition.video is None else _video(condition, condition.video)
+
+
+def condition_images(condition: Condition) -> list[Image.Image]:
+    """Return all images of a condition as RGB, upright; its ``video``'s first frame where it has none.
+
+    Raises DataError like ``first_frame``.
+    """
+    first = first_frame(condition)
+    further = [read_image(path, f"{condition}: ", upright=True) for path in condition.further_images]
+    return further if first is None else [first, *further]
 
 
 def last_frame(condition: Condition) -> Image.Image | None:

@@ -73,7 +73,10 @@ def held_out_conditions(section: EvaluationSection | None, model: ModelAdapter |
 
 
 def media_of(model: ModelAdapter | None) -> Collection[str]:
-    """Return the keys of images and videos that a model reads: all of them, unless it names its own."""
+    """Return the keys of images and videos that a model reads: all of them, unless it names its own.
+
+    ``images`` is among them if it takes more than one image.
+    """
     return model.media if isinstance(model, NamesItsMedia) else MEDIA
 
 
@@ -123,12 +126,15 @@ def check_conditions(model: ModelAdapter, conditions: Iterable[Condition]) -> No
 
     Raises DataError with a line for each of the first few that it refuses.
     """
+    media = media_of(model)
     different: dict[object, Condition] = {}
     for one in conditions:
-        different.setdefault((one.image, one.last_image, one.video, one.negative_prompt), one)
+        different.setdefault((one.files, one.negative_prompt), one)
     refused: list[str] = []
     for condition in different.values():
         try:
+            if condition.further_images and "image" in media and "images" not in media:
+                raise DataError(f"{condition} has {len(condition.images)} images, and the model takes one; give one.")
             model.check(condition)
         except DataError as error:
             refused.append(str(error))
@@ -160,12 +166,14 @@ class _Reader:
             raise DataError(f"{location}: negative_prompt: write a text or null, not {_kind(negative)}")
         require_characters(prompt, f"{location}: {self.column}")
         require_characters(negative or "", f"{location}: negative_prompt")
+        images = self._images(row, location)
         return Condition(
             prompt=prompt.strip(),
             negative_prompt=negative,
-            image=self._file(row, "image", location),
-            last_image=self._file(row, "last_image", location),
-            video=self._file(row, "video", location),
+            image=next(iter(images), None),
+            further_images=tuple(images[1:]),
+            last_image=self._file("last_image", row.get("last_image"), location),
+            video=self._file("video", row.get("video"), location),
             metadata={key: row[key] for key in row if key not in (self.column, "negative_prompt", *MEDIA)},
             location=location,
         )
@@ -177,9 +185,20 @@ class _Reader:
             return "it is empty" if isinstance(value, str) else f"it is {_kind(value)}"
         return f"it has {shortened(', '.join(map(str, row))) or 'nothing'}"
 
-    def _file(self, row: Mapping[str, Any], key: str, location: str) -> Path | None:
+    def _images(self, row: Mapping[str, Any], location: str) -> list[Path]:
+        """Return the path, or the list of paths, under ``image``; none without one."""
+        value = row.get("image")
+        if not isinstance(value, list):
+            path = self._file("image", value, location)
+            return [] if path is None else [path]
+        if not value or None in value:
+            what = "it is empty" if not value else f"entry {value.index(None) + 1} is null"
+            raise DataError(f"{location}: image: write the paths of files into the list, or leave it out; {what}")
+        found = [self._file(f"image {number}", entry, location) for number, entry in enumerate(value, 1)]
+        return [path for path in found if path is not None]
+
+    def _file(self, key: str, value: Any, location: str) -> Path | None:
         """Return the path under ``key``. It must stay inside the data folder, also after links are followed."""
-        value = row.get(key)
         if value is None:
             return None
         if not isinstance(value, str) or not value.strip():

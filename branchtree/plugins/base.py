@@ -69,7 +69,10 @@ class ModelBase(ABC):
 
     @abstractmethod
     def decode(self, latents: Tensor) -> Media:
-        """Decode clean latents (B, *latent) to media in [0, 1]."""
+        """Decode clean latents (B, *latent) to media in [0, 1].
+
+        A model whose media also depend on their conditions adds ``conditioning: Conditioning | None = None``, B rows.
+        """
 
     @property
     def denoiser(self) -> nn.Module:

@@ -89,7 +89,11 @@ class ModelAdapter(Protocol):
         """
 
     def decode(self, latents: Tensor) -> Media:
-        """Decode clean latents (B, *latent) to media in [0, 1]. On a CPU, a thread may call ``predict`` meanwhile."""
+        """Decode clean latents (B, *latent) to media in [0, 1]. On a CPU, a thread may call ``predict`` meanwhile.
+
+        An adapter whose media also depend on their conditions has a second parameter ``conditioning``, which may be
+        left out. It gets the B rows that ``predict`` got; see ``branchtree.plugins.decoding``.
+        """
 
     # Training
 
@@ -125,7 +129,10 @@ class NamesItsMedia(Protocol):
 
     @property
     def media(self) -> frozenset[str]:
-        """Some of ``image``, ``last_image`` and ``video``, or none; known before ``load``."""
+        """Some of ``image``, ``images``, ``last_image`` and ``video``, or none; known before ``load``.
+
+        With ``images`` a condition may hold several; ``check`` is to refuse a number that the model cannot take.
+        """
 
 
 @runtime_checkable

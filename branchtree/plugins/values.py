@@ -25,11 +25,22 @@ class Condition:
 
     prompt: str
     negative_prompt: str | None = None
-    image: Path | None = None  # the first frame of a video that is to be made
+    image: Path | None = None  # to edit, or the first frame of a video that is to be made
     last_image: Path | None = None  # its last frame
     video: Path | None = None  # its first frame stands in for ``image``
     metadata: Mapping[str, Any] = field(default_factory=dict)
     location: str = field(default="", compare=False)  # file and line it was read from
+    further_images: tuple[Path, ...] = ()  # beside ``image``, for models that take several
+
+    @property
+    def images(self) -> tuple[Path, ...]:
+        """All images, in their order."""
+        return (*(() if self.image is None else (self.image,)), *self.further_images)
+
+    @property
+    def files(self) -> tuple[Path | None, ...]:
+        """What a sample may depend on beside the texts: image, last image and video, and further images."""
+        return (self.image, self.last_image, self.video, *self.further_images)
 
     def __str__(self) -> str:
         """Return what a message calls it: where it was read, and its prompt."""

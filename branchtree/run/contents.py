@@ -145,7 +145,7 @@ def _prompts(section: DataSection | EvaluationSection, conditions: Sequence[Cond
     texts = []
     for condition in conditions:
         names = []
-        for path in (condition.image, condition.last_image, condition.video):
+        for path in condition.files:
             name = None if path is None else _inside(path, base)
             names.append(name)
             if path is not None and name is not None:

@@ -73,6 +73,7 @@ class _ConditionFields(pydantic.BaseModel, extra="forbid", frozen=True):
     image: int | None = None
     last_image: int | None = None
     video: int | None = None
+    further_images: tuple[int, ...] = ()
 
 
 class _Header(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -108,14 +109,17 @@ def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condi
     numbers: dict[Path, int] = {}
     fields = []
     for condition in conditions:
-        named = {kind: path for kind in FILES if (path := getattr(condition, kind)) is not None}
+        named: dict[str, Path] = {kind: path for kind in FILES if (path := getattr(condition, kind)) is not None}
+        numbered: dict[str, Any] = {kind: numbers.setdefault(path, len(numbers)) for kind, path in named.items()}
+        if condition.further_images:  # older servers take conditions without the key
+            numbered["further_images"] = [numbers.setdefault(path, len(numbers)) for path in condition.further_images]
         fields.append(
             {
                 "prompt": condition.prompt,
                 "negative_prompt": condition.negative_prompt,
                 "metadata": dict(condition.metadata),
                 "place": condition.location,
-                **{kind: numbers.setdefault(path, len(numbers)) for kind, path in named.items()},
+                **numbered,
             }
         )
     header = {
@@ -209,13 +213,14 @@ def _write_files(names: Sequence[str], tensors: Mapping[str, Tensor], folder: Pa
 
 def _condition(fields: _ConditionFields, paths: Sequence[Path]) -> Condition:
     named = {kind: number for kind in FILES if (number := getattr(fields, kind)) is not None}
-    if any(not 0 <= number < len(paths) for number in named.values()):
+    if any(not 0 <= number < len(paths) for number in (*named.values(), *fields.further_images)):
         raise WireError(f"a condition names a file that was not sent; {len(paths)} were")
     return Condition(
         prompt=fields.prompt,
         negative_prompt=fields.negative_prompt,
         metadata=fields.metadata,
         location=fields.place,
+        further_images=tuple(paths[number] for number in fields.further_images),
         **{kind: paths[number] for kind, number in named.items()},
     )
 

@@ -135,7 +135,7 @@ class ConditioningCache:
 
 def _key(condition: Condition) -> Key:
     """All that an encoding may depend on."""
-    return (condition.prompt, condition.negative_prompt, condition.image, condition.last_image, condition.video)
+    return (condition.prompt, condition.negative_prompt, *condition.files)
 
 
 def _size(row: Encoding) -> int:

@@ -79,7 +79,8 @@ def _compare(
         max_rows=session.limits.rollout.rows,
     )
     with session.scorer(background=False) as scorer:
-        scorer.put(whole.leaves, [condition] * len(leaves), [0] * len(leaves))
+        prompts = [0] * len(leaves)
+        scorer.put(whole.leaves, [condition] * len(leaves), prompts, encoded=policy.encoded(prompts))
         full = scorer.finish()
     figures = {"rows/continuation_check": float(whole.topology.rollout_rows * session.inputs.model.rows_per_prediction)}
     for label, score in full.items():

@@ -113,12 +113,11 @@ class EncodingStore:
 
     def path(self, condition: Condition) -> Path:
         """Return where a condition's encoding lies. Raises OSError if one of its files cannot be read."""
-        files = [condition.image, condition.last_image, condition.video]
         described = [
             self._context,
             condition.prompt,
             condition.negative_prompt,
-            [None if file is None else file_sha256(file) for file in files],
+            [None if file is None else file_sha256(file) for file in condition.files],
         ]
         name = hashlib.sha256(json.dumps(described).encode()).hexdigest()
         return self._root / name[:2] / f"{name}.safetensors"

@@ -129,7 +129,7 @@ class Evaluator:
     def _fill(self, pairs: Sequence[Pair], times: int) -> None:
         """Sample for nothing, where every forward is a call that all processes must make."""
         for _ in range(times if self.joint else 0):
-            self._sampled(pairs, [self.conditions[prompt] for prompt, _ in pairs])
+            self._sampled(pairs, self.policy.under([self.conditions[prompt] for prompt, _ in pairs]))
 
     @property
     def _rows(self) -> int:
@@ -148,19 +148,21 @@ class Evaluator:
         if not batches:
             return []
         kept: list[Future[list[Media]]] = []
-        policy, limits = self.policy, self.limits
+        limits = self.limits
         # Decoding has no thread: prompts are encoded between two batches, and an adapter need not do both at once.
         with Scorer(
-            policy.model, self.rewards, limits, limits.evaluation, policy.device, background=self.background
+            self.policy.model, self.rewards, limits, limits.evaluation, self.policy.device, background=self.background
         ) as scorer:
             for done, pairs in enumerate(batches):
                 conditions = [self.conditions[prompt] for prompt, _ in pairs]
                 if not self.policy.cache.holds(conditions):
                     self.policy.cache.prepare(self._coming(batches[done:]), replace=True)
-                latents = self._sampled(pairs, conditions)
+                policy = self.policy.under(conditions)
+                latents = self._sampled(pairs, policy)
                 sampled.append(len(pairs))
                 rows = {row for row, pair in enumerate(pairs) if pair in keep}
-                kept.append(scorer.put(latents, conditions, [prompt for prompt, _ in pairs], rows))
+                prompts, encoded = [prompt for prompt, _ in pairs], policy.encoded(range(len(pairs)))
+                kept.append(scorer.put(latents, conditions, prompts, rows, encoded))
                 if advance is not None:
                     advance(len(pairs))
             scores = scorer.finish()
@@ -172,8 +174,7 @@ class Evaluator:
         """The conditions of some batches, each once."""
         return [self.conditions[prompt] for prompt in dict.fromkeys(prompt for pairs in batches for prompt, _ in pairs)]
 
-    def _sampled(self, pairs: Sequence[Pair], conditions: Sequence[Condition]) -> Tensor:
-        policy = self.policy.under(conditions)
+    def _sampled(self, pairs: Sequence[Pair], policy: Policy) -> Tensor:
         return policy.sample(policy.initial(self.section.seed, 0, pairs))
 
 

@@ -18,6 +18,7 @@ from branchtree.pictures.grid import make_thumbnails
 from branchtree.plugins.values import Condition, Media
 from branchtree.training.continuation import compare_continuation
 from branchtree.training.failures import Leaves, logged
+from branchtree.training.policy import Policy
 from branchtree.training.processes import GroupRecord
 from branchtree.training.scoring import Scorer
 from branchtree.training.session import Session
@@ -66,7 +67,7 @@ def iterate(session: Session, iteration: int) -> Iteration:
     calls = processes.most(forwards(topology, session.limits.rollout.rows, session.recipe.batch.rollout_prompts))
     try:
         with processes.together(), policy.in_step(calls) as in_step, session.scorer() as scorer:
-            leaves = LeafScores(scorer, batch, session.records_tree(iteration), watch)
+            leaves = LeafScores(scorer, batch, policy, session.records_tree(iteration), watch)
             with watch.phase("rollout"):
                 growth = session.grow(in_step, topology, batch.ids, iteration)
                 for prompts, latents in growth:
@@ -119,9 +120,9 @@ def plan_batch(session: Session, iteration: int) -> Batch:
 class LeafScores:
     """Has the leaves of an iteration's trees scored, and gives the scores as they are ready."""
 
-    def __init__(self, scorer: Scorer, batch: Batch, recorded: bool, watch: Stopwatch) -> None:
-        """``recorded`` keeps the media of the first prompt's leaves."""
-        self._scorer, self._batch, self._watch = scorer, batch, watch
+    def __init__(self, scorer: Scorer, batch: Batch, policy: Policy, recorded: bool, watch: Stopwatch) -> None:
+        """``policy`` is under the batch's prompts; ``recorded`` keeps the media of the first prompt's leaves."""
+        self._scorer, self._batch, self._policy, self._watch = scorer, batch, policy, watch
         self._keep = batch.topology.span(0, batch.topology.steps) if recorded else range(0)
         self._kept: list[Future[list[Media]]] = []
         self.groups: list[range] = []  # prompts that are scored together
@@ -136,7 +137,7 @@ class LeafScores:
             conditions = [self._batch.conditions[root] for root in roots]
             keep = self._keep if 0 in group else range(0)
             with self._watch.phase("reward"):
-                self._kept.append(self._scorer.put(own, conditions, roots, keep))
+                self._kept.append(self._scorer.put(own, conditions, roots, keep, self._policy.encoded(roots)))
             self.groups.append(group)
 
     def ready(self) -> Iterator[tuple[range, dict[str, Scores]]]:

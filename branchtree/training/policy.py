@@ -15,6 +15,7 @@ from branchtree.core.schedule import TreePlan
 from branchtree.core.transfer import send
 from branchtree.core.tree import grow
 from branchtree.errors import RewardError
+from branchtree.plugins.decoding import Encoded
 from branchtree.plugins.protocols import ModelAdapter
 from branchtree.plugins.values import Condition, Conditioning
 from branchtree.training.conditioning import ConditioningCache
@@ -64,6 +65,10 @@ class Policy:
             return predict(slice(None))
         pieces = list(self.limit.each(len(latents), predict))
         return pieces[0][1] if len(pieces) == 1 else torch.cat([piece for _, piece in pieces])
+
+    def encoded(self, prompts: Sequence[int]) -> Encoded:
+        """Return what samples of these prompts (B,) are sampled under, for whoever decodes them."""
+        return Encoded(self.conditioning, torch.tensor(prompts, dtype=torch.int64, device=self.device))
 
     def first(self) -> Policy:
         """Return the policy under the first prompt alone."""

@@ -129,7 +129,10 @@ class Reporter:
         )
         if not self._main:
             return
-        decoded = session.limits.decode.each(len(latents), lambda rows: inputs.model.decode(latents[rows]))
+        encoded = policy.encoded(range(len(latents)))
+        decoded = session.limits.decode.each(
+            len(latents), lambda rows: encoded[rows].decode(inputs.model, latents[rows])
+        )
         media = [each for _, each in decoded]
         inputs.model.release_frozen()
         prompts = [condition.prompt for condition in conditions]

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
+from branchtree.plugins.decoding import NOT_ENCODED, Encoded
 from branchtree.plugins.protocols import ModelAdapter, ReleasesMemory
 from branchtree.plugins.scores import NamedReward, ask, failed_scores
 from branchtree.plugins.values import Condition, Media
@@ -238,13 +239,15 @@ class Scorer:
         conditions: Sequence[Condition],
         prompts: Sequence[int],
         keep: Container[int] = frozenset(),
+        encoded: Encoded = NOT_ENCODED,
     ) -> Future[list[Media]]:
         """Have clean latents (L, *latent) decoded, and sample i scored against condition i.
 
-        ``prompts`` (L,) says which prompt each belongs to; of each, all samples are given at once. Returns the media
-        of those in ``keep``, one sample each, on the CPU. Waits while more than ``AHEAD`` earlier ones are not decoded.
+        ``prompts`` (L,) says which prompt each belongs to; of each, all samples are given at once. ``encoded`` is what
+        they were sampled under. Returns the media of those in ``keep``, one sample each, on the CPU. Waits while more
+        than ``AHEAD`` earlier ones are not decoded.
         """
-        kept = self._decoder.submit(self._decode, latents, conditions, prompts, keep)
+        kept = self._decoder.submit(self._decode, latents, conditions, prompts, keep, encoded)
         self._given.append(kept)
         self._starts.append(self._starts[-1] + len(latents))
         for earlier in self._given[: -AHEAD - 1]:
@@ -260,9 +263,10 @@ class Scorer:
         conditions: Sequence[Condition],
         prompts: Sequence[int],
         keep: Container[int],
+        encoded: Encoded,
     ) -> list[Media]:
         kept: list[Media] = []
-        for rows, media in self._limit.each(len(latents), lambda rows: self._timed(latents[rows])):
+        for rows, media in self._limit.each(len(latents), lambda rows: self._timed(latents[rows], encoded[rows])):
             faults = find_faults(self._model, latents[rows], media.pixels)
             self._faults |= {self._decoded + row: reason for row, reason in faults.items()}
             self._decoded += len(media)
@@ -271,9 +275,9 @@ class Scorer:
         self._queue.seal()
         return kept
 
-    def _timed(self, latents: Tensor) -> Media:
+    def _timed(self, latents: Tensor, encoded: Encoded) -> Media:
         start = time.perf_counter()
-        media = self._model.decode(latents)
+        media = encoded.decode(self._model, latents)
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self.decoding_seconds += time.perf_counter() - start

@@ -28,7 +28,7 @@ def find_divergence(session: Session, policy: Policy, together: bool) -> str | N
 def find_fault(session: Session, policy: Policy) -> str | None:
     """Return which component of a model that is not trained yet makes no finite sample, or None if all do."""
     _, sample = _noise_and_sample(session, policy)
-    pixels = session.inputs.model.decode(sample.to(session.device)).pixels
+    pixels = policy.encoded([0]).decode(session.inputs.model, sample.to(session.device)).pixels
     return find_faults(session.inputs.model, sample, pixels.cpu()).get(0)
 
 

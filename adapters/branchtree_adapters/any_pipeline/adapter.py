@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -15,8 +16,8 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
-from branchtree.data.frames import first_frame
-from branchtree.errors import DataError, ModelError, nearest
+from branchtree.data.frames import condition_images
+from branchtree.errors import DataError, ModelError, nearest, reason_of
 from branchtree.plugins import Condition, Conditioning, Footprint, Media, Register, hookimpl
 from branchtree.plugins.weights import lora_parameters_per_rank
 from branchtree_adapters.any_pipeline.asking import Asked
@@ -62,6 +63,8 @@ OURS = frozenset(
 """Arguments of a pipeline's call that are not the user's to set under ``call``."""
 SHORT, LONG = "a cat", "two small birds that sit on the branch of an old tree in the rain"
 """Two prompts of different lengths, by which a pipeline's layout is learnt."""
+SMALLEST = 64
+"""Pixels a side of the images by which a layout is learnt, at least: pipelines refuse smaller ones."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Endings of the names of attention's projections in diffusers' transformers."""
 
@@ -69,9 +72,9 @@ ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "ad
 class DiffusersConfig(PipelineConfig):
     """Which pipeline, and what it is to make: images, or videos of ``frames`` at ``fps`` where it makes videos.
 
-    ``images`` is how many images each condition holds, for pipelines that may take any number: 1 by default where one
-    is needed, and 0 elsewhere. ``call`` holds keywords of the pipeline's own ``__call__``, such as ``guidance_scale``.
-    ``negative_prompt`` stands in for that of conditions that have none.
+    ``images`` is how many images a condition holds at most: 1 by default where one is needed, and 0 elsewhere. With
+    more than one the pipeline is given a list. ``call`` holds keywords of the pipeline's own ``__call__``, such as
+    ``guidance_scale``. ``negative_prompt`` stands in for that of conditions that have none.
     """
 
     frames: int | None = pydantic.Field(default=None, gt=0, le=10_000)
@@ -142,12 +145,18 @@ class Diffusers(PipelineAdapter):
 
     @property
     def media(self) -> frozenset[str]:  # type: ignore[override]
-        """The image that a pipeline takes, if it takes one."""
-        return frozenset({"image", "video"} if self._images else ())
+        """The image that a pipeline takes, if it takes one, or several."""
+        several = {"images"} if self._images > 1 else set()
+        return frozenset({"image", "video"} | several if self._images else ())
+
+    @property
+    def encodes_with_vae(self) -> bool:  # type: ignore[override]
+        """Whether an encoding depends on the VAE: images go through it."""
+        return self._images > 0
 
     @property
     def _images(self) -> int:
-        """Images that a condition holds. Raises ModelError for a pipeline that takes none."""
+        """Images that a condition holds at most. Raises ModelError for a pipeline that takes none."""
         image = self._takes.get("image")
         if self.config.images is None:
             return int(image is not None and image.default is inspect.Parameter.empty)
@@ -209,6 +218,7 @@ class Diffusers(PipelineAdapter):
         pipeline = self.with_encoders()
         on_device(pipeline.vae, device)
         self._loaded = self._driven(pipeline, device)
+        self._require_all_images(self._loaded)
         self._loaded.compare_levels()
         self._unused = self._loaded.unused_parameters()
         self.release_frozen()
@@ -227,43 +237,80 @@ class Diffusers(PipelineAdapter):
 
     def _driven(self, pipeline: Any, device: torch.device) -> PipelineDriver:
         driver = PipelineDriver(pipeline, self.call, device)
-        with quiet():  # the examples may be too long for a tokenizer
-            driver.learn(*self._examples)
+        try:
+            with quiet():  # the examples may be too long for a tokenizer
+                driver.learn(*self._examples)
+        except Exception as error:  # whatever a pipeline's own code stumbles over
+            if "image" not in self._takes or self._images == 1:
+                raise
+            given = f"with {self._images} images" if self._images else "without an image"
+            raise ModelError(
+                f"model.images: {self.pipeline_class} does not work {given} ({reason_of(error)}); if it takes one, set "
+                "images to 1"
+            ) from error
         return driver
+
+    def _require_all_images(self, driver: PipelineDriver) -> None:
+        """Raise ModelError if the pipeline looks at fewer images than it is given."""
+        if self._images < 2:
+            return
+        first = self._examples[0]
+        *others, last = first.extra["image"]
+        changed = replace(first, extra={"image": [*others, _blank("white", *last.size)]})
+        before, after = driver.encode(first), driver.encode(changed)
+        if all(torch.equal(value, after[name]) for name, value in before.items()):
+            raise ModelError(f"model.images: {self.pipeline_class} does not look at image {self._images}; give fewer")
 
     @property
     def _examples(self) -> list[Asked]:
-        """Two prompts of different lengths, with different images."""
+        """Two prompts of different lengths, with images of different colours and shapes."""
+        width, height = max(self.config.width, SMALLEST), max(self.config.height, SMALLEST)
+        blank = [_blank("grey", width, height), _blank("white", 2 * width, height)]
         return [
-            self._asked(Condition(prompt), self._blank(colour)) for prompt, colour in ((SHORT, "grey"), (LONG, "white"))
+            self._asked(Condition(prompt), [image] * self._images)
+            for prompt, image in zip((SHORT, LONG), blank, strict=True)
         ]
 
-    def _asked(self, condition: Condition, image: Image.Image | None) -> Asked:
+    def _asked(self, condition: Condition, images: Sequence[Image.Image]) -> Asked:
+        """Return a condition as the pipeline takes it: a list of images only where there may be several."""
         negative = condition.negative_prompt if condition.negative_prompt is not None else self.config.negative_prompt
-        return Asked(condition.prompt, negative, {"image": image} if self._images else {})
-
-    def _blank(self, colour: str) -> Image.Image:
-        from PIL import Image
-
-        return Image.new("RGB", (self.config.width, self.config.height), colour)
+        given = {"image": list(images) if self._images > 1 else images[0]} if images else {}
+        return Asked(condition.prompt, negative, given)
 
     def check(self, condition: Condition) -> None:
         """Refuse a condition that the pipeline cannot take. Raises DataError."""
         if condition.negative_prompt and "negative_prompt" not in self._takes:
             raise DataError(f"{condition} has a negative prompt, which {self.pipeline_class} does not take; remove it.")
-        self._image(condition)
+        images = self._read_images(condition)
+        if not images:
+            return
+        processor: Any = getattr(self._unloaded.pipeline, "image_processor", None)
+        if hasattr(processor, "check_image_input"):
+            with _refused(condition, self.pipeline_class):
+                for image in images:
+                    processor.check_image_input(image)
 
-    def _image(self, condition: Condition) -> Image.Image | None:
+    def _read_images(self, condition: Condition) -> list[Image.Image]:
+        """Return a condition's images. Raises DataError where there are none or too many, or one cannot be read."""
         if not self._images:
-            return None
-        image = first_frame(condition)
-        if image is None:
+            return []
+        if len(condition.images) > self._images:
+            raise DataError(
+                f"{condition} has {len(condition.images)} images, and model.images is {self._images}; give at most as "
+                "many, or raise model.images if the model takes more."
+            )
+        images = condition_images(condition)
+        if not images:
             raise DataError(f"{condition} has no image, which {self.pipeline_class} needs; give it an 'image'.")
-        return image
+        return images
 
     def encode_condition(self, condition: Condition) -> Conditioning:
         """Return what the pipeline's own methods gave for a condition, by method, call and leaf."""
-        return self.driver.encode(self._asked(condition, self._image(condition)))
+        asked = self._asked(condition, self._read_images(condition))
+        if asked.extra:
+            on_device(self.pipeline.vae, self.device)
+        with _refused(condition, self.pipeline_class):
+            return self.driver.encode(asked)
 
     def initial_noise(self, generator: torch.Generator) -> Tensor:
         """Draw starting latents as the pipeline does and lays them out."""
@@ -291,10 +338,11 @@ class Diffusers(PipelineAdapter):
         return self.driver.predict(latents, torch.cat([sigma, added]), asked, components)[: len(sigma)]
 
     @torch.no_grad()
-    def decode(self, latents: Tensor) -> Media:
-        """Decode latents (B, *latent) as the pipeline does after its loop."""
+    def decode(self, latents: Tensor, conditioning: Conditioning | None = None) -> Media:
+        """Decode latents (B, *latent) as the pipeline does after its loop, where a given frame may come back in."""
         on_device(self.pipeline.vae, self.device)
-        decoded = self.driver.decode(latents.to(self.device), self._example_rows(len(latents)))
+        rows = conditioning if conditioning and self._images else self._example_rows(len(latents))
+        decoded = self.driver.decode(latents.to(self.device), rows)
         samples = decoded.float().clamp(0, 1)
         return Media(videos=samples, fps=self.config.fps) if self.modality == "video" else Media(images=samples)
 
@@ -309,6 +357,21 @@ def in_step(denoiser: nn.Module) -> bool:
     """
     several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
     return several and (torch.is_grad_enabled() or isinstance(denoiser, FSDPModule))
+
+
+def _blank(colour: str, width: int, height: int) -> Image.Image:
+    from PIL import Image
+
+    return Image.new("RGB", (width, height), colour)
+
+
+@contextmanager
+def _refused(condition: Condition, pipeline: str) -> Iterator[None]:
+    """Turn what a pipeline says of its arguments into a DataError that names the condition."""
+    try:
+        yield
+    except ValueError as error:
+        raise DataError(f"{condition}: {pipeline} does not take it: {error}") from error
 
 
 @hookimpl

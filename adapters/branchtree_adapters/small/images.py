@@ -102,16 +102,19 @@ def chroma() -> dict[str, Any]:
     }
 
 
-def qwen_image_vae() -> Any:
+def qwen_image_vae(**changes: Any) -> Any:
     """Return the VAE of Qwen-Image."""
     return diffusers.AutoencoderKLQwenImage(
-        base_dim=8,
-        z_dim=4,
-        dim_mult=[1, 2, 2, 2],
-        num_res_blocks=1,
-        temperal_downsample=[False, True, True],
-        latents_mean=[0.0, 0.1, 0.2, -0.1],
-        latents_std=[1.0, 1.1, 0.9, 1.2],
+        **{
+            "base_dim": 8,
+            "z_dim": 4,
+            "dim_mult": [1, 2, 2, 2],
+            "num_res_blocks": 1,
+            "temperal_downsample": [False, True, True],
+            "latents_mean": [0.0, 0.1, 0.2, -0.1],
+            "latents_std": [1.0, 1.1, 0.9, 1.2],
+            **changes,
+        }
     )
 
 
@@ -144,8 +147,12 @@ def qwen_image() -> dict[str, Any]:
 
 
 def qwen_edit() -> dict[str, Any]:
-    """Return the components of Qwen-Image-Edit."""
-    return {**qwen_image(), "processor": qwen_vl_processor()}
+    """Return the components of Qwen-Image-Edit.
+
+    The pipeline scales images to a million pixels, so that the VAE must be quick, and leave few tokens of them.
+    """
+    vae = qwen_image_vae(base_dim=4, dim_mult=[1] * 6, num_res_blocks=0, temperal_downsample=[False] * 5)
+    return {**qwen_image(), "vae": vae, "processor": qwen_vl_processor()}
 
 
 def qwen_image_21() -> dict[str, Any]:

@@ -49,8 +49,8 @@ SQUARE: Mapping[str, Any] = {"height": 32, "width": 32}
 
 VIDEO = {"height": 32, "width": 32, "num_frames": 5}
 WAN = {**VIDEO, "guidance_scale": 4.0, "max_sequence_length": 24}
-EDIT = {**SQUARE, "true_cfg_scale": 4.0}
-SMALL_IMAGES = {"CONDITION_IMAGE_SIZE": 56 * 56, "VAE_IMAGE_SIZE": 32 * 32}
+EDIT = {"height": 128, "width": 128, "true_cfg_scale": 4.0}
+SMALL_IMAGES = {"CONDITION_IMAGE_SIZE": 56 * 56, "VAE_IMAGE_SIZE": 128 * 128}
 
 PIPELINES: dict[str, Small] = {
     "flux": Small("FluxPipeline", images.flux, {**SQUARE, "max_sequence_length": 24}),

@@ -73,8 +73,7 @@ def describe(planned: PlannedSet, weights: str) -> dict[str, Any]:
 
 def _described(condition: Condition) -> list[str | None]:
     """Return a condition's texts, and digests of its files."""
-    files = (condition.image, condition.last_image, condition.video)
-    digests = [None if file is None else hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    digests = [None if file is None else hashlib.sha256(file.read_bytes()).hexdigest() for file in condition.files]
     return [condition.prompt, condition.negative_prompt, *digests]
 
 

@@ -91,10 +91,14 @@ def draw_samples(
     features: dict[str, list[Tensor]] = {named.label: [] for named in spaces}
     distances: list[Tensor] = []
     for span in chunks(layout.groups, batch.rollout_prompts or batch.prompts):
-        latents = _leaves(policy, planned, span)
+        # A group's prompt is encoded once, for all its trajectories.
+        under = policy.under([layout.conditions[group % len(layout.conditions)] for group in span])
+        latents = _leaves(under, planned, span)
+        encoded = under.encoded([i // layout.size for i in range(len(latents))])
         distances.append(pairwise_distance(latents.flatten(1).unflatten(0, (-1, layout.size)).cpu()))
         for rows in chunks(len(latents), batch.decode_rows):
-            media = policy.model.decode(latents[rows.start : rows.stop])
+            taken = slice(rows.start, rows.stop)
+            media = encoded[taken].decode(policy.model, latents[taken])
             for named in spaces:
                 features[named.label].append(_checked(named.space.features(media).float().cpu(), named.label))
         if advance is not None:
@@ -110,16 +114,14 @@ def _checked(features: Tensor, label: str) -> Tensor:
 
 
 def _leaves(policy: Policy, planned: PlannedSet, span: range) -> Tensor:
-    """Return clean latents (len(span) * K, *latent) of some groups, group after group."""
+    """Return clean latents (len(span) * K, *latent) of some groups, whose prompts the policy is under, in order."""
     kind, layout, batch = planned.kind, planned.layout, planned.recipe.batch
     schedule = make_schedule(planned.recipe)
     plans = [schedule.plan(layout.iteration, group) for group in span]
     repeats = 1 if kind.branched else layout.size  # trajectories of a group
     rows = [(group, row) for group in span for row in range(repeats)]
-    # A group's prompt is encoded once, for all its trajectories.
-    velocity = policy.under([layout.conditions[group % len(layout.conditions)] for group in span])
     tree = rollout(
-        lambda latents, sigma, row: velocity(latents, sigma, row // repeats),
+        lambda latents, sigma, row: policy(latents, sigma, row // repeats),
         policy.sampler,
         grow([plan if kind.branched else unbranched(plan) for plan in plans for _ in range(repeats)]),
         policy.initial(layout.seed, kind.number, [(group, 0 if kind.shared else row) for group, row in rows]),

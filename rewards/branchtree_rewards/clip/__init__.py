@@ -1,1 +1,1 @@
-"""Rewards on CLIP: CLIPScore, HPS-v2.1, PickScore and the aesthetic predictor."""
+"""Rewards on CLIP: CLIPScore, CLIP image similarity, HPS-v2.1, PickScore and the aesthetic predictor."""

@@ -8,7 +8,6 @@ counts on average, smoothness and constancy where they are worst.
 
 from abc import abstractmethod
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Literal
 
 import pydantic
@@ -18,13 +17,12 @@ from PIL import Image
 from torch import Tensor
 
 from branchtree.core.scores import Scores
-from branchtree.data.frames import first_frame
-from branchtree.errors import DataError
 from branchtree.plugins import Condition, Media
 from branchtree_rewards.motion.directions import named_direction
 from branchtree_rewards.motion.flow import flow_motion
 from branchtree_rewards.motion.measures import Measure, agreement, blur, capped, match, smooth_motion, windows
 from branchtree_rewards.motion.tracking import subject_motion
+from branchtree_rewards.shared.conditions import first_frames
 from branchtree_rewards.shared.reward import Reward, reward_hook
 from branchtree_rewards.shared.samples import score_rest, unreadable
 
@@ -61,7 +59,7 @@ class _MotionReward(Reward[MotionConfig]):
     reads_prompt = False
 
     def _scores(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        first, unread = _first_frames(conditions)
+        first, unread = first_frames(conditions)
         wanted = [frame for row, frame in enumerate(first) if row not in unread]
 
         def score(good: Media, theirs: Sequence[Condition]) -> Scores:
@@ -171,19 +169,6 @@ def _judge(config: MotionConfig, videos: Tensor, first: Sequence[Image.Image | N
         qualities.append(moving.mean(dim=1) * smooth.amin(dim=1) * constant.amin(dim=1))
         steps.append(motion.steps.unflatten(0, some.shape[:2]) / side)
     return torch.cat(qualities) * _first_match(videos[:, 0], first), torch.cat(steps)
-
-
-def _first_frames(conditions: Sequence[Condition]) -> tuple[list[Image.Image | None], dict[int, str]]:
-    """Return the first frame of each condition, None where it has none; and, by row, why one cannot be read."""
-    read: dict[tuple[Path | None, Path | None], Image.Image | None] = {}
-    reasons: dict[int, str] = {}
-    for row, condition in enumerate(conditions):
-        source = (condition.image, condition.video)
-        try:
-            read[source] = read[source] if source in read else first_frame(condition)
-        except DataError as error:
-            reasons[row] = str(error)
-    return [read.get((condition.image, condition.video)) for condition in conditions], reasons
 
 
 def _first_match(frames: Tensor, first: Sequence[Image.Image | None]) -> Tensor:
