@@ -1,4 +1,4 @@
-"""What one step of a small pipeline's own call is compared with, and the recipe that trains it."""
+"""What a small pipeline's own call gives, with which the adapter ``diffusers`` is compared, and one iteration."""
 
 from __future__ import annotations
 
@@ -10,45 +10,54 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from branchtree_adapters.any_pipeline.adapter import Diffusers
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.small.pipelines import Small
+from PIL import Image
 from small_pipelines import picture
-from torch import Tensor
+from torch import Tensor, nn
 
+from branchtree.core.cost import count
 from branchtree.plugins import Condition
+from branchtree.recipe.build import make_credit_rule
+from branchtree.run.directory import RunDirectory
 from branchtree.testing import AdapterCase
+from branchtree.testing.probe import Rows, counted_rows
+from branchtree.training import inputs as training_inputs
+from branchtree.training.inputs import Inputs
+from branchtree.training.iteration import iterate
+from branchtree.training.loading import make_accelerator, open_session
+from branchtree.training.metrics import gather_metrics
 
-PROMPTS = ("a red three", "seven blue digits")
-SIZES = {"height", "width", "num_frames"}
+PROMPTS = ("a red three", "seven blue")
+STEPS = 4
+"""Of a grid; Mochi's takes no fewer."""
+SMALLEST = {
+    "tree.steps": STEPS,
+    "tree.splits": [0],
+    "batch.prompts": 1,
+    "sampler.grid": "pipeline",
+    "run.iterations": 1,
+    "run.sample_prompts": 1,
+    "optim.warmup": 0,
+}
 
 
-def section(family: Small, path: str) -> dict[str, Any]:
-    """The section ``model`` for a small pipeline at ``path``."""
-    model = {
-        "adapter": "diffusers",
-        "path": path,
-        "height": family.call["height"],
-        "width": family.call["width"],
-        "negative_prompt": family.negative,
-        "call": {name: value for name, value in family.call.items() if name not in SIZES},
-    }
-    frames = {"frames": family.call["num_frames"]} if "num_frames" in family.call else {}
-    return {**model, **frames, **({"images": family.images} if family.images else {})}
-
-
-def case_of(family: Small, path: str, folder: Path) -> AdapterCase:
-    """A recipe's model, reward and prompts; images are written to ``folder``."""
+def case_of(family: Small, model: Mapping[str, Any], folder: Path) -> AdapterCase:
+    """The model with a reward and two prompts, whose images are written to ``folder``."""
     prompts: str | Sequence[str] = PROMPTS
     if family.images:
         rows = []
         for prompt in PROMPTS:
-            picture(prompt).save(folder / f"{prompt}.png")
-            rows.append({"prompt": prompt, "image": f"{prompt}.png"})
+            names = [f"{prompt} {i}.png" for i in range(family.images)]
+            for name in names:
+                picture(name).save(folder / name)
+            rows.append({"prompt": prompt, **({"image": names[0]} if len(names) == 1 else {"images": names})})
         (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         prompts = str(folder / "prompts.jsonl")
-    return AdapterCase(model=section(family, path), reward={"reward": "digits"}, prompts=prompts)
+    return AdapterCase({"adapter": "diffusers", **model}, {"reward": "digits"}, prompts)
 
 
 @dataclass
@@ -57,79 +66,150 @@ class Steps:
 
     outputs: list[Tensor] = field(default_factory=list)
     samples: list[Tensor] = field(default_factory=list)
+    times: list[Any] = field(default_factory=list)
 
 
-class _StopError(Exception):
-    pass
+class _EnoughError(Exception):
+    """Leaves a pipeline's call."""
 
 
 @contextmanager
-def watched(pipeline: Any, answer: Callable[[int, Tensor], Tensor] | None = None) -> Iterator[Steps]:
-    """A context in which a pipeline's scheduler keeps what it is given, and gives ``answer`` of call and sample."""
+def watched(pipeline: Any, answer: Callable[[int, Tensor], Tensor]) -> Iterator[Steps]:
+    """A context in which a pipeline's scheduler keeps what it is given, and returns ``answer(call, sample)``."""
     steps = Steps()
 
-    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def step(model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         steps.outputs.append(model_output)
         steps.samples.append(sample)
-        given = sample if answer is None else answer(len(steps.samples) - 1, sample)
-        return (given, given)
+        steps.times.append(timestep)
+        given = answer(len(steps.samples) - 1, sample)
+        return given, given
 
     pipeline.scheduler.step = step
     try:
         yield steps
+    except _EnoughError:
+        pass
     finally:
         del pipeline.scheduler.step
 
 
-def keywords(family: Small, condition: Condition) -> dict[str, Any]:
+def keywords(family: Small, condition: Condition, **changes: Any) -> dict[str, Any]:
     """What a condition is to the pipeline's own call."""
-    from PIL import Image
-
-    image = {} if condition.image is None else {"image": Image.open(condition.image).convert("RGB")}
+    images = [Image.open(path).convert("RGB") for path in condition.images]
+    given = {"image": images if family.image_list else images[0]} if images else {}
     negative = {} if family.negative is None else {"negative_prompt": family.negative}
-    return {"prompt": condition.prompt, "return_dict": False, **family.call, **image, **negative}
+    return {
+        "prompt": condition.prompt,
+        "num_inference_steps": STEPS,
+        "generator": torch.Generator().manual_seed(0),
+        "return_dict": False,
+        **family.call,
+        **given,
+        **negative,
+        **changes,
+    }
 
 
-def own_step(family: Small, pipeline: Any, condition: Condition, steps: int, seed: int) -> Steps:
-    """Run the first of a pipeline's own steps with gradients."""
-    with watched(pipeline) as taken:
-        inspect.unwrap(type(pipeline).__call__)(
-            pipeline,
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(seed),
-            output_type="latent",
-            **keywords(family, condition),
-        )
-    return taken
+def first_step(family: Small, pipeline: Any, condition: Condition, samples: int) -> Steps:
+    """Run the first of a pipeline's own steps with gradients; ``samples`` is how many its model denoises at once."""
+
+    def stop(call: int, sample: Tensor) -> Tensor:
+        if call + 1 == samples:
+            raise _EnoughError
+        return sample
+
+    with watched(pipeline, stop) as steps:
+        inspect.unwrap(type(pipeline).__call__)(pipeline, **keywords(family, condition, output_type="latent"))
+    return steps
 
 
-def joined(driver: PipelineDriver, samples: Sequence[Tensor]) -> Tensor:
-    """The library's state of what a scheduler is given."""
-    states = driver.layout.states
-    taken = [state.of_prediction(sample.float()) for state, sample in zip(states, samples, strict=False)]
+def level_of(pipeline: Any, time: Any) -> Tensor:
+    """The noise level of a time of a scheduler."""
+    scheduler = pipeline.scheduler
+    if hasattr(scheduler, "alphas_cumprod"):
+        return (1 - scheduler.alphas_cumprod[int(time)]).sqrt()
+    level = scheduler.sigmas[0]
+    return 1 - level if scheduler.config.get("invert_sigmas") else level
+
+
+def state_of(driver: PipelineDriver, samples: Sequence[Tensor]) -> Tensor:
+    """The library's state, of what a scheduler is given."""
+    taken = [state.of_prediction(each.float()) for state, each in zip(driver.layout.states, samples, strict=True)]
     return taken[0] if len(taken) == 1 else torch.cat([each.flatten(1) for each in taken], 1)
 
 
-def own_picture(pipeline: Any, family: Small, condition: Condition, steps: int = 2) -> Tensor:
-    """What the pipeline's own call makes."""
-    with torch.no_grad():
-        made: Tensor = pipeline(
-            num_inference_steps=steps,
-            generator=torch.Generator().manual_seed(0),
-            output_type="pt",
-            **keywords(family, condition),
-        )[0]
+def own_decoding(family: Small, pipeline: Any, driver: PipelineDriver, condition: Condition, state: Tensor) -> Tensor:
+    """What a pipeline makes when the last of its steps gives a state (1, *state)."""
+    sizes = [torch.Size(each.shape).numel() for each in driver.layout.states]
+    pieces = state.flatten(1).split(sizes, 1)
+
+    def final(call: int, sample: Tensor) -> Tensor:
+        which = call % len(pieces)
+        index = driver.layout.states[which].predicted
+        value = sample.flatten(1).clone()
+        value[:, slice(None) if index is None else index] = pieces[which].to(value)
+        return value.reshape(sample.shape)
+
+    with torch.no_grad(), watched(pipeline, final):
+        made: Tensor = pipeline(**keywords(family, condition, output_type="pt"))[0]
     return made
 
 
-def gradients_of(module: torch.nn.Module, output: Tensor) -> Mapping[str, Tensor]:
-    """Gradients of a fixed sum over an output, by parameter."""
-    module.zero_grad()
+def own_picture(family: Small, pipeline: Any, condition: Condition) -> Tensor:
+    """What the pipeline's own call makes."""
+    with torch.no_grad():
+        made: Tensor = pipeline(**keywords(family, condition, output_type="pt"))[0]
+    return made
+
+
+def gradients_of(modules: Mapping[str, nn.Module], output: Tensor) -> dict[str, Tensor]:
+    """Gradients of a fixed sum over an output, by denoiser and parameter."""
     weight = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
-    (output * weight).sum().backward()
-    return {name: each.grad.clone() for name, each in module.named_parameters() if each.grad is not None}
+    named = {f"{key}.{name}": each for key, module in modules.items() for name, each in module.named_parameters()}
+    given = torch.autograd.grad((output * weight).sum(), list(named.values()), allow_unused=True)
+    return {name: each for name, each in zip(named, given, strict=True) if each is not None}
 
 
-def predicted(model: Diffusers, state: Tensor, sigma: Tensor, condition: Condition) -> Tensor:
-    """One row's prediction."""
-    return model.predict(state, sigma.reshape(1), model.encode([condition]))
+@dataclass(frozen=True)
+class Iterated:
+    """One iteration of training: the rows that a hook saw, those that were planned, and what the run says."""
+
+    seen: Rows
+    planned: Rows
+    metrics: Mapping[str, float]
+
+
+def inputs_of(case: AdapterCase, model: Diffusers, changes: Mapping[str, Any], *, lora: bool = False) -> Inputs:
+    """What a recipe names, with a model that is there already."""
+    recipe = case.recipe({**SMALLEST, **changes}, lora=lora)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_inputs, "make_model", lambda recipe: model)
+        return training_inputs.read_inputs(recipe)
+
+
+def one_iteration(case: AdapterCase, model: Diffusers, precision: str, folder: Path, *, lora: bool) -> Iterated:
+    """Train for an iteration."""
+    inputs, directory = inputs_of(case, model, {"run.precision": precision}, lora=lora), RunDirectory(folder)
+    directory.claim(resume=False)
+    session = open_session(inputs, directory, make_accelerator(inputs.recipe))
+    with counted_rows(model.denoiser) as seen:
+        done = iterate(session, 0)
+    cost = count([inputs.schedule.plan(0, session.order.batch(0, 1)[0])], make_credit_rule(inputs.recipe), 0)
+    rows = model.rows_per_prediction
+    planned = Rows(cost.rollout_rows * rows, cost.gradient_rows * rows)
+    return Iterated(seen, planned, gather_metrics(session, done))
+
+
+def another(case: AdapterCase, model: Diffusers) -> Diffusers:
+    """The same model, not loaded; what was learnt of it without weights is not learnt again."""
+    other = case.build()
+    assert isinstance(other, Diffusers)
+    other.__dict__["_unloaded"] = model._unloaded
+    return other
+
+
+def kept(model: Diffusers) -> Diffusers:
+    """The model, which stays as it is when it is loaded again."""
+    model.__dict__["load"] = lambda *args, **kwargs: None
+    return model
