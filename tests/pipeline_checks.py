@@ -54,7 +54,7 @@ def case_of(family: Small, model: Mapping[str, Any], folder: Path) -> AdapterCas
             names = [f"{prompt} {i}.png" for i in range(family.images)]
             for name in names:
                 picture(name).save(folder / name)
-            rows.append({"prompt": prompt, **({"image": names[0]} if len(names) == 1 else {"images": names})})
+            rows.append({"prompt": prompt, "image": names if len(names) > 1 else names[0]})
         (folder / "prompts.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
         prompts = str(folder / "prompts.jsonl")
     return AdapterCase({"adapter": "diffusers", **model}, {"reward": "digits"}, prompts)

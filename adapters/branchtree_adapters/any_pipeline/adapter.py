@@ -343,11 +343,17 @@ class Diffusers(PipelineAdapter):
         on_device(self.pipeline.vae, self.device)
         rows = conditioning if conditioning and self._images else self._example_rows(len(latents))
         decoded = self.driver.decode(latents.to(self.device), rows)
-        samples = decoded.float().clamp(0, 1)
+        samples = opaque(decoded.float().clamp(0, 1))
         return Media(videos=samples, fps=self.config.fps) if self.modality == "video" else Media(images=samples)
 
     def _example_rows(self, count: int) -> dict[str, Tensor]:
         return {name: value.expand(count, *value.shape[1:]) for name, value in self.driver.example.items()}
+
+
+def opaque(samples: Tensor) -> Tensor:
+    """Return samples (..., 3 or 4, H, W) in colours alone: those that have a fourth channel, opacity, over white."""
+    colours, opacity = samples[..., :3, :, :], samples[..., 3:, :, :]
+    return colours * opacity + (1 - opacity) if opacity.shape[-3] else colours
 
 
 def in_step(denoiser: nn.Module) -> bool:

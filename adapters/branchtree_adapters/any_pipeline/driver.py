@@ -522,7 +522,8 @@ class PipelineDriver:
         zero = torch.zeros(1, device=self._device)
         stepped = bool(components.keys() & self.denoisers.keys())
         question = self._noisiest() if stepped else StepRequest(zero[:0], zero)
-        replay = Replay(self.layout, packed, self._samples(state), self._pipeline.vae.dtype)
+        dtype = None if stepped else self._pipeline.vae.dtype
+        replay = Replay(self.layout, packed, self._samples(state), dtype)
         asked = self._blank(packed)
         return self._run(StepKeeper, question, replay.around, asked, len(state), components, output_type="pt")
 
