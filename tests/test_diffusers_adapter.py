@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
-from branchtree_adapters.small.pipelines import PIPELINES, Small
+from branchtree_adapters.small.pipelines import PIPELINES
+from pipeline_checks import case_of
+from small_pipelines import options, small_constants
 
 from branchtree import load_recipe, train
 from branchtree.errors import ModelError
@@ -17,34 +20,20 @@ from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS
 from branchtree.testing import AdapterCase, ModelAdapterPromises
 
-PROMPTS = ["a red three", "seven blue", "a digit"]
-PROMISED = ["flux", "sd3", "aura_flow"]
-"""Families of each kind: without guidance and with it, and one call per noise level."""
+PROMISED = ["flux", "aura_flow", "z_image", "sdxl", "wan_experts", "wan_image"]
+"""Families of each kind: without guidance and with it, one call per noise level, lists in place of batches, a U-Net
+that predicts noise, two denoisers, and videos of images. BRANCHTREE_ALL_FAMILIES=1 takes all."""
+FAMILIES = list(PIPELINES) if os.environ.get("BRANCHTREE_ALL_FAMILIES") else PROMISED
 SMALL = {"run.iterations": 2, "run.sample_prompts": 1, "tree.steps": 6, "tree.splits": [0, 2], "evaluation": None}
 
 
-def section(family: Small, folder: Path) -> dict[str, Any]:
-    """The section ``model`` for a family's small pipeline, which is written to ``folder``."""
-    family.build().save_pretrained(folder)
-    sizes = {"height", "width", "num_frames"}
-    model = {
-        "adapter": "diffusers",
-        "path": str(folder),
-        "height": family.call["height"],
-        "width": family.call["width"],
-        "negative_prompt": family.negative,
-        "call": {name: value for name, value in family.call.items() if name not in sizes},
-    }
-    return {**model, "frames": family.call["num_frames"]} if "num_frames" in family.call else model
-
-
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
 class TestPromises(ModelAdapterPromises):
-    @pytest.fixture(scope="class", params=PROMISED)
-    def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdapterCase:
-        folder = tmp_path_factory.mktemp(request.param)
-        return AdapterCase(
-            model=section(PIPELINES[request.param], folder / "pipeline"), reward={"reward": "digits"}, prompts=PROMPTS
-        )
+    @pytest.fixture(scope="class", params=FAMILIES)
+    def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterCase]:
+        family = PIPELINES[request.param]
+        with small_constants(family):
+            yield case_of(family, options(request.param), tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("pipeline", ["GlmImagePipeline", "HiDreamImagePipeline"])

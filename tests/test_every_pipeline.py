@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from branchtree_adapters.any_pipeline.adapter import Diffusers, opaque
+from branchtree_adapters.pipeline.lora_file import LORA_FILE
 from branchtree_adapters.small.pipelines import PIPELINES, Small
 from loops import with_plain_solver
 from pipeline_checks import (
@@ -129,9 +130,9 @@ def test_a_saved_lora_is_read_by_the_pipeline_itself(loaded: Loaded, tmp_path: P
     if hasattr(loaded.own, "load_lora_weights"):
         loaded.own.load_lora_weights(tmp_path)
     else:
-        getattr(loaded.own, first).load_lora_adapter(str(tmp_path), prefix="transformer")
+        getattr(loaded.own, first).load_lora_adapter(str(tmp_path), prefix="transformer", weight_name=LORA_FILE)
     for name in others:
-        getattr(loaded.own, name).load_lora_adapter(str(tmp_path / name), prefix="transformer")
+        getattr(loaded.own, name).load_lora_adapter(str(tmp_path / name), prefix="transformer", weight_name=LORA_FILE)
     found = own_picture(family, loaded.own, condition)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
     assert float((found - before).abs().max()) > 1e-3
