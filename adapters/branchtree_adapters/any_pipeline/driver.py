@@ -544,7 +544,7 @@ class PipelineDriver:
             return True
         if len(found) < 2 or self._is_weightless:
             return False
-        stepped, plain = found
+        stepped, plain = (each.float() for each in found)
         close = 0.05 * float(stepped.abs().max())  # for rounding in the loop
         return not torch.allclose(stepped, plain, rtol=0.05, atol=close)
 
