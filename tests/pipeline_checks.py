@@ -14,8 +14,11 @@ import pytest
 import torch
 from branchtree_adapters.any_pipeline.adapter import Diffusers
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
+from branchtree_adapters.pipeline.lora_file import LORA_FILE, METADATA
 from branchtree_adapters.small.pipelines import Small
+from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from PIL import Image
+from safetensors import safe_open
 from small_pipelines import picture
 from torch import Tensor, nn
 
@@ -128,7 +131,7 @@ def level_of(pipeline: Any, time: Any) -> Tensor:
     """The noise level of a time of a scheduler."""
     scheduler = pipeline.scheduler
     if hasattr(scheduler, "alphas_cumprod"):
-        return (1 - scheduler.alphas_cumprod[int(time)]).sqrt()
+        return (1 - scheduler.alphas_cumprod[int(time)].double()).sqrt().float()
     level = scheduler.sigmas[0]
     return 1 - level if scheduler.config.get("invert_sigmas") else level
 
@@ -199,6 +202,19 @@ def one_iteration(case: AdapterCase, model: Diffusers, precision: str, folder: P
     rows = model.rows_per_prediction
     planned = Rows(cost.rollout_rows * rows, cost.gradient_rows * rows)
     return Iterated(seen, planned, gather_metrics(session, done))
+
+
+def load_lora(module: Any, folder: Path) -> None:
+    """Put a LoRA file on a denoiser: by its own method, or by peft where its class has none, as PixArt's."""
+    if hasattr(module, "load_lora_adapter"):
+        module.load_lora_adapter(str(folder), prefix="transformer", weight_name=LORA_FILE)
+        return
+    with safe_open(folder / LORA_FILE, "pt") as file:
+        saved = {name.removeprefix("transformer."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        beside = json.loads(file.metadata()[METADATA])
+    settings = {name.removeprefix("transformer."): value for name, value in beside.items()}
+    inject_adapter_in_model(LoraConfig(**settings), module)
+    set_peft_model_state_dict(module, saved)
 
 
 def another(case: AdapterCase, model: Diffusers) -> Diffusers:
