@@ -3,7 +3,7 @@
 Implements BranchGRPO (arXiv 2509.06040) on one core for images and videos; models and rewards are plug-ins.
 """
 
-from branchtree.api import compare, diversity, evaluate, plan, score, train, write_report
+from branchtree.api import compare, diversity, evaluate, plan, register, score, train, write_report
 from branchtree.errors import BranchTreeError
 from branchtree.recipe import Recipe, load_recipe
 
@@ -16,6 +16,7 @@ __all__ = [
     "evaluate",
     "load_recipe",
     "plan",
+    "register",
     "score",
     "train",
     "write_report",

@@ -72,6 +72,22 @@ def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None
     return plan_recipe(resolve_recipe(recipe, overrides, smoke))
 
 
+def register(plugin: object, name: str = "this process") -> None:
+    """Register a plug-in that is not installed, such as a notebook's own, for as long as the process lives.
+
+    Args:
+        plugin: A module or object with functions marked by ``branchtree.plugins.hookimpl``; ``sys.modules[__name__]``
+            is one's own module.
+        name: Whose plug-in it is. What was registered under the same name before is replaced.
+
+    Raises:
+        PluginError: A name is taken by another plug-in, or a hook is misspelt.
+    """
+    from branchtree.plugins.registry import register_here
+
+    register_here(plugin, name)
+
+
 def evaluate(
     run_or_recipe: str | Path | Recipe,
     overrides: Mapping[str, Any] | None = None,

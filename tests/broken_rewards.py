@@ -12,6 +12,7 @@ from pydantic import BaseModel
 from torch import Tensor
 
 from branchtree.core.scores import Scores
+from branchtree.errors import DataError
 from branchtree.plugins import Condition, Media, RewardCard
 from branchtree.plugins.hookspecs import hookimpl
 
@@ -215,6 +216,11 @@ class DrawsFromPython(Plain):
 class SignsByItsAddress(Leaves):
     def fingerprint(self) -> str:
         return str(id(self))
+
+
+class RefusesItsOwn(Plain):
+    def check(self, condition: Condition) -> None:
+        raise DataError(f"{condition}: not to my taste")
 
 
 @hookimpl

@@ -11,6 +11,7 @@ import os
 import runpy
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -18,7 +19,9 @@ import weakref
 from collections.abc import Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
+from typing import Any
 
+import pytest
 from patience import PATIENCE
 
 PRELOADED = [
@@ -136,3 +139,26 @@ def _is_installed(entry: str) -> bool:
     """Whether a fresh interpreter would import from there: no folder of the tests, and none that a test has added."""
     inside = any(Path(entry).is_relative_to(folder) for folder in (sys.prefix, sys.base_prefix, ROOT))
     return inside and Path(entry) not in (ROOT / "tests", ROOT / "benchmarks")
+
+
+def shared_environment() -> dict[str, str]:
+    """What ``accelerate launch --config_file fsdp2.yaml`` and torch's agent put into two processes' environment."""
+    from accelerate.commands import launch
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    words = [
+        "--config_file",
+        str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"),
+        "--num_processes",
+        "2",
+        "--main_process_port",
+        "0",
+    ]
+    words.append("process_runs.py")
+    started: list[Any] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launch, "multi_gpu_launcher", started.append)
+        launch.launch_command(launch.launch_command_parser().parse_args(words))
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    return {**prepare_multi_gpu_env(started[0]), **address, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}

@@ -36,7 +36,7 @@ def main() -> None:
             continue
         os.environ["ACCELERATE_USE_FSDP"] = "true" if run["sharded"] else "false"
         os.environ["FSDP_RESHARD_AFTER_FORWARD"] = str(run.get("reshard", True)).lower()
-        train("quickstart", run["overrides"], output=Path(run["output"]), resume=run["resume"])
+        train(run.get("recipe", "quickstart"), run["overrides"], output=Path(run["output"]), resume=run["resume"])
         if run["looked_at"]:
             look(run)
 

@@ -27,9 +27,12 @@ from branchtree.recipe.build import make_reward
 
 CPU = torch.device("cpu")
 REWARDS: Mapping[str, Mapping[str, Any]] = {
+    "geneval": {},
     "hps": {},
+    "hpsv3": {},
     "clip": {},
     "clip-dfn5b": {"variant": "dfn5b"},
+    "clip_similarity": {},
     "pickscore": {},
     "imagereward": {},
     "aesthetic": {},
@@ -40,7 +43,12 @@ REWARDS: Mapping[str, Mapping[str, Any]] = {
     "vbench_dynamic": {"measure": "share", "updates": 1},
     "vbench_imaging": {},
 }
-PROMPTS = ("a red cat", "two blue dogs, running")
+OBJECTS = {"include": [{"class": "cat", "count": 1, "color": "red"}, {"class": "dog", "count": 2}]}  # for geneval
+FRAMES = Path(__file__).parents[1] / "recipes/prompts/moving_digits"
+CONDITIONS = [
+    Condition(prompt, image=FRAMES / f"train_{row:03d}.png", metadata=OBJECTS)
+    for row, prompt in enumerate(("a red cat", "two blue dogs, running"))
+]
 
 
 def _deleted(content: bytes) -> bytes | None:
@@ -118,7 +126,7 @@ class Folder:
     def _outcome(self) -> tuple[str, str]:
         try:
             reward = load(self.reward, self.path)
-            scores = reward.score(samples(reward), [Condition(prompt) for prompt in PROMPTS])
+            scores = reward.score(samples(reward), CONDITIONS)
         except BranchTreeError as error:
             return "refused", str(error)
         except Exception as error:  # what is looked for
@@ -154,7 +162,7 @@ def folder_of(name: str, at: Path, sums: bool) -> Folder:
     if sums:
         write_checksums(at)
     reward = load(name, at)
-    scores = reward.score(samples(reward), [Condition(prompt) for prompt in PROMPTS])
+    scores = reward.score(samples(reward), CONDITIONS)
     assert bool(scores.valid.all()), scores.reasons
     return Folder(name, at, scores.values)
 

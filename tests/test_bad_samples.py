@@ -32,6 +32,7 @@ from branchtree.training.scoring import timed_scores
 
 TOKENS = {
     "clip": "<|endoftext|>",
+    "hpsv3": "<|Reward|>",
     "pickscore": "<|startoftext|>",
     "imagereward": "[SEP]",
     "unifiedreward": "<|image_pad|>",
@@ -175,7 +176,7 @@ def test_a_long_prompt_is_cut_scored_or_masked(loaded: Loaded) -> None:
     long = replace(loaded.conditions[0], prompt=loaded.conditions[0].prompt + " and a cat" * 10_000)
     rest = list(loaded.conditions[1:])
     scores = loaded.reward.score(loaded.media, [long, *rest])
-    assert scores.valid.tolist() == [loaded.name not in {"unifiedreward", "videoalign"}, True, True]
+    assert scores.valid.tolist() == [loaded.name not in {"hpsv3", "unifiedreward", "videoalign"}, True, True]
     assert scores.valid[0] or "too long" in scores.reasons[0]
 
 

@@ -9,10 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
+from branchtree_adapters.pipeline.sources import _small, locate_pipeline
 from branchtree_adapters.small.pipelines import PIPELINES
 from pipeline_checks import case_of
 from small_pipelines import options, small_constants
+from torch import distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from branchtree import load_recipe, train
 from branchtree.errors import ModelError
@@ -20,10 +24,12 @@ from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS
 from branchtree.testing import AdapterCase, ModelAdapterPromises
 
-PROMISED = ["flux", "aura_flow", "z_image", "sdxl", "wan_experts", "wan_image"]
-"""Families of each kind: without guidance and with it, one call per noise level, lists in place of batches, a U-Net
-that predicts noise, two denoisers, and videos of images. BRANCHTREE_ALL_FAMILIES=1 takes all."""
+PROMPTS = ["a red three", "seven blue", "a digit"]
+PROMISED = ["aura_flow", "sdxl", "wan_experts", "z_image"]
+"""Families of each kind: one call per noise level, a U-Net that predicts noise, two transformers, lists in place of
+batches. BRANCHTREE_ALL_FAMILIES=1 takes all; what each gives is held by test_every_pipeline.py."""
 FAMILIES = list(PIPELINES) if os.environ.get("BRANCHTREE_ALL_FAMILIES") else PROMISED
+MOCHI = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # its float32 regions
 SMALL = {"run.iterations": 2, "run.sample_prompts": 1, "tree.steps": 6, "tree.splits": [0, 2], "evaluation": None}
 
 
@@ -68,3 +74,42 @@ def test_the_video_quickstart_is_that_of_the_hand_written_adapter(tmp_path: Path
     first, second = both_metrics(recipe, {"guidance_scale": 4.0, "max_sequence_length": 12}, tmp_path)
     for own, driven in zip(first.splitlines(), second.splitlines(), strict=True):
         assert json.loads(driven) == pytest.approx(json.loads(own), rel=1e-4, abs=1e-4, nan_ok=True)
+
+
+@MOCHI
+@pytest.mark.parametrize("name", PIPELINES)
+def test_a_model_is_loaded_as_it_was_planned(name: str) -> None:
+    with small_constants(PIPELINES[name]):
+        model = Diffusers(DiffusersConfig(**options(name)))
+        planned = model.latent_shape, model.rows_per_prediction, model.driver.example.keys()
+        model.load(torch.device("cpu"), torch.float32, torch.float32)
+    assert (model.latent_shape, model.rows_per_prediction, model.driver.example.keys()) == planned
+    assert model.encoding_fingerprint() is not None
+
+
+@MOCHI
+@pytest.mark.parametrize("name", ["qwen_image", "ltx", "mochi"])
+def test_a_grid_that_diffusers_divides_by_zero_for_is_refused(name: str) -> None:
+    model = Diffusers(DiffusersConfig(**options(name)))
+    model.load(torch.device("cpu"), torch.float32, torch.float32)
+    with pytest.raises(ModelError, match=r"more tree\.steps"):
+        model.sigmas(1)
+    assert len(model.sigmas(2)) == 3
+
+
+def test_a_call_that_lacks_an_image_is_refused() -> None:
+    model = Diffusers(DiffusersConfig(**{**options("ltx_image"), "images": None}))
+    with pytest.raises(ModelError, match="images among them"):
+        model.latent_shape  # noqa: B018
+
+
+def test_each_process_has_a_small_pipeline_of_its_own() -> None:
+    """Also one that is not the first of several."""
+    dist.init_process_group("fake", rank=1, world_size=2, store=FakeStore())
+    _small.cache_clear()
+    try:
+        folder = locate_pipeline("small:sd3").folder
+    finally:
+        dist.destroy_process_group()
+    assert folder is not None
+    assert all((folder / name / "config.json").is_file() for name in ("transformer", "vae", "text_encoder_3"))

@@ -93,10 +93,12 @@ def test_what_an_encoding_depends_on_is_in_its_key(tmp_path: Path) -> None:
             Condition("a", video=frame),
             Condition("a", image=frame, further_images=(frame,)),
             Condition("a", image=frame, further_images=(frame, frame)),
+            Condition("a", metadata={"goal": [0, 1]}),
+            Condition("a", metadata={"goal": [1, 0]}),
         )
     }
     paths.add(EncodingStore(tmp_path, ["another model"], 1).path(Condition("a")))
-    assert len(paths) == 9
+    assert len(paths) == 11
     before = store(tmp_path).path(Condition("a", image=frame))
     assert before == store(tmp_path).path(Condition("a", image=other))  # a file's name is not its content
     frame.write_bytes(b"two")
@@ -110,6 +112,23 @@ def test_the_key_of_a_condition_with_one_image_stays_what_it_was(tmp_path: Path)
     described = json.dumps([["context"], "a", "b", [digest, None, None]])
     expected = hashlib.sha256(described.encode()).hexdigest()
     assert store(tmp_path).path(Condition("a", "b", image=frame)).stem == expected
+
+
+class Scene(Encoder):
+    """A model that encodes what the metadata says."""
+
+    def encode(self, conditions: Sequence[Condition]) -> dict[str, Tensor]:
+        self.asked += [condition.prompt for condition in conditions]
+        return {"goal": torch.tensor([condition.metadata["goal"] for condition in conditions])}
+
+
+def test_one_prompt_with_other_metadata_is_encoded_by_itself(tmp_path: Path) -> None:
+    """In memory and on the disk."""
+    conditions = [Condition("reach", metadata={"goal": [i, 1.5]}) for i in range(3)]
+    for asked in (3, 0):  # the second model finds them on the disk
+        model = Scene()
+        found = cache(tmp_path, model).get(conditions, CPU)["goal"]
+        assert found.tolist() == [[0, 1.5], [1, 1.5], [2, 1.5]] and len(model.asked) == asked
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty", "misplaced"])

@@ -24,7 +24,7 @@ from branchtree.errors import BranchTreeError, RecipeError
 from branchtree.pictures.grid import write_pictures
 from branchtree.plugins import Media
 from branchtree.studies.evaluate.figures import compare_scores
-from branchtree.training.evaluation import Samples
+from branchtree.training.evaluation import Evaluated
 
 PROMPTS = ("a two", "a six", "a nine")
 SECTION = {"prompts": PROMPTS, "noises": 2, "rows": 4, "rewards": [{"reward": "digits", "classifier": "heldout"}]}
@@ -162,14 +162,14 @@ def test_figures_that_cannot_be_known_are_none() -> None:
 
 
 def test_the_shares_of_processes_join_in_the_order_of_the_prompts() -> None:
-    def share(pairs: list[tuple[int, int]]) -> Samples:
+    def share(pairs: list[tuple[int, int]]) -> Evaluated:
         values = torch.tensor([10.0 * prompt + noise for prompt, noise in pairs])
         reasons = {place: f"no {pair}" for place, pair in enumerate(pairs) if pair[1] == 1}
         media = {pair: Media(images=torch.zeros(1, 3, 1, 1)) for pair in pairs[:1]}
         given = Scores(values, values % 10 != 1, raw=-values, details={"twice": 2 * values}, reasons=reasons)
-        return Samples(pairs, {"r": given}, media)
+        return Evaluated(pairs, {"r": given}, media)
 
-    whole = Samples.merge([share([(0, 0), (0, 1), (2, 0), (2, 1)]), share([(1, 0), (1, 1)])])
+    whole = Evaluated.merge([share([(0, 0), (0, 1), (2, 0), (2, 1)]), share([(1, 0), (1, 1)])])
     assert whole.pairs == [(p, n) for p in range(3) for n in range(2)]
     joined, values = whole.scores["r"], [0.0, 1.0, 10.0, 11.0, 20.0, 21.0]
     assert joined.raw is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import re
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,7 @@ from guests import Outcome, fake_distribution, run_command
 from pydantic import BaseModel
 from safetensors.torch import load_file
 
+from branchtree import register
 from branchtree.errors import PluginError, RecipeError
 from branchtree.plugins.hookspecs import hookimpl
 from branchtree.plugins.registry import Registry, collect_plugins, registry
@@ -306,3 +308,18 @@ def test_two_recipes_of_one_name_are_both_named(tmp_path: Path) -> None:
         file.write_text(yaml.safe_dump({"seed": 1}))
     with pytest.raises(RecipeError, match=re.escape(f"two recipes are named 'same': {files[0]} and {files[1]}")):
         find_recipe("same", [file.parent for file in files])
+
+
+def test_a_notebook_can_register_what_it_defines(guest_site: Path, plug: Callable[[Path], None]) -> None:
+    """Again under the same name, as when a cell is run twice; a name that is another's stays so."""
+    plug(guest_site)
+    module = ModuleType("notebook")
+    exec(textwrap.dedent(rewards_module("mine")), module.__dict__)
+    for _ in range(2):
+        register(module)
+        assert registry().reward("mine").distribution == "this process"
+    other = ModuleType("another")
+    exec(textwrap.dedent(rewards_module("guest_brightness")), other.__dict__)
+    with pytest.raises(PluginError, match="two plug-ins register the reward 'guest_brightness'"):
+        register(other)
+    assert "mine" not in registry().rewards and registry().reward("guest_brightness").distribution == "branchtree-guest"

@@ -25,7 +25,7 @@ from branchtree.training.update import partition
 ROOT = Path(__file__).parents[1]
 
 SHIPPED = sorted(recipe_names([builtin_folder()]))
-LARGE = [name for name in SHIPPED if name.startswith("flux_") or re.fullmatch(r"wan_.*_motion.*", name)]
+LARGE = [name for name in SHIPPED if re.match("flux_|wan_.*_motion|.*_edit_", name)]
 USABLE_BYTES = {gpu.name.partition("(")[2].split()[0]: gpu.usable for gpu in reversed(GPUS)}
 """By what a card's name says of its memory, in GB."""
 

@@ -17,7 +17,7 @@ from training_runs import small
 from branchtree import evaluate, train
 from branchtree.core.scores import Scores
 from branchtree.errors import BranchTreeError, ModelError
-from branchtree.plugins import Condition
+from branchtree.plugins import Condition, Media
 from branchtree.training.conditioning import ConditioningCache
 from branchtree.training.faults import find_faults, mask_faults
 
@@ -67,7 +67,7 @@ def test_weights_too_large_for_the_precision_are_refused(folder: Path) -> None:
 
 OVERFLOWS = {
     "transformer": ("transformer", "proj_out.weight", "denoiser gave latents", "transformer"),
-    "vae": ("vae", "decoder.conv_in.weight", "decoder gave pixels", "vae"),
+    "vae": ("vae", "decoder.conv_in.weight", "decoder gave samples", "vae"),
 }
 
 
@@ -112,8 +112,8 @@ def test_only_the_spoiled_samples_are_masked_with_the_component(folder: Path) ->
     adapter.load(CPU, torch.float32, torch.float32)
     latents, pixels = torch.zeros(3, 4, 16), torch.zeros(3, 3, 8, 8)
     latents[1, 0, 0], pixels[1:, 0, 0, 0] = torch.nan, torch.nan
-    faults = find_faults(adapter, latents, pixels)
-    assert "denoiser gave latents" in faults[1] and "decoder gave pixels" in faults[2] and len(faults) == 2
+    faults = find_faults(adapter, latents, Media(images=pixels))
+    assert "denoiser gave latents" in faults[1] and "decoder gave samples" in faults[2] and len(faults) == 2
     scores = Scores(torch.arange(3.0), torch.tensor([True, True, True]), reasons={1: "pixels are not finite"})
     masked = mask_faults(scores, faults)
     assert masked.valid.tolist() == [True, False, False] and masked.reasons == faults

@@ -208,6 +208,13 @@ def test_noise_without_a_scale_cannot_weigh_the_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("stranger")
+@pytest.mark.parametrize("changes", [{"tree.solver": "dpm2m"}, {"tree.continuation": 3}])
+def test_steps_that_follow_no_ode_have_no_other_solver(changes: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError, match=rf"{next(iter(changes))}.* of the transition 'laplace' are none"):
+        plan("guest", {**GUEST, **changes, "sampler.transition": LAPLACE["sampler__transition"]})
+
+
+@pytest.mark.usefixtures("stranger")
 def test_splits_of_a_stranger_shape_the_tree(tmp_path: Path) -> None:
     keys = {"tree__split_rule": {"name": "second"}, "tree__branches": 3}
     found = trained(tmp_path / "run", **keys)

@@ -16,12 +16,10 @@ from branchtree_adapters.any_pipeline.phantom import phantom
 from branchtree_adapters.any_pipeline.unloaded import unloaded_pipeline
 from branchtree_adapters.flux import Flux, FluxConfig
 from branchtree_adapters.small.pipelines import PIPELINES, Small
-from small_pipelines import ask
+from small_pipelines import ask, small_constants
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
-UNMEASURED: set[str] = set()
-"""Families whose sizes cannot be told before loading yet: they compute with what their weights give."""
 UNMASKED = 0.06
 """Chroma's blocks get no mask under gradient checkpointing, whose blocks are what is measured."""
 
@@ -58,9 +56,14 @@ def kept_numbers(driver: PipelineDriver, asked: Asked, rows: int) -> int:
 
 # Mochi computes its positions under float32 autocast, which a CPU does not have.
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
-@pytest.mark.parametrize("name", sorted(PIPELINES.keys() - UNMEASURED))
+@pytest.mark.parametrize("name", sorted(PIPELINES))
 def test_a_pipeline_of_phantoms_is_as_the_real_one(name: str) -> None:
-    family = PIPELINES[name]
+    with small_constants(PIPELINES[name]):
+        compare(name, PIPELINES[name])
+
+
+def compare(name: str, family: Small) -> None:
+    """Compare all but the decoder of sound, which is not counted."""
     real = family.build()
     modules = {key: each for key, each in real.components.items() if isinstance(each, nn.Module)}
     made = {**family.components(), **{key: phantom(fresh(each)) for key, each in modules.items()}}
@@ -75,24 +78,25 @@ def test_a_pipeline_of_phantoms_is_as_the_real_one(name: str) -> None:
     assert {key: value.shape for key, value in other.encode(asked).items()} == shapes
 
     denoisers = nn.ModuleDict(driver.denoisers).requires_grad_(True)  # else torch computes layers in another way
-    rows: list[int] = []
+    calls: list[tuple[nn.Module, Any, Any]] = []
     watches = [
-        denoiser.register_forward_pre_hook(
-            lambda _, args, kwargs: rows.append(len(next(iter((*args, *kwargs.values()))))), with_kwargs=True
-        )
+        denoiser.register_forward_pre_hook(lambda *call: calls.append(call), with_kwargs=True)
         for denoiser in denoisers.values()
     ]
     state, sigma = torch.zeros(1, *driver.state_shape), torch.tensor([0.5])
-    operations = count_operations(lambda: driver.predict(state, sigma, packed))
+    driver.predict(state, sigma, packed)
     for watch in watches:
         watch.remove()
+    rows = [len(next(iter((*args, *kwargs.values())))) for _, args, kwargs in calls]
+    operations = count_operations(lambda: [denoiser(*args, **kwargs) for denoiser, args, kwargs in calls])
     assert found.rows_per_prediction == sum(rows)
     assert found.forward_flops_per_row * sum(rows) == operations.total
     assert 0 < found.attention_flops_per_row * sum(rows) == operations.attention
 
     assert found.decoder is not None
     assert found.decoder.media_numbers_per_row == driver.decode(state, packed).numel()
-    assert found.decoder.flops_per_row == count_operations(lambda: driver.decode(state, packed)).total
+    decoding = count_operations(lambda: driver.decode(state, packed)).total
+    assert found.decoder.flops_per_row == decoding or (name == "ltx2" and found.decoder.flops_per_row < decoding)
 
     kept = kept_numbers(driver, asked, 2) - kept_numbers(driver, asked, 1)
     assert found.activation_numbers_per_row * sum(rows) == pytest.approx(

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from guests import Outcome
 from rich.console import Console
+from torch import nn
 
 from branchtree import load_recipe, plan, train
 from branchtree.cli.display import fits_lines, print_plan
@@ -25,6 +26,7 @@ from branchtree.planning.memory import estimate_memory
 from branchtree.planning.plan import RunPlan, draw_tree
 from branchtree.planning.preflight import RewardSize, RewardSizes
 from branchtree.plugins import DecoderFootprint, Footprint, RewardFootprint
+from branchtree.plugins.registry import registry
 from branchtree.recipe import Recipe
 from branchtree.recipe.build import make_schedule
 from branchtree.run.directory import METRICS, RunDirectory
@@ -170,6 +172,18 @@ def test_a_run_does_what_was_planned(overrides: dict[str, Any], tmp_path: Path) 
     assert row["rows/gradient"] == expected.gradient_rows
     assert row["edges/trained"] == expected.iteration.trained_edges
     assert row["leaves/scored"] == expected.iteration.leaves
+
+
+def test_a_lora_that_no_layer_takes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = registry().model("guest_gaussian")
+
+    class Plain(entry.build):  # type: ignore[misc, name-defined]
+        def _lora_targets(self, denoiser: nn.Module) -> list[str]:
+            return []
+
+    monkeypatch.setitem(registry().models, "guest_gaussian", replace(entry, build=Plain))
+    with pytest.raises(RecipeError, match="lora: no layer of the model family 'guest_gaussian' takes one"):
+        plan("guest", {"lora.rank": 4})
 
 
 def test_every_iteration_of_a_run_keeps_to_the_plan(guest_run: tuple[Outcome, Path]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,20 @@ def test_of_several_bases_the_later_wins(tmp_path: Path) -> None:
     child = write(tmp_path, "child", "extends: [one, two]\n")
     recipe = load_recipe(child, folders=[tmp_path])
     assert (recipe.seed, recipe.loss.kl) == (2, 0.1)
+
+
+def test_a_base_may_be_put_under_methods(tmp_path: Path) -> None:
+    """As on the command line: those of the folders of recipes, over what the base says."""
+    write(tmp_path, "base", BASE + "seed: 1\nloss: {kl: 0.1}\n")
+    (tmp_path / "methods").mkdir()
+    write(tmp_path / "methods", "gentle", "loss: {kl: 0.5}\n")
+    child = write(tmp_path, "child", "extends: base+gentle\nseed: 3\n")
+    recipe = load_recipe(child, folders=[tmp_path])
+    assert (recipe.seed, recipe.loss.kl) == (3, 0.5)
+    assert recipe.loss == load_recipe("base+gentle", folders=[tmp_path]).loss
+    misspelt = write(tmp_path, "child", "extends: base+gentel\n")
+    with pytest.raises(RecipeError, match=r"child\.yaml:1: extends: no method 'gentel'; did you mean 'gentle'"):
+        load_recipe(misspelt, folders=[tmp_path])
 
 
 def test_a_recipe_has_a_name_and_a_description_of_its_own(tmp_path: Path) -> None:
@@ -504,7 +519,7 @@ def test_a_shipped_recipe_has_a_small_version(name: str, tmp_path: Path) -> None
     assert recipe.run.iterations <= 5
     assert isinstance(recipe.data.prompts, str)
     assert Path(recipe.data.prompts).is_file()
-    assert "bundled:" in recipe.model.options["path"]
+    assert re.search("bundled:|small:", recipe.model.options["path"])
     assert rewritten(recipe, tmp_path) == recipe
 
 

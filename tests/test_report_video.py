@@ -18,7 +18,7 @@ from PIL import Image
 from report_page import Page, assert_described, assert_self_contained, assert_well_formed, page
 
 from branchtree.pictures.grid import write_grid
-from branchtree.plugins import Media
+from branchtree.plugins import Condition, Media
 from branchtree.report.images import LARGEST_ANIMATION, Picture, embed
 from branchtree.report.thumbnails import within
 from branchtree.report.videos import embed_video
@@ -145,7 +145,7 @@ def test_a_page_without_motion_has_nothing_to_stop(tmp_path: Path) -> None:
 
 def test_what_training_writes_is_shown(run: Path) -> None:
     clips = torch.rand(3, 5, 3, 32, 32)
-    write_grid(run / "samples", 60, [Media(videos=clips, fps=8.0)], ["a", "b", "c"])
+    write_grid(run / "samples", 60, [Media(videos=clips, fps=8.0)], [Condition(each) for each in "abc"])
     last = videos(page(run))[-1]
     with av.open(io.BytesIO(decoded(last["src"] or "", "video/mp4")), "r") as container:
         assert [(frame.width, frame.height) for frame in container.decode(video=0)] == [(128, 128)] * 5
@@ -167,7 +167,7 @@ def test_a_file_that_is_no_video_is_named(run: Path, content: bytes) -> None:
 def sampled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A video as training writes it: its index comes first, so that what is left of it can still be opened."""
     folder = tmp_path_factory.mktemp("samples")
-    write_grid(folder, 60, [Media(videos=torch.rand(3, 9, 3, 32, 32), fps=8.0)], ["a", "b", "c"])
+    write_grid(folder, 60, [Media(videos=torch.rand(3, 9, 3, 32, 32), fps=8.0)], [Condition(each) for each in "abc"])
     return folder / "iteration_000060.mp4"
 
 

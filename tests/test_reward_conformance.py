@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,13 @@ def large_pairs(modality: str, samples: int) -> Media:
     return Media(videos=larger.unflatten(0, (samples, 2)), fps=8.0)
 
 
+def seeking(*objects: tuple[str, int]) -> Condition:
+    """A condition whose metadata ask for objects, and for a red cup left of the first."""
+    wanted: list[dict[str, Any]] = [{"class": name, "count": count} for name, count in objects]
+    cup = {"class": "cup", "count": 1, "color": "red", "position": ["left of", 0]}
+    return Condition("a picture", metadata={"include": [*wanted, cup], "exclude": [{"class": "cat", "count": 2}]})
+
+
 DIGITS = prompted("a handwritten seven", "the digit 3", "a one", "a five")
 MOTIONS = ("motion_smoothness", "motion_direction", "motion_displacement")
 CASES: Mapping[str, RewardCase] = {
@@ -61,6 +69,11 @@ CASES: Mapping[str, RewardCase] = {
         {"reward": "vbench_dynamic", "path": "random:small", "measure": "share"}, prompted(*PROMPTS), large_pairs
     ),
     "vbench_smoothness": RewardCase({"reward": "vbench_smoothness", "interpolator": "blend"}, prompted(*PROMPTS)),
+    "geneval": RewardCase(
+        {"reward": "geneval", "path": "random:small", "batch": 3},
+        [seeking(("cat", 1)), seeking(("dog", 2), ("cat", 1)), seeking(("bench", 1)), seeking(("bus", 3))],
+        refused=[Condition("a cat"), Condition("two dogs", metadata={"include": [{"class": "dog", "count": 0}]})],
+    ),
     "clip_similarity": small("clip_similarity", conditions=edits()),
     "motion_direction-subject": motion("motion_direction", "subject"),
 }
@@ -102,6 +115,7 @@ BROKEN = {
     "FlagsByNumbers": "each_sample_gets_a_number_and_a_flag",
     "KeepsGradients": "each_sample_gets_a_number_and_a_flag",
     "TakesVideosToo": "what_it_cannot_score_is_refused",
+    "RefusesItsOwn": "what_its_check_refuses_is_not_scored",
     "SpreadsOnePrompt": "what_it_cannot_score_is_refused",
     "CutsToBytes": "pixels_that_are_not_finite_make_their_sample_invalid",
     "SpoilsTheBatch": "pixels_that_are_not_finite_make_their_sample_invalid",

@@ -10,6 +10,8 @@ import torch
 from branchtree_rewards.clip.hps import FILES
 from branchtree_rewards.small.clip import write_clip_folder, write_open_clip
 from branchtree_rewards.small.clip import write_small_aesthetic as write_aesthetic
+from branchtree_rewards.small.geneval import write_small_geneval as write_geneval
+from branchtree_rewards.small.hpsv3 import write_small_hpsv3 as write_hpsv3
 from branchtree_rewards.small.imagereward import write_small_imagereward as write_imagereward
 from branchtree_rewards.small.unifiedreward import write_small_unifiedreward as write_unifiedreward
 from branchtree_rewards.small.videoalign import write_small_videoalign as write_videoalign
@@ -36,6 +38,8 @@ def built(name: str, **settings: Any) -> Any:
         ("clip", {"variant": "openai-l14"}, 427_616_513, 4),
         ("videoalign", {}, 2_208_985_600, 2),
         ("videoalign", {"dtype": "float32"}, 2_208_985_600, 4),
+        ("hpsv3", {}, 7_746_378_240, 2),
+        ("geneval", {}, 154_966_792 + 427_616_513, 4),
         ("unifiedreward", {}, 8_292_166_656, 2),
     ],
 )
@@ -74,6 +78,8 @@ def test_rewards_that_are_served_take_nothing_here() -> None:
 def test_a_size_that_is_assumed_says_of_what() -> None:
     assert built("pickscore", path="someone/other").footprint().assumed == "yuvalkirstain/PickScore_v1"
     assert built("videoalign", base="someone/other").footprint().assumed == "Qwen/Qwen2-VL-2B-Instruct"
+    assert built("hpsv3", base="someone/other").footprint().assumed == "Qwen/Qwen2-VL-7B-Instruct"
+    assert built("geneval", path="someone/other").footprint().assumed == "google/owlv2-base-patch16-ensemble"
     assert built("videoalign", path="someone/other").footprint().assumed == ""  # the base tells the size
 
 
@@ -91,6 +97,7 @@ def numbers(reward: Any) -> int:
         ("clip", lambda at: write_clip_folder(at, seed=0), {}),
         ("unifiedreward", write_unifiedreward, {"dtype": "float32"}),
         ("videoalign", write_videoalign, {"dtype": "float32"}),
+        ("geneval", write_geneval, {}),
     ],
 )
 def test_a_folders_own_configuration_tells_the_size(
@@ -111,6 +118,15 @@ def test_a_head_beside_its_clip(tmp_path: Path) -> None:
     footprint = reward.footprint()
     reward.load(torch.device("cpu"))
     assert footprint.weights == pytest.approx(4 * numbers(reward), rel=0.01)  # the head is not in CLIP's configuration
+
+
+def test_a_head_that_no_configuration_tells(tmp_path: Path) -> None:
+    write_hpsv3(tmp_path)
+    reward = built("hpsv3", path=str(tmp_path), dtype="float32")
+    footprint = reward.footprint()
+    reward.load(torch.device("cpu"))
+    head = 33 * 1024 + 1025 * 16 + 17 * 2  # of the small checkpoint's 32 numbers a state
+    assert footprint.weights == 4 * (numbers(reward) - head)
 
 
 def test_a_damaged_configuration_is_left_to_loading(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from branchtree.pictures import grid as samples
 from branchtree.pictures.grid import make_thumbnails, write_grid, write_tree
 from branchtree.pictures.still import fitted
 from branchtree.pictures.video import mp4, spread_evenly, webp
-from branchtree.plugins import Media
+from branchtree.plugins import Condition, Media
 
 FRAMES, SIDE = 9, 8
 CODEC = 16  # levels of 255 by which H.264 may be off inside an even area
@@ -145,7 +145,12 @@ def test_a_still_video_can_be_written() -> None:
 def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five samples in two parts, as they come from decoding in slices."""
     folder, videos = tmp_path_factory.mktemp("samples"), squares(5)
-    write_grid(folder, 20, [Media(videos=videos[:3], fps=8.0), Media(videos=videos[3:], fps=8.0)], list("abcde"))
+    write_grid(
+        folder,
+        20,
+        [Media(videos=videos[:3], fps=8.0), Media(videos=videos[3:], fps=8.0)],
+        [Condition(each) for each in "abcde"],
+    )
     return folder
 
 
@@ -192,16 +197,16 @@ def test_a_strip_shows_a_sample_from_its_first_frame_to_its_last(written: Path) 
 
 def test_large_videos_are_shrunk_in_the_grid_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     videos = torch.rand(2, 3, 1, 100, 300)
-    write_grid(tmp_path, 0, [Media(videos=videos, fps=4.0)], ["a", "b"])
+    write_grid(tmp_path, 0, [Media(videos=videos, fps=4.0)], [Condition(each) for each in "ab"])
     assert read(tmp_path / "iteration_000000" / "sample_000.mp4")[0].shape == (3, 100, 300, 3)
     assert read(tmp_path / "iteration_000000.mp4")[0].shape == (3, 86, 2 * 256, 3)  # 85 and an edge
     monkeypatch.setattr(samples, "LONGEST_VIDEO", 128)
-    write_grid(tmp_path, 1, [Media(videos=videos, fps=4.0)], ["a", "b"])
+    write_grid(tmp_path, 1, [Media(videos=videos, fps=4.0)], [Condition(each) for each in "ab"])
     assert read(tmp_path / "iteration_000001.mp4")[0].shape == (3, 22, 128, 3)  # 21 and an edge
 
 
 def test_a_video_without_a_rate_gets_one(tmp_path: Path) -> None:
-    write_grid(tmp_path, 0, [Media(videos=squares(1))], ["a"])
+    write_grid(tmp_path, 0, [Media(videos=squares(1))], [Condition("a")])
     assert read(tmp_path / "iteration_000000.mp4")[1] == 8
     assert json.loads((tmp_path / "iteration_000000.json").read_text())["fps"] == 8
 
@@ -209,7 +214,7 @@ def test_a_video_without_a_rate_gets_one(tmp_path: Path) -> None:
 def test_the_index_comes_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     order: list[str] = []
     monkeypatch.setattr(samples, "write_atomically", lambda path, content: order.append(path.name))
-    write_grid(tmp_path, 0, [Media(videos=squares(2), fps=8.0)], ["a", "b"])
+    write_grid(tmp_path, 0, [Media(videos=squares(2), fps=8.0)], [Condition(each) for each in "ab"])
     assert order[-1] == "iteration_000000.json" and len(order) == 5
 
 

@@ -29,7 +29,8 @@ from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
 from branchtree.data.prompts import PromptOrder
 from branchtree.errors import ModelError, RewardError
-from branchtree.plugins import Condition, Media
+from branchtree.plugins import Condition, Conditioning, Media
+from branchtree.plugins.decoding import Encoded
 from branchtree.plugins.scores import NamedReward
 from branchtree.recipe.build import make_schedule
 from branchtree.recipe.schema import BatchSection, ScoringSection
@@ -201,6 +202,19 @@ def test_scores_come_in_the_order_of_what_was_given(overlap: bool, groupwise: bo
     here = threading.get_ident()
     assert (here in model.threads | reward.threads) is not overlap
     assert set(working.seconds) == {"decode_work", "reward_work"}
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_a_decoder_that_asks_gets_what_each_sample_was_sampled_under(overlap: bool) -> None:
+    class Tinted(Lamp):
+        def decode(self, latents: Tensor, conditioning: Conditioning | None = None) -> Media:
+            assert conditioning is not None
+            return super().decode(latents + conditioning["tint"])
+
+    encoded = Encoded({"tint": torch.tensor([10.0, 20.0, 30.0])}, torch.tensor([2, 0, 0, 1, 2]))
+    with scorer(Tinted(), Recorder(), overlap, rows=2) as working:
+        working.put(torch.arange(5).float(), [Condition("a")] * 5, [0] * 5, encoded=encoded)
+        assert working.finish()["first pixel"].values.tolist() == [30, 11, 12, 23, 34]
 
 
 def test_a_thread_works_with_as_many_threads_as_the_run() -> None:

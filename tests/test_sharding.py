@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import WanPipeline
-from forked import Python, end_together
+from forked import Python, end_together, shared_environment
 from safetensors.torch import load_file
 from tiny_flux import tiny_flux
 from tiny_wan import Kind, tiny_wan
@@ -97,22 +96,6 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for kind in ("sharded", "ddp"):
         train("quickstart", small(model, **UNEVEN), output=root / f"{kind}_then_one", resume=True)
     return root
-
-
-def shared_environment() -> dict[str, str]:
-    """What ``accelerate launch --config_file fsdp2.yaml`` and torch's agent put into two processes' environment."""
-    from accelerate.commands import launch
-    from accelerate.utils.launch import prepare_multi_gpu_env
-
-    words = ["--config_file", str(CONFIGS / "fsdp2.yaml"), "--num_processes", "2", "--main_process_port", "0"]
-    words.append("process_runs.py")
-    started: list[Any] = []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "multi_gpu_launcher", started.append)
-        launch.launch_command(launch.launch_command_parser().parse_args(words))
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
-    return {**prepare_multi_gpu_env(started[0]), **address, "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
 
 
 def _asked(output: Path, overrides: dict[str, Any], sharded: bool, resume: bool = False) -> dict[str, Any]:

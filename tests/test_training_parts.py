@@ -357,7 +357,7 @@ def test_thumbnails_fit(size: tuple[int, int], expected: tuple[int, int]) -> Non
 
 def test_a_grid_holds_every_sample(tmp_path: Path) -> None:
     media = [Media(images=torch.full((8, 3, 16, 16), 0.2)), Media(images=torch.full((4, 3, 16, 16), 0.8))]
-    write_grid(tmp_path, 7, media, [f"prompt {place}" for place in range(12)])
+    write_grid(tmp_path, 7, media, [Condition(f"prompt {number}") for number in range(12)])
     grid = Image.open(tmp_path / "iteration_000007.png")
     assert grid.size == (10 * 64, 2 * 64)
     assert grid.getpixel((7 * 64 + 5, 5)) == (51, 51, 51)

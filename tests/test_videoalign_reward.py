@@ -19,7 +19,7 @@ from branchtree_rewards.videoalign.frames import Sampling, frame_indices, frame_
 from branchtree_rewards.videoalign.network import reward_weights
 from branchtree_rewards.videoalign.reward import VideoAlign, VideoAlignConfig, dimensions
 from branchtree_rewards.videoalign.settings import Lora, read_settings
-from branchtree_rewards.videoalign.text import conversation_text
+from branchtree_rewards.videoalign.text import question_form
 from pydantic import ValidationError
 from torch import Tensor
 
@@ -472,7 +472,7 @@ def test_the_template_is_the_publishers_to_the_byte() -> None:
     assert len(content) == 3997
     assert hashlib.sha256(content).hexdigest() == "fdb6309bac618dd0c8b1b589d3a0970a974f7856eecbb355a190b2dce54af700"
     before, after = content.decode().split("{text_prompt}")
-    asked_text = conversation_text("{text_prompt} {braces}", 2)
+    asked_text = question_form().conversation("{text_prompt} {braces}", 2)
     assert asked_text == (
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n<|vision_start|><|video_pad|>"
         f"<|video_pad|><|vision_end|>{before}{{text_prompt}} {{braces}}{after}<|im_end|>\n<|im_start|>assistant\n"
@@ -553,6 +553,9 @@ def test_half_precision_leaves_the_head_alone(reward: VideoAlign) -> None:
     assert (network.backbone.dtype, network.head.dtype) == (torch.bfloat16, torch.float32)
     exact: Any = reward._require_opened().network
     assert exact.backbone.dtype == torch.float32
+    rounded, whole = (one.backbone.language_model.rotary_emb.inv_freq for one in (network, exact))
+    assert rounded.dtype == whole.dtype == torch.float32
+    assert rounded.equal(whole.bfloat16().float()) and not rounded.equal(whole)  # as a cast of the whole model does
     near = half.score(noise(2), asked("a cat", "a dog")).values
     assert near.isfinite().all()
     assert (near - reward.score(noise(2), asked("a cat", "a dog")).values).abs().max() < 0.3

@@ -401,10 +401,14 @@ def test_models_that_are_no_wan_21(folder: Callable[[Kind], Path], conditions: l
     for number, (changes, message) in enumerate(
         [
             (second, "is a Wan2.2 model (its model_index.json sets transformer_2 and boundary_ratio)"),
-            ({"expand_timesteps": True}, "give a Wan2.1 model, such as 'Wan-AI/Wan2.1-I2V-14B-480P-Diffusers'."),
+            (
+                {"expand_timesteps": True},
+                "use adapter: diffusers, or give a Wan2.1 model, such as 'Wan-AI/Wan2.1-I2V-14B-480P-Diffusers'.",
+            ),
         ]
     ):
         path = edited(folder(SAME[0]), tmp_path / str(number), "model_index.json", **changes)
+        shutil.copytree(path / "transformer", path / "transformer_2")
         assert_refused(build(path), message, conditions[0])
     path = edited(folder(SAME[1]), tmp_path / "blind", "model_index.json", image_encoder=[None, None])
     assert_refused(build(path), "takes image embeddings, and the model has no image_encoder", conditions[0])

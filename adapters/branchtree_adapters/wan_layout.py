@@ -126,7 +126,8 @@ def _require_wan_21(config: WanConfig, index: Mapping[str, Any]) -> None:
     if found:
         raise ModelError(
             f"'{config.path}' is a Wan2.2 model (its model_index.json sets {' and '.join(found)}), which is denoised "
-            f"in another way; give a Wan2.1 model, such as 'Wan-AI/{_MODELS[config.task, '14B']}-Diffusers'."
+            "in another way; use adapter: diffusers, or "
+            f"give a Wan2.1 model, such as 'Wan-AI/{_MODELS[config.task, '14B']}-Diffusers'."
         )
 
 

@@ -1,4 +1,4 @@
-"""Whether numbers are finite, found out at the cost of one pass over them."""
+"""Whether numbers are finite."""
 
 from __future__ import annotations
 
@@ -16,3 +16,8 @@ def is_finite(values: Tensor) -> bool:
     if values.numel() == 0 or not values.is_floating_point():
         return True
     return bool(torch.stack(torch.aminmax(values)).isfinite().all())
+
+
+def finite_rows(values: Tensor) -> Tensor:
+    """Return which rows of values (B, ...) hold neither NaN nor infinity, (B,) bool."""
+    return values.flatten(1).isfinite().all(dim=1)

@@ -13,11 +13,11 @@ from branchtree.core.grid import check_grid
 from branchtree.core.noise import NoiseSource, Siblings
 from branchtree.core.solvers import Solver, SolverHistory, dpm2m
 from branchtree.core.transfer import fetch_rows, send
-from branchtree.core.transitions import Kernel, Reduction, ScalesNoise, Transition
+from branchtree.core.transitions import Kernel, Reduction, ScalesNoise, ShapesNoise, Transition
 from branchtree.core.tree import BranchTree, Topology
 
 VelocityFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(latents (B, *latent), sigma (B,), prompt index (B,) int64) -> prediction (B, *latent), float32."""
+"""(latents (B, *latent), sigma (B,), prompt index (B,) int64) -> prediction (B, ...), float32."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,10 @@ class Sampler:
         target = depth + 1 if target is None else target
         sigma, sigma_next = (send(self.sigmas[d], latents.device) for d in (depth, target))
         return self.kernel(latents, prediction, sigma, sigma_next, send(active, latents.device))
+
+    def noise_shape(self, latent: Sequence[int]) -> Sequence[int]:
+        """Return the shape of one row's base noise for states of shape ``latent``."""
+        return self.kernel.noise_shape(latent) if isinstance(self.kernel, ShapesNoise) else latent
 
     def noise_weights(self) -> Tensor:
         """Return each step's noise scale over the mean of all that can be stochastic, (T,) float32; 0 for the last.
@@ -87,7 +91,7 @@ class Growth:
         velocity: the policy's predictions.
         sampler: how transitions are made and scored.
         topology: the trees' shape.
-        initial: (P, *latent), the noise that all leaves of a prompt start from.
+        initial: (P, *latent), the state that all leaves of a prompt start from; integers stay integers.
         noise: the source of the edges' noise.
         prompt_ids: (P,) the prompts' addresses for noise.
         max_rows: predictions in one call; all of a depth by default.
@@ -120,7 +124,8 @@ class Growth:
         self._noise, self._prompt_ids = noise, prompt_ids
         self._max_rows, self._together, self._device = max_rows, together, initial.device
         # Per depth reached by any prompt, (N_d, *latent) and (N_d,).
-        self._states = [initial.float().to(store or initial.device)]
+        initial = initial.float() if initial.is_floating_point() else initial
+        self._states = [initial.to(store or initial.device)]
         self._log_prob = [torch.zeros(topology.prompts, device=initial.device)]
 
     @property
@@ -177,9 +182,8 @@ class Growth:
         prediction = self._velocity(latents, sigma, root)
         active, target = topology.stochastic(step)[rows], topology.target(step)[rows]
         transition = sampler.transition(latents, prediction, depth, active, target).rows(send(family, self._device))
-        base = _noise(
-            sampler.siblings, topology, step, children.tolist(), self._noise, self._prompt_ids, latents.shape[1:]
-        )
+        shape = sampler.noise_shape(latents.shape[1:])
+        base = _noise(sampler.siblings, topology, step, children.tolist(), self._noise, self._prompt_ids, shape)
         reached = transition.sample(None if base is None else send(base, self._device))
         if history is not None:
             _solve(sampler, topology, step, children, family, (latents, prediction), reached, history, first)

@@ -1,10 +1,13 @@
 """One denoising step as a distribution: what a transition and the kernel that makes it must offer.
 
-Growing a tree and the gradient pass know no more about a modality than this; ``gaussian`` has the built-in ones.
+Growing a tree and the gradient pass know no more about a modality than this. States are float32 or integers, and what
+the model predicts need not have their shape. ``gaussian`` has the transitions of diffusion and flow matching,
+``categorical`` one of tokens.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal, Protocol, Self, runtime_checkable
 
 from torch import Tensor
@@ -16,7 +19,7 @@ class Transition(Protocol):
     """The distributions of B next states, of which some may be deterministic."""
 
     def sample(self, noise: Tensor | None) -> Tensor:
-        """Return the next states for base noise (B, *latent); None where no row is stochastic."""
+        """Return the next states (B, *latent) for base noise (B, *noise); None where no row is stochastic."""
 
     def log_prob(self, following: Tensor, reduction: Reduction) -> Tensor:
         """Return the log-density (B,) of the states that followed, 0 for deterministic rows; differentiable."""
@@ -47,3 +50,11 @@ class ScalesNoise(Protocol):
 
     def noise_scale(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
         """Return the standard deviation that a stochastic step adds, (B,), for noise levels (B,)."""
+
+
+@runtime_checkable
+class ShapesNoise(Protocol):
+    """A kernel whose transitions take base noise of another shape than the states'."""
+
+    def noise_shape(self, latent: Sequence[int]) -> Sequence[int]:
+        """Return the shape of one row's noise for states of shape ``latent``."""

@@ -168,13 +168,13 @@ def indices_in(whole: Topology, shares: Sequence[TreeShare]) -> tuple[Tensor, ..
 class BranchTree:
     """A sampled tree: its topology, its states, and the log-density of the edge into each node.
 
-    States are float32 whatever the model computes in, and opaque: the core indexes and stores them and never
-    looks inside. The log-density of a deterministic edge, and of a root, is 0.
+    States are float32 whatever the model computes in, or integers, and opaque: the core indexes and stores them and
+    never looks inside. The log-density of a deterministic edge, and of a root, is 0.
     """
 
     topology: Topology
     sigmas: Tensor  # (T + 1,) float32, CPU
-    states: tuple[Tensor, ...]  # per depth (N_d, *latent) float32
+    states: tuple[Tensor, ...]  # per depth (N_d, *latent), float32 or integers
     log_prob: tuple[Tensor, ...]  # per depth (N_d,) float32, CPU
 
     @property

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import math
 import os
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from branchtree.data.row_keys import warn_of_near_keys
 from branchtree.errors import DataError, refuse, shortened
 from branchtree.files.json_lines import json_object, numbered_lines
 from branchtree.files.reading import half_character, require_file, user_path
-from branchtree.plugins.protocols import ModelAdapter, NamesItsMedia
+from branchtree.plugins.protocols import ChecksConditions, ModelAdapter, NamesItsMedia, RewardAdapter
 from branchtree.plugins.values import Condition
 
 if TYPE_CHECKING:
@@ -130,15 +130,31 @@ def check_conditions(model: ModelAdapter, conditions: Iterable[Condition]) -> No
     different: dict[object, Condition] = {}
     for one in conditions:
         different.setdefault((one.files, one.negative_prompt), one)
-    refused: list[str] = []
-    for condition in different.values():
+
+    def check(condition: Condition) -> None:
+        if condition.further_images and "image" in media and "images" not in media:
+            raise DataError(f"{condition} has {len(condition.images)} images, and the model takes one; give one.")
+        model.check(condition)
+
+    refuse(_refused(check, different.values()))
+
+
+def check_for_rewards(rewards: Iterable[RewardAdapter], conditions: Sequence[Condition]) -> None:
+    """Let the rewards that need more than a prompt check all conditions that they are to score, before they are loaded.
+
+    Raises DataError with a line for each of the first few that one refuses.
+    """
+    refuse([why for one in rewards if isinstance(one, ChecksConditions) for why in _refused(one.check, conditions)])
+
+
+def _refused(check: Callable[[Condition], None], conditions: Iterable[Condition]) -> list[str]:
+    reasons: list[str] = []
+    for condition in conditions:
         try:
-            if condition.further_images and "image" in media and "images" not in media:
-                raise DataError(f"{condition} has {len(condition.images)} images, and the model takes one; give one.")
-            model.check(condition)
+            check(condition)
         except DataError as error:
-            refused.append(str(error))
-    refuse(refused)
+            reasons.append(str(error))
+    return reasons
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,8 @@ from branchtree.core.tree import Topology
 from branchtree.files.writing import write_atomically
 from branchtree.pictures.still import THUMBNAIL, TILE, fitted, png, tiled, to_image
 from branchtree.pictures.video import mp4, spread_evenly, webp
-from branchtree.plugins.values import Media
+from branchtree.plugins.samples import Media, Samples
+from branchtree.plugins.values import Condition
 
 COLUMNS = 10  # of a grid of images
 STRIP, GAP = 8, 2  # the most frames in a sample's strip; pixels between them
@@ -25,15 +26,44 @@ LONGEST_VIDEO = 4096  # pixels: the longest side that common H.264 decoders take
 ASSUMED_FPS = 8.0  # for a video whose model does not state its rate
 
 
-def write_grid(folder: Path, iteration: int, media: Sequence[Media], prompts: Sequence[str]) -> None:
-    """Write the samples of ``media`` and, last, ``iteration_NNNNNN.json`` with their prompts.
+def drawn(samples: Sequence[Samples], conditions: Sequence[Condition]) -> list[Media]:
+    """Return pictures of samples, batch by batch, as their kind draws them; none of a kind that cannot be drawn."""
+    shown, rest = [], list(conditions)
+    for batch in samples:
+        shown.append(batch.show(rest[: len(batch)]))
+        rest = rest[len(batch) :]
+    return [media for media in shown if media is not None]
+
+
+def write_contents(stem: Path, samples: Sequence[Samples]) -> None:
+    """Write what samples of another kind than media hold, ``stem.safetensors``, with what is no tensor in its metadata.
+
+    Images and videos are files of their own.
+    """
+    whole = samples[0].concatenate(samples)
+    if isinstance(whole, Media):
+        return
+    from safetensors.torch import save
+
+    others = {name: value for name, value in vars(whole).items() if name not in whole.tensors}
+    tensors = {name: value.cpu().contiguous() for name, value in whole.tensors.items()}
+    content = save(tensors, {"modality": whole.modality, "fields": json.dumps(others, default=str)})
+    write_atomically(stem.with_suffix(".safetensors"), content)
+
+
+def write_grid(folder: Path, iteration: int, samples: Sequence[Samples], conditions: Sequence[Condition]) -> None:
+    """Write samples and, last, ``iteration_NNNNNN.json`` with their prompts.
 
     ``iteration_NNNNNN.png`` has images in a grid, row by row, or one strip of frames per video. For videos the .mp4
-    beside it is the grid of all samples playing, and ``iteration_NNNNNN/sample_NNN.mp4`` has each separately.
+    beside it is the grid of all samples playing, and ``iteration_NNNNNN/sample_NNN.mp4`` has each separately. What
+    samples of other kinds consist of is in ``iteration_NNNNNN.safetensors``.
     """
     path = sample_index(folder, iteration)
     stem = path.with_suffix("")
-    index = {"iteration": iteration, "prompts": list(prompts), **write_pictures(stem, media)}
+    write_contents(stem, samples)
+    media = drawn(samples, conditions)
+    layout = write_pictures(stem, media) if media else {}
+    index = {"iteration": iteration, "prompts": [condition.prompt for condition in conditions], **layout}
     write_atomically(path, json.dumps(index).encode())
 
 
@@ -105,19 +135,20 @@ def write_tree(
     credit: Credit,
     thumbnails: Sequence[Thumbnail],
 ) -> None:
-    """Write the first prompt's tree: its nodes with values and advantages, and its leaves with their thumbnails."""
+    """Write the first prompt's tree: its nodes with values and advantages, and its leaves with thumbnails, if any."""
     stem = folder / f"iteration_{iteration:06d}"
-    paths = []
-    for leaf, thumbnail in zip(range(topology.plans[0].leaves), thumbnails, strict=True):
-        paths.append(stem / f"leaf_{leaf:03d}{thumbnail.suffix}")
-        write_atomically(paths[-1], thumbnail.content)
+    names: list[str | None] = [None] * topology.plans[0].leaves
+    for leaf, thumbnail in enumerate(thumbnails):
+        path = stem / f"leaf_{leaf:03d}{thumbnail.suffix}"
+        names[leaf] = path.relative_to(folder).as_posix()
+        write_atomically(path, thumbnail.content)
     record = {
         "iteration": iteration,
         "prompt": prompt,
         "steps": topology.steps,
         "splits": list(topology.plans[0].splits),
         "nodes": _nodes(topology, credit),
-        "leaves": _leaves(topology, scores, credit, [path.relative_to(folder).as_posix() for path in paths]),
+        "leaves": _leaves(topology, scores, credit, names),
     }
     write_atomically(stem.with_suffix(".json"), json.dumps(record).encode())
 
@@ -155,7 +186,7 @@ def _nodes(topology: Topology, credit: Credit) -> list[dict[str, Any]]:
 
 
 def _leaves(
-    topology: Topology, scores: Mapping[str, Scores], credit: Credit, thumbnails: Sequence[str]
+    topology: Topology, scores: Mapping[str, Scores], credit: Credit, thumbnails: Sequence[str | None]
 ) -> list[dict[str, Any]]:
     first = _offsets(topology)[-1]
     return [

@@ -2,27 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from branchtree.core.cost import Cost, count
 from branchtree.core.schedule import TreePlan
 from branchtree.core.tree import Topology, grow, grow_shares
-from branchtree.data.prompts import HUB, PromptOrder, check_conditions, held_out_conditions, training_conditions
+from branchtree.data.prompts import (
+    HUB,
+    PromptOrder,
+    check_conditions,
+    check_for_rewards,
+    held_out_conditions,
+    training_conditions,
+)
+from branchtree.errors import PluginError, RecipeError
 from branchtree.planning.fitting import Fit, find_fits
 from branchtree.planning.gpus import GPUS
 from branchtree.planning.memory import MemoryEstimate, estimate_memory
 from branchtree.planning.preflight import RewardSizes, reward_sizes
-from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.protocols import ModelAdapter, RewardAdapter
 from branchtree.plugins.values import Footprint
 from branchtree.recipe.build import (
     check_learns,
     make_credit_rule,
     make_kernel,
     make_model,
+    make_reward,
     make_schedule,
     make_shares,
 )
-from branchtree.recipe.schema import DataSection, EvaluationSection, Recipe
+from branchtree.recipe.plain_yaml import KeyPath
+from branchtree.recipe.schema import DataSection, EvaluationSection, Recipe, RewardSection
 
 
 @dataclass(frozen=True)
@@ -98,6 +110,8 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
     schedule, rule = make_schedule(recipe), make_credit_rule(recipe)
     plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe, model)]
     footprint = model.footprint()
+    if recipe.lora is not None and footprint.lora_parameters_per_rank == 0:
+        raise RecipeError(f"lora: no layer of the model family '{recipe.model.adapter}' takes one; leave it out")
     iteration = count(plans, rule, 0)
     rewards = reward_sizes(recipe)
     around = rewards.around()
@@ -122,9 +136,21 @@ def _first_prompts(recipe: Recipe, model: ModelAdapter) -> list[int]:
     conditions = training_conditions(recipe.data) if _is_local(recipe.data) else []
     held_out = held_out_conditions(recipe.evaluation) if _is_local(recipe.evaluation) else []
     check_conditions(model, [*conditions, *held_out])
+    check_for_rewards(_installed(recipe.rewards, ("rewards",)), conditions)
+    if recipe.evaluation is not None:
+        check_for_rewards(_installed(recipe.evaluation.rewards, ("evaluation", "rewards")), held_out)
     if not conditions:
         return list(range(recipe.batch.prompts))
     return PromptOrder(len(conditions), recipe.seed, recipe.data.shuffle).batch(0, recipe.batch.prompts)
+
+
+def _installed(sections: Sequence[RewardSection], at: KeyPath) -> list[RewardAdapter]:
+    """Return the rewards of a section, not loaded, without those that are not installed."""
+    found = []
+    for index, section in enumerate(sections):
+        with suppress(PluginError):
+            found.append(make_reward(section.reward, section.options, (*at, index))[0])
+    return found
 
 
 def _is_local(section: DataSection | EvaluationSection | None) -> bool:

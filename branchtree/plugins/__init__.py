@@ -7,6 +7,7 @@ from branchtree.core.scores import Scores
 from branchtree.plugins.base import Callback, ModelBase
 from branchtree.plugins.hookspecs import Register, hookimpl
 from branchtree.plugins.protocols import ModelAdapter, RewardAdapter
+from branchtree.plugins.samples import Media, Samples
 from branchtree.plugins.values import (
     Condition,
     Conditioning,
@@ -14,7 +15,6 @@ from branchtree.plugins.values import (
     Footprint,
     LoraSettings,
     LoraSummary,
-    Media,
     RewardCard,
     RewardFootprint,
 )
@@ -34,6 +34,7 @@ __all__ = [
     "RewardAdapter",
     "RewardCard",
     "RewardFootprint",
+    "Samples",
     "Scores",
     "hookimpl",
 ]

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from branchtree.errors import CheckpointError, ModelError
 from branchtree.plugins import weights
-from branchtree.plugins.values import Condition, Conditioning, Footprint, LoraSettings, Media
+from branchtree.plugins.samples import Samples
+from branchtree.plugins.values import Condition, Conditioning, Footprint, LoraSettings
 
 DENOISER_FILE = "denoiser.safetensors"
 LORA_FILE = "lora.safetensors"
@@ -41,7 +42,7 @@ class ModelBase(ABC):
     @property
     @abstractmethod
     def modality(self) -> str:
-        """``"image"`` or ``"video"``: what ``decode`` returns. A class attribute will do."""
+        """What ``decode`` returns: ``"image"``, ``"video"`` or another kind's name. A class attribute will do."""
 
     @property
     @abstractmethod
@@ -68,10 +69,10 @@ class ModelBase(ABC):
         """Predict for latents (B, *latent) at sigma (B,), float32, through ``denoiser`` or ``self.denoiser``."""
 
     @abstractmethod
-    def decode(self, latents: Tensor) -> Media:
-        """Decode clean latents (B, *latent) to media in [0, 1].
+    def decode(self, latents: Tensor) -> Samples:
+        """Decode clean latents (B, *latent) to B samples.
 
-        A model whose media also depend on their conditions adds ``conditioning: Conditioning | None = None``, B rows.
+        A model whose samples also depend on their conditions adds ``conditioning: Conditioning | None = None``, B rows.
         """
 
     @property
@@ -188,6 +189,9 @@ class Callback:
 
     def on_iteration(self, iteration: int, metrics: Mapping[str, float]) -> None:
         """Run after an iteration and its optimiser steps."""
+
+    def on_samples(self, iteration: int, samples: Sequence[Samples], conditions: Sequence[Condition]) -> None:
+        """Run when ``run.sample_every`` has samples made, in batches, one for each condition."""
 
     def on_evaluation(self, iteration: int, figures: Mapping[str, float]) -> None:
         """Run after an evaluation, when ``iteration`` iterations were done."""

@@ -1,4 +1,4 @@
-"""Decoding by any model: its media may depend on their conditions, or on the latents alone."""
+"""Decoding by any model: samples may depend on their conditions, or on the latents alone."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from branchtree.plugins.protocols import ModelAdapter
-from branchtree.plugins.values import Conditioning, Media
+from branchtree.plugins.samples import Samples
+from branchtree.plugins.values import Conditioning
 
 
 @dataclass(frozen=True)
@@ -24,14 +25,14 @@ class Encoded:
     def __getitem__(self, rows: slice) -> Encoded:
         return Encoded(self.conditioning, self.prompt[rows])
 
-    def decode(self, model: ModelAdapter, latents: Tensor) -> Media:
+    def decode(self, model: ModelAdapter, latents: Tensor) -> Samples:
         """Decode clean latents (B, *latent). A ``decode`` with a parameter ``conditioning`` gets B rows there."""
         own: Any = model.decode
         if "conditioning" not in inspect.signature(own).parameters:
             return model.decode(latents)
         rows: Mapping[str, Tensor] = {name: value[self.prompt] for name, value in self.conditioning.items()}
-        media: Media = own(latents, conditioning=rows)
-        return media
+        samples: Samples = own(latents, conditioning=rows)
+        return samples
 
 
 NOT_ENCODED = Encoded({}, torch.zeros(0, dtype=torch.int64))

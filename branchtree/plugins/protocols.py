@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from branchtree.core.scores import Scores
+from branchtree.plugins.samples import Samples
 from branchtree.plugins.values import (
     Condition,
     Conditioning,
     Footprint,
     LoraSettings,
     LoraSummary,
-    Media,
     RewardFootprint,
 )
 
@@ -33,7 +33,7 @@ class ModelAdapter(Protocol):
 
     @property
     def modality(self) -> str:
-        """``"image"`` or ``"video"``: what ``decode`` returns."""
+        """What ``decode`` returns: ``"image"``, ``"video"``, or the name of another kind of samples."""
 
     @property
     def prediction(self) -> str:
@@ -73,7 +73,7 @@ class ModelAdapter(Protocol):
         """
 
     def initial_noise(self, generator: torch.Generator) -> Tensor:
-        """Draw one sample's starting latents (*latent), float32 on the CPU, standard normal."""
+        """Draw one sample's starting latents (*latent) on the CPU: float32, standard normal, or integers."""
 
     def sigmas(self, steps: int) -> Tensor:
         """Return the model's own time grid, (steps + 1,) float32 from 1 (or near) to 0."""
@@ -81,17 +81,19 @@ class ModelAdapter(Protocol):
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
-        """Predict for latents (B, *latent) at sigma (B,) under B rows of ``conditioning``; float32 (B, *latent).
+        """Predict for latents (B, *latent) at sigma (B,) under B rows of ``conditioning``; float32.
 
-        Rows go through ``denoiser``: the adapter's own, that one wrapped for distributed training, or a frozen copy, in
-        the dtype it was loaded in. A run that trains float32 weights in bfloat16 calls it under autocast, but never
+        The prediction has the latents' shape (B, *latent), or that which the recipe's transition takes.
+        Latents come as they are kept, float32 or integers, whatever the run's precision. Rows go through ``denoiser``:
+        the adapter's own, that one wrapped for distributed training, or a frozen copy, in the dtype it was loaded in. A
+        run that trains float32 weights in bfloat16 calls it under autocast, but never
         with low-rank weights.
         """
 
-    def decode(self, latents: Tensor) -> Media:
-        """Decode clean latents (B, *latent) to media in [0, 1]. On a CPU, a thread may call ``predict`` meanwhile.
+    def decode(self, latents: Tensor) -> Samples:
+        """Decode clean latents (B, *latent) to B samples. On a CPU, a thread may call ``predict`` meanwhile.
 
-        An adapter whose media also depend on their conditions has a second parameter ``conditioning``, which may be
+        An adapter whose samples also depend on their conditions has a second parameter ``conditioning``, which may be
         left out. It gets the B rows that ``predict`` got; see ``branchtree.plugins.decoding``.
         """
 
@@ -208,17 +210,20 @@ class LocatesWeights(Protocol):
 
 
 class RewardAdapter(Protocol):
-    """A scorer of media. Built from its own configuration; nothing is loaded before ``load``."""
+    """A scorer of samples. Built from its own configuration; nothing is loaded before ``load``."""
 
     @property
     def modalities(self) -> frozenset[str]:
-        """The modalities that it can score: ``image``, ``video`` or both."""
+        """The modalities that it can score: ``image``, ``video``, or names of other kinds of samples."""
 
     def load(self, device: torch.device) -> None:
         """Load what scoring needs."""
 
-    def score(self, media: Media, conditions: Sequence[Condition]) -> Scores:
-        """Score sample i against condition i, or mark it invalid. Called from any thread, never from two at once."""
+    def score(self, media: Any, conditions: Sequence[Condition]) -> Scores:
+        """Score sample i, of samples of one modality, against condition i, or mark it invalid.
+
+        Called from any thread, never from two at once.
+        """
 
 
 # What a reward may offer beside it
@@ -240,6 +245,14 @@ class ReadsPrompt(Protocol):
     @property
     def reads_prompt(self) -> bool:
         """Return whether samples need a prompt to be scored."""
+
+
+@runtime_checkable
+class ChecksConditions(Protocol):
+    """A reward that needs more of a condition than its prompt, and can tell before ``load`` whether it is there."""
+
+    def check(self, condition: Condition) -> None:
+        """Refuse a condition that cannot be scored, by a DataError that names it and says what would be right."""
 
 
 @runtime_checkable

@@ -112,6 +112,15 @@ def registry() -> Registry:
     return collect_plugins({(point.name, name): point.load for point, name in points}.items())
 
 
+def register_here(plugin: object, name: str) -> None:
+    """Register a plug-in that is not installed; see ``branchtree.register``."""
+    found = registry()
+    for entries in (found.models, found.rewards, found.callbacks, found.features, *found.rules.values()):
+        for known in [known for known, entry in entries.items() if entry.distribution == name]:
+            del entries[known]
+    _register(found, name, name, plugin)
+
+
 def collect_plugins(plugins: Iterable[tuple[tuple[str, str], Callable[[], object]]]) -> Registry:
     """Load plug-ins, each given as ((entry-point name, distribution), loader), and let them register.
 

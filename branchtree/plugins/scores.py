@@ -12,7 +12,8 @@ from torch import Tensor
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
 from branchtree.plugins.protocols import GroupReward, ReadsPrompt, RewardAdapter
-from branchtree.plugins.values import Condition, Media
+from branchtree.plugins.samples import Samples
+from branchtree.plugins.values import Condition
 
 NOT_FINITE = "the value is not finite"
 
@@ -32,7 +33,7 @@ class NamedReward:
         return isinstance(self.adapter, GroupReward) and self.adapter.groupwise
 
 
-def ask(label: str, adapter: RewardAdapter, media: Media, conditions: Sequence[Condition]) -> Scores:
+def ask(label: str, adapter: RewardAdapter, media: Samples, conditions: Sequence[Condition]) -> Scores:
     """Return a reward's checked scores of some samples. Raises RewardError, naming the reward, if it fails."""
     try:
         with torch.no_grad():

@@ -1,22 +1,26 @@
-"""The values that pass between the library and its plug-ins: conditions, samples, sizes, settings.
+"""The values that pass between the library and its plug-ins: conditions, sizes, settings.
 
-Axis letters: P prompts, B rows of a batch, C channels, H height, W width, F frames.
+Axis letter: P prompts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from branchtree.errors import shortened
+from branchtree.errors import DataError, shortened
 
 Conditioning = Mapping[str, Tensor]
 """Encoded conditions of P prompts: named tensors whose first axis is P. Rows may have zeros at their ends."""
+
+
+Fields = TypeVar("Fields", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -42,52 +46,26 @@ class Condition:
         """What a sample may depend on beside the texts: image, last image and video, and further images."""
         return (self.image, self.last_image, self.video, *self.further_images)
 
+    def read(self, kind: type[Fields]) -> Fields:
+        """Return the metadata as a pydantic model, a plug-in's own. Raises DataError that names each key at fault."""
+        try:
+            return kind.model_validate(dict(self.metadata))
+        except ValidationError as error:
+            problems = [
+                f"{'.'.join(map(str, each['loc'])) or 'metadata'}: {each['msg']}"
+                for each in error.errors(include_url=False, include_input=False)
+            ]
+            raise DataError(f"{self}: {'; '.join(problems)}") from None
+
+    @property
+    def metadata_text(self) -> str:
+        """The metadata as JSON with sorted keys, by which conditions can be told apart."""
+        return json.dumps(self.metadata, sort_keys=True, default=str)
+
     def __str__(self) -> str:
         """Return what a message calls it: where it was read, and its prompt."""
         prompt = shortened(self.prompt)
         return f"{self.location}: '{prompt}'" if self.location else f"'{prompt}'"
-
-
-@dataclass(frozen=True)
-class Media:
-    """Decoded samples: either images or videos, float32 in [0, 1]."""
-
-    images: Tensor | None = None  # (B, C, H, W)
-    videos: Tensor | None = None  # (B, F, C, H, W)
-    fps: float | None = None
-
-    def __post_init__(self) -> None:
-        if (self.images is None) == (self.videos is None):
-            raise ValueError("Media holds either images or videos, and not both")
-
-    @property
-    def modality(self) -> str:
-        """``"image"`` or ``"video"``."""
-        return "video" if self.images is None else "image"
-
-    @property
-    def pixels(self) -> Tensor:
-        """The images (B, C, H, W) or the videos (B, F, C, H, W)."""
-        pixels = self.videos if self.images is None else self.images
-        assert pixels is not None
-        return pixels
-
-    def __len__(self) -> int:
-        return self.pixels.shape[0]
-
-    def __getitem__(self, rows: slice) -> Media:
-        if self.images is None:
-            return Media(videos=self.pixels[rows], fps=self.fps)
-        return Media(images=self.pixels[rows])
-
-    @staticmethod
-    def concatenate(batches: Sequence[Media]) -> Media:
-        """Concatenate media of one kind and size."""
-        first = batches[0]
-        if len(batches) == 1:
-            return first
-        pixels = torch.cat([batch.pixels for batch in batches])
-        return Media(videos=pixels, fps=first.fps) if first.images is None else Media(images=pixels)
 
 
 @dataclass(frozen=True)

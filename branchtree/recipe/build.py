@@ -10,6 +10,7 @@ import torch
 from pydantic import BaseModel
 
 from branchtree.core.credit import CreditRule
+from branchtree.core.gaussian import GaussianKernel
 from branchtree.core.grid import time_grid
 from branchtree.core.loss import EdgeLoss
 from branchtree.core.noise import Siblings
@@ -139,8 +140,14 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
     """
     if all(reward.weight == 0 for reward in recipe.rewards):
         raise RecipeError("rewards: every weight is 0, so that there is nothing to learn from; give one a weight")
+    name = recipe.sampler.transition.name if recipe.sampler.transition else recipe.sampler.kind
+    solved = {"solver: dpm2m": recipe.tree.solver != "euler", "continuation": recipe.tree.continuation is not None}
+    for key in (key for key, asked in solved.items() if asked and not isinstance(kernel, GaussianKernel)):
+        raise RecipeError(
+            f"tree.{key} is for steps of an ODE, and those of the transition '{name}' are none, as it is not Gaussian; "
+            "leave it out"
+        )
     if recipe.loss.weighting == "noise" and not isinstance(kernel, ScalesNoise):
-        name = recipe.sampler.transition.name if recipe.sampler.transition else recipe.sampler.kind
         raise RecipeError(
             f"loss.weighting: the noise of the transition '{name}' has no scale to weigh by; set it to none"
         )

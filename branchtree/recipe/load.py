@@ -198,10 +198,13 @@ def _bases(source: Source, path: Path, folders: Sequence[Path] | None) -> list[P
     names = [bases] if isinstance(bases, str) else bases
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise RecipeError(f"{origin}: extends: write a recipe's name or path, or a list of them (it is {shown(bases)})")
+    files = []
     try:
-        return [
-            find_recipe(path.parent / user_path(name) if name.endswith(SUFFIXES) else name, folders) for name in names
-        ]
+        for name in names:
+            base, methods = split_methods(name)
+            files.append(find_recipe(path.parent / user_path(base) if base.endswith(SUFFIXES) else base, folders))
+            files += [find_method(method, folders) for method in methods]
+        return files
     except RecipeError as error:
         raise RecipeError(f"{origin}: extends: {error}") from None
 

@@ -520,9 +520,13 @@ class RunSection(Section):
         default=False,
         description="Write checkpoints while training goes on, from a copy in host memory; the bytes are the same.",
     )
-    sample_every: int = Field(default=20, ge=1, description="Iterations between sample grids.")
+    sample_every: int | None = Field(
+        default=20, ge=1, description="Iterations between sample grids; null: none are made, at the ends neither."
+    )
     sample_prompts: int = Field(default=8, ge=1, description="Samples in a grid.")
-    tree_every: int = Field(default=20, ge=1, description="Iterations between recorded trees.")
+    tree_every: int | None = Field(
+        default=20, ge=1, description="Iterations between recorded trees; null: none are recorded."
+    )
     trackers: tuple[str, ...] = Field(
         default=(), description="Experiment trackers, by accelerate's names: tensorboard, wandb and others."
     )

@@ -26,7 +26,8 @@ from torch import Tensor
 from branchtree.core.scores import Scores
 from branchtree.errors import DataError, RewardError
 from branchtree.files.json_lines import parse_json
-from branchtree.plugins.values import Condition, Media
+from branchtree.plugins.samples import Media
+from branchtree.plugins.values import Condition
 
 CONTENT_TYPE = "application/x-safetensors"
 EXPECTS = "X-Branchtree-Expects"  # header: the identity of the reward that a client began with

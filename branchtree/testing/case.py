@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -48,6 +48,7 @@ class AdapterCase:
     lora: LoraSettings | None = field(default_factory=lambda: LoraSettings(rank=4, alpha=8.0))  # None: takes none
     path_key: str = "path"  # the model's key that names a folder which ``export`` wrote
     overrides: Mapping[str, Any] = field(default_factory=dict)  # of the training runs' recipe, by dotted key
+    states: Callable[[int], torch.Tensor] | None = None  # B -> B different states; by default, initial_noise's
     tolerance: Mapping[torch.dtype, float] = field(
         default_factory=lambda: {torch.float32: 1e-5, torch.bfloat16: 5e-2}
     )  # between one row computed in two batches, relative to the largest number
@@ -58,7 +59,7 @@ class AdapterCase:
 
     def recipe(self, changes: Mapping[str, Any] | None = None, *, lora: bool = False) -> Recipe:
         """Return a small recipe that trains the model; ``changes`` is by dotted key."""
-        kernel = "dance" if self.build().prediction == "velocity" else "ddim"
+        kernel = "ddim" if self.build().prediction in {"noise", "v"} else "dance"
         section = asdict(self.lora) if lora and self.lora else None
         return self._recipe({**SMALL, "sampler.kind": kernel, "lora": section, **self.overrides, **(changes or {})})
 

@@ -37,8 +37,8 @@ class LoadingPromises(LoadedOnce):
         assert [name for name in names if not hasattr(loaded, name)] == []
         assert isinstance(loaded.denoiser, nn.Module)
         for adapter in (case.build(), loaded):
-            assert adapter.modality in {"image", "video"}
-            assert adapter.prediction in {"velocity", "noise", "v"}
+            assert adapter.modality.isidentifier()
+            assert adapter.prediction.isidentifier()
             assert adapter.rows_per_prediction >= 1
         assert loaded.rows_per_prediction == case.build().rows_per_prediction
 
@@ -110,7 +110,7 @@ class LoadingPromises(LoadedOnce):
 
     def test_rows_per_prediction_are_those_through_the_denoiser(self, case: AdapterCase, loaded: ModelAdapter) -> None:
         """Counted on the module; the adapter and its footprint say the same."""
-        asked = make_question(loaded, case.conditions)
+        asked = make_question(loaded, case)
         with counted_rows(loaded.denoiser) as rows:
             predict_rows(loaded, asked)
             predict_rows(loaded, asked[[0]])
@@ -126,7 +126,7 @@ class LoadingPromises(LoadedOnce):
         adapter.load(CPU, dtype, denoiser_dtype)
         found = {parameter.dtype for parameter in adapter.denoiser.parameters()}
         assert {denoiser_dtype} <= found <= {denoiser_dtype, SINGLE}
-        asked = make_question(adapter, case.conditions)
-        answer, pixels = predict_rows(adapter, asked), adapter.decode(asked.latents).pixels
-        assert answer.dtype == pixels.dtype == SINGLE
-        assert bool(answer.isfinite().all()) and bool(pixels.isfinite().all())
+        asked = make_question(adapter, case)
+        answer, decoded = predict_rows(adapter, asked), adapter.decode(asked.latents)
+        assert answer.dtype == SINGLE and bool(answer.isfinite().all()) and bool(decoded.is_finite().all())
+        assert all(value.dtype == SINGLE for value in decoded.tensors.values() if value.is_floating_point())

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.plugins.protocols import ModelAdapter
-from branchtree.plugins.values import Condition, Conditioning, LoraSettings
+from branchtree.plugins.samples import Samples
+from branchtree.plugins.values import Conditioning, LoraSettings
 from branchtree.testing.case import AdapterCase
 from branchtree.training.loading import train_all
 
@@ -78,6 +79,17 @@ def disturbed(seed: int) -> Iterator[None]:
         assert torch.equal(torch.get_rng_state(), before)
 
 
+def same_samples(first: Samples, second: Samples) -> bool:
+    """Return whether samples are equal in all fields, tensors to the bit."""
+    if type(first) is not type(second):
+        return False
+    pairs = zip(vars(first).values(), vars(second).values(), strict=True)
+    return all(
+        torch.equal(one, other) if isinstance(one, Tensor) and isinstance(other, Tensor) else one == other
+        for one, other in pairs
+    )
+
+
 def trainable_parameters(adapter: ModelAdapter) -> dict[str, nn.Parameter]:
     """Return the trainable parameters by name."""
     return {name: value for name, value in adapter.denoiser.named_parameters() if value.requires_grad}
@@ -103,8 +115,10 @@ def require_close(found: Tensor, expected: Tensor, tolerance: float, least: floa
     assert float((found.float() - expected.float()).abs().max()) <= tolerance * scale
 
 
-def noise(adapter: ModelAdapter, rows: int) -> Tensor:
-    """Return starting latents (B, *latent), another generator for each row."""
+def states_of(adapter: ModelAdapter, case: AdapterCase, rows: int) -> Tensor:
+    """Return states (B, *latent): the case's own, or starting latents, another generator for each row."""
+    if case.states is not None:
+        return case.states(rows)
     return torch.stack([adapter.initial_noise(torch.Generator().manual_seed(seed)) for seed in range(rows)])
 
 
@@ -122,11 +136,11 @@ class Question:
         return Question(self.latents[chosen], self.sigma[chosen], conditioning)
 
 
-def make_question(adapter: ModelAdapter, conditions: Sequence[Condition]) -> Question:
+def make_question(adapter: ModelAdapter, case: AdapterCase) -> Question:
     """Return four rows that differ in everything: latents, noise level, and the first two conditions in turn."""
-    encoded = adapter.encode(conditions[:2])
+    encoded = adapter.encode(case.conditions[:2])
     return Question(
-        noise(adapter, len(SIGMAS)),
+        states_of(adapter, case, len(SIGMAS)),
         torch.tensor(SIGMAS),
         {name: value[[0, 1, 0, 1]] for name, value in encoded.items()},
     )

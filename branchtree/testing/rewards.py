@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,13 +15,14 @@ import torch
 import torch.nn.functional as F
 
 from branchtree.core.scores import Scores
-from branchtree.errors import BranchTreeError, RewardError
-from branchtree.plugins.protocols import Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter
+from branchtree.errors import BranchTreeError, DataError, RewardError
+from branchtree.plugins.protocols import ChecksConditions, Fingerprinted, GroupReward, ReleasesMemory, RewardAdapter
 from branchtree.plugins.registry import registry
+from branchtree.plugins.samples import Media, Samples
 from branchtree.plugins.scores import check_scores
-from branchtree.plugins.values import Condition, Media
+from branchtree.plugins.values import Condition
 from branchtree.recipe.build import make_reward
-from branchtree.testing.probe import CPU, require_close
+from branchtree.testing.probe import CPU, require_close, same_samples
 
 REFUSED = (ValueError, BranchTreeError)
 
@@ -41,13 +43,15 @@ class RewardCase:
 
     ``reward`` is written as an entry of a recipe's ``rewards``; its plug-in must be installed. ``conditions`` are what
     the samples were asked to show: at least four, each of them one that the reward can score. Where a setting limits
-    how many samples go through a model at once, let it be smaller than their number.
+    how many samples go through a model at once, let it be smaller than their number. ``refused`` are conditions that
+    the ``check`` of a reward that has one must refuse.
     """
 
     reward: Mapping[str, Any]
     conditions: Sequence[Condition]
-    media: Callable[[str, int], Media] = noise_media  # (modality, B) -> B samples, not all of one score
+    media: Callable[[str, int], Samples] = noise_media  # (modality, B) -> B samples, not all of one score
     tolerance: float = 1e-5  # between a sample scored in two batches, relative to the largest score or to 1
+    refused: Sequence[Condition] = ()
 
     def build(self, **options: Any) -> RewardAdapter:
         """The reward, not loaded, from the plug-in that registered it; ``options`` replace its settings."""
@@ -60,7 +64,7 @@ class RewardCase:
         adapter.load(CPU)
         return adapter
 
-    def samples(self) -> list[Media]:
+    def samples(self) -> list[Samples]:
         """Samples of each modality that the reward takes, one for each condition. Raises ValueError for too few."""
         count = len(self.conditions)
         if count < 4:
@@ -72,12 +76,12 @@ def _groupwise(adapter: RewardAdapter) -> bool:
     return isinstance(adapter, GroupReward) and adapter.groupwise
 
 
-def _chosen(media: Media, rows: Sequence[int]) -> Media:
-    pixels = media.pixels[list(rows)].clone()
-    return Media(videos=pixels, fps=media.fps) if media.modality == "video" else Media(images=pixels)
+def _chosen(media: Samples, rows: Sequence[int]) -> Samples:
+    """Return a copy of some samples, in any order."""
+    return media.concatenate([media[row : row + 1] for row in rows]).cpu()
 
 
-def _score(adapter: RewardAdapter, case: RewardCase, media: Media, rows: Sequence[int] | None = None) -> Scores:
+def _score(adapter: RewardAdapter, case: RewardCase, media: Samples, rows: Sequence[int] | None = None) -> Scores:
     """The scores of some samples, each against its own condition; of all by default."""
     chosen = range(len(media)) if rows is None else rows
     return adapter.score(_chosen(media, chosen), [case.conditions[row] for row in chosen])
@@ -127,7 +131,7 @@ class RewardPromises:
         """Before it is loaded; loading may narrow it, never widen it. Its card, if it gives one, promises no less."""
         card = registry().reward(case.reward["reward"]).card
         modalities = case.build().modalities
-        assert modalities and modalities <= {"image", "video"}
+        assert modalities and all(modality.isidentifier() for modality in modalities)
         assert loaded.modalities and loaded.modalities <= modalities
         assert card is None or modalities <= card.modalities
 
@@ -168,14 +172,30 @@ class RewardPromises:
                 with pytest.raises(REFUSED):
                     loaded.score(media, conditions)
 
+    def test_what_its_check_refuses_is_not_scored(self, case: RewardCase, loaded: RewardAdapter) -> None:
+        """Before loading, the case's conditions pass; the refused ones are named in an error, and are never valid."""
+        adapter = case.build()
+        if not isinstance(adapter, ChecksConditions):
+            pytest.skip("this reward takes any condition")
+        for condition in case.conditions:
+            try:
+                adapter.check(condition)
+            except DataError as error:
+                pytest.fail(f"a condition of the case is refused: {error}")
+        for condition in case.refused:
+            with pytest.raises(DataError, match=re.escape(condition.prompt)):
+                adapter.check(condition)
+            for media in case.samples():
+                assert not loaded.score(_chosen(media, [0]), [condition]).valid.any()
+
     def test_pixels_that_are_not_finite_make_their_sample_invalid(
         self, case: RewardCase, loaded: RewardAdapter
     ) -> None:
         """With a reason if the reward gives any; the other samples' scores are those without it."""
-        for media in case.samples():
+        for media in (samples for samples in case.samples() if isinstance(samples, Media)):
             rest = list(range(2, len(media)))
             expected = _score(loaded, case, media, rest)
-            spoilt = _chosen(media, range(len(media)))
+            spoilt = media.cpu()
             for row, number in enumerate((float("nan"), float("inf"))):
                 spoilt.pixels[row, ..., media.pixels.shape[-2] // 2, media.pixels.shape[-1] // 2] = number
             scores = _score(loaded, case, spoilt)
@@ -208,9 +228,9 @@ class RewardPromises:
     ) -> None:
         """To the bit: again, and by a reward that was built and loaded again. Samples are left as they were."""
         for media in case.samples():
-            before = media.pixels.clone()
+            before = media.cpu()
             scores = loaded.score(media, case.conditions)
-            assert torch.equal(media.pixels, before)
+            assert same_samples(media, before)
             _require_equal(_score(loaded, case, media), scores)
             _require_equal(_score(twin, case, media), scores)
 

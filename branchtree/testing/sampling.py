@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ import torch
 from branchtree.core.grid import check_grid
 from branchtree.core.padding import pad_together
 from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.samples import Media, Samples
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
     CPU,
@@ -20,12 +22,14 @@ from branchtree.testing.probe import (
     disturbed,
     load,
     make_question,
-    noise,
     predict_rows,
     randomise,
     require_close,
     require_equal,
+    same_samples,
+    states_of,
 )
+from branchtree.training.conditioning import ConditioningCache
 
 NORMAL_NUMBERS = 20_000
 """How many are drawn to see whether noise is standard normal."""
@@ -34,10 +38,12 @@ NORMAL_NUMBERS = 20_000
 class SamplingPromises(LoadedOnce):
     """A sample depends on its own noise, prompt and noise level, and on nothing else."""
 
-    def test_initial_noise_is_standard_normal(self, loaded: ModelAdapter) -> None:
+    def test_initial_noise_is_standard_normal(self, case: AdapterCase, loaded: ModelAdapter) -> None:
         """By the Kolmogorov-Smirnov distance (a false alarm once in 8,000) and the correlation of neighbours."""
-        rows = math.ceil(NORMAL_NUMBERS / noise(loaded, 1).numel())
-        drawn = noise(loaded, rows)
+        if case.states is not None:
+            pytest.skip("this model starts from states of its own")
+        rows = math.ceil(NORMAL_NUMBERS / states_of(loaded, case, 1).numel())
+        drawn = states_of(loaded, case, rows)
         assert drawn.dtype == torch.float32 and drawn.device == CPU
         numbers = drawn.flatten().double()
         count = len(numbers)
@@ -77,11 +83,22 @@ class SamplingPromises(LoadedOnce):
             assert torch.equal(rows, backwards[name].flip(0)), name
         assert any(not torch.equal(rows[0], rows[1]) for rows in together.values())
 
+    def test_encodings_are_those_of_the_whole_condition(self, case: AdapterCase, loaded: ModelAdapter) -> None:
+        """A run that keeps encodings also encodes a prompt again where the metadata beside it are others."""
+        first, *others = case.conditions
+        conditions = [first, *(replace(first, metadata=other.metadata) for other in others)]
+        kept = ConditioningCache(loaded).get(conditions, CPU)
+        for row, condition in enumerate(conditions):
+            for name, value in loaded.encode([condition]).items():
+                padded = pad_together([kept[name][row], value[0]])
+                assert torch.equal(padded[0], padded[1]), name
+
     def test_predictions_are_float32_and_repeatable(self, case: AdapterCase, loaded: ModelAdapter) -> None:
-        """They have the latents' shape and are finite; the arguments are left as they are."""
-        asked, kept = make_question(loaded, case.conditions), make_question(loaded, case.conditions)
+        """They are finite, and of the shape of latents that are numbers; the arguments are left as they are."""
+        asked, kept = make_question(loaded, case), make_question(loaded, case)
         answer = predict_rows(loaded, asked)
-        assert answer.shape == asked.latents.shape and answer.dtype == torch.float32
+        assert len(answer) == len(asked.latents) and answer.dtype == torch.float32
+        assert not asked.latents.is_floating_point() or answer.shape == asked.latents.shape
         assert bool(answer.isfinite().all())
         assert torch.equal(answer, predict_rows(loaded, asked))
         assert torch.equal(asked.latents, kept.latents) and torch.equal(asked.sigma, kept.sigma)
@@ -91,7 +108,7 @@ class SamplingPromises(LoadedOnce):
     def test_rows_do_not_know_their_batch(self, case: AdapterCase, dtype: torch.dtype) -> None:
         """A row gives the same alone, in company, and at another index of the batch, up to rounding."""
         adapter = load(case, dtype)
-        asked = make_question(adapter, case.conditions)
+        asked = make_question(adapter, case)
         together = predict_rows(adapter, asked)
         backwards = predict_rows(adapter, asked[[3, 2, 1, 0]]).flip(0)
         alone = torch.cat([predict_rows(adapter, asked[[row]]) for row in range(len(together))])
@@ -102,8 +119,8 @@ class SamplingPromises(LoadedOnce):
         """Latents, noise level and condition; the weights are moved first, in case some start at zero."""
         adapter = load(case)
         randomise(adapter.denoiser)
-        asked = make_question(adapter, case.conditions)[[0]]
-        other = make_question(adapter, case.conditions)[[1]]
+        asked = make_question(adapter, case)[[0]]
+        other = make_question(adapter, case)[[1]]
         answer = predict_rows(adapter, asked)
         for changed in (
             (other.latents, asked.sigma, asked.conditioning),
@@ -116,47 +133,50 @@ class SamplingPromises(LoadedOnce):
     def test_a_frozen_copy_can_be_predicted_with(self, case: AdapterCase) -> None:
         """The module that is handed in answers, whatever has become of the adapter's own."""
         adapter = load(case)
-        asked = make_question(adapter, case.conditions)
+        asked = make_question(adapter, case)
         frozen = copy.deepcopy(adapter.denoiser).requires_grad_(False)
         before = predict_rows(adapter, asked)
         randomise(adapter.denoiser)
         assert torch.equal(predict_rows(adapter, asked, frozen), before)
         assert not torch.equal(predict_rows(adapter, asked), before)
 
-    def test_decoded_samples_are_media(self, loaded: ModelAdapter) -> None:
-        """Float32 in [0, 1], of the adapter's modality, and different for different latents."""
-        latents = noise(loaded, len(SIGMAS))
+    def test_decoded_samples_are_media(self, case: AdapterCase, loaded: ModelAdapter) -> None:
+        """Of the adapter's modality, finite, and different for different latents; pixels are float32 in [0, 1]."""
+        latents = states_of(loaded, case, len(SIGMAS))
         media = loaded.decode(latents)
         assert media.modality == loaded.modality and len(media) == len(latents)
-        assert media.pixels.ndim == (4 if media.modality == "image" else 5)
-        assert media.pixels.dtype == torch.float32 and not media.pixels.requires_grad
-        assert 0 <= float(media.pixels.min()) < float(media.pixels.max()) <= 1
-        assert media.modality == "image" or (media.fps or 0) > 0
-        assert not torch.equal(media.pixels[0], media.pixels[1])
+        assert isinstance(media, Samples) and bool(media.is_finite().all())
+        assert not any(value.requires_grad for value in media.tensors.values())
+        assert not same_samples(media[:1], media[1:2])
+        if isinstance(media, Media):
+            assert media.pixels.ndim == (4 if media.modality == "image" else 5)
+            assert media.pixels.dtype == torch.float32
+            assert 0 <= float(media.pixels.min()) < float(media.pixels.max()) <= 1
+            assert media.modality == "image" or (media.fps or 0) > 0
 
     def test_a_sample_is_decoded_the_same_in_any_batch(self, case: AdapterCase, loaded: ModelAdapter) -> None:
         """However the adapter or a recipe's ``batch.decode_rows`` cuts a batch up."""
-        latents = noise(loaded, len(SIGMAS))
-        together = loaded.decode(latents).pixels
-        pieces = torch.cat([loaded.decode(row).pixels for row in latents.split(1)])
-        require_close(pieces, together, case.tolerance[torch.float32])
+        latents = states_of(loaded, case, len(SIGMAS))
+        together, pieces = loaded.decode(latents), [loaded.decode(row) for row in latents.split(1)]
+        for name, found in pieces[0].concatenate(pieces).tensors.items():
+            require_close(found, together.tensors[name], case.tolerance[torch.float32])
 
     def test_samples_are_decoded_while_others_are_predicted(self, loaded: ModelAdapter, case: AdapterCase) -> None:
         """By another thread, as a run decodes the prompts that are done first."""
-        latents, asked = noise(loaded, 2), make_question(loaded, case.conditions)
-        decoded, answer = loaded.decode(latents).pixels, predict_rows(loaded, asked)
+        latents, asked = states_of(loaded, case, 2), make_question(loaded, case)
+        decoded, answer = loaded.decode(latents), predict_rows(loaded, asked)
         with ThreadPoolExecutor(max_workers=1) as executor:
             beside = [executor.submit(loaded.decode, latents) for _ in range(4)]
             answers = [predict_rows(loaded, asked) for _ in range(8)]
-            assert all(torch.equal(each.result().pixels, decoded) for each in beside)
+            assert all(same_samples(each.result(), decoded) for each in beside)
         assert all(torch.equal(each, answer) for each in answers)
 
     def test_frozen_parts_can_be_released_and_used_again(self, case: AdapterCase) -> None:
         """With the same results, to the bit."""
         adapter = load(case)
-        latents = noise(adapter, 2)
-        encoded, decoded = adapter.encode(case.conditions), adapter.decode(latents).pixels
+        latents = states_of(adapter, case, 2)
+        encoded, decoded = adapter.encode(case.conditions), adapter.decode(latents)
         adapter.release_frozen()
         require_equal(dict(encoded), dict(adapter.encode(case.conditions)))
         adapter.release_frozen()
-        assert torch.equal(decoded, adapter.decode(latents).pixels)
+        assert same_samples(decoded, adapter.decode(latents))

@@ -206,7 +206,7 @@ class TrainingPromises:
         with torch.no_grad():
             for name, value in load_file(_last_checkpoint(finished.output) / "average.safetensors").items():
                 parameters[name].copy_(value)
-        asked = make_question(adapter, case.conditions)
+        asked = make_question(adapter, case)
         assert torch.equal(predict_rows(adapter, asked), predict_rows(averaged, asked))
 
 

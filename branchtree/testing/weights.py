@@ -18,13 +18,14 @@ from branchtree.testing.probe import (
     load,
     load_trained,
     make_question,
-    noise,
     predict_rows,
     randomise,
     require_close,
     require_equal,
     require_lora,
+    same_samples,
     state,
+    states_of,
     trainable_parameters,
 )
 
@@ -59,11 +60,11 @@ class WeightPromises:
         drawn = []
         for seed, disturbance in ((3, 0), (3, 1), (4, 0)):
             adapter = load(case)
-            base = predict_rows(adapter, make_question(adapter, case.conditions))
+            base = predict_rows(adapter, make_question(adapter, case))
             addresses = {parameter.data_ptr() for parameter in adapter.denoiser.parameters()}
             with disturbed(disturbance):
                 adapter.add_lora(require_lora(case), seed)
-            assert torch.equal(predict_rows(adapter, make_question(adapter, case.conditions)), base)
+            assert torch.equal(predict_rows(adapter, make_question(adapter, case)), base)
             fresh = list(trainable_parameters(adapter).values())
             assert fresh and not addresses & {parameter.data_ptr() for parameter in fresh}
             assert all(parameter.dtype == SINGLE for parameter in fresh)
@@ -74,7 +75,7 @@ class WeightPromises:
     def test_without_lora_is_the_base_model(self, case: AdapterCase) -> None:
         """Also for a wrapped denoiser; afterwards, and after an exception, all is as before."""
         adapter = load(case)
-        asked = make_question(adapter, case.conditions)
+        asked = make_question(adapter, case)
         base = predict_rows(adapter, asked)
         adapter.add_lora(require_lora(case), seed=0)
         randomise(adapter.denoiser)
@@ -95,7 +96,7 @@ class WeightPromises:
         """Into a newly loaded model with other weights; the folder is made by ``save``."""
         adapter = load_trained(case, variant, dtype)
         fresh = load_trained(case, variant, dtype, seed=9)
-        asked, names = make_question(adapter, case.conditions), trainable_parameters(fresh).keys()
+        asked, names = make_question(adapter, case), trainable_parameters(fresh).keys()
         assert not torch.equal(predict_rows(fresh, asked), predict_rows(adapter, asked))
         adapter.save(tmp_path / "run" / "model")
         fresh.restore(tmp_path / "run" / "model")
@@ -153,10 +154,10 @@ class WeightPromises:
         adapter.export(tmp_path / "exported")
         again = load(case, dtype, path=tmp_path / "exported")
         require_equal(state(again), state(adapter))
-        asked = make_question(adapter, case.conditions)
+        asked = make_question(adapter, case)
         require_equal(dict(again.encode(case.conditions)), dict(adapter.encode(case.conditions)))
         assert torch.equal(predict_rows(again, asked), predict_rows(adapter, asked))
-        assert torch.equal(again.decode(noise(again, 2)).pixels, adapter.decode(noise(adapter, 2)).pixels)
+        assert same_samples(again.decode(states_of(again, case, 2)), adapter.decode(states_of(adapter, case, 2)))
         assert torch.equal(again.sigmas(7), adapter.sigmas(7))
 
     def test_an_export_holds_the_weights_it_was_given(self, case: AdapterCase, tmp_path: Path) -> None:
@@ -176,7 +177,7 @@ def _shifted(adapter: ModelAdapter) -> dict[str, Tensor]:
 def _gradients(adapter: ModelAdapter, case: AdapterCase, autocast: bool) -> dict[str, Tensor]:
     """The gradients of the mean square of a prediction, of whatever parameters have one."""
     adapter.denoiser.zero_grad(set_to_none=True)
-    asked = make_question(adapter, case.conditions)
+    asked = make_question(adapter, case)
     with torch.autocast("cpu", HALF, enabled=autocast):
         answer = adapter.predict(asked.latents, asked.sigma, asked.conditioning)
     assert answer.dtype == SINGLE and bool(answer.isfinite().all())

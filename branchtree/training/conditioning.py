@@ -135,7 +135,7 @@ class ConditioningCache:
 
 def _key(condition: Condition) -> Key:
     """All that an encoding may depend on."""
-    return (condition.prompt, condition.negative_prompt, *condition.files)
+    return (condition.prompt, condition.negative_prompt, *condition.files, condition.metadata_text)
 
 
 def _size(row: Encoding) -> int:

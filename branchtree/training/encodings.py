@@ -1,8 +1,8 @@
 """Encoded prompts on disk, by their contents, for the runs to come.
 
-One safetensors file for each encoding, named by a digest of all that it depends on: the condition's texts and the bytes
-of its files, the model's own fingerprint, and the arithmetic of this machine. So an entry is right for whoever finds
-it, and several processes may read and write at once.
+One safetensors file for each encoding, named by a digest of all that it depends on: the condition's texts, metadata and
+the bytes of its files, the model's own fingerprint, and the arithmetic of this machine. So an entry is right for
+whoever finds it, and several processes may read and write at once.
 """
 
 from __future__ import annotations
@@ -118,6 +118,7 @@ class EncodingStore:
             condition.prompt,
             condition.negative_prompt,
             [None if file is None else file_sha256(file) for file in condition.files],
+            *([condition.metadata_text] if condition.metadata else []),
         ]
         name = hashlib.sha256(json.dumps(described).encode()).hexdigest()
         return self._root / name[:2] / f"{name}.safetensors"

@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
 
 
 class Engine(Protocol):
@@ -96,10 +97,15 @@ class WholeWeights(Stepped):
 
     joint = False
 
-    def accumulating(self, last: bool) -> AbstractContextManager[None]:
+    @contextmanager
+    def accumulating(self, last: bool) -> Iterator[None]:
         """Gradients are reduced once per step, in its last backward."""
-        context: AbstractContextManager[None] = nullcontext() if last else self.accelerator.no_sync(self.module)
-        return context
+        with nullcontext() if last else self.accelerator.no_sync(self.module):
+            yield
+        if last and isinstance(self.module, DistributedDataParallel):
+            # After the first reduction torch sends the order of its buckets, by default in the next forward. A process
+            # that differentiates early makes that one while others wait elsewhere.
+            self.module.reducer._rebuild_buckets()
 
     def backward(self, loss: Tensor) -> None:
         """Add the loss's gradient."""

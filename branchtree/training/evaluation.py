@@ -14,8 +14,9 @@ from torch import Tensor
 from branchtree.core.rollout import chunks
 from branchtree.core.scores import Scores
 from branchtree.errors import ModelError, RewardError
+from branchtree.plugins.samples import Samples
 from branchtree.plugins.scores import NamedReward
-from branchtree.plugins.values import Condition, Media
+from branchtree.plugins.values import Condition
 from branchtree.recipe.schema import EvaluationSection
 from branchtree.training.faults import REMEDY, are_faults
 from branchtree.training.limits import RowLimits
@@ -37,19 +38,19 @@ class Figure:
 
 
 @dataclass(frozen=True)
-class Samples:
+class Evaluated:
     """Samples of one model, in the order of the prompts and of each prompt's noises."""
 
     pairs: Sequence[Pair]  # of S samples
     scores: Mapping[str, Scores]  # by the rewards' labels, S of each
-    media: Mapping[Pair, Media]  # one sample each, of those that were to be kept; on the CPU
+    media: Mapping[Pair, Samples]  # one sample each, of those that were to be kept; on the CPU
 
     @staticmethod
-    def merge(shares: Sequence[Samples]) -> Samples:
+    def merge(shares: Sequence[Evaluated]) -> Evaluated:
         """Return the samples that several processes made as one, in order."""
         pairs = [pair for share in shares for pair in share.pairs]
         order = sorted(range(len(pairs)), key=pairs.__getitem__)
-        return Samples(
+        return Evaluated(
             pairs=[pairs[row] for row in order],
             scores={
                 label: Scores.concatenate([share.scores[label] for share in shares]).rows(torch.tensor(order))
@@ -83,7 +84,7 @@ class Evaluator:
         accelerator: Any,
         keep: AbstractSet[Pair] = frozenset(),
         advance: Callable[[int], None] | None = None,
-    ) -> Samples:
+    ) -> Evaluated:
         """Return all samples, scored, and the media of those in ``keep``.
 
         ``advance`` is called with the number of samples of each batch.
@@ -97,8 +98,8 @@ class Evaluator:
         most = len(batches[:: accelerator.num_processes])
         with Processes(accelerator, self.joint).together():
             scored = self._in_step(mine, batches[0], most, keep, advance)
-        everyone: list[Samples] = gather_object(scored)
-        samples = Samples.merge(everyone)
+        everyone: list[Evaluated] = gather_object(scored)
+        samples = Evaluated.merge(everyone)
         self._require_samples(samples.scores)
         return samples
 
@@ -115,7 +116,7 @@ class Evaluator:
         most: int,
         keep: AbstractSet[Pair],
         advance: Callable[[int], None] | None,
-    ) -> list[Samples]:
+    ) -> list[Evaluated]:
         """Score some batches, and sample along with the process that has the ``most``, even if a reward fails."""
         sampled: list[int] = []
         try:
@@ -143,11 +144,11 @@ class Evaluator:
         keep: AbstractSet[Pair],
         sampled: list[int],
         advance: Callable[[int], None] | None,
-    ) -> list[Samples]:
+    ) -> list[Evaluated]:
         """The samples of all batches as one entry; none if there are no batches. ``sampled`` gets each one's size."""
         if not batches:
             return []
-        kept: list[Future[list[Media]]] = []
+        kept: list[Future[list[Samples]]] = []
         limits = self.limits
         # Decoding has no thread: prompts are encoded between two batches, and an adapter need not do both at once.
         with Scorer(
@@ -168,7 +169,7 @@ class Evaluator:
             scores = scorer.finish()
         pairs = [pair for batch in batches for pair in batch]
         media = [single for put in kept for single in put.result()]
-        return [Samples(pairs, scores, dict(zip([pair for pair in pairs if pair in keep], media, strict=True)))]
+        return [Evaluated(pairs, scores, dict(zip([pair for pair in pairs if pair in keep], media, strict=True)))]
 
     def _coming(self, batches: Sequence[Sequence[Pair]]) -> list[Condition]:
         """The conditions of some batches, each once."""

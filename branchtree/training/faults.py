@@ -7,10 +7,11 @@ from dataclasses import replace
 
 from torch import Tensor
 
-from branchtree.core.finite import is_finite
+from branchtree.core.finite import finite_rows, is_finite
 from branchtree.core.scores import Scores
 from branchtree.errors import ModelError
 from branchtree.plugins.protocols import LocatesWeights, ModelAdapter
+from branchtree.plugins.samples import Samples
 from branchtree.plugins.values import Condition
 
 MARK = "the model's "
@@ -23,21 +24,17 @@ def describe_fault(model: ModelAdapter, component: str, gave: str) -> str:
     return f"{MARK}{component} gave {gave} that are not finite{where}"
 
 
-def find_faults(model: ModelAdapter, latents: Tensor, pixels: Tensor) -> dict[int, str]:
-    """Return, by row, what spoiled a sample whose decoded ``pixels`` (B, ...) are not all finite."""
-    sound = _finite_rows(pixels)
+def find_faults(model: ModelAdapter, latents: Tensor, samples: Samples) -> dict[int, str]:
+    """Return, by row, what spoiled a sample that is not finite after decoding."""
+    sound = samples.is_finite()
     if bool(sound.all()):
         return {}
-    denoised = _finite_rows(latents)
+    denoised = finite_rows(latents)
     reasons = {
-        True: describe_fault(model, "decoder", "pixels"),
+        True: describe_fault(model, "decoder", "samples"),
         False: describe_fault(model, "denoiser", "latents"),
     }
     return {row: reasons[bool(denoised[row])] for row, good in enumerate(sound.tolist()) if not good}
-
-
-def _finite_rows(values: Tensor) -> Tensor:
-    return values.flatten(1).isfinite().all(dim=1)
 
 
 def mask_faults(scores: Scores, faults: Mapping[int, str]) -> Scores:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from branchtree.core.schedule import Schedule
-from branchtree.data.prompts import check_conditions, held_out_conditions, training_conditions
+from branchtree.data.prompts import check_conditions, check_for_rewards, held_out_conditions, training_conditions
 from branchtree.plugins.base import Callback
 from branchtree.plugins.protocols import ModelAdapter
 from branchtree.plugins.scores import NamedReward
@@ -53,6 +53,8 @@ def read_inputs(recipe: Recipe) -> Inputs:
     held_out = make_rewards(section.rewards, ("evaluation", "rewards"), model.modality, built) if section else []
     conditions, unseen = training_conditions(recipe.data, model), held_out_conditions(section, model)
     check_conditions(model, [*conditions, *unseen])
+    check_for_rewards([reward.adapter for reward in rewards], conditions)
+    check_for_rewards([reward.adapter for reward in held_out], unseen)
     return Inputs(
         recipe=recipe,
         model=model,

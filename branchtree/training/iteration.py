@@ -14,8 +14,9 @@ from branchtree.core.rollout import forwards
 from branchtree.core.scores import Scores
 from branchtree.core.tree import BranchTree, Topology
 from branchtree.errors import RewardError
-from branchtree.pictures.grid import make_thumbnails
-from branchtree.plugins.values import Condition, Media
+from branchtree.pictures.grid import Thumbnail, drawn, make_thumbnails
+from branchtree.plugins.samples import Samples
+from branchtree.plugins.values import Condition
 from branchtree.training.continuation import compare_continuation
 from branchtree.training.failures import Leaves, logged
 from branchtree.training.policy import Policy
@@ -89,7 +90,7 @@ def iterate(session: Session, iteration: int) -> Iteration:
     session.failures.check(session.accelerator, scores, failed, partial(session.log_failure, iteration))
 
     with watch.phase("credit"):
-        group = session.team.gather(GroupRecord(topology, log_prob, scores, make_thumbnails(leaves.media)))
+        group = session.team.gather(GroupRecord(topology, log_prob, scores, leaves.thumbnails()))
         rest = range(leaves.groups[len(credits)].start if credits else 0, topology.prompts)
         last = session.credit(group.topology, group.log_prob, group.of(rest), rest, tree.dimensions, iteration)
         credit = Credit.concatenate([*credits, last])
@@ -124,7 +125,7 @@ class LeafScores:
         """``policy`` is under the batch's prompts; ``recorded`` keeps the media of the first prompt's leaves."""
         self._scorer, self._batch, self._policy, self._watch = scorer, batch, policy, watch
         self._keep = batch.topology.span(0, batch.topology.steps) if recorded else range(0)
-        self._kept: list[Future[list[Media]]] = []
+        self._kept: list[Future[list[Samples]]] = []
         self.groups: list[range] = []  # prompts that are scored together
 
     def put(self, prompts: range, latents: Tensor) -> None:
@@ -154,10 +155,10 @@ class LeafScores:
         self._watch.background |= self._scorer.seconds
         return scores
 
-    @property
-    def media(self) -> list[Media]:
-        """The recorded leaves, one each, on the CPU."""
-        return [media for future in self._kept for media in future.result()]
+    def thumbnails(self) -> list[Thumbnail]:
+        """Return a picture of each recorded leaf; none where samples of this kind are not drawn."""
+        samples = [each for future in self._kept for each in future.result()]
+        return make_thumbnails(drawn(samples, [self._batch.conditions[0]] * len(samples)))
 
 
 def scoring_groups(topology: Topology, prompts: range) -> list[range]:

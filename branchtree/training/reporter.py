@@ -133,11 +133,11 @@ class Reporter:
         decoded = session.limits.decode.each(
             len(latents), lambda rows: encoded[rows].decode(inputs.model, latents[rows])
         )
-        media = [each for _, each in decoded]
+        samples = [each for _, each in decoded]
         inputs.model.release_frozen()
-        prompts = [condition.prompt for condition in conditions]
         with session.output.writing(SAMPLES):
-            write_grid(session.output.root / SAMPLES, done, media, prompts)
+            write_grid(session.output.root / SAMPLES, done, samples, conditions)
+        self._call("on_samples", done, samples, conditions)
 
     def shown(self, done: int) -> tuple[bool, bool]:
         """Return whether this process, the main one, wrote held-out figures and samples after ``done`` iterations."""

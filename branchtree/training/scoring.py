@@ -21,8 +21,9 @@ from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
 from branchtree.plugins.decoding import NOT_ENCODED, Encoded
 from branchtree.plugins.protocols import ModelAdapter, ReleasesMemory
+from branchtree.plugins.samples import Samples
 from branchtree.plugins.scores import NamedReward, ask, failed_scores
-from branchtree.plugins.values import Condition, Media
+from branchtree.plugins.values import Condition
 from branchtree.training.faults import find_faults, mask_faults
 from branchtree.training.limits import REWARD_REMEDY, RowLimit, RowLimits, ran_out_of_memory
 
@@ -34,7 +35,7 @@ AHEAD = 2
 class Piece:
     """Decoded samples, what each was asked to show, and its prompt; a prompt's samples are consecutive."""
 
-    media: Media
+    media: Samples
     conditions: Sequence[Condition]
     prompts: Sequence[int]
 
@@ -45,7 +46,7 @@ class Piece:
     def concatenate(pieces: Sequence[Piece]) -> Piece:
         """Return consecutive pieces as one."""
         return Piece(
-            Media.concatenate([piece.media for piece in pieces]),
+            pieces[0].media.concatenate([piece.media for piece in pieces]),
             [condition for piece in pieces for condition in piece.conditions],
             [prompt for piece in pieces for prompt in piece.prompts],
         )
@@ -220,7 +221,7 @@ class Scorer:
         self._device = device
         self._queue = ScoringQueue(rewards, background, limits, device)
         self._decoder = Worker(decoding, device)
-        self._given: list[Future[list[Media]]] = []
+        self._given: list[Future[list[Samples]]] = []
         self._starts = [0]  # samples before each put, and before the next
         self._decoded = 0  # samples so far
         self._faults: dict[int, str] = {}  # what the model spoiled, by sample
@@ -240,7 +241,7 @@ class Scorer:
         prompts: Sequence[int],
         keep: Container[int] = frozenset(),
         encoded: Encoded = NOT_ENCODED,
-    ) -> Future[list[Media]]:
+    ) -> Future[list[Samples]]:
         """Have clean latents (L, *latent) decoded, and sample i scored against condition i.
 
         ``prompts`` (L,) says which prompt each belongs to; of each, all samples are given at once. ``encoded`` is what
@@ -264,18 +265,18 @@ class Scorer:
         prompts: Sequence[int],
         keep: Container[int],
         encoded: Encoded,
-    ) -> list[Media]:
-        kept: list[Media] = []
+    ) -> list[Samples]:
+        kept: list[Samples] = []
         for rows, media in self._limit.each(len(latents), lambda rows: self._timed(latents[rows], encoded[rows])):
-            faults = find_faults(self._model, latents[rows], media.pixels)
+            faults = find_faults(self._model, latents[rows], media)
             self._faults |= {self._decoded + row: reason for row, reason in faults.items()}
             self._decoded += len(media)
-            kept += [_on_cpu(media[row - rows.start :][:1]) for row in range(rows.start, rows.stop) if row in keep]
+            kept += [media[row - rows.start :][:1].cpu() for row in range(rows.start, rows.stop) if row in keep]
             self._queue.put(Piece(media, conditions[rows], prompts[rows]))
         self._queue.seal()
         return kept
 
-    def _timed(self, latents: Tensor, encoded: Encoded) -> Media:
+    def _timed(self, latents: Tensor, encoded: Encoded) -> Samples:
         start = time.perf_counter()
         media = encoded.decode(self._model, latents)
         if self._device.type == "cuda":
@@ -307,14 +308,8 @@ class Scorer:
         return {"decode_work": self.decoding_seconds, "reward_work": self._queue.seconds}
 
 
-def _on_cpu(media: Media) -> Media:
-    """Return a copy, so that the rest of its batch can be freed."""
-    pixels = media.pixels.cpu().clone()
-    return Media(images=pixels) if media.videos is None else Media(videos=pixels, fps=media.fps)
-
-
 def timed_scores(
-    reward: NamedReward, media: Media, conditions: Sequence[Condition], limit: RowLimit
+    reward: NamedReward, media: Samples, conditions: Sequence[Condition], limit: RowLimit
 ) -> tuple[Scores, float]:
     """Return one reward's checked scores, of as many samples at once as its memory allows, and the seconds they took.
 

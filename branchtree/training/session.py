@@ -88,7 +88,8 @@ class Session:
 
     def records_tree(self, iteration: int) -> bool:
         """Return whether the first prompt's tree is written down at this iteration, leaves and all."""
-        return self.team.index == 0 and iteration % self.recipe.run.tree_every == 0
+        every = self.recipe.run.tree_every
+        return self.team.index == 0 and every is not None and iteration % every == 0
 
     def log_failure(self, iteration: int, row: Mapping[str, Any]) -> None:
         """Write down a sample that could not be scored, or a reward that failed and ends the run."""

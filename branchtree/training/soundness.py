@@ -28,8 +28,8 @@ def find_divergence(session: Session, policy: Policy, together: bool) -> str | N
 def find_fault(session: Session, policy: Policy) -> str | None:
     """Return which component of a model that is not trained yet makes no finite sample, or None if all do."""
     _, sample = _noise_and_sample(session, policy)
-    pixels = policy.encoded([0]).decode(session.inputs.model, sample.to(session.device)).pixels
-    return find_faults(session.inputs.model, sample, pixels.cpu()).get(0)
+    decoded = policy.encoded([0]).decode(session.inputs.model, sample.to(session.device))
+    return find_faults(session.inputs.model, sample, decoded).get(0)
 
 
 @torch.no_grad()

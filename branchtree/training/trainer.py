@@ -311,9 +311,9 @@ class Trainer:
         """Held-out figures and samples, if they are wanted and it is their turn."""
         recipe = self._session.recipe
         ends = done in (0, recipe.run.iterations)
-        every = recipe.evaluation.every if recipe.evaluation else None
+        every, sample_every = recipe.evaluation.every if recipe.evaluation else None, recipe.run.sample_every
         evaluating = evaluation and (ends or bool(every and done % every == 0))
-        sampling = samples and (ends or done % recipe.run.sample_every == 0)
+        sampling = samples and sample_every is not None and (ends or done % sample_every == 0)
         if evaluating or sampling:  # putting the average in and out copies every trained weight
             with self._session.trained.as_exported():
                 if evaluating:

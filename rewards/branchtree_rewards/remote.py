@@ -116,7 +116,7 @@ class Remote(Reward[RemoteConfig]):
     def _find_unsendable(self, media: Media) -> dict[int, str]:
         """Return why samples are not sent, by row. Bytes cannot show pixels that are not finite."""
         if self._config.pixels == "uint8":
-            return find_flaws(media, (), lambda media: None, lambda prompt: None)
+            return find_flaws(media, (), lambda media: None, lambda condition: None)
         return dict.fromkeys(range(len(media)), NO_PIXELS) if 0 in media.pixels.shape[1:] else {}
 
     def _scores(self, media: Media, conditions: Sequence[Condition]) -> Scores:

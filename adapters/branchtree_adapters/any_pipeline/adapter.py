@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch import distributed as dist
 from torch.distributed.fsdp import FSDPModule
 
+from branchtree.core.grid import check_grid
 from branchtree.data.frames import condition_images
-from branchtree.errors import DataError, ModelError, nearest, reason_of
+from branchtree.errors import DataError, ModelError, nearest, reason_of, shortened
 from branchtree.plugins import Condition, Conditioning, Footprint, Media, Register, hookimpl
 from branchtree.plugins.weights import lora_parameters_per_rank
 from branchtree_adapters.any_pipeline.asking import Asked
@@ -61,10 +62,10 @@ OURS = frozenset(
     }
 )
 """Arguments of a pipeline's call that are not the user's to set under ``call``."""
+SMALLEST = 64
+"""Pixels of a side of an image by which a layout is learnt, at least: some pipelines refuse smaller ones."""
 SHORT, LONG = "a cat", "two small birds that sit on the branch of an old tree in the rain"
 """Two prompts of different lengths, by which a pipeline's layout is learnt."""
-SMALLEST = 64
-"""Pixels a side of the images by which a layout is learnt, at least: pipelines refuse smaller ones."""
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Endings of the names of attention's projections in diffusers' transformers."""
 
@@ -317,20 +318,29 @@ class Diffusers(PipelineAdapter):
         return self.driver.noise(generator)
 
     def sigmas(self, steps: int) -> Tensor:
-        """Return the noise levels (steps + 1,) of the pipeline's own schedule."""
-        return self.driver.grid(steps)
+        """Return the noise levels (steps + 1,) of the pipeline's own schedule. Raises ModelError if it has none."""
+        try:
+            grid = self.driver.grid(steps)
+            check_grid(grid)
+        except Exception as error:  # diffusers divides by zero, among other things
+            scheduler = type(self.driver.pipeline.scheduler).__name__
+            raise ModelError(
+                f"sampler.grid 'pipeline': {scheduler} of '{self.config.path}' makes no grid of {steps} steps: "
+                f"{shortened(' '.join(str(error).split()))}. Set more tree.steps, or sampler.grid to 'linear'."
+            ) from error
+        return grid
 
     def predict(
         self, latents: Tensor, sigma: Tensor, conditioning: Conditioning, denoiser: nn.Module | None = None
     ) -> Tensor:
         """Return what the pipeline gives its scheduler (B, *latent), guidance included, at sigma (B,)."""
         outer, sigma = self.denoiser if denoiser is None else denoiser, sigma.to(latents.device)
+        sharded = isinstance(outer, FSDPModule)
         if len(self.denoiser_names) == 1:
             name, own = self.denoiser_names[0], self.denoiser
-            return self.driver.predict(
-                latents, sigma, conditioning, None if outer is own else {name: Wrapped(outer, own)}
-            )
-        components = {name: Wrapped(partial(outer, name), own) for name, own in self.denoisers.items()}
+            components = None if outer is own and not sharded else {name: Wrapped(outer, own, sharded)}
+            return self.driver.predict(latents, sigma, conditioning, components)
+        components = {name: Wrapped(partial(outer, name), own, sharded) for name, own in self.denoisers.items()}
         added = self.driver.absent_levels(sigma) if in_step(outer) else sigma[:0]
         rows = [*range(len(sigma)), *[0] * len(added)]  # those at the end call denoisers that no other row calls
         asked = {name: value[rows] for name, value in conditioning.items()} if len(added) else conditioning
@@ -351,9 +361,12 @@ class Diffusers(PipelineAdapter):
 
 
 def opaque(samples: Tensor) -> Tensor:
-    """Return samples (..., 3 or 4, H, W) in colours alone: those that have a fourth channel, opacity, over white."""
-    colours, opacity = samples[..., :3, :, :], samples[..., 3:, :, :]
-    return colours * opacity + (1 - opacity) if opacity.shape[-3] else colours
+    """Lay samples (..., 4, H, W) with an opacity over white; return those without one as they are."""
+    if samples.shape[-3] != 4:
+        return samples
+    colours, opacity = samples.split([3, 1], dim=-3)
+    over: Tensor = colours * opacity + (1 - opacity)
+    return over
 
 
 def in_step(denoiser: nn.Module) -> bool:

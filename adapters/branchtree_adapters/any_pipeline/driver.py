@@ -424,6 +424,7 @@ class PipelineDriver:
         kinds = self._groups(packed)
         if kinds is None:
             return self._predict_levels(state, sigma, packed, components)
+        self._require_whole_weights(components, "prompts or images of different sizes")
         return _in_order(
             [(rows, self._predict_levels(state[rows], sigma[rows], _rows(packed, rows), components)) for rows in kinds]
         )
@@ -455,12 +456,21 @@ class PipelineDriver:
                 self._rows_share_a_call = self._try_mixed(state, sigma, packed)
                 if self._rows_share_a_call:
                     return self._predict_levels(state, sigma, packed, components)
+            self._require_whole_weights(components, "different noise levels")
             masks = [sigma == level for level in levels]
         found = []
         for mask in masks:
             rows = torch.nonzero(mask)[:, 0]
             found.append((rows, self._predict_levels(state[rows], sigma[rows], _rows(packed, rows), components)))
         return _in_order(found)
+
+    def _require_whole_weights(self, components: Mapping[str, Any] | None, rows: str) -> None:
+        """Raise ModelError before calls whose number other processes, which must gather weights too, do not know."""
+        if any(isinstance(each, Wrapped) and each.sharded for each in (components or {}).values()):
+            raise ModelError(
+                f"{type(self._pipeline).__name__} needs a call each for rows of {rows}, so that processes would wait "
+                "for each other's weights for ever under FSDP2; train under DDP, with lora if memory is short"
+            )
 
     def _once(
         self,

@@ -52,9 +52,8 @@ def measure(driver: PipelineDriver, asked: Asked, dtype: torch.dtype, source: st
     """
     denoisers = list(driver.denoisers.values())
     packed = driver.encode(asked)
-    one: list[tuple[Any, Call]] = []
-    operations = count_operations(lambda: one.extend(_prediction(denoisers, driver, packed, 1)))
-    two = _prediction(denoisers, driver, packed, 2)
+    one, two = (_prediction(denoisers, driver, packed, rows) for rows in (1, 2))
+    operations = count_operations(lambda: [denoiser.dry_run(call) for denoiser, call in one])
     rows = sum(_rows(call) for _, call in one)
     with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
         kept, more = (kept_for_backward(calls) for calls in (one, two))

@@ -14,13 +14,16 @@ from branchtree_adapters.any_pipeline.schedulers import StopCall
 
 
 class Wrapped:
-    """A denoiser under another module, such as DDP's, with the attributes that a pipeline looks for on it."""
+    """A denoiser that is called by way of ``outer``, with the attributes that a pipeline looks for on it.
 
-    def __init__(self, outer: Callable[..., Any], denoiser: nn.Module) -> None:
-        self._outer, self._denoiser = outer, denoiser
+    ``sharded`` says whether its weights are spread over processes.
+    """
+
+    def __init__(self, outer: Callable[..., Any], denoiser: nn.Module, sharded: bool = False) -> None:
+        self._outer, self._denoiser, self.sharded = outer, denoiser, sharded
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the outer module."""
+        """Call it."""
         return self._outer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:

@@ -26,7 +26,7 @@ class MixedRowsError(RuntimeError):
         self.answer = answer
 
 
-class Rows(Tensor):
+class RowNumbers(Tensor):
     """Numbers of rows in the place of a scalar: it holds the tensor of them, which may be of any subclass itself.
 
     What is computed of it alone is of its kind again.
@@ -56,10 +56,10 @@ class Rows(Tensor):
 
 
 def _plain(leaf: Any) -> Any:
-    return leaf.rows() if isinstance(leaf, Rows) else leaf
+    return leaf.rows() if isinstance(leaf, RowNumbers) else leaf
 
 
-class RowTimes(Rows):
+class RowTimes(RowNumbers):
     """B times (B,) in the place of a scalar.
 
     Raises TypeError where it meets a tensor of several numbers other than a vector of tokens' masks: that would
@@ -136,7 +136,7 @@ class TokenTimes(Tensor):
         return own.repeat(size[0] // len(own), 1)
 
 
-class RowSigmas(Rows):
+class RowSigmas(RowNumbers):
     """A noise level for each row, (B, 1, ...), in the place of a scalar; as a float, which keys caches, their mean."""
 
     def __float__(self) -> float:

@@ -44,10 +44,7 @@ def unloaded_pipeline(kind: Any, blueprint: Blueprint, folder: Path | None = Non
     components: dict[str, Any] = {name: phantom(partial(blueprint.build, name)) for name in blueprint.classes}
     for name, parameter in list(inspect.signature(kind.__init__).parameters.items())[1:]:
         entry = index.get(name)
-        if name in components:
-            continue
-        if name in left_out(kind):
-            components[name] = None
+        if name in components or name in left_out(kind):
             continue
         if name in index and not is_component(entry):  # a setting
             components[name] = entry
@@ -56,7 +53,7 @@ def unloaded_pipeline(kind: Any, blueprint: Blueprint, folder: Path | None = Non
             components[name] = _without_weights(name, wanted, blueprint, folder, components)
         elif parameter.default is parameter.empty:
             components[name] = None
-    return kind(**components)
+    return kind(**components, **left_out(kind))
 
 
 def _without_weights(

@@ -64,13 +64,11 @@ def build_pipeline(pipeline: Any, folder: Path, dtypes: Mapping[str, torch.dtype
         ModelError: A file is missing or damaged, or the weights do not account for every tensor of their model.
     """
     loaded = load_components(pipeline, folder, dtypes, without)
-    index, parameters, skipped = read_json(folder / INDEX), _parameters(pipeline), left_out(pipeline)
-    named = {name: index[name] for name in parameters if name in index and name not in skipped}
+    index, parameters = read_json(folder / INDEX), _parameters(pipeline)
+    named = {name: index[name] for name in parameters if name in index}
     settings = {name: entry for name, entry in named.items() if not is_component(entry)}
-    if skipped:
-        settings["requires_safety_checker"] = False
-    absent = {name for name in parameters if is_component(index.get(name))} | {*without, *skipped} & parameters.keys()
-    return pipeline(**{**settings, **dict.fromkeys(absent), **loaded})
+    absent = dict.fromkeys(name for name in parameters if is_component(index.get(name)) or name in without)
+    return pipeline(**{**settings, **absent, **loaded, **left_out(pipeline)})
 
 
 def _parameters(pipeline: Any) -> dict[str, inspect.Parameter]:
@@ -98,10 +96,14 @@ def load_components(
     return loaded
 
 
-def left_out(pipeline: Any) -> list[str]:
-    """Return the components that are never loaded: those by which Stable Diffusion blackens samples."""
-    takes = inspect.signature(pipeline.__init__).parameters
-    return ["safety_checker", "feature_extractor"] if "requires_safety_checker" in takes else []
+def left_out(pipeline: Any) -> dict[str, Any]:
+    """Return what a pipeline is given in place of components that are never loaded.
+
+    They are those by which Stable Diffusion blackens samples.
+    """
+    if "requires_safety_checker" not in inspect.signature(pipeline.__init__).parameters:
+        return {}
+    return {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
 
 
 def _check_against_encoder(component: Component, loaded: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,10 +52,15 @@ class LoraFile:
     layers: Mapping[str, LoraLayer]
     strengths: tuple[float, ...]  # as the file says, ascending; a converter multiplies them into A and B
 
-    def tensors(self, factor: Callable[[LoraLayer], float]) -> dict[str, Tensor]:
-        """Return A, and B times a ``factor`` of its layer, float32, by their names in diffusers' files."""
+    def tensors(self, scale: float = 1.0) -> dict[str, Tensor]:
+        """Return A, and B for a LoRA whose product is multiplied by ``scale``, by their names in diffusers' files.
+
+        They are float32.
+        """
         downs = {f"{name}{DOWN}": layer.down.float() for name, layer in self.layers.items()}
-        return downs | {f"{name}{UP}": layer.up.float() * factor(layer) for name, layer in self.layers.items()}
+        return downs | {
+            f"{name}{UP}": layer.up.float() * (layer.strength / scale) for name, layer in self.layers.items()
+        }
 
 
 def summary_of(files: Sequence[LoraFile]) -> LoraSummary:
@@ -177,7 +182,10 @@ def _by_diffusers(
     if unet is None:
         return pipeline.lora_state_dict(given), {}
     converted, alphas = pipeline.lora_state_dict(given, unet_config=unet)
-    beside = {name: torch.as_tensor(value) for name, value in (alphas or {}).items()}
+    beside = {
+        name.partition(".lora_A.")[0].removesuffix(ALPHA) + ALPHA: torch.as_tensor(value)
+        for name, value in convert_unet_state_dict_to_peft(alphas or {}).items()
+    }
     return convert_unet_state_dict_to_peft(converted), beside
 
 

@@ -92,8 +92,12 @@ def _small(name: str) -> Path:
         raise ModelError(f"no small model is named '{name}'{nearest(name, PIPELINES)}")
     folder = tempfile.TemporaryDirectory(prefix=f"branchtree_small_{name}_")
     atexit.register(folder.cleanup)
+    pipeline = PIPELINES[name].build()
+    for component in pipeline.components.values():
+        if hasattr(component, "should_save_on_this_rank"):  # transformers would have the first process alone write
+            component.should_save_on_this_rank = lambda is_main_process: True
     with quiet():
-        PIPELINES[name].build().save_pretrained(folder.name)
+        pipeline.save_pretrained(folder.name)
     return Path(folder.name)
 
 

@@ -180,7 +180,7 @@ def load_lora(denoisers: Denoisers, source: Path, pipeline: type[Any]) -> LoraSu
             denoiser.unload_lora()
         require_layers(files[name], denoiser)
     for name, denoiser in denoisers.items():
-        tensors = files[name].tensors(lambda layer: layer.strength)
+        tensors = files[name].tensors()
         denoiser.load_lora_adapter(tensors, prefix=None, adapter_name="default")
         denoiser.requires_grad_(False)
     return summary_of(list(files.values()))

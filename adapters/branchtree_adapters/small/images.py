@@ -259,12 +259,12 @@ def z_image() -> dict[str, Any]:
     }
 
 
-def flux2_vae() -> Any:
-    """Return the VAE of FLUX.2."""
+def flux2_vae(levels: int = 2) -> Any:
+    """Return the VAE of FLUX.2, which halves sizes ``levels - 1`` times."""
     return diffusers.AutoencoderKLFlux2(
-        block_out_channels=(8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
         latent_channels=4,
         layers_per_block=1,
         norm_num_groups=4,
@@ -275,7 +275,7 @@ def flux2_klein() -> dict[str, Any]:
     """Return the components of FLUX.2 klein."""
     return {
         "scheduler": FLOW(use_dynamic_shifting=True, shift=3.0),
-        "vae": flux2_vae(),
+        "vae": flux2_vae(levels=4),
         "text_encoder": decoder_text("Qwen3ForCausalLM", "Qwen3Config", num_hidden_layers=28),
         "tokenizer": qwen_tokenizer(),
         "transformer": diffusers.Flux2Transformer2DModel(

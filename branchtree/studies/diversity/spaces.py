@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from branchtree.errors import RecipeError, RewardError
 from branchtree.plugins.registry import registry
-from branchtree.plugins.values import Media
 from branchtree.recipe.load import validate_options
 from branchtree.recipe.source import parse_plugin
 
 
 class FeatureSpace(Protocol):
-    """Turns media into feature vectors. Built from its own configuration; nothing is loaded before ``load``."""
+    """Turns samples into feature vectors. Built from its own configuration; nothing is loaded before ``load``."""
 
     @property
     def modalities(self) -> frozenset[str]:
@@ -30,7 +29,7 @@ class FeatureSpace(Protocol):
     def load(self, device: torch.device) -> None:
         """Load what is needed. Raises RewardError if weights are missing or do not fit."""
 
-    def features(self, media: Media) -> Tensor:
+    def features(self, media: Any) -> Tensor:
         """Features (B, D) float32 of B samples, each independent of the others."""
 
     def fingerprint(self) -> str:

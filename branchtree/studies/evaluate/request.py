@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from branchtree.data.prompts import check_conditions, held_out_conditions
+from branchtree.data.prompts import check_conditions, check_for_rewards, held_out_conditions
 from branchtree.errors import RecipeError
 from branchtree.files.reading import user_path
 from branchtree.planning.preflight import require_evaluation_memory
@@ -27,7 +27,7 @@ log = logging.getLogger("branchtree")
 
 RESULT = "evaluation.json"
 SAMPLES, GRID = "samples.jsonl", "grid"
-WRITTEN = (RESULT, SAMPLES, GRID, *(f"{GRID}{ending}" for ending in (".json", ".png", ".mp4")))
+WRITTEN = (RESULT, SAMPLES, GRID, *(f"{GRID}{ending}" for ending in (".json", ".png", ".mp4", ".safetensors")))
 MARKS = {RESULT: ("figures", "settings"), SAMPLES: ("model", "prompt", "noise", "rewards")}
 """Files by which an earlier evaluation is known, and keys that they have."""
 
@@ -84,6 +84,7 @@ def make_evaluation_request(subject: Subject, choices: EvaluationChoices) -> Eva
     require_evaluation_memory(recipe, model, rewards, section.rows, choices.force)
     conditions = held_out_conditions(section, model)
     check_conditions(model, conditions)
+    check_for_rewards([reward.adapter for reward in rewards], conditions)
     output = choices.output or subject.output("evaluation")
     check_folder(output, WRITTEN, MARKS)
     if subject.checkpoint is not None:

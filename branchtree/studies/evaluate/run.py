@@ -12,7 +12,7 @@ from typing import Any
 from branchtree.errors import CheckpointError
 from branchtree.files.reading import whole_text
 from branchtree.files.writing import write_atomically
-from branchtree.pictures.grid import write_pictures
+from branchtree.pictures.grid import drawn, write_contents, write_pictures
 from branchtree.plugins.protocols import LoadsLora
 from branchtree.plugins.values import LoraSummary
 from branchtree.recipe.build import make_sampler
@@ -31,7 +31,7 @@ from branchtree.studies.evaluate.request import (
 from branchtree.studies.score.run import file_scores
 from branchtree.training.conditioning import open_cache
 from branchtree.training.engine import WeightAverage
-from branchtree.training.evaluation import Evaluator, Pair, Samples
+from branchtree.training.evaluation import Evaluated, Evaluator, Pair
 from branchtree.training.limits import RowLimits
 from branchtree.training.loading import load_model, load_rewards, make_accelerator
 from branchtree.training.policy import Policy
@@ -105,14 +105,14 @@ def _load_lora(request: EvaluationRequest) -> LoraSummary | None:
         raise CheckpointError(f"lora: {error}") from error
 
 
-def _sample(request: EvaluationRequest, accelerator: Any, advance: Advance | None) -> dict[str, Samples]:
+def _sample(request: EvaluationRequest, accelerator: Any, advance: Advance | None) -> dict[str, Evaluated]:
     """Return the samples of the base model and, with a checkpoint's or a LoRA's weights in it, of the trained one."""
     model, checkpoint, lora = request.model, request.subject.checkpoint, request.subject.lora
     evaluator, shown = _evaluator(request, accelerator), _shown(request)
     compared = 1 if checkpoint is None and lora is None else 2
     count = counter(advance, compared * len(request.conditions) * request.section.noises)
 
-    def samples() -> Samples:
+    def samples() -> Evaluated:
         return evaluator.samples(accelerator, shown, count)
 
     with nullcontext() if lora is None else model.without_lora(model.denoiser):
@@ -146,7 +146,7 @@ def _shown(request: EvaluationRequest) -> frozenset[Pair]:
     return frozenset((prompt, noise) for prompt in range(prompts) for noise in range(noises))
 
 
-def _rows(request: EvaluationRequest, models: Mapping[str, Samples]) -> Iterator[dict[str, Any]]:
+def _rows(request: EvaluationRequest, models: Mapping[str, Evaluated]) -> Iterator[dict[str, Any]]:
     """Yield a row for each sample of each model."""
     for model, samples in models.items():
         scores = {label: file_scores(given) for label, given in samples.scores.items()}
@@ -160,12 +160,16 @@ def _rows(request: EvaluationRequest, models: Mapping[str, Samples]) -> Iterator
             }
 
 
-def _write_grid(request: EvaluationRequest, models: Mapping[str, Samples]) -> None:
+def _write_grid(request: EvaluationRequest, models: Mapping[str, Evaluated]) -> None:
     """Draw a row for each prompt; for each of its noises the base model's sample and, beside it, the trained one's."""
     shown = models["base"].media
     prompts = sorted({prompt for prompt, _ in shown})
     columns = [(noise, model) for noise in sorted({noise for _, noise in shown}) for model in models]
-    media = [models[model].media[prompt, noise] for prompt in prompts for noise, model in columns]
+    samples = [models[model].media[prompt, noise] for prompt in prompts for noise, model in columns]
+    write_contents(request.output / GRID, samples)
+    media = drawn(samples, [request.conditions[prompt] for prompt in prompts for _ in columns])
+    if not media:
+        return
     layout = write_pictures(request.output / GRID, media, len(columns))
     index = {
         "rows": [request.conditions[prompt].prompt for prompt in prompts],

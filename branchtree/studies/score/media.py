@@ -23,7 +23,7 @@ from branchtree.data.images import read_image
 from branchtree.data.videos import inspect_video, video_frames
 from branchtree.errors import DataError, refuse
 from branchtree.planning.gpus import GIB
-from branchtree.plugins.values import Media
+from branchtree.plugins.samples import Media
 from branchtree.studies.score.items import Item
 
 

@@ -16,7 +16,7 @@ from branchtree.core.scores import Scores
 from branchtree.errors import DataError, OutputError, RecipeError, RewardError, refuse
 from branchtree.files.reading import whole_text
 from branchtree.planning.devices import named_device
-from branchtree.plugins.protocols import ReleasesMemory
+from branchtree.plugins.protocols import ChecksConditions, ReleasesMemory
 from branchtree.plugins.scores import NamedReward, ask, needs_prompt
 from branchtree.studies.common.output import Advance, as_lines, check_file, counter, write_lines
 from branchtree.studies.common.rewards import Spec, make_named
@@ -192,4 +192,9 @@ def _mismatch(item: Item, reward: NamedReward) -> str | None:
             f"{item.at}reward '{reward.label}' reads the prompt, and '{item.path}' has none; give one {where}with "
             "--prompt (prompt=... in Python) for all that have none"
         )
+    if isinstance(reward.adapter, ChecksConditions):
+        try:
+            reward.adapter.check(item.condition)
+        except DataError as error:
+            return f"{error} (scoring '{item.path}')"
     return None

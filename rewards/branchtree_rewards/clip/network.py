@@ -20,9 +20,8 @@ from branchtree.files.json_lines import read_json_object
 from branchtree_rewards.clip.text import token_ids
 from branchtree_rewards.shared.footprints import Skeleton
 from branchtree_rewards.shared.source import WeightsSource, cause, file_at_hand
-from branchtree_rewards.shared.weights import State, build_pretrained, check_fit, from_pretrained, without
+from branchtree_rewards.shared.weights import State, build_pretrained, check_fit, load_folder, without
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 OPENAI_SIZES = {
     (32, 768, 224): "vit_b_32",
     (16, 768, 224): "vit_b_16",
@@ -38,17 +37,7 @@ def load_clip(source: WeightsSource) -> tuple[Any, Path]:
     """
     from transformers import CLIPModel
 
-    if source.only:
-        raise RewardError(f"'{source.only}' is one file; give the folder that holds it with its config.json")
-    file = source.find(*WEIGHTS)
-    network = from_pretrained(
-        CLIPModel,
-        source.location,
-        torch.float32,
-        revision=source.revision,
-        use_safetensors=file.suffix == ".safetensors",  # so that the file which is pinned is the one that is read
-    )
-    return network, file
+    return load_folder(CLIPModel, source)
 
 
 def clip_size(config: Any) -> str | None:
@@ -60,6 +49,12 @@ def clip_size(config: Any) -> str | None:
 def image_features(network: Any, images: Tensor) -> Tensor:
     """Return the projected features (B, E), float32, of preprocessed images (B, C, H, W)."""
     return _projected(network.get_image_features(images))
+
+
+def text_features(network: Any, tokenizer: Any, prompts: Sequence[str]) -> Tensor:
+    """Return the projected features (B, E), float32, of prompts, on the network's device."""
+    ids = token_ids(tokenizer, prompts, network.config.text_config.max_position_embeddings)
+    return _projected(network.get_text_features(ids.to(network.device)))
 
 
 def _projected(output: Any) -> Tensor:
@@ -77,8 +72,7 @@ def cosine(network: Any, tokenizer: Any, images: Tensor, prompts: Sequence[str])
         images: Preprocessed (B, C, H, W), on the network's device.
         prompts: B prompts.
     """
-    ids = token_ids(tokenizer, prompts, network.config.text_config.max_position_embeddings).to(images.device)
-    pictures, texts = image_features(network, images), _projected(network.get_text_features(ids))
+    pictures, texts = image_features(network, images), text_features(network, tokenizer, prompts)
     return (functional.normalize(pictures, dim=-1) * functional.normalize(texts, dim=-1)).sum(dim=-1)
 
 

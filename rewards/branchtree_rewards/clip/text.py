@@ -49,16 +49,18 @@ def as_open_clip(tokenizer: Any) -> Any:
     return tokenizer
 
 
-def check_end(tokenizer: Any, text_config: Any, where: str) -> None:
+def check_end(tokenizer: Any, text_config: Any, where: str, *, highest: bool = False) -> None:
     """Refuse a tokenizer whose ids the text encoder does not have, or whose last token it does not read the text at.
 
     CLIP's text feature is read at the end token. Where transformers' CLIPModel finds none it takes the first token,
-    whose feature is the same for every prompt. Raises RewardError.
+    whose feature is the same for every prompt. An encoder that reads at the ``highest`` id whatever its configuration
+    says, as OWLv2's does, needs an end token with that id. Raises RewardError.
     """
     end, vocabulary = tokenizer.eos_token_id, text_config.vocab_size
     if len(tokenizer) > vocabulary:
         raise RewardError(f"the tokenizer has {len(tokenizer)} entries and the model of '{where}' only {vocabulary}")
-    read_at = len(tokenizer) - 1 if text_config.eos_token_id == LEGACY_END else text_config.eos_token_id
+    legacy = highest or text_config.eos_token_id == LEGACY_END
+    read_at = len(tokenizer) - 1 if legacy else text_config.eos_token_id
     if end != read_at:
         raise RewardError(
             f"the tokenizer ends prompts with id {end}, and the model of '{where}' reads texts at id {read_at}; give "

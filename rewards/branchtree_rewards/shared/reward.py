@@ -84,6 +84,10 @@ class Reward(ABC, Generic[Config]):
         """Say why a prompt cannot be read, if it cannot be; a reward that does not read prompts takes any."""
         return samples.unreadable_or_empty(prompt) if self.reads_prompt else None
 
+    def _condition_flaw(self, condition: Condition) -> str | None:
+        """Say why no sample of a condition can be scored, if none can: that its prompt cannot be read."""
+        return self._prompt_flaw(condition.prompt)
+
     def footprint(self) -> RewardFootprint | None:
         """Return the memory of the weights on an accelerator: none, unless a reward says otherwise."""
         return RewardFootprint(0)
@@ -119,7 +123,7 @@ class Reward(ABC, Generic[Config]):
 
     def _score_batch(self, media: Media, conditions: Sequence[Condition]) -> Scores:
         seen = self._seen(media)
-        flaws = samples.find_flaws(seen, conditions, self._shape_flaw, self._prompt_flaw)
+        flaws = samples.find_flaws(seen, conditions, self._shape_flaw, self._condition_flaw)
         return samples.score_rest(seen, conditions, flaws, self._scores)
 
     def _require_loaded(self) -> None:

@@ -39,7 +39,7 @@ def find_flaws(
     media: Media,
     conditions: Sequence[Condition],
     shape_flaw: Callable[[Media], str | None],
-    prompt_flaw: Callable[[str], str | None],
+    condition_flaw: Callable[[Condition], str | None],
 ) -> dict[int, str]:
     """Return why samples cannot be scored, by row.
 
@@ -47,7 +47,7 @@ def find_flaws(
         media: B samples of one shape.
         conditions: B conditions.
         shape_flaw: Says why no sample of this shape, length and frame rate can be scored.
-        prompt_flaw: Says why a prompt cannot be read.
+        condition_flaw: Says why no sample of a condition can be scored, such as that its prompt cannot be read.
     """
     flaw = NO_PIXELS if 0 in media.pixels.shape[1:] else shape_flaw(media)
     if flaw:
@@ -55,7 +55,7 @@ def find_flaws(
     finite = media.pixels.flatten(1).isfinite().all(dim=1).tolist()
     reasons = {row: NOT_FINITE for row, good in enumerate(finite) if not good}
     for row, condition in enumerate(conditions):
-        if row not in reasons and (flaw := prompt_flaw(condition.prompt)):
+        if row not in reasons and (flaw := condition_flaw(condition)):
             reasons[row] = flaw
     return reasons
 

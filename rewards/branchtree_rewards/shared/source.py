@@ -24,9 +24,14 @@ from branchtree.files.reading import user_path
 RANDOM_SMALL = "random:small"
 
 
+def bundled_text(name: str) -> str:
+    """Return the content of a text file in the package's `data` folder, its line ends as they are."""
+    return resources.files("branchtree_rewards").joinpath("data", name).read_bytes().decode("utf-8")
+
+
 def bundled_json(name: str) -> Any:
     """Return the content of a JSON file in the package's `data` folder."""
-    return json.loads(resources.files("branchtree_rewards").joinpath("data", name).read_text(encoding="utf-8"))
+    return json.loads(bundled_text(name))
 
 
 def cause(error: Exception) -> str:

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from branchtree.core.finite import is_finite
 from branchtree.errors import RewardError
 from branchtree.plugins.completeness import unexpected_keys
-from branchtree_rewards.shared.source import cause
+from branchtree_rewards.shared.source import WeightsSource, cause
 
 State = dict[str, Tensor]
 SHOWN = 5
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")  # of a folder of transformers
 
 
 def read_weights(file: Path) -> Any:
@@ -143,6 +144,24 @@ def from_pretrained(model: Any, location: str, dtype: torch.dtype, **settings: A
         raise RewardError(f"the weights of '{location}' do not fit the model: {'; '.join(found)}")
     require_finite_weights(loaded.state_dict(), location)
     return loaded
+
+
+def load_folder(model: Any, source: WeightsSource) -> tuple[Any, Path]:
+    """Return the network of a folder or hub id in float32 on the CPU, and the one file that its weights came from.
+
+    Raises RewardError if there is no such file, or it does not fit its config.json.
+    """
+    if source.only:
+        raise RewardError(f"'{source.only}' is one file; give the folder that holds it with its config.json")
+    file = source.find(*WEIGHTS)
+    network = from_pretrained(
+        model,
+        source.location,
+        torch.float32,
+        revision=source.revision,
+        use_safetensors=file.suffix == ".safetensors",  # so that the file which is pinned is the one that is read
+    )
+    return network, file
 
 
 @contextmanager

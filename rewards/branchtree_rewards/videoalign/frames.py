@@ -4,22 +4,17 @@ Axis letters: T all frames of a video, N sampled frames, C channels, H height, W
 `vision_process.py` in KwaiVGI/VideoAlign, with its "uniform" sampling, and of the Qwen2-VL video processor.
 """
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from branchtree_rewards.qwen2vl.patches import PAIR, UNIT, Patches, cut_up, fitted_size
 from branchtree_rewards.shared.pixels import normalised, to_rgb, to_uint8
 
-PATCH = 14  # pixels along one side of a patch
-MERGE = 2  # patches along one side of what becomes one token
-UNIT = PATCH * MERGE
-PAIR = 2  # frames in a patch
 MIN_PIXELS = 128 * UNIT * UNIT  # of a frame, after the resize
 MIN_FRAMES, MAX_FRAMES = 4, 768
-MAX_ASPECT = 200
 
 
 @dataclass(frozen=True)
@@ -29,19 +24,6 @@ class Sampling:
     fps: float = 2.0
     max_pixels: int = 448 * 448  # of a frame
     frames: int | None = None  # a fixed number instead of a rate
-
-
-@dataclass(frozen=True)
-class Patches:
-    """One video as the vision encoder takes it."""
-
-    pixels: Tensor  # (patches, C * 2 * 14 * 14) float32
-    grid: tuple[int, int, int]  # frame pairs, and patches down and across; their product is the number of patches
-
-    @property
-    def tokens(self) -> int:
-        """How many tokens stand for the video in the text."""
-        return math.prod(self.grid) // MERGE**2
 
 
 def frame_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
@@ -61,22 +43,8 @@ def frame_indices(total: int, fps: float, sampling: Sampling) -> list[int]:
 
 
 def frame_size(height: int, width: int, max_pixels: int) -> tuple[int, int]:
-    """Return height and width in pixels after the resize: multiples of 28, of about the same aspect.
-
-    The area is at most ``max_pixels``. Raises ValueError if one side is more than 200 times the other.
-    """
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise ValueError(f"frames of {width}x{height} are too elongated; at most 1:{MAX_ASPECT} can be scored")
-    sides = [max(UNIT, round(side / UNIT) * UNIT) for side in (height, width)]
-    if math.prod(sides) > max_pixels:
-        shrink = math.sqrt(height * width / max_pixels)
-        sides = [math.floor(side / shrink / UNIT) * UNIT for side in (height, width)]
-    elif math.prod(sides) < MIN_PIXELS:
-        grow = math.sqrt(MIN_PIXELS / (height * width))
-        sides = [math.ceil(side * grow / UNIT) * UNIT for side in (height, width)]
-    if min(sides) < UNIT:
-        raise ValueError(f"frames of {width}x{height} are too elongated: the shorter side falls below {UNIT} pixels")
-    return sides[0], sides[1]
+    """Return height and width of a frame after the resize. Raises ValueError as `fitted_size` does."""
+    return fitted_size(height, width, MIN_PIXELS, max_pixels)
 
 
 def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
@@ -90,12 +58,7 @@ def resize_frames(frames: Tensor, size: tuple[int, int]) -> Tensor:
 def patches(frames: Tensor, max_pixels: int) -> Patches:
     """Resize, normalise and cut up sampled frames (N, C, H, W) in [0, 1], N even.
 
-    A patch holds C x 2 x 14 x 14 numbers; the four patches that become one token follow each other.
     Raises ValueError if the frames cannot be resized, or have another number of channels than 1, 3 or 4.
     """
     height, width = frame_size(frames.shape[-2], frames.shape[-1], max_pixels)
-    pixels = normalised(resize_frames(to_uint8(to_rgb(frames)), (height, width)) / 255)
-    pairs, down, across = len(frames) // PAIR, height // UNIT, width // UNIT
-    blocks = pixels.reshape(pairs, PAIR, 3, down, MERGE, PATCH, across, MERGE, PATCH)
-    rows = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8).reshape(-1, 3 * PAIR * PATCH**2)
-    return Patches(rows, (pairs, down * MERGE, across * MERGE))
+    return cut_up(normalised(resize_frames(to_uint8(to_rgb(frames)), (height, width)) / 255))

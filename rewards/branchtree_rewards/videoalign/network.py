@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import RewardError
-from branchtree_rewards.shared.weights import State, renamed, require_finite_weights, without
-from branchtree_rewards.videoalign.frames import Patches
+from branchtree_rewards.qwen2vl.backbone import EMBEDDING, modern_names, states_at
+from branchtree_rewards.qwen2vl.patches import Patches
+from branchtree_rewards.shared.weights import State, require_finite_weights
 from branchtree_rewards.videoalign.settings import Lora
 
-DROPPED = ("lm_head.weight",)  # a reward writes no text
 HEAD = "rm_head.weight"
-EMBEDDING = "language_model.embed_tokens.weight"
 WRAPPER = "base_model.model."
 SPLIT = re.compile(r"(?P<layer>.+)\.(?P<piece>base_layer\.weight|base_layer\.bias|lora_[AB]\.default\.weight)")
 WEIGHT, BIAS, DOWN, UP = "base_layer.weight", "base_layer.bias", "lora_A.default.weight", "lora_B.default.weight"
@@ -45,19 +44,7 @@ class VideoAlignNetwork(nn.Module):
             mask: (B, L), 1 on what is not padding.
             videos: B videos.
         """
-        hidden = self.backbone(
-            input_ids=ids,
-            attention_mask=mask,
-            # The publisher passes no positions, and transformers 4.45 then counts 0..L-1 on all three axes. Left to
-            # itself, transformers 5 would compute M-RoPE, with which this checkpoint was not trained.
-            position_ids=torch.arange(ids.shape[1], device=ids.device).expand(3, *ids.shape),
-            pixel_values_videos=torch.cat([video.pixels for video in videos]),
-            video_grid_thw=torch.tensor([video.grid for video in videos], device=ids.device),
-            use_cache=False,
-        ).last_hidden_state
-        rows = torch.arange(len(ids), device=ids.device)
-        columns = [(ids == reward_id).int().argmax(dim=1) for reward_id in self._reward_ids]
-        states = torch.stack([hidden[rows, column] for column in columns], dim=1).float()  # (B, 3, D)
+        states = states_at(self.backbone, ids, mask, videos, "video", self._reward_ids)
         outputs = states @ self.head.T
         # A head of three rows has one for each token; a head of one row serves all.
         return outputs.diagonal(dim1=1, dim2=2) if len(self.head) > 1 else outputs.squeeze(2)
@@ -89,12 +76,7 @@ def reward_weights(state: Mapping[str, Tensor], lora: Lora | None, dtype: torch.
         RewardError: the head or the embedding is missing, or the factors are incomplete or of another shape. All other
             names and shapes are checked against the model they are loaded into.
     """
-
-    def modern(name: str) -> str:
-        name = name.removeprefix(WRAPPER)
-        return f"language_model.{name.removeprefix('model.')}" if name.startswith("model.") else name
-
-    named = without(renamed(state, modern), DROPPED)
+    named = modern_names(state, WRAPPER)
     for name in (HEAD, EMBEDDING):
         if name not in named:
             raise RewardError(f"'{where}' holds no weight that belongs at '{name}'; it is no VideoAlign checkpoint")

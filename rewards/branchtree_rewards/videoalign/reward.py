@@ -5,11 +5,10 @@ repository was published as KwaiVGI/VideoReward, which is now KlingTeam/VideoRew
 """
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import pydantic
 import torch
@@ -18,17 +17,20 @@ from torch import Tensor, nn
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins import Condition, Media
-from branchtree_rewards.shared.footprints import Skeleton, skeleton
+from branchtree_rewards.qwen2vl.backbone import backbone_skeleton, read_architecture, round_frequencies
+from branchtree_rewards.qwen2vl.patches import Patches
+from branchtree_rewards.qwen2vl.questions import Questions, open_tokenizer
+from branchtree_rewards.shared.footprints import Skeleton
 from branchtree_rewards.shared.frame_rates import ClipFps, NoPlainFps, SampleFps
 from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
 from branchtree_rewards.shared.samples import unreadable, unreadable_or_empty
-from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, cause, file_at_hand, locate_weights
+from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, locate_weights
 from branchtree_rewards.shared.weights import build_pretrained, read_state_dict
 from branchtree_rewards.small.videoalign import write_small_videoalign
-from branchtree_rewards.videoalign.frames import Patches, frame_indices, frame_size, patches
+from branchtree_rewards.videoalign.frames import frame_indices, frame_size, patches
 from branchtree_rewards.videoalign.network import VideoAlignNetwork, reward_weights
 from branchtree_rewards.videoalign.settings import DIMENSIONS, VideoAlignSettings, read_settings
-from branchtree_rewards.videoalign.text import Questions, open_tokenizer
+from branchtree_rewards.videoalign.text import question_form
 
 BASE = "Qwen/Qwen2-VL-2B-Instruct"
 PUBLISHED_STEP = 11352
@@ -107,11 +109,12 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
         settings = self._sampled(read_settings(source.find("model_config.json")))
         file = _weights_file(source, step)
         weights = reward_weights(read_state_dict(file), settings.lora, self._dtype, str(file))
-        architecture = _architecture(source, base, weights.vocabulary)
-        tokenizer = open_tokenizer(source, f"{step}/tokenizer", base)
-        context = architecture.text_config.max_position_embeddings
-        questions = Questions(tokenizer, weights.vocabulary, architecture.video_token_id, context)
+        architecture = read_architecture(source, base, weights.vocabulary)
+        form = question_form()
+        questions = Questions(form, open_tokenizer(source, f"{step}/tokenizer/", base, form), architecture)
         backbone = build_pretrained(Qwen2VLModel, architecture, weights.backbone, str(file), self._dtype)
+        if self._dtype == torch.bfloat16:
+            round_frequencies(backbone)
         self._settings, self._questions = settings, questions
         return Opened(VideoAlignNetwork(backbone, weights.head, questions.reward_ids), {"model.pth": file})
 
@@ -132,9 +135,7 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
 
     def _skeleton(self) -> Skeleton:
         config = self._config
-        own = file_at_hand(config.path, None, "config.json")
-        path = config.path if own else config.base
-        found = skeleton(path, None, BASE)
+        found = backbone_skeleton(config.path, config.base, BASE)
         return replace(found, number_bytes=4 if config.dtype == "float32" else 2)
 
     def _shape_flaw(self, media: Media) -> str | None:
@@ -193,20 +194,6 @@ def _weights_file(source: WeightsSource, step: str) -> Path:
             f"'{source.name}' holds low-rank weights alone in {step}; this reward reads a whole state dict, model.pth"
         )
     raise RewardError(f"'{source.name}' holds no '{step}/model.pth'; set 'checkpoint' to a step that is there")
-
-
-def _architecture(source: WeightsSource, base: WeightsSource, vocabulary: int) -> Any:
-    """Return the configuration of Qwen2-VL with the checkpoint's vocabulary, the reward tokens included."""
-    from transformers import Qwen2VLConfig
-
-    own = source.maybe("config.json") if source.folder is not None else None
-    file = own or base.find("config.json")
-    try:
-        architecture = Qwen2VLConfig.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except Exception as error:  # the configuration's own checks raise many kinds
-        raise RewardError(f"'{file}' is no configuration of Qwen2-VL ({cause(error)})") from error
-    architecture.text_config.vocab_size = vocabulary
-    return architecture
 
 
 register_rewards = reward_hook((VideoAlign, VideoAlignConfig))

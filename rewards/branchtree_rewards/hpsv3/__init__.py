@@ -1,0 +1,1 @@
+"""HPSv3: how people would like a picture of a prompt."""

@@ -1,0 +1,59 @@
+"""The drawn pictures and instructions that image-editing recipes are tried on."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from PIL import Image
+
+from branchtree import load_recipe, train
+from branchtree.data.prompts import load_conditions
+from branchtree.run.directory import METRICS
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = ROOT / "recipes/prompts"
+SETS = {"train": 12, "heldout": 6}
+SIZES = {(128, 128), (160, 96), (96, 160)}
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    return importlib.import_module("build_edits")
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_every_line_names_a_picture_of_one_of_three_shapes(name: str) -> None:
+    conditions = load_conditions(str(PROMPTS / f"edits_{name}.jsonl"), "prompt", "train")
+    assert len(conditions) == SETS[name]
+    found = set()
+    for condition in conditions:
+        [path] = condition.images
+        with Image.open(path) as image:
+            found.add(image.size)
+            assert image.format == "PNG" and len(image.convert("RGB").getcolors() or ()) > 2
+        assert path.stat().st_size < 2000
+    assert found == SIZES
+
+
+def test_the_files_are_those_that_the_script_draws(script: ModuleType, tmp_path: Path) -> None:
+    for name in SETS:
+        script.write_set(tmp_path, name)
+        listed = f"edits_{name}.jsonl"
+        assert (tmp_path / listed).read_bytes() == (PROMPTS / listed).read_bytes()
+    drawn = sorted(path.name for path in (tmp_path / "edits").iterdir())
+    assert drawn == sorted(path.name for path in (PROMPTS / "edits").iterdir())
+    for name in drawn:  # the bytes follow from the version of zlib, too
+        with Image.open(tmp_path / "edits" / name) as ours, Image.open(PROMPTS / "edits" / name) as theirs:
+            assert ours.convert("RGB").tobytes() == theirs.convert("RGB").tobytes()
+
+
+@pytest.mark.parametrize("name", ["qwen_edit_branchgrpo", "klein_edit_branchgrpo"])
+def test_the_recipes_train_small_editing_models(name: str, tmp_path: Path) -> None:
+    brief = {"run.iterations": 1, "run.sample_prompts": 1, "evaluation": None, "batch.prompts": 1, "tree.steps": 3}
+    train(load_recipe(name, {**brief, "tree.splits": [0]}, smoke=True), output=tmp_path / "run")
+    row = (tmp_path / "run" / METRICS).read_text(encoding="utf-8")
+    assert '"reward/clip_similarity/mean"' in row and '"reward/pickscore/mean"' in row
