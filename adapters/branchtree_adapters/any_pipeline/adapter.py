@@ -69,6 +69,11 @@ SHORT, LONG = "a cat", "two small birds that sit on the branch of an old tree in
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 """Endings of the names of attention's projections in diffusers' transformers."""
 
+UNLOADED: dict[str, PipelineDriver] = {}
+"""Drivers of the last few pipelines without weights, by what they were made of."""
+KEPT = 2
+"""Of those; learning one takes seconds for a large model."""
+
 
 class DiffusersConfig(PipelineConfig):
     """Which pipeline, and what it is to make: images, or videos of ``frames`` at ``fps`` where it makes videos.
@@ -208,10 +213,17 @@ class Diffusers(PipelineAdapter):
 
     @cached_property
     def _unloaded(self) -> PipelineDriver:
-        """The driver of a pipeline made of configuration files."""
-        with described():
-            pipeline = unloaded_pipeline(self._class, self.blueprint, self._source.folder)
-            return self._driven(pipeline, torch.device("cpu"))
+        """The driver of a pipeline made of configuration files: one for all models of a process that are the same."""
+        files = sorted(self._source.folder.glob("*/*")) if self._source.folder else []
+        states = [(str(file), file.stat().st_mtime_ns) for file in files]
+        key = repr((self._source, self.config, self.blueprint.configs, states))
+        if key not in UNLOADED:
+            with described():
+                pipeline = unloaded_pipeline(self._class, self.blueprint, self._source.folder)
+                UNLOADED[key] = self._driven(pipeline, torch.device("cpu"))
+            for old in list(UNLOADED)[:-KEPT]:
+                del UNLOADED[old]
+        return UNLOADED[key]
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
         """Load the pipeline, and learn its layout, for which encoders work once; see PipelineAdapter."""

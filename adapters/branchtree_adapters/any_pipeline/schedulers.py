@@ -29,7 +29,7 @@ class StepRequest:
     grid: tuple[Tensor, Tensor] | None = None  # times and sigmas of the real scheduler
 
 
-class Stepped(NamedTuple):
+class StepAnswer(NamedTuple):
     """What a step gives: a tuple to most pipelines, its names to others."""
 
     prev_sample: Tensor
@@ -62,11 +62,11 @@ class StepKeeper:
         """Return the sample: states are those of the flow, or of the variance-preserving process."""
         return sample
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> Stepped:
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> StepAnswer:
         """Keep the prediction and the state, and return the state."""
         self.question.outputs.append(model_output)
         self.question.samples.append(sample)
-        return Stepped(sample, sample)
+        return StepAnswer(sample, sample)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return copy.copy(self)
