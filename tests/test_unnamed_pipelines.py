@@ -41,6 +41,7 @@ from torch import Tensor
 from unnamed_pipelines import UNNAMED
 
 from branchtree.errors import ModelError
+from branchtree.testing.probe import make_question, predict_rows
 
 SEED, COUNT = 0, 5
 PICKED_FROM = "0.42.1"
@@ -165,13 +166,18 @@ def test_it_trains(family: Small, pipeline: Any, tmp_path: Path) -> None:
     """For an iteration, whose first ratio is exactly one, and whose rows are as planned."""
     pipeline.save_pretrained(tmp_path / "pipeline")
     case = case_of(family, options_of(family, str(tmp_path / "pipeline")), tmp_path)
-    model = case.build()
-    assert isinstance(model, Diffusers)
+    first = case.build()
+    assert isinstance(first, Diffusers)
     for number, (precision, lora) in enumerate((("fp32", True), ("bf16", False))):
-        done = one_iteration(case, another(case, model), precision, tmp_path / f"run_{number}", lora=lora)
+        model = another(case, first)
+        done = one_iteration(case, model, precision, tmp_path / f"run_{number}", lora=lora)
         assert done.metrics["ratio/max_deviation"] == 0.0
         assert done.metrics["grad_norm"] > 0
         assert done.seen == done.planned
+        asked = make_question(model, case)
+        with_encoders = predict_rows(model, asked)
+        model.drop_encoders()
+        assert torch.equal(predict_rows(model, asked), with_encoders)
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,15 @@ from branchtree_adapters.any_pipeline.recording import (
     without_given,
 )
 from branchtree_adapters.any_pipeline.schedulers import GridReader, StepKeeper, StepRequest, StopCall, stand_in
-from branchtree_adapters.any_pipeline.substitutes import Silent, Wrapped, casting, rows_of_call, stopping, taking
+from branchtree_adapters.any_pipeline.substitutes import (
+    Silent,
+    Wrapped,
+    casting,
+    rows_of_call,
+    stopping,
+    taking,
+    without_weights,
+)
 from branchtree_adapters.any_pipeline.times import MixedRowsError, row_sigmas, row_times
 from branchtree_adapters.pipeline.denoisers import DENOISERS
 
@@ -83,6 +91,7 @@ class PipelineDriver:
         self._function: Callable[..., Any] = inspect.unwrap(type(pipeline).__call__)  # without its no_grad
         self._takes = inspect.signature(self._function).parameters
         self._methods = recorded_methods(type(pipeline))
+        self._encoders = without_weights(pipeline)
         config = pipeline.scheduler.config
         self._train_steps: int = config.get("num_train_timesteps", 1000)
         self._inverted = bool(config.get("invert_sigmas", False))
@@ -111,6 +120,8 @@ class PipelineDriver:
         pipeline.__class__ = _quick_class(own_class)
         pipeline.__dict__["run_device"] = self._device
         pipeline.__dict__["vae"] = casting(self._pipeline.vae)
+        dropped = {name: each for name, each in self._encoders.items() if getattr(pipeline, name) is None}
+        pipeline.__dict__.update(dropped)
         pipeline.__dict__["scheduler"] = stand_in(self._pipeline.scheduler, kind, question)
         inside = False
 

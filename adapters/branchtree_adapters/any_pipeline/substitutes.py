@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from branchtree_adapters.any_pipeline.schedulers import StopCall
+
+ENCODERS = ("text_encoder", "image_encoder")
+"""What the names of encoders begin with."""
 
 
 class Wrapped:
@@ -94,3 +98,13 @@ def taking(vae: Any, taken: list[Tensor]) -> Any:
 
     other.__dict__.update(decode=decode)
     return other
+
+
+def without_weights(pipeline: Any) -> dict[str, Any]:
+    """Return what a pipeline still asks of its encoders when its prompts are encoded: their settings and precision."""
+    found = {name: each for name, each in pipeline.components.items() if name.startswith(ENCODERS)}
+    return {
+        name: SimpleNamespace(config=each.config, dtype=each.dtype)
+        for name, each in found.items()
+        if isinstance(each, nn.Module)
+    }
