@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -50,6 +51,8 @@ from branchtree_adapters.any_pipeline.substitutes import (
 from branchtree_adapters.any_pipeline.times import MixedRowsError, row_sigmas, row_times
 from branchtree_adapters.pipeline.denoisers import DENOISERS
 
+FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+"""Where torch writes of operations on shapes that fail, as some are expected to."""
 TABLE_STEPS = 8
 """Steps of the grid by which a pipeline's times are compared with its noise levels."""
 COMPARED = ((0.8, 0.3), (0.3, 0.2))
@@ -302,12 +305,15 @@ class PipelineDriver:
         state = torch.stack([self.noise(torch.Generator().manual_seed(row)) for row in range(len(encoded))])
         state, sigma = state.to(self._device), torch.full((len(encoded),), 0.5, device=self._device)
         packed = {name: pad_together([row[name][0] for row in encoded]).to(self._device) for name in encoded[0]}
+        was, FAKE_LOG.disabled = FAKE_LOG.disabled, True
         try:
             together = self.predict(state, sigma, packed)
         except torch.OutOfMemoryError:
             raise
         except Exception:  # of the pipeline's or the model's code, for rows that it does not take
             return False
+        finally:
+            FAKE_LOG.disabled = was
         if self._is_weightless:
             return True
         rows = torch.arange(len(encoded)).split(1)
