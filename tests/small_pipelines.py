@@ -10,7 +10,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from branchtree_adapters.any_pipeline.driver import Asked
+from branchtree_adapters.any_pipeline.asking import Asked
 from branchtree_adapters.small.pipelines import PIPELINES, Small
 from PIL import Image
 
@@ -31,13 +31,17 @@ def ask(family: Small, prompt: str, images: int | None = None) -> Asked:
 
 def options(name: str) -> dict[str, Any]:
     """Return the configuration of the adapter ``diffusers`` for a small pipeline."""
-    family = PIPELINES[name]
+    return options_of(PIPELINES[name], f"small:{name}")
+
+
+def options_of(family: Small, path: str) -> dict[str, Any]:
+    """Return the configuration of the adapter ``diffusers`` for a small pipeline at ``path``."""
     call = dict(family.call)
     sizes = {"height": call.pop("height"), "width": call.pop("width")}
     frames = [call.pop(key) for key in ("num_frames", "frames") if key in call]
     images = {"images": family.images} if family.images else {}
     videos = {"frames": frames[0]} if frames else {}
-    return {"path": f"small:{name}", "negative_prompt": family.negative, "call": call, **sizes, **images, **videos}
+    return {"path": path, "negative_prompt": family.negative, "call": call, **sizes, **images, **videos}
 
 
 @contextmanager

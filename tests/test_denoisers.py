@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
-from branchtree_adapters.any_pipeline.driver import Wrapped
+from branchtree_adapters.any_pipeline.substitutes import Wrapped
 from branchtree_adapters.pipeline.denoisers import Denoisers
 from branchtree_adapters.small.pipelines import PIPELINES
 from diffusers.utils import convert_state_dict_to_kohya

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import pytest
 import torch
 from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
 from branchtree_adapters.pipeline.sources import _small, locate_pipeline
-from branchtree_adapters.small.pipelines import PIPELINES, Small
+from branchtree_adapters.small.pipelines import PIPELINES
+from pipeline_checks import case_of
 from small_pipelines import options, small_constants
 from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -23,34 +25,21 @@ from branchtree.run.directory import METRICS
 from branchtree.testing import AdapterCase, ModelAdapterPromises
 
 PROMPTS = ["a red three", "seven blue", "a digit"]
-PROMISED = ["flux", "aura_flow", "sdxl", "wan_experts"]
-"""Families of each kind: without guidance, one call per noise level, a U-Net that predicts noise, two transformers."""
+PROMISED = ["aura_flow", "sdxl", "wan_experts", "z_image"]
+"""Families of each kind: one call per noise level, a U-Net that predicts noise, two transformers, lists in place of
+batches. BRANCHTREE_ALL_FAMILIES=1 takes all; what each gives is held by test_every_pipeline.py."""
+FAMILIES = list(PIPELINES) if os.environ.get("BRANCHTREE_ALL_FAMILIES") else PROMISED
 MOCHI = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # its float32 regions
 SMALL = {"run.iterations": 2, "run.sample_prompts": 1, "tree.steps": 6, "tree.splits": [0, 2], "evaluation": None}
 
 
-def section(family: Small, folder: Path) -> dict[str, Any]:
-    """The section ``model`` for a family's small pipeline, which is written to ``folder``."""
-    family.build().save_pretrained(folder)
-    sizes = {"height", "width", "num_frames"}
-    model = {
-        "adapter": "diffusers",
-        "path": str(folder),
-        "height": family.call["height"],
-        "width": family.call["width"],
-        "negative_prompt": family.negative,
-        "call": {name: value for name, value in family.call.items() if name not in sizes},
-    }
-    return {**model, "frames": family.call["num_frames"]} if "num_frames" in family.call else model
-
-
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
 class TestPromises(ModelAdapterPromises):
-    @pytest.fixture(scope="class", params=PROMISED)
-    def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdapterCase:
-        folder = tmp_path_factory.mktemp(request.param)
-        return AdapterCase(
-            model=section(PIPELINES[request.param], folder / "pipeline"), reward={"reward": "digits"}, prompts=PROMPTS
-        )
+    @pytest.fixture(scope="class", params=FAMILIES)
+    def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterCase]:
+        family = PIPELINES[request.param]
+        with small_constants(family):
+            yield case_of(family, options(request.param), tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("pipeline", ["GlmImagePipeline", "HiDreamImagePipeline"])

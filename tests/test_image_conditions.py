@@ -13,7 +13,7 @@ import diffusers
 import pytest
 import torch
 from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
-from branchtree_adapters.any_pipeline.driver import Asked
+from branchtree_adapters.any_pipeline.asking import Asked
 from branchtree_adapters.flux import Flux
 from branchtree_adapters.small.pipelines import PIPELINES
 from branchtree_rewards.digits import Digits

@@ -9,7 +9,8 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from branchtree_adapters.any_pipeline.driver import Asked, PipelineDriver
+from branchtree_adapters.any_pipeline.asking import Asked
+from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.any_pipeline.measure import count_operations, measure
 from branchtree_adapters.any_pipeline.phantom import phantom
 from branchtree_adapters.any_pipeline.unloaded import unloaded_pipeline

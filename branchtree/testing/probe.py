@@ -179,7 +179,7 @@ def counted_rows(module: nn.Module) -> Iterator[Rows]:
 
 
 def _first_axis(output: Any) -> int:
-    """Return the length of the first tensor in what a module returned: a tensor, a tuple or a mapping."""
-    if isinstance(output, Tensor):
+    """Return the rows of what a module returned: a tensor's, or a list's entries, first in a tuple or a mapping."""
+    if isinstance(output, Tensor | list):
         return len(output)
     return _first_axis(next(iter(output.values())) if isinstance(output, Mapping) else output[0])

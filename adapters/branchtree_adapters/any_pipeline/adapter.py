@@ -21,11 +21,13 @@ from branchtree.data.frames import condition_images
 from branchtree.errors import DataError, ModelError, nearest, reason_of, shortened
 from branchtree.plugins import Condition, Conditioning, Footprint, Media, Register, hookimpl
 from branchtree.plugins.weights import lora_parameters_per_rank
+from branchtree_adapters.any_pipeline.asking import Asked
 from branchtree_adapters.any_pipeline.clock import predicted
-from branchtree_adapters.any_pipeline.driver import Asked, PipelineDriver, Wrapped
+from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.any_pipeline.families import family_of
 from branchtree_adapters.any_pipeline.measure import measure
 from branchtree_adapters.any_pipeline.published import published_model
+from branchtree_adapters.any_pipeline.substitutes import Wrapped
 from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeline
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
 from branchtree_adapters.pipeline.blueprint import Published, described
@@ -71,6 +73,11 @@ ATTENTION = (
     *(f"attention.{name}" for name in ("to_query", "to_key", "to_value", "out_layer")),  # Kandinsky 5
 )
 """Endings of the names of attention's projections in diffusers' transformers."""
+
+UNLOADED: dict[str, PipelineDriver] = {}
+"""Drivers of the last few pipelines without weights, by what they were made of."""
+KEPT = 2
+"""Of those; learning one takes seconds for a large model."""
 
 
 class DiffusersConfig(PipelineConfig):
@@ -221,10 +228,17 @@ class Diffusers(PipelineAdapter):
 
     @cached_property
     def _unloaded(self) -> PipelineDriver:
-        """The driver of a pipeline made of configuration files."""
-        with described():
-            pipeline = unloaded_pipeline(self._class, self.blueprint, self._source.folder)
-            return self._driven(pipeline, torch.device("cpu"))
+        """The driver of a pipeline made of configuration files: one for all models of a process that are the same."""
+        files = sorted(self._source.folder.glob("*/*")) if self._source.folder else []
+        states = [(str(file), file.stat().st_mtime_ns) for file in files]
+        key = repr((self._source, self.config, self.blueprint.configs, states))
+        if key not in UNLOADED:
+            with described():
+                pipeline = unloaded_pipeline(self._class, self.blueprint, self._source.folder)
+                UNLOADED[key] = self._driven(pipeline, torch.device("cpu"))
+            for old in list(UNLOADED)[:-KEPT]:
+                del UNLOADED[old]
+        return UNLOADED[key]
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
         """Load the pipeline, and learn its layout, for which encoders work once; see PipelineAdapter."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -12,9 +12,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from branchtree_adapters.any_pipeline.recording import State
+from branchtree.errors import ModelError
+from branchtree_adapters.any_pipeline.recording import Leaf, State
 
 DRAW = "randn_tensor"
+MIXED = 0.01
+"""What of a pipeline's starting noise may be something else: HunyuanVideo mixes a thousandth of an image in."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +35,15 @@ class Draw:
 
 
 @contextmanager
-def numbered_draws(pipeline: type) -> Iterator[list[Tensor]]:
-    """A context in which a pipeline's module draws 0, 1, 2, ... in place of noise; yields what it drew."""
+def numbered_draws(pipeline: type, same: float | None = None) -> Iterator[list[Tensor]]:
+    """A context in which a pipeline's module draws 0, 1, ..., or ``same``, in place of noise; yields what it drew."""
     drawn: list[Tensor] = []
 
     def count(shape: Sequence[int], *args: Any, device: Any = None, **kwargs: Any) -> Tensor:
         start = sum(each.numel() for each in drawn)
         # In float64: halves and singles have not enough digits.
-        drawn.append(torch.arange(start, start + math.prod(shape), dtype=torch.float64).reshape(tuple(shape)))
+        numbers = torch.arange(start, start + math.prod(shape), dtype=torch.float64).reshape(tuple(shape))
+        drawn.append(numbers if same is None else torch.full_like(numbers, same))
         return drawn[-1].to(device or "cpu")
 
     modules = [sys.modules[kind.__module__] for kind in pipeline.__mro__ if kind.__module__ in sys.modules]
@@ -53,13 +57,59 @@ def numbered_draws(pipeline: type) -> Iterator[list[Tensor]]:
             setattr(module, DRAW, function)
 
 
-def find_draw(value: Tensor, state: State, draws: Sequence[Tensor]) -> Draw:
-    """Return how a state's leaf came of numbered draws; plain noise of its shape where it rearranges none."""
-    numbers = state.taken(value.detach().cpu().double())
+def find_draws(states: Sequence[State], record: Callable[[], Mapping[Leaf, Any]], pipeline: type) -> list[Draw]:
+    """Return how states come of what a pipeline draws; plain noise where it rearranges none.
+
+    Args:
+        states: The samples that are denoised.
+        record: Returns what the pipeline's methods give.
+        pipeline: Its class.
+
+    Raises ModelError for a pipeline that mixes something else into its noise, as from an image to start from.
+    """
+    with numbered_draws(pipeline) as draws:
+        leaves = record()
+    found = [find_draw(state.numbers(leaves), state, draws) for state in states]
+    if None in found and draws:
+        found = _find_mixed(states, leaves, record, pipeline, draws)
+    return [draw or Draw(state.shape, None, state.shape) for draw, state in zip(found, states, strict=True)]
+
+
+def find_draw(numbers: Tensor, state: State, draws: Sequence[Tensor]) -> Draw | None:
+    """Return how a state's numbers came of numbered draws."""
     for drawn in draws:
         first = float(drawn.flatten()[0])
-        index = (numbers - first).long()
+        index = (numbers - first).round().long()
         drawn_all = bool((index >= 0).all()) and bool((index < drawn.numel()).all())
-        if drawn_all and torch.equal(index + first, numbers) and len(index.unique()) == len(index):
+        if (
+            drawn_all
+            and torch.allclose(index.double() + first, numbers, rtol=0, atol=0.01)
+            and len(index.unique()) == len(index)
+        ):
             return Draw(tuple(drawn.shape), index, state.shape)
-    return Draw(state.shape, None, state.shape)
+    return None
+
+
+def _find_mixed(
+    states: Sequence[State],
+    leaves: Mapping[Leaf, Any],
+    record: Callable[[], Mapping[Leaf, Any]],
+    pipeline: type,
+    draws: Sequence[Tensor],
+) -> list[Draw | None]:
+    """Find draws that are scaled, and have something added to them."""
+    given = []
+    for same in (0.0, 1.0):
+        with numbered_draws(pipeline, same):
+            given.append(record())
+    found = []
+    for state in states:
+        none, one = (state.numbers(each) for each in given)
+        share = one - none
+        if bool(share.any()) and not bool(((share - 1).abs() <= MIXED).all()):
+            raise ModelError(
+                f"{pipeline.__name__} starts from latents of which noise is {float(share.min()):.2g}; only pipelines "
+                "that start from noise are trained (a strength, where there is one, must be 1)."
+            )
+        found.append(find_draw((state.numbers(leaves) - none) / share, state, draws) if bool(share.any()) else None)
+    return found

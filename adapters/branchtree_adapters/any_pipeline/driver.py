@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from branchtree.core.padding import pad_together
 from branchtree.errors import ModelError, shortened
+from branchtree_adapters.any_pipeline.asking import Asked, Way, listed_prompts, ways
 from branchtree_adapters.any_pipeline.clock import Clock, flow_clock, noise_clock, predicted
-from branchtree_adapters.any_pipeline.draws import Draw, find_draw, numbered_draws
+from branchtree_adapters.any_pipeline.draws import Draw, find_draws
 from branchtree_adapters.any_pipeline.families import Family, family_of
 from branchtree_adapters.any_pipeline.images import blank_images, image_sizes, inverted_images
 from branchtree_adapters.any_pipeline.recording import (
@@ -26,6 +30,7 @@ from branchtree_adapters.any_pipeline.recording import (
     LeafLayout,
     Recording,
     Replay,
+    Rules,
     find_states,
     groups,
     learn_layout,
@@ -34,24 +39,26 @@ from branchtree_adapters.any_pipeline.recording import (
     without_given,
 )
 from branchtree_adapters.any_pipeline.schedulers import GridReader, StepKeeper, StepRequest, StopCall, stand_in
+from branchtree_adapters.any_pipeline.substitutes import (
+    Silent,
+    Wrapped,
+    casting,
+    rows_of_call,
+    stopping,
+    taking,
+    without_weights,
+)
 from branchtree_adapters.any_pipeline.times import MixedRowsError, row_sigmas, row_times
 from branchtree_adapters.pipeline.denoisers import DENOISERS
 
+FAKE_LOG = logging.getLogger("torch._subclasses.fake_tensor")
+"""Where torch writes of operations on shapes that fail, as some are expected to."""
 TABLE_STEPS = 8
 """Steps of the grid by which a pipeline's times are compared with its noise levels."""
 COMPARED = ((0.8, 0.3), (0.3, 0.2))
 """Pairs of noise levels of which one at least is on one side of any boundary between denoisers."""
 ENDS = (0.999, 0.001)
 """Noise levels on both sides of any boundary."""
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A prompt as a pipeline's ``__call__`` takes it."""
-
-    prompt: str
-    negative_prompt: str | None = None
-    extra: Mapping[str, Any] = field(default_factory=dict)  # images and the like, by keyword
 
 
 @functools.cache
@@ -63,34 +70,6 @@ def _quick_class(pipeline: type) -> type:
         "__module__": pipeline.__module__,
     }
     return type(pipeline.__name__, (pipeline,), members)
-
-
-def _casting(vae: Any) -> Any:
-    """Return a VAE that takes tensors of any precision: pipelines give it those of their denoiser's."""
-    other = copy.copy(vae)
-
-    def cast(own: Callable[..., Any]) -> Callable[..., Any]:
-        return lambda sample, *args, **kwargs: own(sample.to(vae.dtype), *args, **kwargs)
-
-    other.__dict__.update(encode=cast(vae.encode), decode=cast(vae.decode))
-    return other
-
-
-class Wrapped:
-    """A denoiser that is called by way of ``outer``, with the attributes that a pipeline looks for on it.
-
-    ``sharded`` says whether its weights are spread over processes.
-    """
-
-    def __init__(self, outer: Callable[..., Any], denoiser: nn.Module, sharded: bool = False) -> None:
-        self._outer, self._denoiser, self.sharded = outer, denoiser, sharded
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call it."""
-        return self._outer(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._denoiser, name)
 
 
 class PipelineDriver:
@@ -115,11 +94,15 @@ class PipelineDriver:
         self._function: Callable[..., Any] = inspect.unwrap(type(pipeline).__call__)  # without its no_grad
         self._takes = inspect.signature(self._function).parameters
         self._methods = recorded_methods(type(pipeline))
+        self._encoders = without_weights(pipeline)
         config = pipeline.scheduler.config
         self._train_steps: int = config.get("num_train_timesteps", 1000)
         self._inverted = bool(config.get("invert_sigmas", False))
         self.prediction = predicted(config)
         """What the denoiser predicts, in the library's words."""
+        self._way: Way = listed_prompts
+        self._alone = False  # whether each row has a call of its own
+        self._silent: Mapping[str, Any] = {}  # denoisers that give zeros, where decoding takes a step
         self._rows_share_a_call: bool | None = None  # though their times differ; learnt at the first such rows
         self._learnt: LeafLayout | None = None
         self._draws: list[Draw] = []
@@ -139,7 +122,9 @@ class PipelineDriver:
         own_class: Any = type(pipeline)  # mypy takes no class for hashable
         pipeline.__class__ = _quick_class(own_class)
         pipeline.__dict__["run_device"] = self._device
-        pipeline.__dict__["vae"] = _casting(self._pipeline.vae)
+        pipeline.__dict__["vae"] = casting(self._pipeline.vae)
+        dropped = {name: each for name, each in self._encoders.items() if getattr(pipeline, name) is None}
+        pipeline.__dict__.update(dropped)
         pipeline.__dict__["scheduler"] = stand_in(self._pipeline.scheduler, kind, question)
         inside = False
 
@@ -171,22 +156,20 @@ class PipelineDriver:
         components: Mapping[str, Any] | None = None,
         **keywords: Any,
     ) -> Any:
+        if "negative_prompt" not in self._takes:
+            asked = replace(asked, negative_prompt=None)
         call = {
             "generator": torch.Generator().manual_seed(0),  # never torch's own random state
             "num_inference_steps": TABLE_STEPS,
             "return_dict": False,
             **self._call,
-            **asked.extra,
+            **self._way(asked, rows),
             **keywords,
         }
-        if self._family.copies is not None:
-            call[self._family.copies], rows = rows, 1
-        if "negative_prompt" in self._takes and asked.negative_prompt is not None:
-            call["negative_prompt"] = [asked.negative_prompt] * rows
         with self._playing(kind, question, around) as pipeline:
             pipeline.__dict__.update(components or {})
             try:
-                return self._function(pipeline, prompt=[asked.prompt] * rows, **call)
+                return self._function(pipeline, **call)
             except StopCall:
                 return None
 
@@ -194,18 +177,33 @@ class PipelineDriver:
 
     @torch.no_grad()
     def _record(
-        self, asked: Asked, copies: int = 1, steps: int = 0, given: Mapping[Leaf, Tensor] | None = None
+        self,
+        asked: Asked,
+        copies: int = 1,
+        denoisers: Mapping[str, Any] | None = None,
+        given: Mapping[Leaf, Tensor] | None = None,
     ) -> tuple[Recording, StepRequest]:
-        ones = torch.ones(steps + 1, device=self._device)
-        question = StepRequest(ones[:-1] * self._train_steps, ones)
+        """Take down what methods give before a denoiser is first called, or in the whole call of some denoisers."""
+        question = self._noisiest()
         recording = Recording(self._pipeline_dtype, given or {})
-        self._run(StepKeeper, question, recording.around, asked, copies, output_type="latent")
+        stops = {name: stopping(module) for name, module in self.denoisers.items()}
+        self._run(StepKeeper, question, recording.around, asked, copies, denoisers or stops, output_type="latent")
         return recording, question
+
+    def _noisiest(self) -> StepRequest:
+        """Return a request for a step at the noisiest level."""
+        ones = torch.ones(2, device=self._device)
+        return StepRequest(ones[:1] * self._train_steps, ones)
 
     @property
     def _pipeline_dtype(self) -> torch.dtype:
         dtype: torch.dtype = self.denoiser.dtype
         return dtype
+
+    @property
+    def _is_weightless(self) -> bool:
+        """Whether the denoiser computes shapes alone."""
+        return isinstance(next(self.denoiser.parameters(), None), FakeTensor)
 
     @property
     def pipeline(self) -> Any:
@@ -227,7 +225,7 @@ class PipelineDriver:
         """Learn the pipeline's layout from two prompts of different lengths. Raises ModelError if it has none."""
         try:
             self._learn(asked, other)
-        except (ModelError, NotImplementedError):
+        except (ModelError, NotImplementedError, torch.OutOfMemoryError):
             raise
         except Exception as error:  # pipelines have exceptions of their own for what they are not given
             what = "" if asked.extra else ", images among them"
@@ -240,14 +238,19 @@ class PipelineDriver:
     def _learn(self, asked: Asked, other: Asked) -> None:
         if asked.extra == other.extra:  # what follows from an image would pass for the same for all prompts
             other = replace(other, extra=inverted_images(other.extra))
+        two = self._record_twice(asked)
+        one, _ = self._record(asked)
+        silent = {name: Silent(module) for name, module in self.denoisers.items()}
+        denoisers = {name: Wrapped(silent[name], module) for name, module in self.denoisers.items()}
         with rows_of_calls(self.denoisers.values()) as calls:
-            one, question = self._record(asked, steps=1)
+            _, question = self._record(asked, denoisers=denoisers)
+        for each in silent.values():
+            each.silenced = True
         self.rows_per_prediction = sum(calls)
-        two, _ = self._record(asked, copies=2)
         third, _ = self._record(other)
 
         def ask(leaf: Leaf, value: Tensor) -> Sequence[Tensor]:
-            return self._record(asked, steps=1, given={leaf: value})[1].samples
+            return self._record(asked, denoisers=denoisers, given={leaf: value})[1].samples
 
         states = find_states(one.leaves, question.samples, ask)
         if self._family.denoised in one.leaves:
@@ -256,15 +259,66 @@ class PipelineDriver:
         rules = replace(rules, ragged=rules.ragged or bool(image_sizes(asked.extra)))
         self._learnt = learn_layout(one, two, third, states, rules)
         self._asked = asked
-        with numbered_draws(type(self._pipeline)) as draws:
-            numbered, _ = self._record(asked)
-        self.example = pack(one, self._learnt, image_sizes(asked.extra))
-        self._draws = [find_draw(numbered.leaves[state.leaf], state, draws) for state in self._learnt.states]
+        self._draws = find_draws(states, lambda: self._record(asked)[0].leaves, type(self._pipeline))
         if self.prediction == "velocity":
             fine = partial(self._own_grid, self._train_steps)
             self._clock = flow_clock(self._train_steps, self._own_grid(TABLE_STEPS), fine)
         else:
             self._clock = noise_clock(self._pipeline.scheduler)
+        if self._way is not listed_prompts and self._family.copies is None:
+            self._find_rows(one, partial(learn_layout, one, two, third, states), rules, [asked, asked, other])
+        self.example = pack(one, self.layout, image_sizes(asked.extra))
+        self._silent = denoisers if self._needs_step(denoisers) else {}
+
+    def _record_twice(self, asked: Asked) -> Recording:
+        """Record two samples of a prompt in the first way that the pipeline takes; one, where it takes none."""
+        candidates = ways(self._takes, self._family.copies, asked)
+        for way in candidates[:-1]:
+            self._way = way
+            try:
+                return self._record(asked, copies=2)[0]
+            except torch.OutOfMemoryError:
+                raise
+            except Exception:  # pipelines have many exceptions for arguments that they do not take
+                continue
+        self._way = candidates[-1]
+        return self._record(asked, copies=2)[0]
+
+    def _find_rows(
+        self, one: Recording, layout: Callable[[Rules], LeafLayout], rules: Rules, asked: Sequence[Asked]
+    ) -> None:
+        """Find, by predictions, which leaves have rows of prompts though they did not double with the prompt.
+
+        Where rows in one call are not what they are alone, each has a call of its own from then on.
+        """
+        axes = self.layout.axes
+        single = {leaf for leaf in self.layout.stored if axes[leaf] is None and one.leaves[leaf].shape[:1] == (1,)}
+        for by_rows in ([rules.by_rows | single] if single else []) + [rules.by_rows]:
+            self._learnt = layout(replace(rules, by_rows=by_rows))
+            if self._rows_agree([self.encode(each) for each in asked]):
+                return
+        self._alone = True
+
+    @torch.no_grad()
+    def _rows_agree(self, encoded: Sequence[Mapping[str, Tensor]]) -> bool:
+        """Return whether prompts' predictions in one batch are what they are alone."""
+        state = torch.stack([self.noise(torch.Generator().manual_seed(row)) for row in range(len(encoded))])
+        state, sigma = state.to(self._device), torch.full((len(encoded),), 0.5, device=self._device)
+        packed = {name: pad_together([row[name][0] for row in encoded]).to(self._device) for name in encoded[0]}
+        was, FAKE_LOG.disabled = FAKE_LOG.disabled, True
+        try:
+            together = self.predict(state, sigma, packed)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception:  # of the pipeline's or the model's code, for rows that it does not take
+            return False
+        finally:
+            FAKE_LOG.disabled = was
+        if self._is_weightless:
+            return True
+        rows = torch.arange(len(encoded)).split(1)
+        alone = torch.cat([self.predict(state[row], sigma[row], _rows(packed, row)) for row in rows])
+        return torch.allclose(alone, together, rtol=1e-3, atol=1e-4 * float(alone.abs().max()))
 
     @property
     def layout(self) -> LeafLayout:
@@ -284,6 +338,8 @@ class PipelineDriver:
 
     def compare_levels(self) -> None:
         """Find out, by a few predictions, whether rows of different noise levels can share a call."""
+        if self._alone:
+            return
         state, twice = self._example_rows(2)
         for levels in COMPARED:
             self._rows_share_a_call = self._try_mixed(state, torch.tensor(levels, device=self._device), twice)
@@ -382,13 +438,18 @@ class PipelineDriver:
             packed: B rows of encodings.
             components: of the pipeline, by name, to use in place of its own.
         """
-        kinds = groups(packed)
+        kinds = self._groups(packed)
         if kinds is None:
             return self._predict_levels(state, sigma, packed, components)
         self._require_whole_weights(components, "prompts or images of different sizes")
         return _in_order(
             [(rows, self._predict_levels(state[rows], sigma[rows], _rows(packed, rows), components)) for rows in kinds]
         )
+
+    def _groups(self, packed: Mapping[str, Tensor]) -> list[Tensor] | None:
+        """Return the rows that can share a call, group by group; None where all can."""
+        count = len(next(iter(packed.values())))
+        return list(torch.arange(count).split(1)) if self._alone and count > 1 else groups(packed)
 
     def _predict_levels(
         self, state: Tensor, sigma: Tensor, packed: Mapping[str, Tensor], components: Mapping[str, Any] | None
@@ -475,16 +536,44 @@ class PipelineDriver:
     @torch.no_grad()
     def decode(self, state: Tensor, packed: Mapping[str, Tensor]) -> Any:
         """Return what the pipeline makes of clean states (B, *state) after its loop, as a tensor with B first."""
-        kinds = groups(packed)
+        kinds = self._groups(packed)
         if kinds is not None:
             return _in_order([(rows, self.decode(state[rows], _rows(packed, rows))) for rows in kinds])
         if self._family.decodes_singly and len(state) > 1:
             rows = torch.arange(len(state)).split(1)
             return torch.cat([self.decode(state[row], _rows(packed, row)) for row in rows])
+        return self._leave_loop(state, packed, self._silent)[0]
+
+    def _leave_loop(self, state: Tensor, packed: Mapping[str, Tensor], components: Mapping[str, Any]) -> Any:
+        """Run the pipeline from the end of its loop; where a denoiser is among the components, from its last step."""
         zero = torch.zeros(1, device=self._device)
-        question = StepRequest(zero[:0], zero)
-        replay = Replay(self.layout, packed, self._samples(state), self._pipeline.vae.dtype)
-        return self._run(StepKeeper, question, replay.around, self._blank(packed), len(state), output_type="pt")[0]
+        stepped = bool(components.keys() & self.denoisers.keys())
+        question = self._noisiest() if stepped else StepRequest(zero[:0], zero)
+        dtype = None if stepped else self._pipeline.vae.dtype
+        replay = Replay(self.layout, packed, self._samples(state), dtype)
+        asked = self._blank(packed)
+        return self._run(StepKeeper, question, replay.around, asked, len(state), components, output_type="pt")
+
+    @torch.no_grad()
+    def _needs_step(self, silent: Mapping[str, Any]) -> bool:
+        """Return whether the pipeline's last lines need what a step of its loop leaves, the state apart.
+
+        It is so if its VAE is given something else without a step than with one that changes nothing.
+        """
+        found: list[Tensor] = []
+        vae = {"vae": taking(self._pipeline.vae, found)}
+        state = self.noise(torch.Generator().manual_seed(0))[None].to(self._device)
+        packed = {name: value.to(self._device) for name, value in self.example.items()}
+        self._leave_loop(state, packed, {**silent, **vae})
+        try:
+            self._leave_loop(state, packed, vae)
+        except UnboundLocalError:  # of what is set in the loop alone
+            return True
+        if len(found) < 2 or self._is_weightless:
+            return False
+        stepped, plain = (each.float() for each in found)
+        close = 0.05 * float(stepped.abs().max())  # for rounding in the loop
+        return not torch.allclose(stepped, plain, rtol=0.05, atol=close)
 
 
 @contextmanager
@@ -515,12 +604,6 @@ def leaves_of(tensor: Tensor) -> list[Tensor]:
             found.append(node.variable)
         waiting.extend(following for following, _ in node.next_functions)
     return found
-
-
-def rows_of_call(args: Sequence[Any], kwargs: Mapping[str, Any]) -> int:
-    """Return how many rows a call has: entries of its first list, or of the first axis of its first tensor."""
-    given = (*args, *kwargs.values())
-    return next(len(each) for each in given if isinstance(each, list) or (isinstance(each, Tensor) and each.ndim))
 
 
 def _rows(packed: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

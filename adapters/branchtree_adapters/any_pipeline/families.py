@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -35,7 +36,14 @@ class Family:
             raise ModelError(f"{name} cannot be trained: {self.untrainable}.")
 
     def check(self, pipeline: Any, call: Mapping[str, Any]) -> None:
-        """Raise ModelError if a setting is refused."""
+        """Raise ModelError if a setting is refused, or if the pipeline starts from an image's noised latents."""
+        takes = inspect.signature(inspect.unwrap(type(pipeline).__call__)).parameters
+        strength = call.get("strength", takes["strength"].default) if "strength" in takes else 1
+        if isinstance(strength, int | float) and strength < 1:
+            raise ModelError(
+                f"{type(pipeline).__name__} starts from an image with noise of its strength, and only pipelines that "
+                "start from noise are trained; take the family's pipeline from text."
+            )
         for refusal in (*GENERAL, *self.refused):
             if refusal.applies(pipeline, call):
                 raise ModelError(

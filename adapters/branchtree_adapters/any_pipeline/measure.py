@@ -22,9 +22,11 @@ from torch.utils._pytree import tree_iter, tree_leaves
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from branchtree.plugins import DecoderFootprint, Footprint
-from branchtree_adapters.any_pipeline.driver import Asked, PipelineDriver, rows_of_call
+from branchtree_adapters.any_pipeline.asking import Asked
+from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.any_pipeline.phantom import Call, first_call, recorded_calls
 from branchtree_adapters.any_pipeline.recording import GROUP, SHAPES
+from branchtree_adapters.any_pipeline.substitutes import rows_of_call
 from branchtree_adapters.pipeline.blueprint import count_parameters, largest_block
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu

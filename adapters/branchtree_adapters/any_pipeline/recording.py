@@ -59,8 +59,10 @@ class Recording:
         leaves, tree = tree_flatten(output)
         if self.cast is not None and name.startswith("encode_"):
             leaves = [_floating(leaf, self.cast) for leaf in leaves]
-        if name == "prepare_latents" and isinstance(leaves[0], Tensor):  # images' come out of the VAE in its precision
-            leaves = [_floating(leaf, leaves[0].dtype) for leaf in leaves]
+        if name == "prepare_latents" and isinstance(leaves[0], Tensor):
+            # Images' come out of the VAE in its precision, and some pipelines draw noise in that of their encoder.
+            dtype = torch.promote_types(leaves[0].dtype, self.cast or leaves[0].dtype)
+            leaves = [_floating(leaf, dtype) for leaf in leaves]
         leaves = [self.given.get((name, call, i), leaf) for i, leaf in enumerate(leaves)]
         output = tree_unflatten(leaves, tree)
         if any(isinstance(leaf, Tensor) for leaf in leaves):
@@ -87,6 +89,10 @@ class State:
     def taken(self, value: Tensor) -> Tensor:
         """Return the sample's numbers in a leaf of one row."""
         return value.flatten() if self.index is None else value.flatten()[self.index.to(value.device)]
+
+    def numbers(self, leaves: Mapping[Leaf, Any]) -> Tensor:
+        """Return the sample's numbers among what methods gave for one row, in float64 on the CPU."""
+        return self.taken(leaves[self.leaf].detach().cpu().double())
 
     def of_prediction(self, output: Tensor) -> Tensor:
         """Return what is predicted (B, *shape) of what the scheduler is given."""

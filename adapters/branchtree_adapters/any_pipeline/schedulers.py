@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +27,13 @@ class StepRequest:
     outputs: list[Tensor] = field(default_factory=list)  # given to ``step``: predictions, after guidance
     samples: list[Tensor] = field(default_factory=list)  # given to ``step``: states
     grid: tuple[Tensor, Tensor] | None = None  # times and sigmas of the real scheduler
+
+
+class StepAnswer(NamedTuple):
+    """What a step gives: a tuple to most pipelines, its names to others."""
+
+    prev_sample: Tensor
+    pred_original_sample: Tensor
 
 
 class StepKeeper:
@@ -55,11 +62,11 @@ class StepKeeper:
         """Return the sample: states are those of the flow, or of the variance-preserving process."""
         return sample
 
-    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor]:
+    def step(self, model_output: Tensor, timestep: Any, sample: Tensor, *args: Any, **kwargs: Any) -> StepAnswer:
         """Keep the prediction and the state, and return the state."""
         self.question.outputs.append(model_output)
         self.question.samples.append(sample)
-        return (sample,)
+        return StepAnswer(sample, sample)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return copy.copy(self)

@@ -49,6 +49,7 @@ SQUARE: Mapping[str, Any] = {"height": 32, "width": 32}
 
 VIDEO = {"height": 32, "width": 32, "num_frames": 5}
 WAN = {**VIDEO, "guidance_scale": 4.0, "max_sequence_length": 24}
+KLEIN = {**SQUARE, "guidance_scale": 4.0, "max_sequence_length": 128}
 EDIT = {"height": 128, "width": 128, "true_cfg_scale": 4.0}
 SMALL_IMAGES = {"CONDITION_IMAGE_SIZE": 56 * 56, "VAE_IMAGE_SIZE": 128 * 128}
 
@@ -73,7 +74,7 @@ PIPELINES: dict[str, Small] = {
     "z_image": Small(
         "ZImagePipeline", images.z_image, {**SQUARE, "guidance_scale": 4.0, "cfg_truncation": 2.0}, "blur"
     ),
-    "flux2_klein": Small("Flux2KleinPipeline", images.flux2_klein, {**SQUARE, "guidance_scale": 4.0}),
+    "flux2_klein": Small("Flux2KleinPipeline", images.flux2_klein, KLEIN),
     "flux_kontext": Small(
         "FluxKontextPipeline",
         images.flux,
@@ -86,7 +87,7 @@ PIPELINES: dict[str, Small] = {
     "qwen_edit_plus_two": Small(
         "QwenImageEditPlusPipeline", images.qwen_edit, EDIT, "blur", images=2, image_list=True, constants=SMALL_IMAGES
     ),
-    "flux2_klein_image": Small("Flux2KleinPipeline", images.flux2_klein, {**SQUARE, "guidance_scale": 4.0}, images=1),
+    "flux2_klein_image": Small("Flux2KleinPipeline", images.flux2_klein, KLEIN, images=1),
     "chroma": Small(
         "ChromaPipeline", images.chroma, {**SQUARE, "max_sequence_length": 24, "guidance_scale": 4.0}, "blur"
     ),
