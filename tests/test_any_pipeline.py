@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
@@ -60,10 +60,8 @@ def test_published_models_are_listed_with_their_work(
     family: Small, driver: PipelineDriver, packed: Mapping[str, Tensor]
 ) -> None:
     listed = [model for model in published_models() if any(PIPELINES[name] is family for name in model.small)]
-    with ExitStack() as stack:
-        counted = [stack.enter_context(rows_of_calls(denoiser)) for denoiser in driver.denoisers.values()]
+    with rows_of_calls(driver.denoisers.values()) as calls:
         driver.predict(states(driver, 1), torch.tensor([0.5]), {name: value[:1] for name, value in packed.items()})
-    calls = [rows for each in counted for rows in each]
     assert {model.work for model in listed} <= {f"{calls[0]} x {len(calls)}"}
     assert {model.pipeline for model in listed} <= {family.pipeline}
 
