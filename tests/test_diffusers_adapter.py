@@ -76,9 +76,9 @@ def test_the_video_quickstart_is_that_of_the_hand_written_adapter(tmp_path: Path
         assert json.loads(driven) == pytest.approx(json.loads(own), rel=1e-4, abs=1e-4, nan_ok=True)
 
 
-@MOCHI
-@pytest.mark.parametrize("name", PIPELINES)
+@pytest.mark.parametrize("name", ["sd3", "wan_experts", "wan_image_expanded", "qwen_edit_plus_two", "ltx_image"])
 def test_a_model_is_loaded_as_it_was_planned(name: str) -> None:
+    """Others are loaded with the recipes' small versions, and test_phantom.py holds the sizes of all."""
     with small_constants(PIPELINES[name]):
         model = Diffusers(DiffusersConfig(**options(name)))
         planned = model.latent_shape, model.rows_per_prediction, model.driver.example.keys()
