@@ -338,9 +338,10 @@ def test_what_several_prompts_share_is_looked_at_once() -> None:
         Condition("a", "blur", one),
         Condition("a", "None", one),
         Condition("a"),
+        Condition("a", metadata={"goal": [1, 2]}),
     ]
     same = [
-        Condition(f"other {index}", c.negative_prompt, c.image, c.last_image, c.video)
+        Condition(f"other {index}", c.negative_prompt, c.image, c.last_image, c.video, c.metadata)
         for index, c in enumerate(different)
     ]
     assert looked_at([*different, *same]) == different

@@ -119,13 +119,14 @@ def load_conditions(
 
 
 def check_conditions(model: ModelAdapter, conditions: Iterable[Condition]) -> None:
-    """Let a model check conditions before it is loaded, each image, video and negative prompt once.
+    """Let a model check conditions before it is loaded, each image, video, negative prompt and metadata once.
 
     Raises DataError with a line for each of the first few that it refuses.
     """
     different: dict[object, Condition] = {}
     for one in conditions:
-        different.setdefault((one.image, one.last_image, one.video, one.negative_prompt), one)
+        files = one.image, one.last_image, one.video
+        different.setdefault((*files, one.negative_prompt, one.metadata_text), one)
     refused: list[str] = []
     for condition in different.values():
         try:
