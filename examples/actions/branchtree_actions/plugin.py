@@ -1,11 +1,12 @@
 """What the entry point in pyproject.toml names; branchtree calls its hooks."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from branchtree.plugins import Register, hookimpl
 from branchtree_actions.policy import Policy, PolicyConfig
-from branchtree_actions.rewards import Coverage, OutcomeConfig, Reach
+from branchtree_actions.rewards import OutcomeConfig, OutcomeReward
 
 
 @hookimpl
@@ -17,8 +18,9 @@ def register_models(register: Register) -> None:
 @hookimpl
 def register_rewards(register: Register) -> None:
     """Register the rewards ``reach`` and ``pusht``."""
-    register("reach", build=Reach, config=OutcomeConfig, summary="How near its goal a unicycle stops.")
-    register("pusht", build=Coverage, config=OutcomeConfig, summary="How much of its mark a pushed T covers.")
+    summaries = {"unicycle": "How near its goal a unicycle stops.", "pusht": "How much of its mark a pushed T covers."}
+    for name, task in (("reach", "unicycle"), ("pusht", "pusht")):
+        register(name, build=partial(OutcomeReward, task), config=OutcomeConfig, summary=summaries[task])
 
 
 @hookimpl

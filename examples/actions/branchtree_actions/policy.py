@@ -1,9 +1,8 @@
 """The ``actions`` model: flow matching from noise to a chunk of actions, given what the policy sees."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -31,9 +30,8 @@ class Network(nn.Module):
 
     def __init__(self, numbers: int, observation: int, width: int) -> None:
         super().__init__()
-        inputs = numbers + observation + 2 * FREQUENCIES
-        sizes = [inputs, width, width, width]
-        hidden = [layer for pair in zip(sizes, sizes[1:], strict=False) for layer in (nn.Linear(*pair), nn.SiLU())]
+        sizes = [numbers + observation + 2 * FREQUENCIES, width, width, width]
+        hidden = [layer for pair in pairwise(sizes) for layer in (nn.Linear(*pair), nn.SiLU())]
         self.layers = nn.Sequential(*hidden, nn.Linear(width, numbers))
 
     def forward(self, actions: Tensor, observation: Tensor, sigma: Tensor) -> Tensor:
@@ -45,7 +43,7 @@ class Network(nn.Module):
 
 
 class Policy(ModelBase):
-    """Latents are the actions, shifted and scaled to about unit size; a condition's metadata are its scene."""
+    """Latents are the actions, scaled to about unit size; a condition's metadata are its scene."""
 
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
@@ -83,4 +81,4 @@ class Policy(ModelBase):
 
     def decode(self, latents: Tensor) -> Trajectories:
         """Latents as actions in the task's own units."""
-        return Trajectories(latents.float() * self.task.action_scale + self.task.action_offset, self.config.task)
+        return Trajectories(latents.float() * self.task.action_scale, self.config.task)

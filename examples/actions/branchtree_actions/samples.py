@@ -1,7 +1,5 @@
 """The kind of sample that the policies make: chunks of actions."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -40,5 +38,4 @@ class Trajectories(Samples):
         """Draw what each chunk does."""
         task, actions = TASKS[self.task], self.actions.double().cpu().numpy()
         drawn = [task.picture(task.read(each), chunk) for each, chunk in zip(conditions, actions, strict=True)]
-        pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in drawn]))
-        return Media(images=pixels.movedim(-1, 1).float() / 255)
+        return Media(images=torch.from_numpy(np.stack(drawn)).movedim(-1, 1).float() / 255)

@@ -1,23 +1,22 @@
 """What a task is: scenes to act in, what the policy sees of one, and how a chunk of actions ends there."""
 
-from __future__ import annotations
-
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 import pydantic
 from numpy.typing import NDArray
-from PIL import Image
 
 from branchtree.errors import DataError
 from branchtree.plugins import Condition
 
 Array = NDArray[np.float64]
-Point = Annotated[tuple[float, float], pydantic.Field(description="x and y")]
-Pose = Annotated[tuple[float, float, float], pydantic.Field(description="x, y and an angle")]
+Pixels = NDArray[np.uint8]  # (height, width, 3)
+Point = tuple[float, float]  # x and y
+Pose = tuple[float, float, float]  # x, y and an angle
 
 
 class Scene(pydantic.BaseModel, extra="forbid", frozen=True, allow_inf_nan=False):
@@ -33,29 +32,28 @@ class Outcome:
     success: NDArray[np.bool_]  # (B,)
 
 
-class Task(ABC):
-    """An environment whose chunks are (horizon, 2) actions.
+def rotation(angle: float) -> Array:
+    """Return the matrix that turns a vector by an angle."""
+    return np.array([[math.cos(angle), -math.sin(angle)], [math.sin(angle), math.cos(angle)]])
 
-    The policy works with numbers of about unit size: an observation, and actions that are shifted by ``action_offset``
-    and divided by ``action_scale``.
-    """
+
+class Task(ABC):
+    """An environment whose chunks are (horizon, 2) actions."""
 
     name: ClassVar[str]
     prompt: ClassVar[str]
     scene: ClassVar[type[Scene]]
-    horizon: ClassVar[int]
+    horizon: ClassVar[int] = 16
     observation_size: ClassVar[int]
-    action_offset: ClassVar[float] = 0.0
-    action_scale: ClassVar[float] = 1.0
+    action_scale: ClassVar[float] = 1.0  # the policy's actions are divided by it, so that they are of about unit size
 
     def read(self, condition: Condition) -> Any:
         """Return a condition's scene. Raises DataError, naming file and line, for metadata that are none."""
         try:
-            return self.scene.model_validate(dict(condition.metadata))
+            return self.scene.model_validate(condition.metadata)
         except pydantic.ValidationError as error:
             wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
-            keys = ", ".join(self.scene.model_fields)
-            raise DataError(f"{condition}: no scene of {self.name}, which has the keys {keys}: {wrong}") from error
+            raise DataError(f"{condition}: no scene of {self.name}: {wrong}") from error
 
     @abstractmethod
     def draw_scene(self, rng: np.random.Generator) -> Any:
@@ -63,7 +61,7 @@ class Task(ABC):
 
     @abstractmethod
     def observe(self, scene: Any) -> Array:
-        """Return what the policy sees, (observation_size,)."""
+        """Return what the policy sees, (observation_size,), of about unit size."""
 
     @abstractmethod
     def demonstrate(self, scene: Any, rng: np.random.Generator) -> Array:
@@ -74,5 +72,5 @@ class Task(ABC):
         """Take the actions (B, horizon, 2), each chunk in its scene."""
 
     @abstractmethod
-    def picture(self, scene: Any, actions: Array) -> Image.Image:
+    def picture(self, scene: Any, actions: Array) -> Pixels:
         """Draw a scene and what a chunk of actions (horizon, 2) does in it."""

@@ -1,15 +1,12 @@
-"""Writes the scenes of a task, to train on and held out: python -m branchtree_actions.scenes."""
-
-from __future__ import annotations
+"""Writes the scenes of each task, to train on and held out, into the package."""
 
 import json
 from pathlib import Path
 
 import numpy as np
-
 from branchtree_actions.samples import TASKS
 
-FOLDER = Path(__file__).parent / "scenes"
+FOLDER = Path(__file__).parents[1] / "branchtree_actions" / "scenes"
 COUNTS = {"train": 512, "heldout": 128}
 
 
