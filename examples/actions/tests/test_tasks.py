@@ -100,8 +100,8 @@ def test_a_push_from_behind_covers_more_of_the_mark() -> None:
 def test_scenes_are_valid_and_none_is_both_trained_on_and_held_out(task_name: str) -> None:
     files = [PACKAGE / "scenes" / f"{task_name}_{split}.jsonl" for split in ("train", "heldout")]
     splits = [[json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] for file in files]
-    for row in sum(splits, []):
-        TASKS[task_name].read(Condition(row.pop("prompt"), metadata=row))
+    for row in [*splits[0], *splits[1]]:
+        TASKS[task_name].read(Condition("", metadata={key: value for key, value in row.items() if key != "prompt"}))
     train_scenes, held_out = ({json.dumps(row) for row in rows} for rows in splits)
     assert (len(train_scenes), len(held_out)) == (512, 128) and not train_scenes & held_out
 
