@@ -37,14 +37,14 @@ def execute(policy: Policy, scenes: Sequence[Table], steps: int, seed: int) -> t
     best, success = np.zeros(len(scenes)), np.zeros(len(scenes), dtype=bool)
     for _ in range(CHUNKS):
         going = [row for row in range(len(scenes)) if not success[row]]
-        chunks = act(policy, [_observed(tables[row]) for row in going], steps, noise)
+        chunks = act(policy, [observed(tables[row]) for row in going], steps, noise)
         for row, chunk in zip(going, chunks, strict=True):
             _, coverage, success[row] = push(tables[row], chunk)
             best[row] = max(best[row], coverage)
     return best, success
 
 
-def _observed(table: Any) -> Table:
+def observed(table: Any) -> Table:
     """Return the scene that an environment is in."""
     numbers = table.get_obs().tolist()
     return Table(agent=numbers[:2], block=numbers[2:])
