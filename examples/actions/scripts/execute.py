@@ -31,17 +31,18 @@ def act(policy: Policy, scenes: Sequence[Table], steps: int, noise: torch.Genera
     return actions
 
 
-def execute(policy: Policy, scenes: Sequence[Table], steps: int, seed: int) -> tuple[Array, Array]:
-    """Return each episode's best coverage and whether it succeeded, (B,)."""
+def execute(policy: Policy, scenes: Sequence[Table], steps: int, seed: int) -> dict[str, Array]:
+    """Return each episode's coverage after some chunks, the best of all, and whether it succeeded, (B,)."""
     tables, noise = [environment(scene) for scene in scenes], torch.Generator().manual_seed(seed)
-    best, success = np.zeros(len(scenes)), np.zeros(len(scenes), dtype=bool)
-    for _ in range(CHUNKS):
+    coverage, success = np.zeros((CHUNKS + 1, len(scenes))), np.zeros(len(scenes), dtype=bool)
+    for count in range(1, CHUNKS + 1):
+        coverage[count] = coverage[count - 1]
         going = [row for row in range(len(scenes)) if not success[row]]
         chunks = act(policy, [observed(tables[row]) for row in going], steps, noise)
         for row, chunk in zip(going, chunks, strict=True):
-            _, coverage, success[row] = push(tables[row], chunk)
-            best[row] = max(best[row], coverage)
-    return best, success
+            _, coverage[count, row], success[row] = push(tables[row], chunk)
+    shown = {f"after {chunks}": coverage[chunks] for chunks in (1, 2, 4, CHUNKS)}
+    return {**shown, "best": coverage.max(axis=0), "success": success}
 
 
 def observed(table: Any) -> Table:
@@ -62,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for folder in given.weights:
         policy = Policy(PolicyConfig(task="pusht", path=folder))
         policy.load(torch.device("cpu"), torch.float32, torch.float32)
-        figures = zip(("best coverage", "success"), execute(policy, scenes, given.steps, seed=0), strict=True)
+        figures = execute(policy, scenes, given.steps, seed=0).items()
         shown = (f"{name} {each.mean():.3f} +- {1.96 * each.std() / len(each) ** 0.5:.3f}" for name, each in figures)
         print(f"{folder}: {', '.join(shown)}", flush=True)
 
