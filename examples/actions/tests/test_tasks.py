@@ -75,6 +75,15 @@ def test_drives_are_drawn() -> None:
     assert float(images.min()) < 0.5 and float(images.max()) == 1
 
 
+@pytest.mark.parametrize(("task_name", "unit"), [("unicycle", 1.0), ("pusht", 100.0)])
+def test_latents_are_actions_over_their_scale(task_name: str, unit: float) -> None:
+    policy = Policy(PolicyConfig(task=task_name))
+    samples = policy.decode(torch.ones(3, *policy.latent_shape))
+    assert samples.actions.shape == (3, 16, 2) and samples.actions.unique().tolist() == [unit]
+    assert samples.modality == policy.modality == f"{task_name}_actions"
+    assert 0.5 < float(demonstrations(policy.task, 50)[1].std()) < 2
+
+
 def test_pusht_begins_where_the_scene_says() -> None:
     pytest.importorskip("gym_pusht")
     from branchtree_actions.pusht import environment
