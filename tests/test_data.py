@@ -377,6 +377,7 @@ def test_what_several_prompts_share_is_looked_at_once() -> None:
         Condition("a", "blur", one),
         Condition("a", "None", one),
         Condition("a"),
+        Condition("a", metadata={"goal": [1, 2]}),
     ]
     same = [replace(condition, prompt=f"other {index}") for index, condition in enumerate(different)]
     assert looked_at([*different, *same]) == different
