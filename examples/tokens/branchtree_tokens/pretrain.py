@@ -81,7 +81,7 @@ def pretrain(
         loss.backward()
         optimiser.step()
         update += 1
-        if update % 100 == 0:
+        if update % 20 == 0:
             solved = success(model, conditions, steps)
             print(f"{update} updates: loss {loss.item():.3f}, {solved:.3f} of the held-out ones solved")  # noqa: T201
         if not math.isfinite(loss.item()):

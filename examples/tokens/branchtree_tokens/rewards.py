@@ -11,19 +11,22 @@ from torch import Tensor
 
 from branchtree.plugins import Condition, Samples, Scores
 from branchtree_tokens.samples import Grids, Texts
-from branchtree_tokens.tasks import MASK, Puzzle, Sum, read, rules_kept, tokens_of
+from branchtree_tokens.tasks import MASK, Puzzle, Sum, digits_covered, read, rules_kept, tokens_of
 
 
 class SudokuConfig(BaseModel, extra="forbid", frozen=True):
-    """``measure``: the share of the 12 rules that hold, or whether all do; 0 where a clue was changed."""
+    """``measure``: the share of the 12 rules that hold, whether all do, or the share of their 48 digits that are there.
 
-    measure: Literal["rules", "solved"] = "rules"
+    0 where a clue was changed.
+    """
+
+    measure: Literal["rules", "solved", "covered"] = "rules"
 
 
 class AdditionConfig(BaseModel, extra="forbid", frozen=True):
-    """``measure``: the share of the answer's digits that are right, or whether all are."""
+    """``measure``: the share of the answer's digits that are right, whether all are, or how near the number is."""
 
-    measure: Literal["digits", "exact"] = "digits"
+    measure: Literal["digits", "exact", "near"] = "digits"
 
 
 class SudokuReward:
@@ -42,6 +45,8 @@ class SudokuReward:
         tokens = _tokens(Grids, media, conditions)
         given = tokens_of([read(Puzzle, each).text for each in conditions])
         kept = ((given == MASK) | (given == tokens)).all(1)
+        if self.config.measure == "covered":
+            return _scores(kept * digits_covered(tokens).float().mean((1, 2)))
         rules = rules_kept(tokens)
         return _scores(kept * (rules.all(1) if self.config.measure == "solved" else rules.float().mean(1)))
 
@@ -60,7 +65,11 @@ class AdditionReward:
     def score(self, media: Samples, conditions: Sequence[Condition]) -> Scores:
         """Score text i under condition i. Raises ValueError for anything but B texts."""
         tokens = _tokens(Texts, media, conditions)
-        right = tokens[:, -4:] == tokens_of([read(Sum, each).answer for each in conditions])
+        answers, expected = tokens[:, -4:], tokens_of([read(Sum, each).answer for each in conditions])
+        if self.config.measure == "near":
+            difference = ((answers - expected) * torch.tensor([1000, 100, 10, 1])).sum(1)
+            return _scores((answers < 10).all(1) * (1 - difference.abs() / 9999))
+        right = answers == expected
         return _scores(right.all(1) if self.config.measure == "exact" else right.float().mean(1))
 
 

@@ -86,6 +86,11 @@ def text_of(tokens: Tensor) -> str:
     return "".join("." if token == MASK else VOCABULARY[token] for token in tokens.tolist())
 
 
+def digits_covered(tokens: Tensor) -> Tensor:
+    """Return which of the digits 1 to 4 each rule's cells have in grids (B, 16): (B, 12, 4) bool."""
+    return (tokens[:, RULES, None] == torch.arange(1, 5)).any(2)
+
+
 def rules_kept(tokens: Tensor) -> Tensor:
-    """Return which rules hold in grids (B, 16): (B, 12) bool. Each wants the digits 1 to 4."""
-    return (tokens[:, RULES].sort(-1).values == torch.arange(1, 5)).all(-1)
+    """Return which rules hold in grids (B, 16): (B, 12) bool. Each wants all four digits."""
+    return digits_covered(tokens).all(-1)

@@ -29,7 +29,7 @@ class UnmaskConfig(BaseModel, extra="forbid", frozen=True):
 
 @dataclass(frozen=True)
 class Unmask:
-    """Of m unknown positions, those of ranks m(1 - sigma) to m(1 - sigma_next), rounded; given ones at any time."""
+    """Of m unknown positions, those of ranks m(1 - sigma) to m(1 - sigma_next), rounded up; given ones at any time."""
 
     order: str = "raster"
     seed: int = 0
@@ -47,7 +47,8 @@ class Unmask:
         ranks = torch.empty_like(latents)
         ranks[:, order] = (~given)[:, order].cumsum(1) - 1
         unknown = (~given).sum(1).double()
-        first, end = (torch.round(unknown * (1 - level.double()))[:, None] for level in (sigma, sigma_next))
+        # Rounded up: the last step, which draws nothing at random, has the fewest. Noise levels are rounded themselves.
+        first, end = (torch.ceil(unknown * (1 - level.double()) - 1e-4)[:, None] for level in (sigma, sigma_next))
         drawn = given | ((ranks >= first) & (ranks < end))
         return CategoricalTransition(latents, prediction.log_softmax(-1), drawn, active)
 
