@@ -39,13 +39,13 @@ def solved_grids(held_out: bool) -> Tensor:
 
 
 def puzzles(count: int, held_out: bool, seed: int) -> list[str]:
-    """Return the clues of puzzles with 8 to 11 unknown cells, each with one solution."""
+    """Return the clues of puzzles with 10 to 12 unknown cells, each with one solution."""
     source, grids = generator(seed), solved_grids(held_out)
     everything = torch.cat([solved_grids(False), solved_grids(True)])
     found: dict[str, None] = {}
     while len(found) < count:
         grid = grids[torch.randint(len(grids), (), generator=source)]
-        unknown = torch.randperm(16, generator=source)[: int(torch.randint(8, 12, (), generator=source))]
+        unknown = torch.randperm(16, generator=source)[: int(torch.randint(10, 13, (), generator=source))]
         clues = grid.index_fill(0, unknown, MASK)
         if int(((clues == MASK) | (clues == everything)).all(1).sum()) == 1:
             found[text_of(clues)] = None

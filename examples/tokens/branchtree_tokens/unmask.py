@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 from torch import Tensor
 
 from branchtree.core.categorical import CategoricalTransition
@@ -21,10 +21,14 @@ from branchtree_tokens.tasks import VOCABULARY
 
 
 class UnmaskConfig(BaseModel, extra="forbid", frozen=True):
-    """``order``: of the unknown positions, first to last, last to first, or shuffled once for all by ``seed``."""
+    """``order``: of the unknown positions, first to last, last to first, or shuffled once for all by ``seed``.
+
+    Tokens are drawn at the ``temperature``, whose densities are what is trained.
+    """
 
     order: Literal["raster", "reverse", "shuffled"] = "raster"
     seed: int = 0
+    temperature: float = Field(default=1.0, gt=0)
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Unmask:
 
     order: str = "raster"
     seed: int = 0
+    temperature: float = 1.0
 
     def noise_shape(self, latent: Sequence[int]) -> Sequence[int]:
         """One number for each position and word."""
@@ -50,7 +55,7 @@ class Unmask:
         # Rounded up: the last step, which draws nothing at random, has the fewest. Noise levels are rounded themselves.
         first, end = (torch.ceil(unknown * (1 - level.double()) - 1e-4)[:, None] for level in (sigma, sigma_next))
         drawn = given | ((ranks >= first) & (ranks < end))
-        return CategoricalTransition(latents, prediction.log_softmax(-1), drawn, active)
+        return CategoricalTransition(latents, (prediction / self.temperature).log_softmax(-1), drawn, active)
 
     def _order(self, count: int) -> Tensor:
         """Return the positions in the order in which they are revealed."""
@@ -63,4 +68,4 @@ def build_unmask(config: UnmaskConfig, section: Any, prediction: str) -> Unmask:
     """Return the kernel. Raises RecipeError for a model that predicts no logits."""
     if prediction != "logits":
         raise RecipeError(f"sampler.transition: 'unmask' does not suit a model that predicts {prediction}, only logits")
-    return Unmask(config.order, config.seed)
+    return Unmask(config.order, config.seed, config.temperature)
