@@ -6,10 +6,11 @@ It writes the weights that ``path: bundled`` names, or ``--output``, in float16.
 from __future__ import annotations
 
 import argparse
-import functools
-import math
+import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,86 +28,97 @@ from branchtree_tokens.unmask import Unmask
 BATCH = 64
 
 
-@functools.cache
-def _solved() -> Tensor:
-    return solved_grids(held_out=False)
+@dataclass(frozen=True)
+class Course:
+    """How one task is learned, and what is held out."""
+
+    model: TokenModel
+    judge: Any
+    conditions: list[Condition]
+    draw: Callable[[torch.Generator], Tensor]  # solved examples (B, n)
+    may_hide: Tensor  # (n,) bool
+    hidden: float  # the largest share of those that is hidden
+    steps: int  # of denoising, as in the recipe
+    every: int  # updates between looks at what is held out
 
 
-def grids(source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return solved grids (B, 16), and which cells may be hidden: all."""
-    solved = _solved()
-    chosen = solved[torch.randint(len(solved), (BATCH,), generator=source)]
-    return chosen, torch.ones_like(chosen, dtype=torch.bool)
+def sudoku() -> Course:
+    """Up to a quarter of a grid is hidden: less than half of what a puzzle leaves open."""
+    solved = solved_grids(held_out=False)
+    asked = [Condition(clues, metadata={"clues": clues}) for clues in puzzles(300, held_out=True, seed=4)]
+    judge = SudokuReward(SudokuConfig(measure="solved"))
+
+    def draw(source: torch.Generator) -> Tensor:
+        return solved[torch.randint(len(solved), (BATCH,), generator=source)]
+
+    everywhere = torch.ones(16, dtype=torch.bool)
+    return Course(Sudoku(TokenConfig(path=None)), judge, asked, draw, everywhere, hidden=0.25, steps=5, every=50)
 
 
-def equations(source: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Return right sums (B, 12), and which positions may be hidden: the answers'."""
-    pairs = sums(BATCH, False, int(torch.randint(2**31, (), generator=source)))
-    texts = [Sum(a=a, b=b) for a, b in pairs]
-    tokens = tokens_of([each.text[:-4] + each.answer for each in texts])
-    return tokens, (torch.arange(12) >= 8).expand_as(tokens)
+def addition() -> Course:
+    """Digits of the answer are hidden."""
+    asked = [Condition(f"{a} + {b}", metadata={"a": a, "b": b}) for a, b in sums(300, held_out=True, seed=5)]
+    judge = AdditionReward(AdditionConfig(measure="exact"))
+
+    def draw(source: torch.Generator) -> Tensor:
+        pairs = sums(BATCH, False, int(torch.randint(2**31, (), generator=source)))
+        examples = [Sum(a=a, b=b) for a, b in pairs]
+        return tokens_of([each.text[:-4] + each.answer for each in examples])
+
+    answer = torch.arange(12) >= 8
+    return Course(Addition(TokenConfig(path=None)), judge, asked, draw, answer, hidden=0.8, steps=4, every=20)
 
 
 @torch.no_grad()
-def success(model: TokenModel, conditions: list[Condition], steps: int) -> float:
-    """Return the share of conditions that are solved by the likeliest tokens."""
-    given, states = model.encode(conditions), torch.full((len(conditions), model.tokens), MASK)
-    none, grid, kernel = torch.zeros(len(states), dtype=torch.bool), time_grid(steps), Unmask()
-    for before, after in zip(grid[:-1], grid[1:], strict=True):
-        sigma, following = (level.expand(len(states)) for level in (before, after))
-        states = kernel(states, model.predict(states, sigma, given), sigma, following, none).sample(None)
-    judge = SudokuReward(SudokuConfig(measure="solved")) if isinstance(model, Sudoku) else None
-    judge_sums = AdditionReward(AdditionConfig(measure="exact"))
-    return float((judge or judge_sums).score(model.decode(states), conditions).values.mean())
+def success(course: Course) -> float:
+    """Return the share of what is held out that the likeliest tokens solve."""
+    model, count = course.model, len(course.conditions)
+    given, states, grid = (
+        model.encode(course.conditions),
+        torch.full((count, model.tokens), MASK),
+        time_grid(course.steps),
+    )
+    for before, after in itertools.pairwise(grid):
+        sigma, following = before.expand(count), after.expand(count)
+        logits = model.predict(states, sigma, given)
+        states = Unmask()(states, logits, sigma, following, torch.zeros(count, dtype=torch.bool)).sample(None)
+    return float(course.judge.score(model.decode(states), course.conditions).values.mean())
 
 
-def pretrain(
-    model: TokenModel,
-    draw: Callable[[torch.Generator], tuple[Tensor, Tensor]],
-    conditions: list[Condition],
-    steps: int,
-    until: float,
-) -> None:
-    """Learn to fill in what is hidden, until that share of ``conditions`` is solved in so many steps."""
-    model.load(torch.device("cpu"), torch.float32, torch.float32)
-    optimiser = torch.optim.AdamW(model.denoiser.parameters(), lr=2e-3, betas=(0.9, 0.98), fused=True)
+def pretrain(course: Course, until: float) -> None:
+    """Learn to fill in what is hidden, until that share of what is held out is solved."""
+    course.model.load(torch.device("cpu"), torch.float32, torch.float32)
+    denoiser = course.model.denoiser
+    optimiser = torch.optim.AdamW(denoiser.parameters(), lr=2e-3, betas=(0.9, 0.98), fused=True)
     source, solved, update = generator(0), 0.0, 0
     while solved < until:
-        tokens, may_hide = draw(source)
-        sigma = 0.8 * torch.rand(BATCH, generator=source)
-        hidden = may_hide & (torch.rand(tokens.shape, generator=source) < sigma[:, None])
-        logits = model.denoiser(tokens.masked_fill(hidden, MASK), sigma)
+        tokens = course.draw(source)
+        sigma = course.hidden * torch.rand(BATCH, generator=source)
+        hidden = course.may_hide & (torch.rand(tokens.shape, generator=source) < sigma[:, None])
+        logits = denoiser(tokens.masked_fill(hidden, MASK), sigma)
         loss = F.cross_entropy(logits[hidden], tokens[hidden])
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
         update += 1
-        if update % 20 == 0:
-            solved = success(model, conditions, steps)
+        if update % course.every == 0:
+            solved = success(course)
             print(f"{update} updates: loss {loss.item():.3f}, {solved:.3f} of the held-out ones solved")  # noqa: T201
-        if not math.isfinite(loss.item()):
-            raise RuntimeError(f"the loss is {loss.item()} after {update} updates")
 
 
 def main() -> None:
     """Read the command line, train and write."""
+    courses = {"sudoku": sudoku, "addition": addition}
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("task", choices=["sudoku", "addition"])
+    parser.add_argument("task", choices=list(courses))
     parser.add_argument("--until", type=float, default=0.35, help="the share of held-out ones solved at which it stops")
     parser.add_argument("--output", type=Path, help="a folder; the package's own by default")
     chosen = parser.parse_args()
-    config, steps = TokenConfig(path=None), {"sudoku": 5, "addition": 4}[chosen.task]
-    if chosen.task == "sudoku":
-        conditions = [Condition(clues, metadata={"clues": clues}) for clues in puzzles(300, True, seed=4)]
-        model: TokenModel = Sudoku(config)
-        pretrain(model, grids, conditions, steps, chosen.until)
-    else:
-        conditions = [Condition(f"{a} + {b}", metadata={"a": a, "b": b}) for a, b in sums(300, True, seed=5)]
-        model = Addition(config)
-        pretrain(model, equations, conditions, steps, chosen.until)
+    course = courses[chosen.task]()
+    pretrain(course, chosen.until)
     folder = chosen.output or Path(__file__).parent / "weights" / chosen.task
     folder.mkdir(parents=True, exist_ok=True)
-    state = {name: value.half().contiguous() for name, value in model.denoiser.state_dict().items()}
+    state = {name: value.half().contiguous() for name, value in course.model.denoiser.state_dict().items()}
     save_file(state, folder / "denoiser.safetensors")
 
 

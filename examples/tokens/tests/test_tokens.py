@@ -96,14 +96,14 @@ def test_children_of_a_split_keep_the_law(siblings: IndependentSiblings) -> None
     """By a chi-square test of the first and the last child's digits; the densities are those of what was drawn."""
     given, families = "123+456=....", 3000
     always = torch.tensor([True])
-    one = Unmask()(
-        torch.full((1, 12), MASK), logits(given), torch.ones(1), torch.tensor([0.5]), always
-    )
+    one = Unmask()(torch.full((1, 12), MASK), logits(given), torch.ones(1), torch.tensor([0.5]), always)
     noise = siblings.draw(NoiseSource(1, 0), 0, 1, range(families), 3, (12, len(VOCABULARY)))
     for child in (0, 2):
         family = one.rows(torch.zeros(families, dtype=torch.int64))
         found = family.sample(noise[child::3])
-        assert torch.equal(found[:, :8], tokens_of(["123+456="]).expand(families, -1)) and bool((found[:, 10:] == MASK).all())
+        assert torch.equal(found[:, :8], tokens_of(["123+456="]).expand(families, -1)) and bool(
+            (found[:, 10:] == MASK).all()
+        )
         scored = sum(one.log_probs[0, i][found[:, i]] for i in (8, 9))
         assert torch.allclose(family.log_prob(found, "sum"), scored)
         for position in (8, 9):
@@ -136,7 +136,9 @@ def test_pictures_show_what_is_right_and_what_is_wrong() -> None:
 def test_rewards_verify() -> None:
     grids, clues = Grids(tokens_of([SOLVED, SOLVED, "1234" * 4])), condition(clues="." * 15 + "1")
     asked = [clues, condition(clues="2" + "." * 15), condition(clues="." * 16)]
-    rules, solved = (SudokuReward(SudokuConfig(measure=each)).score(grids, asked).values for each in ("rules", "solved"))
+    rules, solved = (
+        SudokuReward(SudokuConfig(measure=each)).score(grids, asked).values for each in ("rules", "solved")
+    )
     assert rules.tolist() == pytest.approx([1, 0, 1 / 3]) and solved.tolist() == [1, 0, 0]
     texts, asked = Texts(tokens_of(["123+456=0579", "123+456=1578"])), [condition(a=123, b=456)] * 2
     digits, exact = (AdditionReward(AdditionConfig(measure=m)).score(texts, asked).values for m in ("digits", "exact"))
