@@ -27,7 +27,8 @@ class Block(nn.Module):
         qkv = self.qkv(self.norms[0](x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         attended = F.scaled_dot_product_attention(*qkv.unbind(0))
         x = x + self.out(attended.transpose(1, 2).flatten(-2))
-        return x + self.down(F.gelu(self.up(self.norms[1](x))))
+        after: Tensor = x + self.down(F.gelu(self.up(self.norms[1](x))))
+        return after
 
 
 class Transformer(nn.Module):

@@ -6,7 +6,6 @@ import torch
 from branchtree.plugins import Condition
 from branchtree.testing import AdapterCase, ModelAdapterPromises, TrainingPromises
 
-
 PUZZLES = ("1" + "." * 15, "." * 15 + "2", "." * 16)
 
 

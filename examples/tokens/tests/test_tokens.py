@@ -52,7 +52,7 @@ def test_held_out_puzzles_have_solutions_of_their_own() -> None:
 
 
 def logits(given: str, seed: int = 0) -> torch.Tensor:
-    """What a model would predict of a text with dots, as ``predict`` returns it: random, and certain of what is given."""
+    """Return what ``predict`` does for a text with dots: random logits, certain of what is given."""
     model = Addition(TokenConfig(path=None)) if len(given) == 12 else Sudoku(TokenConfig(path=None))
     drawn = 2 * torch.randn(1, len(given), len(VOCABULARY), generator=torch.Generator().manual_seed(seed))
     return model.predict(
