@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import branchtree_tokens
 import pytest
 import torch
 from branchtree_tokens.data import puzzles, solved_grids, sums
@@ -28,8 +29,9 @@ PUBLIC = r"branchtree(\.plugins|\.testing|\.errors|\.core(\.\w+)?)?"
 
 
 def test_nothing_but_the_public_surface_is_imported() -> None:
-    root = Path(__file__).parents[1]
-    for file in root.rglob("*.py"):
+    files = list(Path(branchtree_tokens.__file__).parent.rglob("*.py"))
+    assert len(files) > 5
+    for file in files:
         for name in re.findall(r"^\s*(?:from|import) (branchtree[\w.]*)", file.read_text(encoding="utf-8"), re.M):
             assert re.fullmatch(PUBLIC, name) or name.startswith("branchtree_tokens"), f"{file}: {name}"
 
