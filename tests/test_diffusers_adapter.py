@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
@@ -101,6 +103,51 @@ def test_a_call_that_lacks_an_image_is_refused() -> None:
     model = Diffusers(DiffusersConfig(**{**options("ltx_image"), "images": None}))
     with pytest.raises(ModelError, match="images among them"):
         model.latent_shape  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    ("keyword", "message"),
+    [
+        ("num_inference_steps", r"num_inference_steps has a key of its own: set tree\.steps instead\."),
+        ("negative_prompt", r"negative_prompt has a key of its own: set model\.negative_prompt instead\."),
+        ("latents", r"latents is set by the library; leave it out\."),
+        ("guidance_scal", r"guidance_scal is not taken by LTXPipeline; did you mean 'guidance_scale'\?"),
+    ],
+)
+def test_a_keyword_that_cannot_be_given_says_what_can(keyword: str, message: str) -> None:
+    family = options("ltx")
+    model = Diffusers(DiffusersConfig(**{**family, "call": {**family["call"], keyword: 1}}))
+    with pytest.raises(ModelError, match=rf"model\.call\.{message}"):
+        model.call  # noqa: B018
+
+
+def test_the_small_pipeline_of_the_page_on_new_models_trains(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a LoRA that is learnt, and goes into the pipeline's own loader."""
+    page = (Path(__file__).parents[1] / "docs" / "models" / "new.md").read_text(encoding="utf-8")
+    build = next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "save_pretrained" in code)
+    monkeypatch.chdir(tmp_path)
+    with torch.random.fork_rng(devices=[]):
+        exec(build, {})
+    model = {"adapter": "diffusers", "path": "./small-cogvideox", "height": 32, "width": 32, "frames": 9}
+    recipe = Recipe.model_validate(
+        {
+            "name": "mine",
+            "model": {**model, "negative_prompt": "", "call": {"guidance_scale": 6.0, "max_sequence_length": 32}},
+            "sampler": {"grid": "pipeline", "kind": "ddim"},
+            "tree": {"steps": 3, "splits": [0]},
+            "lora": {"rank": 4},
+            "data": {"prompts": ["a red fox", "a lighthouse"]},
+            "rewards": [{"reward": "motion_smoothness"}],
+            "batch": {"prompts": 2},
+            "run": {"iterations": 1, "sample_prompts": 1},
+        }
+    )
+    train(recipe, output=tmp_path / "run")
+    (metrics,) = map(json.loads, (tmp_path / "run" / METRICS).read_text().splitlines())
+    assert metrics["grad_norm"] > 0
+    pipeline: Any = diffusers.CogVideoXPipeline.from_pretrained(tmp_path / "small-cogvideox")
+    pipeline.load_lora_weights(tmp_path / "run" / "final")
+    assert pipeline.get_active_adapters()
 
 
 def test_each_process_has_a_small_pipeline_of_its_own() -> None:

@@ -195,7 +195,8 @@ def test_a_shell_sees_which_reward_failed(guest_site: Path, failing_site: Path, 
         (["guest", "callbacks.0.callback=best"], "no callback 'best' is installed; did you mean 'guest_best'?"),
         (["guest", "model.spred=2"], "model.spred: unknown key 'spred'; did you mean 'spread'? Known: path, spread."),
         (["guest", "rewards.0.target=2"], "rewards.0.target: input should be less than or equal to 1 (it is 2)"),
-        (["guest", "rewards.0.reward=failing_film"], "reward 'failing_film' scores video, but the model makes images"),
+        (["guest", "rewards.0.reward=failing_film"], "reward 'failing_film' scores video, but the model makes images; "
+            "'branchtree rewards' lists those that score images"),
         (["guest", "model.path=nowhere"], "/nowhere'; name a folder that holds"),
         (["guest", "lora.rank=4", "lora.targets=[nothing]"], "LoRA target 'nothing' names no linear layer"),
         (["guest", "sampler.kind=ddim"], "sampler.kind: 'ddim' does not suit a model that predicts velocity; use"),
@@ -209,6 +210,12 @@ def test_a_shell_sees_which_reward_failed(guest_site: Path, failing_site: Path, 
 )  # fmt: skip
 def test_it_is_refused_with_place_and_remedy(arguments: list[str], message: str, desk: Desk) -> None:
     assert message in desk.refused(*arguments)
+
+
+def test_a_plan_refuses_a_reward_that_does_not_score_what_the_model_makes(desk: Desk) -> None:
+    for at in ("rewards.0", "evaluation.rewards.0"):
+        message = desk.failed("plan", "guest", f"{at}.reward=failing_film")
+        assert f"{at}: reward 'failing_film' scores video, but the model makes images" in message
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
+from branchtree_adapters.any_pipeline import recording
 from branchtree_adapters.any_pipeline.adapter import Diffusers
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.small import images
@@ -38,7 +39,7 @@ from loops import (
 from pipeline_checks import another, case_of, one_iteration
 from small_pipelines import ask, options_of
 from torch import Tensor
-from unnamed_pipelines import UNNAMED
+from unnamed_pipelines import CHOSEN, UNNAMED
 
 from branchtree.errors import ModelError
 from branchtree.testing.probe import make_question, predict_rows
@@ -99,9 +100,9 @@ def test_these_were_picked() -> None:
     assert sorted(random.Random(SEED).sample(found, COUNT)) == sorted(UNNAMED)
 
 
-@pytest.fixture(scope="module", params=UNNAMED)
+@pytest.fixture(scope="module", params=[*UNNAMED, *CHOSEN])
 def family(request: pytest.FixtureRequest) -> Small:
-    return UNNAMED[request.param]
+    return {**UNNAMED, **CHOSEN}[request.param]
 
 
 @pytest.fixture(scope="module")
@@ -205,3 +206,11 @@ def mixing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Small]:
 def test_latents_that_are_not_noise_are_refused(mixing: Small) -> None:
     with pytest.raises(ModelError, match=r"latents of which noise is 0\.5"):
         made_driver(mixing, mixing.build())
+
+
+def test_latents_that_no_method_gives_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a pipeline whose method has none of the usual names."""
+    monkeypatch.setattr(recording, "NOT_RECORDED", frozenset({"prepare_latents"}))
+    family = Small("StableDiffusion3Pipeline", images.sd3, {"height": 32, "width": 32, "max_sequence_length": 24})
+    with pytest.raises(ModelError, match="no setting changes that: choose another pipeline class"):
+        made_driver(family, family.build())

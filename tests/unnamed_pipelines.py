@@ -174,6 +174,31 @@ def consistency() -> dict[str, Any]:
     }
 
 
+def ernie() -> dict[str, Any]:
+    """Return the components of ERNIE-Image, whose call draws its latents itself."""
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = transformers.Mistral3Config(
+        text_config={"model_type": "mistral", **DECODER, "num_hidden_layers": 2},
+        vision_config={"model_type": "pixtral", **sizes, "image_size": 28, "patch_size": 14},
+    )
+    return {
+        "scheduler": FLOW(shift=3.0),
+        "vae": images.flux2_vae(),
+        "text_encoder": transformers.Mistral3Model(text),
+        "tokenizer": qwen_tokenizer(),
+        "transformer": diffusers.ErnieImageTransformer2DModel(
+            hidden_size=32,
+            num_attention_heads=2,
+            num_layers=2,
+            ffn_hidden_size=32,
+            in_channels=16,
+            out_channels=16,
+            text_in_dim=WIDTH,
+            rope_axes_dim=(4, 6, 6),
+        ),
+    }
+
+
 VIDEO = {"height": 32, "width": 32, "num_frames": 5}
 
 UNNAMED: dict[str, Small] = {
@@ -204,3 +229,10 @@ UNNAMED: dict[str, Small] = {
     "LatentConsistencyModelPipeline": Small("LatentConsistencyModelPipeline", consistency, {"height": 32, "width": 32}),
 }
 """By the class's name."""
+
+CHOSEN: dict[str, Small] = {
+    "ErnieImagePipeline": Small(
+        "ErnieImagePipeline", ernie, {"height": 16, "width": 16, "guidance_scale": 4.0}, "blur"
+    ),
+}
+"""Pipelines that were not picked at random, by the class's name, for what they do that no other does."""

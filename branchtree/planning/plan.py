@@ -26,6 +26,7 @@ from branchtree.plugins.protocols import ModelAdapter, RewardAdapter
 from branchtree.plugins.values import Footprint
 from branchtree.recipe.build import (
     check_learns,
+    check_scores,
     make_credit_rule,
     make_kernel,
     make_model,
@@ -136,20 +137,26 @@ def _first_prompts(recipe: Recipe, model: ModelAdapter) -> list[int]:
     conditions = training_conditions(recipe.data) if _is_local(recipe.data) else []
     held_out = held_out_conditions(recipe.evaluation) if _is_local(recipe.evaluation) else []
     check_conditions(model, [*conditions, *held_out])
-    check_for_rewards(_installed(recipe.rewards, ("rewards",)), conditions)
+    check_for_rewards(_installed(recipe.rewards, ("rewards",), model.modality), conditions)
     if recipe.evaluation is not None:
-        check_for_rewards(_installed(recipe.evaluation.rewards, ("evaluation", "rewards")), held_out)
+        judges = _installed(recipe.evaluation.rewards, ("evaluation", "rewards"), model.modality)
+        check_for_rewards(judges, held_out)
     if not conditions:
         return list(range(recipe.batch.prompts))
     return PromptOrder(len(conditions), recipe.seed, recipe.data.shuffle).batch(0, recipe.batch.prompts)
 
 
-def _installed(sections: Sequence[RewardSection], at: KeyPath) -> list[RewardAdapter]:
-    """Return the rewards of a section, not loaded, without those that are not installed."""
+def _installed(sections: Sequence[RewardSection], at: KeyPath, modality: str) -> list[RewardAdapter]:
+    """Return the rewards of a section, not loaded, without those that are not installed.
+
+    Raises RecipeError if one does not score ``modality``.
+    """
     found = []
     for index, section in enumerate(sections):
         with suppress(PluginError):
-            found.append(make_reward(section.reward, section.options, (*at, index))[0])
+            adapter, _ = make_reward(section.reward, section.options, (*at, index))
+            check_scores(adapter, section.reward, ".".join(map(str, (*at, index))), modality)
+            found.append(adapter)
     return found
 
 

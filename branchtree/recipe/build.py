@@ -193,6 +193,15 @@ def make_reward(name: str, options: Mapping[str, Any], at: KeyPath) -> tuple[Rew
     return adapter, config
 
 
+def check_scores(adapter: RewardAdapter, name: str, key: str, modality: str) -> None:
+    """Raise RecipeError if a reward does not score what the model makes."""
+    if modality not in adapter.modalities:
+        raise RecipeError(
+            f"{key}: reward '{name}' scores {', '.join(sorted(adapter.modalities))}, but the model makes {modality}s; "
+            f"'branchtree rewards' lists those that score {modality}s"
+        )
+
+
 def make_rewards(
     sections: tuple[RewardSection, ...], at: KeyPath, modality: str, built: Mapping[str, RewardAdapter] | None = None
 ) -> list[NamedReward]:
@@ -217,11 +226,7 @@ def make_rewards(
         adapter = free.pop(described, adapter)
         key = ".".join(map(str, (*at, index)))
         label = section.label or section.reward
-        if modality not in adapter.modalities:
-            raise RecipeError(
-                f"{key}: reward '{section.reward}' scores {', '.join(sorted(adapter.modalities))}, "
-                f"but the model makes {modality}s"
-            )
+        check_scores(adapter, section.reward, key, modality)
         if label in {reward.label for reward in rewards}:
             raise RecipeError(f"{key}: two rewards are labelled '{label}'; give one a 'label' of its own")
         rewards.append(NamedReward(label, section.weight, adapter, described))

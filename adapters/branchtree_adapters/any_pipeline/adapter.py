@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -42,6 +42,14 @@ log = logging.getLogger("branchtree")
 
 FRAMES = frozenset({"num_frames", "frames"})
 """Names that pipelines have for the number of frames."""
+KEYS: Mapping[str, str] = {
+    "height": "model.height",
+    "width": "model.width",
+    **dict.fromkeys(FRAMES, "model.frames"),
+    "negative_prompt": "model.negative_prompt",
+    "num_inference_steps": "tree.steps",
+}
+"""The recipe's keys that set keywords of the call."""
 OURS = frozenset(
     {
         "self",
@@ -191,11 +199,18 @@ class Diffusers(PipelineAdapter):
         known = self._takes.keys() - OURS
         for name in self.config.call:
             if name not in known:
-                reason = "is set by keys of its own" if name in OURS else "is not taken"
-                raise ModelError(f"model.call.{name} {reason} by {self.pipeline_class}{nearest(name, sorted(known))}")
+                raise ModelError(f"model.call.{name} {self._why_not(name, known)}")
         sizes = {"height": self.config.height, "width": self.config.width, **dict.fromkeys(FRAMES, self.config.frames)}
         given = {name: size for name, size in sizes.items() if name in self._takes and size is not None}
         return {**given, **self.config.call}
+
+    def _why_not(self, name: str, known: Iterable[str]) -> str:
+        """Return why a keyword cannot be one of the call's, and what to write instead."""
+        if name in KEYS:
+            return f"has a key of its own: set {KEYS[name]} instead."
+        if name in OURS:
+            return "is set by the library; leave it out."
+        return f"is not taken by {self.pipeline_class}{nearest(name, sorted(known))}"
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -25,12 +26,15 @@ from branchtree_adapters.any_pipeline.draws import Draw, find_draws
 from branchtree_adapters.any_pipeline.families import Family, family_of
 from branchtree_adapters.any_pipeline.images import blank_images, image_sizes, inverted_images
 from branchtree_adapters.any_pipeline.recording import (
+    DRAW,
+    PREPARE_LATENTS,
     Around,
     Leaf,
     LeafLayout,
     Recording,
     Replay,
     Rules,
+    draws_in_call,
     find_states,
     groups,
     learn_layout,
@@ -64,11 +68,13 @@ ENDS = (0.999, 0.001)
 @functools.cache
 def _quick_class(pipeline: type) -> type:
     """Return a subclass that is given its device and has no hooks to free: either would walk through every module."""
-    members = {
+    members: dict[str, Any] = {
         "_execution_device": property(lambda self: self.__dict__["run_device"]),
         "maybe_free_model_hooks": lambda self: None,
         "__module__": pipeline.__module__,
     }
+    if draws_in_call(pipeline):
+        members[PREPARE_LATENTS] = staticmethod(inspect.unwrap(pipeline.__call__).__globals__[DRAW])
     return type(pipeline.__name__, (pipeline,), members)
 
 
@@ -169,9 +175,19 @@ class PipelineDriver:
         with self._playing(kind, question, around) as pipeline:
             pipeline.__dict__.update(components or {})
             try:
-                return self._function(pipeline, **call)
+                return self._function_of(pipeline)(pipeline, **call)
             except StopCall:
                 return None
+
+    def _function_of(self, pipeline: Any) -> Callable[..., Any]:
+        """Return the call; where it draws its latents itself, one that gets them of the copy's replaced method."""
+        if not draws_in_call(type(self._pipeline)):
+            return self._function
+        names = {**self._function.__globals__, DRAW: getattr(pipeline, PREPARE_LATENTS)}
+        own: Any = self._function
+        call = FunctionType(own.__code__, names, None, own.__defaults__, own.__closure__)
+        call.__kwdefaults__ = own.__kwdefaults__
+        return call
 
     # Encoding
 

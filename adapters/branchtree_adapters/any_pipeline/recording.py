@@ -9,6 +9,7 @@ recorded twice, and the state takes the place of the latents that the pipeline p
 from __future__ import annotations
 
 import hashlib
+import inspect
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,6 +24,7 @@ from branchtree.errors import ModelError
 from branchtree_adapters.any_pipeline.phantom import without_fakes
 
 PREFIXES = ("encode_", "prepare_", "generate_")
+PREPARE_LATENTS, DRAW = "prepare_latents", "randn_tensor"
 NOT_RECORDED = frozenset({"prepare_extra_step_kwargs"})
 
 Output = tuple[str, int]
@@ -37,9 +39,16 @@ Around = Callable[[str, Callable[..., Any], tuple[Any, ...], dict[str, Any]], An
 
 
 def recorded_methods(pipeline: type) -> list[str]:
-    """Return the names of a pipeline's methods that are recorded."""
+    """Return the names of a pipeline's methods that are recorded, with the one that it gets if it lacks it."""
     names = [name for name in dir(pipeline) if name.startswith(PREFIXES) and name not in NOT_RECORDED]
-    return [name for name in names if callable(getattr(pipeline, name))]
+    own = [name for name in names if callable(getattr(pipeline, name))]
+    return [*own, PREPARE_LATENTS] if draws_in_call(pipeline) else own
+
+
+def draws_in_call(pipeline: type) -> bool:
+    """Whether a pipeline has no method that prepares latents, but draws them in its call by diffusers' function."""
+    call: Any = pipeline.__call__  # type: ignore[attr-defined]
+    return not hasattr(pipeline, PREPARE_LATENTS) and DRAW in inspect.unwrap(call).__code__.co_names
 
 
 @dataclass
@@ -59,7 +68,7 @@ class Recording:
         leaves, tree = tree_flatten(output)
         if self.cast is not None and name.startswith("encode_"):
             leaves = [_floating(leaf, self.cast) for leaf in leaves]
-        if name == "prepare_latents" and isinstance(leaves[0], Tensor):
+        if name == PREPARE_LATENTS and isinstance(leaves[0], Tensor):
             # Images' come out of the VAE in its precision, and some pipelines draw noise in that of their encoder.
             dtype = torch.promote_types(leaves[0].dtype, self.cast or leaves[0].dtype)
             leaves = [_floating(leaf, dtype) for leaf in leaves]
@@ -224,7 +233,8 @@ def _find_state(
         if torch.equal(index.double(), found) and len(index.unique()) == len(index):
             return _state_within(leaf, value, shape, index)
     raise ModelError(
-        "no method of the pipeline returned the latents that its scheduler is given, so that they cannot be set"
+        "no method of the pipeline returned the latents that its scheduler is given, so that they cannot be set; "
+        "no setting changes that: choose another pipeline class for the model, or report this one"
     )
 
 
