@@ -47,7 +47,7 @@ def recorded_methods(pipeline: type) -> list[str]:
 
 def draws_in_call(pipeline: type) -> bool:
     """Whether a pipeline has no method that prepares latents, but draws them in its call by diffusers' function."""
-    call: Any = pipeline.__call__  # type: ignore[attr-defined]
+    call: Any = pipeline.__call__
     return not hasattr(pipeline, PREPARE_LATENTS) and DRAW in inspect.unwrap(call).__code__.co_names
 
 
