@@ -28,6 +28,7 @@ from branchtree import load_recipe, train
 from branchtree.recipe import recipe_names
 from branchtree.recipe.build import make_model
 from branchtree.recipe.load import builtin_folder
+from branchtree.run.directory import METRICS
 
 ROOT = Path(__file__).parents[1]
 EVERY = pytest.mark.parametrize("model", published_models(), ids=lambda model: str(model.name))
@@ -220,6 +221,20 @@ EXPECTED: Mapping[str, Expected] = {
         # A single block has one layer to queries, keys, values and a gated feed-forward of three widths, and one back.
         square(3072, 5 * 8) + 20 * ((1 + 3 + 2 * 3) * 3072 + (1 + 3 + 1) * 3072),
     ),
+    "flux_kontext_edit_branchgrpo": Expected(
+        lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True),
+        lambda: [kl(16), clip("CLIPTextModel"), t5()],
+        (64 * 64, 16 * 4),
+        1,
+        square(3072, 19 * 8 + 38 * 3),
+    ),
+    "qwen_edit_branchgrpo": Expected(
+        diffusers.QwenImageTransformer2DModel,
+        lambda: [diffusers.AutoencoderKLQwenImage(), qwen25_vl()],
+        (64 * 64, 16 * 4),
+        2,
+        square(24 * 128, 60 * 8),
+    ),
     "chroma_t2i_branchgrpo": Expected(
         diffusers.ChromaTransformer2DModel,
         lambda: [kl(16), t5()],
@@ -397,6 +412,8 @@ def test_a_recipe_trains_its_small_version(name: str, tmp_path: Path) -> None:
     changes = {"tree.steps": 3, "tree.splits": [0], "batch.prompts": 1, "evaluation": None, "run.sample_prompts": 1}
     result = train(name, {"run.iterations": 1, **changes}, smoke=True, output=tmp_path / "run")
     assert result.finished and result.iterations == 1
+    row = (tmp_path / "run" / METRICS).read_text(encoding="utf-8")
+    assert all(f'"reward/{reward.reward}/mean"' in row for reward in load_recipe(name).rewards)
 
 
 def test_every_driven_recipe_is_of_a_published_model() -> None:
