@@ -23,6 +23,7 @@ from branchtree_adapters.any_pipeline.published import PublishedModel, published
 from branchtree_adapters.pipeline.blueprint import count_parameters
 from branchtree_adapters.pipeline.components import INDEX
 from branchtree_adapters.pipeline.sources import ModelSource
+from diffusers.pipelines import ltx2
 
 from branchtree import load_recipe, train
 from branchtree.recipe import recipe_names
@@ -136,6 +137,16 @@ def qwen3(kind: str) -> Any:
         hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_key_value_heads=8, tie_word_embeddings=True
     )
     return getattr(transformers, kind)(config)
+
+
+def gemma3() -> Any:
+    text = {"hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16}
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    config = transformers.Gemma3Config(
+        text_config={**text, "num_key_value_heads": 8},
+        vision_config={**vision, "image_size": 896, "patch_size": 14, "vision_use_head": False},
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
 
 
 def gemma() -> Any:
@@ -262,6 +273,21 @@ EXPECTED: Mapping[str, Expected] = {
         (((161 - 1) // 8 + 1) * (480 // 32) * (704 // 32), 128),
         2,
         square(2048, 28 * 8),
+    ),
+    "ltx2_t2v_branchgrpo": Expected(
+        diffusers.LTX2VideoTransformer3DModel,
+        lambda: [
+            diffusers.AutoencoderKLLTX2Video(),
+            diffusers.AutoencoderKLLTX2Audio(),
+            ltx2.LTX2TextConnectors(),
+            ltx2.LTX2Vocoder(),
+            gemma3(),
+        ],
+        # Video and sound in one state: 25 latents of sound a second, of 8 channels and 64 / 4 bins.
+        (((121 - 1) // 8 + 1) * (512 // 32) * (768 // 32) * 128 + round(121 / 24 * 25) * 8 * 16,),
+        3,
+        # In each block two attentions of video, two of sound, and one from each to the other.
+        48 * (2 * 8 * (4096 + 2048) + 4 * (4096 + 2048) + 4 * 2 * 2048),
     ),
     "hunyuan15_t2v_branchgrpo": Expected(
         diffusers.HunyuanVideo15Transformer3DModel,
