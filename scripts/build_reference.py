@@ -33,6 +33,7 @@ from branchtree.recipe.load import builtin_folder, method_names
 
 ROOT = Path(__file__).parents[1]
 GUEST = ROOT / "tests" / "guest_plugin"
+ACTIONS = ROOT / "examples" / "actions"
 DISTRIBUTION = "branchtree-grpo"
 REGION = re.compile(
     r"(?P<open><!-- generated: (?P<name>[\w./-]+) -->\n).*?(?P<close><!-- end of (?P=name) -->)", re.DOTALL
@@ -52,6 +53,8 @@ def regions() -> Mapping[str, Callable[[], str]]:
     ]
     files += ["branchtree_guest/watch.py", "branchtree_guest/recipes/guest.yaml", "tests/test_model.py"]
     files += ["tests/test_reward.py"]
+    actions = [f"branchtree_actions/{name}.py" for name in ("samples", "policy", "rewards", "plugin")]
+    actions += ["pyproject.toml", "branchtree_actions/recipes/unicycle.yaml", "tests/test_policies.py"]
     return {
         "recipe-keys": lambda: recipe_tables(Recipe),
         "plug-in-options": plugin_options,
@@ -61,7 +64,8 @@ def regions() -> Mapping[str, Callable[[], str]]:
         "counts": counts,
         **SECTIONS,
         **{name: partial(drawing, tree) for name, tree in DRAWN.items()},
-        **{f"guest/{name}": partial(guest, name) for name in files},
+        **{f"guest/{name}": partial(source, GUEST / name) for name in files},
+        **{f"actions/{name}": partial(source, ACTIONS / name) for name in actions},
     }
 
 
@@ -82,10 +86,10 @@ def block(language: str, text: str) -> str:
     return f"```{language}\n{text.rstrip()}\n```"
 
 
-def guest(name: str) -> str:
-    """A file of the example plug-in."""
-    language = {".py": "python", ".toml": "toml", ".yaml": "yaml"}[Path(name).suffix]
-    return block(language, (GUEST / name).read_text(encoding="utf-8"))
+def source(path: Path) -> str:
+    """A file of an example plug-in."""
+    language = {".py": "python", ".toml": "toml", ".yaml": "yaml"}[path.suffix]
+    return block(language, path.read_text(encoding="utf-8"))
 
 
 def small_recipe(tree: Mapping[str, object]) -> Recipe:

@@ -131,6 +131,13 @@ class LoadsAtOnce(GuestGaussian):
         self.load(torch.device("cpu"), torch.float32, torch.float32)
 
 
+class BeginsAnywhere(GuestGaussian):
+    def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
+        super().load(device, dtype, denoiser_dtype)
+        for parameter in self.denoiser.parameters():
+            nn.init.normal_(parameter, std=0.1)
+
+
 class PassesErrorsOn(GuestGaussian):
     def _weights_file(self) -> Path | None:
         if self.config.path is not None and not self.config.path.exists():

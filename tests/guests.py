@@ -26,13 +26,13 @@ class Outcome:
     err: str
 
 
-def install_guest(target: Path) -> Path:
-    """Install the guest into ``target`` by pip, without the network where its build backend is at hand."""
+def install_guest(target: Path, source: Path = GUEST) -> Path:
+    """Install the guest, or another folder, into ``target`` by pip, offline where its build backend is at hand."""
     flags = ["--no-build-isolation", "--no-index"] if importlib.util.find_spec("hatchling") else []
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps", *flags]
-    done = subprocess.run([*pip, "--target", str(target), str(GUEST)], capture_output=True, text=True, check=False)
+    done = subprocess.run([*pip, "--target", str(target), str(source)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
-        raise RuntimeError(f"the guest plug-in cannot be installed: {done.stderr}")
+        raise RuntimeError(f"'{source}' cannot be installed: {done.stderr}")
     return target
 
 

@@ -377,6 +377,7 @@ def test_what_several_prompts_share_is_looked_at_once() -> None:
         Condition("a", "blur", one),
         Condition("a", "None", one),
         Condition("a"),
+        Condition("a", metadata={"goal": [1, 2]}),
     ]
     same = [replace(condition, prompt=f"other {index}") for index, condition in enumerate(different)]
     assert looked_at([*different, *same]) == different
@@ -423,11 +424,12 @@ def test_conditions_that_differ_in_any_input_are_encoded_apart() -> None:
         Condition("a", image=one, last_image=two),
         Condition("a", last_image=one),
         Condition("a", video=one),
+        Condition("a", metadata={"id": 1}),
     ]
     cache = ConditioningCache(Numberer())  # type: ignore[arg-type]
-    same = [replace(condition, location="elsewhere", metadata={"id": 1}) for condition in different]
+    same = [replace(condition, location="elsewhere") for condition in different]
     numbers = cache.get([*different, *same], torch.device("cpu"))["number"].tolist()
-    assert numbers == [*range(7), *range(7)]
+    assert numbers == [*range(8), *range(8)]
 
 
 # --- the order ---

@@ -13,11 +13,10 @@ from tiny_wan import tiny_wan
 from training_runs import metrics, shortened, small
 
 from branchtree import evaluate, load_recipe, train
-from branchtree.recipe.load import method_names
+from branchtree.recipe.load import builtin_folder, method_names, recipe_names
 
-FILES = (Path(__file__).parents[1] / "recipes").glob("*.yaml")
-RECIPES = sorted(path.stem for path in FILES if "extends: models/" not in path.read_text(encoding="utf-8"))
-RECIPES += ["sana_t2i_branchgrpo", "ltx_t2v_branchgrpo"]  # of those that differ in the pipeline that is driven
+RECIPES = [name for name in sorted(recipe_names([builtin_folder()])) if load_recipe(name).model.adapter != "diffusers"]
+RECIPES += ["qwen_edit_branchgrpo", "sana_t2i_branchgrpo", "ltx_t2v_branchgrpo"]  # of those that drive a pipeline
 NAMES = ("cuda", "cuda:0")  # as accelerate gives it, without an index, and with one
 BOTH = {"quickstart", "flux_t2i_branchgrpo"}
 JUDGED = {*BOTH, "wan_i2v_motion"}

@@ -47,7 +47,7 @@ ON_THE_DEVICE = {
 
 ON_THE_HOST = {
     **ON_THE_DEVICE,
-    "branchtree/core/rollout.py: self._states = [initial.float().to(store or initial.device)]": 1,
+    "branchtree/core/rollout.py: self._states = [initial.to(store or initial.device)]": 1,
     "branchtree/core/rollout.py: following[send(children, following.device)] = reached.to(following.device)": STEPS,
 }
 """The same under ``batch.states: host``."""
@@ -55,6 +55,7 @@ ON_THE_HOST = {
 ELSEWHERE = (
     "adapters/",
     "rewards/",
+    "branchtree/plugins/samples.py",
     "branchtree/plugins/scores.py",
     "branchtree/training/scoring.py",
     "branchtree/training/faults.py",

@@ -435,6 +435,10 @@ def test_a_published_model_is_measured_offline(kept: ModuleType) -> None:
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 @pytest.mark.parametrize("name", DRIVEN)
 def test_a_recipe_trains_its_small_version(name: str, tmp_path: Path) -> None:
+    full, small = load_recipe(name), load_recipe(name, smoke=True)
+    assert full.evaluation and small.evaluation
+    for own, others in ((full.rewards, small.rewards), (full.evaluation.rewards, small.evaluation.rewards)):
+        assert [each.reward for each in own] == [each.reward for each in others]
     changes = {"tree.steps": 3, "tree.splits": [0], "batch.prompts": 1, "evaluation": None, "run.sample_prompts": 1}
     result = train(name, {"run.iterations": 1, **changes}, smoke=True, output=tmp_path / "run")
     assert result.finished and result.iterations == 1

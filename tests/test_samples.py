@@ -19,6 +19,7 @@ from training_runs import metrics
 from branchtree import evaluate, load_recipe, train
 from branchtree.errors import DataError, RecipeError
 from branchtree.plugins import Callback, Condition, Media, Samples
+from branchtree.recipe.build import make_model
 
 
 @dataclass(frozen=True)
@@ -199,3 +200,19 @@ def test_pictures_can_be_left_out(recipe: Path, tmp_path: Path, changes: dict[st
 def test_a_reward_of_another_kind_is_refused(recipe: Path) -> None:
     with pytest.raises(RecipeError, match=r"digits.*image.*walk"):
         train(load_recipe(recipe, {"rewards": [{"reward": "digits"}]}))
+
+
+def test_weights_that_no_file_has_are_the_same_in_every_process(recipe: Path) -> None:
+    """Whatever torch's global random state, which is left as it was."""
+    first, second = (load_fresh(recipe, seed) for seed in (0, 1))
+    assert all(torch.equal(value, second[name]) for name, value in first.items()) and len(first) == 4
+
+
+def load_fresh(recipe: Path, seed: int) -> dict[str, Tensor]:
+    model = make_model(load_recipe(recipe))
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        model.load(torch.device("cpu"), torch.float32, torch.float32)
+        assert torch.equal(torch.get_rng_state(), before)
+    return model.denoiser.state_dict()

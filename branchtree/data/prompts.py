@@ -122,14 +122,14 @@ def load_conditions(
 
 
 def check_conditions(model: ModelAdapter, conditions: Iterable[Condition]) -> None:
-    """Let a model check conditions before it is loaded, each image, video and negative prompt once.
+    """Let a model check conditions before it is loaded, each image, video, negative prompt and metadata once.
 
     Raises DataError with a line for each of the first few that it refuses.
     """
     media = media_of(model)
     different: dict[object, Condition] = {}
     for one in conditions:
-        different.setdefault((one.files, one.negative_prompt), one)
+        different.setdefault((one.files, one.negative_prompt, one.metadata_text), one)
 
     def check(condition: Condition) -> None:
         if condition.further_images and "image" in media and "images" not in media:

@@ -18,6 +18,8 @@ from branchtree.plugins.values import Condition, Conditioning, Footprint, LoraSe
 
 DENOISER_FILE = "denoiser.safetensors"
 LORA_FILE = "lora.safetensors"
+FIRST_WEIGHTS = 0
+"""The seed of weights that are read from no file."""
 
 
 class ModelBase(ABC):
@@ -86,8 +88,15 @@ class ModelBase(ABC):
         """Refuse a condition that the model cannot take, by a DataError. The default takes any prompt."""
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
-        """Build the denoiser, and read its weights from ``path``, if any. Raises ModelError if they cannot be read."""
-        file, denoiser = self._weights_file(), self.build_denoiser()
+        """Build the denoiser, and read its weights from ``path``, if any. Raises ModelError if they cannot be read.
+
+        Weights that are not read are drawn from a seed of their own: every process, and a run that is resumed, has the
+        same ones.
+        """
+        file = self._weights_file()
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(FIRST_WEIGHTS)
+            denoiser = self.build_denoiser()
         if file is not None:
             try:
                 denoiser.load_state_dict(weights.read_safetensors([file])[0])

@@ -24,6 +24,8 @@ from branchtree.testing.probe import (
     load,
     make_question,
     predict_rows,
+    require_equal,
+    state,
     trainable_parameters,
 )
 
@@ -68,6 +70,15 @@ class LoadingPromises(LoadedOnce):
                 call()
             except ModelError:
                 continue
+
+    def test_it_always_loads_the_same_weights(self, case: AdapterCase) -> None:
+        """Whatever torch's global random state, so that all processes and a resumed run begin alike."""
+        states = []
+        for seed in (1, 2):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                states.append(state(load(case)))
+        require_equal(*states)
 
     def test_conditions_are_checked_before_loading(self, case: AdapterCase) -> None:
         """The case's conditions pass; the ones that must be refused are, by a DataError that names them."""

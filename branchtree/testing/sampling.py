@@ -54,14 +54,17 @@ class SamplingPromises(LoadedOnce):
         assert abs(float((numbers[1:] * numbers[:-1]).mean())) < 4 / math.sqrt(count)
         assert len(numbers.unique()) > 0.99 * count
 
-    def test_initial_noise_comes_from_its_generator_alone(self, loaded: ModelAdapter) -> None:
-        """The same generator gives the same noise whatever torch's global state, which is left as it was."""
+    def test_initial_noise_comes_from_its_generator_alone(self, case: AdapterCase, loaded: ModelAdapter) -> None:
+        """The same generator gives the same noise whatever torch's global state, which is left as it was.
+
+        Another one gives another, but for a model that starts from states of its own, which may be always the same.
+        """
         drawn = []
         for seed, disturbance in ((3, 0), (3, 1), (4, 0)):
             with disturbed(disturbance):
                 drawn.append(loaded.initial_noise(torch.Generator().manual_seed(seed)))
         assert torch.equal(drawn[0], drawn[1])
-        assert not torch.equal(drawn[0], drawn[2])
+        assert case.states is not None or not torch.equal(drawn[0], drawn[2])
 
     @pytest.mark.parametrize("steps", [1, 2, 7, 20])
     def test_its_time_grid_falls_from_one_to_zero(self, loaded: ModelAdapter, steps: int) -> None:

@@ -68,7 +68,7 @@ class Policy:
 
     def encoded(self, prompts: Sequence[int]) -> Encoded:
         """Return what samples of these prompts (B,) are sampled under, for whoever decodes them."""
-        return Encoded(self.conditioning, torch.tensor(prompts, dtype=torch.int64, device=self.device))
+        return Encoded(self.conditioning, send(torch.tensor(prompts, dtype=torch.int64), self.device))
 
     def first(self) -> Policy:
         """Return the policy under the first prompt alone."""

@@ -419,9 +419,11 @@ class PipelineDriver:
     @torch.no_grad()
     def _own_grid(self, steps: int) -> tuple[Tensor, Tensor]:
         """Return the times and sigmas that the pipeline's scheduler takes in a run."""
-        question = StepRequest()
-        around = Recording(self._pipeline_dtype).around
-        self._run(GridReader, question, around, self._first, num_inference_steps=steps)
+        question, asked, around = StepRequest(), self._first, Recording(self._pipeline_dtype).around
+        if self.example:  # encoders may have left the device since
+            state, packed = self._example_rows(1)
+            asked, around = self._blank(packed), Replay(self.layout, packed, self._samples(state)).around
+        self._run(GridReader, question, around, asked, num_inference_steps=steps)
         assert question.grid is not None
         return question.grid
 

@@ -1,0 +1,36 @@
+"""The rewards ``reach`` and ``pusht``: what comes of a chunk of actions."""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import pydantic
+import torch
+
+from branchtree.plugins import Condition, Samples, Scores
+from branchtree_actions.samples import Trajectories
+
+
+class OutcomeConfig(pydantic.BaseModel, extra="forbid", frozen=True):
+    """``measure``: the task's return, or 1 for a success and 0 for none."""
+
+    measure: Literal["return", "success"] = "return"
+
+
+class OutcomeReward:
+    """Takes the actions in a task's environment."""
+
+    def __init__(self, task: str, config: OutcomeConfig) -> None:
+        self.config = config
+        self.modalities = frozenset({f"{task}_actions"})
+
+    def load(self, device: torch.device) -> None:
+        """Nothing to load."""
+
+    def score(self, media: Samples, conditions: Sequence[Condition]) -> Scores:
+        """Score chunk i in scene i; actions that are not finite are not valid. Raises ValueError for other samples."""
+        if not isinstance(media, Trajectories) or media.modality not in self.modalities:
+            raise ValueError(f"{', '.join(self.modalities)} can be scored, not {media.modality}")
+        outcome = Trajectories(media.actions.nan_to_num(0, 0, 0), media.task).run(conditions)
+        success = torch.from_numpy(outcome.success).float()
+        value = torch.from_numpy(outcome.values).float() if self.config.measure == "return" else success
+        return Scores(value, media.is_finite(), details={"success": success})

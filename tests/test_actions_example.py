@@ -1,0 +1,76 @@
+"""The example of policies that make actions, installed as a stranger's package and tested by its own tests."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from guests import install_guest
+from test_conformance import run_tests
+
+from branchtree import evaluate, load_recipe, plan, train, write_report
+from branchtree.errors import RecipeError
+
+ROOT = Path(__file__).parents[1]
+ACTIONS = ROOT / "examples" / "actions"
+SHORT = {"run.iterations": 2, "evaluation.limit": 4}
+
+
+@pytest.fixture(scope="module")
+def actions_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return install_guest(tmp_path_factory.mktemp("actions_site"), ACTIONS)
+
+
+@pytest.mark.parametrize(("name", "least"), [("test_policies.py", 60), ("test_tasks.py", 9)])
+def test_it_keeps_its_promises(name: str, least: int, actions_site: Path, tmp_path: Path) -> None:
+    """PushT's environment may be missing; the unicycle needs none."""
+    outcomes = run_tests(tmp_path, (ACTIONS / "tests" / name).read_text(encoding="utf-8"), actions_site)
+    assert (outcomes["failure"], outcomes["error"]) == ([], [])
+    assert len(outcomes["passed"]) > least
+
+
+@pytest.mark.parametrize("method", ["", "+branchgrpo", "+dancegrpo", "+mixgrpo"])
+def test_the_methods_of_the_library_apply(method: str, actions_site: Path, plug: Callable[[Path], None]) -> None:
+    plug(actions_site)
+    assert plan(f"unicycle{method}").gradient_rows > 0
+
+
+def test_drives_are_drawn_in_the_report(actions_site: Path, plug: Callable[[Path], None], tmp_path: Path) -> None:
+    """In grids and trees, from weights that come with the package, and judged one by one."""
+    plug(actions_site)
+    assert 0 < train("unicycle", {**SHORT, "evaluation.limit": 32}, output=tmp_path / "run").before["success"].mean < 1
+    assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
+    assert len(list((tmp_path / "run" / "trees" / "iteration_000000").glob("leaf_*.png"))) == 16
+    assert write_report(tmp_path / "run").read_text(encoding="utf-8").count("data:image/png") >= 3
+    evaluate(tmp_path / "run", output=tmp_path / "evaluation")
+    rows = [json.loads(line) for line in (tmp_path / "evaluation" / "samples.jsonl").read_text().splitlines()]
+    assert {tuple(row["rewards"]) for row in rows} == {("reach", "success")}
+
+
+def test_another_tasks_reward_is_refused(actions_site: Path, plug: Callable[[Path], None]) -> None:
+    plug(actions_site)
+    with pytest.raises(RecipeError, match=r"pusht_actions.*unicycle_actions"):
+        train(load_recipe("unicycle", {"rewards": [{"reward": "pusht"}]}))
+
+
+def test_the_page_of_modalities_runs(
+    actions_site: Path, plug: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its Python that is no file of the package, in an empty folder and in order; the recipes that it shows load."""
+    plug(actions_site)
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "modalities.md").read_text(encoding="utf-8")
+    own = re.sub(r"<!-- generated: (.*?) -->.*?<!-- end of \1 -->", "", text, flags=re.DOTALL)
+    python, recipes = (
+        re.findall(rf"^```{kind}\n(.*?)^```", own, re.DOTALL | re.MULTILINE) for kind in ("python", "yaml")
+    )
+    space: dict[str, object] = {}
+    for code in python:
+        exec(code, space)
+    for index, recipe in enumerate(recipes):
+        (tmp_path / f"{index}.yaml").write_text(recipe, encoding="utf-8")
+        load_recipe(tmp_path / f"{index}.yaml")
+    assert python and recipes
