@@ -113,7 +113,9 @@ class Call:
             else:
                 found.update(repr(leaf).encode())
             if isinstance(leaf, Tensor) and not _is_fake(leaf):
-                found.update(leaf.detach().contiguous().as_strided((leaf.numel(),), (1,)).view(torch.uint8).numpy().data)
+                found.update(
+                    leaf.detach().contiguous().as_strided((leaf.numel(),), (1,)).view(torch.uint8).numpy().data
+                )
         return found.digest()
 
 
