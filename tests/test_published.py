@@ -149,6 +149,16 @@ def gemma3() -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
+def qwen3_vl() -> Any:
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560}
+    text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
+    text |= {"num_key_value_heads": 8, "head_dim": 128}
+    config = transformers.Qwen3VLConfig(
+        text_config=text, vision_config={**vision, "deepstack_visual_indexes": [5, 11, 17]}
+    )
+    return transformers.Qwen3VLModel(config)
+
+
 def gemma() -> Any:
     return transformers.Gemma2Model(transformers.Gemma2Config())
 
@@ -259,6 +269,14 @@ EXPECTED: Mapping[str, Expected] = {
         (32, 1024 // 32, 1024 // 32),
         2,
         square(2240, 20 * 8),
+    ),
+    "krea2_t2i_branchgrpo": Expected(
+        diffusers.Krea2Transformer2DModel,
+        lambda: [diffusers.AutoencoderKLQwenImage(), qwen3_vl()],
+        (64 * 64, 16 * 4),
+        2,
+        # Keys and values have a quarter of the heads; text goes through four blocks of its own.
+        square(6144, 28 * 2) + 28 * 2 * (6144 + 6144 // 4) + square(2560, (2 + 2) * 4),
     ),
     "lumina2_t2i_branchgrpo": Expected(
         lambda: diffusers.Lumina2Transformer2DModel(cap_feat_dim=2304),
