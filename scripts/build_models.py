@@ -102,20 +102,21 @@ def smallest_card(plan: RunPlan) -> int | None:
 
 def model_table() -> str:
     """The published models: what they are, what the driver does with them, and what training a LoRA takes."""
-    recipes, kept = {model.name: name for name, model in driven_recipes().items()}, stored()
+    kept = stored()
+    recipes: dict[str, list[tuple[str, dict[str, Any]]]] = {name: [entry] for name, entry in OTHER_RECIPES.items()}
+    for name, model in driven_recipes().items():
+        if model.name not in OTHER_RECIPES:
+            recipes.setdefault(model.name, []).append((name, {}))
     lines = [
         "| model | hub id | task | licence | pipeline | rows x calls | recipe | plan | verified |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for model in published_models():
-        name, overrides = OTHER_RECIPES.get(model.name, (recipes.get(model.name), {}))
-        shown = " ".join([f"`{name}`" if name else "", *(f"`{key}={value}`" for key, value in overrides.items())])
-        needs = ""
-        if model.name in OTHER_RECIPES:
-            needs = _needs(plan_recipe(load_recipe(str(name), overrides)))
-        elif name in kept:
-            needs = _needs(kept_plan(name))
+        entries = recipes.get(model.name, [])
+        shown = ", ".join(" ".join([f"`{name}`", *(f"`{k}={v}`" for k, v in given.items())]) for name, given in entries)
+        plans = [kept_plan(name) if name in kept else plan_recipe(load_recipe(name, given)) for name, given in entries]
         cells = (model.name, f"`{model.ids[0]}`", model.task, model.licence, f"`{model.pipeline}`", model.work)
+        needs = "; ".join(map(_needs, plans))
         lines.append(f"| {' | '.join((*cells, shown, needs, 'T, P' if model.small else ''))} |")
     return "\n".join(lines)
 

@@ -20,8 +20,8 @@ from small_pipelines import options, small_constants
 from torch import distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from branchtree import load_recipe, train
-from branchtree.errors import ModelError
+from branchtree import load_recipe, plan, train
+from branchtree.errors import ModelError, RecipeError
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS
 from branchtree.testing import AdapterCase, ModelAdapterPromises
@@ -97,6 +97,13 @@ def test_a_grid_that_diffusers_divides_by_zero_for_is_refused(name: str) -> None
     with pytest.raises(ModelError, match=r"more tree\.steps"):
         model.sigmas(1)
     assert len(model.sigmas(2)) == 3
+
+
+def test_a_grid_that_begins_at_pure_noise_is_refused_of_a_model_that_predicts_it() -> None:
+    sections = {"model": {"adapter": "diffusers", **options("sd15")}, "rewards": [{"reward": "digits"}]}
+    recipe = Recipe.model_validate({**sections, "data": {"prompts": PROMPTS}, "sampler": {"kind": "ddim"}, "name": "a"})
+    with pytest.raises(RecipeError, match=r"sampler\.grid: 'linear' begins at pure noise.* set it to pipeline"):
+        plan(recipe)
 
 
 def test_a_call_that_lacks_an_image_is_refused() -> None:

@@ -9,9 +9,7 @@ from types import ModuleType
 import pytest
 from PIL import Image
 
-from branchtree import load_recipe, train
 from branchtree.data.prompts import load_conditions
-from branchtree.run.directory import METRICS
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPTS = ROOT / "recipes/prompts"
@@ -49,11 +47,3 @@ def test_the_files_are_those_that_the_script_draws(script: ModuleType, tmp_path:
     for name in drawn:  # the bytes follow from the version of zlib, too
         with Image.open(tmp_path / "edits" / name) as ours, Image.open(PROMPTS / "edits" / name) as theirs:
             assert ours.convert("RGB").tobytes() == theirs.convert("RGB").tobytes()
-
-
-@pytest.mark.parametrize("name", ["qwen_edit_branchgrpo", "klein_edit_branchgrpo"])
-def test_the_recipes_train_small_editing_models(name: str, tmp_path: Path) -> None:
-    brief = {"run.iterations": 1, "run.sample_prompts": 1, "evaluation": None, "batch.prompts": 1, "tree.steps": 3}
-    train(load_recipe(name, {**brief, "tree.splits": [0]}, smoke=True), output=tmp_path / "run")
-    row = (tmp_path / "run" / METRICS).read_text(encoding="utf-8")
-    assert '"reward/clip_similarity/mean"' in row and '"reward/pickscore/mean"' in row

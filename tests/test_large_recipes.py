@@ -44,7 +44,7 @@ def said(name: str) -> str:
 def test_a_description_says_what_hardware_is_needed(name: str) -> None:
     if name in SMALL:
         assert said(name) == "minutes on two CPU cores"
-    elif name.startswith("flux_"):  # the same model in batches of the same size
+    elif name.startswith("flux_t2i_"):  # the same model in batches of the same size
         assert said(name) == said("flux_t2i_branchgrpo")
 
 

@@ -23,11 +23,13 @@ from branchtree_adapters.any_pipeline.published import PublishedModel, published
 from branchtree_adapters.pipeline.blueprint import count_parameters
 from branchtree_adapters.pipeline.components import INDEX
 from branchtree_adapters.pipeline.sources import ModelSource
+from diffusers.pipelines import ltx2
 
 from branchtree import load_recipe, train
 from branchtree.recipe import recipe_names
 from branchtree.recipe.build import make_model
 from branchtree.recipe.load import builtin_folder
+from branchtree.run.directory import METRICS
 
 ROOT = Path(__file__).parents[1]
 EVERY = pytest.mark.parametrize("model", published_models(), ids=lambda model: str(model.name))
@@ -137,6 +139,26 @@ def qwen3(kind: str) -> Any:
     return getattr(transformers, kind)(config)
 
 
+def gemma3() -> Any:
+    text = {"hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16}
+    vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
+    config = transformers.Gemma3Config(
+        text_config={**text, "num_key_value_heads": 8},
+        vision_config={**vision, "image_size": 896, "patch_size": 14, "vision_use_head": False},
+    )
+    return transformers.Gemma3ForConditionalGeneration(config)
+
+
+def qwen3_vl() -> Any:
+    vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560}
+    text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
+    text |= {"num_key_value_heads": 8, "head_dim": 128}
+    config = transformers.Qwen3VLConfig(
+        text_config=text, vision_config={**vision, "deepstack_visual_indexes": [5, 11, 17]}
+    )
+    return transformers.Qwen3VLModel(config)
+
+
 def gemma() -> Any:
     return transformers.Gemma2Model(transformers.Gemma2Config())
 
@@ -220,6 +242,20 @@ EXPECTED: Mapping[str, Expected] = {
         # A single block has one layer to queries, keys, values and a gated feed-forward of three widths, and one back.
         square(3072, 5 * 8) + 20 * ((1 + 3 + 2 * 3) * 3072 + (1 + 3 + 1) * 3072),
     ),
+    "flux_kontext_edit_branchgrpo": Expected(
+        lambda: diffusers.FluxTransformer2DModel(guidance_embeds=True),
+        lambda: [kl(16), clip("CLIPTextModel"), t5()],
+        (64 * 64, 16 * 4),
+        1,
+        square(3072, 19 * 8 + 38 * 3),
+    ),
+    "qwen_edit_branchgrpo": Expected(
+        diffusers.QwenImageTransformer2DModel,
+        lambda: [diffusers.AutoencoderKLQwenImage(), qwen25_vl()],
+        (64 * 64, 16 * 4),
+        2,
+        square(24 * 128, 60 * 8),
+    ),
     "chroma_t2i_branchgrpo": Expected(
         diffusers.ChromaTransformer2DModel,
         lambda: [kl(16), t5()],
@@ -234,6 +270,14 @@ EXPECTED: Mapping[str, Expected] = {
         2,
         square(2240, 20 * 8),
     ),
+    "krea2_t2i_branchgrpo": Expected(
+        diffusers.Krea2Transformer2DModel,
+        lambda: [diffusers.AutoencoderKLQwenImage(), qwen3_vl()],
+        (64 * 64, 16 * 4),
+        2,
+        # Keys and values have a quarter of the heads; text goes through four blocks of its own.
+        square(6144, 28 * 2) + 28 * 2 * (6144 + 6144 // 4) + square(2560, (2 + 2) * 4),
+    ),
     "lumina2_t2i_branchgrpo": Expected(
         lambda: diffusers.Lumina2Transformer2DModel(cap_feat_dim=2304),
         lambda: [kl(16), gemma()],
@@ -247,6 +291,21 @@ EXPECTED: Mapping[str, Expected] = {
         (((161 - 1) // 8 + 1) * (480 // 32) * (704 // 32), 128),
         2,
         square(2048, 28 * 8),
+    ),
+    "ltx2_t2v_branchgrpo": Expected(
+        diffusers.LTX2VideoTransformer3DModel,
+        lambda: [
+            diffusers.AutoencoderKLLTX2Video(),
+            diffusers.AutoencoderKLLTX2Audio(),
+            ltx2.LTX2TextConnectors(),
+            ltx2.LTX2Vocoder(),
+            gemma3(),
+        ],
+        # Video and sound in one state: 25 latents of sound a second, of 8 channels and 64 / 4 bins.
+        (((121 - 1) // 8 + 1) * (512 // 32) * (768 // 32) * 128 + round(121 / 24 * 25) * 8 * 16,),
+        3,
+        # In each block two attentions of video, two of sound, and one from each to the other.
+        48 * (2 * 8 * (4096 + 2048) + 4 * (4096 + 2048) + 4 * 2 * 2048),
     ),
     "hunyuan15_t2v_branchgrpo": Expected(
         diffusers.HunyuanVideo15Transformer3DModel,
@@ -401,6 +460,8 @@ def test_a_recipe_trains_its_small_version(name: str, tmp_path: Path) -> None:
     changes = {"tree.steps": 3, "tree.splits": [0], "batch.prompts": 1, "evaluation": None, "run.sample_prompts": 1}
     result = train(name, {"run.iterations": 1, **changes}, smoke=True, output=tmp_path / "run")
     assert result.finished and result.iterations == 1
+    row = (tmp_path / "run" / METRICS).read_text(encoding="utf-8")
+    assert all(f'"reward/{reward.reward}/mean"' in row for reward in load_recipe(name).rewards)
 
 
 def test_every_driven_recipe_is_of_a_published_model() -> None:

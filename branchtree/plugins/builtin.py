@@ -50,6 +50,11 @@ def _ddim(config: NoKeys, section: Any, prediction: str) -> Kernel:
         raise RecipeError(
             f"sampler.kind: 'ddim' does not suit a model that predicts {prediction}; use dance, flow or cps"
         )
+    if prediction == "noise" and section.grid != "pipeline":
+        raise RecipeError(
+            f"sampler.grid: '{section.grid}' begins at pure noise, of which a model that predicts noise says nothing; "
+            "set it to pipeline"
+        )
     return Ddim(section.eta, "v" if prediction == "v" else "noise")
 
 

@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -112,7 +113,9 @@ class Call:
             else:
                 found.update(repr(leaf).encode())
             if isinstance(leaf, Tensor) and not _is_fake(leaf):
-                found.update(leaf.detach().double().numpy().tobytes())
+                found.update(
+                    leaf.detach().contiguous().as_strided((leaf.numel(),), (1,)).view(torch.uint8).numpy().data
+                )
         return found.digest()
 
 
@@ -121,7 +124,7 @@ class _Body:
     """What a phantom has beside its model's attributes."""
 
     mode: ShapesOnly
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Call] | None = None  # where they are recorded: their arguments may take gigabytes
     outputs: dict[bytes, Any] = field(default_factory=dict)  # of the latest calls, by their digest
     running: bool = False
     stops: bool = False  # whether a call leaves what made it
@@ -155,15 +158,16 @@ def _entrance(method: str) -> Callable[..., Any]:
         if self.body.running:
             return getattr(super(Phantom, self), method)(*args, **kwargs)
         made = Call(method, args, kwargs)
-        self.body.calls.append(made)
+        if self.body.calls is not None:
+            self.body.calls.append(made)
         if self.body.stops:
             raise _CallError
         known = {} if self._forward_pre_hooks else self.body.outputs  # hooks are to see every call
         if (digest := made.digest()) not in known:
-            known[digest] = without_fakes(self.dry_run(made))
+            known[digest] = self.dry_run(made)  # fake, since a large encoder's output may take gigabytes
             if len(known) > REMEMBERED:
                 known.pop(next(iter(known)))
-        return tree_map(_copy, known[digest])  # pipelines write into what they are given
+        return without_fakes(tree_map(_copy, known[digest]))  # pipelines write into what they are given
 
     return call
 
@@ -183,7 +187,7 @@ def phantom(build: Callable[[], nn.Module]) -> Any:
 
 
 def _copy(leaf: Any) -> Any:
-    return leaf.clone() if isinstance(leaf, Tensor) else leaf
+    return leaf.clone() if isinstance(leaf, Tensor) and not _is_fake(leaf) else leaf
 
 
 def _constants(module: nn.Module) -> dict[str, Tensor]:
@@ -220,12 +224,24 @@ def first_call(component: Any, run: Callable[[], Any]) -> Call | None:
     return calls[0] if calls else None
 
 
+def _zeros(like: Tensor) -> Tensor:
+    """Return zeros of a tensor's shape, which take memory only where they are written; torch's own do at once."""
+    numbers = torch.from_numpy(np.zeros(like.numel() * like.dtype.itemsize, dtype=np.uint8))
+    return numbers.view(like.dtype).view(like.shape)
+
+
+def without_memory(leaf: Any) -> Any:
+    """Return a large tensor of zeros, as phantoms' outputs lead to, as one that takes no memory yet."""
+    large = isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.numel() > LARGE
+    return _zeros(leaf) if large and not bool(leaf.any()) else leaf
+
+
 def without_fakes(output: Any) -> Any:
     """Return an output with zeros for its fake tensors, also in attributes of objects such as a VAE's distribution."""
 
     def real(leaf: Any) -> Any:
         if _is_fake(leaf):
-            return torch.zeros(leaf.shape, dtype=leaf.dtype)
+            return _zeros(leaf)
         if hasattr(leaf, "__dict__") and any(map(_is_fake, vars(leaf).values())):
             vars(leaf).update({name: real(value) for name, value in vars(leaf).items()})
         return leaf

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_unflatten
 
 from branchtree.errors import ModelError
-from branchtree_adapters.any_pipeline.phantom import without_fakes
+from branchtree_adapters.any_pipeline.phantom import without_fakes, without_memory
 
 PREFIXES = ("encode_", "prepare_", "generate_")
 PREPARE_LATENTS, DRAW = "prepare_latents", "randn_tensor"
@@ -72,7 +72,7 @@ class Recording:
             # Images' come out of the VAE in its precision, and some pipelines draw noise in that of their encoder.
             dtype = torch.promote_types(leaves[0].dtype, self.cast or leaves[0].dtype)
             leaves = [_floating(leaf, dtype) for leaf in leaves]
-        leaves = [self.given.get((name, call, i), leaf) for i, leaf in enumerate(leaves)]
+        leaves = [self.given.get((name, call, i), without_memory(leaf)) for i, leaf in enumerate(leaves)]
         output = tree_unflatten(leaves, tree)
         if any(isinstance(leaf, Tensor) for leaf in leaves):
             self.trees[name, call] = tree

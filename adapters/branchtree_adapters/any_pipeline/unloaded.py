@@ -28,6 +28,13 @@ from branchtree_adapters.pipeline.components import (
 
 SCHEDULER = "scheduler/scheduler_config.json"
 """A file that the blueprint is to hold; the defaults of the scheduler's class stand for one that it does not."""
+MARKS = {
+    "image_token_id": "<|image_pad|>",
+    "video_token_id": "<|video_pad|>",
+    "vision_start_token_id": "<|vision_start|>",
+    "vision_end_token_id": "<|vision_end|>",
+}
+"""Tokens that mark images in a prompt, by what an encoder's configuration calls their numbers."""
 TEXT_LENGTH = 512
 """Tokens that a tokenizer without files takes where nothing says how many its encoder does."""
 
@@ -77,7 +84,7 @@ def _without_weights(
     if settings.get("add_bos_token"):
         marks = [(SPECIAL[0], tokenizer.convert_tokens_to_ids(SPECIAL[0]))]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{SPECIAL[0]} $A", special_tokens=marks)
-    return _processor(kind, tokenizer) if _takes_text(kind) else tokenizer
+    return _processor(kind, tokenizer, encoder) if _takes_text(kind) else tokenizer
 
 
 def _takes_text(kind: Any) -> bool:
@@ -87,10 +94,13 @@ def _takes_text(kind: Any) -> bool:
     return issubclass(kind, transformers.ProcessorMixin)
 
 
-def _processor(kind: Any, tokenizer: Any) -> Any:
-    """Return a processor of images and text, of the classes that its own class names."""
+def _processor(kind: Any, tokenizer: Any, encoder: Any) -> Any:
+    """Return a processor of images and text; ``encoder`` finds images in prompts by this tokenizer's numbers."""
     import transformers
 
+    for name, piece in MARKS.items():
+        if hasattr(encoder, "config") and hasattr(encoder.config, name):
+            setattr(encoder.config, name, tokenizer.convert_tokens_to_ids(piece))
     return kind(
         image_processor=transformers.Qwen2VLImageProcessor(),
         tokenizer=tokenizer,
