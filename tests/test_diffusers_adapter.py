@@ -132,24 +132,13 @@ def test_the_small_pipeline_of_the_page_on_new_models_trains(tmp_path: Path, mon
     """With a LoRA that is learnt, and goes into the pipeline's own loader."""
     page = (Path(__file__).parents[1] / "docs" / "models" / "new.md").read_text(encoding="utf-8")
     build = next(code for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "save_pretrained" in code)
+    recipe = next(text for text in re.findall(r"```yaml\n(.*?)```", page, re.DOTALL) if "./small-cogvideox" in text)
+    (tmp_path / "mine.yaml").write_text(recipe, encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     with torch.random.fork_rng(devices=[]):
         exec(build, {})
-    model = {"adapter": "diffusers", "path": "./small-cogvideox", "height": 32, "width": 32, "frames": 9}
-    recipe = Recipe.model_validate(
-        {
-            "name": "mine",
-            "model": {**model, "negative_prompt": "", "call": {"guidance_scale": 6.0, "max_sequence_length": 32}},
-            "sampler": {"grid": "pipeline", "kind": "ddim"},
-            "tree": {"steps": 3, "splits": [0]},
-            "lora": {"rank": 4},
-            "data": {"prompts": ["a red fox", "a lighthouse"]},
-            "rewards": [{"reward": "motion_smoothness"}],
-            "batch": {"prompts": 2},
-            "run": {"iterations": 1, "sample_prompts": 1},
-        }
-    )
-    train(recipe, output=tmp_path / "run")
+    overrides = {"rewards": [{"reward": "motion_smoothness"}], "run.iterations": 1, "run.sample_prompts": 1}
+    train("mine.yaml", {**overrides, "tree.steps": 4}, output=tmp_path / "run")
     (metrics,) = map(json.loads, (tmp_path / "run" / METRICS).read_text().splitlines())
     assert metrics["grad_norm"] > 0
     pipeline: Any = diffusers.CogVideoXPipeline.from_pretrained(tmp_path / "small-cogvideox")
