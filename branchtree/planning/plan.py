@@ -26,13 +26,13 @@ from branchtree.plugins.protocols import ModelAdapter, RewardAdapter
 from branchtree.plugins.values import Footprint
 from branchtree.recipe.build import (
     check_learns,
-    check_scores,
     make_credit_rule,
     make_kernel,
     make_model,
     make_reward,
     make_schedule,
     make_shares,
+    require_scoring,
 )
 from branchtree.recipe.plain_yaml import KeyPath
 from branchtree.recipe.schema import DataSection, EvaluationSection, Recipe, RewardSection
@@ -155,7 +155,7 @@ def _installed(sections: Sequence[RewardSection], at: KeyPath, modality: str) ->
     for index, section in enumerate(sections):
         with suppress(PluginError):
             adapter, _ = make_reward(section.reward, section.options, (*at, index))
-            check_scores(adapter, section.reward, ".".join(map(str, (*at, index))), modality)
+            require_scoring(adapter, section.reward, ".".join(map(str, (*at, index))), modality)
             found.append(adapter)
     return found
 

@@ -193,7 +193,7 @@ def make_reward(name: str, options: Mapping[str, Any], at: KeyPath) -> tuple[Rew
     return adapter, config
 
 
-def check_scores(adapter: RewardAdapter, name: str, key: str, modality: str) -> None:
+def require_scoring(adapter: RewardAdapter, name: str, key: str, modality: str) -> None:
     """Raise RecipeError if a reward does not score what the model makes."""
     if modality not in adapter.modalities:
         raise RecipeError(
@@ -226,7 +226,7 @@ def make_rewards(
         adapter = free.pop(described, adapter)
         key = ".".join(map(str, (*at, index)))
         label = section.label or section.reward
-        check_scores(adapter, section.reward, key, modality)
+        require_scoring(adapter, section.reward, key, modality)
         if label in {reward.label for reward in rewards}:
             raise RecipeError(f"{key}: two rewards are labelled '{label}'; give one a 'label' of its own")
         rewards.append(NamedReward(label, section.weight, adapter, described))
