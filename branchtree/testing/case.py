@@ -59,9 +59,21 @@ class AdapterCase:
 
     def recipe(self, changes: Mapping[str, Any] | None = None, *, lora: bool = False) -> Recipe:
         """Return a small recipe that trains the model; ``changes`` is by dotted key."""
-        kernel = "ddim" if self.build().prediction in {"noise", "v"} else "dance"
+        prediction = self.build().prediction
+        kernel, grid = "ddim" if prediction in {"noise", "v"} else "dance", "linear"
+        if prediction == "noise":
+            grid = "pipeline"  # an even grid begins at pure noise, of which such a model says nothing
         section = asdict(self.lora) if lora and self.lora else None
-        return self._recipe({**SMALL, "sampler.kind": kernel, "lora": section, **self.overrides, **(changes or {})})
+        return self._recipe(
+            {
+                **SMALL,
+                "sampler.kind": kernel,
+                "sampler.grid": grid,
+                "lora": section,
+                **self.overrides,
+                **(changes or {}),
+            }
+        )
 
     @property
     def conditions(self) -> list[Condition]:
