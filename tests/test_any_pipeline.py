@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,6 +30,7 @@ from loops import (
 )
 from small_pipelines import ask, small_constants
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from branchtree.errors import ModelError
 
@@ -86,6 +89,29 @@ def test_images_make_a_difference(family: Small, driver: PipelineDriver) -> None
 
 def test_gradients_are_those_of_each_row(driver: PipelineDriver, packed: Mapping[str, Tensor]) -> None:
     require_gradients_alone(driver, packed)
+
+
+def test_a_prediction_is_freed_with_its_graph(driver: PipelineDriver, packed: Mapping[str, Tensor]) -> None:
+    """At once, not when Python next looks for cycles: a graph is most of a GPU's memory."""
+    denoiser = nn.ModuleDict(driver.denoisers).requires_grad_(True)
+    kept: list[weakref.ref[Tensor]] = []
+
+    def note(module: nn.Module, args: Any, output: Any) -> None:
+        kept.append(weakref.ref(next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))))
+
+    hooks = [module.register_forward_hook(note) for module in driver.denoisers.values()]
+    gc.collect()
+    gc.disable()
+    try:
+        predicted = driver.predict(states(driver), torch.tensor(LEVELS), packed)
+        assert predicted.requires_grad and kept
+        del predicted
+        assert [each() for each in kept] == [None] * len(kept)
+    finally:
+        gc.enable()
+        denoiser.requires_grad_(False)
+        for hook in hooks:
+            hook.remove()
 
 
 def test_the_loop_is_the_pipelines_own(family: Small, pipeline: Any) -> None:

@@ -150,7 +150,10 @@ class PipelineDriver:
             return call
 
         pipeline.__dict__.update({name: replaced(name) for name in self._methods})
-        yield pipeline
+        try:
+            yield pipeline
+        finally:
+            pipeline.__dict__.clear()  # it refers to itself, and would keep predictions and their graphs in memory
 
     def _run(
         self,
