@@ -105,6 +105,7 @@ def test_a_prediction_is_freed_with_its_graph(driver: PipelineDriver, packed: Ma
     try:
         predicted = driver.predict(states(driver), torch.tensor(LEVELS), packed)
         assert predicted.requires_grad and kept
+        kept.append(weakref.ref(predicted))
         del predicted
         assert [each() for each in kept] == [None] * len(kept)
     finally:
