@@ -137,8 +137,9 @@ def write_tree(
 ) -> None:
     """Write the first prompt's tree: its nodes with values and advantages, and its leaves with thumbnails, if any."""
     stem = folder / f"iteration_{iteration:06d}"
-    names: list[str | None] = [None] * topology.plans[0].leaves
-    for leaf, thumbnail in enumerate(thumbnails):
+    leaves = topology.plans[0].leaves
+    names: list[str | None] = [None] * leaves
+    for leaf, thumbnail in zip(range(leaves) if thumbnails else (), thumbnails, strict=True):
         path = stem / f"leaf_{leaf:03d}{thumbnail.suffix}"
         names[leaf] = path.relative_to(folder).as_posix()
         write_atomically(path, thumbnail.content)

@@ -32,7 +32,7 @@ from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeli
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig, on_device
 from branchtree_adapters.pipeline.blueprint import Published, described
 from branchtree_adapters.pipeline.components import INDEX, is_present, quiet
-from branchtree_adapters.pipeline.denoisers import DENOISERS, apart
+from branchtree_adapters.pipeline.denoisers import DENOISERS
 from branchtree_adapters.pipeline.sources import CHECK_HUB, fetch_configs, read_configs
 
 if TYPE_CHECKING:
@@ -52,14 +52,10 @@ KEYS: Mapping[str, str] = {
 """The recipe's keys that set keywords of the call."""
 OURS = frozenset(
     {
+        *KEYS,
         "self",
         "prompt",
-        "negative_prompt",
         "image",
-        "height",
-        "width",
-        *FRAMES,
-        "num_inference_steps",
         "sigmas",
         "timesteps",
         "latents",
@@ -223,14 +219,13 @@ class Diffusers(PipelineAdapter):
         return self.driver.rows_per_prediction
 
     def _lora_targets(self, denoiser: nn.Module) -> Sequence[str]:
-        linear = [name for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)]
+        linear = super()._lora_targets(denoiser)
         return [name for name in linear if name.endswith(ATTENTION)] or linear
 
     def footprint(self) -> Footprint:
         """Return the model's sizes, measured on a pipeline without weights. Raises ModelError if there can be none."""
         found = measure(self._unloaded, self._examples[0], torch.bfloat16, self.blueprint.origin)
-        with torch.device("meta"):
-            denoisers = apart(self.build_denoiser(), self.denoiser_names).values()
+        denoisers = self._unloaded.denoisers.values()
         each_rank = sum(lora_parameters_per_rank(module, self._lora_targets(module)) for module in denoisers)
         return replace(found, lora_parameters_per_rank=each_rank, assumed=self.blueprint.assumed)
 

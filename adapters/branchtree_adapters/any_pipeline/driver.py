@@ -321,8 +321,7 @@ class PipelineDriver:
     @torch.no_grad()
     def _rows_agree(self, encoded: Sequence[Mapping[str, Tensor]]) -> bool:
         """Return whether prompts' predictions in one batch are what they are alone."""
-        state = torch.stack([self.noise(torch.Generator().manual_seed(row)) for row in range(len(encoded))])
-        state, sigma = state.to(self._device), torch.full((len(encoded),), 0.5, device=self._device)
+        state, sigma = self._noises(len(encoded)), torch.full((len(encoded),), 0.5, device=self._device)
         packed = {name: pad_together([row[name][0] for row in encoded]).to(self._device) for name in encoded[0]}
         was, FAKE_LOG.disabled = FAKE_LOG.disabled, True
         try:
@@ -365,11 +364,15 @@ class PipelineDriver:
             if self._rows_share_a_call is not None:
                 return
 
+    def _noises(self, count: int) -> Tensor:
+        """Return some rows of noise (B, *state) on the device."""
+        rows = [self.noise(torch.Generator().manual_seed(row)) for row in range(count)]
+        return torch.stack(rows).to(self._device)
+
     def _example_rows(self, count: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Return some rows of noise, and as many of the example's encodings."""
-        state = torch.stack([self.noise(torch.Generator().manual_seed(row)) for row in range(count)])
         rows = {name: value.expand(count, *value.shape[1:]) for name, value in self.example.items()}
-        return state.to(self._device), {name: value.to(self._device) for name, value in rows.items()}
+        return self._noises(count), {name: value.to(self._device) for name, value in rows.items()}
 
     def unused_parameters(self) -> dict[str, set[str]]:
         """Return the names of parameters, by denoiser, on which no prediction of the example depends.
@@ -583,8 +586,7 @@ class PipelineDriver:
         """
         found: list[Tensor] = []
         vae = {"vae": taking(self._pipeline.vae, found)}
-        state = self.noise(torch.Generator().manual_seed(0))[None].to(self._device)
-        packed = {name: value.to(self._device) for name, value in self.example.items()}
+        state, packed = self._example_rows(1)
         self._leave_loop(state, packed, {**silent, **vae})
         try:
             self._leave_loop(state, packed, vae)
