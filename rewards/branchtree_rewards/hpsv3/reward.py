@@ -7,7 +7,6 @@ the repository MizzenAI/HPSv3 (`inference.py`, `train.py`, `qwen2vl_trainer.py`,
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Literal
 
 import pydantic
@@ -15,17 +14,22 @@ import torch
 from PIL import Image
 from torch import nn
 
-from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins import Condition, Media
 from branchtree_rewards.hpsv3.network import QUESTION, WEIGHTS, Hpsv3Network, hpsv3_weights, load_head
-from branchtree_rewards.qwen2vl.backbone import backbone_skeleton, read_architecture, round_frequencies
+from branchtree_rewards.qwen2vl.backbone import (
+    backbone_skeleton,
+    locate_base,
+    precision,
+    read_architecture,
+    round_frequencies,
+)
 from branchtree_rewards.qwen2vl.patches import PAIR, UNIT, Patches, cut_up, fitted_size
 from branchtree_rewards.qwen2vl.questions import Questions, open_tokenizer
 from branchtree_rewards.shared.footprints import Skeleton
 from branchtree_rewards.shared.pixels import from_pil, normalised, to_pil
 from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
-from branchtree_rewards.shared.source import RANDOM_SMALL, locate_weights, refuse_file
+from branchtree_rewards.shared.source import locate_weights, refuse_file
 from branchtree_rewards.shared.weights import build_pretrained, read_state_dict
 from branchtree_rewards.small.hpsv3 import write_small_hpsv3
 
@@ -63,8 +67,7 @@ class Hpsv3(ModelReward[Hpsv3Config]):
 
     def load(self, device: torch.device) -> None:
         """Load the model and put it on ``device``; see `ModelReward.load`. Raises RewardError."""
-        on_cpu = "float32" if device.type == "cpu" else "bfloat16"
-        self._dtype = getattr(torch, on_cpu if self._config.dtype == "auto" else self._config.dtype)
+        self._dtype = precision(self._config.dtype, device)
         super().load(device)
 
     def _open(self) -> Opened:
@@ -73,11 +76,7 @@ class Hpsv3(ModelReward[Hpsv3Config]):
         config = self._config
         source = locate_weights(config.path, config.revision, write_small_hpsv3)
         refuse_file(source, OTHERS, f"hpsv3 reads HPS v3; give the file '{WEIGHTS}'")
-        if config.base == RANDOM_SMALL:
-            raise RewardError(
-                "base 'random:small' is no model; only 'path' can be random, and then brings its own config.json"
-            )
-        base = locate_weights(config.base, None, write_small_hpsv3)
+        base = locate_base(config.base, write_small_hpsv3)
         file = source.find(WEIGHTS)
         weights = hpsv3_weights(read_state_dict(file), self._dtype, str(file))
         architecture = read_architecture(source, base, weights.vocabulary)
@@ -95,8 +94,7 @@ class Hpsv3(ModelReward[Hpsv3Config]):
 
     def _skeleton(self) -> Skeleton:
         config = self._config
-        found = backbone_skeleton(config.path, config.base, BASE)
-        return replace(found, number_bytes=4 if config.dtype == "float32" else 2)
+        return backbone_skeleton(config.path, config.base, BASE, config.dtype)
 
     def _prompt_flaw(self, prompt: str) -> str | None:
         return super()._prompt_flaw(prompt) or self._questions.flaw(prompt)

@@ -5,7 +5,9 @@ B samples, L tokens, T reward tokens, D hidden width.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree_rewards.qwen2vl.patches import Patches
 from branchtree_rewards.shared.footprints import Skeleton, skeleton
-from branchtree_rewards.shared.source import WeightsSource, cause, file_at_hand
+from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, cause, file_at_hand, locate_weights
 from branchtree_rewards.shared.weights import State, renamed, without
 
 DROPPED = ("lm_head.weight",)  # a reward writes no text
@@ -64,10 +66,30 @@ def round_frequencies(backbone: Any) -> None:
             buffer.copy_(buffer.bfloat16())
 
 
-def backbone_skeleton(path: PathOrName, base: PathOrName, published: str) -> Skeleton:
-    """Return the backbone without weights, of the checkpoint's own `config.json` or of its base model's."""
+def backbone_skeleton(path: PathOrName, base: PathOrName, published: str, dtype: str) -> Skeleton:
+    """Return the backbone without weights, of the checkpoint's own `config.json` or of its base model's.
+
+    ``dtype`` is the reward's setting of that name.
+    """
     own = file_at_hand(path, None, CONFIG_FILE)
-    return skeleton(path if own else base, None, published)
+    found = skeleton(path if own else base, None, published)
+    return replace(found, number_bytes=4 if dtype == "float32" else 2)
+
+
+def precision(dtype: str, device: torch.device) -> torch.dtype:
+    """Return the backbone's precision for a reward's setting ``dtype``: "auto" is bfloat16, and float32 on a CPU."""
+    on_cpu = "float32" if device.type == "cpu" else "bfloat16"
+    chosen: torch.dtype = getattr(torch, on_cpu if dtype == "auto" else dtype)
+    return chosen
+
+
+def locate_base(base: PathOrName, write_small: Callable[[Path], None]) -> WeightsSource:
+    """Return where the model that was fine-tuned is. Raises RewardError."""
+    if base == RANDOM_SMALL:
+        raise RewardError(
+            "base 'random:small' is no model; only 'path' can be random, and then brings its own config.json"
+        )
+    return locate_weights(base, None, write_small)
 
 
 def states_at(

@@ -17,14 +17,20 @@ from torch import Tensor, nn
 from branchtree.errors import RewardError
 from branchtree.files.paths import PathOrName
 from branchtree.plugins import Condition, Media
-from branchtree_rewards.qwen2vl.backbone import backbone_skeleton, read_architecture, round_frequencies
+from branchtree_rewards.qwen2vl.backbone import (
+    backbone_skeleton,
+    locate_base,
+    precision,
+    read_architecture,
+    round_frequencies,
+)
 from branchtree_rewards.qwen2vl.patches import Patches
 from branchtree_rewards.qwen2vl.questions import Questions, open_tokenizer
 from branchtree_rewards.shared.footprints import Skeleton
 from branchtree_rewards.shared.frame_rates import ClipFps, NoPlainFps, SampleFps
 from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
 from branchtree_rewards.shared.samples import unreadable, unreadable_or_empty
-from branchtree_rewards.shared.source import RANDOM_SMALL, WeightsSource, locate_weights
+from branchtree_rewards.shared.source import WeightsSource, locate_weights
 from branchtree_rewards.shared.weights import build_pretrained, read_state_dict
 from branchtree_rewards.small.videoalign import write_small_videoalign
 from branchtree_rewards.videoalign.frames import frame_indices, frame_size, patches
@@ -88,8 +94,7 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
 
     def load(self, device: torch.device) -> None:
         """Load the model and put it on ``device``; see `ModelReward.load`. Raises RewardError."""
-        on_cpu = "float32" if device.type == "cpu" else "bfloat16"
-        self._dtype = getattr(torch, on_cpu if self._config.dtype == "auto" else self._config.dtype)
+        self._dtype = precision(self._config.dtype, device)
         super().load(device)
 
     def _open(self) -> Opened:
@@ -100,11 +105,7 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
         if source.only is not None:
             needed = "give the folder with model_config.json and checkpoint-*"
             raise RewardError(f"path '{config.path}' is a file; {needed}")
-        if config.base == RANDOM_SMALL:
-            raise RewardError(
-                "base 'random:small' is no model; only 'path' can be random, and then brings its own config.json"
-            )
-        base = locate_weights(config.base, None, write_small_videoalign)
+        base = locate_base(config.base, write_small_videoalign)
         step = f"checkpoint-{config.checkpoint if config.checkpoint is not None else _latest(source)}"
         settings = self._sampled(read_settings(source.find("model_config.json")))
         file = _weights_file(source, step)
@@ -135,8 +136,7 @@ class VideoAlign(ModelReward[VideoAlignConfig]):
 
     def _skeleton(self) -> Skeleton:
         config = self._config
-        found = backbone_skeleton(config.path, config.base, BASE)
-        return replace(found, number_bytes=4 if config.dtype == "float32" else 2)
+        return backbone_skeleton(config.path, config.base, BASE, config.dtype)
 
     def _shape_flaw(self, media: Media) -> str | None:
         frames, height, width = (media.pixels.shape[axis] for axis in (1, -2, -1))
