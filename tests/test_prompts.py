@@ -69,8 +69,8 @@ def test_short_and_long_ones_fit_into_clips_77_tokens() -> None:
     assert lengths[-len(lengths) // 10] >= 24
 
 
-def test_every_large_image_recipe_uses_them() -> None:
-    names = [name for name in recipe_names([builtin_folder()]) if name.startswith("flux_")]
+def test_every_large_text_to_image_recipe_uses_them() -> None:
+    names = [name for name in recipe_names([builtin_folder()]) if name.startswith("flux_t2i_")]
     assert len(names) >= 10
     for name in names:
         recipe = load_recipe(name)
