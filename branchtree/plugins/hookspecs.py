@@ -92,3 +92,11 @@ def register_losses(register: Register) -> None:
 
     ``build(config, section)`` gets the ``loss`` section and returns a ``branchtree.core.loss.EdgeLoss``.
     """
+
+
+@hookspec
+def register_forward_losses(register: Register) -> None:
+    """``register(name, build=..., config=ConfigModel, summary="one line")`` for each forward objective.
+
+    ``build(config, section)`` gets the ``loss`` section and returns a ``branchtree.core.forward.ForwardLoss``.
+    """

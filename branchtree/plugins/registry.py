@@ -28,6 +28,7 @@ RULES = {
     "advantage estimator": "register_estimators",
     "pruning rule": "register_pruning",
     "loss": "register_losses",
+    "forward objective": "register_forward_losses",
 }
 """The kinds of rules that a method is made of, and the hook that registers each."""
 

@@ -10,6 +10,8 @@ import torch
 from pydantic import BaseModel
 
 from branchtree.core.credit import CreditRule
+from branchtree.core.draws import DrawRule
+from branchtree.core.forward import ForwardLoss
 from branchtree.core.gaussian import GaussianKernel
 from branchtree.core.grid import time_grid
 from branchtree.core.loss import EdgeLoss
@@ -115,7 +117,7 @@ def make_sampler(recipe: Recipe, model: ModelAdapter) -> Sampler:
 
 def make_credit_rule(recipe: Recipe) -> CreditRule:
     """Return the rules of the ``credit`` and ``pruning`` sections; a KL term in the loss has a say too."""
-    credit = recipe.credit
+    credit, forward = recipe.credit, make_forward_loss(recipe)
     return CreditRule(
         credit.beta,
         credit.path_scale,
@@ -125,6 +127,8 @@ def make_credit_rule(recipe: Recipe) -> CreditRule:
         credit.clip,
         regularised=recipe.loss.kl > 0,
         prune=make_prune(recipe.pruning),
+        draws=recipe.loss.draws if forward else 0,
+        whole_groups=bool(forward and forward.whole_groups),
     )
 
 
@@ -147,6 +151,8 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
             f"tree.{key} is for steps of an ODE, and those of the transition '{name}' are none, as it is not Gaussian; "
             "leave it out"
         )
+    if recipe.loss.is_forward:
+        _check_forward(recipe, kernel, name)
     if recipe.loss.weighting == "noise" and not isinstance(kernel, ScalesNoise):
         raise RecipeError(
             f"loss.weighting: the noise of the transition '{name}' has no scale to weigh by; set it to none"
@@ -163,6 +169,28 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
         )
 
 
+def _check_forward(recipe: Recipe, kernel: Kernel, transition: str) -> None:
+    """Refuse what cannot be trained under a forward objective, and keys that only edges have. Raises RecipeError."""
+    loss = recipe.loss
+    kind = loss.forward.name if loss.forward else loss.kind
+    why = f"under the forward objective '{kind}' leaves are trained, and not edges"
+    refused = {
+        f"loss.kind: '{kind}' noises leaves again, and the states of the transition '{transition}' are not Gaussian; set "
+        "it to path": not isinstance(kernel, GaussianKernel),
+        f"loss.objective: {why}; leave it out": loss.objective is not None,
+        f"loss.weighting: {why}; set it to none": loss.weighting != "none",
+        f"pruning.kind: {why}, and depth pruning leaves out edges alone; set it to none": recipe.pruning.rule is None
+        and recipe.pruning.kind == "depth",
+        "loss.old_policy: ema is the average of the weights, and none is kept; set optim.ema": loss.old_policy == "ema"
+        and recipe.optim.ema is None,
+        f"tree.splits: under the forward objective '{kind}' leaves are compared with each other, and this tree has only "
+        "one; give it a split": make_schedule(recipe).plan(0, 0).leaves == 1,
+    }
+    for message, wrong in refused.items():
+        if wrong:
+            raise RecipeError(message)
+
+
 def make_prune(section: PruningSection) -> Prune | None:
     """Return the rule of the ``pruning`` section; None where nothing is pruned."""
     prune: Prune | None = make_rule("pruning rule", section.kind, section.rule, ("pruning", "rule"), section)
@@ -173,6 +201,21 @@ def make_edge_loss(recipe: Recipe) -> EdgeLoss:
     """Return the loss of an edge."""
     loss: EdgeLoss = make_rule("loss", "clipped", recipe.loss.objective, ("loss", "objective"), recipe.loss)
     return loss
+
+
+def make_forward_loss(recipe: Recipe) -> ForwardLoss | None:
+    """Return the loss of a noised leaf; None where edges are trained."""
+    if not recipe.loss.is_forward:
+        return None
+    at = ("loss", "forward")
+    loss: ForwardLoss = make_rule("forward objective", recipe.loss.kind, recipe.loss.forward, at, recipe.loss)
+    return loss
+
+
+def make_draws(recipe: Recipe) -> DrawRule:
+    """Return at which noise levels and noises a forward objective looks at leaves."""
+    loss = recipe.loss
+    return DrawRule(recipe.seed, loss.draws, loss.share_draws, loss.times, loss.time_shift)
 
 
 def make_model(recipe: Recipe) -> ModelAdapter:
