@@ -1,9 +1,9 @@
 """Forward-process objectives: losses on clean samples that are noised again, for which a rollout needs no density.
 
 F rows, each a clean sample x0 noised to a level sigma by a noise n. For flow matching x = (1 - sigma) * x0 + sigma * n,
-and an exact model predicts the target n - x0. ``err(p)`` is how far a prediction p lies from the target: the mean square
-over dimensions, or one of the variants of ``PredictionError``. ``v`` is the trained policy's prediction, ``v_old`` that
-of the policy that it is compared with, and A the sample's advantage.
+and an exact model predicts the target n - x0. ``err(p)`` is how far a prediction p lies from the target: the mean
+square over dimensions, or one of the variants of ``PredictionError``. ``v`` is the trained policy's prediction,
+``v_old`` that of the policy that it is compared with, and A the sample's advantage.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from branchtree.core.gaussian import like
 from branchtree.core.loss import clipped_away, clipped_loss, probability_ratio
+from branchtree.core.segments import segment_mean
 
 Prediction = Literal["velocity", "noise", "v"]
 
@@ -59,9 +60,9 @@ def mean_square(difference: Tensor) -> Tensor:
 class PredictionError:
     """How far predictions lie from their targets, (F,).
 
-    ``adaptive`` is the mean square error of the clean samples that follow from the predictions, over their mean absolute
-    error, a constant for the gradient (DiffusionNFT, arXiv 2509.16117; V-GRPO, arXiv 2604.23380, eq. 14): so no noise
-    level outweighs the others.
+    ``adaptive`` is the mean square error of the clean samples that follow from the predictions, over their mean
+    absolute error, a constant for the gradient (DiffusionNFT, arXiv 2509.16117; V-GRPO, arXiv 2604.23380, eq. 14): so
+    no noise level outweighs the others.
     """
 
     measure: Literal["velocity", "adaptive"] = "velocity"
@@ -118,7 +119,7 @@ class ForwardLoss(ABC):
 
 @dataclass(frozen=True)
 class Nft(ForwardLoss):
-    """DiffusionNFT (arXiv 2509.16117, eq. 5): towards better samples, and away from worse ones by a mirrored prediction.
+    """DiffusionNFT (arXiv 2509.16117): towards better samples, and away from worse ones by a mirrored prediction.
 
     r * err(v+) + (1 - r) * err(v-), v+ = v_old + b (v - v_old), v- = v_old - b (v - v_old),
     r = 1/2 + 1/2 clip(A / range, -1, 1).
@@ -187,6 +188,6 @@ def group_means(value: Tensor, group: Tensor) -> Tensor:
     """Return the mean of ``value`` (F,) over the rows whose ``group`` (F, columns) is the same, for each row (F,)."""
     if not len(value):
         return value
-    _, index, count = torch.unique(group, dim=0, return_inverse=True, return_counts=True)
-    total = torch.zeros(len(count), dtype=value.dtype).index_add_(0, index, value)
-    return (total / count)[index]
+    _, index = torch.unique(group, dim=0, return_inverse=True)
+    mean: Tensor = segment_mean(value, index, int(index.max()) + 1)
+    return mean[index]

@@ -171,22 +171,23 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
 
 def _check_forward(recipe: Recipe, kernel: Kernel, transition: str) -> None:
     """Refuse what cannot be trained under a forward objective, and keys that only edges have. Raises RecipeError."""
-    loss = recipe.loss
-    kind = loss.forward.name if loss.forward else loss.kind
-    why = f"under the forward objective '{kind}' leaves are trained, and not edges"
-    refused = {
-        f"loss.kind: '{kind}' noises leaves again, and the states of the transition '{transition}' are not Gaussian; set "
-        "it to path": not isinstance(kernel, GaussianKernel),
-        f"loss.objective: {why}; leave it out": loss.objective is not None,
-        f"loss.weighting: {why}; set it to none": loss.weighting != "none",
-        f"pruning.kind: {why}, and depth pruning leaves out edges alone; set it to none": recipe.pruning.rule is None
-        and recipe.pruning.kind == "depth",
-        "loss.old_policy: ema is the average of the weights, and none is kept; set optim.ema": loss.old_policy == "ema"
-        and recipe.optim.ema is None,
-        f"tree.splits: under the forward objective '{kind}' leaves are compared with each other, and this tree has only "
-        "one; give it a split": make_schedule(recipe).plan(0, 0).leaves == 1,
-    }
-    for message, wrong in refused.items():
+    loss, prunes_depths = recipe.loss, recipe.pruning.rule is None and recipe.pruning.kind == "depth"
+    why = f"under the forward objective '{loss.name}' leaves are trained, not edges"
+    alone = make_schedule(recipe).plan(0, 0).leaves == 1
+    for wrong, message in (
+        (
+            not isinstance(kernel, GaussianKernel),
+            f"loss.kind: '{loss.name}' noises leaves, and the transition '{transition}' is not Gaussian; set it to path",
+        ),
+        (loss.objective is not None, f"loss.objective: {why}; leave it out"),
+        (loss.weighting != "none", f"loss.weighting: {why}; set it to none"),
+        (prunes_depths, f"pruning.kind: {why}, and depth pruning leaves out edges alone; set it to none"),
+        (
+            loss.old_policy == "ema" and recipe.optim.ema is None,
+            "loss.old_policy: ema is the average of the weights, and none is kept; set optim.ema",
+        ),
+        (alone, f"tree.splits: '{loss.name}' compares leaves, and this tree has only one; give it a split"),
+    ):
         if wrong:
             raise RecipeError(message)
 

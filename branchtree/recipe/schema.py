@@ -361,7 +361,7 @@ class LossSection(Section):
 
     kind: Literal["path", "nft", "awm", "vgrpo", "crd"] = Field(
         default="path",
-        description="The objective: `path`, the clipped policy gradient over edges, or a forward objective over leaves.",
+        description="`path`, the clipped policy gradient over edges, or a forward objective over leaves.",
     )
     clip_range: float = Field(
         default=1e-4, gt=0, le=1e6, description="How far the probability ratio may leave 1 before it is clipped."
@@ -389,8 +389,8 @@ class LossSection(Section):
     )
     share_draws: Literal["leaf", "siblings", "group"] = Field(
         default="leaf",
-        description="Which leaves have the same pairs: each `leaf` has its own, or `siblings`, the leaves below one node "
-        "of the last split, or the `group` of a prompt's leaves share them.",
+        description="Which leaves have the same pairs: each `leaf` has its own, or they are shared by `siblings`, the "
+        "leaves below one node of the last split, or by the `group` of a prompt's leaves.",
     )
     times: Literal["uniform", "stratified", "logit_normal", "grid"] = Field(
         default="stratified",
@@ -419,7 +419,7 @@ class LossSection(Section):
         default=5.0,
         gt=0,
         le=1e6,
-        description="`nft`: the advantage from which on a leaf is wholly wanted, or not at all.",
+        description="`nft`: the size of an advantage at which a leaf is wholly wanted, or not at all.",
     )
     old_policy: Literal["rollout", "ema"] = Field(
         default="rollout",
@@ -442,7 +442,12 @@ class LossSection(Section):
     @property
     def is_forward(self) -> bool:
         """Return whether leaves are trained, and not edges."""
-        return self.kind != "path" or self.forward is not None
+        return self.name != "path"
+
+    @property
+    def name(self) -> str:
+        """The objective's name."""
+        return self.forward.name if self.forward else self.kind
 
 
 class OptimSection(Section):

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from branchtree.core.forward import Prediction
 from branchtree.data.prompts import PromptOrder
 from branchtree.errors import BranchTreeError, ModelError, RecipeError, RewardError, reason_of
 from branchtree.planning.devices import indexed
@@ -121,8 +122,13 @@ def make_objective(recipe: Recipe, policy: Policy) -> Objective[Any]:
     sampler, forward = policy.sampler, make_forward_loss(recipe)
     if forward is None:
         return PathObjective(sampler, recipe.loss, policy.device, make_edge_loss(recipe))
-    predicted = policy.model.prediction
-    return ForwardObjective(recipe.loss, forward, make_draws(recipe), sampler.sigmas, predicted, policy.device)
+    prediction = next((known for known in get_args(Prediction) if known == policy.model.prediction), None)
+    if prediction is None:
+        raise RecipeError(
+            f"loss.kind: a forward objective is for models that predict {', '.join(get_args(Prediction))}, and this "
+            f"one predicts {policy.model.prediction}; set it to path"
+        )
+    return ForwardObjective(recipe.loss, forward, make_draws(recipe), sampler.sigmas, prediction, policy.device)
 
 
 def refuse_apart(recipe: Recipe, team: Team, engine: Engine) -> None:
@@ -137,9 +143,9 @@ def refuse_apart(recipe: Recipe, team: Team, engine: Engine) -> None:
     if rule is not None and rule.centred and follows and (team.members > 1 or engine.joint):
         spread = "weights are sharded" if engine.joint else f"{team.members} processes share each prompt's leaves"
         raise RecipeError(
-            f"loss.kind: '{loss.forward.name if loss.forward else loss.kind}' compares leaves with their group's mean, "
-            f"which cannot be computed where {spread}, but for an iteration's first step under loss.old_policy: rollout; "
-            "set optim.steps_per_iteration to 1 and loss.old_policy to rollout"
+            f"loss.kind: '{loss.name}' compares leaves with their group's mean, which is not computed where {spread}, "
+            "and needs none only in an iteration's first step against the rollout's policy; set "
+            "optim.steps_per_iteration to 1 and loss.old_policy to rollout"
         )
 
 
