@@ -177,7 +177,7 @@ def _check_forward(recipe: Recipe, kernel: Kernel, transition: str) -> None:
     for wrong, message in (
         (
             not isinstance(kernel, GaussianKernel),
-            f"loss.kind: '{loss.name}' noises leaves, and the transition '{transition}' is not Gaussian; set it to path",
+            f"loss.kind: '{loss.name}' noises leaves, but the transition '{transition}' is not Gaussian; leave it out",
         ),
         (loss.objective is not None, f"loss.objective: {why}; leave it out"),
         (loss.weighting != "none", f"loss.weighting: {why}; set it to none"),
