@@ -133,7 +133,7 @@ def test_every_recipe_is_listed() -> None:
 
 def test_every_hook_is_described() -> None:
     hooks = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("register_")]
-    assert len(hooks) == 11
+    assert len(hooks) == 12
     assert [hook for hook in hooks if f"`{hook}(register)`" not in TEXT[ROOT / "docs" / "extending.md"]] == []
 
 
@@ -166,7 +166,15 @@ def written_metrics() -> set[str]:
     edges = collect_families(topology, credit.advantages, credit.keep)
     one = [torch.ones(edges.edges)]
     update = UpdateRecord(
-        loss=one, kl=one, deviation=one, first_deviation=one, clipped=one, mismatch=one, depth=[edges.edge_depth]
+        loss=one,
+        kl=one,
+        deviation=one,
+        first_deviation=one,
+        clipped=one,
+        mismatch=one,
+        error=one,
+        preference=one,
+        depth=[edges.edge_depth],
     )
     names = iteration_metrics(ShareRecord(tuple(plans), scores, credit, topology.rollout_rows, update), 1)
     shown = {re.sub(r"split_\d+$", "split_J", re.sub(r"depth_\d+$", "depth_NN", name)) for name in names}

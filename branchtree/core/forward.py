@@ -61,7 +61,7 @@ class PredictionError:
     """How far predictions lie from their targets, (F,).
 
     ``adaptive`` is the mean square error of the clean samples that follow from the predictions, over their mean
-    absolute error, a constant for the gradient (DiffusionNFT, arXiv 2509.16117; V-GRPO, arXiv 2604.23380, eq. 14): so
+    absolute error, a constant for the gradient (DiffusionNFT, arXiv 2509.16117; V-GRPO, arXiv 2604.23380): so
     no noise level outweighs the others.
     """
 
