@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from branchtree.core.gaussian import like
-from branchtree.core.loss import clipped_away, clipped_loss, probability_ratio
+from branchtree.core.loss import clipped_loss
 from branchtree.core.segments import segment_mean
 
 Prediction = Literal["velocity", "noise", "v"]
@@ -152,12 +152,9 @@ class MatchingRatio(ForwardLoss):
     def __call__(self, batch: ForwardBatch) -> ForwardTerms:
         """See ForwardLoss."""
         log_prob, old = (-self.error(batch.noised, each) for each in (batch.prediction, batch.old))
-        ratio = probability_ratio(log_prob, old)
-        return ForwardTerms(
-            clipped_loss(ratio, batch.advantage, self.clip),
-            ratio=ratio,
-            clipped=clipped_away(ratio.detach(), batch.advantage, self.clip),
-        )
+        ratio, advantage = (log_prob - old).exp(), batch.advantage
+        clipped = (ratio.detach() - 1) * advantage > self.clip * advantage.abs()
+        return ForwardTerms(clipped_loss(ratio, advantage, self.clip), ratio, clipped)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ from branchtree.plugins.values import Footprint
 from branchtree.recipe.build import (
     check_learns,
     make_credit_rule,
+    make_edge_rules,
     make_forward_loss,
     make_kernel,
     make_model,
@@ -81,7 +82,7 @@ class RunPlan:
         """
         loss, later = self.recipe.loss, 1 - 1 / self.recipe.optim.steps_per_iteration
         if not loss.is_forward:
-            return later * self.gradient_rows if loss.old_log_prob == "recomputed" else 0.0
+            return later * self.gradient_rows if make_edge_rules(self.recipe).looks_back else 0.0
         rule = make_forward_loss(self.recipe)
         centred = rule is not None and rule.centred
         passes = (1 + 2 * centred) if loss.old_policy == "ema" else later * (1 + centred)

@@ -27,7 +27,9 @@ RULES = {
     "split rule": "register_splits",
     "advantage estimator": "register_estimators",
     "pruning rule": "register_pruning",
+    "ratio": "register_ratios",
     "loss": "register_losses",
+    "weighting": "register_weightings",
     "forward objective": "register_forward_losses",
 }
 """The kinds of rules that a method is made of, and the hook that registers each."""

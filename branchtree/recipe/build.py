@@ -14,7 +14,7 @@ from branchtree.core.draws import DrawRule
 from branchtree.core.forward import ForwardLoss
 from branchtree.core.gaussian import GaussianKernel
 from branchtree.core.grid import time_grid
-from branchtree.core.loss import EdgeLoss
+from branchtree.core.loss import EdgeRules
 from branchtree.core.noise import Siblings
 from branchtree.core.pruning import Prune
 from branchtree.core.rollout import Sampler
@@ -31,6 +31,7 @@ from branchtree.recipe.load import validate_options
 from branchtree.recipe.schema import (
     CallbackSection,
     Choice,
+    LossSection,
     PruningSection,
     Recipe,
     RewardSection,
@@ -153,10 +154,8 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
         )
     if recipe.loss.is_forward:
         _check_forward(recipe, kernel, name)
-    if recipe.loss.weighting == "noise" and not isinstance(kernel, ScalesNoise):
-        raise RecipeError(
-            f"loss.weighting: the noise of the transition '{name}' has no scale to weigh by; set it to none"
-        )
+    else:
+        _check_loss(recipe.loss, kernel, name)
     optim, iterations, total = recipe.optim, recipe.run.iterations, planned_steps(recipe)
     if optim.warmup > total:
         log.warning(
@@ -167,6 +166,23 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
             iterations,
             optim.steps_per_iteration,
         )
+
+
+def _check_loss(loss: LossSection, kernel: Kernel, name: str) -> None:
+    """Refuse rules of the loss that do not suit the transition of that name. Raises RecipeError."""
+    if loss.weighting == "noise" and loss.weighting_rule is None and not isinstance(kernel, ScalesNoise):
+        raise RecipeError(
+            f"loss.weighting: the noise of the transition '{name}' has no scale to weigh by; set it to none"
+        )
+    for key, value, rule, plain in (
+        ("ratio", "centred", loss.ratio_rule, "plain"),
+        ("weighting", "gradient", loss.weighting_rule, "none"),
+    ):
+        if getattr(loss, key) == value and rule is None and not isinstance(kernel, GaussianKernel):
+            raise RecipeError(
+                f"loss.{key}: {value} is for Gaussian transitions, and those of the transition '{name}' are not; set "
+                f"it to {plain}"
+            )
 
 
 def _check_forward(recipe: Recipe, kernel: Kernel, transition: str) -> None:
@@ -180,6 +196,10 @@ def _check_forward(recipe: Recipe, kernel: Kernel, transition: str) -> None:
             f"loss.kind: '{loss.name}' noises leaves, but the transition '{transition}' is not Gaussian; leave it out",
         ),
         (loss.objective is not None, f"loss.objective: {why}; leave it out"),
+        (loss.ratio_rule is not None, f"loss.ratio_rule: {why}; leave it out"),
+        (loss.weighting_rule is not None, f"loss.weighting_rule: {why}; leave it out"),
+        (loss.ratio != "plain", f"loss.ratio: {why}; set it to plain"),
+        (loss.trust != "clip", f"loss.trust: {why}; set it to clip"),
         (loss.weighting != "none", f"loss.weighting: {why}; set it to none"),
         (prunes_depths, f"pruning.kind: {why}, and depth pruning leaves out edges alone; set it to none"),
         (
@@ -198,10 +218,16 @@ def make_prune(section: PruningSection) -> Prune | None:
     return prune
 
 
-def make_edge_loss(recipe: Recipe) -> EdgeLoss:
-    """Return the loss of an edge."""
-    loss: EdgeLoss = make_rule("loss", "clipped", recipe.loss.objective, ("loss", "objective"), recipe.loss)
-    return loss
+def make_edge_rules(recipe: Recipe) -> EdgeRules:
+    """Return what makes up the loss of an edge."""
+    loss = recipe.loss
+    trust = {"clip": "clipped"}.get(loss.trust, loss.trust)
+    return EdgeRules(
+        ratio=make_rule("ratio", loss.ratio, loss.ratio_rule, ("loss", "ratio_rule"), loss),
+        loss=make_rule("loss", trust, loss.objective, ("loss", "objective"), loss),
+        weighting=make_rule("weighting", loss.weighting, loss.weighting_rule, ("loss", "weighting_rule"), loss),
+        recomputed=loss.old_log_prob == "recomputed",
+    )
 
 
 def make_forward_loss(recipe: Recipe) -> ForwardLoss | None:

@@ -102,7 +102,8 @@ class ForwardObjective:
     def earlier(self, tree: BranchTree, work: LeafRows, policies: Policies) -> Earlier:
         """Return predictions (F, *latent) of the trained policy as it is."""
         prediction = self._predict(policies.trained, work, self._noised(tree, work))
-        return Earlier(rows=prediction, terms=torch.zeros(len(work)))
+        # As large as the leaves, and kept where those are.
+        return Earlier(rows=prediction.to(tree.leaves.device), terms=torch.zeros(len(work)))
 
     def without_terms(self, tree: BranchTree, policies: Policies) -> Tensor:
         """See Objective."""
@@ -126,7 +127,7 @@ class ForwardObjective:
         elif first:
             old = prediction.detach()  # the weights are still those of the rollout
         elif earlier is not None and earlier.rows is not None:
-            old = earlier.rows
+            old = send(earlier.rows, prediction.device)
         else:
             raise ValueError("an optimiser step after the first needs the predictions from before it")
         advantage, group_value = (send(each, noised.states.device) for each in (work.advantage, work.group_value))

@@ -26,7 +26,7 @@ from branchtree.plugins.values import LoraSettings
 from branchtree.recipe.build import (
     make_credit_rule,
     make_draws,
-    make_edge_loss,
+    make_edge_rules,
     make_forward_loss,
     make_sampler,
     planned_steps,
@@ -121,7 +121,7 @@ def make_objective(recipe: Recipe, policy: Policy) -> Objective[Any]:
     """Return what a recipe's gradient pass minimises."""
     sampler, forward = policy.sampler, make_forward_loss(recipe)
     if forward is None:
-        return PathObjective(sampler, recipe.loss, policy.device, make_edge_loss(recipe))
+        return PathObjective(sampler, recipe.loss, policy.device, make_edge_rules(recipe))
     prediction = next((known for known in get_args(Prediction) if known == policy.model.prediction), None)
     if prediction is None:
         raise RecipeError(
