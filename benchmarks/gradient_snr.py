@@ -35,7 +35,9 @@ from branchtree.training.loading import make_accelerator, open_session
 from branchtree.training.metrics import GRADIENT_COST
 from branchtree.training.trainer import Trainer
 
-METHODS = ("dancegrpo", "branchgrpo", "width_pruned", "depth_pruned", "mix", "mixgrpo", "tempflow", "single")
+EDGES = ("dancegrpo", "branchgrpo", "width_pruned", "depth_pruned", "mix", "mixgrpo", "tempflow", "single")
+LEAVES = ("single+nft", "single+awm", "single+vgrpo", "single+crd")
+METHODS = (*EDGES, *LEAVES)
 FIXED: dict[str, Any] = {
     "optim.lr": 1e-30,  # the policy stays where it is
     "optim.weight_decay": 0.0,
