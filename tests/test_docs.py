@@ -37,6 +37,7 @@ from branchtree.training.objective import UpdateRecord
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 FOLDERS = ["adapters/README.md", "rewards/README.md", "recipes/README.md", "examples/actions/README.md"]
+FOLDERS += ["examples/tokens/README.md"]
 PAGES = [*DOCS, *(ROOT / name for name in (*FOLDERS, "CONTRIBUTING.md", "CHANGELOG.md", "README.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 EVERYTHING = "\n".join(TEXT[page] for page in DOCS)

@@ -63,7 +63,7 @@ class PushT(Task):
         return Outcome(np.stack(paths), np.array(values), np.array(success))
 
     def picture(self, scene: Table, actions: Array) -> Pixels:
-        """The environment's own picture of how the chunk ends, the agent's path in black, and orange the T before it."""
+        """The environment's own picture of how the chunk ends, the agent's path in black, the first T in orange."""
         table = environment(scene)
         path, _, _ = push(table, actions)
         image = Image.fromarray(table.render())
