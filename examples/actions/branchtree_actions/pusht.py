@@ -27,6 +27,7 @@ class PushT(Task):
     """Actions are targets of the agent, relative to where it is when the chunk begins. The return is the coverage."""
 
     name, prompt, scene, observation_size, action_scale = "pusht", "push the T onto its mark", Table, 6, 100.0
+    needs = "gym_pusht"
 
     def draw_scene(self, rng: np.random.Generator) -> Table:
         """The T up to 100 pixels and 0.5 radians away from its mark, and the agent clear of it."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 from branchtree_actions.policy import Policy, PolicyConfig
 from branchtree_actions.pretrain import clone, demonstrations
+from branchtree_actions.rewards import OutcomeConfig, OutcomeReward
 from branchtree_actions.samples import TASKS, Trajectories
 from branchtree_actions.task import rotation
 from branchtree_actions.unicycle import MARGIN, NEAR, RADIUS, STEP, Drive, Unicycle
@@ -21,7 +22,7 @@ from branchtree.core.noise import CorrelatedSiblings, IndependentSiblings, Noise
 from branchtree.core.rollout import Sampler, rollout
 from branchtree.core.schedule import FixedSplits, Schedule
 from branchtree.core.tree import grow
-from branchtree.errors import DataError
+from branchtree.errors import DataError, RewardError
 from branchtree.plugins import Condition
 
 PACKAGE = Path(branchtree_actions.__file__).parent
@@ -123,6 +124,12 @@ def test_a_push_from_behind_covers_more_of_the_mark() -> None:
     push = np.linspace(0, 100, 16)[:, None] * way
     outcome = task.run([scene, scene], np.stack([np.zeros((16, 2)), push]))
     assert 0 < outcome.values[0] < outcome.values[1]
+
+
+def test_a_missing_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(TASKS["pusht"]), "needs", "gym_nowhere")
+    with pytest.raises(RewardError, match="gym-nowhere is not installed.*pip install gym-nowhere"):
+        OutcomeReward("pusht", OutcomeConfig()).load(torch.device("cpu"))
 
 
 @pytest.mark.parametrize("task_name", list(TASKS))

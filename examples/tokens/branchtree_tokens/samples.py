@@ -17,10 +17,10 @@ from torch import Tensor
 from branchtree.plugins import Condition, Media, Samples
 from branchtree_tokens.tasks import RULES, Puzzle, Sum, rules_kept, text_of
 
-CELL = 36
+CELL, MARGIN = 34, 8
 GIVEN, NEW, PLAIN, EDGE, INK = "#d8d8d8", "#ffe066", "white", "#a0a0a0", "black"
 GOOD, BAD = "#127a37", "#cc2222"
-PALE = {GOOD: "#a9d6b8", BAD: "#f0b0b0"}
+PALE = {GOOD: "#8fc6a2", BAD: "#e8a0a0"}
 STEPS_A_SECOND = 1.0
 
 Cell = Callable[[ImageDraw.ImageDraw, float, float, int, str], None]
@@ -91,10 +91,10 @@ def _grid(kept: Sequence[bool], cell: Cell) -> Image.Image:
         cell(draw, i % 4, i // 4, i, BAD if i in broken else GOOD)
     for i in range(4):
         rows, columns, boxes = (GOOD if kept[first + i] else BAD for first in (0, 4, 8))
-        draw.rectangle(_box(4.1, i + 0.1, 4.4, i + 0.9), fill=rows)
-        draw.rectangle(_box(i + 0.1, 4.1, i + 0.9, 4.4), fill=columns)
+        draw.rectangle(_pixels(4.1, i + 0.1, 4.4, i + 0.9), fill=rows)
+        draw.rectangle(_pixels(i + 0.1, 4.1, i + 0.9, 4.4), fill=columns)
         down, right = divmod(i, 2)
-        draw.rectangle(_box(2 * right, 2 * down, 2 * right + 2, 2 * down + 2), outline=boxes, width=3)
+        draw.rectangle(_pixels(2 * right, 2 * down, 2 * right + 2, 2 * down + 2), outline=boxes, width=3)
     return image
 
 
@@ -110,15 +110,15 @@ def _sum(found: str, right: str, cell: Cell) -> Image.Image:
 
 
 def _canvas(columns: float, rows: float) -> tuple[Image.Image, ImageDraw.ImageDraw]:
-    image = Image.new("RGB", (int(columns * CELL) + 4, int(rows * CELL) + 4), PLAIN)
+    image = Image.new("RGB", (int(columns * CELL) + 2 * MARGIN, int(rows * CELL) + 2 * MARGIN), PLAIN)
     return image, ImageDraw.Draw(image)
 
 
-def _box(left: float, top: float, right: float, bottom: float) -> tuple[float, float, float, float]:
-    return (2 + left * CELL, 2 + top * CELL, 2 + right * CELL, 2 + bottom * CELL)
+def _pixels(*cells: float) -> list[float]:
+    return [MARGIN + CELL * each for each in cells]
 
 
 def _sign(draw: ImageDraw.ImageDraw, column: float, row: float, sign: str, ink: str, paper: str) -> None:
-    draw.rectangle(_box(column, row, column + 1, row + 1), fill=paper, outline=EDGE)
-    centre = (2 + (column + 0.5) * CELL, 2 + (row + 0.5) * CELL)
-    draw.text(centre, sign, fill=ink, font=ImageFont.load_default(0.75 * CELL), anchor="mm")
+    draw.rectangle(_pixels(column, row, column + 1, row + 1), fill=paper, outline=EDGE)
+    x, y = _pixels(column + 0.5, row + 0.5)
+    draw.text((x, y), sign, fill=ink, font=ImageFont.load_default(0.75 * CELL), anchor="mm")
