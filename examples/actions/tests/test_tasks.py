@@ -128,7 +128,7 @@ def test_a_push_from_behind_covers_more_of_the_mark() -> None:
 
 def test_a_missing_environment_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(TASKS["pusht"]), "needs", "gym_nowhere")
-    with pytest.raises(RewardError, match="gym-nowhere is not installed.*pip install gym-nowhere"):
+    with pytest.raises(RewardError, match="gym-nowhere is not installed; install it by: pip install gym-nowhere"):
         OutcomeReward("pusht", OutcomeConfig()).load(torch.device("cpu"))
 
 
