@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
@@ -111,7 +111,6 @@ class Diffusers(PipelineAdapter):
     def __init__(self, config: DiffusersConfig) -> None:
         super().__init__(config)
         self._loaded: PipelineDriver | None = None
-        self._unused: Mapping[str, Collection[str]] = {}  # parameters by denoiser
 
     # Known before loading
 
@@ -225,8 +224,11 @@ class Diffusers(PipelineAdapter):
     def footprint(self) -> Footprint:
         """Return the model's sizes, measured on a pipeline without weights. Raises ModelError if there can be none."""
         found = measure(self._unloaded, self._examples[0], torch.bfloat16, self.blueprint.origin)
-        denoisers = self._unloaded.denoisers.values()
-        each_rank = sum(lora_parameters_per_rank(module, self._lora_targets(module)) for module in denoisers)
+        self._unloaded.find_unused()
+        each_rank = sum(
+            lora_parameters_per_rank(module, self._with_effect(name, module, self._lora_targets(module)))
+            for name, module in self._unloaded.denoisers.items()
+        )
         return replace(found, lora_parameters_per_rank=each_rank, assumed=self.blueprint.assumed)
 
     # The pipeline at work
@@ -258,17 +260,17 @@ class Diffusers(PipelineAdapter):
         self._loaded = self._driven(pipeline, device)
         self._require_all_images(self._loaded)
         self._loaded.compare_levels()
-        self._unused = self._loaded.unused_parameters()
+        self._loaded.find_unused()
         self.release_frozen()
 
     def unused_layers(self, name: str) -> frozenset[str]:
         """Return layers of a denoiser, by name, whose weights have no effect."""
-        return frozenset(key.removesuffix(".weight") for key in self._unused.get(name, ()))
+        return frozenset(key.removesuffix(".weight") for key in self.driver.unused.get(name, ()))
 
     def freeze_unused(self) -> None:
         """Freeze the weights that have no effect, and log which."""
         for name, module in self.denoisers.items():
-            unused = sorted(self._unused.get(name, ()))
+            unused = sorted(self.driver.unused.get(name, ()))
             self._fixed[name] = {key: module.get_parameter(key).requires_grad_(False).detach() for key in unused}
             if unused:
                 log.info("%d tensors of %s have no effect and are not trained: %s, ...", len(unused), name, unused[0])
