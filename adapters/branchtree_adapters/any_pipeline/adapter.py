@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pydantic
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from branchtree_adapters.any_pipeline.asking import Asked
 from branchtree_adapters.any_pipeline.clock import predicted
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.any_pipeline.families import family_of
+from branchtree_adapters.any_pipeline.linear_inputs import make_contiguous
 from branchtree_adapters.any_pipeline.measure import measure
 from branchtree_adapters.any_pipeline.published import published_model
 from branchtree_adapters.any_pipeline.substitutes import Wrapped
@@ -259,8 +261,8 @@ class Diffusers(PipelineAdapter):
         on_device(pipeline.vae, device)
         self._loaded = self._driven(pipeline, device)
         self._require_all_images(self._loaded)
+        make_contiguous(self.denoisers.values(), self._loaded.find_unused)
         self._loaded.compare_levels()
-        self._loaded.find_unused()
         self.release_frozen()
 
     def unused_layers(self, name: str) -> frozenset[str]:
@@ -357,15 +359,22 @@ class Diffusers(PipelineAdapter):
         return self.driver.noise(generator)
 
     def sigmas(self, steps: int) -> Tensor:
-        """Return the noise levels (steps + 1,) of the pipeline's own schedule. Raises ModelError if it has none."""
+        """Return the noise levels (steps + 1,) of the pipeline's own schedule. Raises ModelError if it has none.
+
+        Where its formula has none of one step, as it divides by the number of the others, that one leads from its
+        noisiest level to 0.
+        """
         try:
-            grid = self.driver.grid(steps)
+            with np.errstate(divide="raise", invalid="raise"):
+                grid = self.driver.grid(steps)
             check_grid(grid)
         except Exception as error:  # diffusers divides by zero, among other things
+            if steps == 1:
+                return self.sigmas(2)[[0, -1]]
             scheduler = type(self.driver.pipeline.scheduler).__name__
             raise ModelError(
                 f"sampler.grid 'pipeline': {scheduler} of '{self.config.path}' makes no grid of {steps} steps: "
-                f"{shortened(' '.join(str(error).split()))}. Set more tree.steps, or sampler.grid to 'linear'."
+                f"{shortened(' '.join(str(error).split()))}. Set other tree.steps, or sampler.grid to 'linear'."
             ) from error
         return grid
 
