@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +26,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from branchtree import load_recipe, plan, train
 from branchtree.errors import ModelError, RecipeError
+from branchtree.plugins import Condition
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS
 from branchtree.testing import AdapterCase, ModelAdapterPromises
+from branchtree.testing.probe import CPU
 
 PROMPTS = ["a red three", "seven blue", "a digit"]
 PROMISED = ["aura_flow", "sdxl", "wan_experts", "z_image"]
@@ -127,6 +130,27 @@ def test_a_layer_computes_the_same_with_trained_and_with_frozen_weights() -> Non
     with torch.no_grad():
         assert torch.equal(layer(given), frozen(given))
         assert torch.equal(layer(given), layer(given.contiguous()))
+
+
+def test_checkpointed_blocks_are_given_what_others_are() -> None:
+    """Also the mask, which diffusers leaves out of Chroma's checkpointed blocks; asked for twice, they are so once."""
+    model = Diffusers(DiffusersConfig(**options("chroma")))
+    model.load(CPU, torch.float32, torch.float32)
+    conditioning = model.encode([Condition("one"), Condition("two words of several letters")])
+    latents = torch.stack([model.initial_noise(torch.Generator().manual_seed(seed)) for seed in range(2)])
+    predictions, saved = [], []
+    for _ in range(3):
+        saved.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(partial(_counted, saved), lambda tensor: tensor):
+            predictions.append(model.predict(latents, torch.tensor([0.9, 0.4]), conditioning))
+        model.enable_gradient_checkpointing()
+    assert torch.equal(predictions[0], predictions[1]) and torch.equal(predictions[0], predictions[2])
+    assert saved[1] < saved[0] / 2 and saved[2] == saved[1]
+
+
+def _counted(saved: list[int], tensor: torch.Tensor) -> torch.Tensor:
+    saved[-1] += tensor.numel()
+    return tensor
 
 
 def test_a_call_that_lacks_an_image_is_refused() -> None:

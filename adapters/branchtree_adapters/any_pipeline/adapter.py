@@ -23,6 +23,7 @@ from branchtree.errors import DataError, ModelError, nearest, reason_of, shorten
 from branchtree.plugins import Condition, Conditioning, Footprint, Media, Register, hookimpl
 from branchtree.plugins.weights import lora_parameters_per_rank
 from branchtree_adapters.any_pipeline.asking import Asked
+from branchtree_adapters.any_pipeline.checkpointing import checkpoint_blocks
 from branchtree_adapters.any_pipeline.clock import predicted
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.any_pipeline.families import family_of
@@ -264,6 +265,10 @@ class Diffusers(PipelineAdapter):
         make_contiguous(self.denoisers.values(), self._loaded.find_unused)
         self._loaded.compare_levels()
         self.release_frozen()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the blocks again in the backward pass that the denoisers would; finds them by a prediction."""
+        checkpoint_blocks(self.denoisers.values(), self.driver.trace)
 
     def unused_layers(self, name: str) -> frozenset[str]:
         """Return layers of a denoiser, by name, whose weights have no effect."""

@@ -376,18 +376,22 @@ class PipelineDriver:
         rows = {name: value.expand(count, *value.shape[1:]) for name, value in self.example.items()}
         return self._noises(count), {name: value.to(self._device) for name, value in rows.items()}
 
-    def find_unused(self) -> None:
-        """Find the parameters on which no prediction of the example depends, by a graph whose tensors are not kept."""
+    @torch.enable_grad()
+    def trace(self) -> list[Tensor]:
+        """Return predictions of the example in which all denoisers work, with graphs whose tensors are not kept."""
         state, packed = self._example_rows(1)
+        levels = torch.tensor(ENDS[: len(self.denoisers)], device=self._device)
+        with saved_tensors_hooks(lambda _: torch.empty(0), lambda nothing: nothing):
+            return [self.predict(state, level, packed) for level in levels.split(1)]
+
+    def find_unused(self) -> None:
+        """Find the parameters on which no prediction of the example depends."""
         parameters = {id(each): each for module in self.denoisers.values() for each in module.parameters()}
         trained = {key: each.requires_grad for key, each in parameters.items()}
-        used: set[int] = set()
         try:
             for module in self.denoisers.values():
                 module.requires_grad_(True)
-            with torch.enable_grad(), saved_tensors_hooks(lambda _: torch.empty(0), lambda nothing: nothing):
-                for level in torch.tensor(ENDS[: len(self.denoisers)], device=self._device).split(1):
-                    used |= {id(leaf) for leaf in leaves_of(self.predict(state, level, packed))}
+            used = {id(leaf) for predicted in self.trace() for leaf in leaves_of(predicted)}
         finally:
             for key, each in parameters.items():
                 each.requires_grad_(trained[key])
