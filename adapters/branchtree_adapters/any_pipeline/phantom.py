@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -139,7 +140,8 @@ class Phantom:
         """Return what a call returns, as fake tensors."""
         self.body.running = True
         try:
-            with self.body.mode:
+            with self.body.mode, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The .grad attribute")  # which torch reads of what it makes fake
                 return getattr(self, call.method)(*call.args, **call.kwargs)
         finally:
             self.body.running = False
