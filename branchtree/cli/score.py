@@ -107,4 +107,4 @@ def _card(entry: Entry) -> Sequence[str]:
     size = "-" if card.size is None else f"{card.size / 1e9:.3g}"
     limited = {True: "yes", False: "no", None: "-"}[card.non_commercial]
     described = f"{entry.summary}\nCheckpoint: {card.checkpoint}.\nLicence: {card.licence}.\nSource: {card.source}."
-    return [", ".join(sorted(card.modalities)), size, limited, described]
+    return [", ".join(sorted(card.modalities)) or "any", size, limited, described]
