@@ -147,11 +147,12 @@ def score(
     batch: int = 8,
     advance: Callable[[int, int], None] | None = None,
 ) -> list[ScoredFile]:
-    """Score files of pictures and videos, and return the scores in the order of the files.
+    """Score files of pictures, videos and samples of other kinds, and return the scores in the order of the files.
 
     Args:
-        files: Images, videos, folders of them, ``.jsonl`` lists, or rows as in such a list:
-            ``{"image": path, "prompt": text}``, or with ``"video"``; other keys are kept as metadata.
+        files: Images, videos, folders of them, ``.safetensors`` files of samples as a run keeps them, ``.jsonl`` lists,
+            or rows as in such a list: ``{"image": path, "prompt": text}``, or with ``"video"`` or ``"samples"``; other
+            keys are kept as metadata.
         rewards: Names with settings, as in ``"hps version=v2.0"``, or mappings as in a recipe's ``rewards``.
         prompt: The prompt of files that have none of their own.
         output: A file for the scores as JSON lines; it is replaced if it exists.

@@ -134,6 +134,7 @@ def message(pixels: Tensor | None = None, /, tensors: dict[str, Tensor] | None =
     return save(own, {"request": json.dumps(request)})
 
 
+SOUND = save({"samples.wave": torch.zeros(1)}, {"request": '{"modality": "sound", "conditions": [{"prompt": "a"}]}'})
 WRONG = {
     "not safetensors": (b"hello", "not safetensors"),
     "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "not safetensors"),
@@ -148,7 +149,7 @@ WRONG = {
     "images as a video": (message(modality="video"), r"videos must be \(B, F, C, H, W\)"),
     "nothing": (message(torch.zeros(0, 3, 2, 2), conditions=[]), r"not \(0, 3, 2, 2\)"),
     "too few conditions": (message(torch.zeros(2, 3, 2, 2)), "2 samples came with 1 conditions"),
-    "a kind that nobody registers": (message(modality="sound"), "no plug-in here registers the samples 'sound'"),
+    "a kind that nobody registers": (SOUND, "no plug-in here registers the samples 'sound'"),
     "a prompt that is none": (message(conditions=[{"prompt": 3}]), "at conditions.0.prompt"),
     "an unknown key": (message(conditions=[{"prompt": "a", "path": "/etc/passwd"}]), "conditions.0.path: Extra"),
     "a file that nobody names": (message(tensors={"file.0": torch.zeros(2)}), "at most one 'file.N' for each file"),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +38,9 @@ def make_samples(modality: str, tensors: Mapping[str, Tensor], others: Mapping[s
         listed = "; ".join(f"{'.'.join(map(str, each['loc'])) or 'fields'}: {each['msg']}" for each in wrong)
         raise DataError(f"this makes no samples '{modality}': {shortened(listed)}") from None
     except Exception as error:  # a kind is a plug-in and can raise anything
-        raise DataError(f"this makes no samples '{modality}': {shortened(f'{type(error).__name__}: {error}')}") from None
+        raise DataError(
+            f"this makes no samples '{modality}': {shortened(f'{type(error).__name__}: {error}')}"
+        ) from None
     if found != modality:
         raise DataError(f"these are samples '{found}', not '{modality}'")
     return samples
@@ -74,7 +75,7 @@ def read_samples(path: Path) -> tuple[Samples, tuple[Condition, ...]]:
     except OSError as error:
         raise DataError(f"file '{path}' cannot be read: {failure_reason(error)}") from None
     others, listed = (
-        parse_json(metadata.get(key, default), f"file '{path}': its metadata '{key}'", half_characters=True)
+        parse_json(metadata.get(key, default), f"file '{path}': its metadata '{key}'")
         for key, default in (("fields", "{}"), ("conditions", "[]"))
     )
     try:
@@ -85,5 +86,7 @@ def read_samples(path: Path) -> tuple[Samples, tuple[Condition, ...]]:
     except ValidationError as error:
         raise DataError(f"file '{path}': its metadata 'conditions' are not right: {shortened(str(error))}") from None
     if conditions and len(conditions) != len(samples):
-        raise DataError(f"file '{path}' has {len(samples)} samples and {len(conditions)} conditions; each needs its own")
-    return samples, tuple(replace(each, location=f"{path}[{row}]") for row, each in enumerate(conditions))
+        raise DataError(
+            f"file '{path}' has {len(samples)} samples and {len(conditions)} conditions; each needs its own"
+        )
+    return samples, conditions

@@ -12,7 +12,7 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pluggy
 from pydantic import BaseModel, ConfigDict
@@ -93,8 +93,7 @@ class Registry:
                 f"no plug-in here registers the samples '{shortened(modality)}' (hook register_samples)"
                 f"{nearest(shortened(modality), self.samples)}{self.failures}"
             )
-        found: type[Samples] = self.samples[modality].build
-        return found
+        return cast(type[Samples], self.samples[modality].build)
 
     def callback(self, name: str) -> Entry:
         """The callback of that name. Raises PluginError."""
