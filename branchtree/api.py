@@ -10,7 +10,7 @@ from branchtree.errors import OutputError
 from branchtree.files.names import default_output
 from branchtree.files.reading import require_name, user_path
 from branchtree.recipe import Recipe
-from branchtree.recipe.load import resolve_recipe
+from branchtree.recipe.load import load_base, resolve_recipe
 
 if TYPE_CHECKING:
     from branchtree.planning.plan import RunPlan
@@ -69,7 +69,7 @@ def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None
     """Compute a recipe's tree, rows and memory without loading a model; the arguments are those of ``train``."""
     from branchtree.planning.plan import plan_recipe
 
-    return plan_recipe(resolve_recipe(recipe, overrides, smoke))
+    return plan_recipe(resolve_recipe(recipe, overrides, smoke), load_base(recipe, overrides, smoke))
 
 
 def register(plugin: object, name: str = "this process") -> None:

@@ -276,7 +276,10 @@ def test_a_reward_that_compares_gets_whole_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"image": "a.png", "video": "v.mp4"}', "list.jsonl:2: needs a file under 'image' or under 'video'"),
+        (
+            '{"image": "a.png", "video": "v.mp4"}',
+            "list.jsonl:2: needs a file under one of 'image', 'video' and",
+        ),
         ('{"prompt": "a cat"}', "but has none; it has prompt"),
         ("{}", "but has none; it has nothing"),
         ('{"image": 3}', "list.jsonl:2: image: write the path of a file as a text"),

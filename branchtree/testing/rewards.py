@@ -48,9 +48,9 @@ class RewardCase:
 
     ``reward`` is written as an entry of a recipe's ``rewards``; its plug-in must be installed. ``conditions`` are what
     the samples were asked to show: at least four, each of them one that the reward can score. ``media`` makes samples of
-    a modality; by default images and videos of noise. Where a setting limits
-    how many samples go through a model at once, let it be smaller than their number. ``refused`` are conditions that
-    the ``check`` of a reward that has one must refuse.
+    a modality, by default of noise if they are images or videos. Where a setting limits how many samples go through a
+    model at once, let it be smaller than their number. ``refused`` are conditions that the ``check`` of a reward that
+    has one must refuse.
     """
 
     reward: Mapping[str, Any]
@@ -205,7 +205,8 @@ class RewardPromises:
             spoilt = media.cpu()
             for row, number in enumerate((float("nan"), float("inf"))):
                 for value in (spoilt.tensors[name] for name in numbers):
-                    value[row, ..., *[size // 2 for size in value.shape[1:][-2:]]] = number
+                    middle = [size // 2 for size in value.shape[1:][-2:]]
+                    value[(row, ..., *middle)] = number
             scores = _score(loaded, case, spoilt)
             assert scores.valid.tolist() == [row in rest for row in range(len(media))]
             assert set(scores.reasons) <= {0, 1}

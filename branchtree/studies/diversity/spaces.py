@@ -58,7 +58,7 @@ def make_spaces(specs: Sequence[str], modality: str) -> list[NamedSpace]:
         if space.modalities and modality not in space.modalities:
             taken = ", ".join(f"{each}s" for each in sorted(space.modalities))
             raise RecipeError(
-                f"features '{name}' are of {taken}, but the model makes {modality}s; 'tensors' takes any kind of samples"
+                f"features '{name}' are of {taken}, but the model makes {modality}s; 'tensors' takes any samples"
             )
         if spec in {named.label for named in spaces}:
             raise RecipeError(f"features '{spec}' are asked for twice; leave one out")

@@ -80,12 +80,12 @@ class SavedSamples:
         return rows[0].concatenate(rows)
 
 
-def find_forms(items: Sequence[Item], saved: SavedSamples, reasons: Sequence[str] = ()) -> list[Form]:
+def find_forms(items: Sequence[Item], reasons: Sequence[str] = (), saved: SavedSamples | None = None) -> list[Form]:
     """Decode every file once to find its form.
 
     Raises DataError naming the files that cannot be scored, after the reasons against some that are known already.
     """
-    found, refused = [], list(reasons)
+    found, refused, saved = [], list(reasons), saved or SavedSamples()
     for item in items:
         try:
             found.append(_form(item) if item.row is None else saved.form(item.path))
@@ -109,13 +109,13 @@ def _form(item: Item) -> Form:
     return form
 
 
-def read(items: Sequence[Item], like: Form, saved: SavedSamples) -> Samples:
+def read(items: Sequence[Item], like: Form, saved: SavedSamples | None = None) -> Samples:
     """Read samples of one form, images and videos as float32 on the CPU: bytes / 255.
 
     Beside these numbers one decoded frame or picture is in memory at a time. Raises DataError naming the file.
     """
     if like.fields:
-        return saved.take(items)
+        return (saved or SavedSamples()).take(items)
     pixels = torch.empty((len(items), *like.shape))
     for item, sample in zip(items, pixels, strict=True):
         frames = [_image(item)] if like.kind == "image" else video_frames(item.path, item.at)

@@ -92,7 +92,7 @@ def score_files(
         lists = [Path(entry) for entry in entries if isinstance(entry, str | Path)]
         check_file(output, [*lists, *(item.path for item in items)])
     saved = SavedSamples()
-    forms = find_forms(items, saved, _mismatches(items, named))
+    forms = find_forms(items, _mismatches(items, named), saved)
     for reward in named:
         reward.adapter.load(target)
     refuse(_mismatches(items, named))  # again: what a remote reward scores and reads is known once it is loaded
