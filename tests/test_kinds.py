@@ -280,7 +280,9 @@ def test_tokens_are_compared_by_their_own_numbers(
     words = ["diversity", "addition", "--samples", "64", "--output", str(tmp_path)]
     outcome = command(*words, "--features", "pixels")
     assert outcome.code == 2
-    assert "features 'pixels' are of images, videos, but the model makes texts; 'tensors' takes any samples" in outcome.err
+    assert (
+        "features 'pixels' are of images, videos, but the model makes texts; 'tensors' takes any samples" in outcome.err
+    )
     assert command(*words, "--features", "tensors").code == 0
     found = json.loads((tmp_path / "diversity.json").read_text())
     branched = found["within_group_distance"][0]["spreads"]

@@ -47,10 +47,10 @@ class RewardCase:
     """One registered reward with small weights, and samples that it can score.
 
     ``reward`` is written as an entry of a recipe's ``rewards``; its plug-in must be installed. ``conditions`` are what
-    the samples were asked to show: at least four, each of them one that the reward can score. ``media`` makes samples of
-    a modality, by default of noise if they are images or videos. Where a setting limits how many samples go through a
-    model at once, let it be smaller than their number. ``refused`` are conditions that the ``check`` of a reward that
-    has one must refuse.
+    the samples were asked to show: at least four, each of them one that the reward can score. ``media`` makes samples
+    of a modality, by default images or videos of noise. Where a setting limits how many samples go through a model at
+    once, let it be smaller than their number. ``refused`` are conditions that the ``check`` of a reward that has one
+    must refuse.
     """
 
     reward: Mapping[str, Any]
@@ -204,9 +204,9 @@ class RewardPromises:
             expected = _score(loaded, case, media, rest)
             spoilt = media.cpu()
             for row, number in enumerate((float("nan"), float("inf"))):
-                for value in (spoilt.tensors[name] for name in numbers):
-                    middle = [size // 2 for size in value.shape[1:][-2:]]
-                    value[(row, ..., *middle)] = number
+                for value in (spoilt.tensors[name][row] for name in numbers):
+                    middle: Any = (..., *(size // 2 for size in value.shape[-2:]))  # of a picture, or of a sequence
+                    value[middle] = number
             scores = _score(loaded, case, spoilt)
             assert scores.valid.tolist() == [row in rest for row in range(len(media))]
             assert set(scores.reasons) <= {0, 1}
