@@ -141,6 +141,10 @@ class SplitAtWindow:
         """See Splits."""
         return {self.window.steps(iteration).start: self.branches}
 
+    def possible(self, iteration: int) -> list[dict[int, int]]:
+        """See ListsSplits."""
+        return [self.factors(iteration, 0)]
+
 
 class Splits(Protocol):
     """Chooses where one prompt's tree splits."""
@@ -151,7 +155,7 @@ class Splits(Protocol):
 
 @runtime_checkable
 class ListsSplits(Protocol):
-    """Drawn splits that know what can be drawn."""
+    """Splits that know all that can be drawn, if anything is."""
 
     def possible(self, iteration: int) -> list[dict[int, int]]:
         """What ``factors`` may give at this iteration, each as likely as the others."""
@@ -173,6 +177,10 @@ class FixedSplits:
     def factors(self, iteration: int, prompt: int) -> dict[int, int]:
         """See Splits."""
         return dict(zip(self.steps, self.branches, strict=True))
+
+    def possible(self, iteration: int) -> list[dict[int, int]]:
+        """See ListsSplits."""
+        return [self.factors(iteration, 0)]
 
 
 @dataclass(frozen=True)

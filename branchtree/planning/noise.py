@@ -19,7 +19,7 @@ from branchtree.recipe.schema import Recipe, SamplerSection
 
 LITTLE = 0.5
 """A recipe whose leaves differ by less than this fraction of what others' do is warned about."""
-ITERATIONS, PROMPTS = 500, 16
+ITERATIONS, PROMPTS = 100, 16
 """Iterations of a run whose plans are looked at, and prompts under a rule of splits that does not list its draws."""
 FARTHEST, HALVINGS = 100.0, 60
 """How many times as large an equal noise level may be, and the steps of its search."""
