@@ -27,10 +27,12 @@ from branchtree.recipe.schema import LossSection, OptimSection
 from branchtree.training.conditioning import ConditioningCache
 from branchtree.training.learning_rate import LearningRate
 from branchtree.training.limits import RowLimit
+from branchtree.training.objective import Policies
+from branchtree.training.path import PathObjective
 from branchtree.training.policy import Policy
 from branchtree.training.processes import Processes
 from branchtree.training.sharding import make_engine
-from branchtree.training.update import Objective, Policies, UpdateGuard, Updater, partition
+from branchtree.training.update import UpdateGuard, Updater, partition
 
 LATENT = 3
 COLLECTIVES = (
@@ -184,7 +186,7 @@ def run(accelerator: Any, schedule: Schedule, mine: Schedule) -> dict[str, Any]:
         accelerator=accelerator,
         engine=engine,
         scheduler=LearningRate(engine.optimizer, OptimSection(), schedule["steps"]),
-        objective=Objective(sampler, loss, accelerator.device, partial(clipped_loss, clip=loss.clip_range)),
+        objective=PathObjective(sampler, loss, accelerator.device, partial(clipped_loss, clip=loss.clip_range)),
         max_grad_norm=1.0,
         limit=RowLimit("batch.update_rows", schedule["update_rows"]),
         guard=UpdateGuard(OptimSection()),

@@ -32,7 +32,7 @@ from branchtree.recipe import Recipe, load_recipe, recipe_names
 from branchtree.recipe.build import make_credit_rule, make_schedule
 from branchtree.recipe.load import builtin_folder, method_names
 from branchtree.training.metrics import ShareRecord, iteration_metrics
-from branchtree.training.update import UpdateRecord
+from branchtree.training.objective import UpdateRecord
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
