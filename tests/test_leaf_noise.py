@@ -24,7 +24,7 @@ from branchtree.planning.noise import planned_noise
 from branchtree.recipe import Recipe
 from branchtree.recipe.build import make_schedule
 from branchtree.training.metrics import spread_ratio
-from branchtree.training.spread import ITERATIONS, LITTLE, SpreadWatch
+from branchtree.training.spread import LEAST_SPREAD, WATCHED, SpreadWatch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICK = ["batch.prompts=4", "evaluation=null", "run.sample_every=null", "run.tree_every=null"]
@@ -216,10 +216,10 @@ def test_a_run_whose_groups_hardly_differ_says_so_once(
     words = ["run.iterations=14", f"sampler.eta={eta}", *QUICK, "--output", str(tmp_path / "run"), "--no-report"]
     _, err = run("train", "unicycle", *words)
     ratios = [row["reward/reach/spread_ratio"] for row in metrics(tmp_path / "run")]
-    assert len(ratios) == 14 and (statistics.fmean(ratios) < LITTLE) == (eta < 0.1)
+    assert len(ratios) == 14 and (statistics.fmean(ratios) < LEAST_SPREAD) == (eta < 0.1)
     assert err.count("samples of one prompt differ by") == (eta < 0.1)
     if eta < 0.1:
-        mean = statistics.fmean(ratios[:ITERATIONS])
+        mean = statistics.fmean(ratios[:WATCHED])
         assert f"reward 'reach': over 10 iterations, samples of one prompt differ by {mean:.2g} of what prompts" in err
         assert "raise sampler.eta (it is 0.02; 'branchtree plan' states the noise of a leaf)" in err
 

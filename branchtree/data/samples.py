@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,8 @@ def write_samples(path: Path, samples: Samples, conditions: Sequence[Condition])
     from safetensors.torch import save
 
     tensors, others = samples.pack()
-    listed = to_jsonable_python(list(conditions), fallback=str, bytes_mode="base64")
+    nowhere = [replace(each, location="") for each in conditions]  # the file itself is where they are read from
+    listed = to_jsonable_python(nowhere, fallback=str, bytes_mode="base64")
     metadata = {"modality": samples.modality, "fields": json.dumps(others), "conditions": json.dumps(listed)}
     write_atomically(path, save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata))
 

@@ -17,9 +17,9 @@ from branchtree.plugins.protocols import ModelAdapter
 from branchtree.recipe.build import make_kernel, make_model, make_sampler, make_schedule
 from branchtree.recipe.schema import Recipe, SamplerSection
 
-LITTLE = 0.5
+MUCH_LESS = 0.5
 """A recipe whose leaves differ by less than this fraction of what others' do is warned about."""
-ITERATIONS, PROMPTS = 100, 16
+LOOKED_AT, PROMPTS_LOOKED_AT = 100, 16
 """Iterations of a run whose plans are looked at, and prompts under a rule of splits that does not list its draws."""
 FARTHEST, HALVINGS = 100.0, 60
 """How many times as large an equal noise level may be, and the steps of its search."""
@@ -37,7 +37,7 @@ class PlannedNoise:
     def too_little(self, name: str, others: str, wanted: float) -> str | None:
         """Say what to change if leaves differ much less than by ``wanted``, as under ``others``; else None."""
         own = self.leaf.differing
-        if own >= LITTLE * wanted:
+        if own >= MUCH_LESS * wanted:
             return None
         eta = self._equal_eta(wanted / own) if own else None
         change = (
@@ -90,8 +90,8 @@ def planned_noise(recipe: Recipe, model: ModelAdapter | None = None) -> PlannedN
 
 def _plans(recipe: Recipe) -> list[TreePlan]:
     schedule, total = make_schedule(recipe), recipe.run.iterations
-    iterations = sorted({index * total // ITERATIONS for index in range(ITERATIONS)})
-    return [plan for iteration in iterations for plan in schedule.possible_plans(iteration, PROMPTS)]
+    iterations = sorted({index * total // LOOKED_AT for index in range(LOOKED_AT)})
+    return [plan for iteration in iterations for plan in schedule.possible_plans(iteration, PROMPTS_LOOKED_AT)]
 
 
 def compare_noise(noises: Mapping[str, PlannedNoise]) -> list[str]:

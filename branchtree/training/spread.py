@@ -9,9 +9,9 @@ from statistics import fmean
 from branchtree.recipe.schema import Recipe
 from branchtree.training.metrics import SPREAD_RATIO
 
-LITTLE = 0.2
+LEAST_SPREAD = 0.2
 """Rewards that lie closer together within prompts than this fraction of their means' deviation are warned about."""
-ITERATIONS = 10
+WATCHED = 10
 """Iterations over which the fraction is averaged, since one has few prompts."""
 
 
@@ -22,7 +22,7 @@ class SpreadWatch:
         """``labels`` are those of the rewards that are trained on."""
         self._recipe = recipe
         self._labels = labels
-        self._ratios: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=ITERATIONS))
+        self._ratios: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=WATCHED))
         self._warned = False
 
     def warning(self, metrics: Mapping[str, float]) -> str | None:
@@ -32,10 +32,10 @@ class SpreadWatch:
             if ratio is None or self._warned:
                 continue
             ratios.append(ratio)
-            if len(ratios) == ITERATIONS and fmean(ratios) < LITTLE:
+            if len(ratios) == WATCHED and fmean(ratios) < LEAST_SPREAD:
                 self._warned = True
                 return (
-                    f"reward '{label}': over {ITERATIONS} iterations, samples of one prompt differ by "
+                    f"reward '{label}': over {WATCHED} iterations, samples of one prompt differ by "
                     f"{fmean(ratios):.2g} of what prompts differ by, so there may be little to learn from; "
                     f"{self._change()}"
                 )
