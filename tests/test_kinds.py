@@ -23,10 +23,10 @@ from torch import Tensor
 from training_runs import arguments
 
 from branchtree import load_recipe, score
-from branchtree.data.samples import make_samples, read_samples, write_samples
 from branchtree.errors import DataError
 from branchtree.plugins import Condition, Media, RewardAdapter, Samples
 from branchtree.plugins.registry import registry
+from branchtree.plugins.saved import make_samples, read_samples, write_samples
 from branchtree.recipe.build import make_reward
 from branchtree.serving.wire import decode_request, encode_request
 

@@ -14,11 +14,11 @@ from torch import Tensor
 from branchtree.core.credit import Credit
 from branchtree.core.scores import Scores
 from branchtree.core.tree import Topology
-from branchtree.data.samples import write_samples
 from branchtree.files.writing import write_atomically
 from branchtree.pictures.still import THUMBNAIL, TILE, fitted, png, tiled, to_image
 from branchtree.pictures.video import mp4, spread_evenly, webp
 from branchtree.plugins.samples import Media, Samples
+from branchtree.plugins.saved import write_samples
 from branchtree.plugins.values import Condition
 
 COLUMNS = 10  # of a grid of images

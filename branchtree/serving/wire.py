@@ -26,10 +26,10 @@ import torch
 from torch import Tensor
 
 from branchtree.core.scores import Scores
-from branchtree.data.samples import make_samples
 from branchtree.errors import DataError, RewardError
 from branchtree.files.json_lines import parse_json
 from branchtree.plugins.samples import Media, Samples
+from branchtree.plugins.saved import make_samples
 from branchtree.plugins.values import Condition
 
 CONTENT_TYPE = "application/x-safetensors"

@@ -13,10 +13,10 @@ import torch
 
 from branchtree.core.grid import check_grid
 from branchtree.core.padding import pad_together
-from branchtree.data.samples import read_samples, write_samples
 from branchtree.plugins.protocols import ModelAdapter
 from branchtree.plugins.registry import registry
 from branchtree.plugins.samples import Media, Samples
+from branchtree.plugins.saved import read_samples, write_samples
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
     CPU,

@@ -11,10 +11,10 @@ from typing import Any
 
 from branchtree.data.prompts import require_characters
 from branchtree.data.row_keys import warn_of_near_keys
-from branchtree.data.samples import read_samples
 from branchtree.errors import SHOWN_REASONS, DataError, refuse, shortened, shown
 from branchtree.files.json_lines import json_object, numbered_lines, require_writable
 from branchtree.files.reading import failure_reason, half_character, require_file, user_path
+from branchtree.plugins.saved import read_samples
 from branchtree.plugins.values import Condition
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})

@@ -22,11 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from branchtree.data.images import read_image
-from branchtree.data.samples import read_samples
 from branchtree.data.videos import inspect_video, video_frames
 from branchtree.errors import DataError, refuse
 from branchtree.planning.gpus import GIB
 from branchtree.plugins.samples import Media, Samples
+from branchtree.plugins.saved import read_samples
 from branchtree.studies.score.items import Item
 
 
