@@ -134,7 +134,7 @@ def test_every_recipe_is_listed() -> None:
 
 def test_every_hook_is_described() -> None:
     hooks = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("register_")]
-    assert len(hooks) == 13
+    assert len(hooks) == 14
     assert [hook for hook in hooks if f"`{hook}(register)`" not in TEXT[ROOT / "docs" / "extending.md"]] == []
 
 
@@ -159,9 +159,9 @@ def test_every_command_is_in_the_api(name: str) -> None:
 
 def written_metrics() -> set[str]:
     """The names of what a small iteration logs, as the page writes them."""
-    plans = [Schedule(4, FixedSplits((0, 1), (2, 2))).plan(0, 0)]
-    topology, values = grow(plans), torch.tensor([0.1, 0.5, 0.2, 0.9])
-    scores = {"LABEL": Scores(values, torch.ones(4, dtype=torch.bool), raw=values, details={"DETAIL": values})}
+    plans = [Schedule(4, FixedSplits((0, 1), (2, 2))).plan(0, 0)] * 2
+    topology, values = grow(plans), torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3, 0.4, 0.7, 0.8])
+    scores = {"LABEL": Scores(values, torch.ones(8, dtype=torch.bool), raw=values, details={"DETAIL": values})}
     flat = [torch.zeros(topology.width(depth)) for depth in topology.depths]
     credit = assign_credit(topology, flat, scores, {"LABEL": 1.0}, CreditRule(), 0, 1)
     edges = collect_families(topology, credit.advantages, credit.keep)

@@ -217,9 +217,10 @@ def make_reward(name: str, options: Mapping[str, Any], at: KeyPath) -> tuple[Rew
 def require_scoring(adapter: RewardAdapter, name: str, key: str, modality: str) -> None:
     """Raise RecipeError if a reward does not score what the model makes."""
     if modality not in adapter.modalities:
+        remote = f", and 'remote' does once a plug-in registers the kind '{modality}' (register_samples)"
         raise RecipeError(
             f"{key}: reward '{name}' scores {', '.join(sorted(adapter.modalities))}, but the model makes {modality}s; "
-            f"'branchtree rewards' lists those that score {modality}s"
+            f"'branchtree rewards' lists those that score {modality}s{'' if modality in registry().samples else remote}"
         )
 
 

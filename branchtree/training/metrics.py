@@ -13,7 +13,7 @@ from branchtree.core.credit import Credit
 from branchtree.core.fusion import TIE
 from branchtree.core.schedule import TreePlan
 from branchtree.core.scores import Scores
-from branchtree.core.segments import segment_count, segment_size, segment_std, segment_sum
+from branchtree.core.segments import segment_count, segment_mean, segment_size, segment_std, segment_sum
 from branchtree.core.tree import Topology, grow
 from branchtree.core.variance import split_spread, split_variance
 from branchtree.training.iteration import Iteration
@@ -22,6 +22,8 @@ from branchtree.training.session import Session
 
 GRADIENT_COST = 3
 """A row with its backward pass costs about three forward rows."""
+SPREAD_RATIO = "spread_ratio"
+"""The end of the name of a reward's ``spread_ratio``."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,7 @@ def _reward_metrics(topology: Topology, scores: Mapping[str, Scores], credit: Cr
             continue
         metrics[f"reward/{label}/mean"] = float(values.mean())
         metrics[f"reward/{label}/std"] = float(segment_std(values, prompts, topology.prompts).mean())
+        metrics[f"reward/{label}/{SPREAD_RATIO}"] = spread_ratio(values, prompts, topology.prompts)
         rounding = TIE * segment_size(values, prompts, topology.prompts)
         tied = segment_std(values, prompts, topology.prompts, rounding) == 0
         compared = segment_count(prompts, topology.prompts) > 1
@@ -110,6 +113,26 @@ def _reward_metrics(topology: Topology, scores: Mapping[str, Scores], credit: Cr
     metrics["reward/valid_fraction"] = float(credit.valid.double().mean())
     metrics["reward/skipped_prompts"] = float((valid_leaves == 0).sum())
     return metrics
+
+
+def spread_ratio(values: Tensor, group: Tensor, groups: int) -> float:
+    """Return how far rewards lie apart within prompts, over how far the prompts' means do.
+
+    It is the mean sample deviation of prompts with at least two rewards over the deviation of those prompts' means.
+    NaN where there are no two such prompts, or their means agree.
+
+    Args:
+        values: Rewards, (N,) float64.
+        group: The prompt of each, (N,) int64.
+        groups: How many prompts there are.
+    """
+    several = segment_count(group, groups) > 1
+    if int(several.sum()) < 2:
+        return math.nan
+    rounding = TIE * segment_size(values, group, groups)
+    across = float(segment_mean(values, group, groups)[several].std())
+    within = float(segment_std(values, group, groups, rounding)[several].mean())
+    return within / across if across > float(rounding.max()) else math.nan
 
 
 def _cost_metrics(topology: Topology, whole: ShareRecord, factor: int) -> dict[str, float]:

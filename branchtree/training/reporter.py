@@ -16,6 +16,7 @@ from branchtree.plugins.base import Callback
 from branchtree.run.directory import EVALUATION, METRICS, SAMPLES, SUMMARY, TIMING
 from branchtree.training.evaluation import Figure
 from branchtree.training.session import Session
+from branchtree.training.spread import SpreadWatch
 from branchtree.training.timing import Stopwatch
 from branchtree.training.tracking import Trackers
 
@@ -43,6 +44,7 @@ class Reporter:
         self._callbacks = list(callbacks) if self._main else []
         self._trackers = trackers
         self._warned = False
+        self._spread = SpreadWatch(session.recipe, [each.label for each in session.inputs.rewards if each.weight])
 
     def start(self, done: int) -> None:
         """The run begins, or goes on after ``done`` iterations."""
@@ -70,6 +72,8 @@ class Reporter:
             return
         self._trackers.iteration(iteration, metrics)
         self._warn_of_mismatch(metrics)
+        if (warning := self._spread.warning(metrics)) is not None:
+            log.warning("%s", warning)
         self._call("on_iteration", iteration, metrics)
 
     def _call(self, hook: str, *arguments: Any) -> None:
