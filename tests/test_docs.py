@@ -167,7 +167,15 @@ def written_metrics() -> set[str]:
     edges = collect_families(topology, credit.advantages, credit.keep)
     one = [torch.ones(edges.edges)]
     update = UpdateRecord(
-        loss=one, kl=one, deviation=one, first_deviation=one, clipped=one, mismatch=one, depth=[edges.edge_depth]
+        loss=one,
+        kl=one,
+        deviation=one,
+        first_deviation=one,
+        clipped=one,
+        mismatch=one,
+        error=one,
+        preference=one,
+        depth=[edges.edge_depth],
     )
     names = iteration_metrics(ShareRecord(tuple(plans), scores, credit, topology.rollout_rows, update), 1)
     shown = {re.sub(r"split_\d+$", "split_J", re.sub(r"depth_\d+$", "depth_NN", name)) for name in names}

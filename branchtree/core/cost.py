@@ -44,12 +44,16 @@ def count(plans: Sequence[TreePlan], rule: CreditRule, iteration: int) -> Cost:
     flat = [torch.zeros(width) for width in widths]
     scores = {"made up": Scores(rewards, torch.ones(leaves, dtype=torch.bool))}
     credit = assign_credit(topology, flat, scores, {"made up": 1.0}, rule, iteration, dimensions=1)
-    families = credit.families(topology)
+    if rule.draws:
+        rows = terms = rule.draws * int(credit.trained(topology)[-1].sum())
+    else:
+        families = credit.families(topology)
+        rows, terms = len(families), families.edges
     return Cost(
         nodes=sum(widths),
         edges=sum(widths) - topology.prompts,
         leaves=leaves,
         rollout_rows=topology.rollout_rows,
-        gradient_rows=len(families),
-        trained_edges=families.edges,
+        gradient_rows=rows,
+        trained_edges=terms,
     )

@@ -30,6 +30,7 @@ from branchtree.recipe.build import (
     check_learns,
     make_credit_rule,
     make_edge_rules,
+    make_forward_loss,
     make_kernel,
     make_model,
     make_reward,
@@ -77,6 +78,21 @@ class RunPlan:
         return self.iteration.gradient_rows * self.rows_per_prediction
 
     @property
+    def rescored_rows(self) -> float:
+        """Rows through the denoiser without a gradient, in one iteration, that a gradient pass compares with.
+
+        They are those of all optimiser steps but the first; of all steps under ``loss.old_policy: ema``. A centred
+        forward objective looks at them once more, to know its groups' means.
+        """
+        loss, later = self.recipe.loss, 1 - 1 / self.recipe.optim.steps_per_iteration
+        if not loss.is_forward:
+            return later * self.gradient_rows if make_edge_rules(self.recipe).looks_back else 0.0
+        rule = make_forward_loss(self.recipe)
+        centred = rule is not None and rule.centred
+        passes = (1 + 2 * centred) if loss.old_policy == "ema" else later * (1 + centred)
+        return passes * self.gradient_rows
+
+    @property
     def rollout_flops(self) -> float:
         """Floating-point operations of an iteration's rollouts in the denoiser."""
         return self.footprint.forward_flops_per_row * self.rollout_rows
@@ -87,15 +103,12 @@ class RunPlan:
 
         Beside the forward, backward costs two forwards, checkpointing one, and the reference of a KL term one. Weights
         that LoRA freezes need no gradient of their own: then backward costs two forwards for attention and one for the
-        other operations; those of the low-rank weights are not counted. An objective that looks back, as under
-        ``loss.old_log_prob: recomputed``, adds a forward of the rows of all optimiser steps but the first.
+        other operations; those of the low-rank weights are not counted. To these come the ``rescored_rows``.
         """
         recipe, sizes = self.recipe, self.footprint
         backward = 2.0 if recipe.lora is None else 1 + sizes.attention_flops_per_row / sizes.forward_flops_per_row
         passes = 1 + backward + recipe.run.gradient_checkpointing + (recipe.loss.kl > 0)
-        if make_edge_rules(recipe).looks_back:
-            passes += 1 - 1 / recipe.optim.steps_per_iteration
-        return sizes.forward_flops_per_row * passes * self.gradient_rows
+        return sizes.forward_flops_per_row * (passes * self.gradient_rows + self.rescored_rows)
 
     @property
     def decoder_flops(self) -> float:

@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 from branchtree.core.advantages import ESTIMATORS
+from branchtree.core.forward import Crd, ForwardLoss, MatchingRatio, Nft, PredictionError
 from branchtree.core.gaussian import CpsSde, DanceSde, Ddim, FlowSde
 from branchtree.core.loss import CentredRatio, ClippedLoss, DivergenceMask, EdgeLoss, EdgeRatio, plain_ratio
 from branchtree.core.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
@@ -188,3 +189,23 @@ def register_weightings(register: Register) -> None:
     }
     for name, (rule, summary) in kinds.items():
         register(name, build=lambda *_, rule=rule: rule, config=NoKeys, summary=summary)
+
+
+@hookimpl
+def register_forward_losses(register: Register) -> None:
+    """Register the four forward objectives."""
+
+    def error(loss: Any) -> PredictionError:
+        return PredictionError(loss.error, loss.error_weight)
+
+    kinds: dict[str, tuple[Callable[[Any], ForwardLoss], str]] = {
+        "nft": (
+            lambda loss: Nft(error(loss), loss.beta, loss.advantage_range),
+            "Towards better leaves and away from worse ones (DiffusionNFT).",
+        ),
+        "awm": (lambda loss: MatchingRatio(error(loss), loss.clip_range), "Advantage-weighted matching (AWM)."),
+        "vgrpo": (lambda loss: MatchingRatio(error(loss), loss.clip_range), "The same under shared draws (V-GRPO)."),
+        "crd": (lambda loss: Crd(error(loss), loss.beta), "Implied rewards regressed on advantages (CRD)."),
+    }
+    for name, (make, summary) in kinds.items():
+        register(name, build=partial(_of_section, make), config=NoKeys, summary=summary)

@@ -118,3 +118,11 @@ def register_weightings(register: Register) -> None:
     ``build(config, section)`` gets the ``loss`` section and returns a ``branchtree.core.weighting.StepWeighting``, or
     None for no weights.
     """
+
+
+@hookspec
+def register_forward_losses(register: Register) -> None:
+    """``register(name, build=..., config=ConfigModel, summary="one line")`` for each forward objective.
+
+    ``build(config, section)`` gets the ``loss`` section and returns a ``branchtree.core.forward.ForwardLoss``.
+    """

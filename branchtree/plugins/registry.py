@@ -31,6 +31,7 @@ RULES = {
     "ratio": "register_ratios",
     "loss": "register_losses",
     "weighting": "register_weightings",
+    "forward objective": "register_forward_losses",
 }
 """The kinds of rules that a method is made of, and the hook that registers each."""
 

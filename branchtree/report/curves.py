@@ -43,6 +43,7 @@ SIGNALS = (
         ("log_prob/mismatch_mean", "log_prob/mismatch_max"),
         "Between the densities of the rollout and of the gradient pass: mean and largest.",
     ),
+    Signal("Error at noised leaves", ("forward/error",), "Mean square error of a forward objective's predictions."),
     Signal("Learning rate", ("lr",), "As the schedule set it."),
     Signal("Valid rewards", ("reward/valid_fraction",), "Fraction of the leaves on which no reward failed."),
     Signal(

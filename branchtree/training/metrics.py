@@ -26,6 +26,10 @@ SPREAD_RATIO = "spread_ratio"
 """The end of the name of a reward's ``spread_ratio``."""
 
 
+PER_TERM = ("loss", "kl", "deviation", "first_deviation", "clipped", "mismatch", "error", "preference", "depth")
+"""Lists of an UpdateRecord that hold a number for each term of the loss."""
+
+
 @dataclass(frozen=True)
 class ShareRecord:
     """What one process knows of an iteration: everything but the states."""
@@ -55,7 +59,7 @@ def merge(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
         update.rows += share.update.rows
         update.rescored_rows += share.update.rescored_rows
         update.reference_rows += share.update.reference_rows
-        for name in ("loss", "kl", "deviation", "first_deviation", "clipped", "mismatch", "depth"):
+        for name in PER_TERM:
             getattr(update, name).extend(getattr(share.update, name))
     distinct = shares[::members]
     return ShareRecord(
@@ -160,6 +164,8 @@ def _update_metrics(update: UpdateRecord) -> dict[str, float]:
         "ratio/clipped_fraction": _mean(update.clipped),
         "log_prob/mismatch_mean": _mean(update.mismatch),
         "log_prob/mismatch_max": _max(update.mismatch),
+        "forward/error": _mean(update.error),
+        "forward/preference_spread": _spread(update.preference),
         "grad_norm": sum(update.grad_norms) / max(len(update.grad_norms), 1),
     }
     return {**metrics, "kl": _mean(update.kl)} if update.kl else metrics
@@ -167,6 +173,10 @@ def _update_metrics(update: UpdateRecord) -> dict[str, float]:
 
 def _mean(batches: Sequence[Tensor]) -> float:
     return float(torch.cat(list(batches)).double().mean()) if batches else math.nan
+
+
+def _spread(batches: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(batches)).double().std(correction=0)) if batches else math.nan
 
 
 def _max(batches: Sequence[Tensor]) -> float:

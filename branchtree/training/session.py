@@ -49,6 +49,7 @@ class Session:
     order: PromptOrder
     credit_rule: CreditRule
     reference: nn.Module | None  # a frozen copy of the start policy, where KL needs one
+    old: nn.Module | None  # a frozen copy for the averaged weights, where a forward objective compares with them
     checkpoint: Path | None  # the one that the weights were taken from
     base: dict[str, Figure] | None  # held-out figures of the start policy, where a run that goes on had none
 
@@ -165,19 +166,24 @@ class Session:
         return alone and beside and self.recipe.optim.steps_per_iteration == 1
 
     def policies(self, policy: Policy, iteration: int) -> Policies:
-        """Return what a gradient pass compares: the policy that is trained, and the start policy where the KL needs it.
+        """Return what a gradient pass compares: the policy that is trained, the averaged one where a forward objective
+        needs it, and the start policy where the KL does.
 
         The start policy is a frozen copy, or the model without its LoRA.
         """
         trained, loss, model = policy.training(self.updater.engine.module), self.recipe.loss, self.inputs.model
+        old = None
+        if self.old is not None and self.updater.average is not None:
+            self.updater.average.copy_to(self.old)
+            old = policy.training(self.old)
         if loss.kl == 0 and (loss.kl_every is None or iteration % loss.kl_every):
-            return Policies(trained, None)
+            return Policies(trained, None, old)
         frozen = policy.training(self.reference)
         if self.reference is not None:
-            return Policies(trained, frozen)
+            return Policies(trained, frozen, old)
 
         def without_lora(latents: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
             with model.without_lora(model.denoiser):
                 return frozen(latents, sigma, prompt)
 
-        return Policies(trained, without_lora)
+        return Policies(trained, without_lora, old)
