@@ -443,6 +443,21 @@ class ScoringSection(Section):
     window: int = Field(default=3, ge=1, le=10_000, description="Iterations over which that share is computed.")
 
 
+class AlarmSection(Section):
+    """``alarm``: warnings that a reward is exploited, or diversity lost. Nothing here changes a result."""
+
+    enabled: bool = Field(default=True, description="Look for what an alarm is about, and warn at its onset.")
+    window: int = Field(
+        default=20, ge=4, le=10_000, description="Iterations between looks, and the fewest that a trend is seen over."
+    )
+    confidence: float = Field(
+        default=0.99,
+        ge=0.5,
+        lt=1,
+        description="The share of runs without anything of the kind that end without an alarm, at least.",
+    )
+
+
 class DataSection(Section):
     """``data``: the prompts."""
 
@@ -568,6 +583,9 @@ class Recipe(Section):
     batch: BatchSection = Field(default=BatchSection(), description="How much is done at a time.")
     scoring: ScoringSection = Field(
         default=ScoringSection(), description="How leaves are scored, and when failing rewards end the run."
+    )
+    alarm: AlarmSection = Field(
+        default=AlarmSection(), description="Warnings that a reward is exploited, or diversity lost."
     )
     data: DataSection = Field(description="The prompts to train on.")
     evaluation: EvaluationSection | None = Field(default=None, description="Held-out figures; none by default.")

@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor
 
 from branchtree.core.credit import Credit
+from branchtree.core.diversity import compared_numbers
 from branchtree.core.rollout import forwards
 from branchtree.core.scores import Scores
 from branchtree.core.tree import BranchTree, Topology
@@ -91,7 +92,8 @@ def iterate(session: Session, iteration: int) -> Iteration:
     session.failures.check(session.accelerator, scores, failed, partial(session.log_failure, iteration))
 
     with watch.phase("credit"):
-        group = session.team.gather(GroupRecord(topology, log_prob, scores, leaves.thumbnails()))
+        numbers = compared_numbers(tree.leaves) if session.recipe.alarm.enabled else None
+        group = session.team.gather(GroupRecord(topology, log_prob, scores, leaves.thumbnails(), numbers))
         rest = range(leaves.groups[len(credits)].start if credits else 0, topology.prompts)
         last = session.credit(group.topology, group.log_prob, group.of(rest), rest, tree.dimensions, iteration)
         credit = Credit.concatenate([*credits, last])

@@ -33,6 +33,7 @@ class ShareRecord:
     credit: Credit
     rollout_rows: int  # predictions that its rollouts took
     update: UpdateRecord
+    spreads: tuple[float | None, ...] = ()  # of each prompt's leaves, where alarms are looked for
 
 
 def merge(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
@@ -62,16 +63,33 @@ def merge(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
         credit=Credit.concatenate([share.credit for share in distinct]),
         rollout_rows=sum(share.rollout_rows for share in shares),
         update=update,
+        spreads=tuple(spread for share in distinct for spread in share.spreads),
     )
 
 
 def gather_metrics(session: Session, done: Iteration) -> dict[str, float]:
     """Return an iteration's figures over all processes, which call this together."""
+    return metrics_of(session, done, gather_record(session, done))
+
+
+def gather_record(session: Session, done: Iteration) -> ShareRecord:
+    """Return what all processes, which call this together, know of an iteration."""
     from accelerate.utils import gather_object
 
     group = done.group
-    share = ShareRecord(group.topology.plans, group.scores, done.credit, done.tree.topology.rollout_rows, done.update)
-    whole = merge(gather_object([share]), session.team.members)
+    share = ShareRecord(
+        group.topology.plans,
+        group.scores,
+        done.credit,
+        done.tree.topology.rollout_rows,
+        done.update,
+        tuple(group.spreads()),
+    )
+    return merge(gather_object([share]), session.team.members)
+
+
+def metrics_of(session: Session, done: Iteration, whole: ShareRecord) -> dict[str, float]:
+    """Return an iteration's figures, from what all processes know of it."""
     metrics = iteration_metrics(whole, session.inputs.model.rows_per_prediction)
     return {**metrics, **done.comparison, "lr": float(session.updater.optimizer.param_groups[0]["lr"])}
 
