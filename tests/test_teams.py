@@ -133,6 +133,7 @@ def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
 # Leaves split 5, 5, 6, through families of 4; some cannot be read, others by each process.
 UNEVEN = {"tree__splits": [0, 2], "tree__branches": 4, "tree__siblings": "simplex"}
 PRUNED = {"tree__splits": [0, 1, 2, 3], "pruning__kind": "parent_top1", "optim__steps_per_iteration": 2}
+PRUNED["credit__batch_normalise"] = True
 
 
 @pytest.mark.parametrize(("processes", "changes"), [(2, PRUNED), (3, UNEVEN)], ids=["pruned", "uneven and masked"])

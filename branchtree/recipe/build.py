@@ -124,6 +124,8 @@ def make_credit_rule(recipe: Recipe) -> CreditRule:
         credit.eps,
         credit.clip,
         regularised=recipe.loss.kl > 0,
+        baseline=credit.baseline,
+        returns=credit.returns,
         prune=make_prune(recipe.pruning),
     )
 
@@ -147,6 +149,7 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
             f"tree.{key} is for steps of an ODE, and those of the transition '{name}' are none, as it is not Gaussian; "
             "leave it out"
         )
+    _check_probes(recipe, name, kernel)
     if recipe.loss.weighting == "noise" and not isinstance(kernel, ScalesNoise):
         raise RecipeError(
             f"loss.weighting: the noise of the transition '{name}' has no scale to weigh by; set it to none"
@@ -160,6 +163,25 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
             total,
             iterations,
             optim.steps_per_iteration,
+        )
+
+
+def _check_probes(recipe: Recipe, transition: str, kernel: Kernel) -> None:
+    """Raise RecipeError if the recipe asks for probes that cannot be, or for what needs them without them."""
+    credit = recipe.credit
+    if credit.baseline != "probe":
+        if credit.returns == "step":
+            raise RecipeError("credit.returns: step is a difference of probes; set credit.baseline to probe")
+        return
+    if credit.estimator is not None:
+        raise RecipeError(
+            f"credit.estimator: '{credit.estimator.name}' has no use for probes; leave it out, or set credit.baseline "
+            "to group"
+        )
+    if not isinstance(kernel, GaussianKernel):
+        raise RecipeError(
+            f"credit.baseline: a probe goes on without noise, which the transition '{transition}' cannot, as it is not "
+            "Gaussian; set it to group"
         )
 
 

@@ -312,10 +312,25 @@ class CreditSection(Section):
         default="depth",
         description="The estimator: `depth` is the paper's, `leaf` is leave-one-out, `sibling` compares siblings.",
     )
+    baseline: Literal["group", "probe"] = Field(
+        default="group",
+        description="What a return is compared with: what `advantage` says of the `group`, or the score of a `probe`, "
+        "the deterministic continuation of the edge's parent; then `advantage` is not used.",
+    )
+    returns: Literal["leaf", "step"] = Field(
+        default="leaf",
+        description="Under `baseline: probe`, what is compared: the fused rewards of the `leaf` samples below an edge, "
+        "or, per `step`, the probe of the edge's end (DenseGRPO; biased).",
+    )
     combine: Literal["advantages", "rewards"] = Field(
         default="advantages",
         description="What is added where there are several rewards: their weighted `advantages`, or their weighted raw "
         "`rewards` before advantages are computed.",
+    )
+    batch_normalise: bool = Field(
+        default=False,
+        description="Normalise the sum of all rewards' advantages once more, over all prompts of an iteration (GDPO); "
+        "then the gradient pass waits for the last prompt's scores.",
     )
     eps: float = Field(default=1e-8, gt=0, le=1e6, description="Added to the deviation that advantages are divided by.")
     clip: float = Field(

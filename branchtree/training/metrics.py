@@ -33,6 +33,8 @@ class ShareRecord:
     credit: Credit
     rollout_rows: int  # predictions that its rollouts took
     update: UpdateRecord
+    probes: int = 0  # that its nodes had
+    probe_rows: int = 0  # predictions that they took
     spreads: tuple[float | None, ...] = ()  # of each prompt's leaves, where alarms are looked for
 
 
@@ -63,6 +65,8 @@ def merge(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
         credit=Credit.concatenate([share.credit for share in distinct]),
         rollout_rows=sum(share.rollout_rows for share in shares),
         update=update,
+        probes=sum(share.probes for share in shares),
+        probe_rows=sum(share.probe_rows for share in shares),
         spreads=tuple(spread for share in distinct for spread in share.spreads),
     )
 
@@ -83,6 +87,8 @@ def gather_record(session: Session, done: Iteration) -> ShareRecord:
         done.credit,
         done.tree.topology.rollout_rows,
         done.update,
+        done.probes.count,
+        done.probes.rows,
         tuple(group.spreads()),
     )
     return merge(gather_object([share]), session.team.members)
@@ -132,13 +138,15 @@ def _reward_metrics(topology: Topology, scores: Mapping[str, Scores], credit: Cr
 
 def _cost_metrics(topology: Topology, whole: ShareRecord, factor: int) -> dict[str, float]:
     update, rollout = whole.update, factor * whole.rollout_rows
-    gradient = factor * update.rows
+    gradient, probes = factor * update.rows, factor * whole.probe_rows
+    probing = {"rows/probes": float(probes), "leaves/probes": float(whole.probes)} if whole.probes else {}
     return {
         "rows/rollout": float(rollout),
         "rows/gradient": float(gradient),
         "rows/reference": float(factor * update.reference_rows),
         "rows/rescored": float(factor * update.rescored_rows),
-        "rows/equivalent": float(rollout + GRADIENT_COST * gradient),
+        "rows/equivalent": float(rollout + probes + GRADIENT_COST * gradient),
+        **probing,
         "leaves/scored": float(topology.width(topology.steps)),
         "edges/trained": float(sum(losses.numel() for losses in update.loss)),
         "steps/taken": float(update.steps),
