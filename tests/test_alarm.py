@@ -42,8 +42,7 @@ def planted(trained: str, auxiliary: str) -> dict[str, Any]:
         "batch.prompts": 4,
         "optim.lr": 4e-4,
         "alarm.window": WINDOW,
-        "evaluation.limit": 8,
-        "evaluation.noises": 1,
+        "evaluation": None,
         "run.iterations": 2 * WINDOW,
         "run.sample_every": None,
         "run.tree_every": None,
@@ -260,9 +259,8 @@ def test_a_planted_hack_sets_the_alarm_off_and_the_honest_reward_does_not(
     hacked, honest = tmp_path / "hacked", tmp_path / "honest"
     done = command("train", "quickstart", *arguments(planted("guest_brightness", "digits")), "--output", str(hacked))
     assert done.code == 0, done.err
-    (alarm, *further) = rows(hacked, "alarms.jsonl")
+    (alarm,) = rows(hacked, "alarms.jsonl")
     assert (alarm["kind"], alarm["trained"], alarm["reward"]) == ("auxiliary", "guest_brightness", "digits")
-    assert all(other["kind"] == "held_out" for other in further)
     assert (done.out + done.err).count("auxiliary reward 'digits' fell") == 1
     assert '<aside class="alarms" aria-label="Alarms">' in (hacked / "report.html").read_text()
     assert "auxiliary reward &#x27;digits&#x27; fell" in (hacked / "report.html").read_text()

@@ -16,7 +16,7 @@ def compared_numbers(latents: Tensor) -> Tensor:
     """Return those numbers of some latents (L, *latent) that are compared, (L, M), on the CPU."""
     flat = latents.flatten(1)
     if flat.shape[1] > NUMBERS:
-        source = generator(0, 0, 0, 0, 0, Purpose.COMPARED)
+        source = generator(0, 0, 0, 0, 0, Purpose.PERMUTATION)
         chosen = torch.randint(flat.shape[1], (NUMBERS,), generator=source)
         flat = flat[:, send(chosen, flat.device)]
     return flat.cpu()

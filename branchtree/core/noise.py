@@ -30,7 +30,6 @@ class Purpose(IntEnum):
     SHARED = 2
     PERMUTATION = 3
     RESAMPLING = 4
-    COMPARED = 5
 
 
 def generator(seed: int, iteration: int, prompt: int, depth: int, node: int, purpose: Purpose) -> torch.Generator:

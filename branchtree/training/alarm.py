@@ -74,7 +74,7 @@ class AlarmWatch:
 
     def recall(self, output: RunDirectory, identity: Mapping[str, Any] | None) -> list[Alarm]:
         """Take up what a run has written, and return the alarms that its log lacks, for a crash came between."""
-        spreads = {row["iteration"]: row["spread"] for row in output.rows(SPREAD)}
+        spreads = {row["iteration"]: row.get("spread", {}) for row in output.rows(SPREAD)}
         found = []
         for row in output.rows(METRICS):
             found += self.look(row["iteration"], row, spreads.get(row["iteration"], {}))
@@ -82,7 +82,7 @@ class AlarmWatch:
         for row in sorted(evaluations, key=lambda row: int(row["iteration"])):
             figures = {label: Figure(**figure) for label, figure in row["figures"].items()}
             found += self.look_held_out(row["iteration"], figures)
-        logged = {(row["iteration"], row["message"]) for row in output.rows(ALARMS)}
+        logged = {(row["iteration"], row.get("message")) for row in output.rows(ALARMS)}
         return [alarm for alarm in found if (alarm.iteration, alarm.message) not in logged]
 
     def look(self, iteration: int, row: Mapping[str, float], spreads: Spreads) -> list[Alarm]:
