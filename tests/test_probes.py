@@ -21,17 +21,19 @@ from reference import Node
 from safetensors.torch import load_file
 from strategies import Forest, make_plan
 from torch import Tensor
-from training_runs import arguments, metrics, small, weights
+from training_runs import arguments, metrics, small, spreads, weights
 
 from branchtree import load_recipe, plan, train
 from branchtree.core.fusion import NodeValues, fuse
+from branchtree.core.gathering import gather_levels
 from branchtree.core.gaussian import DanceSde
 from branchtree.core.grid import time_grid
 from branchtree.core.noise import IndependentSiblings, NoiseSource
 from branchtree.core.probes import Probes, probe_advantages, probe_differences, weighted_sum
 from branchtree.core.rollout import Sampler, VelocityFunction, forwards, rollout
 from branchtree.core.schedule import TreePlan
-from branchtree.core.tree import BranchTree, grow
+from branchtree.core.sharing import cut
+from branchtree.core.tree import BranchTree, grow, grow_shares
 from branchtree.errors import RecipeError
 from branchtree.plugins.scores import NamedReward
 from branchtree.recipe.build import check_learns, make_kernel
@@ -97,6 +99,26 @@ def test_scores_come_back_to_the_nodes_that_were_probed() -> None:
     assert flat[flat.isfinite()].tolist() == [0.0, *range(2, len(probes))]
     probed = [(depth, int(node)) for depth, chosen in enumerate(probes.nodes) for node in chosen]
     assert all(math.isnan(found[d][n]) == (i == 1) for i, (d, n) in enumerate(probed))
+
+
+def test_of_a_shared_tree_each_node_is_probed_by_one_process() -> None:
+    plans = PLANS["ragged"]
+    shares = [grow_shares([cut(each, 3)[member] for each in plans]) for member in range(3)]
+    whole, probes = grow(plans), [Probes.of(share) for share in shares]
+    assert sum(map(len, probes)) == len(Probes.of(whole))
+
+    def worths(of: Probes) -> tuple[Tensor, ...]:
+        """By depth, prompt and index in the whole tree, which are what a node's probe depends on."""
+        numbers = [
+            100.0 * depth + 10 * root + of.topology.shares[root].held[depth][node - of.topology.span(root, depth).start]
+            for depth, chosen in enumerate(of.nodes)
+            for node, root in zip(chosen.tolist(), of.topology.root[depth][chosen].tolist(), strict=True)
+        ]
+        return of.by_node(torch.tensor(numbers), torch.ones(len(of), dtype=torch.bool))
+
+    gathered = gather_levels(whole, shares, [worths(own) for own in probes])
+    for level, expected in zip(gathered, worths(Probes.of(whole)), strict=True):
+        torch.testing.assert_close(level, expected, equal_nan=True)
 
 
 # --- advantages ---
@@ -287,6 +309,7 @@ def test_two_processes_learn_with_probes_and_over_the_batch_what_one_learns(
         noise = {name for name in first if name.startswith(("log_prob/", "ratio/"))}
         compared = ({name: row[name] for name in row.keys() - noise} for row in (first, second))
         assert next(compared) == pytest.approx(next(compared), rel=1e-3, abs=1e-5)
+    assert spreads(tmp_path / "two") == pytest.approx(spreads(tmp_path / "one"), rel=1e-4)
     planned = plan("quickstart", overrides).iteration
     # Of each prompt the root and the two nodes of depth 2 are probed, over 6 and 4 steps.
     assert (one[0]["leaves/probes"], one[0]["rows/probes"]) == (planned.probes, planned.probe_rows) == (6, 28)
