@@ -133,7 +133,7 @@ def test_every_recipe_is_listed() -> None:
 
 def test_every_hook_is_described() -> None:
     hooks = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("register_")]
-    assert len(hooks) == 11
+    assert len(hooks) == 13
     assert [hook for hook in hooks if f"`{hook}(register)`" not in TEXT[ROOT / "docs" / "extending.md"]] == []
 
 
