@@ -177,7 +177,9 @@ def written_metrics() -> set[str]:
         preference=one,
         depth=[edges.edge_depth],
     )
-    names = iteration_metrics(ShareRecord(tuple(plans), scores, credit, topology.rollout_rows, update), 1)
+    names = iteration_metrics(
+        ShareRecord(tuple(plans), scores, credit, topology.rollout_rows, update, probes=1, probe_rows=1), 1
+    )
     shown = {re.sub(r"split_\d+$", "split_J", re.sub(r"depth_\d+$", "depth_NN", name)) for name in names}
     checked = {"continuation/gap/LABEL", "continuation/correlation/LABEL", "rows/continuation_check"}
     return shown | checked | {"iteration", "lr"}

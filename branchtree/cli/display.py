@@ -156,7 +156,10 @@ def _counts(plan: RunPlan) -> Table:
         rows["rollout predictions"] = (one.rollout_rows, all_.rollout_rows)
         rows["gradient predictions"] = (one.gradient_rows, all_.gradient_rows)
         note = f" (guidance, x{factor})"
-    rows[f"rollout rows{note}"] = (factor * one.rollout_rows, plan.rollout_rows)
+    rows[f"rollout rows{note}"] = (factor * one.rollout_rows, factor * all_.rollout_rows)
+    if all_.probes:
+        rows["probes"] = (one.probes, all_.probes)
+        rows[f"probe rows{note}"] = (factor * one.probe_rows, factor * all_.probe_rows)
     rows[f"gradient rows{note}"] = (factor * one.gradient_rows, plan.gradient_rows)
     rows["trained edges"] = (one.trained_edges, all_.trained_edges)
     for name, (first, every) in rows.items():

@@ -39,7 +39,8 @@ class TreePlan:
     arXiv 2509.06040, "ignore last step").
 
     A skipped step is not evaluated: the evaluated step before it leads straight to the depth after it, so that the rest
-    of a trajectory can be walked in fewer, longer steps. Of the trained steps a trajectory may train a random fraction.
+    of a trajectory can be walked in fewer, longer steps; where the first steps are skipped, the trajectory begins at a
+    deeper one. Of the trained steps a trajectory may train a random fraction.
     """
 
     factors: tuple[int, ...]  # (T,)
@@ -60,7 +61,7 @@ class TreePlan:
                 raise ValueError(f"step {step} splits, so it must be stochastic")
             if self.trained[step] and not self.stochastic[step]:
                 raise ValueError(f"step {step} is deterministic, so it cannot be trained")
-            if step in self.skipped and (self.stochastic[step] or step == 0 or self.stochastic[step - 1]):
+            if step in self.skipped and (self.stochastic[step] or (step > 0 and self.stochastic[step - 1])):
                 raise ValueError(f"step {step} cannot be skipped: it, or the step that leads to it, is stochastic")
 
     @property

@@ -69,8 +69,8 @@ class RunPlan:
 
     @property
     def rollout_rows(self) -> int:
-        """Rows through the denoiser in one iteration's rollouts, guidance counted."""
-        return self.iteration.rollout_rows * self.rows_per_prediction
+        """Rows through the denoiser in one iteration's rollouts and probes, guidance counted."""
+        return (self.iteration.rollout_rows + self.iteration.probe_rows) * self.rows_per_prediction
 
     @property
     def gradient_rows(self) -> int:
@@ -112,9 +112,9 @@ class RunPlan:
 
     @property
     def decoder_flops(self) -> float:
-        """Floating-point operations of decoding an iteration's leaves; 0 where the model does not know."""
+        """Floating-point operations of decoding an iteration's leaves and probes; 0 where the model does not know."""
         decoder = self.footprint.decoder
-        return decoder.flops_per_row * self.iteration.leaves if decoder else 0.0
+        return decoder.flops_per_row * (self.iteration.leaves + self.iteration.probes) if decoder else 0.0
 
     @property
     def flops(self) -> float:

@@ -39,6 +39,9 @@ class ShareRecord:
     credit: Credit
     rollout_rows: int  # predictions that its rollouts took
     update: UpdateRecord
+    probes: int = 0  # that its nodes had
+    probe_rows: int = 0  # predictions that they took
+    spreads: tuple[float | None, ...] = ()  # of each prompt's leaves, where alarms are looked for
 
 
 def merge(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
@@ -68,16 +71,37 @@ def merge(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
         credit=Credit.concatenate([share.credit for share in distinct]),
         rollout_rows=sum(share.rollout_rows for share in shares),
         update=update,
+        probes=sum(share.probes for share in shares),
+        probe_rows=sum(share.probe_rows for share in shares),
+        spreads=tuple(spread for share in distinct for spread in share.spreads),
     )
 
 
 def gather_metrics(session: Session, done: Iteration) -> dict[str, float]:
     """Return an iteration's figures over all processes, which call this together."""
+    return metrics_of(session, done, gather_record(session, done))
+
+
+def gather_record(session: Session, done: Iteration) -> ShareRecord:
+    """Return what all processes, which call this together, know of an iteration."""
     from accelerate.utils import gather_object
 
     group = done.group
-    share = ShareRecord(group.topology.plans, group.scores, done.credit, done.tree.topology.rollout_rows, done.update)
-    whole = merge(gather_object([share]), session.team.members)
+    share = ShareRecord(
+        group.topology.plans,
+        group.scores,
+        done.credit,
+        done.tree.topology.rollout_rows,
+        done.update,
+        done.probes.count,
+        done.probes.rows,
+        tuple(group.spreads()),
+    )
+    return merge(gather_object([share]), session.team.members)
+
+
+def metrics_of(session: Session, done: Iteration, whole: ShareRecord) -> dict[str, float]:
+    """Return an iteration's figures, from what all processes know of it."""
     metrics = iteration_metrics(whole, session.inputs.model.rows_per_prediction)
     return {**metrics, **done.comparison, "lr": float(session.updater.optimizer.param_groups[0]["lr"])}
 
@@ -141,13 +165,15 @@ def spread_ratio(values: Tensor, group: Tensor, groups: int) -> float:
 
 def _cost_metrics(topology: Topology, whole: ShareRecord, factor: int) -> dict[str, float]:
     update, rollout = whole.update, factor * whole.rollout_rows
-    gradient = factor * update.rows
+    gradient, probes = factor * update.rows, factor * whole.probe_rows
+    probing = {"rows/probes": float(probes), "leaves/probes": float(whole.probes)} if whole.probes else {}
     return {
         "rows/rollout": float(rollout),
         "rows/gradient": float(gradient),
         "rows/reference": float(factor * update.reference_rows),
         "rows/rescored": float(factor * update.rescored_rows),
-        "rows/equivalent": float(rollout + GRADIENT_COST * gradient),
+        "rows/equivalent": float(rollout + probes + GRADIENT_COST * gradient),
+        **probing,
         "leaves/scored": float(topology.width(topology.steps)),
         "edges/trained": float(sum(losses.numel() for losses in update.loss)),
         "steps/taken": float(update.steps),

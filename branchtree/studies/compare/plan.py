@@ -144,7 +144,7 @@ def iterations_within(recipe: Recipe, rows: int) -> int:
     factor = make_model(recipe).rows_per_prediction
     spent = 0
     for iteration, cost in enumerate(iteration_costs(recipe)):
-        spent += factor * (cost.rollout_rows + GRADIENT_COST * cost.gradient_rows)
+        spent += factor * (cost.rollout_rows + cost.probe_rows + GRADIENT_COST * cost.gradient_rows)
         if spent > rows:
             return max(iteration, 1)
     raise AssertionError("iteration_costs has no end")

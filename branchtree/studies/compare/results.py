@@ -8,9 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from branchtree.core.student import student_quantile
 from branchtree.report.curves import mean
 from branchtree.report.read import Evaluation, Run, read_run
-from branchtree.studies.common.intervals import LEVEL, student_quantile
+from branchtree.studies.common.intervals import LEVEL
 from branchtree.studies.compare.execute import RunOutcome, cpu_seconds, is_finished
 from branchtree.studies.compare.plan import PlannedRun, RunPlans, nodes_per_leaf, row_noise
 
