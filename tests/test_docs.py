@@ -37,6 +37,7 @@ from branchtree.training.objective import UpdateRecord
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
 FOLDERS = ["adapters/README.md", "rewards/README.md", "recipes/README.md", "examples/actions/README.md"]
+FOLDERS += ["examples/tokens/README.md"]
 PAGES = [*DOCS, *(ROOT / name for name in (*FOLDERS, "CONTRIBUTING.md", "CHANGELOG.md", "README.md"))]
 TEXT = {page: page.read_text(encoding="utf-8") for page in PAGES}
 EVERYTHING = "\n".join(TEXT[page] for page in DOCS)
@@ -158,9 +159,9 @@ def test_every_command_is_in_the_api(name: str) -> None:
 
 def written_metrics() -> set[str]:
     """The names of what a small iteration logs, as the page writes them."""
-    plans = [Schedule(4, FixedSplits((0, 1), (2, 2))).plan(0, 0)]
-    topology, values = grow(plans), torch.tensor([0.1, 0.5, 0.2, 0.9])
-    scores = {"LABEL": Scores(values, torch.ones(4, dtype=torch.bool), raw=values, details={"DETAIL": values})}
+    plans = [Schedule(4, FixedSplits((0, 1), (2, 2))).plan(0, 0)] * 2
+    topology, values = grow(plans), torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3, 0.4, 0.7, 0.8])
+    scores = {"LABEL": Scores(values, torch.ones(8, dtype=torch.bool), raw=values, details={"DETAIL": values})}
     flat = [torch.zeros(topology.width(depth)) for depth in topology.depths]
     credit = assign_credit(topology, flat, scores, {"LABEL": 1.0}, CreditRule(), 0, 1)
     edges = collect_families(topology, credit.advantages, credit.keep)
@@ -176,7 +177,9 @@ def written_metrics() -> set[str]:
         preference=one,
         depth=[edges.edge_depth],
     )
-    names = iteration_metrics(ShareRecord(tuple(plans), scores, credit, topology.rollout_rows, update), 1)
+    names = iteration_metrics(
+        ShareRecord(tuple(plans), scores, credit, topology.rollout_rows, update, probes=1, probe_rows=1), 1
+    )
     shown = {re.sub(r"split_\d+$", "split_J", re.sub(r"depth_\d+$", "depth_NN", name)) for name in names}
     checked = {"continuation/gap/LABEL", "continuation/correlation/LABEL", "rows/continuation_check"}
     return shown | checked | {"iteration", "lr"}

@@ -56,8 +56,12 @@ class Sampler:
         """
         if not isinstance(self.kernel, ScalesNoise):
             raise ValueError(f"{type(self.kernel).__name__} has no noise scale to weigh steps by")
-        scale = self.kernel.noise_scale(self.sigmas[:-2], self.sigmas[1:-1])
-        return torch.cat([scale / scale.mean(), torch.zeros(1)])
+        scale = self.noise_scale(self.kernel)
+        return scale / scale[:-1].mean()
+
+    def noise_scale(self, kernel: ScalesNoise) -> Tensor:
+        """Return the standard deviation that each step adds if it is stochastic, (T,) float32; 0 for the last."""
+        return torch.cat([kernel.noise_scale(self.sigmas[:-2], self.sigmas[1:-1]), torch.zeros(1)])
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class TreePlan:
     arXiv 2509.06040, "ignore last step").
 
     A skipped step is not evaluated: the evaluated step before it leads straight to the depth after it, so that the rest
-    of a trajectory can be walked in fewer, longer steps. Of the trained steps a trajectory may train a random fraction.
+    of a trajectory can be walked in fewer, longer steps; where the first steps are skipped, the trajectory begins at a
+    deeper one. Of the trained steps a trajectory may train a random fraction.
     """
 
     factors: tuple[int, ...]  # (T,)
@@ -60,7 +61,7 @@ class TreePlan:
                 raise ValueError(f"step {step} splits, so it must be stochastic")
             if self.trained[step] and not self.stochastic[step]:
                 raise ValueError(f"step {step} is deterministic, so it cannot be trained")
-            if step in self.skipped and (self.stochastic[step] or step == 0 or self.stochastic[step - 1]):
+            if step in self.skipped and (self.stochastic[step] or (step > 0 and self.stochastic[step - 1])):
                 raise ValueError(f"step {step} cannot be skipped: it, or the step that leads to it, is stochastic")
 
     @property
@@ -141,12 +142,24 @@ class SplitAtWindow:
         """See Splits."""
         return {self.window.steps(iteration).start: self.branches}
 
+    def possible(self, iteration: int) -> list[dict[int, int]]:
+        """See ListsSplits."""
+        return [self.factors(iteration, 0)]
+
 
 class Splits(Protocol):
     """Chooses where one prompt's tree splits."""
 
     def factors(self, iteration: int, prompt: int) -> dict[int, int]:
         """The split steps of this prompt at this iteration, each with its branch factor."""
+
+
+@runtime_checkable
+class ListsSplits(Protocol):
+    """Splits that know all that can be drawn, if anything is."""
+
+    def possible(self, iteration: int) -> list[dict[int, int]]:
+        """What ``factors`` may give at this iteration, each as likely as the others."""
 
 
 @dataclass(frozen=True)
@@ -165,6 +178,10 @@ class FixedSplits:
     def factors(self, iteration: int, prompt: int) -> dict[int, int]:
         """See Splits."""
         return dict(zip(self.steps, self.branches, strict=True))
+
+    def possible(self, iteration: int) -> list[dict[int, int]]:
+        """See ListsSplits."""
+        return [self.factors(iteration, 0)]
 
 
 @dataclass(frozen=True)
@@ -188,6 +205,10 @@ class DrawnSplits:
         """See Splits."""
         draw = random.Random(f"split {self.seed} {iteration} {prompt}")  # string seeds do not depend on the process
         return {draw.randint(self.first, self.last): self.branches}
+
+    def possible(self, iteration: int) -> list[dict[int, int]]:
+        """See ListsSplits."""
+        return [{step: self.branches} for step in range(self.first, self.last + 1)]
 
 
 @dataclass(frozen=True)
@@ -215,7 +236,18 @@ class Schedule:
 
     def plan(self, iteration: int, prompt: int) -> TreePlan:
         """The plan for one prompt. Raises ValueError if a split step lies outside the grid."""
-        factors = self.splits.factors(iteration, prompt)
+        return self._plan(self.splits.factors(iteration, prompt), iteration, prompt)
+
+    def possible_plans(self, iteration: int, prompts: int) -> list[TreePlan]:
+        """Return the plans that prompts can have at an iteration, each as likely as the others.
+
+        They are those of the first ``prompts`` prompts where the rule of the splits does not list what it can draw.
+        """
+        if isinstance(self.splits, ListsSplits):
+            return [self._plan(factors, iteration, 0) for factors in self.splits.possible(iteration)]
+        return [self.plan(iteration, prompt) for prompt in range(prompts)]
+
+    def _plan(self, factors: dict[int, int], iteration: int, prompt: int) -> TreePlan:
         for step, factor in factors.items():
             if not 0 <= step < self.steps - 1:
                 raise ValueError(

@@ -7,6 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 from branchtree.core.cost import Cost, count
+from branchtree.core.injection import LeafNoise
 from branchtree.core.schedule import TreePlan
 from branchtree.core.tree import Topology, grow, grow_shares
 from branchtree.data.prompts import (
@@ -21,6 +22,7 @@ from branchtree.errors import PluginError, RecipeError
 from branchtree.planning.fitting import Fit, find_fits
 from branchtree.planning.gpus import GPUS
 from branchtree.planning.memory import MemoryEstimate, estimate_memory
+from branchtree.planning.noise import PlannedNoise, planned_noise
 from branchtree.planning.preflight import RewardSizes, reward_sizes
 from branchtree.plugins.protocols import ModelAdapter, RewardAdapter
 from branchtree.plugins.values import Footprint
@@ -62,11 +64,13 @@ class RunPlan:
     memory: MemoryEstimate
     rewards: RewardSizes
     fits: tuple[Fit, ...]  # well-known GPUs, from the smallest
+    noise: LeafNoise | None = None  # mean over the whole run; None where it is not known
+    noise_warning: str | None = None  # that it is much less than without the recipe's methods
 
     @property
     def rollout_rows(self) -> int:
-        """Rows through the denoiser in one iteration's rollouts, guidance counted."""
-        return self.iteration.rollout_rows * self.rows_per_prediction
+        """Rows through the denoiser in one iteration's rollouts and probes, guidance counted."""
+        return (self.iteration.rollout_rows + self.iteration.probe_rows) * self.rows_per_prediction
 
     @property
     def gradient_rows(self) -> int:
@@ -108,9 +112,9 @@ class RunPlan:
 
     @property
     def decoder_flops(self) -> float:
-        """Floating-point operations of decoding an iteration's leaves; 0 where the model does not know."""
+        """Floating-point operations of decoding an iteration's leaves and probes; 0 where the model does not know."""
         decoder = self.footprint.decoder
-        return decoder.flops_per_row * self.iteration.leaves if decoder else 0.0
+        return decoder.flops_per_row * (self.iteration.leaves + self.iteration.probes) if decoder else 0.0
 
     @property
     def flops(self) -> float:
@@ -118,8 +122,16 @@ class RunPlan:
         return self.rollout_flops + self.gradient_flops
 
 
-def plan_recipe(recipe: Recipe) -> RunPlan:
-    """Plan the first iteration. Raises a BranchTreeError if the recipe's model or prompts cannot be found."""
+def plan_recipe(recipe: Recipe, base: Recipe | None = None) -> RunPlan:
+    """Plan the first iteration.
+
+    Args:
+        recipe: What is planned.
+        base: The same without the methods that it was put under, whose noise it is held against.
+
+    Raises:
+        BranchTreeError: The recipe's model or prompts cannot be found.
+    """
     model = make_model(recipe)
     check_learns(recipe, make_kernel(recipe.sampler, model.prediction))  # refuses what training would
     schedule, rule = make_schedule(recipe), make_credit_rule(recipe)
@@ -130,6 +142,7 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
     iteration = count(plans, rule, 0)
     rewards = reward_sizes(recipe)
     around = rewards.around()
+    noise = planned_noise(recipe, model)
     return RunPlan(
         recipe=recipe,
         tree=plans[0],
@@ -143,7 +156,16 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
         memory=estimate_memory(recipe, footprint, iteration, around),
         rewards=rewards,
         fits=find_fits(recipe, footprint, iteration, GPUS, around),
+        noise=None if noise is None else noise.leaf,
+        noise_warning=_against_base(recipe, noise, base),
     )
+
+
+def _against_base(recipe: Recipe, noise: PlannedNoise | None, base: Recipe | None) -> str | None:
+    before = None if base is None else planned_noise(base)
+    if base is None or before is None or noise is None:
+        return None
+    return noise.too_little(recipe.name, f"'{base.name}'", before.leaf.differing)
 
 
 def _first_prompts(recipe: Recipe, model: ModelAdapter) -> list[int]:

@@ -1,4 +1,4 @@
-"""The library's own rules of the method, registered as any plug-in's are."""
+"""The library's own kinds of samples and rules of the method, registered as any plug-in's are."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
-
-from pydantic import BaseModel, ConfigDict
 
 from branchtree.core.advantages import ESTIMATORS
 from branchtree.core.forward import Crd, ForwardLoss, MatchingRatio, Nft, PredictionError
@@ -20,12 +18,15 @@ from branchtree.core.transitions import Kernel
 from branchtree.core.weighting import StepWeighting, gradient_weights, noise_weights
 from branchtree.errors import RecipeError
 from branchtree.plugins.hookspecs import Register, hookimpl
+from branchtree.plugins.registry import NoKeys
+from branchtree.plugins.samples import Media
 
 
-class NoKeys(BaseModel):
-    """The built-in rules read the keys of their section, and have none of their own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@hookimpl
+def register_samples(register: Register) -> None:
+    """Register images and videos."""
+    register("image", build=Media, summary="Images, (B, C, H, W) in [0, 1].")
+    register("video", build=Media, summary="Videos, (B, F, C, H, W) in [0, 1], and their frame rate.")
 
 
 @hookimpl

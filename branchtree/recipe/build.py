@@ -127,6 +127,8 @@ def make_credit_rule(recipe: Recipe) -> CreditRule:
         credit.eps,
         credit.clip,
         regularised=recipe.loss.kl > 0,
+        baseline=credit.baseline,
+        returns=credit.returns,
         prune=make_prune(recipe.pruning),
         draws=recipe.loss.draws if forward else 0,
         whole_groups=bool(forward and forward.whole_groups),
@@ -152,6 +154,7 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
             f"tree.{key} is for steps of an ODE, and those of the transition '{name}' are none, as it is not Gaussian; "
             "leave it out"
         )
+    _check_probes(recipe, name, kernel)
     if recipe.loss.is_forward:
         _check_forward(recipe, kernel, name)
     else:
@@ -165,6 +168,25 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
             total,
             iterations,
             optim.steps_per_iteration,
+        )
+
+
+def _check_probes(recipe: Recipe, transition: str, kernel: Kernel) -> None:
+    """Raise RecipeError if the recipe asks for probes that cannot be, or for what needs them without them."""
+    credit = recipe.credit
+    if credit.baseline != "probe":
+        if credit.returns == "step":
+            raise RecipeError("credit.returns: step is a difference of probes; set credit.baseline to probe")
+        return
+    if credit.estimator is not None:
+        raise RecipeError(
+            f"credit.estimator: '{credit.estimator.name}' has no use for probes; leave it out, or set credit.baseline "
+            "to group"
+        )
+    if not isinstance(kernel, GaussianKernel):
+        raise RecipeError(
+            f"credit.baseline: a probe goes on without noise, which the transition '{transition}' cannot, as it is not "
+            "Gaussian; set it to group"
         )
 
 
@@ -201,6 +223,7 @@ def _check_forward(recipe: Recipe, kernel: Kernel, transition: str) -> None:
         (loss.ratio != "plain", f"loss.ratio: {why}; set it to plain"),
         (loss.trust != "clip", f"loss.trust: {why}; set it to clip"),
         (loss.weighting != "none", f"loss.weighting: {why}; set it to none"),
+        (recipe.credit.baseline == "probe", f"credit.baseline: {why}; set it to group"),
         (prunes_depths, f"pruning.kind: {why}, and depth pruning leaves out edges alone; set it to none"),
         (
             loss.old_policy == "ema" and recipe.optim.ema is None,
@@ -266,9 +289,10 @@ def make_reward(name: str, options: Mapping[str, Any], at: KeyPath) -> tuple[Rew
 def require_scoring(adapter: RewardAdapter, name: str, key: str, modality: str) -> None:
     """Raise RecipeError if a reward does not score what the model makes."""
     if modality not in adapter.modalities:
+        remote = f", and 'remote' does once a plug-in registers the kind '{modality}' (register_samples)"
         raise RecipeError(
             f"{key}: reward '{name}' scores {', '.join(sorted(adapter.modalities))}, but the model makes {modality}s; "
-            f"'branchtree rewards' lists those that score {modality}s"
+            f"'branchtree rewards' lists those that score {modality}s{'' if modality in registry().samples else remote}"
         )
 
 

@@ -312,10 +312,25 @@ class CreditSection(Section):
         default="depth",
         description="The estimator: `depth` is the paper's, `leaf` is leave-one-out, `sibling` compares siblings.",
     )
+    baseline: Literal["group", "probe"] = Field(
+        default="group",
+        description="What a return is compared with: what `advantage` says of the `group`, or the score of a `probe`, "
+        "the deterministic continuation of the edge's parent; then `advantage` is not used.",
+    )
+    returns: Literal["leaf", "step"] = Field(
+        default="leaf",
+        description="Under `baseline: probe`, what is compared: the fused rewards of the `leaf` samples below an edge, "
+        "or, per `step`, the probe of the edge's end (DenseGRPO; biased).",
+    )
     combine: Literal["advantages", "rewards"] = Field(
         default="advantages",
         description="What is added where there are several rewards: their weighted `advantages`, or their weighted raw "
         "`rewards` before advantages are computed.",
+    )
+    batch_normalise: bool = Field(
+        default=False,
+        description="Normalise the sum of all rewards' advantages once more, over all prompts of an iteration (GDPO); "
+        "then the gradient pass waits for the last prompt's scores.",
     )
     eps: float = Field(default=1e-8, gt=0, le=1e6, description="Added to the deviation that advantages are divided by.")
     clip: float = Field(
@@ -549,6 +564,21 @@ class ScoringSection(Section):
     window: int = Field(default=3, ge=1, le=10_000, description="Iterations over which that share is computed.")
 
 
+class AlarmSection(Section):
+    """``alarm``: warnings that a reward is exploited, or diversity lost. Nothing here changes a result."""
+
+    enabled: bool = Field(default=True, description="Look for what an alarm is about, and warn at its onset.")
+    window: int = Field(
+        default=20, ge=4, le=10_000, description="Iterations between looks, and the fewest that a trend is seen over."
+    )
+    confidence: float = Field(
+        default=0.99,
+        ge=0.5,
+        lt=1,
+        description="The share of runs without anything of the kind that end without an alarm, at least.",
+    )
+
+
 class DataSection(Section):
     """``data``: the prompts."""
 
@@ -674,6 +704,9 @@ class Recipe(Section):
     batch: BatchSection = Field(default=BatchSection(), description="How much is done at a time.")
     scoring: ScoringSection = Field(
         default=ScoringSection(), description="How leaves are scored, and when failing rewards end the run."
+    )
+    alarm: AlarmSection = Field(
+        default=AlarmSection(), description="Warnings that a reward is exploited, or diversity lost."
     )
     data: DataSection = Field(description="The prompts to train on.")
     evaluation: EvaluationSection | None = Field(default=None, description="Held-out figures; none by default.")

@@ -46,6 +46,7 @@ from branchtree.training.limits import RowLimits
 from branchtree.training.objective import Objective
 from branchtree.training.path import PathObjective
 from branchtree.training.policy import Policy
+from branchtree.training.probing import refuse_group_rewards
 from branchtree.training.processes import Team, make_team, process_group, refuse_whole_groups
 from branchtree.training.session import Session
 from branchtree.training.sharding import make_engine
@@ -65,6 +66,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
     # Rewards first: they are the smaller download, and one that is missing is named before the model's begins.
     load_rewards([*inputs.rewards, *inputs.held_out], model.modality, accelerator.device)
     refuse_whole_groups(team, inputs.rewards)
+    refuse_group_rewards(recipe.credit.baseline, inputs.rewards)
     load_model(recipe, model, accelerator.device)
     # Without a start of its own, a LoRA's start policy is the model with it switched off.
     kept = not recipe.lora or recipe.model.start is not None
