@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from branchtree.core.adaptive import AdaptiveSplits, plan_ahead
 from branchtree.core.cost import Cost, count
-from branchtree.core.schedule import TreePlan
+from branchtree.core.schedule import Schedule, TreePlan
 from branchtree.core.tree import Topology, grow, grow_shares
 from branchtree.data.prompts import (
     HUB,
@@ -37,6 +38,9 @@ from branchtree.recipe.build import (
 from branchtree.recipe.plain_yaml import KeyPath
 from branchtree.recipe.schema import DataSection, EvaluationSection, Recipe, RewardSection
 
+FORESEEN = 20
+"""Iterations over which a plan averages."""
+
 
 @dataclass(frozen=True)
 class ShareCost:
@@ -44,6 +48,15 @@ class ShareCost:
 
     leaves: int
     rollout_rows: int  # predictions, including those that other processes compute too
+
+
+@dataclass(frozen=True)
+class Budget:
+    """The predictions of an iteration's rollouts, where splits adapt."""
+
+    most: int
+    mean: float  # over the first iterations, before anything is learnt
+    most_children: int  # of a split
 
 
 @dataclass(frozen=True)
@@ -60,6 +73,7 @@ class RunPlan:
     memory: MemoryEstimate
     rewards: RewardSizes
     fits: tuple[Fit, ...]  # well-known GPUs, from the smallest
+    budget: Budget | None = None  # of an iteration, where splits adapt
 
     @property
     def rollout_rows(self) -> int:
@@ -109,7 +123,7 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
     model = make_model(recipe)
     check_learns(recipe, make_kernel(recipe.sampler, model.prediction))  # refuses what training would
     schedule, rule = make_schedule(recipe), make_credit_rule(recipe)
-    plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe, model)]
+    plans = plan_ahead(schedule, 0, _first_prompts(recipe, model))
     footprint = model.footprint()
     if recipe.lora is not None and footprint.lora_parameters_per_rank == 0:
         raise RecipeError(f"lora: no layer of the model family '{recipe.model.adapter}' takes one; leave it out")
@@ -129,7 +143,16 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
         memory=estimate_memory(recipe, footprint, iteration, around),
         rewards=rewards,
         fits=find_fits(recipe, footprint, iteration, GPUS, around),
+        budget=_budget(recipe, schedule),
     )
+
+
+def _budget(recipe: Recipe, schedule: Schedule) -> Budget | None:
+    rule, prompts = schedule.splits, recipe.batch.prompts
+    if not isinstance(rule, AdaptiveSplits):
+        return None
+    rows = [grow(plan_ahead(schedule, i, range(i * prompts, (i + 1) * prompts))).rollout_rows for i in range(FORESEEN)]
+    return Budget(rule.budget(prompts), sum(rows) / len(rows), rule.most)
 
 
 def _first_prompts(recipe: Recipe, model: ModelAdapter) -> list[int]:

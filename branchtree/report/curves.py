@@ -43,6 +43,9 @@ SIGNALS = (
         ("log_prob/mismatch_mean", "log_prob/mismatch_max"),
         "Between the densities of the rollout and of the gradient pass: mean and largest.",
     ),
+    Signal("Split step", ("split/step",), "Where trees split, on average, as their rule learnt."),
+    Signal("Noise of the split", ("split/eta",), "Its level eta, on average, as the rule of splits learnt."),
+    Signal("Children of a split", ("split/children",), "On average over the iteration's prompts."),
     Signal("Learning rate", ("lr",), "As the schedule set it."),
     Signal("Valid rewards", ("reward/valid_fraction",), "Fraction of the leaves on which no reward failed."),
     Signal(

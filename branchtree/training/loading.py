@@ -22,7 +22,7 @@ from branchtree.planning.preflight import TrainingNeed, step_shortage
 from branchtree.plugins.protocols import CompilesBlocks, FreezesUnused, ModelAdapter, RewardAdapter
 from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import LoraSettings
-from branchtree.recipe.build import make_credit_rule, make_edge_loss, make_sampler, planned_steps
+from branchtree.recipe.build import make_credit_rule, make_edge_loss, make_sampler, most_noise, planned_steps
 from branchtree.recipe.schema import OptimSection, Recipe
 from branchtree.run.directory import RunDirectory
 from branchtree.run.resume import find_checkpoint
@@ -39,6 +39,7 @@ from branchtree.training.policy import Policy
 from branchtree.training.processes import make_team, process_group, refuse_whole_groups
 from branchtree.training.session import Session
 from branchtree.training.sharding import make_engine
+from branchtree.training.splitting import make_split_learner
 from branchtree.training.trained import Trained, restore_weights
 from branchtree.training.update import UpdateGuard, Updater
 
@@ -74,6 +75,8 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
     limits = _row_limits(inputs, accelerator, engine.joint)
     average = WeightAverage(engine.parameters, recipe.optim.ema) if recipe.optim.ema else None
     guard = UpdateGuard(recipe.optim)
+    order = PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle)
+    splits = make_split_learner(inputs.schedule, order, recipe.batch.prompts, most_noise(recipe.sampler))
     return Session(
         inputs=inputs,
         output=output,
@@ -92,10 +95,10 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
             average=average,
             remedy=partial(step_shortage, recipe),
         ),
-        trained=Trained(model, engine, scheduler, average, guard),
+        trained=Trained(model, engine, scheduler, average, guard, splits),
         evaluator=_make_evaluator(inputs, policy, limits, engine.joint),
         failures=FailureWatch(recipe.scoring, {reward.label for reward in inputs.rewards if reward.weight == 0}),
-        order=PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle),
+        order=order,
         credit_rule=make_credit_rule(recipe),
         reference=reference,
         checkpoint=checkpoint,

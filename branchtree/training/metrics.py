@@ -73,7 +73,21 @@ def gather_metrics(session: Session, done: Iteration) -> dict[str, float]:
     share = ShareRecord(group.topology.plans, group.scores, done.credit, done.tree.topology.rollout_rows, done.update)
     whole = merge(gather_object([share]), session.team.members)
     metrics = iteration_metrics(whole, session.inputs.model.rows_per_prediction)
+    if session.trained.splits is not None:
+        metrics |= learned_splits(whole.plans, session.recipe.sampler.level)
     return {**metrics, **done.comparison, "lr": float(session.updater.optimizer.param_groups[0]["lr"])}
+
+
+def learned_splits(plans: Sequence[TreePlan], level: float) -> dict[str, float]:
+    """Return where trees split, and with what noise, on average; ``level`` is that of the kernel's own."""
+    splits = [(step, plan) for plan in plans for step in plan.splits]
+    if not splits:
+        return {}
+    return {
+        "split/step": sum(step for step, _ in splits) / len(splits),
+        "split/eta": level * sum(float(plan.active(step)) for step, plan in splits) / len(splits),
+        "split/children": sum(plan.factors[step] for step, plan in splits) / len(splits),
+    }
 
 
 def iteration_metrics(whole: ShareRecord, rows_per_prediction: int) -> dict[str, float]:

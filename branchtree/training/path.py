@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,11 +27,6 @@ class PathObjective:
     loss: LossSection
     device: torch.device
     edge_loss: EdgeLoss
-
-    @cached_property
-    def _noise_weights(self) -> Tensor:
-        """Each step's weight, (T,)."""
-        return self.sampler.noise_weights()
 
     @property
     def looks_back(self) -> bool:
@@ -64,7 +58,8 @@ class PathObjective:
         ratio = probability_ratio(log_prob, old)
         losses = self.edge_loss(ratio, batch.advantage)
         if self.loss.weighting == "noise":
-            losses = losses * send(self._noise_weights[work.depth][work.family], losses.device)
+            weights = self.sampler.noise_weights(work.depth, batch.target, batch.active)
+            losses = losses * send(weights[work.family], losses.device)
         record.rows += len(work)
         record.loss.append(losses.detach())
         record.depth.append(work.edge_depth)
@@ -98,8 +93,7 @@ class PathObjective:
 
     def _transition(self, velocity: VelocityFunction, batch: FamilyBatch) -> Transition:
         prediction = velocity(batch.latents, batch.sigma, send(batch.families.prompt, batch.latents.device))
-        active = torch.ones(len(batch.families), dtype=torch.bool)
-        return self.sampler.transition(batch.latents, prediction, batch.families.depth, active)
+        return self.sampler.transition(batch.latents, prediction, batch.families.depth, batch.active, batch.target)
 
     def _divergence(self, reference: VelocityFunction, batch: FamilyBatch, transition: Transition) -> Tensor:
         """Return the KL of each edge's transition to the start policy's, (E,)."""

@@ -275,6 +275,8 @@ class Trainer:
         if done.comparison:
             self._continuation.look(done.comparison)
         metrics = gather_metrics(session, done)
+        if session.trained.splits is not None:
+            session.trained.splits.observe(iteration, session.processes, session.team, done.group.topology, done.credit)
         self._reporter.record(iteration, metrics, done.timing)
         self._standing = self._stand(iteration + 1)
         session.limits.agree(session.accelerator, session.output)

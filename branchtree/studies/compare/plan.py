@@ -11,6 +11,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from branchtree.core.adaptive import plan_ahead
 from branchtree.core.cost import Cost, count
 from branchtree.data.prompts import PromptOrder, training_conditions
 from branchtree.errors import RecipeError
@@ -124,7 +125,7 @@ def iteration_costs(recipe: Recipe) -> Iterator[Cost]:
     known: dict[object, Cost] = {}
     iteration = 0
     while True:
-        plans = tuple(schedule.plan(iteration, prompt) for prompt in order.batch(iteration, recipe.batch.prompts))
+        plans = tuple(plan_ahead(schedule, iteration, order.batch(iteration, recipe.batch.prompts)))
         # A pruning window moves every so many iterations, and a plug-in's rule may look at each; nothing else does.
         section = recipe.pruning
         key = (plans, iteration if section.rule else iteration // section.every if section.kind == "depth" else 0)
