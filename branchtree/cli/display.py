@@ -171,7 +171,7 @@ def _budget(plan: RunPlan) -> list[str]:
     if budget is None:
         return []
     return [
-        f"Splits adapt: an iteration's rollouts are at most {budget.most} predictions, {budget.mean:.0f} on average, and "
+        f"Splits adapt: an iteration's rollouts are at most {budget.most} predictions, {budget.mean:.0f} on average; "
         f"a split has up to {budget.most_children} children. The tables are for the first iteration."
     ]
 
