@@ -23,8 +23,8 @@ State = Mapping[str, Any]
 
 PRIOR = 2.0
 """Observations for which the mean over all steps, or prompts, counts in the estimate of one."""
-FIRST_GAIN, LEAST_GAIN = 0.5, 0.05
-"""The change of the log noise by one clear observation: the first, and the least that it falls to."""
+FIRST_GAIN, LEAST_GAIN = 1.0, 0.05
+"""The change of the log noise by an observation of direction 1: by the first, and the least that it falls to."""
 WIDEST = math.log(1e4)
 """The largest distance of the log noise from the kernel's own."""
 GRADIENT_COST = 3
@@ -92,8 +92,8 @@ class Outcome:
             return None
         if self.spread == 0:
             return -1.0 if self.drop > self.rounding else 1.0
-        allowed = fraction * self.spread
-        return (allowed - self.drop) / (allowed + abs(self.drop))
+        # Linear in the drop, whose error is symmetric, so that on average the noise stays where the drop is right.
+        return min(max(fraction - self.drop / self.spread, -1.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ class AdaptiveSplits:
     seed: int
     explore: float = 0.25
     memory: int = 40  # observations over which an estimate goes back
-    drop: float | None = 0.25  # None leaves the noise as it is
+    drop: float | None = 0.1  # None leaves the noise as it is
     by_prompt: bool = True
     rows: int | None = None  # predictions of an iteration's rollouts; those of ``branches`` children by default
 

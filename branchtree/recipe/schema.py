@@ -133,7 +133,7 @@ class AdaptiveSection(Section):
     )
     by_prompt: bool = Field(default=True, description="Give more children to prompts whose siblings spread more.")
     drop: float | None = Field(
-        default=0.25,
+        default=0.1,
         gt=0,
         le=10,
         description="The noise of a split is moved until its children's mean reward lies this fraction of their spread "
@@ -687,6 +687,18 @@ class Recipe(Section):
             raise ValueError(f"sampler.eta: {len(splits)} splits need as many noise levels, not {len(eta)}")
         if isinstance(eta, tuple) and self.tree.splits == "adaptive" and self.tree.split_rule is None:
             raise ValueError("sampler.eta: tree.splits: adaptive starts from one noise level, not a list")
+        return self
+
+    @model_validator(mode="after")
+    def _affords_the_least(self) -> Recipe:
+        tree, prompts = self.tree, self.batch.prompts
+        # As wherever the split lies, the least children take no more than that many trajectories from the start.
+        least = prompts * tree.least_children * tree.steps
+        if tree.splits == "adaptive" and tree.adaptive.rows is not None and tree.adaptive.rows < least:
+            raise ValueError(
+                f"adaptive.rows: {prompts} prompts take up to {least} predictions with {tree.least_children} children "
+                f"each, more than {tree.adaptive.rows}; raise it, or lower batch.prompts"
+            )
         return self
 
     @model_validator(mode="wrap")
