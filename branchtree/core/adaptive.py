@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+from branchtree.core.cost import GRADIENT_COST
 from branchtree.core.fusion import NodeValues
 from branchtree.core.schedule import Branching, Schedule, TreePlan
 from branchtree.core.tree import Topology
@@ -27,8 +28,6 @@ FIRST_GAIN, LEAST_GAIN = 1.0, 0.05
 """The change of the log noise by an observation of direction 1: by the first, and the least that it falls to."""
 WIDEST = math.log(1e4)
 """The largest distance of the log noise from the kernel's own."""
-GRADIENT_COST = 3
-"""A row with its backward pass costs about three forward rows."""
 
 
 @runtime_checkable
@@ -130,13 +129,13 @@ class AdaptiveSplits:
         each = [step + 1 + self.branches * below for step, below in zip(self.steps, self.remaining, strict=True)]
         return prompts * sum(each) // len(each)
 
-    def factors(self, iteration: int, prompt: int) -> Mapping[int, int]:
+    def factors(self, iteration: int, prompt: int) -> dict[int, int]:
         """See Splits; as before anything is learnt."""
-        return self.branching(iteration, prompt).factors
+        return {self._draw(self.start(), iteration, prompt): self.branches}
 
     def branching(self, iteration: int, prompt: int) -> Branching:
         """See ChoosesNoise; as before anything is learnt."""
-        return Branching({self._draw(self.start(), iteration, prompt): self.branches}, still=self.drop is not None)
+        return Branching(self.factors(iteration, prompt), still=self.drop is not None)
 
     def start(self) -> State:
         """See LearnsSplits."""

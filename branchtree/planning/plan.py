@@ -51,7 +51,7 @@ class ShareCost:
 
 
 @dataclass(frozen=True)
-class Budget:
+class RowBudget:
     """The predictions of an iteration's rollouts, where splits adapt."""
 
     most: int
@@ -73,7 +73,7 @@ class RunPlan:
     memory: MemoryEstimate
     rewards: RewardSizes
     fits: tuple[Fit, ...]  # well-known GPUs, from the smallest
-    budget: Budget | None = None  # of an iteration, where splits adapt
+    budget: RowBudget | None = None  # of an iteration, where splits adapt
 
     @property
     def rollout_rows(self) -> int:
@@ -147,12 +147,12 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
     )
 
 
-def _budget(recipe: Recipe, schedule: Schedule) -> Budget | None:
+def _budget(recipe: Recipe, schedule: Schedule) -> RowBudget | None:
     rule, prompts = schedule.splits, recipe.batch.prompts
     if not isinstance(rule, AdaptiveSplits):
         return None
     rows = [grow(plan_ahead(schedule, i, range(i * prompts, (i + 1) * prompts))).rollout_rows for i in range(FORESEEN)]
-    return Budget(rule.budget(prompts), sum(rows) / len(rows), rule.most)
+    return RowBudget(rule.budget(prompts), sum(rows) / len(rows), rule.most)
 
 
 def _first_prompts(recipe: Recipe, model: ModelAdapter) -> list[int]:

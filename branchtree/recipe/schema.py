@@ -251,7 +251,7 @@ class TreeSection(Section):
             raise ValueError(f"{len(splits)} splits need as many lengths in join, not {len(self.join)}")
         lengths = (self.join,) * len(splits) if isinstance(self.join, int) else self.join
         for split, length, following in zip(splits, lengths, (*splits[1:], self.steps - 1), strict=False):
-            if split + length > following:
+            if length > 1 and split + length > following:
                 end = "the next split" if following in splits else "the last step, which is deterministic"
                 raise ValueError(f"join: {length} steps from split {split} reach beyond step {following}, {end}")
         return self

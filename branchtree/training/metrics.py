@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from branchtree.core.cost import GRADIENT_COST
 from branchtree.core.credit import Credit
 from branchtree.core.fusion import TIE
 from branchtree.core.schedule import TreePlan
@@ -19,9 +20,6 @@ from branchtree.core.variance import split_spread, split_variance
 from branchtree.training.iteration import Iteration
 from branchtree.training.objective import UpdateRecord
 from branchtree.training.session import Session
-
-GRADIENT_COST = 3
-"""A row with its backward pass costs about three forward rows."""
 
 
 @dataclass(frozen=True)

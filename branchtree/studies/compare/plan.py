@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from branchtree.core.adaptive import plan_ahead
-from branchtree.core.cost import Cost, count
+from branchtree.core.cost import GRADIENT_COST, Cost, count
 from branchtree.data.prompts import PromptOrder, training_conditions
 from branchtree.errors import RecipeError
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.build import make_credit_rule, make_model, make_schedule
 from branchtree.studies.compare.request import ComparisonRequest, Row
-from branchtree.training.metrics import GRADIENT_COST
 
 FREE_KEYS = {"evaluation.every", "evaluation.rows"}
 """How often is judged, and how many samples at a time: that leaves each figure as it is."""
