@@ -20,7 +20,7 @@ from branchtree.core.schedule import PRESET_SPLITS
 from branchtree.files.names import checked_name
 from branchtree.files.paths import LocalPath, PathKey
 
-LARGEST_ETA = 10.0
+LARGEST_ETA = 10
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PromptFile = Annotated[str, PathKey(always=True, names=("hub:",))]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
