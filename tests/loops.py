@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.small.pipelines import Small
@@ -29,6 +30,24 @@ def made_driver(family: Small, pipeline: Any) -> PipelineDriver:
 def padded(rows: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Rows of one, with zeros at the ends of those that are shorter."""
     return {name: pad_together([row[name][0] for row in rows]) for name in rows[0]}
+
+
+@pytest.fixture(scope="module")
+def pipeline(family: Small) -> Any:
+    """The pipeline of a module's own fixture ``family``."""
+    return family.build()
+
+
+@pytest.fixture(scope="module")
+def driver(family: Small, pipeline: Any) -> PipelineDriver:
+    """Its driver."""
+    return made_driver(family, pipeline)
+
+
+@pytest.fixture(scope="module")
+def packed(family: Small, driver: PipelineDriver) -> Mapping[str, Tensor]:
+    """The encodings of three prompts, one row each."""
+    return padded([driver.encode(ask(family, prompt)) for prompt in PROMPTS])
 
 
 def one_row(packed: Mapping[str, Tensor], row: int) -> dict[str, Tensor]:

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 from guests import install_guest
+from public_surface import undocumented_uses
 from test_conformance import run_tests
+from training_runs import metrics
 
 from branchtree import evaluate, load_recipe, plan, train, write_report
 from branchtree.errors import RecipeError
@@ -24,7 +26,7 @@ def actions_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install_guest(tmp_path_factory.mktemp("actions_site"), ACTIONS)
 
 
-@pytest.mark.parametrize(("name", "least"), [("test_policies.py", 60), ("test_tasks.py", 9)])
+@pytest.mark.parametrize(("name", "least"), [("test_policies.py", 60), ("test_tasks.py", 12)])
 def test_it_keeps_its_promises(name: str, least: int, actions_site: Path, tmp_path: Path) -> None:
     """PushT's environment may be missing; the unicycle needs none."""
     outcomes = run_tests(tmp_path, (ACTIONS / "tests" / name).read_text(encoding="utf-8"), actions_site)
@@ -32,10 +34,22 @@ def test_it_keeps_its_promises(name: str, least: int, actions_site: Path, tmp_pa
     assert len(outcomes["passed"]) > least
 
 
-@pytest.mark.parametrize("method", ["", "+branchgrpo", "+dancegrpo", "+mixgrpo"])
-def test_the_methods_of_the_library_apply(method: str, actions_site: Path, plug: Callable[[Path], None]) -> None:
+def test_it_uses_documented_names_only() -> None:
+    assert undocumented_uses(ACTIONS) == []
+
+
+@pytest.mark.parametrize("method", ["", "+single", "+branchgrpo", "+dancegrpo", "+mixgrpo"])
+def test_the_methods_of_the_library_apply(
+    method: str, actions_site: Path, plug: Callable[[Path], None], tmp_path: Path
+) -> None:
+    """Each trains the rows that its plan counts, from a ratio of exactly 1."""
     plug(actions_site)
-    assert plan(f"unicycle{method}").gradient_rows > 0
+    changes = {"run.iterations": 1, "batch.prompts": 4, "evaluation.limit": 4}
+    planned = plan(f"unicycle{method}", changes)
+    train(f"unicycle{method}", changes, output=tmp_path / "run")
+    (row,) = metrics(tmp_path / "run")
+    assert row["ratio/first_step_max_deviation"] == 0
+    assert (row["rows/rollout"], row["rows/gradient"]) == (planned.rollout_rows, planned.gradient_rows)
 
 
 def test_drives_are_drawn_in_the_report(actions_site: Path, plug: Callable[[Path], None], tmp_path: Path) -> None:

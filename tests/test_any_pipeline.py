@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import loops
 import pytest
 import torch
 from branchtree_adapters.any_pipeline.driver import PipelineDriver, rows_of_calls
@@ -34,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from branchtree.errors import ModelError
 
+pipeline, driver, packed = loops.pipeline, loops.driver, loops.packed
 pytestmark = pytest.mark.filterwarnings("ignore:In CPU autocast")  # Mochi's float32 regions
 
 
@@ -42,21 +44,6 @@ def family(request: pytest.FixtureRequest) -> Iterator[Small]:
     family = PIPELINES[request.param]
     with small_constants(family):
         yield family
-
-
-@pytest.fixture(scope="module")
-def pipeline(family: Small) -> Any:
-    return family.build()
-
-
-@pytest.fixture(scope="module")
-def driver(family: Small, pipeline: Any) -> PipelineDriver:
-    return made_driver(family, pipeline)
-
-
-@pytest.fixture(scope="module")
-def packed(family: Small, driver: PipelineDriver) -> Mapping[str, Tensor]:
-    return padded([driver.encode(ask(family, prompt)) for prompt in PROMPTS])
 
 
 def test_published_models_are_listed_with_their_work(

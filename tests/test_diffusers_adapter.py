@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,18 +15,22 @@ import diffusers
 import pytest
 import torch
 from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
+from branchtree_adapters.any_pipeline.linear_inputs import make_contiguous
 from branchtree_adapters.pipeline.sources import _small, locate_pipeline
 from branchtree_adapters.small.pipelines import PIPELINES
 from pipeline_checks import case_of
 from small_pipelines import options, small_constants
 from torch import distributed as dist
+from torch import nn
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from branchtree import load_recipe, plan, train
 from branchtree.errors import ModelError, RecipeError
+from branchtree.plugins import Condition
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS
 from branchtree.testing import AdapterCase, ModelAdapterPromises
+from branchtree.testing.probe import CPU
 
 PROMPTS = ["a red three", "seven blue", "a digit"]
 PROMISED = ["aura_flow", "sdxl", "wan_experts", "z_image"]
@@ -91,12 +97,19 @@ def test_a_model_is_loaded_as_it_was_planned(name: str) -> None:
 
 @MOCHI
 @pytest.mark.parametrize("name", ["qwen_image", "ltx", "mochi"])
-def test_a_grid_that_diffusers_divides_by_zero_for_is_refused(name: str) -> None:
+def test_a_schedule_that_diffusers_divides_by_zero_for_is_one_step_from_its_start(name: str) -> None:
     model = Diffusers(DiffusersConfig(**options(name)))
-    model.load(torch.device("cpu"), torch.float32, torch.float32)
-    with pytest.raises(ModelError, match=r"more tree\.steps"):
-        model.sigmas(1)
-    assert len(model.sigmas(2)) == 3
+    with pytest.raises((ArithmeticError, RuntimeWarning)):
+        model.driver.grid(1)
+    assert model.sigmas(1).tolist() == [1, 0]
+    assert model.sigmas(2)[0] == model.sigmas(20)[0] == 1
+
+
+def test_a_grid_that_the_scheduler_does_not_make_is_refused() -> None:
+    """Its model has 1000 noise levels."""
+    model = Diffusers(DiffusersConfig(**options("sd15")))
+    with pytest.raises(ModelError, match=r"makes no grid of 1001 steps: .*Set other tree\.steps"):
+        model.sigmas(1001)
 
 
 def test_a_grid_that_begins_at_pure_noise_is_refused_of_a_model_that_predicts_it() -> None:
@@ -104,6 +117,40 @@ def test_a_grid_that_begins_at_pure_noise_is_refused_of_a_model_that_predicts_it
     recipe = Recipe.model_validate({**sections, "data": {"prompts": PROMPTS}, "sampler": {"kind": "ddim"}, "name": "a"})
     with pytest.raises(RecipeError, match=r"sampler\.grid: 'linear' begins at pure noise.* set it to pipeline"):
         plan(recipe)
+
+
+def test_a_layer_computes_the_same_with_trained_and_with_frozen_weights() -> None:
+    """As the one of Krea 2 over its encoder's layers, whose input is not contiguous."""
+    generator = torch.Generator().manual_seed(0)
+    given = torch.randn(4, 208, 2, 32, generator=generator).transpose(2, 3)
+    layer, other = nn.Linear(2, 1, bias=False), nn.Linear(2, 1, bias=False)
+    make_contiguous([layer, other], lambda: (layer(given), other(given.contiguous())))
+    assert not other._forward_pre_hooks
+    frozen = copy.deepcopy(layer).requires_grad_(False)
+    with torch.no_grad():
+        assert torch.equal(layer(given), frozen(given))
+        assert torch.equal(layer(given), layer(given.contiguous()))
+
+
+def test_checkpointed_blocks_are_given_what_others_are() -> None:
+    """Also the mask, which diffusers leaves out of Chroma's checkpointed blocks; asked for twice, they are so once."""
+    model = Diffusers(DiffusersConfig(**options("chroma")))
+    model.load(CPU, torch.float32, torch.float32)
+    conditioning = model.encode([Condition("one"), Condition("two words of several letters")])
+    latents = torch.stack([model.initial_noise(torch.Generator().manual_seed(seed)) for seed in range(2)])
+    predictions, saved = [], []
+    for _ in range(3):
+        saved.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(partial(_counted, saved), lambda tensor: tensor):
+            predictions.append(model.predict(latents, torch.tensor([0.9, 0.4]), conditioning))
+        model.enable_gradient_checkpointing()
+    assert torch.equal(predictions[0], predictions[1]) and torch.equal(predictions[0], predictions[2])
+    assert saved[1] < saved[0] / 2 and saved[2] == saved[1]
+
+
+def _counted(saved: list[int], tensor: torch.Tensor) -> torch.Tensor:
+    saved[-1] += tensor.numel()
+    return tensor
 
 
 def test_a_call_that_lacks_an_image_is_refused() -> None:

@@ -260,4 +260,4 @@ def test_wide_leaves_get_wide_places(run: Path) -> None:
     for path in (run / "trees" / "iteration_000000").iterdir():
         fake_videos.write_webp(path, fake_videos.clip(wide, 0.0))
     boxes = {(attrs["width"], attrs["height"]) for tag, attrs in page(run).tags if tag == "image"}
-    assert boxes == {("67", "42")}
+    assert boxes == {("115", "72")}

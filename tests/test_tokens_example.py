@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from guests import install_guest
+from public_surface import undocumented_uses
 from test_conformance import run_tests
 from training_runs import metrics
 
@@ -20,11 +21,15 @@ def tokens_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return install_guest(tmp_path_factory.mktemp("tokens_site"), TOKENS)
 
 
-@pytest.mark.parametrize("name", ["test_addition.py", "test_tokens.py"])
+@pytest.mark.parametrize("name", ["test_addition.py", "test_sudoku.py", "test_tokens.py"])
 def test_it_keeps_its_promises(name: str, tokens_site: Path, tmp_path: Path) -> None:
     outcomes = run_tests(tmp_path, (TOKENS / "tests" / name).read_text(encoding="utf-8"), tokens_site)
     assert (outcomes["failure"], outcomes["error"]) == ([], [])
     assert len(outcomes["passed"]) > 30
+
+
+def test_it_uses_documented_names_only() -> None:
+    assert undocumented_uses(TOKENS) == []
 
 
 SMALL = {
@@ -41,11 +46,12 @@ SMALL = {
 def test_its_recipes_train_what_they_plan(
     recipe: str, tokens_site: Path, tmp_path: Path, plug: Callable[[Path], None]
 ) -> None:
-    """Rows are those of the plan but for families that tie, and a report shows grids and trees."""
+    """Rows are those of the plan but for families that tie, and a report plays the order of revealing."""
     plug(tokens_site)
     train(recipe, SMALL, output=tmp_path / "run")
     (row,) = metrics(tmp_path / "run")
     planned = plan(recipe, SMALL)
     assert row["ratio/first_step_max_deviation"] == 0
     assert row["rows/rollout"] == planned.rollout_rows and 0 < row["rows/gradient"] <= planned.gradient_rows
-    assert write_report(tmp_path / "run").read_text().count("data:image/png") >= 4
+    report = write_report(tmp_path / "run").read_text()
+    assert report.count("data:video/mp4") == 2 and report.count("data:image/webp") >= 16

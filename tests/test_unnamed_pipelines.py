@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import diffusers
+import loops
 import pytest
 import torch
 from branchtree_adapters.any_pipeline import recording
@@ -30,7 +31,6 @@ from branchtree_adapters.small.pipelines import Small
 from loops import (
     PROMPTS,
     made_driver,
-    padded,
     require_decoded_alone,
     require_gradients_alone,
     require_own_loop,
@@ -44,6 +44,7 @@ from unnamed_pipelines import CHOSEN, UNNAMED
 from branchtree.errors import ModelError
 from branchtree.testing.probe import make_question, predict_rows
 
+pipeline, driver, packed = loops.pipeline, loops.driver, loops.packed
 SEED, COUNT = 0, 5
 PICKED_FROM = "0.42.1"
 """The release of diffusers."""
@@ -103,21 +104,6 @@ def test_these_were_picked() -> None:
 @pytest.fixture(scope="module", params=[*UNNAMED, *CHOSEN])
 def family(request: pytest.FixtureRequest) -> Small:
     return {**UNNAMED, **CHOSEN}[request.param]
-
-
-@pytest.fixture(scope="module")
-def pipeline(family: Small) -> Any:
-    return family.build()
-
-
-@pytest.fixture(scope="module")
-def driver(family: Small, pipeline: Any) -> PipelineDriver:
-    return made_driver(family, pipeline)
-
-
-@pytest.fixture(scope="module")
-def packed(family: Small, driver: PipelineDriver) -> Mapping[str, Tensor]:
-    return padded([driver.encode(ask(family, prompt)) for prompt in PROMPTS])
 
 
 def test_rows_of_several_prompts_and_levels_are_rows_alone(

@@ -9,6 +9,7 @@ from branchtree.report.read import Node, Tree
 
 SPLIT_WIDTH, CHAIN_WIDTH = 92, 23
 LEFT, TOP = 52, 64
+ROW_HEIGHTS = 76.0, 46.0, 30.0  # with few pictures to look at, with up to 32 leaves, and with more
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,8 @@ def lay_out_tree(tree: Tree) -> TreeLayout:
         if node.parent is not None:
             children[node.parent].append(node)
     ends = sum(not below for below in children.values())
-    height = 46.0 if ends <= 32 else 30.0
+    pictured = any(leaf.thumbnail for leaf in tree.leaves)
+    height = ROW_HEIGHTS[0] if ends <= 16 and pictured else ROW_HEIGHTS[1] if ends <= 32 else ROW_HEIGHTS[2]
     rows: dict[int, float] = {}
     above = 0  # leaves so far
     for node in _bottom_up(tree, children):

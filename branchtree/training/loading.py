@@ -22,7 +22,7 @@ from branchtree.planning.preflight import TrainingNeed, step_shortage
 from branchtree.plugins.protocols import CompilesBlocks, FreezesUnused, ModelAdapter, RewardAdapter
 from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import LoraSettings
-from branchtree.recipe.build import make_credit_rule, make_edge_loss, make_sampler, most_noise, planned_steps
+from branchtree.recipe.build import make_credit_rule, make_edge_rules, make_sampler, most_noise, planned_steps
 from branchtree.recipe.schema import OptimSection, Recipe
 from branchtree.run.directory import RunDirectory
 from branchtree.run.resume import find_checkpoint
@@ -88,7 +88,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
             accelerator=accelerator,
             engine=engine,
             scheduler=scheduler,
-            objective=PathObjective(policy.sampler, recipe.loss, accelerator.device, make_edge_loss(recipe)),
+            objective=PathObjective(policy.sampler, recipe.loss, accelerator.device, make_edge_rules(recipe)),
             max_grad_norm=recipe.optim.max_grad_norm,
             limit=limits.update,
             guard=guard,

@@ -1,4 +1,4 @@
-"""The clipped policy gradient over a tree's edges: each edge's ratio of densities times its advantage."""
+"""The policy gradient over a tree's edges: each edge's ratio of new to old, times its advantage."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from branchtree.core.credit import Credit
 from branchtree.core.families import Families, FamilyBatch, gather
-from branchtree.core.loss import EdgeLoss, clipped_away, probability_ratio
+from branchtree.core.loss import EdgeRules, Edges, silenced
 from branchtree.core.rollout import Sampler, VelocityFunction
 from branchtree.core.transfer import send
 from branchtree.core.transitions import Transition
@@ -26,12 +26,12 @@ class PathObjective:
     sampler: Sampler
     loss: LossSection
     device: torch.device
-    edge_loss: EdgeLoss
+    rules: EdgeRules
 
     @property
     def looks_back(self) -> bool:
         """See Objective."""
-        return self.loss.old_log_prob == "recomputed"
+        return self.rules.looks_back
 
     def work(self, credit: Credit, topology: Topology, ids: Sequence[int], iteration: int) -> Families:
         """See Objective."""
@@ -48,18 +48,15 @@ class PathObjective:
     ) -> Tensor:
         """See Objective."""
         batch = gather(tree, work, self.device)
-        transition = self._transition(policies.trained, batch)
-        log_prob = transition.rows(batch.family).log_prob(batch.following, self.sampler.reduction)
-        old = batch.log_prob if earlier is None else earlier.terms
+        prediction = self._predict(policies.trained, batch)
+        transition = self._transition(batch, prediction)
+        edges = self._edges(batch, transition, prediction.detach(), earlier, first)
+        ratio = self.rules.ratio(edges)
+        losses = self.rules.loss(ratio, edges)
         if first:
-            # The weights are still those of the rollout, so the behaviour policy's density is this very number.
-            old = log_prob.detach()
-            record.mismatch.append((old - batch.log_prob).abs())
-        ratio = probability_ratio(log_prob, old)
-        losses = self.edge_loss(ratio, batch.advantage)
-        if self.loss.weighting == "noise":
-            weights = self.sampler.noise_weights(work.depth, batch.target, batch.active)
-            losses = losses * send(weights[work.family], losses.device)
+            record.mismatch.append((edges.old_log_prob - batch.log_prob).abs())
+        record.clipped.append(silenced(losses, ratio, batch.advantage))
+        losses = self._weighted(losses, batch)
         record.rows += len(work)
         record.loss.append(losses.detach())
         record.depth.append(work.edge_depth)
@@ -67,7 +64,6 @@ class PathObjective:
         record.deviation.append(deviation)
         if first:
             record.first_deviation.append(deviation)
-        record.clipped.append(clipped_away(ratio.detach(), batch.advantage, self.loss.clip_range))
         if policies.reference is not None:
             divergence = self._divergence(policies.reference, batch, transition)
             record.reference_rows += len(work)
@@ -76,10 +72,13 @@ class PathObjective:
         return losses
 
     def earlier(self, tree: BranchTree, work: Families, policies: Policies) -> Earlier:
-        """Return log-densities (E,) under the trained policy as it is."""
+        """Return log-densities (E,) and, where a rule compares transitions, predictions (F, ...)."""
         batch = gather(tree, work, self.device)
-        transition = self._transition(policies.trained, batch).rows(batch.family)
-        return Earlier(rows=None, terms=transition.log_prob(batch.following, self.sampler.reduction))
+        prediction = self._predict(policies.trained, batch)
+        transition = self._transition(batch, prediction).rows(batch.family)
+        # Predictions are as large as the tree's states, and are kept where those are.
+        kept = prediction.to(tree.states[0].device) if self.rules.compares_transitions else None
+        return Earlier(rows=kept, terms=transition.log_prob(batch.following, self.sampler.reduction))
 
     def without_terms(self, tree: BranchTree, policies: Policies) -> Tensor:
         """See Objective."""
@@ -91,12 +90,41 @@ class PathObjective:
                 policies.reference(latents, sigma, root)
         return prediction.sum() * 0
 
-    def _transition(self, velocity: VelocityFunction, batch: FamilyBatch) -> Transition:
-        prediction = velocity(batch.latents, batch.sigma, send(batch.families.prompt, batch.latents.device))
+    def _predict(self, velocity: VelocityFunction, batch: FamilyBatch) -> Tensor:
+        return velocity(batch.latents, batch.sigma, send(batch.families.prompt, batch.latents.device))
+
+    def _transition(self, batch: FamilyBatch, prediction: Tensor) -> Transition:
         return self.sampler.transition(batch.latents, prediction, batch.families.depth, batch.active, batch.target)
+
+    def _edges(
+        self, batch: FamilyBatch, transition: Transition, prediction: Tensor, earlier: Earlier | None, first: bool
+    ) -> Edges:
+        """Return what the rules compare; ``transition`` and ``prediction`` are of the families."""
+        rows = transition.rows(batch.family)
+        log_prob = rows.log_prob(batch.following, self.sampler.reduction)
+        old_log_prob = batch.log_prob
+        old_prediction: Tensor | None = None
+        if first:  # the weights are still those of the rollout, so the old policy is this one
+            old_log_prob, old_prediction = log_prob.detach(), prediction
+        elif earlier is not None:
+            old_log_prob, old_prediction = earlier.terms, earlier.rows
+        old = None
+        if self.rules.compares_transitions and old_prediction is not None:
+            old = self._transition(batch, send(old_prediction, batch.latents.device)).rows(batch.family)
+        return Edges(batch.advantage, batch.following, rows, log_prob, old_log_prob, old)
+
+    def _weighted(self, losses: Tensor, batch: FamilyBatch) -> Tensor:
+        """Multiply each edge's loss (E,) with the weight of its step."""
+        if self.rules.weighting is not None:
+            weights = self.rules.weighting(self.sampler, batch.families.depth, batch.target, batch.active)
+            losses = losses * send(weights, losses.device)[batch.family]
+        if self.loss.divide_by_dt:
+            duration = self.sampler.sigmas[batch.families.depth] - self.sampler.sigmas[batch.target]
+            losses = losses / send(duration, losses.device)[batch.family]
+        return losses
 
     def _divergence(self, reference: VelocityFunction, batch: FamilyBatch, transition: Transition) -> Tensor:
         """Return the KL of each edge's transition to the start policy's, (E,)."""
         with torch.no_grad():
-            start = self._transition(reference, batch)
+            start = self._transition(batch, self._predict(reference, batch))
         return transition.kl(start, self.sampler.reduction)[batch.family]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import pydantic
 import torch
 from torch import Tensor, nn
@@ -22,9 +23,11 @@ from branchtree.errors import DataError, ModelError, nearest, reason_of, shorten
 from branchtree.plugins import Condition, Conditioning, Footprint, Media, Register, hookimpl
 from branchtree.plugins.weights import lora_parameters_per_rank
 from branchtree_adapters.any_pipeline.asking import Asked
+from branchtree_adapters.any_pipeline.checkpointing import checkpoint_blocks
 from branchtree_adapters.any_pipeline.clock import predicted
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.any_pipeline.families import family_of
+from branchtree_adapters.any_pipeline.linear_inputs import make_contiguous
 from branchtree_adapters.any_pipeline.measure import measure
 from branchtree_adapters.any_pipeline.published import published_model
 from branchtree_adapters.any_pipeline.substitutes import Wrapped
@@ -111,7 +114,6 @@ class Diffusers(PipelineAdapter):
     def __init__(self, config: DiffusersConfig) -> None:
         super().__init__(config)
         self._loaded: PipelineDriver | None = None
-        self._unused: Mapping[str, Collection[str]] = {}  # parameters by denoiser
 
     # Known before loading
 
@@ -225,8 +227,11 @@ class Diffusers(PipelineAdapter):
     def footprint(self) -> Footprint:
         """Return the model's sizes, measured on a pipeline without weights. Raises ModelError if there can be none."""
         found = measure(self._unloaded, self._examples[0], torch.bfloat16, self.blueprint.origin)
-        denoisers = self._unloaded.denoisers.values()
-        each_rank = sum(lora_parameters_per_rank(module, self._lora_targets(module)) for module in denoisers)
+        self._unloaded.find_unused()
+        each_rank = sum(
+            lora_parameters_per_rank(module, self._with_effect(name, module, self._lora_targets(module)))
+            for name, module in self._unloaded.denoisers.items()
+        )
         return replace(found, lora_parameters_per_rank=each_rank, assumed=self.blueprint.assumed)
 
     # The pipeline at work
@@ -257,18 +262,22 @@ class Diffusers(PipelineAdapter):
         on_device(pipeline.vae, device)
         self._loaded = self._driven(pipeline, device)
         self._require_all_images(self._loaded)
+        make_contiguous(self.denoisers.values(), self._loaded.find_unused)
         self._loaded.compare_levels()
-        self._unused = self._loaded.unused_parameters()
         self.release_frozen()
+
+    def enable_gradient_checkpointing(self) -> None:
+        """Compute the blocks again in the backward pass that the denoisers would; finds them by a prediction."""
+        checkpoint_blocks(self.denoisers.values(), self.driver.trace)
 
     def unused_layers(self, name: str) -> frozenset[str]:
         """Return layers of a denoiser, by name, whose weights have no effect."""
-        return frozenset(key.removesuffix(".weight") for key in self._unused.get(name, ()))
+        return frozenset(key.removesuffix(".weight") for key in self.driver.unused.get(name, ()))
 
     def freeze_unused(self) -> None:
         """Freeze the weights that have no effect, and log which."""
         for name, module in self.denoisers.items():
-            unused = sorted(self._unused.get(name, ()))
+            unused = sorted(self.driver.unused.get(name, ()))
             self._fixed[name] = {key: module.get_parameter(key).requires_grad_(False).detach() for key in unused}
             if unused:
                 log.info("%d tensors of %s have no effect and are not trained: %s, ...", len(unused), name, unused[0])
@@ -355,15 +364,22 @@ class Diffusers(PipelineAdapter):
         return self.driver.noise(generator)
 
     def sigmas(self, steps: int) -> Tensor:
-        """Return the noise levels (steps + 1,) of the pipeline's own schedule. Raises ModelError if it has none."""
+        """Return the noise levels (steps + 1,) of the pipeline's own schedule. Raises ModelError if it has none.
+
+        Where its formula has none of one step, as it divides by the number of the others, that one leads from its
+        noisiest level to 0.
+        """
         try:
-            grid = self.driver.grid(steps)
+            with np.errstate(divide="raise", invalid="raise"):
+                grid = self.driver.grid(steps)
             check_grid(grid)
         except Exception as error:  # diffusers divides by zero, among other things
+            if steps == 1:
+                return self.sigmas(2)[[0, -1]]
             scheduler = type(self.driver.pipeline.scheduler).__name__
             raise ModelError(
                 f"sampler.grid 'pipeline': {scheduler} of '{self.config.path}' makes no grid of {steps} steps: "
-                f"{shortened(' '.join(str(error).split()))}. Set more tree.steps, or sampler.grid to 'linear'."
+                f"{shortened(' '.join(str(error).split()))}. Set other tree.steps, or sampler.grid to 'linear'."
             ) from error
         return grid
 

@@ -6,7 +6,7 @@ import copy
 import functools
 import inspect
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -117,6 +117,8 @@ class PipelineDriver:
         """Rows through the denoiser for each row predicted."""
         self.example: Mapping[str, Tensor] = {}
         """The encodings of the prompt by which the layout was learnt, one row."""
+        self.unused: Mapping[str, Set[str]] = {}
+        """Names of parameters without effect, by denoiser; see ``find_unused``."""
         self._asked: Asked | None = None
 
     # Running the pipeline
@@ -374,24 +376,26 @@ class PipelineDriver:
         rows = {name: value.expand(count, *value.shape[1:]) for name, value in self.example.items()}
         return self._noises(count), {name: value.to(self._device) for name, value in rows.items()}
 
-    def unused_parameters(self) -> dict[str, set[str]]:
-        """Return the names of parameters, by denoiser, on which no prediction of the example depends.
+    @torch.enable_grad()
+    def trace(self) -> list[Tensor]:
+        """Return predictions of the example in which all denoisers work, with graphs whose tensors are not kept."""
+        state, packed = self._example_rows(1)
+        levels = torch.tensor(ENDS[: len(self.denoisers)], device=self._device)
+        with saved_tensors_hooks(lambda _: torch.empty(0), lambda nothing: nothing):
+            return [self.predict(state, level, packed) for level in levels.split(1)]
 
-        A forward whose intermediate results are not kept tells.
-        """
-        state, packed = self._example_rows(2)
+    def find_unused(self) -> None:
+        """Find the parameters on which no prediction of the example depends."""
         parameters = {id(each): each for module in self.denoisers.values() for each in module.parameters()}
         trained = {key: each.requires_grad for key, each in parameters.items()}
         try:
             for module in self.denoisers.values():
                 module.requires_grad_(True)
-            with torch.enable_grad(), saved_tensors_hooks(lambda _: torch.empty(0), lambda nothing: nothing):
-                predicted = self.predict(state, torch.tensor(ENDS, device=self._device), packed)
-            used = {id(leaf) for leaf in leaves_of(predicted)}
+            used = {id(leaf) for predicted in self.trace() for leaf in leaves_of(predicted)}
         finally:
             for key, each in parameters.items():
                 each.requires_grad_(trained[key])
-        return {
+        self.unused = {
             name: {key for key, value in module.named_parameters() if id(value) not in used}
             for name, module in self.denoisers.items()
         }

@@ -7,7 +7,6 @@ bfloat16 autocast, each of their numbers counts as two.
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -213,8 +212,7 @@ def kept_for_backward(calls: Calls) -> Kept:
         with _saved(blocks[-1].kept):
             return function(*args, **kwargs)
 
-    with _saved(outside), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The .grad attribute")  # which torch reads of what it makes fake
+    with _saved(outside):
         outputs = []
         for denoiser, call in calls:
             can = denoiser._supports_gradient_checkpointing

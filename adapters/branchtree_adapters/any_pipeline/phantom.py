@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -139,7 +140,8 @@ class Phantom:
         """Return what a call returns, as fake tensors."""
         self.body.running = True
         try:
-            with self.body.mode:
+            with self.body.mode, warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "The .grad attribute")  # which torch reads of what it makes fake
                 return getattr(self, call.method)(*call.args, **call.kwargs)
         finally:
             self.body.running = False
@@ -162,7 +164,8 @@ def _entrance(method: str) -> Callable[..., Any]:
             self.body.calls.append(made)
         if self.body.stops:
             raise _CallError
-        known = {} if self._forward_pre_hooks else self.body.outputs  # hooks are to see every call
+        # Hooks are to see every call, and outputs under gradients hold their graph.
+        known = {} if self._forward_pre_hooks or torch.is_grad_enabled() else self.body.outputs
         if (digest := made.digest()) not in known:
             known[digest] = self.dry_run(made)  # fake, since a large encoder's output may take gigabytes
             if len(known) > REMEMBERED:
@@ -230,6 +233,14 @@ def _zeros(like: Tensor) -> Tensor:
     return numbers.view(like.dtype).view(like.shape)
 
 
+class _Zeros(torch.autograd.Function):
+    """Zeros of a fake tensor's shape, whose graph goes on through what the fake tensor was computed from."""
+
+    @staticmethod
+    def forward(ctx: Any, fake: Tensor) -> Tensor:
+        return _zeros(fake)
+
+
 def without_memory(leaf: Any) -> Any:
     """Return a large tensor of zeros, as phantoms' outputs lead to, as one that takes no memory yet."""
     large = isinstance(leaf, Tensor) and leaf.device.type == "cpu" and leaf.numel() > LARGE
@@ -237,11 +248,14 @@ def without_memory(leaf: Any) -> Any:
 
 
 def without_fakes(output: Any) -> Any:
-    """Return an output with zeros for its fake tensors, also in attributes of objects such as a VAE's distribution."""
+    """Return an output with zeros for its fake tensors, also in attributes of objects such as a VAE's distribution.
+
+    What the zeros depend on is what the fake tensors do: a graph leads from them to the parameters.
+    """
 
     def real(leaf: Any) -> Any:
         if _is_fake(leaf):
-            return _zeros(leaf)
+            return _Zeros.apply(leaf)
         if hasattr(leaf, "__dict__") and any(map(_is_fake, vars(leaf).values())):
             vars(leaf).update({name: real(value) for name, value in vars(leaf).items()})
         return leaf

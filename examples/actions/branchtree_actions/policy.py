@@ -61,7 +61,7 @@ class Policy(ModelBase):
 
     def check(self, condition: Condition) -> None:
         """Refuse a condition without a scene, by a DataError."""
-        self.task.read(condition)
+        condition.read(self.task.scene)
 
     def build_denoiser(self) -> Network:
         """A network with random weights."""
@@ -69,7 +69,7 @@ class Policy(ModelBase):
 
     def encode(self, conditions: Sequence[Condition]) -> Conditioning:
         """What the policy sees of each scene, (P, size)."""
-        seen = np.stack([self.task.observe(self.task.read(condition)) for condition in conditions])
+        seen = np.stack([self.task.observe(condition.read(self.task.scene)) for condition in conditions])
         return {"observation": torch.from_numpy(seen).float()}
 
     def predict(

@@ -5,12 +5,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from branchtree_actions.task import Array, Outcome, Pixels, Point, Pose, Scene, Task, rotation
 
 MARK = np.array([256, 256, math.pi / 4])  # where the T belongs
 CENTRE = np.array([0, 45])  # the T's centre of gravity in its own frame
+OUTLINE = 30.0 * np.array([(-2, 0), (2, 0), (2, 1), (0.5, 1), (0.5, 4), (-0.5, 4), (-0.5, 1), (-2, 1), (-2, 0)])
 CLEAR = 110.0  # the distance from there at which the agent does not touch the T
+SIDE = 192  # of a picture, in pixels
 
 
 class Table(Scene, frozen=True):
@@ -24,6 +27,7 @@ class PushT(Task):
     """Actions are targets of the agent, relative to where it is when the chunk begins. The return is the coverage."""
 
     name, prompt, scene, observation_size, action_scale = "pusht", "push the T onto its mark", Table, 6, 100.0
+    needs = "gym_pusht"
 
     def draw_scene(self, rng: np.random.Generator) -> Table:
         """The T up to 100 pixels and 0.5 radians away from its mark, and the agent clear of it."""
@@ -60,18 +64,21 @@ class PushT(Task):
         return Outcome(np.stack(paths), np.array(values), np.array(success))
 
     def picture(self, scene: Table, actions: Array) -> Pixels:
-        """The environment's own picture of how the chunk ends."""
+        """The environment's own picture of how the chunk ends, the agent's path in black, the first T in orange."""
         table = environment(scene)
-        push(table, actions)
-        pixels: Pixels = table.render()
-        return pixels
+        path, _, _ = push(table, actions)
+        image = Image.fromarray(table.render())
+        draw, scale, turn = ImageDraw.Draw(image), SIDE / 512, rotation(scene.block[2])
+        for points, colour in ((path, "black"), (scene.block[:2] + OUTLINE @ turn.T, "darkorange")):
+            draw.line([tuple(point) for point in scale * points], fill=colour, width=3)
+        return np.asarray(image)
 
 
 def environment(scene: Table) -> Any:
     """Return gym-pusht's environment, reset so that its observation is the scene."""
     from gym_pusht.envs.pusht import PushTEnv
 
-    table = PushTEnv(obs_type="state", render_mode="rgb_array", visualization_width=96, visualization_height=96)
+    table = PushTEnv(obs_type="state", render_mode="rgb_array", visualization_width=SIDE, visualization_height=SIDE)
     corner = _centre(scene.block) - CENTRE  # the environment turns the T about its centre after it has been set down
     table.reset(options={"reset_to_state": [*scene.agent, *corner, scene.block[2]]})
     return table

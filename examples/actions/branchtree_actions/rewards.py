@@ -1,13 +1,15 @@
 """The rewards ``reach`` and ``pusht``: what comes of a chunk of actions."""
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Literal
 
 import pydantic
 import torch
 
+from branchtree.errors import RewardError
 from branchtree.plugins import Condition, Samples, Scores
-from branchtree_actions.samples import Trajectories
+from branchtree_actions.samples import TASKS, Trajectories
 
 
 class OutcomeConfig(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -20,11 +22,14 @@ class OutcomeReward:
     """Takes the actions in a task's environment."""
 
     def __init__(self, task: str, config: OutcomeConfig) -> None:
-        self.config = config
+        self.config, self.task = config, TASKS[task]
         self.modalities = frozenset({f"{task}_actions"})
 
     def load(self, device: torch.device) -> None:
-        """Nothing to load."""
+        """Load nothing. Raises RewardError if the task's environment is not installed."""
+        if find_spec(self.task.needs) is None:
+            package = self.task.needs.replace("_", "-")
+            raise RewardError(f"{package} is not installed; install it by: pip install {package}")
 
     def score(self, media: Samples, conditions: Sequence[Condition]) -> Scores:
         """Score chunk i in scene i; actions that are not finite are not valid. Raises ValueError for other samples."""

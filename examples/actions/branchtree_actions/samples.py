@@ -32,10 +32,10 @@ class Trajectories(Samples):
         if len(conditions) != len(self):
             raise ValueError(f"{len(self)} chunks of actions cannot be taken in {len(conditions)} scenes")
         task = TASKS[self.task]
-        return task.run([task.read(condition) for condition in conditions], self.actions.double().cpu().numpy())
+        return task.run([condition.read(task.scene) for condition in conditions], self.actions.double().cpu().numpy())
 
     def show(self, conditions: Sequence[Condition]) -> Media:
         """Draw what each chunk does."""
         task, actions = TASKS[self.task], self.actions.double().cpu().numpy()
-        drawn = [task.picture(task.read(each), chunk) for each, chunk in zip(conditions, actions, strict=True)]
+        drawn = [task.picture(each.read(task.scene), chunk) for each, chunk in zip(conditions, actions, strict=True)]
         return Media(images=torch.from_numpy(np.stack(drawn)).movedim(-1, 1).float() / 255)

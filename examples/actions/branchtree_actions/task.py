@@ -10,9 +10,6 @@ import numpy as np
 import pydantic
 from numpy.typing import NDArray
 
-from branchtree.errors import DataError
-from branchtree.plugins import Condition
-
 Array = NDArray[np.float64]
 Pixels = NDArray[np.uint8]  # (height, width, 3)
 Point = tuple[float, float]  # x and y
@@ -45,15 +42,8 @@ class Task(ABC):
     scene: ClassVar[type[Scene]]
     horizon: ClassVar[int] = 16
     observation_size: ClassVar[int]
+    needs: ClassVar[str] = "numpy"  # the module that has its environment
     action_scale: ClassVar[float] = 1.0  # the policy's actions are divided by it, so that they are of about unit size
-
-    def read(self, condition: Condition) -> Any:
-        """Return a condition's scene. Raises DataError, naming file and line, for metadata that are none."""
-        try:
-            return self.scene.model_validate(condition.metadata)
-        except pydantic.ValidationError as error:
-            wrong = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg'].lower()}" for e in error.errors())
-            raise DataError(f"{condition}: no scene of {self.name}: {wrong}") from error
 
     @abstractmethod
     def draw_scene(self, rng: np.random.Generator) -> Any:

@@ -13,7 +13,7 @@ STEP = 0.25  # seconds
 NEAR, RADIUS = 0.3, 0.35  # a success ends this near to the goal, and does not touch the obstacle, a disc
 MARGIN, COST = 0.45, 2.0  # a drive that comes nearer to its middle than the margin pays for each unit
 FASTEST, SHARPEST = 1.2, 2.0  # speed and turning rate are clipped to these
-SIDE = 96  # of a picture, in pixels
+SIDE, SPACE = 192, 0.65  # of a picture, in pixels, and the room around start and goal
 
 
 class Drive(Scene, frozen=True):
@@ -69,17 +69,18 @@ class Unicycle(Task):
         return Outcome(paths, -distance - cost, (distance < NEAR) & (closest > RADIUS))
 
     def picture(self, scene: Drive, actions: Array) -> Pixels:
-        """The drive from above: obstacle grey, goal green, path blue, and black where it starts."""
-        image, middle = Image.new("RGB", (SIDE, SIDE), "white"), (np.array(scene.pose[:2]) + scene.goal) / 2
-        draw, path = ImageDraw.Draw(image), self.run([scene], actions[None]).paths[0]
+        """The drive from above: obstacle grey, goal green, black at the start; the path is red unless it succeeds."""
+        start, outcome = np.array(scene.pose[:2]), self.run([scene], actions[None])
+        middle, image = (start + scene.goal) / 2, Image.new("RGB", (SIDE, SIDE), "white")
+        scale, draw = SIDE / (np.hypot(*(start - scene.goal)) + 2 * SPACE), ImageDraw.Draw(image)
 
         def pixels(points: Array) -> list[tuple[float, ...]]:
-            return [tuple(point) for point in SIDE / 2 + SIDE / 5 * (points - middle) * [1, -1]]
+            return [tuple(point) for point in SIDE / 2 + scale * (points - middle) * [1, -1]]
 
-        discs = (scene.obstacle, RADIUS, "lightgrey"), (scene.goal, NEAR, "lightgreen"), (scene.pose[:2], 0.08, "black")
+        discs = (scene.obstacle, RADIUS, "darkgrey"), (scene.goal, NEAR, "lightgreen"), (start, 0.12, "black")
         for point, radius, colour in discs:
             draw.ellipse(pixels(np.array(point) + radius * np.array([[-1, 1], [1, -1]])), fill=colour)
-        draw.line(pixels(path), fill="royalblue", width=2)
+        draw.line(pixels(outcome.paths[0]), fill="royalblue" if outcome.success[0] else "crimson", width=5)
         return np.asarray(image)
 
 

@@ -22,7 +22,7 @@ from branchtree.plugins import Condition
 from branchtree_tokens.data import generator, puzzles, solved_grids, sums
 from branchtree_tokens.model import Addition, Sudoku, TokenConfig, TokenModel
 from branchtree_tokens.rewards import AdditionConfig, AdditionReward, SudokuConfig, SudokuReward
-from branchtree_tokens.tasks import MASK, Sum, tokens_of
+from branchtree_tokens.tasks import MASK, Sum, tokens_of, unknown
 from branchtree_tokens.unmask import Unmask
 
 BATCH = 64
@@ -75,7 +75,7 @@ def success(course: Course) -> float:
     model, count = course.model, len(course.conditions)
     given, states, grid = (
         model.encode(course.conditions),
-        torch.full((count, model.tokens), MASK),
+        unknown(model.tokens).expand(count, -1, -1),
         time_grid(course.steps),
     )
     for before, after in itertools.pairwise(grid):

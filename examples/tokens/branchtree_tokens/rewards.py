@@ -11,7 +11,7 @@ from torch import Tensor
 
 from branchtree.plugins import Condition, Samples, Scores
 from branchtree_tokens.samples import Grids, Texts
-from branchtree_tokens.tasks import MASK, Puzzle, Sum, digits_covered, read, rules_kept, tokens_of
+from branchtree_tokens.tasks import MASK, Puzzle, Sum, digits_covered, rules_kept, tokens_of
 
 
 class SudokuConfig(BaseModel, extra="forbid", frozen=True):
@@ -43,7 +43,7 @@ class SudokuReward:
     def score(self, media: Samples, conditions: Sequence[Condition]) -> Scores:
         """Score grid i under condition i. Raises ValueError for anything but B grids."""
         tokens = _tokens(Grids, media, conditions)
-        given = tokens_of([read(Puzzle, each).text for each in conditions])
+        given = tokens_of([each.read(Puzzle).text for each in conditions])
         kept = ((given == MASK) | (given == tokens)).all(1)
         if self.config.measure == "covered":
             return _scores(kept * digits_covered(tokens).float().mean((1, 2)))
@@ -65,7 +65,7 @@ class AdditionReward:
     def score(self, media: Samples, conditions: Sequence[Condition]) -> Scores:
         """Score text i under condition i. Raises ValueError for anything but B texts."""
         tokens = _tokens(Texts, media, conditions)
-        answers, expected = tokens[:, -4:], tokens_of([read(Sum, each).answer for each in conditions])
+        answers, expected = tokens[:, -4:], tokens_of([each.read(Sum).answer for each in conditions])
         if self.config.measure == "near":
             difference = ((answers - expected) * torch.tensor([1000, 100, 10, 1])).sum(1)
             return _scores((answers < 10).all(1) * (1 - difference.abs() / 9999))

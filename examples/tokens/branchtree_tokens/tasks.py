@@ -6,14 +6,10 @@ Axis letters: B samples, n positions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeVar
 
 import torch
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, model_validator
 from torch import Tensor
-
-from branchtree.errors import DataError
-from branchtree.plugins import Condition
 
 VOCABULARY = "0123456789+="
 MASK = len(VOCABULARY)
@@ -26,8 +22,6 @@ CELLS = torch.tensor([(i // 4, i % 4, i // 8 * 2 + i % 4 // 2) for i in range(16
 """Row, column and box of each cell, (16, 3)."""
 DIGITS = torch.tensor([(0, 3), (0, 2), (0, 1), (1, 0), (2, 3), (2, 2), (2, 1), (3, 0), (4, 4), (4, 3), (4, 2), (4, 1)])
 """Number and decimal place of each sign of a sum, (12, 2)."""
-
-Task = TypeVar("Task", bound=BaseModel)
 
 
 class Puzzle(BaseModel):
@@ -66,14 +60,9 @@ class Sum(BaseModel):
         return f"{self.a + self.b:04}"
 
 
-def read(task: type[Task], condition: Condition) -> Task:
-    """Read a condition's metadata. Raises DataError if they are none of the task's."""
-    try:
-        return task.model_validate(dict(condition.metadata))
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"])) or "metadata"
-        raise DataError(f"{condition}: {key}: {first['msg']}; {' '.join((task.__doc__ or '').split())}") from error
+def unknown(count: int) -> Tensor:
+    """Return the state in which no position is known, (2, count) int64: tokens, and steps that each has been known."""
+    return torch.stack([torch.full((count,), MASK), torch.zeros(count, dtype=torch.int64)])
 
 
 def tokens_of(texts: Sequence[str]) -> Tensor:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, Field
 from torch import Tensor
 
 from branchtree.core.categorical import CategoricalTransition
+from branchtree.core.transitions import Reduction
 from branchtree.errors import RecipeError
 from branchtree_tokens.network import CAP
 from branchtree_tokens.tasks import VOCABULARY
@@ -32,6 +33,30 @@ class UnmaskConfig(BaseModel, extra="forbid", frozen=True):
 
 
 @dataclass(frozen=True)
+class Reveal:
+    """Reveals tokens of states (B, 2, n), and counts the steps that each has been known: its age."""
+
+    words: CategoricalTransition
+    ages: Tensor  # (B, n) integers, after the step; 0 of what is still unknown
+
+    def sample(self, noise: Tensor | None) -> Tensor:
+        """Return the next states for noise (B, n, V)."""
+        return torch.stack([self.words.sample(noise), self.ages], 1)
+
+    def log_prob(self, following: Tensor, reduction: Reduction = "mean") -> Tensor:
+        """Return the log-probability (B,) of the tokens that were revealed; ages follow from the step alone."""
+        return self.words.log_prob(following[:, 0], reduction)
+
+    def kl(self, reference: Reveal, reduction: Reduction = "mean") -> Tensor:
+        """Return the divergence (B,) from a reference's distributions."""
+        return self.words.kl(reference.words, reduction)
+
+    def rows(self, index: Tensor) -> Reveal:
+        """See Transition."""
+        return Reveal(self.words.rows(index), self.ages[index])
+
+
+@dataclass(frozen=True)
 class Unmask:
     """Of m unknown positions, those of ranks m(1 - sigma) to m(1 - sigma_next), rounded up; given ones at any time."""
 
@@ -41,21 +66,23 @@ class Unmask:
 
     def noise_shape(self, latent: Sequence[int]) -> Sequence[int]:
         """One number for each position and word."""
-        return (*latent, len(VOCABULARY))
+        return latent[-1], len(VOCABULARY)
 
     def __call__(
         self, latents: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor, active: Tensor
-    ) -> CategoricalTransition:
-        """Return the transitions of states (B, n) under logits (B, n, V)."""
+    ) -> Reveal:
+        """Return the transitions of states (B, 2, n) under logits (B, n, V)."""
+        tokens, ages = latents.unbind(1)
         given = prediction.amax(-1) - prediction.amin(-1) > 2 * CAP
-        order = self._order(latents.shape[1]).to(latents.device)
-        ranks = torch.empty_like(latents)
+        order = self._order(tokens.shape[1]).to(tokens.device)
+        ranks = torch.empty_like(tokens)
         ranks[:, order] = (~given)[:, order].cumsum(1) - 1
         unknown = (~given).sum(1).double()
         # Rounded up: the last step, which draws nothing at random, has the fewest. Noise levels are rounded themselves.
         first, end = (torch.ceil(unknown * (1 - level.double()) - 1e-4)[:, None] for level in (sigma, sigma_next))
         drawn = given | ((ranks >= first) & (ranks < end))
-        return CategoricalTransition(latents, (prediction / self.temperature).log_softmax(-1), drawn, active)
+        words = CategoricalTransition(tokens, (prediction / self.temperature).log_softmax(-1), drawn, active)
+        return Reveal(words, torch.where(drawn | (ages > 0), ages + 1, 0))
 
     def _order(self, count: int) -> Tensor:
         """Return the positions in the order in which they are revealed."""

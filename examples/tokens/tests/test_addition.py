@@ -23,7 +23,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> AdapterCase:
             "tree.draw": {"first": 0.25, "last": 0.26},  # of twelve steps for four digits, one that reveals a digit
             "optim.lr": 1e-2,
         },
-        states=lambda rows: torch.randint(12, (rows, 12), generator=torch.Generator().manual_seed(3)),
+        states=lambda rows: torch.randint(12, (rows, 2, 12), generator=torch.Generator().manual_seed(3)),
     )
 
 

@@ -25,7 +25,7 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> AdapterCase:
             "seed": 1,  # with which no four siblings tie
             "optim.lr": 1e-2,
         },
-        states=lambda rows: torch.randint(12, (rows, 16), generator=torch.Generator().manual_seed(3)),
+        states=lambda rows: torch.randint(12, (rows, 2, 16), generator=torch.Generator().manual_seed(3)),
     )
 
 
