@@ -63,7 +63,7 @@ class Gradients:
 def prompts_within(recipe: str, rows: int) -> int:
     """How many prompts a budget of rows pays for, at least one."""
     cost = plan(recipe).per_prompt
-    return max(round(rows / (cost.rollout_rows + GRADIENT_COST * cost.gradient_rows)), 1)
+    return max(round(rows / (cost.rollout_rows + cost.probe_rows + GRADIENT_COST * cost.gradient_rows)), 1)
 
 
 def collect(recipe: str, count: int, rows: int, seed: int) -> Gradients:

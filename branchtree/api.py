@@ -10,7 +10,7 @@ from branchtree.errors import OutputError
 from branchtree.files.names import default_output
 from branchtree.files.reading import require_name, user_path
 from branchtree.recipe import Recipe
-from branchtree.recipe.load import resolve_recipe
+from branchtree.recipe.load import load_base, resolve_recipe
 
 if TYPE_CHECKING:
     from branchtree.planning.plan import RunPlan
@@ -69,7 +69,7 @@ def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None
     """Compute a recipe's tree, rows and memory without loading a model; the arguments are those of ``train``."""
     from branchtree.planning.plan import plan_recipe
 
-    return plan_recipe(resolve_recipe(recipe, overrides, smoke))
+    return plan_recipe(resolve_recipe(recipe, overrides, smoke), load_base(recipe, overrides, smoke))
 
 
 def register(plugin: object, name: str = "this process") -> None:
@@ -147,11 +147,12 @@ def score(
     batch: int = 8,
     advance: Callable[[int, int], None] | None = None,
 ) -> list[ScoredFile]:
-    """Score files of pictures and videos, and return the scores in the order of the files.
+    """Score files of pictures, videos and samples of other kinds, and return the scores in the order of the files.
 
     Args:
-        files: Images, videos, folders of them, ``.jsonl`` lists, or rows as in such a list:
-            ``{"image": path, "prompt": text}``, or with ``"video"``; other keys are kept as metadata.
+        files: Images, videos, folders of them, ``.safetensors`` files of samples as a run keeps them, ``.jsonl`` lists,
+            or rows as in such a list: ``{"image": path, "prompt": text}``, or with ``"video"`` or ``"samples"``; other
+            keys are kept as metadata.
         rewards: Names with settings, as in ``"hps version=v2.0"``, or mappings as in a recipe's ``rewards``.
         prompt: The prompt of files that have none of their own.
         output: A file for the scores as JSON lines; it is replaced if it exists.

@@ -78,9 +78,11 @@ def serving(
 class Process:
     """``branchtree serve-reward`` in a process of its own, at a free port."""
 
-    def __init__(self, *words: str) -> None:
+    def __init__(self, *words: str, site: Path | None = None) -> None:
+        """``site`` is a folder with further distributions."""
         command = ["-m", "branchtree", "serve-reward", *words, "--port", "0", "--token-env", VARIABLE]
-        self._process = Python(*command, environment=ENVIRONMENT)
+        environment = ENVIRONMENT if site is None else {**ENVIRONMENT, "PYTHONPATH": str(site)}
+        self._process = Python(*command, environment=environment)
         self.line = ""
 
     def __enter__(self) -> Process:

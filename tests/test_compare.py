@@ -26,10 +26,10 @@ from training_runs import arguments, largest_difference, metrics, small, weights
 from branchtree import load_recipe
 from branchtree.cli.app import app
 from branchtree.cli.compare import parse_seeds, parse_words
+from branchtree.core.student import student_quantile
 from branchtree.errors import OutputError, RecipeError
 from branchtree.report.read import read_run
 from branchtree.studies.common.grids import parse_grid
-from branchtree.studies.common.intervals import student_quantile
 from branchtree.studies.compare import Budget, ComparisonRequest, Row, run_comparison
 from branchtree.studies.compare.page import curves, held_out_points, render_comparison, training_points
 from branchtree.studies.compare.plan import iterations_within, plan_runs

@@ -372,4 +372,6 @@ def test_noise_purposes_are_part_of_every_address() -> None:
         "SHARED": 2,
         "PERMUTATION": 3,
         "RESAMPLING": 4,
+        "FORWARD": 5,
+        "TIME": 6,
     }

@@ -13,9 +13,11 @@ from guests import Outcome
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from branchtree.recipe.load import load_recipe
 from branchtree.recipe.schema import ScoringSection
 from branchtree.run.directory import EVALUATION, LOGS, METRICS, RunDirectory
 from branchtree.run.logs import lines_until, read_lines
+from branchtree.training.alarm import AlarmWatch
 from branchtree.training.failures import FailureWatch
 
 WEIGHTS = "final/denoiser.safetensors"
@@ -24,6 +26,8 @@ ROWS = {
         {"iteration": i, "reward/a/mean": 0.5, "reward/a/invalid": 1.0, "leaves/scored": 8.0, "lr": 1e-4}
         for i in range(6)
     ],
+    "spread.jsonl": [{"iteration": i, "spread": {"plan": [0.5, 0.25 * i]}} for i in range(6)],
+    "alarms.jsonl": [{"iteration": 3, "kind": "diversity", "change": 0.4, "message": "less"}],
     "timing.jsonl": [{"iteration": i, "rollout": 0.1, "total": 0.3} for i in range(6)],
     "evaluation.jsonl": [
         {"iteration": i, "figures": {"a": {"mean": 0.5, "valid": 8, "samples": 8}}, "of": {"prompts": "0123"}}
@@ -64,6 +68,7 @@ def test_any_damage_is_read_around(name: str, place: int, byte: int, count: int,
     for number, row in enumerate(ROWS[name]):
         assert number in touched or row["iteration"] > last or row in found
     assert all(copy.read_bytes() == content for copy in tmp_path.glob("*.damaged*"))
+    AlarmWatch(load_recipe("quickstart", {"alarm.window": 4})).recall(directory, None)
     FailureWatch(ScoringSection()).recall(SimpleNamespace(is_main_process=True), directory)
 
 

@@ -134,7 +134,7 @@ def test_every_recipe_is_listed() -> None:
 
 def test_every_hook_is_described() -> None:
     hooks = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("register_")]
-    assert len(hooks) == 13
+    assert len(hooks) == 14
     assert [hook for hook in hooks if f"`{hook}(register)`" not in TEXT[ROOT / "docs" / "extending.md"]] == []
 
 
@@ -159,17 +159,27 @@ def test_every_command_is_in_the_api(name: str) -> None:
 
 def written_metrics() -> set[str]:
     """The names of what a small iteration logs, as the page writes them."""
-    plans = [Schedule(4, FixedSplits((0, 1), (2, 2))).plan(0, 0)]
-    topology, values = grow(plans), torch.tensor([0.1, 0.5, 0.2, 0.9])
-    scores = {"LABEL": Scores(values, torch.ones(4, dtype=torch.bool), raw=values, details={"DETAIL": values})}
+    plans = [Schedule(4, FixedSplits((0, 1), (2, 2))).plan(0, 0)] * 2
+    topology, values = grow(plans), torch.tensor([0.1, 0.5, 0.2, 0.9, 0.3, 0.4, 0.7, 0.8])
+    scores = {"LABEL": Scores(values, torch.ones(8, dtype=torch.bool), raw=values, details={"DETAIL": values})}
     flat = [torch.zeros(topology.width(depth)) for depth in topology.depths]
     credit = assign_credit(topology, flat, scores, {"LABEL": 1.0}, CreditRule(), 0, 1)
     edges = collect_families(topology, credit.advantages, credit.keep)
     one = [torch.ones(edges.edges)]
     update = UpdateRecord(
-        loss=one, kl=one, deviation=one, first_deviation=one, clipped=one, mismatch=one, depth=[edges.edge_depth]
+        loss=one,
+        kl=one,
+        deviation=one,
+        first_deviation=one,
+        clipped=one,
+        mismatch=one,
+        error=one,
+        preference=one,
+        depth=[edges.edge_depth],
     )
-    names = iteration_metrics(ShareRecord(tuple(plans), scores, credit, topology.rollout_rows, update), 1)
+    names = iteration_metrics(
+        ShareRecord(tuple(plans), scores, credit, topology.rollout_rows, update, probes=1, probe_rows=1), 1
+    )
     shown = {re.sub(r"split_\d+$", "split_J", re.sub(r"depth_\d+$", "depth_NN", name)) for name in names}
     checked = {"continuation/gap/LABEL", "continuation/correlation/LABEL", "rows/continuation_check"}
     return shown | checked | learned_splits(plans, 1.0).keys() | {"iteration", "lr"}

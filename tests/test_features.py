@@ -37,7 +37,7 @@ def pictures(*shape: int) -> Tensor:
 
 
 def test_all_are_registered() -> None:
-    assert sorted(registry().features) == ["clip", "digits", "inception", "pixels"]
+    assert sorted(registry().features) == ["clip", "digits", "inception", "pixels", "tensors"]
     assert all(entry.summary for entry in registry().features.values())
 
 

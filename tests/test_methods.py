@@ -161,7 +161,6 @@ def test_the_solver_serves_only_what_follows_the_last_stochastic_step() -> None:
     ("stochastic", "skipped", "message"),
     [
         ((True, False, False), {0}, "cannot be skipped"),
-        ((False,) * 3, {0}, "cannot be skipped"),
         ((True, False, False), {1, 2}, "cannot be joined with the last step"),
     ],
 )

@@ -22,6 +22,7 @@ RULES_OF_A_STRANGER = """
     from pydantic import BaseModel
 
     from branchtree.core.advantages import depth_advantages
+    from branchtree.core.forward import ForwardLoss, ForwardTerms
     from branchtree.core.noise import Purpose
     from branchtree.core.pruning import trainable_edges
     from branchtree.core.schedule import FixedSplits
@@ -170,6 +171,23 @@ RULES_OF_A_STRANGER = """
             return lambda sampler, depth, target, active: config.factor * (sampler.sigmas[depth] > 0.9).float()
 
         register("early", build=build, config=Scale, summary="the noisiest steps alone")
+
+
+    @dataclass(frozen=True)
+    class Weighted(ForwardLoss):
+        factor: float
+
+        def __call__(self, batch):
+            error = (batch.prediction - batch.noised.target).flatten(1).square().mean(dim=1)
+            return ForwardTerms(self.factor * batch.advantage * error)
+
+
+    @hookimpl
+    def register_forward_losses(register):
+        def build(config, section):
+            return Weighted(config.factor)
+
+        register("weighted", build=build, config=Scale, summary="flow matching, weighted by advantages")
 """
 
 GUEST: dict[str, Any] = {
@@ -274,6 +292,22 @@ def test_a_loss_of_a_stranger_is_what_is_minimised(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("stranger")
+def test_a_forward_objective_of_a_stranger_is_what_is_minimised(tmp_path: Path) -> None:
+    """At the first step its gradient is that of advantage-weighted matching, twice."""
+    found = trained(tmp_path / "run", loss__forward={"name": "weighted", "factor": 2})
+    own = trained(tmp_path / "own", loss__kind="awm")
+    assert found["forward/error"] == own["forward/error"] and found["rows/gradient"] == own["rows/gradient"] > 0
+    assert found["grad_norm"] == pytest.approx(2 * own["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.usefixtures("stranger")
+def test_states_that_are_not_gaussian_have_no_forward_objective() -> None:
+    changes = {"sampler.transition": LAPLACE["sampler__transition"], "loss.kind": "awm"}
+    with pytest.raises(RecipeError, match=r"loss\.kind: 'awm' .* the transition 'laplace' is not Gaussian"):
+        plan("guest", {**GUEST, **changes})
+
+
+@pytest.mark.usefixtures("stranger")
 def test_a_loss_of_a_stranger_may_compare_transitions(tmp_path: Path) -> None:
     """It has the old ones at every optimiser step, for a forward, and they are those of the rollout at the first."""
     keys = {"optim__steps_per_iteration": 2, **LAPLACE}
@@ -330,6 +364,7 @@ def test_rules_for_gaussian_transitions_refuse_others(key: str, value: str, reme
         ("pruning.rule", {"name": "depth", "size": 3}, RecipeError, "pruning.rule.size"),
         ("credit.estimator", {}, RecipeError, "credit.estimator.name"),
         ("loss.objective", "unclipped", RecipeError, "loss.objective"),
+        ("loss.forward", {"name": "weigthed"}, PluginError, "no forward objective 'weigthed' .* 'weighted'"),
     ],
 )
 def test_what_is_wrong_is_named(key: str, value: Any, error: type[Exception], message: str, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from strategies import thorough
 from branchtree.data.prompts import load_conditions
 from branchtree.errors import DataError, RewardError, shortened
 from branchtree.files.reading import read_text
-from branchtree.plugins import Condition
+from branchtree.plugins import Condition, Media
 from branchtree.recipe import load_recipe
 from branchtree.serving.wire import encode_request
 from branchtree.studies.score.items import list_items
@@ -301,7 +301,7 @@ def test_metadata_that_cannot_be_sent_are_placed(tmp_path: Path) -> None:
 
     path = write_table(tmp_path / "p.parquet", pyarrow.table({"prompt": ["a", "b"], "raw": [None, b"x"]}))
     with pytest.raises(RewardError, match=r"p\.parquet: row 2: the conditions' metadata cannot be sent .*keep to JSON"):
-        encode_request(torch.zeros(2, 3, 4, 4), None, read(path))
+        encode_request(Media(images=torch.zeros(2, 3, 4, 4)), read(path))
 
 
 def test_a_column_that_python_cannot_hold_is_named(tmp_path: Path) -> None:

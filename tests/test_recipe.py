@@ -335,9 +335,9 @@ def test_what_an_override_replaces_is_no_longer_placed_in_the_file(tmp_path: Pat
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("trees: {}", "mine.yaml:7: trees: unknown key 'trees'; did you mean 'tree'? Known: batch, callbacks,"),
+        ("trees: {}", "mine.yaml:7: trees: unknown key 'trees'; did you mean 'tree'? Known: alarm, batch, callbacks,"),
         ("tree:\n  window:\n    sise: 4", "mine.yaml:9: tree.window.sise: unknown key 'sise'; did you mean 'size'?"),
-        ("zzz: 1", "mine.yaml:7: zzz: unknown key 'zzz'. Known: batch,"),
+        ("zzz: 1", "mine.yaml:7: zzz: unknown key 'zzz'. Known: alarm, batch,"),
         ("seed: 2024-99-99", "mine.yaml:7: seed: input should be a valid integer"),
         ("seed: many", "mine.yaml:7: seed: input should be a valid integer"),
         ("seed: -1", "mine.yaml:7: seed: input should be greater than or equal to 0 (it is -1)"),

@@ -276,9 +276,12 @@ def test_a_reward_that_compares_gets_whole_prompts(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"image": "a.png", "video": "v.mp4"}', "list.jsonl:2: needs a file under 'image' or under 'video'"),
-        ('{"prompt": "a cat"}', "but has neither; it has prompt"),
-        ("{}", "but has neither; it has nothing"),
+        (
+            '{"image": "a.png", "video": "v.mp4"}',
+            "list.jsonl:2: needs a file under one of 'image', 'video' and",
+        ),
+        ('{"prompt": "a cat"}', "but has none; it has prompt"),
+        ("{}", "but has none; it has nothing"),
         ('{"image": 3}', "list.jsonl:2: image: write the path of a file as a text"),
         ('{"image": "a.png", "prompt": 3}', "list.jsonl:2: prompt: write a text, or leave it out"),
         ('{"image": "a.png"', "list.jsonl:2: not valid JSON"),

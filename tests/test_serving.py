@@ -33,6 +33,7 @@ from branchtree.serving.server import RewardServer, bind
 from branchtree.serving.service import NamedAdapter, Service
 from branchtree.serving.wire import (
     CONTENT_TYPE,
+    ScoreRequest,
     WireError,
     decode_request,
     decode_scores,
@@ -52,8 +53,13 @@ def get(url: str, **headers: str) -> httpx.Response:
     return httpx.get(url, headers=headers, timeout=PATIENCE, trust_env=False)
 
 
+def pixels_of(request: ScoreRequest) -> Tensor:
+    assert isinstance(request.media, Media)
+    return request.media.pixels
+
+
 def asking(value: float, count: int = 1) -> bytes:
-    return encode_request(torch.full((count, 1, 2, 2), value), None, [Condition("a prompt")] * count)
+    return encode_request(Media(images=torch.full((count, 1, 2, 2), value)), [Condition("a prompt")] * count)
 
 
 def means(answer: httpx.Response, count: int = 1) -> list[float]:
@@ -82,9 +88,9 @@ def test_a_request_arrives_to_the_bit(tmp_path: Path) -> None:
     ]
     conditions[1] = replace(conditions[1], further_images=(tmp_path / "clip.MP4", tmp_path / "first.png"))
     (tmp_path / "server").mkdir()
-    request = decode_request(encode_request(pixels, 8.0, conditions), tmp_path / "server")
-    assert torch.equal(request.media.pixels.view(torch.int32), pixels.contiguous().view(torch.int32))
-    assert (request.media.modality, request.media.fps) == ("video", 8.0)
+    request = decode_request(encode_request(Media(videos=pixels, fps=8.0), conditions), tmp_path / "server")
+    assert torch.equal(pixels_of(request).view(torch.int32), pixels.contiguous().view(torch.int32))
+    assert isinstance(request.media, Media) and (request.media.modality, request.media.fps) == ("video", 8.0)
     first, second = request.conditions
     assert (first.prompt, first.negative_prompt, first.location) == ('a 猫 "quoted"\n', "blurry", "prompts.jsonl:1")
     assert first.metadata == {"a": [1, None, {"b": 0.1}], "huge": 2**70}
@@ -96,15 +102,15 @@ def test_a_request_arrives_to_the_bit(tmp_path: Path) -> None:
 
 
 def test_a_condition_without_further_images_is_sent_as_to_older_servers() -> None:
-    body = encode_request(torch.zeros(1, 3, 2, 2), None, [Condition("a", image=Path("gone.png"))])
+    body = encode_request(Media(images=torch.zeros(1, 3, 2, 2)), [Condition("a", image=Path("gone.png"))])
     assert b"further_images" not in body and b"gone.png" in body
 
 
 def test_bytes_stand_for_255ths(tmp_path: Path) -> None:
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    request = decode_request(encode_request(pixels, None, [Condition("all")]), tmp_path)
-    assert request.media.pixels.dtype == torch.float32
-    assert torch.equal((request.media.pixels.double() * 255).round(), pixels.double())
+    request = decode_request(encode_request(Media(images=pixels), [Condition("all")]), tmp_path)
+    assert pixels_of(request).dtype == torch.float32
+    assert torch.equal((pixels_of(request).double() * 255).round(), pixels.double())
 
 
 def test_scores_arrive_to_the_bit() -> None:
@@ -128,6 +134,7 @@ def message(pixels: Tensor | None = None, /, tensors: dict[str, Tensor] | None =
     return save(own, {"request": json.dumps(request)})
 
 
+SOUND = save({"samples.wave": torch.zeros(1)}, {"request": '{"modality": "sound", "conditions": [{"prompt": "a"}]}'})
 WRONG = {
     "not safetensors": (b"hello", "not safetensors"),
     "a picture": (b"\x89PNG\r\n\x1a\n" + bytes(100), "not safetensors"),
@@ -142,7 +149,7 @@ WRONG = {
     "images as a video": (message(modality="video"), r"videos must be \(B, F, C, H, W\)"),
     "nothing": (message(torch.zeros(0, 3, 2, 2), conditions=[]), r"not \(0, 3, 2, 2\)"),
     "too few conditions": (message(torch.zeros(2, 3, 2, 2)), "2 samples came with 1 conditions"),
-    "another modality": (message(modality="sound"), "at modality"),
+    "a kind that nobody registers": (SOUND, "no plug-in here registers the samples 'sound'"),
     "a prompt that is none": (message(conditions=[{"prompt": 3}]), "at conditions.0.prompt"),
     "an unknown key": (message(conditions=[{"prompt": "a", "path": "/etc/passwd"}]), "conditions.0.path: Extra"),
     "a file that nobody names": (message(tensors={"file.0": torch.zeros(2)}), "at most one 'file.N' for each file"),
@@ -189,7 +196,7 @@ def test_a_file_that_cannot_be_read_is_missing_there_too(tmp_path: Path) -> None
     (tmp_path / "empty.png").touch()
     conditions = [Condition("a", image=tmp_path / "none.png"), Condition("b", image=tmp_path / "empty.png")]
     (tmp_path / "server").mkdir()
-    request = decode_request(encode_request(torch.zeros(2, 3, 2, 2), None, conditions), tmp_path / "server")
+    request = decode_request(encode_request(Media(images=torch.zeros(2, 3, 2, 2)), conditions), tmp_path / "server")
     missing, empty = (one.image for one in request.conditions)
     assert missing and not missing.exists() and missing.suffix == ".png"
     assert empty and empty.read_bytes() == b""
@@ -199,14 +206,14 @@ def test_a_file_that_cannot_be_read_is_missing_there_too(tmp_path: Path) -> None
 
 def test_a_prompt_arrives_even_if_it_is_no_whole_text(tmp_path: Path) -> None:
     condition = Condition("a \ud83d cat\0", "\udcff", metadata={"\udcff": "\ud83d"}, location="\udcff.jsonl:1")
-    [arrived] = decode_request(encode_request(torch.zeros(1, 3, 2, 2), None, [condition]), tmp_path).conditions
+    [arrived] = decode_request(encode_request(Media(images=torch.zeros(1, 3, 2, 2)), [condition]), tmp_path).conditions
     assert (arrived, arrived.location) == (condition, condition.location)
 
 
 def test_what_cannot_be_sent_is_an_error() -> None:
     pixels = torch.zeros(1, 3, 2, 2)
     with pytest.raises(RewardError, match="keep to JSON"):
-        encode_request(pixels, None, [Condition("a", metadata={"of": {1, 2}})])
+        encode_request(Media(images=pixels), [Condition("a", metadata={"of": {1, 2}})])
 
 
 # Who is refused
@@ -266,7 +273,7 @@ def test_other_requests_are_refused_with_a_reason() -> None:
         )
         spoilt = post(url, b"\x89PNG\r\n\x1a\n" + bytes(100))
         assert (spoilt.status_code, "not safetensors" in spoilt.json()["detail"]) == (400, True)
-        video = post(url, encode_request(torch.zeros(1, 2, 3, 4, 4), 8.0, [Condition("a")]))
+        video = post(url, encode_request(Media(videos=torch.zeros(1, 2, 3, 4, 4), fps=8.0), [Condition("a")]))
         assert (video.status_code, video.json()["detail"]) == (400, "reward 'mean' scores images, not videos")
         assert get(f"{url}/score").status_code == 405
         assert get(f"{url}/docs").status_code == 404
@@ -298,7 +305,7 @@ def test_a_failing_reward_is_reported_and_the_server_lives_on() -> None:
                 "branchtree.plugins.Scores says, but its 'values' has the shape (3,), not (1,)",
             ),
         ):
-            answer = post(url, encode_request(torch.zeros(1, 1, 2, 2), None, [Condition(prompt)]))
+            answer = post(url, encode_request(Media(images=torch.zeros(1, 1, 2, 2)), [Condition(prompt)]))
             assert (answer.status_code, answer.json()["detail"]) == (500, reason)
         assert means(post(url, asking(4.0))) == [4.0]
 

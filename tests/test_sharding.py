@@ -57,7 +57,9 @@ EVALUATED = {
 EARLY = {**UNEVEN, "optim__steps_per_iteration": 1}
 # The weights are in bfloat16, the low-rank ones in float32.
 HALF = {**LOW_RANK, "run__precision": "bf16", "run__iterations": 2}
-CASES = {"full": UNEVEN, "lora": LOW_RANK, "evaluated": EVALUATED, "early": EARLY, "half": HALF}
+# Leaves are trained, and later steps compare with predictions from before the first.
+FORWARD = {**UNEVEN, "loss__kind": "vgrpo", "loss__draws": 2, "loss__kl": 0.1, "run__iterations": 2}
+CASES = {"full": UNEVEN, "lora": LOW_RANK, "evaluated": EVALUATED, "early": EARLY, "half": HALF, "forward": FORWARD}
 
 LOOKED_AT = ["full_sharded", "lora_sharded"]
 """Runs of which each process writes how it holds the weights."""
@@ -75,7 +77,7 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = []
     for name, changes in CASES.items():
         train("quickstart", small(model, **changes), output=root / f"{name}_one")
-        for kind in ("sharded", "ddp") if name not in ("lora", "half") else ("sharded",):
+        for kind in ("sharded", "ddp") if name not in ("lora", "half", "forward") else ("sharded",):
             asked.append(_asked(root / f"{name}_{kind}", small(model, **changes), kind == "sharded"))
     first = small(model, **{**UNEVEN, "run__iterations": 2})
     train("quickstart", first, output=root / "stopped_one")
@@ -130,7 +132,16 @@ def alone(other: str) -> str:
     return other.partition("_")[0]
 
 
-PAIRS = ["full_ddp", "full_sharded", "lora_sharded", "evaluated_ddp", "evaluated_sharded", "early_ddp", "early_sharded"]
+PAIRS = [
+    "full_ddp",
+    "full_sharded",
+    "lora_sharded",
+    "evaluated_ddp",
+    "evaluated_sharded",
+    "early_ddp",
+    "early_sharded",
+    "forward_sharded",
+]
 
 
 @pytest.mark.parametrize("other", PAIRS)

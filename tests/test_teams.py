@@ -17,7 +17,7 @@ from rich.console import Console
 from safetensors.torch import load_file
 from strategies import make_plan
 from tiny_flux import tiny_flux
-from training_runs import arguments, metrics, small, weights
+from training_runs import arguments, metrics, small, spreads, weights
 
 from branchtree import plan, train
 from branchtree.cli.display import print_plan
@@ -133,6 +133,7 @@ def distance(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) ->
 # Leaves split 5, 5, 6, through families of 4; some cannot be read, others by each process.
 UNEVEN = {"tree__splits": [0, 2], "tree__branches": 4, "tree__siblings": "simplex"}
 PRUNED = {"tree__splits": [0, 1, 2, 3], "pruning__kind": "parent_top1", "optim__steps_per_iteration": 2}
+PRUNED |= {"credit__batch_normalise": True}
 
 
 @pytest.mark.parametrize(("processes", "changes"), [(2, PRUNED), (3, UNEVEN)], ids=["pruned", "uneven and masked"])
@@ -152,6 +153,7 @@ def test_processes_that_share_a_tree_learn_what_one_learns(
             rounding = 1e-4 if iteration or name.startswith("variance/") else 1e-5
             assert second[name] == pytest.approx(first[name], rel=rounding, abs=1e-6), name
         assert second["rows/rollout"] > first["rows/rollout"]  # what is computed twice is counted twice
+    assert spreads(tmp_path / "shared") == pytest.approx(spreads(tmp_path / "one"), rel=1e-4)
     start = load_file(model / "transformer" / "diffusion_pytorch_model.safetensors")
     first, second = weights(tmp_path / "one"), weights(tmp_path / "shared")
     size = float(torch.stack([value.double().norm() for value in start.values()]).norm())

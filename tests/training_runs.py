@@ -53,6 +53,12 @@ def metrics(run: Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
+def spreads(run: Path) -> list[float]:
+    """How far apart the leaves of each prompt lay, by iteration, as spread.jsonl has it for trees of one plan."""
+    rows = [json.loads(line)["spread"] for line in (run / "spread.jsonl").read_text().splitlines()]
+    return [spread for row in rows for (prompts,) in [row.values()] for spread in prompts]
+
+
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """The trained weights in ``final/``, of a full or a LoRA run."""
     full = run / "final" / "transformer" / "diffusion_pytorch_model.safetensors"

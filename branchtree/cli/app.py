@@ -138,7 +138,7 @@ def recipes() -> None:
 
 @app.command()
 def plugins() -> None:
-    """List the installed models, rewards, callbacks, feature spaces and rules, and plug-ins that cannot be loaded."""
+    """List installed models, rewards, kinds of samples, callbacks, feature spaces, rules, and plug-ins that fail."""
     console = make_console()
     from branchtree.plugins.registry import registry
 
@@ -147,6 +147,7 @@ def plugins() -> None:
     kinds = {
         "model": found.models,
         "reward": found.rewards,
+        "samples": found.samples,
         "callback": found.callbacks,
         "features": found.features,
         **found.rules,

@@ -108,6 +108,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     for line in (
         *_budget(plan),
         *_shared(plan),
+        *_noise(plan),
         *_rewards(plan),
         _not_counted(plan),
         *fits_lines(plan.fits),
@@ -115,7 +116,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         _time(plan),
     ):
         console.print(line, soft_wrap=True)
-    for line in _assumptions(plan):
+    for line in [*_assumptions(plan), *([plan.noise_warning] if plan.noise_warning else [])]:
         console.print(f"Warning: {line}", style="yellow", soft_wrap=True)
 
 
@@ -156,7 +157,10 @@ def _counts(plan: RunPlan) -> Table:
         rows["rollout predictions"] = (one.rollout_rows, all_.rollout_rows)
         rows["gradient predictions"] = (one.gradient_rows, all_.gradient_rows)
         note = f" (guidance, x{factor})"
-    rows[f"rollout rows{note}"] = (factor * one.rollout_rows, plan.rollout_rows)
+    rows[f"rollout rows{note}"] = (factor * one.rollout_rows, factor * all_.rollout_rows)
+    if all_.probes:
+        rows["probes"] = (one.probes, all_.probes)
+        rows[f"probe rows{note}"] = (factor * one.probe_rows, factor * all_.probe_rows)
     rows[f"gradient rows{note}"] = (factor * one.gradient_rows, plan.gradient_rows)
     rows["trained edges"] = (one.trained_edges, all_.trained_edges)
     for name, (first, every) in rows.items():
@@ -185,6 +189,21 @@ def _shared(plan: RunPlan) -> list[str]:
         f"Shared by {len(rows)} processes, the first prompt's tree is at most {leaves} leaves and {max(rows)} rollout "
         f"predictions for each, {sum(rows)} in all, since each computes the nodes above its leaves. The tables are for "
         "one process with whole trees."
+    ]
+
+
+def _noise(plan: RunPlan) -> list[str]:
+    """Return a line about the noise of a leaf."""
+    if plan.noise is None:
+        return [
+            "Noise injected into a leaf: not known before a run; the transition states no scale of its noise, or the "
+            "time grid is that of the loaded model (sampler.grid)."
+        ]
+    total, differing = _figure(plan.noise.total), _figure(plan.noise.differing)
+    part = "" if total == differing else f", of which {differing} from the first split on, where leaves differ"
+    return [
+        f"Noise injected into a leaf: {total}{part} (the root of the sum of std^2 over its stochastic steps, mean over "
+        "the run's trees)."
     ]
 
 

@@ -22,7 +22,10 @@ PROMPT_SHOWN = 40
 
 
 def score(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Images, videos, folders, or .jsonl lists.")],
+    files: Annotated[
+        list[str],
+        typer.Argument(metavar="FILE...", help="Images, videos, folders, .jsonl lists, or a run's .safetensors."),
+    ],
     reward: Annotated[
         list[str], typer.Option("--reward", "-r", help='A reward, with settings as in "hps version=v2.0"; repeatable.')
     ],
@@ -33,7 +36,7 @@ def score(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     batch: Annotated[int, typer.Option(min=1, help="Samples scored at a time; fewer if they are large.")] = 8,
 ) -> None:
-    """Score images and videos by any rewards; a .jsonl line is {"image" or "video": path, "prompt": text}."""
+    """Score samples by any rewards; a .jsonl line is {"image", "video" or "samples": path, "prompt": text}."""
     from branchtree.api import score as run
 
     with late_progress("scoring") as advance:
@@ -107,4 +110,4 @@ def _card(entry: Entry) -> Sequence[str]:
     size = "-" if card.size is None else f"{card.size / 1e9:.3g}"
     limited = {True: "yes", False: "no", None: "-"}[card.non_commercial]
     described = f"{entry.summary}\nCheckpoint: {card.checkpoint}.\nLicence: {card.licence}.\nSource: {card.source}."
-    return [", ".join(sorted(card.modalities)), size, limited, described]
+    return [", ".join(sorted(card.modalities)) or "any", size, limited, described]

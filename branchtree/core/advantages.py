@@ -7,7 +7,7 @@ the scores (``NodeValues.rounding``). An edge takes the advantage of the node it
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -90,6 +90,32 @@ ESTIMATORS: dict[str, Estimator] = {
     "leaf": leaf_advantages,
     "sibling": sibling_advantages,
 }
+
+
+def advantage_moments(topology: Topology, advantages: Advantages, edges: Sequence[Tensor]) -> Tensor:
+    """Return count, mean and sum of squared deviations of each prompt's advantages, (P, 3) float64.
+
+    Of the ``edges``, per depth (N_d,) bool, those count that have an advantage.
+    """
+    counted = [mask & (level != 0) for mask, level in zip(edges, advantages, strict=True)]
+    values = torch.cat([level[mask] for level, mask in zip(advantages, counted, strict=True)])
+    prompt = torch.cat([root[mask] for root, mask in zip(topology.root, counted, strict=True)])
+    mean = segment_mean(values, prompt, topology.prompts)
+    squares = segment_sum((values - mean[prompt]).square(), prompt, topology.prompts)
+    return torch.stack([segment_count(prompt, topology.prompts).double(), mean, squares], dim=1)
+
+
+def batch_normalised(advantages: Advantages, moments: Tensor, eps: float) -> Advantages:
+    """Return advantages less their mean over a whole batch, over their sample deviation + eps; 0 stays 0.
+
+    GDPO's second normalisation (arXiv 2601.05242), after each reward's within its group. ``moments`` (Q, 3) are those
+    of all prompts of the batch, in their order, so that the result does not depend on who computed which.
+    """
+    count, mean, squares = moments.unbind(1)
+    total = count.sum()
+    centre = (count * mean).sum() / total.clamp_min(1)
+    std = ((squares + count * (mean - centre).square()).sum() / (total - 1).clamp_min(1)).sqrt()
+    return tuple(over_spread((level - centre) * (level != 0), std, eps) for level in advantages)
 
 
 def _at_every_depth(topology: Topology, at: Callable[[int], Tensor]) -> Advantages:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from branchtree.core.credit import CreditRule, assign_credit
+from branchtree.core.probes import Probes
 from branchtree.core.schedule import TreePlan
 from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
@@ -26,6 +27,8 @@ class Cost:
     rollout_rows: int
     gradient_rows: int
     trained_edges: int
+    probes: int = 0  # leaves that are scored beside the tree's
+    probe_rows: int = 0
 
     @property
     def nodes_per_leaf(self) -> float:
@@ -46,13 +49,24 @@ def count(plans: Sequence[TreePlan], rule: CreditRule, iteration: int) -> Cost:
     rewards = torch.sin(torch.arange(1, leaves + 1, dtype=torch.float64).square()).float()
     flat = [torch.zeros(width) for width in widths]
     scores = {"made up": Scores(rewards, torch.ones(leaves, dtype=torch.bool))}
-    credit = assign_credit(topology, flat, scores, {"made up": 1.0}, rule, iteration, dimensions=1)
-    families = credit.families(topology)
+    probes = Probes.of(topology) if rule.baseline == "probe" else None
+    found = {}
+    if probes is not None:
+        numbers = torch.cos(torch.arange(1, len(probes) + 1, dtype=torch.float64).square()).float()
+        found = {"made up": probes.by_node(numbers, torch.ones(len(probes), dtype=torch.bool))}
+    credit = assign_credit(topology, flat, scores, {"made up": 1.0}, rule, iteration, 1, found)
+    if rule.draws:
+        rows = terms = rule.draws * int(credit.trained(topology)[-1].sum())
+    else:
+        families = credit.families(topology)
+        rows, terms = len(families), families.edges
     return Cost(
         nodes=sum(widths),
         edges=sum(widths) - topology.prompts,
         leaves=leaves,
         rollout_rows=topology.rollout_rows,
-        gradient_rows=len(families),
-        trained_edges=families.edges,
+        gradient_rows=rows,
+        trained_edges=terms,
+        probes=len(probes) if probes else 0,
+        probe_rows=probes.paths.rollout_rows if probes else 0,
     )

@@ -16,7 +16,8 @@ from torch import Tensor
 from branchtree.core.advantages import Advantages, Estimator, depth_advantages
 from branchtree.core.families import Families, collect_families, trained_edges
 from branchtree.core.fusion import TIE, NodeValues, PathScale, fuse
-from branchtree.core.pruning import EdgeMask, Prune, all_of, trainable_edges
+from branchtree.core.probes import ProbeScores, Returns, probe_advantages, weighted_sum
+from branchtree.core.pruning import EdgeMask, Prune, all_of, trainable_edges, trainable_leaves, without_ties
 from branchtree.core.scores import Scores
 from branchtree.core.segments import segment_size, segment_standardised
 from branchtree.core.tree import Topology
@@ -33,7 +34,11 @@ class CreditRule:
     eps: float = 1e-8
     clip: float = 5.0
     regularised: bool = False  # a KL term acts on every kept edge, so that those without an advantage are trained too
+    baseline: Literal["group", "probe"] = "group"  # under probe there is no estimator
+    returns: Returns = "leaf"  # under probe
     prune: Prune | None = None  # all edges that the schedule trains are kept by default
+    draws: int = 0  # at which a forward objective looks at each leaf; 0 where edges are trained, and not leaves
+    whole_groups: bool = False  # leaves without an advantage are trained too, where another of their prompt has one
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,8 @@ class Credit:
     valid: Tensor  # (L,) bool: none of these rewards failed
     values: Mapping[str, NodeValues]  # by name; one entry where raw rewards are added
     advantages: Advantages  # all rewards together
-    keep: EdgeMask
-    regularised: bool = False  # as in the rule
+    keep: EdgeMask  # edges; under a forward objective leaves, at the last depth
+    regularised: bool = False  # whether all that is kept is trained, also without an advantage
 
     def trained(self, topology: Topology) -> EdgeMask:
         """Return which edges go through the gradient pass."""
@@ -92,8 +97,11 @@ def assign_credit(
     rule: CreditRule,
     iteration: int,
     dimensions: int,
+    probes: Mapping[str, ProbeScores] | None = None,
 ) -> Credit:
     """Score a tree. ``log_prob`` are the edges' densities averaged over ``dimensions`` latent dimensions.
+
+    ``probes`` are what its probes are worth by each reward that has a weight, where they are the baseline.
 
     A leaf that any reward marks invalid, or gives a value that is not finite, is masked: it takes no part in fusion
     or normalisation. A reward of weight 0 is left out altogether.
@@ -108,6 +116,7 @@ def assign_credit(
         # Two large scores may cancel out, but not their rounding.
         size = torch.stack([abs(weights[name]) * size for name, size in sizes.items()]).sum(dim=0)
         together = "+".join(rewards)
+        probes = {together: weighted_sum(probes, weights)} if probes else None
         rewards, sizes, weights = {together: total}, {together: size}, {together: 1.0}
 
     def fused(reward: Tensor, size: Tensor | None) -> NodeValues:
@@ -116,17 +125,23 @@ def assign_credit(
     values = {name: fused(reward, sizes[name]) for name, reward in rewards.items()}
     weighted = []
     for name, value in values.items():
-        levels = rule.estimator(topology, value, rule.eps)
+        if probes:
+            levels = probe_advantages(topology, value, probes[name], rule.returns, rule.eps)
+        else:
+            levels = rule.estimator(topology, value, rule.eps)
         weighted.append([weights[name] * level.clamp(-rule.clip, rule.clip) for level in levels])
     advantages = tuple(torch.stack(levels).sum(dim=0) for levels in zip(*weighted, strict=True))
-    keep = trainable_edges(topology)
+    keep = trainable_leaves(topology, valid) if rule.draws else trainable_edges(topology)
     if rule.prune is not None:
         ranked = [
             weights[name] * standardised(topology, reward, valid, sizes[name]) for name, reward in rewards.items()
         ]
         ranking = sum(ranked, start=nothing)
         keep = all_of(keep, rule.prune(topology, fused(ranking, None), iteration))
-    return Credit(rewards, valid, values, advantages, keep, rule.regularised)
+    everything = rule.regularised or rule.whole_groups
+    if rule.whole_groups and not rule.regularised:
+        keep = without_ties(topology, keep, advantages)
+    return Credit(rewards, valid, values, advantages, keep, everything)
 
 
 def standardised(topology: Topology, rewards: Tensor, valid: Tensor, size: Tensor) -> Tensor:

@@ -42,8 +42,17 @@ def gather_levels(whole: Topology, shares: Sequence[Topology], levels: Sequence[
 
 def gather_scores(whole: Topology, shares: Sequence[Topology], scores: Sequence[Scores]) -> Scores:
     """Return the scores of the shares' leaves in the order of the whole's leaves."""
-    leaves = torch.cat([indices_in(whole, share.shares)[-1] for share in shares])
-    return Scores.concatenate(scores).rows(torch.argsort(leaves))
+    return Scores.concatenate(scores).rows(_leaf_order(whole, shares))
+
+
+def gather_leaves(whole: Topology, shares: Sequence[Topology], each: Sequence[Tensor]) -> Tensor | None:
+    """Return the rows of the shares' leaves in the order of the whole's leaves; None where no share has any."""
+    return torch.cat(list(each))[_leaf_order(whole, shares)] if each else None
+
+
+def _leaf_order(whole: Topology, shares: Sequence[Topology]) -> Tensor:
+    """Return which of the leaves of all shares, one share after the other, is each of the whole's, (L,)."""
+    return torch.argsort(torch.cat([indices_in(whole, share.shares)[-1] for share in shares]))
 
 
 def owned_indices(whole: Topology, share: Topology) -> tuple[list[Tensor], list[Tensor]]:

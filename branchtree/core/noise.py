@@ -30,6 +30,8 @@ class Purpose(IntEnum):
     SHARED = 2
     PERMUTATION = 3
     RESAMPLING = 4
+    FORWARD = 5
+    TIME = 6
 
 
 def generator(seed: int, iteration: int, prompt: int, depth: int, node: int, purpose: Purpose) -> torch.Generator:

@@ -31,6 +31,19 @@ def trainable_edges(topology: Topology) -> EdgeMask:
     return tuple(masks)
 
 
+def trainable_leaves(topology: Topology, valid: Tensor) -> EdgeMask:
+    """Return the leaves that a forward objective can train: those with a score, ``valid`` (L,) bool."""
+    return (*(torch.zeros(topology.width(depth), dtype=torch.bool) for depth in topology.depths[:-1]), valid)
+
+
+def without_ties(topology: Topology, keep: EdgeMask, advantages: Sequence[Tensor]) -> EdgeMask:
+    """Return what is kept of the prompts of which something that is kept has an advantage."""
+    apart = torch.zeros(topology.prompts, dtype=torch.bool)
+    for root, mask, advantage in zip(topology.root, keep, advantages, strict=True):
+        apart[root[mask & (advantage != 0)]] = True
+    return tuple(mask & apart[root] for root, mask in zip(topology.root, keep, strict=True))
+
+
 def _drawn(topology: Topology) -> EdgeMask:
     """The edges that lead to a leaf whose trajectory trains their step."""
     trains = torch.ones(topology.steps, topology.width(topology.steps), dtype=torch.bool)

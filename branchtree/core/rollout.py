@@ -62,6 +62,10 @@ class Sampler:
         scale = self.kernel.noise_scale(*levels) if own else self.kernel.noise_scale(*levels, active)
         return scale / self.kernel.noise_scale(self.sigmas[:-2], self.sigmas[1:-1]).mean()
 
+    def noise_scale(self, kernel: ScalesNoise) -> Tensor:
+        """Return the standard deviation that each step adds if it is stochastic, (T,) float32; 0 for the last."""
+        return torch.cat([kernel.noise_scale(self.sigmas[:-2], self.sigmas[1:-1]), torch.zeros(1)])
+
 
 @dataclass(frozen=True)
 class Stage:

@@ -39,9 +39,10 @@ class TreePlan:
     arXiv 2509.06040, "ignore last step").
 
     A skipped step is not evaluated: the evaluated step before it leads straight to the depth after it, so that the rest
-    of a trajectory can be walked in fewer, longer steps, and several steps can be joined into one stochastic step. Of
-    the trained steps a trajectory may train a random fraction. With ``still``, the first child of each split takes the
-    deterministic step: it is scored, to compare its siblings with, and never trained.
+    of a trajectory can be walked in fewer, longer steps, and several steps can be joined into one stochastic step.
+    Where the first steps are skipped, the trajectory begins at a deeper one. Of the trained steps a trajectory may
+    train a random fraction. With ``still``, the first child of each split takes the deterministic step: it is scored,
+    to compare its siblings with, and never trained.
     """
 
     factors: tuple[int, ...]  # (T,)
@@ -64,8 +65,8 @@ class TreePlan:
                 raise ValueError(f"step {step} splits, so it must be stochastic")
             if self.trained[step] and not self.stochastic[step]:
                 raise ValueError(f"step {step} is deterministic, so it cannot be trained")
-            if step in self.skipped and (self.stochastic[step] or step == 0):
-                raise ValueError(f"step {step} cannot be skipped: it is stochastic, or no step leads beyond it")
+            if step in self.skipped and self.stochastic[step]:
+                raise ValueError(f"step {step} cannot be skipped: it is stochastic")
         if any(flag and target == self.steps for flag, target in zip(self.stochastic, self.target, strict=True)):
             raise ValueError("a stochastic step cannot be joined with the last step, which is deterministic")
         if self.noise and not (len(self.noise) == self.steps and all(0 < each < math.inf for each in self.noise)):
@@ -153,12 +154,24 @@ class SplitAtWindow:
         """See Splits."""
         return {self.window.steps(iteration).start: self.branches}
 
+    def possible(self, iteration: int) -> list[dict[int, int]]:
+        """See ListsSplits."""
+        return [self.factors(iteration, 0)]
+
 
 class Splits(Protocol):
     """Chooses where one prompt's tree splits."""
 
     def factors(self, iteration: int, prompt: int) -> dict[int, int]:
         """The split steps of this prompt at this iteration, each with its branch factor."""
+
+
+@runtime_checkable
+class ListsSplits(Protocol):
+    """Splits that know all that can be drawn, if anything is."""
+
+    def possible(self, iteration: int) -> list[dict[int, int]]:
+        """What ``factors`` may give at this iteration, each as likely as the others."""
 
 
 @dataclass(frozen=True)
@@ -195,6 +208,10 @@ class FixedSplits:
         """See Splits."""
         return dict(zip(self.steps, self.branches, strict=True))
 
+    def possible(self, iteration: int) -> list[dict[int, int]]:
+        """See ListsSplits."""
+        return [self.factors(iteration, 0)]
+
 
 @dataclass(frozen=True)
 class DrawnSplits:
@@ -217,6 +234,10 @@ class DrawnSplits:
         """See Splits."""
         draw = random.Random(f"split {self.seed} {iteration} {prompt}")  # string seeds do not depend on the process
         return {draw.randint(self.first, self.last): self.branches}
+
+    def possible(self, iteration: int) -> list[dict[int, int]]:
+        """See ListsSplits."""
+        return [{step: self.branches} for step in range(self.first, self.last + 1)]
 
 
 @dataclass(frozen=True)
@@ -254,6 +275,15 @@ class Schedule:
         chosen = rule.branching if isinstance(rule, ChoosesNoise) else None
         branching = chosen(iteration, prompt) if chosen else Branching(rule.factors(iteration, prompt))
         return self.shaped(branching, iteration, prompt)
+
+    def possible_plans(self, iteration: int, prompts: int) -> list[TreePlan]:
+        """Return the plans that prompts can have at an iteration, each as likely as the others.
+
+        They are those of the first ``prompts`` prompts where the rule of the splits does not list what it can draw.
+        """
+        if isinstance(self.splits, ListsSplits):
+            return [self.shaped(Branching(factors), iteration, 0) for factors in self.splits.possible(iteration)]
+        return [self.plan(iteration, prompt) for prompt in range(prompts)]
 
     def shaped(self, branching: Branching, iteration: int, prompt: int) -> TreePlan:
         """Return the plan for one prompt that splits as given. Raises ValueError as ``plan`` does."""

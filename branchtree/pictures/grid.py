@@ -18,6 +18,7 @@ from branchtree.files.writing import write_atomically
 from branchtree.pictures.still import THUMBNAIL, TILE, fitted, png, tiled, to_image
 from branchtree.pictures.video import mp4, spread_evenly, webp
 from branchtree.plugins.samples import Media, Samples
+from branchtree.plugins.saved import write_samples
 from branchtree.plugins.values import Condition
 
 COLUMNS = 10  # of a grid of images
@@ -35,20 +36,14 @@ def drawn(samples: Sequence[Samples], conditions: Sequence[Condition]) -> list[M
     return [media for media in shown if media is not None]
 
 
-def write_contents(stem: Path, samples: Sequence[Samples]) -> None:
-    """Write what samples of another kind than media hold, ``stem.safetensors``, with what is no tensor in its metadata.
+def write_contents(stem: Path, samples: Sequence[Samples], conditions: Sequence[Condition]) -> None:
+    """Write samples of another kind than media, and their conditions, into ``stem.safetensors``.
 
     Images and videos are files of their own.
     """
     whole = samples[0].concatenate(samples)
-    if isinstance(whole, Media):
-        return
-    from safetensors.torch import save
-
-    others = {name: value for name, value in vars(whole).items() if name not in whole.tensors}
-    tensors = {name: value.cpu().contiguous() for name, value in whole.tensors.items()}
-    content = save(tensors, {"modality": whole.modality, "fields": json.dumps(others, default=str)})
-    write_atomically(stem.with_suffix(".safetensors"), content)
+    if not isinstance(whole, Media):
+        write_samples(stem.with_suffix(".safetensors"), whole, conditions)
 
 
 def write_grid(folder: Path, iteration: int, samples: Sequence[Samples], conditions: Sequence[Condition]) -> None:
@@ -60,7 +55,7 @@ def write_grid(folder: Path, iteration: int, samples: Sequence[Samples], conditi
     """
     path = sample_index(folder, iteration)
     stem = path.with_suffix("")
-    write_contents(stem, samples)
+    write_contents(stem, samples, conditions)
     media = drawn(samples, conditions)
     layout = write_pictures(stem, media) if media else {}
     index = {"iteration": iteration, "prompts": [condition.prompt for condition in conditions], **layout}

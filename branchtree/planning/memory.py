@@ -49,6 +49,7 @@ class MemoryEstimate:
     buckets: int  # the copy of the gradients that DDP sends
     gathered: int  # blocks whose sharded weights are gathered at the same time
     reference: int  # the frozen copy of the start policy that a KL term needs without LoRA
+    old: int  # the copy of the trained weights that holds their average under a forward objective
     rewards: int  # reward models that stay on the device
     activations: int  # of one gradient batch
     forward: int  # activations of one batch of a rollout or an evaluation, if the model knows
@@ -66,7 +67,7 @@ class MemoryEstimate:
     def resident(self) -> int:
         """Bytes that are always on the device."""
         states = 0 if self.states_on_host else self.states
-        denoiser = self.weights + self.optimizer + self.buckets + self.gathered + self.reference
+        denoiser = self.weights + self.optimizer + self.buckets + self.gathered + self.reference + self.old
         return denoiser + self.rewards + states + self.conditioning
 
     @property
@@ -89,6 +90,7 @@ class MemoryEstimate:
             "copy of the gradients that DDP sends": self.buckets,
             "weights gathered by FSDP2": self.gathered,
             "start policy, for the KL term": self.reference,
+            "averaged policy, for the forward objective": self.old,
             "reward models": self.rewards,
             "tree states": 0 if self.states_on_host else self.states,
             "encoded prompts": self.conditioning,
@@ -116,6 +118,7 @@ def estimate_memory(
     shards = surroundings.processes if surroundings.sharded else 1
     whole = surroundings.processes > 1 and not surroundings.sharded
     compared = bool(recipe.loss.kl or recipe.loss.kl_every) and not recipe.lora
+    averaged = recipe.loss.is_forward and recipe.loss.old_policy == "ema"
     prompts = prompts_each(recipe, surroundings.processes)
     leaves, judged = decode_rows(recipe, cost), _evaluation_rows(recipe)
     samples = max(min(PIECES * leaves, cost.leaves + leaves), PIECES * judged)
@@ -125,6 +128,7 @@ def estimate_memory(
         buckets=trained * MASTER if whole else 0,
         gathered=_gathered(recipe, footprint, surroundings),
         reference=footprint.denoiser_parameters * MASTER // shards if compared else 0,
+        old=trained * MASTER if averaged else 0,
         rewards=surroundings.rewards,
         activations=update_rows(recipe, cost) * footprint.rows_per_prediction * kept * size,
         forward=_forward(recipe, footprint, max(rollout_rows(recipe, cost), _evaluation_rows(recipe))),
@@ -157,6 +161,7 @@ def estimate_evaluation(
         buckets=0,
         gathered=0,
         reference=0,
+        old=0,
         rewards=surroundings.rewards,
         activations=0,
         forward=_forward(recipe, footprint, rows),

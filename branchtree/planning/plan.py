@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from branchtree.core.adaptive import AdaptiveSplits, plan_ahead
 from branchtree.core.cost import Cost, count
+from branchtree.core.injection import LeafNoise
 from branchtree.core.schedule import Schedule, TreePlan
 from branchtree.core.tree import Topology, grow, grow_shares
 from branchtree.data.prompts import (
@@ -22,6 +23,7 @@ from branchtree.errors import PluginError, RecipeError
 from branchtree.planning.fitting import Fit, find_fits
 from branchtree.planning.gpus import GPUS
 from branchtree.planning.memory import MemoryEstimate, estimate_memory
+from branchtree.planning.noise import PlannedNoise, planned_noise
 from branchtree.planning.preflight import RewardSizes, reward_sizes
 from branchtree.plugins.protocols import ModelAdapter, RewardAdapter
 from branchtree.plugins.values import Footprint
@@ -29,6 +31,7 @@ from branchtree.recipe.build import (
     check_learns,
     make_credit_rule,
     make_edge_rules,
+    make_forward_loss,
     make_kernel,
     make_model,
     make_reward,
@@ -75,16 +78,33 @@ class RunPlan:
     rewards: RewardSizes
     fits: tuple[Fit, ...]  # well-known GPUs, from the smallest
     budget: RowBudget | None = None  # of an iteration, where splits adapt
+    noise: LeafNoise | None = None  # mean over the whole run; None where it is not known
+    noise_warning: str | None = None  # that it is much less than without the recipe's methods
 
     @property
     def rollout_rows(self) -> int:
-        """Rows through the denoiser in one iteration's rollouts, guidance counted."""
-        return self.iteration.rollout_rows * self.rows_per_prediction
+        """Rows through the denoiser in one iteration's rollouts and probes, guidance counted."""
+        return (self.iteration.rollout_rows + self.iteration.probe_rows) * self.rows_per_prediction
 
     @property
     def gradient_rows(self) -> int:
         """Rows through the denoiser in one iteration's gradient pass, guidance counted."""
         return self.iteration.gradient_rows * self.rows_per_prediction
+
+    @property
+    def rescored_rows(self) -> float:
+        """Rows through the denoiser without a gradient, in one iteration, that a gradient pass compares with.
+
+        They are those of all optimiser steps but the first; of all steps under ``loss.old_policy: ema``. A centred
+        forward objective looks at them once more, to know its groups' means.
+        """
+        loss, later = self.recipe.loss, 1 - 1 / self.recipe.optim.steps_per_iteration
+        if not loss.is_forward:
+            return later * self.gradient_rows if make_edge_rules(self.recipe).looks_back else 0.0
+        rule = make_forward_loss(self.recipe)
+        centred = rule is not None and rule.centred
+        passes = (1 + 2 * centred) if loss.old_policy == "ema" else later * (1 + centred)
+        return passes * self.gradient_rows
 
     @property
     def rollout_flops(self) -> float:
@@ -97,21 +117,18 @@ class RunPlan:
 
         Beside the forward, backward costs two forwards, checkpointing one, and the reference of a KL term one. Weights
         that LoRA freezes need no gradient of their own: then backward costs two forwards for attention and one for the
-        other operations; those of the low-rank weights are not counted. An objective that looks back, as under
-        ``loss.old_log_prob: recomputed``, adds a forward of the rows of all optimiser steps but the first.
+        other operations; those of the low-rank weights are not counted. To these come the ``rescored_rows``.
         """
         recipe, sizes = self.recipe, self.footprint
         backward = 2.0 if recipe.lora is None else 1 + sizes.attention_flops_per_row / sizes.forward_flops_per_row
         passes = 1 + backward + recipe.run.gradient_checkpointing + (recipe.loss.kl > 0)
-        if make_edge_rules(recipe).looks_back:
-            passes += 1 - 1 / recipe.optim.steps_per_iteration
-        return sizes.forward_flops_per_row * passes * self.gradient_rows
+        return sizes.forward_flops_per_row * (passes * self.gradient_rows + self.rescored_rows)
 
     @property
     def decoder_flops(self) -> float:
-        """Floating-point operations of decoding an iteration's leaves; 0 where the model does not know."""
+        """Floating-point operations of decoding an iteration's leaves and probes; 0 where the model does not know."""
         decoder = self.footprint.decoder
-        return decoder.flops_per_row * self.iteration.leaves if decoder else 0.0
+        return decoder.flops_per_row * (self.iteration.leaves + self.iteration.probes) if decoder else 0.0
 
     @property
     def flops(self) -> float:
@@ -119,8 +136,16 @@ class RunPlan:
         return self.rollout_flops + self.gradient_flops
 
 
-def plan_recipe(recipe: Recipe) -> RunPlan:
-    """Plan the first iteration. Raises a BranchTreeError if the recipe's model or prompts cannot be found."""
+def plan_recipe(recipe: Recipe, base: Recipe | None = None) -> RunPlan:
+    """Plan the first iteration.
+
+    Args:
+        recipe: What is planned.
+        base: The same without the methods that it was put under, whose noise it is held against.
+
+    Raises:
+        BranchTreeError: The recipe's model or prompts cannot be found.
+    """
     model = make_model(recipe)
     check_learns(recipe, make_kernel(recipe.sampler, model.prediction))  # refuses what training would
     schedule, rule = make_schedule(recipe), make_credit_rule(recipe)
@@ -131,6 +156,7 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
     iteration = count(plans, rule, 0)
     rewards = reward_sizes(recipe)
     around = rewards.around()
+    noise = planned_noise(recipe, model)
     return RunPlan(
         recipe=recipe,
         tree=plans[0],
@@ -145,6 +171,8 @@ def plan_recipe(recipe: Recipe) -> RunPlan:
         rewards=rewards,
         fits=find_fits(recipe, footprint, iteration, GPUS, around),
         budget=_budget(recipe, schedule),
+        noise=None if noise is None else noise.leaf,
+        noise_warning=_against_base(recipe, noise, base),
     )
 
 
@@ -154,6 +182,13 @@ def _budget(recipe: Recipe, schedule: Schedule) -> RowBudget | None:
         return None
     rows = [grow(plan_ahead(schedule, i, range(i * prompts, (i + 1) * prompts))).rollout_rows for i in range(FORESEEN)]
     return RowBudget(rule.budget(prompts), sum(rows) / len(rows), rule.most)
+
+
+def _against_base(recipe: Recipe, noise: PlannedNoise | None, base: Recipe | None) -> str | None:
+    before = None if base is None else planned_noise(base)
+    if base is None or before is None or noise is None:
+        return None
+    return noise.too_little(recipe.name, f"'{base.name}'", before.leaf.differing)
 
 
 def _first_prompts(recipe: Recipe, model: ModelAdapter) -> list[int]:

@@ -1,4 +1,4 @@
-"""The library's own rules of the method, registered as any plug-in's are."""
+"""The library's own kinds of samples and rules of the method, registered as any plug-in's are."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
-
 from branchtree.core.adaptive import AdaptiveSplits
 from branchtree.core.advantages import ESTIMATORS
+from branchtree.core.forward import Crd, ForwardLoss, MatchingRatio, Nft, PredictionError
 from branchtree.core.gaussian import CpsSde, DanceSde, Ddim, FlowSde
 from branchtree.core.loss import CentredRatio, ClippedLoss, DivergenceMask, EdgeLoss, EdgeRatio, plain_ratio
 from branchtree.core.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
@@ -20,12 +19,15 @@ from branchtree.core.transitions import Kernel
 from branchtree.core.weighting import StepWeighting, gradient_weights, noise_weights
 from branchtree.errors import RecipeError
 from branchtree.plugins.hookspecs import Register, hookimpl
+from branchtree.plugins.registry import NoKeys
+from branchtree.plugins.samples import Media
 
 
-class NoKeys(BaseModel):
-    """The built-in rules read the keys of their section, and have none of their own."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
+@hookimpl
+def register_samples(register: Register) -> None:
+    """Register images and videos."""
+    register("image", build=Media, summary="Images, (B, C, H, W) in [0, 1].")
+    register("video", build=Media, summary="Videos, (B, F, C, H, W) in [0, 1], and their frame rate.")
 
 
 @hookimpl
@@ -215,3 +217,23 @@ def register_weightings(register: Register) -> None:
     }
     for name, (rule, summary) in kinds.items():
         register(name, build=lambda *_, rule=rule: rule, config=NoKeys, summary=summary)
+
+
+@hookimpl
+def register_forward_losses(register: Register) -> None:
+    """Register the four forward objectives."""
+
+    def error(loss: Any) -> PredictionError:
+        return PredictionError(loss.error, loss.error_weight)
+
+    kinds: dict[str, tuple[Callable[[Any], ForwardLoss], str]] = {
+        "nft": (
+            lambda loss: Nft(error(loss), loss.beta, loss.advantage_range),
+            "Towards better leaves and away from worse ones (DiffusionNFT).",
+        ),
+        "awm": (lambda loss: MatchingRatio(error(loss), loss.clip_range), "Advantage-weighted matching (AWM)."),
+        "vgrpo": (lambda loss: MatchingRatio(error(loss), loss.clip_range), "The same under shared draws (V-GRPO)."),
+        "crd": (lambda loss: Crd(error(loss), loss.beta), "Implied rewards regressed on advantages (CRD)."),
+    }
+    for name, (make, summary) in kinds.items():
+        register(name, build=partial(_of_section, make), config=NoKeys, summary=summary)

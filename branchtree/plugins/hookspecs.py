@@ -29,6 +29,15 @@ def register_rewards(register: Register) -> None:
 
 
 @hookspec
+def register_samples(register: Register) -> None:
+    """``register(modality, build=Kind, summary="one line")`` for each modality of each kind of samples.
+
+    ``build`` is the subclass of ``branchtree.plugins.Samples`` whose samples have that ``modality``. What has not been
+    registered can be trained on, but neither be sent to a `remote` reward nor be read from a file.
+    """
+
+
+@hookspec
 def register_features(register: Register) -> None:
     """``register(name, build=FeatureSpace, config=ConfigModel, summary="one line")`` for each feature space."""
 
@@ -108,4 +117,12 @@ def register_weightings(register: Register) -> None:
 
     ``build(config, section)`` gets the ``loss`` section and returns a ``branchtree.core.weighting.StepWeighting``, or
     None for no weights.
+    """
+
+
+@hookspec
+def register_forward_losses(register: Register) -> None:
+    """``register(name, build=..., config=ConfigModel, summary="one line")`` for each forward objective.
+
+    ``build(config, section)`` gets the ``loss`` section and returns a ``branchtree.core.forward.ForwardLoss``.
     """

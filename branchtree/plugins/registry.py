@@ -12,13 +12,14 @@ import inspect
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pluggy
-from pydantic import BaseModel
+from pydantic import BaseModel, ConfigDict
 
-from branchtree.errors import PluginError, nearest
+from branchtree.errors import PluginError, nearest, shortened
 from branchtree.plugins import hookspecs
+from branchtree.plugins.samples import Samples
 from branchtree.plugins.values import RewardCard
 
 RULES = {
@@ -30,16 +31,23 @@ RULES = {
     "ratio": "register_ratios",
     "loss": "register_losses",
     "weighting": "register_weightings",
+    "forward objective": "register_forward_losses",
 }
 """The kinds of rules that a method is made of, and the hook that registers each."""
 
 
+class NoKeys(BaseModel):
+    """The configuration of what has no keys of its own."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
 @dataclass(frozen=True)
 class Entry:
-    """One registered model family, reward, feature space, callback or rule of the method."""
+    """One registered model family, reward, kind of samples, feature space, callback or rule of the method."""
 
     name: str
-    build: Callable[..., Any]  # from a validated config; a rule also gets its section of the recipe
+    build: Callable[..., Any]  # from a validated config, for a rule also its section; of samples the class itself
     config: type[BaseModel]
     summary: str
     distribution: str
@@ -66,6 +74,7 @@ class Registry:
 
     models: dict[str, Entry] = field(default_factory=dict)
     rewards: dict[str, Entry] = field(default_factory=dict)
+    samples: dict[str, Entry] = field(default_factory=dict)  # by modality
     callbacks: dict[str, Entry] = field(default_factory=dict)
     features: dict[str, Entry] = field(default_factory=dict)
     rules: dict[str, dict[str, Entry]] = field(default_factory=lambda: {kind: {} for kind in RULES})
@@ -79,6 +88,15 @@ class Registry:
     def reward(self, name: str) -> Entry:
         """The reward of that name. Raises PluginError."""
         return self._lookup("reward", self.rewards, name)
+
+    def kind(self, modality: str) -> type[Samples]:
+        """The class of the samples of a modality. Raises PluginError."""
+        if modality not in self.samples:
+            raise PluginError(
+                f"no plug-in here registers the samples '{shortened(modality)}' (hook register_samples)"
+                f"{nearest(shortened(modality), self.samples)}{self.failures}"
+            )
+        return cast(type[Samples], self.samples[modality].build)
 
     def callback(self, name: str) -> Entry:
         """The callback of that name. Raises PluginError."""
@@ -117,7 +135,8 @@ def registry() -> Registry:
 def register_here(plugin: object, name: str) -> None:
     """Register a plug-in that is not installed; see ``branchtree.register``."""
     found = registry()
-    for entries in (found.models, found.rewards, found.callbacks, found.features, *found.rules.values()):
+    listed = (found.models, found.rewards, found.samples, found.callbacks, found.features, *found.rules.values())
+    for entries in listed:
         for known in [known for known, entry in entries.items() if entry.distribution == name]:
             del entries[known]
     _register(found, name, name, plugin)
@@ -154,6 +173,7 @@ def _register(found: Registry, name: str, distribution: str, plugin: object) -> 
     _refuse_misspelt(manager, name, distribution)
     manager.hook.register_models(register=_adder("model", found.models, distribution))
     manager.hook.register_rewards(register=_adder("reward", found.rewards, distribution))
+    manager.hook.register_samples(register=_adder("kind of samples", found.samples, distribution))
     manager.hook.register_callbacks(register=_adder("callback", found.callbacks, distribution))
     manager.hook.register_features(register=_adder("feature space", found.features, distribution))
     for kind, hook in RULES.items():
@@ -173,7 +193,7 @@ def _adder(kind: str, entries: dict[str, Entry], distribution: str) -> Callable[
         name: str,
         *,
         build: Callable[..., Any],
-        config: type[BaseModel],
+        config: type[BaseModel] = NoKeys,
         summary: str,
         card: RewardCard | None = None,
     ) -> None:

@@ -6,11 +6,13 @@ Axis letters: B samples, C channels, H height, W width, F frames.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Self
 
 import torch
+from pydantic import ConfigDict, TypeAdapter
+from pydantic_core import to_jsonable_python
 from torch import Tensor
 
 from branchtree.core.finite import finite_rows
@@ -22,8 +24,11 @@ class Samples(ABC):
     """The base of kinds of samples. A kind is a frozen dataclass that says its ``modality``.
 
     Fields that are tensors have the samples as first axis, and tuples have one entry for each; what is in other fields
-    holds for all samples.
+    holds for all samples. For the `remote` reward and for ``branchtree score`` a plug-in registers the kind
+    (``register_samples``).
     """
+
+    __pydantic_config__ = ConfigDict(arbitrary_types_allowed=True, extra="forbid")
 
     @property
     @abstractmethod
@@ -38,6 +43,23 @@ class Samples(ABC):
     def tensors(self) -> dict[str, Tensor]:
         """The fields that are tensors, by name."""
         return {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the fields that are tensors, and the others as JSON holds them, for files and for the wire.
+
+        A kind with fields that do not come back from JSON as their annotations say overrides this and ``unpack``.
+        """
+        others = {name: value for name, value in vars(self).items() if name not in self.tensors}
+        return self.tensors, to_jsonable_python(others, fallback=str, bytes_mode="base64")
+
+    @classmethod
+    def unpack(cls, tensors: Mapping[str, Tensor], others: Mapping[str, Any]) -> Self:
+        """Return the samples that ``pack`` took apart. Raises ValueError for fields that do not make any."""
+        found: Self = TypeAdapter(cls).validate_python({**others, **tensors})
+        lengths = {len(value) for value in vars(found).values() if isinstance(value, Tensor | tuple)}
+        if len(lengths) != 1 or 0 in lengths:
+            raise ValueError(f"its tensors and lists must be of equally many samples, not of {sorted(lengths)}")
+        return found
 
     def __len__(self) -> int:
         return next(len(value) for value in vars(self).values() if isinstance(value, Tensor | tuple))

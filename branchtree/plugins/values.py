@@ -72,7 +72,7 @@ class Condition:
 class RewardCard:
     """What a user should know of a reward before using it; ``branchtree rewards`` lists it."""
 
-    modalities: frozenset[str]
+    modalities: frozenset[str]  # none for a reward that takes any kind of samples
     checkpoint: str  # hub id and file, or "none"
     size: int | None  # bytes to download; None if not known
     licence: str  # of the weights

@@ -10,6 +10,8 @@ import torch
 from pydantic import BaseModel
 
 from branchtree.core.credit import CreditRule
+from branchtree.core.draws import DrawRule
+from branchtree.core.forward import ForwardLoss
 from branchtree.core.gaussian import GaussianKernel
 from branchtree.core.grid import time_grid
 from branchtree.core.loss import EdgeRules
@@ -121,7 +123,7 @@ def make_sampler(recipe: Recipe, model: ModelAdapter) -> Sampler:
 
 def make_credit_rule(recipe: Recipe) -> CreditRule:
     """Return the rules of the ``credit`` and ``pruning`` sections; a KL term in the loss has a say too."""
-    credit = recipe.credit
+    credit, forward = recipe.credit, make_forward_loss(recipe)
     return CreditRule(
         credit.beta,
         credit.path_scale,
@@ -130,7 +132,11 @@ def make_credit_rule(recipe: Recipe) -> CreditRule:
         credit.eps,
         credit.clip,
         regularised=recipe.loss.kl > 0,
+        baseline=credit.baseline,
+        returns=credit.returns,
         prune=make_prune(recipe.pruning),
+        draws=recipe.loss.draws if forward else 0,
+        whole_groups=bool(forward and forward.whole_groups),
     )
 
 
@@ -153,7 +159,11 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
             f"tree.{key} is for steps of an ODE, and those of the transition '{name}' are none, as it is not Gaussian; "
             "leave it out"
         )
-    _check_loss(recipe.loss, kernel, name)
+    _check_probes(recipe, name, kernel)
+    if recipe.loss.is_forward:
+        _check_forward(recipe, kernel, name)
+    else:
+        _check_loss(recipe.loss, kernel, name)
     if changes_noise(recipe) and not isinstance(kernel, ScalesNoise):
         key, instead = (
             ("sampler.eta", "give one number") if recipe.sampler.levels else ("tree.adaptive.drop", "set it to null")
@@ -182,6 +192,25 @@ def most_noise(sampler: SamplerSection) -> float:
     return (1.0 if sampler.kind in {"cps", "ddim"} and sampler.transition is None else LARGEST_ETA) / sampler.level
 
 
+def _check_probes(recipe: Recipe, transition: str, kernel: Kernel) -> None:
+    """Raise RecipeError if the recipe asks for probes that cannot be, or for what needs them without them."""
+    credit = recipe.credit
+    if credit.baseline != "probe":
+        if credit.returns == "step":
+            raise RecipeError("credit.returns: step is a difference of probes; set credit.baseline to probe")
+        return
+    if credit.estimator is not None:
+        raise RecipeError(
+            f"credit.estimator: '{credit.estimator.name}' has no use for probes; leave it out, or set credit.baseline "
+            "to group"
+        )
+    if not isinstance(kernel, GaussianKernel):
+        raise RecipeError(
+            f"credit.baseline: a probe goes on without noise, which the transition '{transition}' cannot, as it is not "
+            "Gaussian; set it to group"
+        )
+
+
 def _check_loss(loss: LossSection, kernel: Kernel, name: str) -> None:
     """Refuse rules of the loss that do not suit the transition of that name. Raises RecipeError."""
     if loss.weighting == "noise" and loss.weighting_rule is None and not isinstance(kernel, ScalesNoise):
@@ -197,6 +226,34 @@ def _check_loss(loss: LossSection, kernel: Kernel, name: str) -> None:
                 f"loss.{key}: {value} is for Gaussian transitions, and those of the transition '{name}' are not; set "
                 f"it to {plain}"
             )
+
+
+def _check_forward(recipe: Recipe, kernel: Kernel, transition: str) -> None:
+    """Refuse what cannot be trained under a forward objective, and keys that only edges have. Raises RecipeError."""
+    loss, prunes_depths = recipe.loss, recipe.pruning.rule is None and recipe.pruning.kind == "depth"
+    why = f"under the forward objective '{loss.name}' leaves are trained, not edges"
+    alone = make_schedule(recipe).plan(0, 0).leaves == 1
+    for wrong, message in (
+        (
+            not isinstance(kernel, GaussianKernel),
+            f"loss.kind: '{loss.name}' noises leaves, but the transition '{transition}' is not Gaussian; leave it out",
+        ),
+        (loss.objective is not None, f"loss.objective: {why}; leave it out"),
+        (loss.ratio_rule is not None, f"loss.ratio_rule: {why}; leave it out"),
+        (loss.weighting_rule is not None, f"loss.weighting_rule: {why}; leave it out"),
+        (loss.ratio != "plain", f"loss.ratio: {why}; set it to plain"),
+        (loss.trust != "clip", f"loss.trust: {why}; set it to clip"),
+        (loss.weighting != "none", f"loss.weighting: {why}; set it to none"),
+        (recipe.credit.baseline == "probe", f"credit.baseline: {why}; set it to group"),
+        (prunes_depths, f"pruning.kind: {why}, and depth pruning leaves out edges alone; set it to none"),
+        (
+            loss.old_policy == "ema" and recipe.optim.ema is None,
+            "loss.old_policy: ema is the average of the weights, and none is kept; set optim.ema",
+        ),
+        (alone, f"tree.splits: '{loss.name}' compares leaves, and this tree has only one; give it a split"),
+    ):
+        if wrong:
+            raise RecipeError(message)
 
 
 def make_prune(section: PruningSection) -> Prune | None:
@@ -215,6 +272,21 @@ def make_edge_rules(recipe: Recipe) -> EdgeRules:
         weighting=make_rule("weighting", loss.weighting, loss.weighting_rule, ("loss", "weighting_rule"), loss),
         recomputed=loss.old_log_prob == "recomputed",
     )
+
+
+def make_forward_loss(recipe: Recipe) -> ForwardLoss | None:
+    """Return the loss of a noised leaf; None where edges are trained."""
+    if not recipe.loss.is_forward:
+        return None
+    at = ("loss", "forward")
+    loss: ForwardLoss = make_rule("forward objective", recipe.loss.kind, recipe.loss.forward, at, recipe.loss)
+    return loss
+
+
+def make_draws(recipe: Recipe) -> DrawRule:
+    """Return at which noise levels and noises a forward objective looks at leaves."""
+    loss = recipe.loss
+    return DrawRule(recipe.seed, loss.draws, loss.share_draws, loss.times, loss.time_shift)
 
 
 def make_model(recipe: Recipe) -> ModelAdapter:
@@ -238,9 +310,10 @@ def make_reward(name: str, options: Mapping[str, Any], at: KeyPath) -> tuple[Rew
 def require_scoring(adapter: RewardAdapter, name: str, key: str, modality: str) -> None:
     """Raise RecipeError if a reward does not score what the model makes."""
     if modality not in adapter.modalities:
+        remote = f", and 'remote' does once a plug-in registers the kind '{modality}' (register_samples)"
         raise RecipeError(
             f"{key}: reward '{name}' scores {', '.join(sorted(adapter.modalities))}, but the model makes {modality}s; "
-            f"'branchtree rewards' lists those that score {modality}s"
+            f"'branchtree rewards' lists those that score {modality}s{'' if modality in registry().samples else remote}"
         )
 
 

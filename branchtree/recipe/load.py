@@ -63,6 +63,21 @@ def load_recipe(
     return validate(source)
 
 
+def load_base(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None, smoke: bool) -> Recipe | None:
+    """Return a named recipe without the methods after its name, its own tree and sampler not overridden.
+
+    None for a recipe without methods, and where the overrides do not suit it alone.
+    """
+    base, methods = ("", []) if isinstance(recipe, Recipe) else split_methods(str(recipe))
+    if not methods:
+        return None
+    kept = {key: value for key, value in (overrides or {}).items() if not key.startswith(("tree", "sampler"))}
+    try:
+        return load_recipe(base, kept, smoke)
+    except RecipeError:
+        return None
+
+
 def resolve_recipe(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None, smoke: bool) -> Recipe:
     """Load a recipe, or return a loaded one as it is. Raises TypeError for overrides or smoke of a loaded one."""
     if not isinstance(recipe, Recipe):

@@ -408,10 +408,25 @@ class CreditSection(Section):
         default="depth",
         description="The estimator: `depth` is the paper's, `leaf` is leave-one-out, `sibling` compares siblings.",
     )
+    baseline: Literal["group", "probe"] = Field(
+        default="group",
+        description="What a return is compared with: what `advantage` says of the `group`, or the score of a `probe`, "
+        "the deterministic continuation of the edge's parent; then `advantage` is not used.",
+    )
+    returns: Literal["leaf", "step"] = Field(
+        default="leaf",
+        description="Under `baseline: probe`, what is compared: the fused rewards of the `leaf` samples below an edge, "
+        "or, per `step`, the probe of the edge's end (DenseGRPO; biased).",
+    )
     combine: Literal["advantages", "rewards"] = Field(
         default="advantages",
         description="What is added where there are several rewards: their weighted `advantages`, or their weighted raw "
         "`rewards` before advantages are computed.",
+    )
+    batch_normalise: bool = Field(
+        default=False,
+        description="Normalise the sum of all rewards' advantages once more, over all prompts of an iteration (GDPO); "
+        "then the gradient pass waits for the last prompt's scores.",
     )
     eps: float = Field(default=1e-8, gt=0, le=1e6, description="Added to the deviation that advantages are divided by.")
     clip: float = Field(
@@ -438,9 +453,27 @@ class PruningSection(Section):
     rule: Choice | None = Field(default=None, description="A pruning rule, by name, instead of `kind`.")
 
 
-class LossSection(Section):
-    """``loss``: the clipped objective."""
+FORWARD: dict[str, dict[str, Any]] = {
+    "nft": {"error": "adaptive"},
+    "awm": {},
+    "vgrpo": {"error": "adaptive", "share_draws": "group"},
+    "crd": {"share_draws": "group"},
+}
+"""The forward objectives, and the keys that each changes unless a recipe sets them."""
 
+
+class LossSection(Section):
+    """``loss``: the objective.
+
+    `path` trains the edges of the tree. The others are forward objectives: they train its leaves, noised again, and the
+    keys from `forward` on belong to them alone. `vgrpo` and `nft` change the default of `error` to `adaptive`, `vgrpo`
+    and `crd` that of `share_draws` to `group`.
+    """
+
+    kind: Literal["path", "nft", "awm", "vgrpo", "crd"] = Field(
+        default="path",
+        description="`path`, the clipped policy gradient over edges, or a forward objective over leaves.",
+    )
     clip_range: float = Field(
         default=1e-4, gt=0, le=1e6, description="How far the probability ratio may leave 1 before it is clipped."
     )
@@ -484,6 +517,71 @@ class LossSection(Section):
     weighting_rule: Choice | None = Field(
         default=None, description="A rule that weights steps, by name, instead of `weighting`."
     )
+    forward: Choice | None = Field(default=None, description="A forward objective, by name, instead of `kind`.")
+    draws: int = Field(
+        default=4, ge=1, le=1000, description="Pairs of a noise level and a noise at which each leaf is looked at."
+    )
+    share_draws: Literal["leaf", "siblings", "group"] = Field(
+        default="leaf",
+        description="Which leaves have the same pairs: each `leaf` has its own, or they are shared by `siblings`, the "
+        "leaves below one node of the last split, or by the `group` of a prompt's leaves.",
+    )
+    times: Literal["uniform", "stratified", "logit_normal", "grid"] = Field(
+        default="stratified",
+        description="How noise levels are drawn: `uniform`; `stratified`, each draw from an interval of its own; "
+        "`logit_normal`, stratified as well; or from the steps of the rollout's `grid`.",
+    )
+    time_shift: float = Field(
+        default=1.0, ge=0.01, le=100, description="The time shift of drawn noise levels, but for those of the grid."
+    )
+    error: Literal["velocity", "adaptive"] = Field(
+        default="velocity",
+        description="A prediction's error: its mean square, or `adaptive`, that of the clean sample which follows from "
+        "it, over the mean absolute error.",
+    )
+    error_weight: Literal["none", "sigma", "sigma_squared"] = Field(
+        default="none", description="The weight of that error by noise level."
+    )
+    beta: float = Field(
+        default=1.0,
+        gt=0,
+        le=1e6,
+        description="`nft`: how far the two implied policies lie from the old one, in units of the trained one's "
+        "distance; `crd`: the scale of implied rewards.",
+    )
+    advantage_range: float = Field(
+        default=5.0,
+        gt=0,
+        le=1e6,
+        description="`nft`: the size of an advantage at which a leaf is wholly wanted, or not at all.",
+    )
+    old_policy: Literal["rollout", "ema"] = Field(
+        default="rollout",
+        description="The policy that the trained one is compared with: that of the `rollout`, or `ema`, the average of "
+        "the weights under `optim.ema`.",
+    )
+    kl_old: float = Field(
+        default=0.0, ge=0, le=1e6, description="Weight of the mean square distance of predictions to that policy's."
+    )
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _complete_kind(cls, data: Any, validate: ModelWrapValidatorHandler[LossSection]) -> LossSection:
+        """Fill in the keys that a forward objective changes."""
+        changed = FORWARD.get(str(data.get("kind")), {}) if isinstance(data, dict) else {}
+        section = validate({**changed, **data} if changed else data)
+        section.model_fields_set.difference_update(changed.keys() - (data.keys() if changed else set()))
+        return section
+
+    @property
+    def is_forward(self) -> bool:
+        """Return whether leaves are trained, and not edges."""
+        return self.name != "path"
+
+    @property
+    def name(self) -> str:
+        """The objective's name."""
+        return self.forward.name if self.forward else self.kind
 
 
 class OptimSection(Section):
@@ -560,6 +658,21 @@ class ScoringSection(Section):
         default=0.5, ge=0, le=1, description="The share of samples on which a reward may fail before the run ends."
     )
     window: int = Field(default=3, ge=1, le=10_000, description="Iterations over which that share is computed.")
+
+
+class AlarmSection(Section):
+    """``alarm``: warnings that a reward is exploited, or diversity lost. Nothing here changes a result."""
+
+    enabled: bool = Field(default=True, description="Look for what an alarm is about, and warn at its onset.")
+    window: int = Field(
+        default=20, ge=4, le=10_000, description="Iterations between looks, and the fewest that a trend is seen over."
+    )
+    confidence: float = Field(
+        default=0.99,
+        ge=0.5,
+        lt=1,
+        description="The share of runs without anything of the kind that end without an alarm, at least.",
+    )
 
 
 class DataSection(Section):
@@ -682,11 +795,14 @@ class Recipe(Section):
     rewards: tuple[RewardSection, ...] = Field(min_length=1, description="What is optimised; at least one.")
     credit: CreditSection = Field(default=CreditSection(), description="From leaf rewards to advantages.")
     pruning: PruningSection = Field(default=PruningSection(), description="Edges left out of the gradient pass.")
-    loss: LossSection = Field(default=LossSection(), description="The clipped objective.")
+    loss: LossSection = Field(default=LossSection(), description="The objective.")
     optim: OptimSection = Field(default=OptimSection(), description="The optimiser.")
     batch: BatchSection = Field(default=BatchSection(), description="How much is done at a time.")
     scoring: ScoringSection = Field(
         default=ScoringSection(), description="How leaves are scored, and when failing rewards end the run."
+    )
+    alarm: AlarmSection = Field(
+        default=AlarmSection(), description="Warnings that a reward is exploited, or diversity lost."
     )
     data: DataSection = Field(description="The prompts to train on.")
     evaluation: EvaluationSection | None = Field(default=None, description="Held-out figures; none by default.")

@@ -52,6 +52,7 @@ def render_report(run: Run) -> str:
     description = run.setting("description")
     head = [
         f'<p class="description">{escape(description)}</p>' if description else "",
+        sections.alarms(run),
         sections.key_numbers(run),
         sections.facts(run),
         sections.notes(run),

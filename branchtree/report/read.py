@@ -14,7 +14,17 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from branchtree.errors import OutputError
 from branchtree.files.reading import read_text, require_name
 from branchtree.recipe.plain_yaml import NotPlainError, read_plain
-from branchtree.run.directory import EVALUATION, FAILURES, METRICS, SAMPLES, SUMMARY, TIMING, TREES, RunDirectory
+from branchtree.run.directory import (
+    ALARMS,
+    EVALUATION,
+    FAILURES,
+    METRICS,
+    SAMPLES,
+    SUMMARY,
+    TIMING,
+    TREES,
+    RunDirectory,
+)
 
 LogRow = Mapping[str, float | None]
 """One iteration's figures by name; None where a figure is missing or not finite."""
@@ -54,6 +64,13 @@ class LoggedFailure(Record):
     reason: str = ""
     more: int | None = None
     reasons: dict[str, int] = {}
+
+
+class LoggedAlarm(Record):
+    """An alarm at its onset, after ``iteration`` was done."""
+
+    iteration: int
+    message: str
 
 
 class SampleGrid(Record):
@@ -130,6 +147,7 @@ class Run:
     trees: Sequence[Tree]
     summary: Mapping[str, Any] | None
     failures: Sequence[LoggedFailure] = ()
+    alarms: Sequence[LoggedAlarm] = ()
     notes: list[str] = field(default_factory=list)  # about what could not be read
 
     @property
@@ -184,7 +202,8 @@ def read_run(path: Path) -> Run:
         samples=_samples(path / SAMPLES, notes),
         trees=_trees(path / TREES, notes),
         summary=_summary(path / SUMMARY, notes),
-        failures=_failures(path / FAILURES, notes),
+        failures=_records(LoggedFailure, path / FAILURES, notes),
+        alarms=_records(LoggedAlarm, path / ALARMS, notes),
         notes=notes,
     )
 
@@ -274,10 +293,8 @@ def _rows(path: Path, notes: list[str]) -> list[LogRow]:
 Valid = TypeVar("Valid", bound=Record)
 
 
-def _failures(path: Path, notes: list[str]) -> list[LoggedFailure]:
-    return _validated(
-        LoggedFailure, _objects(path, notes), f"A line of iteration {{}} in {path.name} was left out", notes
-    )
+def _records(kind: type[Valid], path: Path, notes: list[str]) -> list[Valid]:
+    return _validated(kind, _objects(path, notes), f"A line of iteration {{}} in {path.name} was left out", notes)
 
 
 def _evaluations(path: Path, notes: list[str]) -> list[Evaluation]:

@@ -210,6 +210,14 @@ def recipe(run: Run) -> str:
     return f"<details><summary>Resolved recipe</summary>{text}</details>"
 
 
+def alarms(run: Run) -> str:
+    """Return a box of the alarms that were raised."""
+    if not run.alarms:
+        return ""
+    listed = "".join(f"<li>Iteration {alarm.iteration}: {escape(alarm.message)}.</li>" for alarm in run.alarms)
+    return f'<aside class="alarms" aria-label="Alarms"><h2>Alarms</h2><ul>{listed}</ul></aside>'
+
+
 def notes(run: Run) -> str:
     """Return notes about what could not be read."""
     if not run.notes:

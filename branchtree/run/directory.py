@@ -25,10 +25,12 @@ log = logging.getLogger("branchtree")
 
 METRICS, TIMING, EVALUATION = "metrics.jsonl", "timing.jsonl", "evaluation.jsonl"
 FAILURES = "failures.jsonl"  # samples that could not be scored; there once one could not
+SPREAD = "spread.jsonl"  # how far apart the leaves of each prompt lie
+ALARMS = "alarms.jsonl"  # there once one was raised
 LIMITS = "limits.json"  # the batch limits that memory set
 SUMMARY = "summary.json"
 SAMPLES, TREES, TRACKERS = "samples", "trees", "trackers"
-LOGS = (METRICS, TIMING, EVALUATION, FAILURES)
+LOGS = (METRICS, TIMING, EVALUATION, FAILURES, SPREAD, ALARMS)
 CHECKPOINT = re.compile(r"iteration_\d{6,}")
 """How the folder of a checkpoint is called."""
 UNCOUNTED = frozenset({LOCK, "lost+found", ".DS_Store"})

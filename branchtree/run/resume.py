@@ -21,7 +21,7 @@ from branchtree.run.contents import Contents, FileChange, changed_files, same_fi
 
 log = logging.getLogger("branchtree")
 
-FREE_SECTIONS = ("name", "description", "evaluation", "callbacks", "scoring")
+FREE_SECTIONS = ("name", "description", "evaluation", "callbacks", "scoring", "alarm")
 FREE_RUN_KEYS = (
     "iterations",
     "checkpoint_every",

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 
 import branchtree
-from branchtree.errors import BranchTreeError, RewardError
+from branchtree.errors import BranchTreeError, PluginError, RewardError
 from branchtree.plugins.protocols import Fingerprinted, GroupReward, ReadsPrompt, ReleasesMemory, RewardAdapter
+from branchtree.plugins.registry import registry
 from branchtree.plugins.scores import ask
 from branchtree.serving.wire import Info, WireError, decode_request, encode_scores
 
@@ -72,6 +73,11 @@ class Service:
 
     def _load(self) -> Info:
         adapter = self._reward.adapter
+        try:
+            for modality in sorted(adapter.modalities):
+                registry().kind(modality)  # else what is sent could not be made samples again
+        except PluginError as error:
+            raise RewardError(f"reward '{self._reward.name}' cannot be served: {error}") from None
         adapter.load(self._device)
         fingerprint = adapter.fingerprint() if isinstance(adapter, Fingerprinted) else None
         return Info(

@@ -3,11 +3,13 @@
 Both directions are safetensors: tensors and short texts, which can be parsed safely from any sender. Numbers arrive to
 the bit. Axis letters: B samples, F frames, C channels, H height, W width.
 
-    request     pixels     float32 in [0, 1], or uint8 (255 is 1): images (B, C, H, W) or videos (B, F, C, H, W)
-                file.N     uint8, the bytes of the N-th image or video file that a condition names, if it can be read
-                "request"  JSON in the metadata: modality, fps, the B conditions, and the names of the files
+    request     pixels        float32 in [0, 1], or uint8 (255 is 1): images (B, C, H, W) or videos (B, F, C, H, W)
+                samples.NAME  of samples of another kind, in place of pixels: each field that is a tensor
+                file.N        uint8, the bytes of the N-th image or video that a condition names, if it can be read
+                "request"     JSON in the metadata: modality, fps, the B conditions, the names of the files, and the
+                              fields that are no tensors of samples of another kind
     response    values, valid, and, where the reward gives them, raw and details.NAME, each (B,)
-                "reasons"  JSON in the metadata: why rows are not valid
+                "reasons"     JSON in the metadata: why rows are not valid
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import pydantic
 import torch
@@ -26,12 +28,13 @@ from torch import Tensor
 from branchtree.core.scores import Scores
 from branchtree.errors import DataError, RewardError
 from branchtree.files.json_lines import parse_json
-from branchtree.plugins.samples import Media
+from branchtree.plugins.samples import Media, Samples
+from branchtree.plugins.saved import make_samples
 from branchtree.plugins.values import Condition
 
 CONTENT_TYPE = "application/x-safetensors"
 EXPECTS = "X-Branchtree-Expects"  # header: the identity of the reward that a client began with
-DETAILS = "details."
+DETAILS, FIELD = "details.", "samples."
 FILES = ("image", "last_image", "video")  # fields of a condition that name files
 MEBIBYTE = 2**20
 
@@ -80,17 +83,18 @@ class _ConditionFields(pydantic.BaseModel, extra="forbid", frozen=True):
 class _Header(pydantic.BaseModel, extra="forbid", frozen=True):
     """The metadata of a request."""
 
-    modality: Literal["image", "video"]
+    modality: Text
     fps: float | None = None
     conditions: tuple[_ConditionFields, ...]
     files: tuple[Text, ...] = ()  # their names on the client
+    fields: dict[Text, Any] = {}  # of samples that are neither images nor videos
 
 
 @dataclass(frozen=True)
 class ScoreRequest:
     """B samples to score, and their conditions."""
 
-    media: Media
+    media: Samples
     conditions: tuple[Condition, ...]
     names: Mapping[Path, str]  # of the files on the client
 
@@ -101,11 +105,11 @@ class ScoreRequest:
         return reason
 
 
-def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condition]) -> bytes:
-    """Return a request to score pixels, float32 or uint8, images (B, C, H, W) or videos (B, F, C, H, W).
+def encode_request(samples: Samples, conditions: Sequence[Condition]) -> bytes:
+    """Return a request to score B samples under their conditions; pixels may be float32 or uint8.
 
     A file of a condition that cannot be read is left out, since not all rewards need it. Raises RewardError if the
-    conditions' metadata are not JSON.
+    conditions' metadata, or fields of the samples, are not JSON.
     """
     numbers: dict[Path, int] = {}
     fields = []
@@ -123,12 +127,17 @@ def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condi
                 **numbered,
             }
         )
-    header = {
-        "modality": "image" if pixels.ndim == 4 else "video",
-        "fps": fps,
+    header: dict[str, Any] = {
+        "modality": samples.modality,
+        "fps": samples.fps if isinstance(samples, Media) else None,
         "conditions": fields,
         "files": [str(path) for path in numbers],
     }
+    if isinstance(samples, Media):
+        tensors = {"pixels": samples.pixels}
+    else:
+        packed, header["fields"] = samples.pack()
+        tensors = {f"{FIELD}{name}": value for name, value in packed.items()}
     try:
         text = json.dumps(header)
     except (TypeError, ValueError) as error:
@@ -136,7 +145,7 @@ def encode_request(pixels: Tensor, fps: float | None, conditions: Sequence[Condi
         raise RewardError(
             f"{at}the conditions' metadata cannot be sent to a remote reward: {error}; keep to JSON"
         ) from None
-    return _save({"pixels": pixels, **_files(numbers)}, {"request": text})
+    return _save({**tensors, **_files(numbers)}, {"request": text})
 
 
 def _is_json(metadata: Mapping[str, Any]) -> bool:
@@ -175,25 +184,38 @@ def decode_request(body: bytes, folder: Path) -> ScoreRequest:
     except (ValueError, RecursionError) as error:
         raise WireError(f"the metadata 'request' is not right: it is no JSON: {error}") from None
     paths = _write_files(header.files, tensors, folder)
-    pixels = _checked_pixels(tensors, header)
-    media = Media(images=pixels) if header.modality == "image" else Media(videos=pixels, fps=header.fps)
+    files = {f"file.{number}" for number in range(len(header.files))}
+    sent = {name: value for name, value in tensors.items() if name not in files}
+    samples = _media(sent, header) if header.modality in {"image", "video"} else _samples(sent, header)
+    if len(samples) != len(header.conditions):
+        raise WireError(f"{len(samples)} samples came with {len(header.conditions)} conditions; each needs its own")
     conditions = tuple(_condition(fields, paths) for fields in header.conditions)
-    return ScoreRequest(media, conditions, dict(zip(paths, header.files, strict=True)))
+    return ScoreRequest(samples, conditions, dict(zip(paths, header.files, strict=True)))
 
 
-def _checked_pixels(tensors: Mapping[str, Tensor], header: _Header) -> Tensor:
-    """Return the pixels in [0, 1], float32. Raises WireError."""
+def _samples(tensors: Mapping[str, Tensor], header: _Header) -> Samples:
+    """Return samples of a kind that a plug-in of the server registers. Raises WireError."""
+    if not all(name.startswith(FIELD) for name in tensors):
+        raise WireError(f"the tensors must be the samples' '{FIELD}NAME', and at most one 'file.N' for each file")
+    fields = {name.removeprefix(FIELD): value for name, value in tensors.items()}
+    try:
+        return make_samples(header.modality, fields, header.fields)
+    except DataError as error:
+        raise WireError(str(error)) from None
+
+
+def _media(tensors: Mapping[str, Tensor], header: _Header) -> Media:
+    """Return images or videos, float32 in [0, 1]. Raises WireError."""
     pixels = tensors.get("pixels")
-    if pixels is None or not tensors.keys() <= {"pixels", *(f"file.{number}" for number in range(len(header.files)))}:
+    if pixels is None or len(tensors) > 1:
         raise WireError("the tensors must be 'pixels' and at most one 'file.N' for each file")
     if pixels.dtype not in {torch.float32, torch.uint8}:
         raise WireError(f"pixels must be float32 or uint8, not {str(pixels.dtype).removeprefix('torch.')}")
     axes = "(B, C, H, W)" if header.modality == "image" else "(B, F, C, H, W)"
     if pixels.ndim != len(axes.split(",")) or pixels.numel() == 0:
         raise WireError(f"the pixels of {header.modality}s must be {axes}, not {tuple(pixels.shape)}")
-    if len(pixels) != len(header.conditions):
-        raise WireError(f"{len(pixels)} samples came with {len(header.conditions)} conditions; each needs its own")
-    return pixels if pixels.dtype == torch.float32 else pixels.to(torch.float32) / 255
+    whole = pixels if pixels.dtype == torch.float32 else pixels.to(torch.float32) / 255
+    return Media(images=whole) if header.modality == "image" else Media(videos=whole, fps=header.fps)
 
 
 def _write_files(names: Sequence[str], tensors: Mapping[str, Tensor], folder: Path) -> list[Path]:

@@ -28,7 +28,12 @@ REFUSED = (ValueError, BranchTreeError)
 
 
 def noise_media(modality: str, samples: int) -> Media:
-    """Samples that differ, of smooth noise: images of 40x48 pixels, or videos of 9 such frames at 8 fps."""
+    """Samples that differ, of smooth noise: images of 40x48 pixels, or videos of 9 such frames at 8 fps.
+
+    Raises ValueError for another modality.
+    """
+    if modality not in {"image", "video"}:
+        raise ValueError(f"noise is images or videos; give the case a function 'media' that makes samples '{modality}'")
     frames = 9 if modality == "video" else 1
     source = torch.Generator().manual_seed(7)
     coarse = torch.rand(samples * frames, 3, 5, 6, generator=source)
@@ -42,9 +47,10 @@ class RewardCase:
     """One registered reward with small weights, and samples that it can score.
 
     ``reward`` is written as an entry of a recipe's ``rewards``; its plug-in must be installed. ``conditions`` are what
-    the samples were asked to show: at least four, each of them one that the reward can score. Where a setting limits
-    how many samples go through a model at once, let it be smaller than their number. ``refused`` are conditions that
-    the ``check`` of a reward that has one must refuse.
+    the samples were asked to show: at least four, each of them one that the reward can score. ``media`` makes samples
+    of a modality, by default images or videos of noise. Where a setting limits how many samples go through a model at
+    once, let it be smaller than their number. ``refused`` are conditions that the ``check`` of a reward that has one
+    must refuse.
     """
 
     reward: Mapping[str, Any]
@@ -133,7 +139,7 @@ class RewardPromises:
         modalities = case.build().modalities
         assert modalities and all(modality.isidentifier() for modality in modalities)
         assert loaded.modalities and loaded.modalities <= modalities
-        assert card is None or modalities <= card.modalities
+        assert card is None or not card.modalities or modalities <= card.modalities
 
     def test_it_scores_only_what_is_loaded(self, case: RewardCase, loaded: RewardAdapter) -> None:
         """Before ``load`` an error says to load it; a reward that has nothing to load may score instead."""
@@ -188,16 +194,19 @@ class RewardPromises:
             for media in case.samples():
                 assert not loaded.score(_chosen(media, [0]), [condition]).valid.any()
 
-    def test_pixels_that_are_not_finite_make_their_sample_invalid(
-        self, case: RewardCase, loaded: RewardAdapter
-    ) -> None:
-        """With a reason if the reward gives any; the other samples' scores are those without it."""
-        for media in (samples for samples in case.samples() if isinstance(samples, Media)):
+    def test_samples_that_are_not_finite_are_not_valid(self, case: RewardCase, loaded: RewardAdapter) -> None:
+        """With a reason if the reward gives any; the other samples' scores are those without them."""
+        for media in case.samples():
+            numbers = [name for name, value in media.tensors.items() if value.is_floating_point()]
+            if not numbers:  # such as tokens
+                continue
             rest = list(range(2, len(media)))
             expected = _score(loaded, case, media, rest)
             spoilt = media.cpu()
             for row, number in enumerate((float("nan"), float("inf"))):
-                spoilt.pixels[row, ..., media.pixels.shape[-2] // 2, media.pixels.shape[-1] // 2] = number
+                for value in (spoilt.tensors[name][row] for name in numbers):
+                    middle: Any = (..., *(size // 2 for size in value.shape[-2:]))  # of a picture, or of a sequence
+                    value[middle] = number
             scores = _score(loaded, case, spoilt)
             assert scores.valid.tolist() == [row in rest for row in range(len(media))]
             assert set(scores.reasons) <= {0, 1}

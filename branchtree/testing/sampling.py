@@ -6,6 +6,7 @@ import copy
 import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import torch
 from branchtree.core.grid import check_grid
 from branchtree.core.padding import pad_together
 from branchtree.plugins.protocols import ModelAdapter
+from branchtree.plugins.registry import registry
 from branchtree.plugins.samples import Media, Samples
+from branchtree.plugins.saved import read_samples, write_samples
 from branchtree.testing.case import AdapterCase
 from branchtree.testing.probe import (
     CPU,
@@ -163,6 +166,28 @@ class SamplingPromises(LoadedOnce):
         together, pieces = loaded.decode(latents), [loaded.decode(row) for row in latents.split(1)]
         for name, found in pieces[0].concatenate(pieces).tensors.items():
             require_close(found, together.tensors[name], case.tolerance[torch.float32])
+
+    def test_its_samples_are_cut_and_drawn_one_by_one(self, case: AdapterCase, loaded: ModelAdapter) -> None:
+        """A batch is its rows, one after the other; what draws them makes a picture of each, with pixels in [0, 1]."""
+        samples = loaded.decode(states_of(loaded, case, len(SIGMAS)))
+        assert same_samples(samples.concatenate([samples[row : row + 1] for row in range(len(samples))]), samples)
+        assert same_samples(samples.cpu(), samples)
+        shown = samples.show([case.conditions[row % 2] for row in range(len(samples))])
+        if shown is not None:
+            assert len(shown) == len(samples) and shown.pixels.dtype == torch.float32
+            assert 0 <= float(shown.pixels.min()) <= float(shown.pixels.max()) <= 1
+
+    def test_its_samples_come_back_from_a_file(self, case: AdapterCase, loaded: ModelAdapter, tmp_path: Path) -> None:
+        """To the bit, with the conditions' prompts and metadata; and so over the wire to a reward elsewhere."""
+        samples = loaded.decode(states_of(loaded, case, 2))
+        if samples.modality not in registry().samples:
+            pytest.skip("no hook register_samples names this kind, so `remote` and `branchtree score` cannot take it")
+        conditions = case.conditions[:2]
+        write_samples(tmp_path / "two.safetensors", samples, conditions)
+        found, kept = read_samples(tmp_path / "two.safetensors")
+        assert same_samples(found, samples)
+        assert [each.metadata_text for each in kept] == [each.metadata_text for each in conditions]
+        assert [each.prompt for each in kept] == [each.prompt for each in conditions]
 
     def test_samples_are_decoded_while_others_are_predicted(self, loaded: ModelAdapter, case: AdapterCase) -> None:
         """By another thread, as a run decodes the prompts that are done first."""

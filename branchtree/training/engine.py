@@ -213,6 +213,13 @@ class WeightAverage:
             self._assign(originals)
 
     @torch.no_grad()
+    def copy_to(self, module: nn.Module) -> None:
+        """Give another module of the same parameters the averages."""
+        parameters = dict(module.named_parameters())
+        for name, value in self._average.items():
+            parameters[name].copy_(value)
+
+    @torch.no_grad()
     def _assign(self, values: Mapping[str, Tensor]) -> None:
         for name, parameter in self._parameters.items():
             local(parameter).copy_(values[name])

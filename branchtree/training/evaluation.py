@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from branchtree.core.rollout import chunks
 from branchtree.core.scores import Scores
+from branchtree.core.segments import segment_count, segment_mean
 from branchtree.errors import ModelError, RewardError
 from branchtree.plugins.samples import Samples
 from branchtree.plugins.scores import NamedReward
@@ -35,6 +36,8 @@ class Figure:
     mean: float | None  # None if no sample is valid
     valid: int
     samples: int
+    std: float | None = None  # sample deviation; None for fewer than two
+    prompts: Sequence[float | None] | None = None  # each prompt's mean, where it is known which sample is whose
 
 
 @dataclass(frozen=True)
@@ -77,7 +80,12 @@ class Evaluator:
 
     def figures(self, accelerator: Any) -> dict[str, Figure]:
         """Each reward's figure by label."""
-        return {label: figure_of(scores) for label, scores in self.samples(accelerator).scores.items()}
+        samples = self.samples(accelerator)
+        prompts = torch.tensor([prompt for prompt, _ in samples.pairs])
+        return {
+            label: replace(figure_of(scores), prompts=prompt_means(scores, prompts, len(self.conditions)))
+            for label, scores in samples.scores.items()
+        }
 
     def samples(
         self,
@@ -183,4 +191,12 @@ def figure_of(scores: Scores) -> Figure:
     """A reward's mean over its valid samples."""
     values = scores.values[scores.valid].double()
     mean = float(values.mean()) if values.numel() else None
-    return Figure(mean=mean, valid=values.numel(), samples=scores.values.numel())
+    std = float(values.std()) if values.numel() > 1 else None
+    return Figure(mean=mean, valid=values.numel(), samples=scores.values.numel(), std=std)
+
+
+def prompt_means(scores: Scores, prompts: Tensor, count: int) -> list[float | None]:
+    """Return the mean of each prompt's valid samples, ``prompts`` (S,) saying whose each is; None where none is."""
+    values, whose = scores.values[scores.valid].double(), prompts[scores.valid]
+    means, known = segment_mean(values, whose, count), segment_count(whose, count) > 0
+    return [mean if valid else None for mean, valid in zip(means.tolist(), known.tolist(), strict=True)]

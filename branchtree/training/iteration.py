@@ -10,6 +10,7 @@ from functools import partial
 from torch import Tensor
 
 from branchtree.core.credit import Credit
+from branchtree.core.diversity import compared_numbers
 from branchtree.core.rollout import forwards
 from branchtree.core.scores import Scores
 from branchtree.core.tree import BranchTree, Topology
@@ -21,6 +22,7 @@ from branchtree.training.continuation import compare_continuation
 from branchtree.training.failures import Leaves, logged
 from branchtree.training.objective import UpdateRecord
 from branchtree.training.policy import Policy
+from branchtree.training.probing import ProbeRecord, probing_forwards, score_probes
 from branchtree.training.processes import GroupRecord
 from branchtree.training.scoring import Scorer
 from branchtree.training.session import Session
@@ -45,6 +47,7 @@ class Iteration:
     tree: BranchTree  # of this process's shares
     group: GroupRecord  # the whole trees, with their scores
     credit: Credit  # of the whole trees
+    probes: ProbeRecord  # of this process's shares, where they are the baseline
     comparison: Mapping[str, float]  # of a coarse continuation with the whole grid, where it is due
     update: UpdateRecord
     timing: Stopwatch
@@ -66,7 +69,8 @@ def iterate(session: Session, iteration: int) -> Iteration:
     credits: list[Credit] = []
     gradient: Gradient | None = None
 
-    calls = processes.most(forwards(topology, session.limits.rollout.rows, session.recipe.batch.rollout_prompts))
+    growing = forwards(topology, session.limits.rollout.rows, session.recipe.batch.rollout_prompts)
+    calls = processes.most(growing + probing_forwards(session, topology))
     try:
         with processes.together(), policy.in_step(calls) as in_step, session.scorer() as scorer:
             leaves = LeafScores(scorer, batch, policy, session.records_tree(iteration), watch)
@@ -84,6 +88,7 @@ def iterate(session: Session, iteration: int) -> Iteration:
                     gradient.add(session.work(credit, topology, prompts, batch.ids, iteration))
                 credits.append(credit)
             scores = leaves.finish()
+            probes = score_probes(session, tree, batch.conditions, in_step, watch)
     except RewardError as error:
         session.log_failure(iteration, {"reason": logged(str(error))})
         raise
@@ -91,24 +96,29 @@ def iterate(session: Session, iteration: int) -> Iteration:
     session.failures.check(session.accelerator, scores, failed, partial(session.log_failure, iteration))
 
     with watch.phase("credit"):
-        group = session.team.gather(GroupRecord(topology, log_prob, scores, leaves.thumbnails()))
+        numbers = compared_numbers(tree.leaves) if session.recipe.alarm.enabled else None
+        record = GroupRecord(topology, log_prob, scores, leaves.thumbnails(), probes.scores, numbers)
+        group = session.team.gather(record)
+        whole = group.topology
         rest = range(leaves.groups[len(credits)].start if credits else 0, topology.prompts)
-        last = session.credit(group.topology, group.log_prob, group.of(rest), rest, tree.dimensions, iteration)
+        left = group.of(rest)
+        last = session.credit(whole, group.log_prob, left, rest, tree.dimensions, iteration, group.probes)
+        last = session.batch_normalised(last, whole)
         credit = Credit.concatenate([*credits, last])
     # Before the weights change: the states come from these.
     comparison = compare_continuation(session, iteration, tree, scores, batch.conditions[0], policy.first(), watch)
     with watch.phase("update"):
         steps = partition(
-            session.work(last, group.topology, rest, batch.ids, iteration),
+            session.work(last, whole, rest, batch.ids, iteration),
             session.recipe.optim.steps_per_iteration,
             session.recipe.seed,
             iteration,
             batch.ids,
             session.first_prompt,
         )
-        own = [session.team.own(each, group.topology, topology) for each in steps]
+        own = [session.team.own(each, whole, topology) for each in steps]
         update = session.updater.run(tree, own, policies, iteration, gradient)
-    return Iteration(batch, tree, group, credit, comparison, update, watch)
+    return Iteration(batch, tree, group, credit, probes, comparison, update, watch)
 
 
 def plan_batch(session: Session, iteration: int) -> Batch:

@@ -9,11 +9,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from branchtree.core.forward import Prediction
 from branchtree.data.prompts import PromptOrder
 from branchtree.errors import BranchTreeError, ModelError, RecipeError, RewardError, reason_of
 from branchtree.planning.devices import indexed
@@ -22,21 +23,32 @@ from branchtree.planning.preflight import TrainingNeed, step_shortage
 from branchtree.plugins.protocols import CompilesBlocks, FreezesUnused, ModelAdapter, RewardAdapter
 from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import LoraSettings
-from branchtree.recipe.build import make_credit_rule, make_edge_rules, make_sampler, most_noise, planned_steps
+from branchtree.recipe.build import (
+    make_credit_rule,
+    make_draws,
+    make_edge_rules,
+    make_forward_loss,
+    make_sampler,
+    most_noise,
+    planned_steps,
+)
 from branchtree.recipe.schema import OptimSection, Recipe
 from branchtree.run.directory import RunDirectory
 from branchtree.run.resume import find_checkpoint
 from branchtree.run.start import load_start
 from branchtree.training.conditioning import open_cache
-from branchtree.training.engine import WeightAverage
+from branchtree.training.engine import Engine, WeightAverage
 from branchtree.training.evaluation import Evaluator, Figure
 from branchtree.training.failures import FailureWatch
+from branchtree.training.forward import ForwardObjective
 from branchtree.training.inputs import Inputs
 from branchtree.training.learning_rate import LearningRate
 from branchtree.training.limits import RowLimits
+from branchtree.training.objective import Objective
 from branchtree.training.path import PathObjective
 from branchtree.training.policy import Policy
-from branchtree.training.processes import make_team, process_group, refuse_whole_groups
+from branchtree.training.probing import refuse_group_rewards
+from branchtree.training.processes import Team, make_team, process_group, refuse_whole_groups
 from branchtree.training.session import Session
 from branchtree.training.sharding import make_engine
 from branchtree.training.splitting import make_split_learner
@@ -56,12 +68,14 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
     # Rewards first: they are the smaller download, and one that is missing is named before the model's begins.
     load_rewards([*inputs.rewards, *inputs.held_out], model.modality, accelerator.device)
     refuse_whole_groups(team, inputs.rewards)
+    refuse_group_rewards(recipe.credit.baseline, inputs.rewards)
     load_model(recipe, model, accelerator.device)
     # Without a start of its own, a LoRA's start policy is the model with it switched off.
     kept = not recipe.lora or recipe.model.start is not None
     compared = bool(recipe.loss.kl or recipe.loss.kl_every) and kept
     reference = frozen_copy(model.denoiser) if compared else None
-    for denoiser in (model.denoiser, reference):
+    old = frozen_copy(model.denoiser) if recipe.loss.is_forward and recipe.loss.old_policy == "ema" else None
+    for denoiser in (model.denoiser, reference, old):
         if denoiser is not None and recipe.run.compile is not None:
             compile_denoiser(model, denoiser, recipe.run.compile)
     cache = open_cache(recipe.run, model, accelerator.device)
@@ -71,6 +85,8 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
         base = _missing_base(inputs, output, policy, accelerator)
         restore_weights(checkpoint, model, None)
     engine = make_engine(recipe, accelerator, model.denoiser, reference, partial(_make_optimizer, recipe.optim))
+    if recipe.loss.is_forward:
+        refuse_apart(recipe, team, engine)
     scheduler = LearningRate(engine.optimizer, recipe.optim, planned_steps(recipe))
     limits = _row_limits(inputs, accelerator, engine.joint)
     average = WeightAverage(engine.parameters, recipe.optim.ema) if recipe.optim.ema else None
@@ -88,7 +104,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
             accelerator=accelerator,
             engine=engine,
             scheduler=scheduler,
-            objective=PathObjective(policy.sampler, recipe.loss, accelerator.device, make_edge_rules(recipe)),
+            objective=make_objective(recipe, policy),
             max_grad_norm=recipe.optim.max_grad_norm,
             limit=limits.update,
             guard=guard,
@@ -101,9 +117,42 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
         order=order,
         credit_rule=make_credit_rule(recipe),
         reference=reference,
+        old=old,
         checkpoint=checkpoint,
         base=base,
     )
+
+
+def make_objective(recipe: Recipe, policy: Policy) -> Objective[Any]:
+    """Return what a recipe's gradient pass minimises."""
+    sampler, forward = policy.sampler, make_forward_loss(recipe)
+    if forward is None:
+        return PathObjective(sampler, recipe.loss, policy.device, make_edge_rules(recipe))
+    prediction = next((known for known in get_args(Prediction) if known == policy.model.prediction), None)
+    if prediction is None:
+        raise RecipeError(
+            f"loss.kind: a forward objective is for models that predict {', '.join(get_args(Prediction))}, and this "
+            f"one predicts {policy.model.prediction}; set it to path"
+        )
+    return ForwardObjective(recipe.loss, forward, make_draws(recipe), sampler.sigmas, prediction, policy.device)
+
+
+def refuse_apart(recipe: Recipe, team: Team, engine: Engine) -> None:
+    """Raise RecipeError if a forward objective needs what is spread over processes: averaged weights, or groups."""
+    loss, rule = recipe.loss, make_forward_loss(recipe)
+    if loss.old_policy == "ema" and engine.joint:
+        raise RecipeError(
+            "loss.old_policy: ema needs a second copy of all weights, and here they are sharded; set it to rollout, or "
+            "do not shard them"
+        )
+    follows = recipe.optim.steps_per_iteration > 1 or loss.old_policy == "ema"
+    if rule is not None and rule.centred and follows and (team.members > 1 or engine.joint):
+        spread = "weights are sharded" if engine.joint else f"{team.members} processes share each prompt's leaves"
+        raise RecipeError(
+            f"loss.kind: '{loss.name}' compares leaves with their group's mean, which is not computed where {spread}, "
+            "and needs none only in an iteration's first step against the rollout's policy; set "
+            "optim.steps_per_iteration to 1 and loss.old_policy to rollout"
+        )
 
 
 def make_accelerator(recipe: Recipe) -> Any:

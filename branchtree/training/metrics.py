@@ -14,12 +14,19 @@ from branchtree.core.credit import Credit
 from branchtree.core.fusion import TIE
 from branchtree.core.schedule import TreePlan
 from branchtree.core.scores import Scores
-from branchtree.core.segments import segment_count, segment_size, segment_std, segment_sum
+from branchtree.core.segments import segment_count, segment_mean, segment_size, segment_std, segment_sum
 from branchtree.core.tree import Topology, grow
 from branchtree.core.variance import split_spread, split_variance
 from branchtree.training.iteration import Iteration
 from branchtree.training.objective import UpdateRecord
 from branchtree.training.session import Session
+
+SPREAD_RATIO = "spread_ratio"
+"""The end of the name of a reward's ``spread_ratio``."""
+
+
+PER_TERM = ("loss", "kl", "deviation", "first_deviation", "clipped", "mismatch", "error", "preference", "depth")
+"""Lists of an UpdateRecord that hold a number for each term of the loss."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +38,9 @@ class ShareRecord:
     credit: Credit
     rollout_rows: int  # predictions that its rollouts took
     update: UpdateRecord
+    probes: int = 0  # that its nodes had
+    probe_rows: int = 0  # predictions that they took
+    spreads: tuple[float | None, ...] = ()  # of each prompt's leaves, where alarms are looked for
 
 
 def merge(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
@@ -51,7 +61,7 @@ def merge(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
         update.rows += share.update.rows
         update.rescored_rows += share.update.rescored_rows
         update.reference_rows += share.update.reference_rows
-        for name in ("loss", "kl", "deviation", "first_deviation", "clipped", "mismatch", "depth"):
+        for name in PER_TERM:
             getattr(update, name).extend(getattr(share.update, name))
     distinct = shares[::members]
     return ShareRecord(
@@ -60,16 +70,37 @@ def merge(shares: Sequence[ShareRecord], members: int = 1) -> ShareRecord:
         credit=Credit.concatenate([share.credit for share in distinct]),
         rollout_rows=sum(share.rollout_rows for share in shares),
         update=update,
+        probes=sum(share.probes for share in shares),
+        probe_rows=sum(share.probe_rows for share in shares),
+        spreads=tuple(spread for share in distinct for spread in share.spreads),
     )
 
 
 def gather_metrics(session: Session, done: Iteration) -> dict[str, float]:
     """Return an iteration's figures over all processes, which call this together."""
+    return metrics_of(session, done, gather_record(session, done))
+
+
+def gather_record(session: Session, done: Iteration) -> ShareRecord:
+    """Return what all processes, which call this together, know of an iteration."""
     from accelerate.utils import gather_object
 
     group = done.group
-    share = ShareRecord(group.topology.plans, group.scores, done.credit, done.tree.topology.rollout_rows, done.update)
-    whole = merge(gather_object([share]), session.team.members)
+    share = ShareRecord(
+        group.topology.plans,
+        group.scores,
+        done.credit,
+        done.tree.topology.rollout_rows,
+        done.update,
+        done.probes.count,
+        done.probes.rows,
+        tuple(group.spreads()),
+    )
+    return merge(gather_object([share]), session.team.members)
+
+
+def metrics_of(session: Session, done: Iteration, whole: ShareRecord) -> dict[str, float]:
+    """Return an iteration's figures, from what all processes know of it."""
     metrics = iteration_metrics(whole, session.inputs.model.rows_per_prediction)
     if session.trained.splits is not None:
         metrics |= learned_splits(whole.plans, session.recipe.sampler.level)
@@ -110,6 +141,7 @@ def _reward_metrics(topology: Topology, scores: Mapping[str, Scores], credit: Cr
             continue
         metrics[f"reward/{label}/mean"] = float(values.mean())
         metrics[f"reward/{label}/std"] = float(segment_std(values, prompts, topology.prompts).mean())
+        metrics[f"reward/{label}/{SPREAD_RATIO}"] = spread_ratio(values, prompts, topology.prompts)
         rounding = TIE * segment_size(values, prompts, topology.prompts)
         tied = segment_std(values, prompts, topology.prompts, rounding) == 0
         compared = segment_count(prompts, topology.prompts) > 1
@@ -124,15 +156,37 @@ def _reward_metrics(topology: Topology, scores: Mapping[str, Scores], credit: Cr
     return metrics
 
 
+def spread_ratio(values: Tensor, group: Tensor, groups: int) -> float:
+    """Return how far rewards lie apart within prompts, over how far the prompts' means do.
+
+    It is the mean sample deviation of prompts with at least two rewards over the deviation of those prompts' means.
+    NaN where there are no two such prompts, or their means agree.
+
+    Args:
+        values: Rewards, (N,) float64.
+        group: The prompt of each, (N,) int64.
+        groups: How many prompts there are.
+    """
+    several = segment_count(group, groups) > 1
+    if int(several.sum()) < 2:
+        return math.nan
+    rounding = TIE * segment_size(values, group, groups)
+    across = float(segment_mean(values, group, groups)[several].std())
+    within = float(segment_std(values, group, groups, rounding)[several].mean())
+    return within / across if across > float(rounding.max()) else math.nan
+
+
 def _cost_metrics(topology: Topology, whole: ShareRecord, factor: int) -> dict[str, float]:
     update, rollout = whole.update, factor * whole.rollout_rows
-    gradient = factor * update.rows
+    gradient, probes = factor * update.rows, factor * whole.probe_rows
+    probing = {"rows/probes": float(probes), "leaves/probes": float(whole.probes)} if whole.probes else {}
     return {
         "rows/rollout": float(rollout),
         "rows/gradient": float(gradient),
         "rows/reference": float(factor * update.reference_rows),
         "rows/rescored": float(factor * update.rescored_rows),
-        "rows/equivalent": float(rollout + GRADIENT_COST * gradient),
+        "rows/equivalent": float(rollout + probes + GRADIENT_COST * gradient),
+        **probing,
         "leaves/scored": float(topology.width(topology.steps)),
         "edges/trained": float(sum(losses.numel() for losses in update.loss)),
         "steps/taken": float(update.steps),
@@ -149,6 +203,8 @@ def _update_metrics(update: UpdateRecord) -> dict[str, float]:
         "ratio/clipped_fraction": _mean(update.clipped),
         "log_prob/mismatch_mean": _mean(update.mismatch),
         "log_prob/mismatch_max": _max(update.mismatch),
+        "forward/error": _mean(update.error),
+        "forward/preference_spread": _spread(update.preference),
         "grad_norm": sum(update.grad_norms) / max(len(update.grad_norms), 1),
     }
     return {**metrics, "kl": _mean(update.kl)} if update.kl else metrics
@@ -156,6 +212,10 @@ def _update_metrics(update: UpdateRecord) -> dict[str, float]:
 
 def _mean(batches: Sequence[Tensor]) -> float:
     return float(torch.cat(list(batches)).double().mean()) if batches else math.nan
+
+
+def _spread(batches: Sequence[Tensor]) -> float:
+    return float(torch.cat(list(batches)).double().std(correction=0)) if batches else math.nan
 
 
 def _max(batches: Sequence[Tensor]) -> float:

@@ -12,6 +12,7 @@ from torch import Tensor
 from branchtree.core.credit import Credit
 from branchtree.core.rollout import VelocityFunction
 from branchtree.core.tree import BranchTree, Topology
+from branchtree.training.limits import RowLimit
 
 _ON_HOST = ("grad_norms", "depth")
 """Lists of an UpdateRecord that are never on the device."""
@@ -34,6 +35,8 @@ class UpdateRecord:
     first_deviation: list[Tensor] = field(default_factory=list)  # the same at the first optimiser step
     clipped: list[Tensor] = field(default_factory=list)  # (E,) bool
     mismatch: list[Tensor] = field(default_factory=list)  # (E,) |log p rollout - log p training|, same weights
+    error: list[Tensor] = field(default_factory=list)  # (E,) mean square error of a noised leaf's prediction
+    preference: list[Tensor] = field(default_factory=list)  # (E,) how strongly a leaf is wanted, 0 to 1
     depth: list[Tensor] = field(default_factory=list)  # (E,) of the child
 
     def add(self, other: UpdateRecord) -> None:
@@ -62,6 +65,7 @@ class Policies:
 
     trained: VelocityFunction
     reference: VelocityFunction | None  # the frozen start policy, where there is a KL term
+    old: VelocityFunction | None = None  # the averaged policy, where a forward objective compares with it
 
 
 class Work(Protocol):
@@ -119,6 +123,21 @@ class Objective(Protocol[AnyWork]):
     def work(self, credit: Credit, topology: Topology, ids: Sequence[int], iteration: int) -> AnyWork:
         """Return what is differentiated of some prompts' trees; ``ids`` (P,) are their addresses for noise."""
 
+    def prepare(
+        self,
+        tree: BranchTree,
+        work: AnyWork,
+        policies: Policies,
+        earlier: Earlier | None,
+        record: UpdateRecord,
+        first: bool,
+        limit: RowLimit,
+    ) -> AnyWork:
+        """Return a step's work with what its terms need to know of each other, before it is cut into batches.
+
+        A process makes forwards of its own here: none where they are calls that all processes make together.
+        """
+
     def losses(
         self,
         tree: BranchTree,
@@ -138,3 +157,14 @@ class Objective(Protocol[AnyWork]):
 
     def without_terms(self, tree: BranchTree, policies: Policies) -> Tensor:
         """Return a loss whose gradient is zero, from as many forwards as a batch's."""
+
+
+def empty_loss(tree: BranchTree, policies: Policies, device: torch.device) -> Tensor:
+    """Return a loss whose gradient is zero, from one row under each policy."""
+    latents = tree.states[0][:1].to(device)
+    sigma, root = tree.sigmas[:1].to(latents.device), torch.zeros(1, dtype=torch.int64, device=latents.device)
+    prediction = policies.trained(latents, sigma, root)
+    if policies.reference is not None:
+        with torch.no_grad():
+            policies.reference(latents, sigma, root)
+    return prediction.sum() * 0

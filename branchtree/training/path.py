@@ -16,7 +16,8 @@ from branchtree.core.transfer import send
 from branchtree.core.transitions import Transition
 from branchtree.core.tree import BranchTree, Topology
 from branchtree.recipe.schema import LossSection
-from branchtree.training.objective import Earlier, Policies, UpdateRecord
+from branchtree.training.limits import RowLimit
+from branchtree.training.objective import Earlier, Policies, UpdateRecord, empty_loss
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,19 @@ class PathObjective:
     def work(self, credit: Credit, topology: Topology, ids: Sequence[int], iteration: int) -> Families:
         """See Objective."""
         return credit.families(topology)
+
+    def prepare(
+        self,
+        tree: BranchTree,
+        work: Families,
+        policies: Policies,
+        earlier: Earlier | None,
+        record: UpdateRecord,
+        first: bool,
+        limit: RowLimit,
+    ) -> Families:
+        """Return the work as it is: an edge's loss depends on no other edge."""
+        return work
 
     def losses(
         self,
@@ -82,13 +96,7 @@ class PathObjective:
 
     def without_terms(self, tree: BranchTree, policies: Policies) -> Tensor:
         """See Objective."""
-        latents = tree.states[0][:1].to(self.device)
-        sigma, root = tree.sigmas[:1].to(latents.device), torch.zeros(1, dtype=torch.int64, device=latents.device)
-        prediction = policies.trained(latents, sigma, root)
-        if policies.reference is not None:
-            with torch.no_grad():
-                policies.reference(latents, sigma, root)
-        return prediction.sum() * 0
+        return empty_loss(tree, policies, self.device)
 
     def _predict(self, velocity: VelocityFunction, batch: FamilyBatch) -> Tensor:
         return velocity(batch.latents, batch.sigma, send(batch.families.prompt, batch.latents.device))

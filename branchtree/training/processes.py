@@ -10,14 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from branchtree.core.gathering import gather_levels, gather_scores
+from branchtree.core.diversity import group_spread
+from branchtree.core.gathering import gather_leaves, gather_levels, gather_scores
+from branchtree.core.probes import ProbeScores
 from branchtree.core.schedule import Schedule, TreePlan
 from branchtree.core.scores import Scores
 from branchtree.core.sharing import cut
@@ -100,11 +102,18 @@ class GroupRecord:
     log_prob: Sequence[Tensor]  # per depth (N_d,), dimension means
     scores: Mapping[str, Scores]
     thumbnails: Sequence[Thumbnail]  # of the first prompt's leaves, where its tree is recorded
+    probes: Mapping[str, ProbeScores] = field(default_factory=dict)  # by label, where they are the baseline
+    numbers: Tensor | None = None  # (L, M) of the leaves' latents, where it matters how far apart they lie
 
     def of(self, prompts: range) -> dict[str, Scores]:
         """Return the scores of some consecutive prompts."""
         leaves = self.topology.block(prompts, self.topology.steps)
         return {label: scores.rows(torch.arange(leaves.start, leaves.stop)) for label, scores in self.scores.items()}
+
+    def spreads(self) -> list[float | None]:
+        """Return how far apart each prompt's leaves lie; nothing where that does not matter."""
+        topology, numbers = self.topology, self.numbers
+        return [] if numbers is None else group_spread(numbers, topology.leaf_root, topology.prompts)
 
 
 @dataclass(frozen=True)
@@ -149,6 +158,11 @@ class Team:
                 for label in team[0].scores
             },
             thumbnails=[thumbnail for record in team for thumbnail in record.thumbnails],
+            probes={
+                label: tuple(gather_levels(topology, shares, [record.probes[label] for record in team]))
+                for label in team[0].probes
+            },
+            numbers=gather_leaves(topology, shares, [n for record in team if (n := record.numbers) is not None]),
         )
 
     def own(self, work: AnyWork, whole: Topology, share: Topology) -> AnyWork:

@@ -13,9 +13,11 @@ from branchtree.errors import CallbackError, reason_of
 from branchtree.files.writing import write_atomically
 from branchtree.pictures.grid import sample_index, write_grid
 from branchtree.plugins.base import Callback
-from branchtree.run.directory import EVALUATION, METRICS, SAMPLES, SUMMARY, TIMING
+from branchtree.run.directory import EVALUATION, METRICS, SAMPLES, SPREAD, SUMMARY, TIMING
+from branchtree.training.alarm import AlarmWatch, Spreads, write_alarms
 from branchtree.training.evaluation import Figure
 from branchtree.training.session import Session
+from branchtree.training.spread import SpreadWatch
 from branchtree.training.timing import Stopwatch
 from branchtree.training.tracking import Trackers
 
@@ -43,6 +45,8 @@ class Reporter:
         self._callbacks = list(callbacks) if self._main else []
         self._trackers = trackers
         self._warned = False
+        self._spread = SpreadWatch(session.recipe, [each.label for each in session.inputs.rewards if each.weight])
+        self._alarms = AlarmWatch(session.recipe)
 
     def start(self, done: int) -> None:
         """The run begins, or goes on after ``done`` iterations."""
@@ -52,17 +56,21 @@ class Reporter:
             return
         if session.base is not None:
             self._write_evaluation(0, session.base)
+        write_alarms(session.output, self._alarms.recall(session.output, session.inputs.identity))
         for row in session.output.rows(EVALUATION):
             if row["iteration"] == done > 0 and row.get("identity") == session.inputs.identity:
                 means = {label: figure["mean"] for label, figure in row["figures"].items()}
                 self._trackers.evaluation({label: mean for label, mean in means.items() if mean is not None})
 
-    def record(self, iteration: int, metrics: Mapping[str, float], watch: Stopwatch) -> None:
-        """Write an iteration's figures down, with which it is done."""
+    def record(self, iteration: int, metrics: Mapping[str, float], spreads: Spreads, watch: Stopwatch) -> None:
+        """Write an iteration's figures down, with which it is done, and the alarms that set in with them."""
         if self._main:
             output = self._session.output
             output.append(METRICS, {"iteration": iteration, **metrics})
+            if spreads:
+                output.append(SPREAD, {"iteration": iteration, "spread": spreads})
             output.append(TIMING, {"iteration": iteration, **watch.report()})
+            write_alarms(output, self._alarms.look(iteration, metrics, spreads))
 
     def announce(self, iteration: int, metrics: dict[str, float]) -> None:
         """Give an iteration's figures to trackers and callbacks."""
@@ -70,6 +78,8 @@ class Reporter:
             return
         self._trackers.iteration(iteration, metrics)
         self._warn_of_mismatch(metrics)
+        if (warning := self._spread.warning(metrics)) is not None:
+            log.warning("%s", warning)
         self._call("on_iteration", iteration, metrics)
 
     def _call(self, hook: str, *arguments: Any) -> None:
@@ -106,6 +116,7 @@ class Reporter:
         if not self._main:
             return
         self._trackers.evaluation(self._write_evaluation(done, figures))
+        write_alarms(session.output, self._alarms.look_held_out(done, figures))
 
     def _write_evaluation(self, done: int, figures: Mapping[str, Figure]) -> dict[str, float]:
         """Write held-out figures with what they depend on, and hand the means to the callbacks; returns the means."""

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from branchtree.core.advantages import advantage_moments, batch_normalised
 from branchtree.core.credit import Credit, CreditRule, assign_credit
 from branchtree.core.noise import NoiseSource
+from branchtree.core.probes import ProbeScores
+from branchtree.core.pruning import trainable_edges
 from branchtree.core.rollout import Growth, Sampler
 from branchtree.core.schedule import TreePlan
 from branchtree.core.scores import Scores
 from branchtree.core.tree import Topology
 from branchtree.data.prompts import PromptOrder
 from branchtree.plugins.protocols import ReleasesMemory
+from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import Condition
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import FAILURES, RunDirectory
@@ -50,6 +54,7 @@ class Session:
     order: PromptOrder
     credit_rule: CreditRule
     reference: nn.Module | None  # a frozen copy of the start policy, where KL needs one
+    old: nn.Module | None  # a frozen copy for the averaged weights, where a forward objective compares with them
     checkpoint: Path | None  # the one that the weights were taken from
     base: dict[str, Figure] | None  # held-out figures of the start policy, where a run that goes on had none
 
@@ -120,14 +125,15 @@ class Session:
             together=recipe.batch.rollout_prompts,
         )
 
-    def scorer(self, background: bool = True) -> Scorer:
-        """Return what decodes and scores leaves; in the ``background`` where the recipe allows it.
+    def scorer(self, background: bool = True, rewards: Sequence[NamedReward] | None = None) -> Scorer:
+        """Return what decodes and scores leaves, by all rewards or some, in the background where allowed.
 
         On a GPU decoding would only take turns with the rollout, and their memory would add up: there it has no thread.
         """
         inputs, limits, overlap = self.inputs, self.limits, background and self.recipe.scoring.overlap
         decoding = overlap and self.device.type == "cpu"
-        return Scorer(inputs.model, inputs.rewards, limits, limits.decode, self.device, overlap, decoding)
+        chosen = inputs.rewards if rewards is None else rewards
+        return Scorer(inputs.model, chosen, limits, limits.decode, self.device, overlap, decoding)
 
     def credit(
         self,
@@ -137,18 +143,34 @@ class Session:
         prompts: range,
         dimensions: int,
         iteration: int,
+        probes: Mapping[str, ProbeScores] | None = None,
     ) -> Credit:
         """Return the credit of some consecutive prompts' trees; a prompt's is the same with and without others.
 
-        ``topology`` and ``log_prob``, means over ``dimensions``, are of all prompts, ``scores`` of these. See
-        ``assign_credit``.
+        ``topology``, ``log_prob``, means over ``dimensions``, and ``probes`` are of all prompts, ``scores`` of these.
+        See ``assign_credit``.
         """
-        own = [
-            level[block.start : block.stop]
-            for level, block in zip(log_prob, (topology.block(prompts, d) for d in topology.depths), strict=True)
-        ]
+        blocks = [topology.block(prompts, depth) for depth in topology.depths]
+
+        def own(levels: Sequence[Tensor]) -> tuple[Tensor, ...]:
+            return tuple(level[block.start : block.stop] for level, block in zip(levels, blocks, strict=True))
+
         weights = {reward.label: reward.weight for reward in self.inputs.rewards}
-        return assign_credit(topology.select(prompts), own, scores, weights, self.credit_rule, iteration, dimensions)
+        probed = {label: own(levels) for label, levels in (probes or {}).items()}
+        rule, chosen = self.credit_rule, topology.select(prompts)
+        return assign_credit(chosen, own(log_prob), scores, weights, rule, iteration, dimensions, probed)
+
+    def batch_normalised(self, credit: Credit, topology: Topology) -> Credit:
+        """Return the credit of all prompts of this process, normalised over those of all, where the recipe asks for it.
+
+        All processes call this together.
+        """
+        section = self.recipe.credit
+        if not section.batch_normalise:
+            return credit
+        mine = advantage_moments(topology, credit.advantages, trainable_edges(topology))
+        teams = self.processes.everyone(mine)[:: self.team.members]
+        return replace(credit, advantages=batch_normalised(credit.advantages, torch.cat(teams), section.eps))
 
     def work(self, credit: Credit, topology: Topology, prompts: range, ids: Sequence[int], iteration: int) -> Work:
         """Return what the gradient pass does for some consecutive prompts, by their indices in all trees.
@@ -163,29 +185,38 @@ class Session:
     def learns_early(self) -> bool:
         """Return whether the gradient pass can begin with the prompts that are scored first.
 
-        Not where the families of a step are drawn from all prompts, where processes must know each other's scores
-        first, or where a reward on the same GPU is to make room for the gradient pass.
+        Not where the families of a step are drawn from all prompts, where advantages are normalised over all or probes
+        come first, where processes must know each other's scores first, or where a reward on the same GPU is to make
+        room for the gradient pass.
         """
         alone = self.team.members == 1 and not self.updater.engine.joint
         beside = self.device.type == "cpu" or not any(
             isinstance(reward.adapter, ReleasesMemory) for reward in self.inputs.rewards
         )
-        return alone and beside and self.recipe.optim.steps_per_iteration == 1
+        recipe = self.recipe
+        probed = recipe.credit.baseline == "probe"
+        waits = recipe.credit.batch_normalise or probed or recipe.optim.steps_per_iteration > 1
+        return alone and beside and not waits
 
     def policies(self, policy: Policy, iteration: int) -> Policies:
-        """Return what a gradient pass compares: the policy that is trained, and the start policy where the KL needs it.
+        """Return what a gradient pass compares: the policy that is trained, the averaged one where a forward objective
+        needs it, and the start policy where the KL does.
 
         The start policy is a frozen copy, or the model without its LoRA.
         """
         trained, loss, model = policy.training(self.updater.engine.module), self.recipe.loss, self.inputs.model
+        old = None
+        if self.old is not None and self.updater.average is not None:
+            self.updater.average.copy_to(self.old)
+            old = policy.training(self.old)
         if loss.kl == 0 and (loss.kl_every is None or iteration % loss.kl_every):
-            return Policies(trained, None)
+            return Policies(trained, None, old)
         frozen = policy.training(self.reference)
         if self.reference is not None:
-            return Policies(trained, frozen)
+            return Policies(trained, frozen, old)
 
         def without_lora(latents: Tensor, sigma: Tensor, prompt: Tensor) -> Tensor:
             with model.without_lora(model.denoiser):
                 return frozen(latents, sigma, prompt)
 
-        return Policies(trained, without_lora)
+        return Policies(trained, without_lora, old)

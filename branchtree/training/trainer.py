@@ -29,6 +29,7 @@ from branchtree.plugins.values import Condition
 from branchtree.recipe.schema import Recipe
 from branchtree.run.checkpoint import iteration_of
 from branchtree.run.directory import METRICS, TREES, RunDirectory
+from branchtree.training.alarm import spreads_by_plan
 from branchtree.training.continuation import ContinuationWatch
 from branchtree.training.faults import REMEDY
 from branchtree.training.inputs import read_inputs
@@ -36,7 +37,7 @@ from branchtree.training.interrupt import StopRequest
 from branchtree.training.iteration import iterate
 from branchtree.training.keeper import CheckpointKeeper
 from branchtree.training.loading import agreed_checkpoint, make_accelerator, open_session
-from branchtree.training.metrics import gather_metrics
+from branchtree.training.metrics import gather_record, metrics_of
 from branchtree.training.policy import Policy
 from branchtree.training.reporter import Reporter, TrainResult
 from branchtree.training.session import Session
@@ -274,10 +275,11 @@ class Trainer:
         done = iterate(session, iteration)
         if done.comparison:
             self._continuation.look(done.comparison)
-        metrics = gather_metrics(session, done)
+        whole = gather_record(session, done)
+        metrics = metrics_of(session, done, whole)
         if session.trained.splits is not None:
             session.trained.splits.observe(iteration, session.processes, session.team, done.group.topology, done.credit)
-        self._reporter.record(iteration, metrics, done.timing)
+        self._reporter.record(iteration, metrics, spreads_by_plan(whole.plans, whole.spreads), done.timing)
         self._standing = self._stand(iteration + 1)
         session.limits.agree(session.accelerator, session.output)
         if self._main and session.records_tree(iteration):

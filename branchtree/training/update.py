@@ -51,10 +51,14 @@ class Gradient:
         self._given: list[Work] = []
         self._waiting: list[Work] = []
         self._rows, self._terms = 0, 0  # differentiated
+        self._prepared = UpdateRecord()
         self.seen = UpdateRecord()
 
     def add(self, work: Work) -> None:
         """Differentiate more terms of the loss. Raises DeviceMemoryError where a row does not fit."""
+        work = self._objective.prepare(
+            self._tree, work, self._policies, self._earlier, self._prepared, self._first, self._limit
+        )
         self._given.append(work)
         self._accumulate(self._batches([work]), ending=False, extra=0)
 
@@ -71,6 +75,7 @@ class Gradient:
         if self._processes > 1 and not self._waiting:
             extra = max(extra, 1)  # gradients are reduced in a backward, so even a process without a term needs one
         self._accumulate([], ending=True, extra=extra)
+        self.seen.add(self._prepared)
         return self.seen.on_host()
 
     def _batches(self, given: Sequence[Work]) -> list[Work]:

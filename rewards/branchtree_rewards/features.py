@@ -1,9 +1,10 @@
-"""The feature spaces that samples are compared in: `inception`, `clip`, `digits` and `pixels`.
+"""The feature spaces that samples are compared in: `inception`, `clip`, `digits`, `pixels` and `tensors`.
 
 `inception` is the 2,048 pooled features that FID and KID are usually taken of. The network is the TensorFlow Inception
 of 2015-12-05 as torch-fidelity holds it (Apache-2.0), with its own resizing; it is another one than torchvision's
 `inception_v3`, and figures of the two cannot be compared. `clip` is the projected image features of OpenAI's CLIP
-(arXiv 2103.00020), 512 of ViT-B/32. `digits` and `pixels` need no download. Axis letters: B samples, D features.
+(arXiv 2103.00020), 512 of ViT-B/32. `digits`, `pixels` and `tensors` need no download, and `tensors` takes samples
+of any kind. Axis letters: B samples, D features.
 """
 
 import hashlib
@@ -24,7 +25,7 @@ from branchtree.errors import RewardError
 from branchtree.files.checksums import file_sha256
 from branchtree.files.paths import LocalPath, PathOrName
 from branchtree.files.reading import user_path
-from branchtree.plugins import Media
+from branchtree.plugins import Media, Samples
 from branchtree.plugins.hookspecs import hookimpl
 from branchtree_rewards.clip.network import image_features, load_clip
 from branchtree_rewards.digits import classifier_pair, load_classifier, read_classifier, to_network_input
@@ -55,6 +56,10 @@ class PixelsFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     """
 
     size: int = pydantic.Field(default=16, ge=1, le=1024)
+
+
+class TensorsFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
+    """The feature space `tensors` has no settings."""
 
 
 class ClipFeaturesConfig(pydantic.BaseModel, extra="forbid", frozen=True):
@@ -160,6 +165,20 @@ class PixelsFeatures(Features[PixelsFeaturesConfig]):
         return shrunk(pixels.flatten(0, -4), self._config.size).reshape(len(media), -1)
 
 
+class TensorsFeatures(Features[TensorsFeaturesConfig]):
+    """All numbers of a sample of any kind, as they are, field after field."""
+
+    name = "tensors"
+    modalities = frozenset()
+
+    def _open(self) -> tuple[str, ...]:
+        self.backend = "the samples' own numbers"
+        return ()
+
+    def _measure(self, media: Samples) -> Tensor:
+        return torch.cat([media.tensors[name].flatten(1).float() for name in sorted(media.tensors)], dim=1)
+
+
 class NetworkFeatures(Features[NetworkConfig]):
     """A feature space of pictures under one network; of a video, the mean over evenly spaced frames."""
 
@@ -247,3 +266,5 @@ def register_features(register: Callable[..., None]) -> None:
     summary = "What a bundled digit classifier's last layer reads."
     register("digits", build=DigitsFeatures, config=DigitsFeaturesConfig, summary=summary)
     register("pixels", build=PixelsFeatures, config=PixelsFeaturesConfig, summary="The picture itself, shrunk.")
+    summary = "All numbers of a sample of any kind, as they are."
+    register("tensors", build=TensorsFeatures, config=TensorsFeaturesConfig, summary=summary)

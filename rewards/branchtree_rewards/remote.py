@@ -1,6 +1,6 @@
 """The `remote` reward: any reward, scored by `branchtree serve-reward` in another process or on another machine.
 
-The server gets the pixels to the bit, so that its scores are those that the reward would give here on its device.
+The server gets the samples to the bit, so that its scores are those that the reward would give here on its device.
 """
 
 import hashlib
@@ -16,15 +16,15 @@ import torch
 import branchtree
 from branchtree.core.scores import Scores
 from branchtree.errors import RewardError
-from branchtree.plugins import Condition, Media
+from branchtree.plugins import Condition, Media, Samples
+from branchtree.plugins.registry import registry
 from branchtree.serving.access import authorization, read_token
 from branchtree.serving.wire import CONTENT_TYPE, EXPECTS, MEBIBYTE, Info, WireError, decode_scores, encode_request
 from branchtree_rewards.shared.http import Caller, CallError
 from branchtree_rewards.shared.pixels import to_uint8
 from branchtree_rewards.shared.reward import Reward, reward_hook
-from branchtree_rewards.shared.samples import NO_PIXELS, find_flaws, invalid_scores, score_rest
+from branchtree_rewards.shared.samples import NO_PIXELS, find_flaws, invalid_scores, score_rest, with_pixels
 
-BOTH = frozenset({"image", "video"})
 QUICK = 10.0  # seconds that a server may take to say how it is
 POLL = 0.5  # seconds between two looks at a server that is still loading
 
@@ -41,9 +41,9 @@ class RemoteConfig(pydantic.BaseModel, extra="forbid", frozen=True):
         serves: The name of the reward that must be served there.
         fingerprint: The fingerprint that the served reward must have, or at least its first 12 digits.
         check_version: Whether the server must run the same version of branchtree.
-        pixels: "float32" sends samples as they are. "uint8" rounds them to bytes: a quarter of the traffic, and the
-            same scores from rewards that look at 8-bit pictures, as those with published weights do.
-        modality: What the run scores, "image" or "video"; checked at the start.
+        pixels: "float32" sends images and videos as they are. "uint8" rounds them to bytes: a quarter of the traffic,
+            and the same scores from rewards that look at 8-bit pictures, as those with published weights do.
+        modality: What the run scores: "image", "video" or another kind of samples; checked at the start.
     """
 
     url: str
@@ -55,7 +55,7 @@ class RemoteConfig(pydantic.BaseModel, extra="forbid", frozen=True):
     fingerprint: str | None = pydantic.Field(default=None, min_length=12)
     check_version: bool = True
     pixels: Literal["float32", "uint8"] = "float32"
-    modality: Literal["image", "video"] | None = None
+    modality: str | None = None
 
     @pydantic.field_validator("url")
     @classmethod
@@ -70,12 +70,12 @@ class Remote(Reward[RemoteConfig]):
 
     Samples whose request got no answer, retries included, are not valid, and neither are those on which the served
     reward failed. A server that refuses requests, or that serves something else than it did at the start, ends the run
-    with RewardError. Until `load` asks it, modalities are all that might be, and whether the served reward reads
-    prompts or must see a prompt's whole group is not known.
+    with RewardError. Until `load` asks it, modalities are all that are registered here, and whether the served reward
+    reads prompts or must see a prompt's whole group is not known.
     """
 
     name = "remote"
-    modalities = BOTH
+    modalities = frozenset()
     reads_prompt = False
     groupwise = False
     _caller: Caller
@@ -83,8 +83,7 @@ class Remote(Reward[RemoteConfig]):
 
     def __init__(self, config: RemoteConfig) -> None:
         super().__init__(config)
-        if config.modality is not None:
-            self.modalities = frozenset({config.modality})
+        self.modalities = frozenset(registry().samples if config.modality is None else {config.modality})
 
     def load(self, device: torch.device) -> None:
         """Ask the server, which has its own device, what it serves. Raises RewardError if that is not as expected."""
@@ -99,6 +98,11 @@ class Remote(Reward[RemoteConfig]):
         self.reads_prompt, self.groupwise = info.reads_prompt, info.groupwise
         if config.modality is None:
             self.modalities = frozenset(info.modalities)
+        if config.pixels == "uint8" and not self.modalities & {"image", "video"}:
+            raise RewardError(
+                f"pixels: uint8 is for images and videos, and '{info.reward}' at {config.url} scores "
+                f"{', '.join(sorted(self.modalities))}; leave it out"
+            )
         super().load(torch.device("cpu"))
 
     def fingerprint(self) -> str:
@@ -109,7 +113,9 @@ class Remote(Reward[RemoteConfig]):
             return info.fingerprint
         return hashlib.sha256(f"{info.fingerprint or info.identity} {self._config.pixels}".encode()).hexdigest()
 
-    def _score_batch(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+    def _score_batch(self, media: Samples, conditions: Sequence[Condition]) -> Scores:
+        if not isinstance(media, Media):
+            return self._scores(media, conditions)
         seen = self._seen(media)  # other flaws are for the served reward to find
         return score_rest(seen, conditions, self._find_unsendable(media), self._scores)
 
@@ -119,20 +125,22 @@ class Remote(Reward[RemoteConfig]):
             return find_flaws(media, (), lambda media: None, lambda condition: None)
         return dict.fromkeys(range(len(media)), NO_PIXELS) if 0 in media.pixels.shape[1:] else {}
 
-    def _scores(self, media: Media, conditions: Sequence[Condition]) -> Scores:
+    def _scores(self, media: Samples, conditions: Sequence[Condition]) -> Scores:
         """Score by one request, or by more where one would be too large for the server."""
-        info, pixels, as_bytes = self._info, media.pixels.detach(), self._config.pixels == "uint8"
-        if as_bytes:
-            pixels = to_uint8(pixels)
-        body = encode_request(pixels, media.fps, conditions) if pixels.nbytes < info.max_body else None
+        info, sent = self._info, media
+        if isinstance(media, Media) and self._config.pixels == "uint8":
+            sent = with_pixels(media, to_uint8(media.pixels))
+        size = sum(tensor.nbytes for tensor in sent.tensors.values())
+        body = encode_request(sent, conditions) if size < info.max_body else None
         if body is not None and len(body) <= info.max_body:
             return self._request(body, len(media))
         if len(media) == 1 or info.groupwise:
-            size = (len(body) if body else pixels.nbytes) / MEBIBYTE
+            can_shrink = isinstance(media, Media) and self._config.pixels == "float32"
             raise RewardError(
-                f"{'a group of samples' if info.groupwise else 'one sample'} takes {size:.1f} MiB, and the server at "
-                f"{self._config.url} reads {info.max_body / MEBIBYTE:g} MiB at most; start it with a larger --max-body"
-                + ("" if as_bytes else ", or set pixels: uint8")
+                f"{'a group of samples' if info.groupwise else 'one sample'} takes "
+                f"{(len(body) if body else size) / MEBIBYTE:.1f} MiB, and the server at {self._config.url} reads "
+                f"{info.max_body / MEBIBYTE:g} MiB at most; start it with a larger --max-body"
+                + (", or set pixels: uint8" if can_shrink else "")
             )
         half = len(media) // 2
         halves = (slice(0, half), slice(half, None))

@@ -1,4 +1,4 @@
-"""How sure a mean is: quantiles of Student's t, and a studentised bootstrap that resamples whole prompts.
+"""How sure a mean is: a studentised bootstrap that resamples whole prompts.
 
 The samples of one prompt are not independent, so the prompts are what is drawn. The plain percentile interval is too
 narrow when they are few: it leaves the true mean out 1 time in 10, not 1 in 20, for 10 prompts. Here each resample's
@@ -9,42 +9,18 @@ which holds for very few prompts too. Axis letters: G prompts, B resamples.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from branchtree.core.noise import Purpose, generator
 from branchtree.core.rollout import chunks
+from branchtree.core.student import student_quantile
 
 RESAMPLES, LEVEL = 10_000, 0.95
 BLOCK = 2**22
 """Numbers in one block of draws: 32 MiB."""
 ROUNDING = 1e-12
 """A resample's variance below this fraction of its terms is 0: all its prompts are alike."""
-
-
-def student_quantile(probability: float, freedom: int) -> float:
-    """Return the quantile of Student's t with ``freedom`` degrees of freedom, at a probability from 0.5 to below 1."""
-    if not 0.5 <= probability < 1 or freedom < 1:
-        raise ValueError(f"no quantile of t at probability {probability} with {freedom} degrees of freedom")
-    low, high = 0.0, math.pi / 2
-    for _ in range(80):
-        middle = (low + high) / 2
-        below = (1 + _central_probability(middle, freedom)) / 2 < probability
-        low, high = (middle, high) if below else (low, middle)
-    return math.tan(low) * math.sqrt(freedom)
-
-
-def _central_probability(angle: float, freedom: int) -> float:
-    """Return P(|t| < tan(angle) sqrt(freedom)), by the finite sums of Abramowitz and Stegun, 26.7.3 and 26.7.4."""
-    sine, cosine = math.sin(angle), math.cos(angle)
-    odd = freedom % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for k in range(2 + odd, freedom + 1, 2):
-        total += term
-        term *= cosine**2 * (k - 1) / k
-    return 2 / math.pi * (angle + sine * total) if odd else sine * total
 
 
 def clustered_interval(

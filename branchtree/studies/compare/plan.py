@@ -6,6 +6,7 @@ Nothing is loaded or trained to find how many iterations a budget pays for.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -14,7 +15,8 @@ from typing import Any
 from branchtree.core.adaptive import plan_ahead
 from branchtree.core.cost import GRADIENT_COST, Cost, count
 from branchtree.data.prompts import PromptOrder, training_conditions
-from branchtree.errors import RecipeError
+from branchtree.errors import BranchTreeError, RecipeError
+from branchtree.planning.noise import PlannedNoise, planned_noise
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.build import make_credit_rule, make_model, make_schedule
 from branchtree.studies.compare.request import ComparisonRequest, Row
@@ -142,10 +144,21 @@ def iterations_within(recipe: Recipe, rows: int) -> int:
     factor = make_model(recipe).rows_per_prediction
     spent = 0
     for iteration, cost in enumerate(iteration_costs(recipe)):
-        spent += factor * (cost.rollout_rows + GRADIENT_COST * cost.gradient_rows)
+        spent += factor * (cost.rollout_rows + cost.probe_rows + GRADIENT_COST * cost.gradient_rows)
         if spent > rows:
             return max(iteration, 1)
     raise AssertionError("iteration_costs has no end")
+
+
+def row_noise(plans: RunPlans) -> dict[str, PlannedNoise]:
+    """Return what each row injects into a leaf, by its name; rows of which that is not known are left out."""
+    found: dict[str, PlannedNoise] = {}
+    for run in plans.runs:
+        if run.row not in found:
+            with suppress(BranchTreeError):  # the run itself will say what is wrong
+                noise = planned_noise(run.recipe)
+                found |= {run.row: noise} if noise else {}
+    return found
 
 
 def nodes_per_leaf(recipe: Recipe, iterations: int) -> float:

@@ -8,11 +8,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from branchtree.core.student import student_quantile
 from branchtree.report.curves import mean
 from branchtree.report.read import Evaluation, Run, read_run
-from branchtree.studies.common.intervals import LEVEL, student_quantile
+from branchtree.studies.common.intervals import LEVEL
 from branchtree.studies.compare.execute import RunOutcome, cpu_seconds, is_finished
-from branchtree.studies.compare.plan import PlannedRun, RunPlans, nodes_per_leaf
+from branchtree.studies.compare.plan import PlannedRun, RunPlans, nodes_per_leaf, row_noise
 
 WORK = {
     "rollout_rows": "rows/rollout",
@@ -141,6 +142,7 @@ class Comparison:
 def collect_results(plans: RunPlans, outcomes: Mapping[tuple[str, int], RunOutcome]) -> Comparison:
     """Read every run. ``outcomes`` are those of the runs that were tried now, by row and seed."""
     rows: dict[str, list[RunFigures]] = {run.row: [] for run in plans.runs}
+    noise = row_noise(plans)
     read: dict[tuple[str, int], Run] = {}
     for name, figures in rows.items():
         for planned in plans.of(name):
@@ -155,7 +157,8 @@ def collect_results(plans: RunPlans, outcomes: Mapping[tuple[str, int], RunOutco
                 figures.append(RunFigures(planned.seed, "failed", unlike))
             else:
                 read[key] = run
-                figures.append(_run_figures(planned, run))
+                injected = {"leaf_noise": noise[name].leaf.total} if name in noise else {}
+                figures.append(_run_figures(planned, run, injected))
     return Comparison(tuple(RowFigures(name, tuple(figures)) for name, figures in rows.items()), read)
 
 
@@ -169,15 +172,15 @@ def _unlike(run: Run, first: Run) -> str:
     return f"{reason}; do it again in another --output" if different else ""
 
 
-def _run_figures(planned: PlannedRun, run: Run) -> RunFigures:
-    """Return the figures of a finished run."""
+def _run_figures(planned: PlannedRun, run: Run, injected: Mapping[str, float]) -> RunFigures:
+    """Return the figures of a finished run; ``injected`` is the planned noise of a leaf, if it is known."""
     work = {key: value for key, metric in WORK.items() if (value := mean(run.metrics, metric)) is not None}
     first, last = (run.evaluations[0], run.evaluations[-1]) if len(run.evaluations) > 1 else (None, None)
     return RunFigures(
         seed=planned.seed,
         status="finished",
         iterations=run.done,
-        work={**work, "nodes_per_leaf": nodes_per_leaf(planned.recipe, run.done)},
+        work={**work, "nodes_per_leaf": nodes_per_leaf(planned.recipe, run.done), **injected},
         row_equivalents=run.metrics[-1].get("rows/total") if run.metrics else None,
         seconds_per_iteration=mean(run.timing, "total"),
         cpu_seconds=cpu_seconds(planned.folder),

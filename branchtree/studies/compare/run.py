@@ -6,6 +6,7 @@ compare.json holds what was asked for, so that a directory is only ever added to
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,14 +17,17 @@ from branchtree.errors import OutputError
 from branchtree.files.json_lines import read_json_object
 from branchtree.files.reading import require_name
 from branchtree.files.writing import require_own_results, write_atomically
+from branchtree.planning.noise import compare_noise
 from branchtree.recipe import Recipe
 from branchtree.report.read import read_run
 from branchtree.studies.compare.execute import RunOutcome, is_finished, perform_all
 from branchtree.studies.compare.page import render_comparison
-from branchtree.studies.compare.plan import PlannedRun, RunPlans, dotted_keys, plan_runs
+from branchtree.studies.compare.plan import PlannedRun, RunPlans, dotted_keys, plan_runs, row_noise
 from branchtree.studies.compare.request import OWN_KEYS, ComparisonRequest
 from branchtree.studies.compare.results import Comparison, as_data, collect_results
 from branchtree.studies.compare.table import figure, markdown
+
+log = logging.getLogger("branchtree")
 
 RECORD, TABLE, PAGE = "compare.json", "compare.md", "compare.html"
 FREE_KEYS = {"name", "description", *OWN_KEYS}
@@ -47,6 +51,8 @@ def run_comparison(
     asked = _asked(request, plans)
     _require_same(output, asked)
     require_own_results(output, (TABLE, PAGE), {RECORD: ("asked",)})
+    for warning in compare_noise(row_noise(plans)):
+        log.warning("%s", warning)
     left = [run for run in plans.runs if not is_finished(run)]
     if len(left) < len(plans.runs):
         tell(f"{len(plans.runs) - len(left)} of {len(plans.runs)} runs were finished before")

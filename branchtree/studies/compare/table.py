@@ -33,6 +33,7 @@ def work_sheet(comparison: Comparison) -> Sheet:
         "trained edges": "trained_edges",
         "leaves": "leaves",
         "nodes / leaf": "nodes_per_leaf",
+        "noise / leaf": "leaf_noise",
     }
     rows = [
         (

@@ -20,7 +20,7 @@ class FeatureSpace(Protocol):
 
     @property
     def modalities(self) -> frozenset[str]:
-        """The modalities it can take."""
+        """The modalities it can take; none for a space that takes any."""
 
     @property
     def backend(self) -> str:
@@ -55,9 +55,11 @@ def make_spaces(specs: Sequence[str], modality: str) -> list[NamedSpace]:
         name, options = parse_plugin("features", spec, "pixels size=16")
         entry = registry().feature(name)
         space: FeatureSpace = entry.build(validate_options(entry.config, options, ("features", name)))
-        if modality not in space.modalities:
-            taken = ", ".join(sorted(space.modalities))
-            raise RecipeError(f"features '{name}' are of {taken}s, but the model makes {modality}s")
+        if space.modalities and modality not in space.modalities:
+            taken = ", ".join(f"{each}s" for each in sorted(space.modalities))
+            raise RecipeError(
+                f"features '{name}' are of {taken}, but the model makes {modality}s; 'tensors' takes any samples"
+            )
         if spec in {named.label for named in spaces}:
             raise RecipeError(f"features '{spec}' are asked for twice; leave one out")
         spaces.append(NamedSpace(spec, space))

@@ -166,8 +166,9 @@ def _write_grid(request: EvaluationRequest, models: Mapping[str, Evaluated]) -> 
     prompts = sorted({prompt for prompt, _ in shown})
     columns = [(noise, model) for noise in sorted({noise for _, noise in shown}) for model in models]
     samples = [models[model].media[prompt, noise] for prompt in prompts for noise, model in columns]
-    write_contents(request.output / GRID, samples)
-    media = drawn(samples, [request.conditions[prompt] for prompt in prompts for _ in columns])
+    conditions = [request.conditions[prompt] for prompt in prompts for _ in columns]
+    write_contents(request.output / GRID, samples, conditions)
+    media = drawn(samples, conditions)
     if not media:
         return
     layout = write_pictures(request.output / GRID, media, len(columns))

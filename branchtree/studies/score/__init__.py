@@ -1,4 +1,4 @@
-"""Scoring pictures and videos that lie in files, by any registered reward."""
+"""Scoring pictures, videos and samples of other kinds that lie in files, by any registered reward."""
 
 from branchtree.studies.score.run import FileScore, ScoredFile, score_files
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from branchtree.data.row_keys import warn_of_near_keys
 from branchtree.errors import SHOWN_REASONS, DataError, refuse, shortened, shown
 from branchtree.files.json_lines import json_object, numbered_lines, require_writable
 from branchtree.files.reading import failure_reason, half_character, require_file, user_path
+from branchtree.plugins.saved import read_samples
 from branchtree.plugins.values import Condition
 
 IMAGES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
@@ -32,20 +33,26 @@ REMEDIES = {
 """Endings of pictures and videos that are not read, and what to do with them."""
 BESIDE = frozenset({".txt", ".caption", ".md", ".json", ".jsonl", ".csv", ".parquet", ".yaml", ".html", ".npy", ".npz"})
 """Names of files that may lie beside pictures in a folder, and are passed over there."""
-LIST = ".jsonl"
-KEYS = ("image", "video", "prompt")
-"""What is read of a row; its other keys are its metadata."""
+LIST, SAVED = ".jsonl", ".safetensors"
+KEYS = ("image", "video", "samples", "prompt")
+"""What is read of a row; its other keys are its metadata, and so is ``samples`` beside an image or a video."""
 log = logging.getLogger("branchtree")
 Given = str | Path | Mapping[str, Any]
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file that is to be scored."""
+    """A sample that is to be scored: an image or video, which is a file, or one of those in a file of samples."""
 
     path: Path
-    kind: str  # "image" or "video"
+    kind: str  # its modality
     condition: Condition
+    row: int | None = None  # in a file of samples
+
+    @property
+    def name(self) -> str:
+        """The file, and which of its samples."""
+        return str(self.path) if self.row is None else f"{self.path}[{self.row}]"
 
     @property
     def at(self) -> str:
@@ -57,7 +64,7 @@ def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]
     """Return the samples of files, folders, .jsonl lists, and rows such as the lists hold, in order.
 
     ``prompt`` is for whatever brings none of its own. Raises DataError, with file and line, for what is no list of
-    samples; the files themselves are not opened.
+    samples; images and videos are not opened.
     """
     entries: Sequence[Given] = [given] if isinstance(given, str | Path | Mapping) else given
     if not isinstance(prompt, str | None):
@@ -68,7 +75,7 @@ def list_items(given: Given | Sequence[Given], prompt: str | None) -> list[Item]
     refused: list[str] = []
     for number, entry in enumerate(entries, 1):
         if isinstance(entry, Mapping):
-            items.append(_row_item(entry, Path(), f"item {number}", default))
+            items.extend(_row_items(entry, Path(), f"item {number}", default))
         elif not isinstance(entry, str | Path) or not str(entry).strip():
             what = "an empty text" if isinstance(entry, str) else f"a value of type {type(entry).__name__}"
             raise DataError(f"file {number} is named by {what}; name an image, video, folder or .jsonl file")
@@ -96,10 +103,15 @@ def _path_items(path: Path, prompt: str) -> Iterator[Item]:
         yield from _listed(path, prompt)
     elif kind := _kind(path):
         yield Item(path, kind, Condition(prompt))
+    elif path.suffix.lower() == SAVED:
+        yield from _saved(path, prompt)
     else:
         require_file(path, DataError(f"there is no file '{shortened(str(path))}'"))
         refuse(_unread([path]))
-        raise DataError(f"file '{path}' is neither an image nor a video by its name; known are {KNOWN}, and {LIST}")
+        raise DataError(
+            f"file '{path}' is neither an image nor a video by its name; known are {KNOWN}, {LIST}, and {SAVED} for "
+            "samples of other kinds"
+        )
 
 
 def _inside(folder: Path) -> list[Path]:
@@ -120,7 +132,9 @@ def _inside(folder: Path) -> list[Path]:
         elif path.suffix.lower() not in BESIDE:
             other.append(path)
     if not inside:
-        raise DataError(f"folder '{folder}' holds no images or videos ({KNOWN})")
+        saved = [path.name for path in other if path.suffix.lower() == SAVED]
+        hint = f"; name its files of samples one by one, as in '{folder / saved[0]}'" if saved else ""
+        raise DataError(f"folder '{folder}' holds no images or videos ({KNOWN}){hint}")
     if other:
         more = f" and {len(other) - SHOWN_REASONS} more" if len(other) > SHOWN_REASONS else ""
         names = ", ".join(f"'{path.name}'" for path in other[:SHOWN_REASONS])
@@ -148,24 +162,48 @@ def _listed(path: Path, prompt: str) -> Iterator[Item]:
         raise DataError(f'{path}: is empty; write lines such as {{"image": "a.png", "prompt": "a cat"}}')
     rows = [(location, json_object(line, location)) for location, line in numbered]
     for location, row in rows:
-        yield _row_item(row, path.parent, location, prompt)
+        yield from _row_items(row, path.parent, location, prompt)
     warn_of_near_keys(rows, KEYS, "prompt")
 
 
-def _row_item(row: Mapping[str, Any], folder: Path, location: str, default: str) -> Item:
-    kinds = [kind for kind in ("image", "video") if row.get(kind) is not None]
-    if len(kinds) != 1:
-        has = "both" if kinds else f"neither; it has {shortened(', '.join(map(str, row))) or 'nothing'}"
-        raise DataError(f"{location}: needs a file under 'image' or under 'video', one of the two, but has {has}")
-    [kind] = kinds
-    file, prompt = row[kind], row.get("prompt")
+def _saved(path: Path, prompt: str) -> Iterator[Item]:
+    """Yield the samples in a file, under the conditions that it has of them; ``prompt`` is for those without one."""
+    samples, conditions = read_samples(path)
+    for row in range(len(samples)):
+        condition = conditions[row] if conditions else Condition("")
+        known = condition if condition.prompt.strip() else replace(condition, prompt=prompt)
+        yield Item(path, samples.modality, known, row)
+
+
+def _row_items(row: Mapping[str, Any], folder: Path, location: str, default: str) -> list[Item]:
+    key = _file_key(row, location)
+    file, prompt = row[key], row.get("prompt")
     if not isinstance(file, str | Path) or not str(file).strip():
-        raise DataError(f"{location}: {kind}: write the path of a file as a text")
+        raise DataError(f"{location}: {key}: write the path of a file as a text")
     if not isinstance(prompt, str | None):
         raise DataError(f"{location}: prompt: write a text, or leave it out")
     text = default if prompt is None else prompt.strip()
     require_characters(text, f"{location}: prompt")
-    require_characters(str(file), f"{location}: {kind}")
-    metadata = {key: value for key, value in row.items() if key not in KEYS}
+    require_characters(str(file), f"{location}: {key}")
+    metadata = {name: value for name, value in row.items() if name not in {"image", "video", "prompt", key}}
     require_writable(metadata, location)
-    return Item(folder / user_path(file), kind, Condition(text, metadata=metadata, location=location))
+    path = folder / user_path(file)
+    if key != "samples":
+        return [Item(path, key, Condition(text, metadata=metadata, location=location))]
+    given: dict[str, Any] = {"location": location, "prompt": prompt and text, "metadata": metadata}
+    changes = {name: value for name, value in given.items() if value}  # what the row leaves out is the file's own
+    try:
+        return [replace(item, condition=replace(item.condition, **changes)) for item in _saved(path, default)]
+    except DataError as error:
+        raise DataError(f"{location}: {error}") from None
+
+
+def _file_key(row: Mapping[str, Any], location: str) -> str:
+    """Return the key under which a row names its file. Raises DataError unless there is exactly one."""
+    keys = [key for key in ("image", "video") if row.get(key) is not None]
+    if not keys and row.get("samples") is not None:
+        keys = ["samples"]
+    if len(keys) == 1:
+        return keys[0]
+    has = "both" if keys else f"none; it has {shortened(', '.join(map(str, row))) or 'nothing'}"
+    raise DataError(f"{location}: needs a file under one of 'image', 'video' and 'samples', but has {has}")

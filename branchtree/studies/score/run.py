@@ -21,7 +21,7 @@ from branchtree.plugins.scores import NamedReward, ask, needs_prompt
 from branchtree.studies.common.output import Advance, as_lines, check_file, counter, write_lines
 from branchtree.studies.common.rewards import Spec, make_named
 from branchtree.studies.score.items import Given, Item, list_items
-from branchtree.studies.score.media import Form, find_forms, read
+from branchtree.studies.score.media import Form, SavedSamples, find_forms, read
 
 NUMBERS = 2**28
 """A batch is cut short before it holds more numbers than this, 1 GiB of them; one sample is always read whole."""
@@ -44,10 +44,10 @@ class FileScore:
 
 @dataclass(frozen=True)
 class ScoredFile:
-    """A file, what it was asked to show, and its scores by the rewards' labels."""
+    """A sample in a file, what it was asked to show, and its scores by the rewards' labels."""
 
-    file: str  # as it was given; from a .jsonl, with the folder of that
-    kind: str  # "image" or "video"
+    file: str  # as it was given; from a .jsonl, with the folder of that; of several samples in a file, with [N]
+    kind: str  # "image", "video", or the modality of samples of another kind
     prompt: str
     metadata: Mapping[str, Any]
     scores: Mapping[str, FileScore]
@@ -91,20 +91,21 @@ def score_files(
         entries = [files] if isinstance(files, str | Path | Mapping) else files
         lists = [Path(entry) for entry in entries if isinstance(entry, str | Path)]
         check_file(output, [*lists, *(item.path for item in items)])
-    forms = find_forms(items, _mismatches(items, named))
+    saved = SavedSamples()
+    forms = find_forms(items, _mismatches(items, named), saved)
     for reward in named:
         reward.adapter.load(target)
     refuse(_mismatches(items, named))  # again: what a remote reward scores and reads is known once it is loaded
     found: list[dict[str, FileScore]] = [{} for _ in items]
     count = counter(advance, len(items) * len(named))
     for task in _tasks(named, items, forms, batch):
-        for label, scores in _scored(task, items, forms, share=len(named) > 1).items():
+        for label, scores in _scored(task, items, forms, saved, share=len(named) > 1).items():
             for index, score in zip(task.indices, scores, strict=True):
                 found[index][label] = score
         count(len(task.indices) * len(task.rewards))
     scored = [
         ScoredFile(
-            file=str(item.path),
+            file=item.name,
             kind=item.kind,
             prompt=item.condition.prompt,
             metadata=item.condition.metadata,
@@ -157,10 +158,12 @@ def _grouped(keys: Iterable[Key]) -> Mapping[Key, list[int]]:
     return indices
 
 
-def _scored(task: _Task, items: Sequence[Item], forms: Sequence[Form], share: bool) -> dict[str, list[FileScore]]:
+def _scored(
+    task: _Task, items: Sequence[Item], forms: Sequence[Form], saved: SavedSamples, share: bool
+) -> dict[str, list[FileScore]]:
     """Read and score a task's files. Where rewards ``share`` the device, one that can leave it makes room."""
     chosen = [items[index] for index in task.indices]
-    media = read(chosen, forms[task.indices[0]])
+    media = read(chosen, forms[task.indices[0]], saved)
     scores: dict[str, list[FileScore]] = {}
     for reward in task.rewards:
         try:
@@ -169,7 +172,7 @@ def _scored(task: _Task, items: Sequence[Item], forms: Sequence[Form], share: bo
             )
         except RewardError as error:
             more = f" and {len(chosen) - SHOWN} more" if len(chosen) > SHOWN else ""
-            listed = ", ".join(f"'{item.path}'" for item in chosen[:SHOWN])
+            listed = ", ".join(f"'{item.name}'" for item in chosen[:SHOWN])
             raise RewardError(f"{error} (scoring {listed}{more})") from error
         if share and isinstance(reward.adapter, ReleasesMemory):
             reward.adapter.release()
@@ -185,16 +188,16 @@ def _mismatch(item: Item, reward: NamedReward) -> str | None:
     takes = reward.adapter.modalities
     if item.kind not in takes:
         kinds = " and ".join(f"{kind}s" for kind in sorted(takes))
-        return f"{item.at}reward '{reward.label}' scores {kinds}, but '{item.path}' is a {item.kind}"
+        return f"{item.at}reward '{reward.label}' scores {kinds}, but '{item.name}' is a {item.kind}"
     if needs_prompt(reward.adapter) and not item.condition.prompt.strip():
         where = 'as "prompt" in its row, or ' if item.condition.location else ""
         return (
-            f"{item.at}reward '{reward.label}' reads the prompt, and '{item.path}' has none; give one {where}with "
+            f"{item.at}reward '{reward.label}' reads the prompt, and '{item.name}' has none; give one {where}with "
             "--prompt (prompt=... in Python) for all that have none"
         )
     if isinstance(reward.adapter, ChecksConditions):
         try:
             reward.adapter.check(item.condition)
         except DataError as error:
-            return f"{error} (scoring '{item.path}')"
+            return f"{error} (scoring '{item.name}')"
     return None

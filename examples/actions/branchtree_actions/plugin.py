@@ -7,12 +7,20 @@ from pathlib import Path
 from branchtree.plugins import Register, hookimpl
 from branchtree_actions.policy import Policy, PolicyConfig
 from branchtree_actions.rewards import OutcomeConfig, OutcomeReward
+from branchtree_actions.samples import TASKS, Trajectories
 
 
 @hookimpl
 def register_models(register: Register) -> None:
     """Register the model ``actions``."""
     register("actions", build=Policy, config=PolicyConfig, summary="A policy that makes chunks of actions.")
+
+
+@hookimpl
+def register_samples(register: Register) -> None:
+    """Register the chunks of actions of each task."""
+    for task in TASKS:
+        register(f"{task}_actions", build=Trajectories, summary=f"Chunks of actions for {task}.")
 
 
 @hookimpl

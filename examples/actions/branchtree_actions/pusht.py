@@ -13,7 +13,7 @@ MARK = np.array([256, 256, math.pi / 4])  # where the T belongs
 CENTRE = np.array([0, 45])  # the T's centre of gravity in its own frame
 OUTLINE = 30.0 * np.array([(-2, 0), (2, 0), (2, 1), (0.5, 1), (0.5, 4), (-0.5, 4), (-0.5, 1), (-2, 1), (-2, 0)])
 CLEAR = 110.0  # the distance from there at which the agent does not touch the T
-SIDE = 192  # of a picture, in pixels
+SIDE, FRAME = 288, 48  # of a picture of the whole table, in pixels, and how much is cut off at each side
 
 
 class Table(Scene, frozen=True):
@@ -71,7 +71,7 @@ class PushT(Task):
         draw, scale, turn = ImageDraw.Draw(image), SIDE / 512, rotation(scene.block[2])
         for points, colour in ((path, "black"), (scene.block[:2] + OUTLINE @ turn.T, "darkorange")):
             draw.line([tuple(point) for point in scale * points], fill=colour, width=3)
-        return np.asarray(image)
+        return np.asarray(image.crop((FRAME, FRAME, SIDE - FRAME, SIDE - FRAME)))
 
 
 def environment(scene: Table) -> Any:

@@ -84,15 +84,15 @@ def test_pushes_are_drawn() -> None:
     """The agent's path in black, from where it stood, and the T as it lay in orange."""
     pytest.importorskip("gym_pusht")
     task, rng = TASKS["pusht"], np.random.default_rng(0)
-    scene = task.draw_scene(rng)
+    scene = task.scene(agent=(150, 350), block=(240, 240, 1))
     chunk = torch.from_numpy(task.demonstrate(scene, rng)[None]).float()
     (image,) = Trajectories(chunk, "pusht").show([Condition("", metadata=scene.model_dump())]).pixels
     black, orange = image.amax(0) < 0.1, (image[0] > 0.9) & (image[1] > 0.4) & (image[1] < 0.7) & (image[2] < 0.1)
     rows, columns = torch.nonzero(black).T
-    x, y = np.array(scene.agent) * 192 / 512
+    x, y = np.array(scene.agent) * 288 / 512 - 48
     assert float(torch.hypot(columns - x, rows - y).min()) < 4 and len(rows) > 100
     corners = np.array(scene.block[:2]) + 30 * np.array([(-2, 0), (2, 0), (0.5, 4)]) @ rotation(scene.block[2]).T
-    near = [torch.nonzero(orange).flip(1) - torch.from_numpy(corner * 192 / 512) for corner in corners]
+    near = [torch.nonzero(orange).flip(1) - torch.from_numpy(corner * 288 / 512 - 48) for corner in corners]
     assert all(float(each.norm(dim=1).min()) < 4 for each in near)
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from branchtree.plugins import Register, hookimpl
 from branchtree_tokens.model import Addition, Sudoku, TokenConfig
 from branchtree_tokens.rewards import AdditionConfig, AdditionReward, SudokuConfig, SudokuReward
+from branchtree_tokens.samples import Grids, Texts
 from branchtree_tokens.unmask import UnmaskConfig, build_unmask
 
 
@@ -17,6 +18,13 @@ def register_models(register: Register) -> None:
     """Register a model family for each task."""
     register("tokens_sudoku", build=Sudoku, config=TokenConfig, summary="Masked diffusion on 4x4 sudoku.")
     register("tokens_addition", build=Addition, config=TokenConfig, summary="Masked diffusion on addition.")
+
+
+@hookimpl
+def register_samples(register: Register) -> None:
+    """Register both kinds of samples."""
+    register("grid", build=Grids, summary="4x4 sudoku grids.")
+    register("text", build=Texts, summary="Sums of three digits.")
 
 
 @hookimpl

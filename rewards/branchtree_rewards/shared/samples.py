@@ -7,7 +7,7 @@ from torch import Tensor
 
 from branchtree.core.scores import Scores
 from branchtree.files.reading import half_character
-from branchtree.plugins import Condition, Media
+from branchtree.plugins import Condition, Media, Samples
 
 MAX_ASPECT = 200  # Qwen's own limit; past it, resizing makes sides of no pixel at all, or pictures of gigabytes
 NOT_FINITE = "pixels are not finite"
@@ -24,12 +24,12 @@ def with_pixels(media: Media, pixels: Tensor) -> Media:
     return Media(images=pixels) if media.modality == "image" else Media(videos=pixels, fps=media.fps)
 
 
-def check_batch(media: Media, conditions: Sequence[Condition], modalities: Collection[str]) -> None:
+def check_batch(media: Samples, conditions: Sequence[Condition], modalities: Collection[str]) -> None:
     """Raise ValueError for what a program got wrong: another modality, other axes, or not one condition a sample."""
     if media.modality not in modalities:
         raise ValueError(f"this reward scores {' and '.join(sorted(modalities))}, not {media.modality}")
     axes = "(B, C, H, W)" if media.modality == "image" else "(B, F, C, H, W)"
-    if media.pixels.ndim != len(axes.split(",")):
+    if isinstance(media, Media) and media.pixels.ndim != len(axes.split(",")):
         raise ValueError(f"{media.modality}s must be {axes}, not {tuple(media.pixels.shape)}")
     if len(media) != len(conditions):
         raise ValueError(f"{len(media)} samples came with {len(conditions)} conditions; each needs its own")
