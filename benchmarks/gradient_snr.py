@@ -29,10 +29,10 @@ import torch
 from torch import Tensor
 
 from branchtree import load_recipe, plan
+from branchtree.core.cost import GRADIENT_COST
 from branchtree.run.directory import METRICS, RunDirectory
 from branchtree.training.inputs import read_inputs
 from branchtree.training.loading import make_accelerator, open_session
-from branchtree.training.metrics import GRADIENT_COST
 from branchtree.training.trainer import Trainer
 
 EDGES = ("dancegrpo", "branchgrpo", "width_pruned", "depth_pruned", "mix", "mixgrpo", "tempflow", "single")

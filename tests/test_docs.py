@@ -31,7 +31,7 @@ from branchtree.plugins import hookspecs
 from branchtree.recipe import Recipe, load_recipe, recipe_names
 from branchtree.recipe.build import make_credit_rule, make_schedule
 from branchtree.recipe.load import builtin_folder, method_names
-from branchtree.training.metrics import ShareRecord, iteration_metrics
+from branchtree.training.metrics import ShareRecord, iteration_metrics, learned_splits
 from branchtree.training.objective import UpdateRecord
 
 ROOT = Path(__file__).parents[1]
@@ -182,7 +182,7 @@ def written_metrics() -> set[str]:
     )
     shown = {re.sub(r"split_\d+$", "split_J", re.sub(r"depth_\d+$", "depth_NN", name)) for name in names}
     checked = {"continuation/gap/LABEL", "continuation/correlation/LABEL", "rows/continuation_check"}
-    return shown | checked | {"iteration", "lr"}
+    return shown | checked | learned_splits(plans, 1.0).keys() | {"iteration", "lr"}
 
 
 def test_the_metrics_page_names_what_is_logged_and_nothing_else() -> None:

@@ -158,10 +158,14 @@ def test_the_solver_serves_only_what_follows_the_last_stochastic_step() -> None:
 
 
 @pytest.mark.parametrize(
-    ("stochastic", "skipped"), [((True, False, False), {1}), ((True, False, False), {0}), ((False,) * 3, {0})]
+    ("stochastic", "skipped", "message"),
+    [
+        ((True, False, False), {0}, "cannot be skipped"),
+        ((True, False, False), {1, 2}, "cannot be joined with the last step"),
+    ],
 )
-def test_what_cannot_be_skipped(stochastic: tuple[bool, ...], skipped: set[int]) -> None:
-    with pytest.raises(ValueError, match="cannot be skipped"):
+def test_what_cannot_be_skipped(stochastic: tuple[bool, ...], skipped: set[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         TreePlan((1, 1, 1), stochastic, (False,) * 3, frozenset(skipped))
 
 
@@ -190,15 +194,16 @@ def test_each_trajectory_trains_its_own_part_of_the_steps() -> None:
 
 def test_noise_weights_follow_the_noise_and_have_mean_one() -> None:
     sigmas = time_grid(10, 3.0)
-    weights = Sampler(FlowSde(0.7), IndependentSiblings(), sigmas).noise_weights()
+    steps = torch.arange(9)
+    sampler = Sampler(FlowSde(0.7), IndependentSiblings(), sigmas)
+    weights = sampler.noise_weights(steps, steps + 1, torch.ones(9, dtype=torch.bool))
     levels = [float(s) for s in sigmas]
     std = []
     for here, there in pairwise(levels[:-1]):
         base = there if here == 1 else here
         std.append(0.7 * math.sqrt(here / (1 - base)) * math.sqrt(here - there))
-    assert weights[:-1].tolist() == pytest.approx([value / (sum(std) / 9) for value in std], rel=1e-5)
-    assert float(weights[:-1].mean()) == pytest.approx(1)
-    assert float(weights[-1]) == 0
+    assert weights.tolist() == pytest.approx([value / (sum(std) / 9) for value in std], rel=1e-5)
+    assert float(weights.mean()) == pytest.approx(1)
 
 
 # --- whole methods ---

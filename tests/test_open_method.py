@@ -168,7 +168,7 @@ RULES_OF_A_STRANGER = """
     @hookimpl
     def register_weightings(register):
         def build(config, section):
-            return lambda sampler, depth, active: config.factor * (sampler.sigmas[depth] > 0.9).float()
+            return lambda sampler, depth, target, active: config.factor * (sampler.sigmas[depth] > 0.9).float()
 
         register("early", build=build, config=Scale, summary="the noisiest steps alone")
 

@@ -321,7 +321,7 @@ def test_gradient_weights_are_the_published_ones() -> None:
         for here, there in pairwise([float(sigma) for sigma in sigmas[:-1]]):
             g, root = level(here, there), math.sqrt(here - there)
             inverse.append(1 / (root / g + g * root * (1 - here) / (2 * here)))
-        weights = gradient_weights(sampler, torch.arange(9), torch.ones(9, dtype=torch.bool))
+        weights = gradient_weights(sampler, torch.arange(9), torch.arange(1, 10), torch.ones(9, dtype=torch.bool))
         assert weights.tolist() == pytest.approx([each / reference.mean(inverse) for each in inverse], rel=1e-6)
         assert float(weights.mean()) == pytest.approx(1)
 

@@ -468,7 +468,7 @@ def test_presets_of_splits(splits: str, steps: tuple[int, ...]) -> None:
     [
         (
             "splits: dens",
-            "8: tree.splits: 'dens' is no preset; write dense, mixed, sparse, single, window, or a list",
+            "8: tree.splits: 'dens' is no preset; write dense, mixed, sparse, single, window, adaptive, or a list",
         ),
         ("splits: [3, 0]", "8: tree.splits: split steps must rise"),
         ("splits: [0, 0]", "8: tree.splits: split steps must rise"),

@@ -48,7 +48,7 @@ def test_flags_are_spread_over_nodes_and_edges(plans: tuple[TreePlan, ...]) -> N
         flags = topology.per_edge(step, [plan.trained[step] for plan in plans])
         assert flags.tolist() == [node.trained for node in children]
         parents = reference.level(roots, step)
-        assert topology.stochastic(step).tolist() == [node.children[0].stochastic for node in parents]
+        assert topology.active(step).tolist() == [node.children[0].stochastic for node in parents]
 
 
 def test_prompts_may_branch_differently() -> None:

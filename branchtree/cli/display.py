@@ -106,6 +106,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
     console.print(_counts(plan))
     console.print(_memory(plan))
     for line in (
+        *_budget(plan),
         *_shared(plan),
         *_noise(plan),
         *_rewards(plan),
@@ -166,6 +167,17 @@ def _counts(plan: RunPlan) -> Table:
         table.add_row(name, str(first), str(every))
     table.add_row("nodes / leaves", f"{one.nodes_per_leaf:.2f}", f"{all_.nodes_per_leaf:.2f}")
     return table
+
+
+def _budget(plan: RunPlan) -> list[str]:
+    """Return a line about the rows of iterations that differ; none where splits do not adapt."""
+    budget = plan.budget
+    if budget is None:
+        return []
+    return [
+        f"Splits adapt: an iteration's rollouts are at most {budget.most} predictions, {budget.mean:.0f} on average; "
+        f"a split has up to {budget.most_children} children. The tables are for the first iteration."
+    ]
 
 
 def _shared(plan: RunPlan) -> list[str]:

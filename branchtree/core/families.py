@@ -126,10 +126,14 @@ class FamilyBatch:
     log_prob: Tensor  # (E,) of the rollout
     family: Tensor  # (E,)
     advantage: Tensor  # (E,)
+    active: Tensor  # (F,) the noise of the parent's step over the kernel's own, as a Kernel gets it; CPU
+    target: Tensor  # (F,) the depth that the step leads to; CPU
 
 
 def gather(tree: BranchTree, families: Families, device: torch.device) -> FamilyBatch:
     """Fetch the states that some families need from the tree."""
+    steps = list(zip(families.prompt.tolist(), families.depth.tolist(), strict=True))
+    plans = tree.topology.plans
     return FamilyBatch(
         families=families,
         latents=_rows(tree.states, families.depth, families.parent, device),
@@ -138,6 +142,8 @@ def gather(tree: BranchTree, families: Families, device: torch.device) -> Family
         log_prob=_rows(tree.log_prob, families.edge_depth, families.child, device),
         family=send(families.family, device),
         advantage=send(families.advantage, device),
+        active=torch.tensor([plans[prompt].active(depth) for prompt, depth in steps]),
+        target=torch.tensor([plans[prompt].target[depth] for prompt, depth in steps], dtype=torch.int64),
     )
 
 

@@ -75,10 +75,11 @@ class GaussianKernel(ABC):
     ) -> GaussianTransition:
         """See Kernel."""
 
-    def noise_scale(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+    def noise_scale(self, sigma: Tensor, sigma_next: Tensor, active: Tensor | None = None) -> Tensor:
         """See ScalesNoise."""
         nothing = torch.zeros(len(sigma), 1)
-        return self(nothing, nothing, sigma, sigma_next, torch.ones(len(sigma), dtype=torch.bool)).std.flatten()
+        active = torch.ones(len(sigma), dtype=torch.bool) if active is None else active
+        return self(nothing, nothing, sigma, sigma_next, active).std.flatten()
 
 
 def flow_sde(latents: Tensor, velocity: Tensor, sigma: Tensor, sigma_next: Tensor, level: Tensor) -> GaussianTransition:

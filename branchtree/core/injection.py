@@ -34,7 +34,8 @@ def leaf_noise(plans: Iterable[TreePlan], scale: Tensor) -> LeafNoise:
     totals, differing = [], []
     for plan in plans:
         first = plan.splits[0] if plan.splits else plan.steps
-        added = [each if stochastic else 0.0 for each, stochastic in zip(variance, plan.stochastic, strict=True)]
+        # A factor of the noise scales the deviation; under `cps` so far as the sine of its angle is linear.
+        added = [each * plan.active(step) ** 2 for step, each in enumerate(variance)]
         totals.append(sum(added) ** 0.5)
         differing.append(sum(added[first:]) ** 0.5)
     return LeafNoise(sum(totals) / len(totals), sum(differing) / len(differing))

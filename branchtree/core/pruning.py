@@ -24,7 +24,8 @@ def trainable_edges(topology: Topology) -> EdgeMask:
     """Return the edges that the plans train; where trajectories draw their steps, those that any leaf below drew."""
     masks = [torch.zeros(topology.prompts, dtype=torch.bool)]
     for step in range(topology.steps):
-        masks.append(topology.per_edge(step, [plan.trained[step] for plan in topology.plans]))
+        trained = topology.per_edge(step, [plan.trained[step] for plan in topology.plans])
+        masks.append(trained & ~topology.still(step))
     if any(plan.fraction for plan in topology.plans):
         return all_of(tuple(masks), _drawn(topology))
     return tuple(masks)

@@ -48,16 +48,19 @@ class Sampler:
         """Return the shape of one row's base noise for states of shape ``latent``."""
         return self.kernel.noise_shape(latent) if isinstance(self.kernel, ShapesNoise) else latent
 
-    def noise_weights(self) -> Tensor:
-        """Return each step's noise scale over the mean of all that can be stochastic, (T,) float32; 0 for the last.
+    def noise_weights(self, depth: Tensor, target: Tensor, active: Tensor) -> Tensor:
+        """Return the noise scale of rows' steps (B,) over the mean of the grid's steps that can be stochastic, float32.
 
-        TempFlow-GRPO's noise-aware weights (arXiv 2508.04324, eq. 7): their mean is 1. Raises ValueError for a kernel
-        whose noise has no scale.
+        TempFlow-GRPO's noise-aware weights (arXiv 2508.04324, eq. 7): over the grid, at the kernel's own noise, their
+        mean is 1. Raises ValueError for a kernel whose noise has no scale.
         """
         if not isinstance(self.kernel, ScalesNoise):
             raise ValueError(f"{type(self.kernel).__name__} has no noise scale to weigh steps by")
-        scale = self.noise_scale(self.kernel)
-        return scale / scale[:-1].mean()
+        levels = self.sigmas[depth], self.sigmas[target]
+        # Where all have the kernel's own noise, so that a kernel need not know of any other.
+        own = active.dtype == torch.bool and bool(active.all())
+        scale = self.kernel.noise_scale(*levels) if own else self.kernel.noise_scale(*levels, active)
+        return scale / self.kernel.noise_scale(self.sigmas[:-2], self.sigmas[1:-1]).mean()
 
     def noise_scale(self, kernel: ScalesNoise) -> Tensor:
         """Return the standard deviation that each step adds if it is stochastic, (T,) float32; 0 for the last."""
@@ -184,16 +187,21 @@ class Growth:
         depth = torch.full((len(rows),), step)
         sigma, root = (send(each, latents.device) for each in (sampler.sigmas[depth], topology.root[step][rows]))
         prediction = self._velocity(latents, sigma, root)
-        active, target = topology.stochastic(step)[rows], topology.target(step)[rows]
+        active, target = topology.active(step)[rows], topology.target(step)[rows]
         transition = sampler.transition(latents, prediction, depth, active, target).rows(send(family, self._device))
         shape = sampler.noise_shape(latents.shape[1:])
         base = _noise(sampler.siblings, topology, step, children.tolist(), self._noise, self._prompt_ids, shape)
         reached = transition.sample(None if base is None else send(base, self._device))
         if history is not None:
             _solve(sampler, topology, step, children, family, (latents, prediction), reached, history, first)
+        log_prob = transition.log_prob(reached, sampler.reduction)
+        if still := torch.nonzero(topology.still(step)[children])[:, 0].tolist():
+            calm = sampler.transition(latents, prediction, depth, torch.zeros_like(active), target)
+            reached[still] = calm.rows(send(family[still], self._device)).sample(None)
+            log_prob[still] = 0
         at = send(children, self._device)
         # The states keep these very numbers, so that the gradient pass scores the same.
-        self._log_prob[step + 1][at] = transition.log_prob(reached, sampler.reduction)
+        self._log_prob[step + 1][at] = log_prob
         following[send(children, following.device)] = reached.to(following.device)
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Literal, Protocol, runtime_checkable
 
@@ -39,8 +39,10 @@ class TreePlan:
     arXiv 2509.06040, "ignore last step").
 
     A skipped step is not evaluated: the evaluated step before it leads straight to the depth after it, so that the rest
-    of a trajectory can be walked in fewer, longer steps; where the first steps are skipped, the trajectory begins at a
-    deeper one. Of the trained steps a trajectory may train a random fraction.
+    of a trajectory can be walked in fewer, longer steps, and several steps can be joined into one stochastic step.
+    Where the first steps are skipped, the trajectory begins at a deeper one. Of the trained steps a trajectory may
+    train a random fraction. With ``still``, the first child of each split takes the deterministic step: it is scored,
+    to compare its siblings with, and never trained.
     """
 
     factors: tuple[int, ...]  # (T,)
@@ -48,6 +50,8 @@ class TreePlan:
     trained: tuple[bool, ...]  # (T,)
     skipped: frozenset[int] = frozenset()  # steps that are not evaluated
     fraction: TimestepFraction | None = None  # of the trained steps, by trajectory; all by default
+    noise: tuple[float, ...] = ()  # (T,) each step's noise over the kernel's own; empty where all have that
+    still: bool = False
 
     def __post_init__(self) -> None:
         if not len(self.factors) == len(self.stochastic) == len(self.trained) > 0:
@@ -61,8 +65,12 @@ class TreePlan:
                 raise ValueError(f"step {step} splits, so it must be stochastic")
             if self.trained[step] and not self.stochastic[step]:
                 raise ValueError(f"step {step} is deterministic, so it cannot be trained")
-            if step in self.skipped and (self.stochastic[step] or (step > 0 and self.stochastic[step - 1])):
-                raise ValueError(f"step {step} cannot be skipped: it, or the step that leads to it, is stochastic")
+            if step in self.skipped and self.stochastic[step]:
+                raise ValueError(f"step {step} cannot be skipped: it is stochastic")
+        if any(flag and target == self.steps for flag, target in zip(self.stochastic, self.target, strict=True)):
+            raise ValueError("a stochastic step cannot be joined with the last step, which is deterministic")
+        if self.noise and not (len(self.noise) == self.steps and all(0 < each < math.inf for each in self.noise)):
+            raise ValueError(f"noise is a positive factor for each of {self.steps} steps, not {self.noise}")
 
     @property
     def steps(self) -> int:
@@ -100,6 +108,10 @@ class TreePlan:
     def evaluated(self, depth: int) -> int:
         """Return how many nodes of a depth go through the denoiser."""
         return 0 if depth in self.skipped else self.widths[depth]
+
+    def active(self, step: int) -> float:
+        """Return a step's noise over the kernel's own; a bool where it is all of it, or none."""
+        return self.stochastic[step] and (self.noise[step] if self.noise else True)
 
     @property
     def last_split(self) -> int:
@@ -163,6 +175,23 @@ class ListsSplits(Protocol):
 
 
 @dataclass(frozen=True)
+class Branching:
+    """Where one prompt's tree splits, and with what noise."""
+
+    factors: Mapping[int, int]  # children by split step
+    noise: Mapping[int, float] = field(default_factory=dict)  # by split step, over the kernel's own; 1 by default
+    still: bool = False  # as in TreePlan
+
+
+@runtime_checkable
+class ChoosesNoise(Protocol):
+    """A rule of splits that chooses their noise too."""
+
+    def branching(self, iteration: int, prompt: int) -> Branching:
+        """Return the splits of this prompt at this iteration, with their noise."""
+
+
+@dataclass(frozen=True)
 class FixedSplits:
     """The same split steps for every prompt and iteration."""
 
@@ -217,6 +246,10 @@ class Schedule:
 
     ``sde`` says which steps are stochastic beside the split steps: ``"all"`` of them, ``"splits"`` (no
     others), or those inside a SlidingWindow (BranchGRPO's hybrid ODE-SDE, "Mix").
+
+    ``noise`` has the noise of each split over the kernel's own, in order; a stochastic step between splits takes that
+    of the last split before it, and one before all splits that of the first. ``join`` is how many of the grid's steps
+    the stochastic step at a split takes as one, for all splits or for each; no further than the last step.
     """
 
     steps: int
@@ -225,6 +258,8 @@ class Schedule:
     continuation: int | None = None  # steps that remain after the last stochastic one; all of the grid's by default
     fraction: float = 1.0  # of the stochastic steps, that each trajectory trains
     seed: int = 0  # of the drawn fraction
+    noise: tuple[float, ...] = ()
+    join: int | tuple[int, ...] = 1
 
     def __post_init__(self) -> None:
         if self.continuation is not None and self.continuation < 1:
@@ -236,7 +271,10 @@ class Schedule:
 
     def plan(self, iteration: int, prompt: int) -> TreePlan:
         """The plan for one prompt. Raises ValueError if a split step lies outside the grid."""
-        return self._plan(self.splits.factors(iteration, prompt), iteration, prompt)
+        rule = self.splits
+        chosen = rule.branching if isinstance(rule, ChoosesNoise) else None
+        branching = chosen(iteration, prompt) if chosen else Branching(rule.factors(iteration, prompt))
+        return self.shaped(branching, iteration, prompt)
 
     def possible_plans(self, iteration: int, prompts: int) -> list[TreePlan]:
         """Return the plans that prompts can have at an iteration, each as likely as the others.
@@ -244,10 +282,12 @@ class Schedule:
         They are those of the first ``prompts`` prompts where the rule of the splits does not list what it can draw.
         """
         if isinstance(self.splits, ListsSplits):
-            return [self._plan(factors, iteration, 0) for factors in self.splits.possible(iteration)]
+            return [self.shaped(Branching(factors), iteration, 0) for factors in self.splits.possible(iteration)]
         return [self.plan(iteration, prompt) for prompt in range(prompts)]
 
-    def _plan(self, factors: dict[int, int], iteration: int, prompt: int) -> TreePlan:
+    def shaped(self, branching: Branching, iteration: int, prompt: int) -> TreePlan:
+        """Return the plan for one prompt that splits as given. Raises ValueError as ``plan`` does."""
+        factors = branching.factors
         for step, factor in factors.items():
             if not 0 <= step < self.steps - 1:
                 raise ValueError(
@@ -256,8 +296,14 @@ class Schedule:
                 )
             if factor < 2:
                 raise ValueError(f"split step {step} has branch factor {factor}; a split needs at least 2")
-        inside = self._sde_steps(iteration)
-        stochastic = tuple(step < self.steps - 1 and (step in factors or step in inside) for step in range(self.steps))
+        inside, joined = self._sde_steps(iteration), self._joined(sorted(factors))
+        stochastic = tuple(
+            step < self.steps - 1 and step not in joined and (step in factors or step in inside)
+            for step in range(self.steps)
+        )
+        first = last_true(stochastic) + 1  # after the last stochastic step
+        while first in joined:
+            first += 1
         fraction = (
             None if self.fraction == 1 else TimestepFraction(self.fraction, f"part {self.seed} {iteration} {prompt}")
         )
@@ -265,9 +311,34 @@ class Schedule:
             factors=tuple(factors.get(step, 1) for step in range(self.steps)),
             stochastic=stochastic,
             trained=stochastic,
-            skipped=skipped_steps(last_true(stochastic) + 1, self.steps, self.continuation),
+            skipped=joined | skipped_steps(first, self.steps, self.continuation),
             fraction=fraction,
+            noise=self._noise(branching),
+            still=branching.still,
         )
+
+    def _joined(self, splits: Sequence[int]) -> frozenset[int]:
+        """Return the steps that are taken together with a split before them."""
+        lengths = (self.join,) * len(splits) if isinstance(self.join, int) else self.join
+        if len(lengths) != len(splits):
+            raise ValueError(f"{len(splits)} splits need as many lengths of joined steps, not {len(lengths)}")
+        joined = [
+            step for split, length in zip(splits, lengths, strict=True) for step in range(split + 1, split + length)
+        ]
+        if crossed := set(joined).intersection(splits):
+            raise ValueError(f"joined steps reach beyond the split at step {min(crossed)}")
+        return frozenset(step for step in joined if step < self.steps - 1)
+
+    def _noise(self, branching: Branching) -> tuple[float, ...]:
+        """Return the noise of each step over the kernel's own, (T,); none where no split has one of its own."""
+        splits = sorted(branching.factors)
+        if self.noise and len(self.noise) != len(splits):
+            raise ValueError(f"{len(splits)} splits need as many noise levels, not {len(self.noise)}")
+        if not splits or not (self.noise or branching.noise):
+            return ()
+        levels = self.noise or [branching.noise.get(step, 1.0) for step in splits]
+        before = [max(sum(split <= step for split in splits) - 1, 0) for step in range(self.steps)]
+        return tuple(levels[i] for i in before)
 
     def _sde_steps(self, iteration: int) -> range:
         if isinstance(self.sde, SlidingWindow):

@@ -34,22 +34,30 @@ class Transition(Protocol):
 class Kernel(Protocol):
     """Makes the transition from what the model predicts.
 
-    ``active`` (B,) bool says which rows take a stochastic step; the others take the deterministic step of the
-    same kernel, which is its limit of no noise.
+    ``active`` (B,) says which rows take a stochastic step; the others take the deterministic step of the same kernel,
+    which is its limit of no noise. It is bool, unless a plan scales the noise: then it is float32, 0 for a
+    deterministic row, and elsewhere the row's noise over the kernel's own. Only a kernel that ``ScalesNoise`` gets such
+    factors.
     """
 
     def __call__(
         self, latents: Tensor, prediction: Tensor, sigma: Tensor, sigma_next: Tensor, active: Tensor
     ) -> Transition:
-        """latents, prediction (B, *latent); sigma, sigma_next (B,); active (B,) bool."""
+        """latents, prediction (B, *latent); sigma, sigma_next (B,); active (B,)."""
 
 
 @runtime_checkable
 class ScalesNoise(Protocol):
-    """A kernel whose noise has a scale that its states do not change; ``loss.weighting: noise`` needs one."""
+    """A kernel whose noise has a scale that its states do not change.
 
-    def noise_scale(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
-        """Return the standard deviation that a stochastic step adds, (B,), for noise levels (B,)."""
+    ``loss.weighting: noise`` needs one, and so does noise that differs from split to split.
+    """
+
+    def noise_scale(self, sigma: Tensor, sigma_next: Tensor, active: Tensor | None = None) -> Tensor:
+        """Return the standard deviation that a stochastic step adds, (B,), for noise levels (B,).
+
+        ``active`` (B,) is that of ``Kernel``; without it each row has the kernel's own noise.
+        """
 
 
 @runtime_checkable

@@ -91,9 +91,21 @@ class Topology:
         """Spread one value per prompt over the edges of a step: (N_{step+1},)."""
         return torch.tensor(flags)[self.root[step + 1]]
 
-    def stochastic(self, step: int) -> Tensor:
-        """Return which nodes of depth ``step`` take a stochastic step, (N_step,) bool."""
-        return torch.tensor([plan.stochastic[step] for plan in self.plans])[self.root[step]]
+    def active(self, step: int) -> Tensor:
+        """Return the noise of each node's step over the kernel's own, (N_step,).
+
+        Bool, where every plan has the kernel's own noise or none at this step; float32 otherwise.
+        """
+        return torch.tensor([plan.active(step) for plan in self.plans])[self.root[step]]
+
+    def still(self, step: int) -> Tensor:
+        """Return which children of a step's nodes, (N_step+1,), take the deterministic step beside noisy siblings."""
+        flags = torch.zeros(self.width(step + 1), dtype=torch.bool)
+        for prompt, plan in enumerate(self.plans):
+            if plan.still and plan.factors[step] > 1:
+                children, held = self.span(prompt, step + 1), self.shares[prompt].held[step + 1]
+                flags[children.start : children.stop] = torch.tensor([i % plan.factors[step] == 0 for i in held])
+        return flags
 
     def span(self, prompt: int, depth: int) -> range:
         """Return where a prompt's nodes lie among those of a depth."""

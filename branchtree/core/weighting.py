@@ -10,16 +10,17 @@ from torch import Tensor
 from branchtree.core.gaussian import GaussianTransition
 from branchtree.core.rollout import Sampler
 
-StepWeighting = Callable[[Sampler, Tensor, Tensor], Tensor]
-"""(sampler, depth (F,) of each step, active (F,) as a kernel takes it) -> weight of each step (F,), on the CPU."""
+StepWeighting = Callable[[Sampler, Tensor, Tensor, Tensor], Tensor]
+"""(sampler, depth (F,) of each step, the depth (F,) that it leads to, active (F,) as a kernel takes it) -> weight of
+each step (F,), on the CPU."""
 
 
-def noise_weights(sampler: Sampler, depth: Tensor, active: Tensor) -> Tensor:
+def noise_weights(sampler: Sampler, depth: Tensor, target: Tensor, active: Tensor) -> Tensor:
     """TempFlow-GRPO's weights; see ``Sampler.noise_weights``."""
-    return sampler.noise_weights()[depth]
+    return sampler.noise_weights(depth, target, active)
 
 
-def gradient_weights(sampler: Sampler, depth: Tensor, active: Tensor) -> Tensor:
+def gradient_weights(sampler: Sampler, depth: Tensor, target: Tensor, active: Tensor) -> Tensor:
     """Flash-GRPO's weights (arXiv 2605.15980): by them a step's gradient does not depend on its noise level.
 
     The gradient of a log-density grows with |d mean / d prediction| / s, s being the deviation of the step's noise. The
@@ -28,14 +29,16 @@ def gradient_weights(sampler: Sampler, depth: Tensor, active: Tensor) -> Tensor:
     is not Gaussian.
     """
     grid = torch.arange(len(sampler.sigmas) - 2)
-    typical = _noise_over_slope(sampler, grid, torch.ones(len(grid), dtype=torch.bool)).mean()
-    return _noise_over_slope(sampler, depth, active) / typical
+    typical = _noise_over_slope(sampler, grid, grid + 1, torch.ones(len(grid), dtype=torch.bool)).mean()
+    return _noise_over_slope(sampler, depth, target, active) / typical
 
 
-def _noise_over_slope(sampler: Sampler, depth: Tensor, active: Tensor) -> Tensor:
+def _noise_over_slope(sampler: Sampler, depth: Tensor, target: Tensor, active: Tensor) -> Tensor:
     """Return s / |d mean / d prediction| of some steps, (F,); means are linear in the prediction."""
     nothing = torch.zeros(len(depth), 1)
-    still, moved = (sampler.transition(nothing, prediction, depth, active) for prediction in (nothing, nothing + 1))
+    still, moved = (
+        sampler.transition(nothing, prediction, depth, active, target) for prediction in (nothing, nothing + 1)
+    )
     if not (isinstance(still, GaussianTransition) and isinstance(moved, GaussianTransition)):
         raise ValueError(f"{type(still).__name__} has no mean and deviation to weigh steps by")
     return still.std.flatten() / (moved.mean - still.mean).flatten().abs()

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from branchtree.core.adaptive import AdaptiveSplits, plan_ahead
 from branchtree.core.cost import Cost, count
 from branchtree.core.injection import LeafNoise
-from branchtree.core.schedule import TreePlan
+from branchtree.core.schedule import Schedule, TreePlan
 from branchtree.core.tree import Topology, grow, grow_shares
 from branchtree.data.prompts import (
     HUB,
@@ -41,6 +42,9 @@ from branchtree.recipe.build import (
 from branchtree.recipe.plain_yaml import KeyPath
 from branchtree.recipe.schema import DataSection, EvaluationSection, Recipe, RewardSection
 
+FORESEEN = 20
+"""Iterations over which a plan averages."""
+
 
 @dataclass(frozen=True)
 class ShareCost:
@@ -48,6 +52,15 @@ class ShareCost:
 
     leaves: int
     rollout_rows: int  # predictions, including those that other processes compute too
+
+
+@dataclass(frozen=True)
+class RowBudget:
+    """The predictions of an iteration's rollouts, where splits adapt."""
+
+    most: int
+    mean: float  # over the first iterations, before anything is learnt
+    most_children: int  # of a split
 
 
 @dataclass(frozen=True)
@@ -64,6 +77,7 @@ class RunPlan:
     memory: MemoryEstimate
     rewards: RewardSizes
     fits: tuple[Fit, ...]  # well-known GPUs, from the smallest
+    budget: RowBudget | None = None  # of an iteration, where splits adapt
     noise: LeafNoise | None = None  # mean over the whole run; None where it is not known
     noise_warning: str | None = None  # that it is much less than without the recipe's methods
 
@@ -135,7 +149,7 @@ def plan_recipe(recipe: Recipe, base: Recipe | None = None) -> RunPlan:
     model = make_model(recipe)
     check_learns(recipe, make_kernel(recipe.sampler, model.prediction))  # refuses what training would
     schedule, rule = make_schedule(recipe), make_credit_rule(recipe)
-    plans = [schedule.plan(0, prompt_id) for prompt_id in _first_prompts(recipe, model)]
+    plans = plan_ahead(schedule, 0, _first_prompts(recipe, model))
     footprint = model.footprint()
     if recipe.lora is not None and footprint.lora_parameters_per_rank == 0:
         raise RecipeError(f"lora: no layer of the model family '{recipe.model.adapter}' takes one; leave it out")
@@ -156,9 +170,18 @@ def plan_recipe(recipe: Recipe, base: Recipe | None = None) -> RunPlan:
         memory=estimate_memory(recipe, footprint, iteration, around),
         rewards=rewards,
         fits=find_fits(recipe, footprint, iteration, GPUS, around),
+        budget=_budget(recipe, schedule),
         noise=None if noise is None else noise.leaf,
         noise_warning=_against_base(recipe, noise, base),
     )
+
+
+def _budget(recipe: Recipe, schedule: Schedule) -> RowBudget | None:
+    rule, prompts = schedule.splits, recipe.batch.prompts
+    if not isinstance(rule, AdaptiveSplits):
+        return None
+    rows = [grow(plan_ahead(schedule, i, range(i * prompts, (i + 1) * prompts))).rollout_rows for i in range(FORESEEN)]
+    return RowBudget(rule.budget(prompts), sum(rows) / len(rows), rule.most)
 
 
 def _against_base(recipe: Recipe, noise: PlannedNoise | None, base: Recipe | None) -> str | None:

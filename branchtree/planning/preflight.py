@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from branchtree.core.adaptive import plan_ahead
 from branchtree.core.cost import Cost, count
 from branchtree.errors import DeviceMemoryError, PluginError
 from branchtree.planning.fitting import Changes, applied, cheapest_changes, cheapest_evaluation, in_words, open_limits
@@ -151,7 +152,7 @@ class TrainingNeed:
         footprint = (model or make_model(recipe)).footprint()
         schedule, rule = make_schedule(recipe), make_credit_rule(recipe)
         costs = {
-            number: count([schedule.plan(0, prompt) for prompt in range(prompts_each(recipe, number))], rule, 0)
+            number: count(plan_ahead(schedule, 0, range(prompts_each(recipe, number))), rule, 0)
             for number in {processes, *PROCESSES}
         }
         sharded = _asked("ACCELERATE_USE_FSDP", "false")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from branchtree.core.adaptive import AdaptiveSplits
 from branchtree.core.advantages import ESTIMATORS
 from branchtree.core.forward import Crd, ForwardLoss, MatchingRatio, Nft, PredictionError
 from branchtree.core.gaussian import CpsSde, DanceSde, Ddim, FlowSde
@@ -80,11 +81,14 @@ def _of_section(make: Callable[[Any], Any], config: NoKeys, section: Any) -> Any
 
 @hookimpl
 def register_splits(register: Register) -> None:
-    """Register the presets, a list of steps, a drawn step and the step of a sliding window."""
+    """Register the presets, a list of steps, a drawn step, the step of a sliding window, and one that is learnt."""
     for name in (*PRESET_SPLITS, "list"):
         summary = "The steps that the recipe lists." if name == "list" else f"Steps {PRESET_SPLITS[name]}."
         register(name, build=_fixed_splits, config=NoKeys, summary=summary)
     register("single", build=_drawn_split, config=NoKeys, summary="One step, drawn for each prompt and iteration.")
+    register(
+        "adaptive", build=_adaptive_split, config=NoKeys, summary="One step and its noise, by what siblings showed."
+    )
     register("window", build=_window_split, config=NoKeys, summary="The first step of the sliding SDE window.")
 
 
@@ -95,10 +99,34 @@ def _fixed_splits(config: NoKeys, section: Any, seed: int) -> Splits:
 
 
 def _drawn_split(config: NoKeys, section: Any, seed: int) -> Splits:
+    steps = _drawn_from(section)
+    return DrawnSplits(steps[0], steps[-1], _one_factor(section), seed)
+
+
+def _drawn_from(section: Any) -> range:
+    """Return the steps that a split is drawn from."""
     deepest = section.steps - 2  # the last step is deterministic
     first = min(math.ceil(section.draw.first * section.steps), deepest)
     last = min(math.floor(section.draw.last * section.steps), deepest)
-    return DrawnSplits(first, max(first, last), _one_factor(section), seed)
+    return range(first, max(first, last) + 1)
+
+
+def _adaptive_split(config: NoKeys, section: Any, seed: int) -> Splits:
+    steps, keys = tuple(_drawn_from(section)), section.adaptive
+    join = section.join if isinstance(section.join, int) else section.join[0]
+    after = [section.steps - min(step + join, section.steps - 1) for step in steps]  # steps that remain
+    return AdaptiveSplits(
+        steps=steps,
+        remaining=tuple(min(count, section.continuation or count) for count in after),
+        branches=_one_factor(section),
+        most=section.most_children,
+        seed=seed,
+        explore=keys.explore,
+        memory=keys.memory,
+        drop=keys.drop,
+        by_prompt=keys.by_prompt,
+        rows=keys.rows,
+    )
 
 
 def _window_split(config: NoKeys, section: Any, seed: int) -> Splits:

@@ -29,6 +29,7 @@ from branchtree.plugins.registry import registry
 from branchtree.plugins.scores import NamedReward
 from branchtree.recipe.load import validate_options
 from branchtree.recipe.schema import (
+    LARGEST_ETA,
     CallbackSection,
     Choice,
     LossSection,
@@ -72,6 +73,8 @@ def make_schedule(recipe: Recipe) -> Schedule:
         continuation=tree.continuation,
         fraction=tree.timestep_fraction,
         seed=recipe.seed,
+        noise=recipe.sampler.levels,
+        join=tree.join,
     )
 
 
@@ -91,6 +94,8 @@ def make_shares(recipe: Recipe, plan: TreePlan) -> list[TreeShare]:
 def make_kernel(sampler: SamplerSection, prediction: str) -> Kernel:
     """Return the transition kernel. Raises RecipeError if it does not suit what the model predicts."""
     at = ("sampler", "transition")
+    if sampler.levels:  # a plan has the noise of each split over the kernel's own
+        sampler = sampler.model_copy(update={"eta": sampler.level})
     kernel: Kernel = make_rule("transition", sampler.kind, sampler.transition, at, sampler, prediction)
     return kernel
 
@@ -159,6 +164,11 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
         _check_forward(recipe, kernel, name)
     else:
         _check_loss(recipe.loss, kernel, name)
+    if changes_noise(recipe) and not isinstance(kernel, ScalesNoise):
+        key, instead = (
+            ("sampler.eta", "give one number") if recipe.sampler.levels else ("tree.adaptive.drop", "set it to null")
+        )
+        raise RecipeError(f"{key}: the noise of the transition '{name}' has no scale to change; {instead}")
     optim, iterations, total = recipe.optim, recipe.run.iterations, planned_steps(recipe)
     if optim.warmup > total:
         log.warning(
@@ -169,6 +179,17 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
             iterations,
             optim.steps_per_iteration,
         )
+
+
+def changes_noise(recipe: Recipe) -> bool:
+    """Return whether splits may have other noise than the kernel's own."""
+    adaptive = recipe.tree.splits == "adaptive" and recipe.tree.split_rule is None
+    return bool(recipe.sampler.levels) or (adaptive and recipe.tree.adaptive.drop is not None)
+
+
+def most_noise(sampler: SamplerSection) -> float:
+    """Return the most noise that a split may have, over the kernel's own."""
+    return (1.0 if sampler.kind in {"cps", "ddim"} and sampler.transition is None else LARGEST_ETA) / sampler.level
 
 
 def _check_probes(recipe: Recipe, transition: str, kernel: Kernel) -> None:

@@ -20,9 +20,11 @@ from branchtree.core.schedule import PRESET_SPLITS
 from branchtree.files.names import checked_name
 from branchtree.files.paths import LocalPath, PathKey
 
+LARGEST_ETA = 10
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 PromptFile = Annotated[str, PathKey(always=True, names=("hub:",))]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
+Eta = Annotated[float, Field(ge=1e-8, le=LARGEST_ETA)]
 
 MOST_LEAVES = 2**16
 """Leaves that one prompt's tree may have."""
@@ -110,6 +112,35 @@ class DrawSection(Section):
         return self
 
 
+class AdaptiveSection(Section):
+    """``tree.adaptive``: how trees split under ``tree.splits: adaptive``."""
+
+    explore: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="The share of the splits that are drawn evenly over the steps of `tree.draw`.",
+    )
+    memory: int = Field(default=40, ge=1, description="Trees over which the spread at a step is averaged.")
+    most: int | None = Field(
+        default=None, ge=2, description="The most children of a split; twice `tree.branches` by default."
+    )
+    rows: int | None = Field(
+        default=None,
+        ge=1,
+        description="The most predictions of an iteration's rollouts; by default those of `tree.branches` children for "
+        "each prompt, averaged over the steps.",
+    )
+    by_prompt: bool = Field(default=True, description="Give more children to prompts whose siblings spread more.")
+    drop: float | None = Field(
+        default=0.1,
+        gt=0,
+        le=10,
+        description="The noise of a split is moved until its children's mean reward lies this fraction of their spread "
+        "below that of a child that takes the deterministic step; null leaves it at `sampler.eta`.",
+    )
+
+
 class WindowSection(Section):
     """``tree.window``: the sliding window of SDE steps under ``tree.sde: window``."""
 
@@ -138,12 +169,18 @@ class TreeSection(Section):
     splits: str | tuple[int, ...] = Field(
         default="dense",
         description="Steps at which every node gets several children: `dense`, `mixed`, `sparse`, "
-        "`single`, `window`, or a list of steps.",
+        "`single`, `window`, `adaptive`, or a list of steps.",
     )
     branches: int | tuple[int, ...] = Field(
         default=2, description="K, the children of a node at a split: one number for all splits, or one for each."
     )
     draw: DrawSection = Field(default=DrawSection(), description="The range from which a split is drawn.")
+    adaptive: AdaptiveSection = Field(default=AdaptiveSection(), description="Splits that follow from earlier ones.")
+    join: int | tuple[int, ...] = Field(
+        default=1,
+        description="How many of the grid's steps the stochastic step of a split takes as one: one number for all "
+        "splits, or one for each.",
+    )
     siblings: Literal["correlated", "independent", "simplex"] = Field(
         default="correlated", description="How the noises of one parent's children relate to each other."
     )
@@ -184,7 +221,7 @@ class TreeSection(Section):
     @field_validator("splits")
     @classmethod
     def _known_preset(cls, splits: str | tuple[int, ...]) -> str | tuple[int, ...]:
-        names = [*PRESET_SPLITS, "single", "window"]
+        names = [*PRESET_SPLITS, "single", "window", "adaptive"]
         if isinstance(splits, str) and splits not in names:
             raise ValueError(f"'{splits}' is no preset; write {', '.join(names)}, or a list of steps")
         if not isinstance(splits, str) and list(splits) != sorted(set(splits)):
@@ -198,6 +235,54 @@ class TreeSection(Section):
         if any(factor < 2 for factor in factors):
             raise ValueError("a split needs at least 2 children")
         return branches
+
+    @field_validator("join")
+    @classmethod
+    def _at_least_itself(cls, join: int | tuple[int, ...]) -> int | tuple[int, ...]:
+        lengths = (join,) if isinstance(join, int) else join
+        if any(length < 1 for length in lengths):
+            raise ValueError("a split takes at least its own step")
+        return join
+
+    @model_validator(mode="after")
+    def _joins_between_splits(self) -> TreeSection:
+        splits = self.split_steps
+        if not isinstance(self.join, int) and len(self.join) != max(len(splits), 1):
+            raise ValueError(f"{len(splits)} splits need as many lengths in join, not {len(self.join)}")
+        lengths = (self.join,) * len(splits) if isinstance(self.join, int) else self.join
+        for split, length, following in zip(splits, lengths, (*splits[1:], self.steps - 1), strict=False):
+            if length > 1 and split + length > following:
+                end = "the next split" if following in splits else "the last step, which is deterministic"
+                raise ValueError(f"join: {length} steps from split {split} reach beyond step {following}, {end}")
+        return self
+
+    @model_validator(mode="after")
+    def _splits_once(self) -> TreeSection:
+        if self.splits != "adaptive":
+            return self
+        if self.sde != "splits":
+            raise ValueError(
+                f"splits: adaptive compares siblings of one stochastic step: sde is 'splits', not '{self.sde}'"
+            )
+        if not isinstance(self.branches, int):
+            raise ValueError("splits: adaptive takes one number of branches, which it varies")
+        if not self.least_children <= self.branches <= self.most_children:
+            raise ValueError(
+                f"branches: adaptive splits have from {self.least_children} to {self.most_children} children, and "
+                f"{self.branches} on average cannot be; change branches or adaptive.most"
+            )
+        return self
+
+    @property
+    def least_children(self) -> int:
+        """The fewest children of an adaptive split: two that can be compared, and a deterministic one."""
+        return 2 if self.adaptive.drop is None else 3
+
+    @property
+    def most_children(self) -> int:
+        """The most children of an adaptive split."""
+        branches = self.branches if isinstance(self.branches, int) else max(self.branches)
+        return 2 * branches if self.adaptive.most is None else self.adaptive.most
 
     @model_validator(mode="after")
     def _inside_grid(self) -> TreeSection:
@@ -248,6 +333,8 @@ class TreeSection(Section):
         """The split steps and their branch factors; a split that is drawn or slides counts as one at step 0."""
         steps = self.split_steps or (() if self.splits == () and self.split_rule is None else (0,))
         branches = (self.branches,) * len(steps) if isinstance(self.branches, int) else self.branches
+        if self.splits == "adaptive" and self.split_rule is None:
+            branches = (self.most_children,)
         return dict(zip(steps, branches, strict=False))
 
     @property
@@ -276,11 +363,10 @@ class SamplerSection(Section):
         default="dance",
         description="The transition kernel. `ddim` is for models that predict noise or v, the others for velocity.",
     )
-    eta: float = Field(
+    eta: Eta | Annotated[tuple[Eta, ...], Field(min_length=1)] = Field(
         default=0.3,
-        ge=1e-8,
-        le=10,
-        description="The noise level of a stochastic step; at most 1 under `cps` and `ddim`.",
+        description="The noise level of a stochastic step; at most 1 under `cps` and `ddim`. A list has one for each "
+        "split: a stochastic step without a split takes that of the last split before it, or else the first.",
     )
     grid: Literal["linear", "pipeline"] = Field(
         default="linear",
@@ -294,11 +380,21 @@ class SamplerSection(Section):
 
     @field_validator("eta")
     @classmethod
-    def _at_most_all_noise(cls, eta: float, info: ValidationInfo) -> float:
+    def _at_most_all_noise(cls, eta: float | tuple[float, ...], info: ValidationInfo) -> float | tuple[float, ...]:
         kind = info.data.get("kind")
-        if kind in {"cps", "ddim"} and eta > 1:
+        if kind in {"cps", "ddim"} and max((eta,) if isinstance(eta, float) else eta) > 1:
             raise ValueError(f"{kind} takes an eta up to 1, at which all noise of a step is fresh")
         return eta
+
+    @property
+    def level(self) -> float:
+        """The kernel's own noise level: eta, or the mean of a list."""
+        return self.eta if isinstance(self.eta, float) else sum(self.eta) / len(self.eta)
+
+    @property
+    def levels(self) -> tuple[float, ...]:
+        """The noise of each split over the kernel's own; empty where all have that."""
+        return () if isinstance(self.eta, float) else tuple(eta / self.level for eta in self.eta)
 
 
 class CreditSection(Section):
@@ -678,7 +774,7 @@ SINGLE: dict[str, dict[str, Any]] = {
     "tree": {"branches": 16, "siblings": "independent", "sde": "splits"},
     "credit": {"advantage": "leaf"},
 }
-"""Keys that ``tree.splits: single`` changes, unless a recipe sets them."""
+"""Keys that ``tree.splits: single`` and ``adaptive`` change, unless a recipe sets them."""
 
 
 class Recipe(Section):
@@ -723,12 +819,36 @@ class Recipe(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _has_a_level_for_each_split(self) -> Recipe:
+        eta, splits = self.sampler.eta, self.tree.split_steps
+        if isinstance(eta, tuple) and len(eta) != max(len(splits), 1):
+            raise ValueError(f"sampler.eta: {len(splits)} splits need as many noise levels, not {len(eta)}")
+        if isinstance(eta, tuple) and self.tree.splits == "adaptive" and self.tree.split_rule is None:
+            raise ValueError("sampler.eta: tree.splits: adaptive starts from one noise level, not a list")
+        return self
+
+    @model_validator(mode="after")
+    def _affords_the_least(self) -> Recipe:
+        tree, prompts = self.tree, self.batch.prompts
+        # As wherever the split lies, the least children take no more than that many trajectories from the start.
+        least = prompts * tree.least_children * tree.steps
+        if tree.splits == "adaptive" and tree.adaptive.rows is not None and tree.adaptive.rows < least:
+            raise ValueError(
+                f"adaptive.rows: {prompts} prompts take up to {least} predictions with {tree.least_children} children "
+                f"each, more than {tree.adaptive.rows}; raise it, or lower batch.prompts"
+            )
+        return self
+
     @model_validator(mode="wrap")
     @classmethod
     def _complete_single(cls, data: Any, validate: ModelWrapValidatorHandler[Recipe]) -> Recipe:
-        """Fill in the keys that ``single`` changes: it splits once, widely, and no other step is stochastic."""
+        """Fill in the keys that ``single`` and ``adaptive`` change: trees split once, and widely.
+
+        No other step is stochastic.
+        """
         tree = data.get("tree") if isinstance(data, dict) else None
-        if not isinstance(tree, dict) or tree.get("splits") != "single":
+        if not isinstance(tree, dict) or tree.get("splits") not in ("single", "adaptive"):
             return validate(data)
         given = {section: data.get(section) or {} for section in SINGLE}
         if not all(isinstance(keys, dict) for keys in given.values()):

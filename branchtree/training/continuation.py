@@ -65,7 +65,7 @@ def _compare(
     session: Session, tree: BranchTree, scores: Mapping[str, Scores], condition: Condition, policy: Policy
 ) -> dict[str, float]:
     plan = tree.topology.plans[0]
-    first = plan.last_stochastic + 1
+    first = _first_after(plan)
     leaves = tree.topology.span(0, plan.steps)
     states = tree.states[first][: len(tree.topology.span(0, first))].to(session.device)
     each = {name: value.expand(len(states), *value.shape[1:]) for name, value in policy.conditioning.items()}
@@ -91,13 +91,18 @@ def _compare(
 def comparing_forwards(topology: Topology, max_rows: int | None) -> int:
     """Return how many forwards a comparison makes."""
     plan = topology.plans[0]
-    return forwards(grow([_whole_grid(plan)] * len(topology.span(0, plan.last_stochastic + 1))), max_rows)
+    return forwards(grow([_whole_grid(plan)] * len(topology.span(0, _first_after(plan)))), max_rows)
 
 
 def _whole_grid(plan: TreePlan) -> TreePlan:
     """Return the plan of one node that takes every step after a plan's last stochastic one."""
-    steps = plan.steps - plan.last_stochastic - 1
+    steps = plan.steps - _first_after(plan)
     return TreePlan((1,) * steps, (False,) * steps, (False,) * steps)
+
+
+def _first_after(plan: TreePlan) -> int:
+    """Return the depth that a plan's last stochastic step leads to; 0 without one."""
+    return plan.target[plan.last_stochastic] if plan.last_stochastic >= 0 else 0
 
 
 def _compared(label: str, full: Scores, coarse: Scores, rows: slice) -> dict[str, float]:
@@ -152,5 +157,5 @@ class ContinuationWatch:
 def is_due(session: Session, plans: Sequence[TreePlan], iteration: int) -> bool:
     """Return whether this iteration compares: there is a short cut, and its turn has come."""
     tree = session.recipe.tree
-    shortened = bool(plans[0].skipped) or tree.solver != "euler"
+    shortened = any(step > _first_after(plans[0]) for step in plans[0].skipped) or tree.solver != "euler"
     return shortened and iteration % tree.continuation_check == 0

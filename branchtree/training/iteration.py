@@ -123,9 +123,8 @@ def iterate(session: Session, iteration: int) -> Iteration:
 
 def plan_batch(session: Session, iteration: int) -> Batch:
     """Take the iteration's prompts and plan their trees."""
-    ids = session.prompt_ids(iteration)
-    plans = [session.inputs.schedule.plan(iteration, prompt_id) for prompt_id in ids]
-    return Batch(ids, session.conditions(iteration), session.team.grow(plans))
+    plans = session.plans(iteration)
+    return Batch(session.prompt_ids(iteration), session.conditions(iteration), session.team.grow(plans))
 
 
 class LeafScores:

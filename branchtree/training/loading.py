@@ -29,6 +29,7 @@ from branchtree.recipe.build import (
     make_edge_rules,
     make_forward_loss,
     make_sampler,
+    most_noise,
     planned_steps,
 )
 from branchtree.recipe.schema import OptimSection, Recipe
@@ -50,6 +51,7 @@ from branchtree.training.probing import refuse_group_rewards
 from branchtree.training.processes import Team, make_team, process_group, refuse_whole_groups
 from branchtree.training.session import Session
 from branchtree.training.sharding import make_engine
+from branchtree.training.splitting import make_split_learner
 from branchtree.training.trained import Trained, restore_weights
 from branchtree.training.update import UpdateGuard, Updater
 
@@ -89,6 +91,8 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
     limits = _row_limits(inputs, accelerator, engine.joint)
     average = WeightAverage(engine.parameters, recipe.optim.ema) if recipe.optim.ema else None
     guard = UpdateGuard(recipe.optim)
+    order = PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle)
+    splits = make_split_learner(inputs.schedule, order, recipe.batch.prompts, most_noise(recipe.sampler))
     return Session(
         inputs=inputs,
         output=output,
@@ -107,10 +111,10 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
             average=average,
             remedy=partial(step_shortage, recipe),
         ),
-        trained=Trained(model, engine, scheduler, average, guard),
+        trained=Trained(model, engine, scheduler, average, guard, splits),
         evaluator=_make_evaluator(inputs, policy, limits, engine.joint),
         failures=FailureWatch(recipe.scoring, {reward.label for reward in inputs.rewards if reward.weight == 0}),
-        order=PromptOrder(len(inputs.conditions), recipe.seed, recipe.data.shuffle),
+        order=order,
         credit_rule=make_credit_rule(recipe),
         reference=reference,
         old=old,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from branchtree.core.cost import GRADIENT_COST
 from branchtree.core.credit import Credit
 from branchtree.core.fusion import TIE
 from branchtree.core.schedule import TreePlan
@@ -20,8 +21,6 @@ from branchtree.training.iteration import Iteration
 from branchtree.training.objective import UpdateRecord
 from branchtree.training.session import Session
 
-GRADIENT_COST = 3
-"""A row with its backward pass costs about three forward rows."""
 SPREAD_RATIO = "spread_ratio"
 """The end of the name of a reward's ``spread_ratio``."""
 
@@ -103,7 +102,21 @@ def gather_record(session: Session, done: Iteration) -> ShareRecord:
 def metrics_of(session: Session, done: Iteration, whole: ShareRecord) -> dict[str, float]:
     """Return an iteration's figures, from what all processes know of it."""
     metrics = iteration_metrics(whole, session.inputs.model.rows_per_prediction)
+    if session.trained.splits is not None:
+        metrics |= learned_splits(whole.plans, session.recipe.sampler.level)
     return {**metrics, **done.comparison, "lr": float(session.updater.optimizer.param_groups[0]["lr"])}
+
+
+def learned_splits(plans: Sequence[TreePlan], level: float) -> dict[str, float]:
+    """Return where trees split, and with what noise, on average; ``level`` is that of the kernel's own."""
+    splits = [(step, plan) for plan in plans for step in plan.splits]
+    if not splits:
+        return {}
+    return {
+        "split/step": sum(step for step, _ in splits) / len(splits),
+        "split/eta": level * sum(float(plan.active(step)) for step, plan in splits) / len(splits),
+        "split/children": sum(plan.factors[step] for step, plan in splits) / len(splits),
+    }
 
 
 def iteration_metrics(whole: ShareRecord, rows_per_prediction: int) -> dict[str, float]:

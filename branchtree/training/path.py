@@ -70,7 +70,7 @@ class PathObjective:
         if first:
             record.mismatch.append((edges.old_log_prob - batch.log_prob).abs())
         record.clipped.append(silenced(losses, ratio, batch.advantage))
-        losses = self._weighted(losses, work)
+        losses = self._weighted(losses, batch)
         record.rows += len(work)
         record.loss.append(losses.detach())
         record.depth.append(work.edge_depth)
@@ -102,7 +102,7 @@ class PathObjective:
         return velocity(batch.latents, batch.sigma, send(batch.families.prompt, batch.latents.device))
 
     def _transition(self, batch: FamilyBatch, prediction: Tensor) -> Transition:
-        return self.sampler.transition(batch.latents, prediction, batch.families.depth, _active(batch.families))
+        return self.sampler.transition(batch.latents, prediction, batch.families.depth, batch.active, batch.target)
 
     def _edges(
         self, batch: FamilyBatch, transition: Transition, prediction: Tensor, earlier: Earlier | None, first: bool
@@ -121,14 +121,14 @@ class PathObjective:
             old = self._transition(batch, send(old_prediction, batch.latents.device)).rows(batch.family)
         return Edges(batch.advantage, batch.following, rows, log_prob, old_log_prob, old)
 
-    def _weighted(self, losses: Tensor, work: Families) -> Tensor:
+    def _weighted(self, losses: Tensor, batch: FamilyBatch) -> Tensor:
         """Multiply each edge's loss (E,) with the weight of its step."""
         if self.rules.weighting is not None:
-            weights = self.rules.weighting(self.sampler, work.depth, _active(work))
-            losses = losses * send(weights[work.family], losses.device)
+            weights = self.rules.weighting(self.sampler, batch.families.depth, batch.target, batch.active)
+            losses = losses * send(weights, losses.device)[batch.family]
         if self.loss.divide_by_dt:
-            duration = self.sampler.sigmas[work.depth] - self.sampler.sigmas[work.depth + 1]
-            losses = losses / send(duration[work.family], losses.device)
+            duration = self.sampler.sigmas[batch.families.depth] - self.sampler.sigmas[batch.target]
+            losses = losses / send(duration, losses.device)[batch.family]
         return losses
 
     def _divergence(self, reference: VelocityFunction, batch: FamilyBatch, transition: Transition) -> Tensor:
@@ -136,8 +136,3 @@ class PathObjective:
         with torch.no_grad():
             start = self._transition(batch, self._predict(reference, batch))
         return transition.kl(start, self.sampler.reduction)[batch.family]
-
-
-def _active(families: Families) -> Tensor:
-    """Return that the step of each family is stochastic, (F,): others are not trained."""
-    return torch.ones(len(families), dtype=torch.bool)

@@ -16,6 +16,7 @@ from branchtree.core.noise import NoiseSource
 from branchtree.core.probes import ProbeScores
 from branchtree.core.pruning import trainable_edges
 from branchtree.core.rollout import Growth, Sampler
+from branchtree.core.schedule import TreePlan
 from branchtree.core.scores import Scores
 from branchtree.core.tree import Topology
 from branchtree.data.prompts import PromptOrder
@@ -82,6 +83,13 @@ class Session:
         """Return the addresses of the prompts that this process, or its team, works on."""
         prompts = self.recipe.batch.prompts
         return self.order.batch(iteration, prompts)[self.team.prompts(prompts)]
+
+    def plans(self, iteration: int) -> Sequence[TreePlan]:
+        """Return the plans of their trees."""
+        learner, prompts = self.trained.splits, self.recipe.batch.prompts
+        if learner is not None:
+            return learner.plans(iteration)[self.team.prompts(prompts)]
+        return [self.inputs.schedule.plan(iteration, prompt_id) for prompt_id in self.prompt_ids(iteration)]
 
     def conditions(self, iteration: int) -> list[Condition]:
         """Return these prompts' conditions."""

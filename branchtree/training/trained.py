@@ -18,6 +18,7 @@ from branchtree.run.checkpoint import AVERAGE, OPTIMIZER, Snapshot, read_state
 from branchtree.run.contents import Contents
 from branchtree.training.engine import Engine, WeightAverage
 from branchtree.training.learning_rate import LearningRate
+from branchtree.training.splitting import SplitLearner
 from branchtree.training.update import UpdateGuard
 
 
@@ -27,6 +28,7 @@ class Progress:
 
     planned_steps: int  # of the optimiser so far, taken or not
     refused_in_a_row: int
+    splits: Mapping[str, Any] | None  # what their rule remembers
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,7 @@ class Trained:
     scheduler: LearningRate
     average: WeightAverage | None
     guard: UpdateGuard
+    splits: SplitLearner | None  # where their rule learns
 
     @contextmanager
     def as_exported(self) -> Iterator[None]:
@@ -51,12 +54,15 @@ class Trained:
 
     def progress(self) -> Progress:
         """Return what training moves along beside the weights."""
-        return Progress(self.scheduler.planned, self.guard.in_a_row)
+        splits = None if self.splits is None else self.splits.state
+        return Progress(self.scheduler.planned, self.guard.in_a_row, splits)
 
     def go_back(self, progress: Progress) -> None:
         """Put back what was there when the weights were last changed."""
         self.scheduler.begin(progress.planned_steps)
         self.guard.in_a_row = progress.refused_in_a_row
+        if self.splits is not None and progress.splits is not None:
+            self.splits.state = progress.splits
 
     def exported(self) -> dict[str, Tensor] | None:
         """The weights of ``final/``, to be written by the main process; None: those that the model holds."""
@@ -93,6 +99,7 @@ def take_snapshot(
             "average_steps": None if trained.average is None else trained.average.steps,
             "recipe": recipe.model_dump(mode="json"),
             "contents": contents,
+            **({} if trained.splits is None else {"splits": trained.splits.state}),
         },
     )
 
@@ -114,6 +121,8 @@ def load_checkpoint(path: Path, trained: Trained, recipe: Recipe) -> int:
         optimizer = torch.load(path / OPTIMIZER, map_location="cpu", weights_only=True)
         trained.engine.load_optimizer(optimizer)
         trained.guard.in_a_row = int(state["refused_in_a_row"])
+        if trained.splits is not None:
+            trained.splits.take_up(state.get("splits"))
     except Exception as error:  # torch raises many kinds for a file that it cannot read
         raise CheckpointError(f"{path}: does not fit this run: {type(error).__name__}: {error}") from error
     # The settings are those of the recipe of today, and the schedule stands where its steps so far put it.

@@ -277,6 +277,8 @@ class Trainer:
             self._continuation.look(done.comparison)
         whole = gather_record(session, done)
         metrics = metrics_of(session, done, whole)
+        if session.trained.splits is not None:
+            session.trained.splits.observe(iteration, session.processes, session.team, done.group.topology, done.credit)
         self._reporter.record(iteration, metrics, spreads_by_plan(whole.plans, whole.spreads), done.timing)
         self._standing = self._stand(iteration + 1)
         session.limits.agree(session.accelerator, session.output)

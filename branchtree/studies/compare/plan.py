@@ -12,14 +12,14 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from branchtree.core.cost import Cost, count
+from branchtree.core.adaptive import plan_ahead
+from branchtree.core.cost import GRADIENT_COST, Cost, count
 from branchtree.data.prompts import PromptOrder, training_conditions
 from branchtree.errors import BranchTreeError, RecipeError
 from branchtree.planning.noise import PlannedNoise, planned_noise
 from branchtree.recipe import Recipe, load_recipe
 from branchtree.recipe.build import make_credit_rule, make_model, make_schedule
 from branchtree.studies.compare.request import ComparisonRequest, Row
-from branchtree.training.metrics import GRADIENT_COST
 
 FREE_KEYS = {"evaluation.every", "evaluation.rows"}
 """How often is judged, and how many samples at a time: that leaves each figure as it is."""
@@ -126,7 +126,7 @@ def iteration_costs(recipe: Recipe) -> Iterator[Cost]:
     known: dict[object, Cost] = {}
     iteration = 0
     while True:
-        plans = tuple(schedule.plan(iteration, prompt) for prompt in order.batch(iteration, recipe.batch.prompts))
+        plans = tuple(plan_ahead(schedule, iteration, order.batch(iteration, recipe.batch.prompts)))
         # A pruning window moves every so many iterations, and a plug-in's rule may look at each; nothing else does.
         section = recipe.pruning
         key = (plans, iteration if section.rule else iteration // section.every if section.kind == "depth" else 0)

@@ -1,0 +1,267 @@
+"""Splits that follow from what iterations showed: where, how wide, for which prompts, and with how much noise.
+
+A tree splits once, every other step being deterministic, so that siblings differ by the noise of one step alone. Of
+each split the rewards of the siblings, and of one that takes the deterministic step, are remembered in a table. The
+next iteration's splits depend on the table, the seed, the iteration and its prompts, and on nothing else.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from branchtree.core.cost import GRADIENT_COST
+from branchtree.core.fusion import NodeValues
+from branchtree.core.schedule import Branching, Schedule, TreePlan
+from branchtree.core.tree import Topology
+
+State = Mapping[str, Any]
+"""What a rule remembers: what JSON can hold, with strings for keys."""
+
+PRIOR = 2.0
+"""Observations for which the mean over all steps, or prompts, counts in the estimate of one."""
+FIRST_GAIN, LEAST_GAIN = 1.0, 0.05
+"""The change of the log noise by an observation of direction 1: by the first, and the least that it falls to."""
+WIDEST = math.log(1e4)
+"""The largest distance of the log noise from the kernel's own."""
+
+
+@runtime_checkable
+class LearnsSplits(Protocol):
+    """A rule of splits that learns from scored trees. Its state is kept in checkpoints, and alike on all processes."""
+
+    def start(self) -> State:
+        """Return the state before the first iteration."""
+
+    def choose(self, state: State, iteration: int, prompts: Sequence[int], indices: Sequence[int]) -> list[Branching]:
+        """Return how the trees of an iteration's prompts split, over all processes.
+
+        ``prompts`` are their addresses for draws, which never repeat, and ``indices`` say which of the data they are.
+        """
+
+    def observe(self, state: State, indices: Sequence[int], topology: Topology, values: NodeValues) -> State:
+        """Return the state after an iteration whose trees, over all processes, have these values; change nothing."""
+
+
+def plan_learned(
+    schedule: Schedule, state: State, iteration: int, prompts: Sequence[int], indices: Sequence[int], most: float
+) -> list[TreePlan]:
+    """Return the plans of an iteration's prompts under a rule that learns; no noise is above ``most`` of the kernel's.
+
+    Raises ValueError if the schedule's rule does not learn, or chooses what cannot be.
+    """
+    rule = schedule.splits
+    if not isinstance(rule, LearnsSplits):
+        raise ValueError(f"{type(rule).__name__} does not learn")
+    chosen = rule.choose(state, iteration, prompts, indices)
+    limited = [
+        Branching(each.factors, {step: min(noise, most) for step, noise in each.noise.items()}, each.still)
+        for each in chosen
+    ]
+    return [schedule.shaped(each, iteration, prompt) for each, prompt in zip(limited, prompts, strict=True)]
+
+
+def plan_ahead(schedule: Schedule, iteration: int, prompts: Sequence[int]) -> list[TreePlan]:
+    """Return the plans of an iteration's prompts, under a rule that learns as before it has learnt anything."""
+    rule = schedule.splits
+    if isinstance(rule, LearnsSplits):
+        return plan_learned(schedule, rule.start(), iteration, prompts, prompts, math.inf)
+    return [schedule.plan(iteration, prompt) for prompt in prompts]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What the siblings of one split showed."""
+
+    step: int
+    spread: float  # sample deviation of the stochastic siblings' rewards; 0 where they differ by rounding alone
+    drop: float | None  # the deterministic sibling's reward less their mean
+    rounding: float  # of the rewards
+
+    def direction(self, fraction: float) -> float | None:
+        """Return which way the noise should change, -1 to 1; None without a deterministic sibling.
+
+        0 where the mean lies the ``fraction`` of a spread below the deterministic sibling's reward.
+        """
+        if self.drop is None:
+            return None
+        if self.spread == 0:
+            return -1.0 if self.drop > self.rounding else 1.0
+        # Linear in the drop, whose error is symmetric, so that on average the noise stays where the drop is right.
+        return min(max(fraction - self.drop / self.spread, -1.0), 1.0)
+
+
+@dataclass(frozen=True)
+class AdaptiveSplits:
+    """One split per prompt, its step drawn where siblings spread most per row, its children a share of a row budget.
+
+    A step's chance is ``explore`` of an even one, and for the rest proportional to the mean spread of siblings that
+    split there over the rows of such a tree. Children are shared out by Neyman's allocation with costs: in proportion
+    to the spread expected of the prompt and step, over the root of the rows that a child takes. The noise of each step
+    is moved until the siblings' mean lies ``drop`` of their spread below their deterministic sibling; see
+    docs/methods/adaptive.md.
+    """
+
+    steps: tuple[int, ...]  # that may split
+    remaining: tuple[int, ...]  # predictions from each of them to a leaf, the split's own left out
+    branches: int  # children of a split, on average
+    most: int  # children of a split, at most
+    seed: int
+    explore: float = 0.25
+    memory: int = 40  # observations over which an estimate goes back
+    drop: float | None = 0.1  # None leaves the noise as it is
+    by_prompt: bool = True
+    rows: int | None = None  # predictions of an iteration's rollouts; those of ``branches`` children by default
+
+    @property
+    def least(self) -> int:
+        """Children of a split, at least."""
+        return 2 if self.drop is None else 3
+
+    def budget(self, prompts: int) -> int:
+        """Return the most predictions that the rollouts of an iteration take."""
+        if self.rows is not None:
+            return self.rows
+        each = [step + 1 + self.branches * below for step, below in zip(self.steps, self.remaining, strict=True)]
+        return prompts * sum(each) // len(each)
+
+    def factors(self, iteration: int, prompt: int) -> dict[int, int]:
+        """See Splits; as before anything is learnt."""
+        return {self._draw(self.start(), iteration, prompt): self.branches}
+
+    def branching(self, iteration: int, prompt: int) -> Branching:
+        """See ChoosesNoise; as before anything is learnt."""
+        return Branching(self.factors(iteration, prompt), still=self.drop is not None)
+
+    def start(self) -> State:
+        """See LearnsSplits."""
+        step = {"spread": 0.0, "weight": 0.0, "noise": 1.0, "moves": 0.0}
+        return {"steps": {str(each): dict(step) for each in self.steps}, "prompts": {}}
+
+    def choose(self, state: State, iteration: int, prompts: Sequence[int], indices: Sequence[int]) -> list[Branching]:
+        """See LearnsSplits."""
+        steps = [self._draw(state, iteration, prompt) for prompt in prompts]
+        spread, below = self.spreads(state), dict(zip(self.steps, self.remaining, strict=True))
+        wanted = [
+            spread[step] * self.relative(state, index) / math.sqrt(below[step])
+            for step, index in zip(steps, indices, strict=True)
+        ]
+        rows = self.budget(len(prompts)) - sum(step + 1 for step in steps)
+        children = allocate(wanted, [below[step] for step in steps], self.least, self.most, rows)
+        calibrated = self.drop is not None
+        return [
+            Branching({step: count}, {step: state["steps"][str(step)]["noise"]} if calibrated else {}, calibrated)
+            for step, count in zip(steps, children, strict=True)
+        ]
+
+    def spreads(self, state: State) -> dict[int, float]:
+        """Return the siblings' spread expected at each step; 1 for all before anything was seen."""
+        seen = [state["steps"][str(step)] for step in self.steps]
+        weight = sum(each["weight"] for each in seen)
+        mean = sum(each["weight"] * each["spread"] for each in seen) / weight if weight else 1.0
+        return {step: _shrunk(each, mean) for step, each in zip(self.steps, seen, strict=True)}
+
+    def relative(self, state: State, index: int) -> float:
+        """Return the spread expected of a prompt of the data over that of all."""
+        entry = state["prompts"].get(str(index))
+        return 1.0 if entry is None or not self.by_prompt else _shrunk(entry, 1.0)
+
+    def chances(self, state: State) -> list[float]:
+        """Return each step's probability."""
+        spread = self.spreads(state)
+        useful = [
+            spread[step] / (step + 1 + self.branches * below + GRADIENT_COST)
+            for step, below in zip(self.steps, self.remaining, strict=True)
+        ]
+        total, even = sum(useful), 1 / len(self.steps)
+        return [self.explore * even + (1 - self.explore) * (each / total if total else even) for each in useful]
+
+    def _draw(self, state: State, iteration: int, prompt: int) -> int:
+        draw = random.Random(f"adaptive {self.seed} {iteration} {prompt}")  # string seeds do not depend on the process
+        return draw.choices(self.steps, self.chances(state))[0]
+
+    def observe(self, state: State, indices: Sequence[int], topology: Topology, values: NodeValues) -> State:
+        """See LearnsSplits."""
+        after, before = copy.deepcopy(dict(state)), self.spreads(state)
+        seen = [(i, outcome) for i in range(topology.prompts) if (outcome := observed(topology, values, i)) is not None]
+        for i, outcome in seen:  # noise that was limited counts from its limit
+            if self.drop is not None and topology.plans[i].noise:
+                after["steps"][str(outcome.step)]["noise"] = topology.plans[i].noise[outcome.step]
+        for i, outcome in seen:
+            _remember(after["steps"][str(outcome.step)], outcome.spread, self.memory)
+            if self.by_prompt and before[outcome.step] > 0:
+                entry = after["prompts"].setdefault(str(indices[i]), {"spread": 0.0, "weight": 0.0})
+                _remember(entry, outcome.spread / before[outcome.step], self.memory)
+            if self.drop is not None:
+                self._move(after["steps"], outcome, self.drop)
+        return after
+
+    def _move(self, table: Mapping[str, dict[str, float]], outcome: Outcome, fraction: float) -> None:
+        """Change the noise of the step, and of others the less the further they are."""
+        direction = outcome.direction(fraction)
+        for step in self.steps if direction is not None else ():
+            entry, near = table[str(step)], 0.5 ** abs(step - outcome.step)
+            gain = max(FIRST_GAIN / math.sqrt(1 + entry["moves"]), LEAST_GAIN)
+            moved = math.log(entry["noise"]) + gain * near * (direction or 0.0)
+            entry["noise"] = math.exp(min(max(moved, -WIDEST), WIDEST))
+            entry["moves"] += near
+
+
+def observed(topology: Topology, values: NodeValues, prompt: int) -> Outcome | None:
+    """Return what a prompt's tree showed that splits once; None where fewer than two siblings can be compared."""
+    plan = topology.plans[prompt]
+    leaves = topology.span(prompt, topology.steps)
+    value, valid = (level[-1][leaves.start : leaves.stop] for level in (values.value, values.valid))
+    still = value[:1][valid[:1]] if plan.still else value[:0]
+    noisy = value[int(plan.still) :][valid[int(plan.still) :]]
+    if noisy.numel() < 2:
+        return None
+    rounding, spread = float(values.rounding(topology)[prompt]), float(noisy.std())
+    return Outcome(
+        step=plan.last_split,
+        spread=spread if spread > rounding else 0.0,
+        drop=float(still - noisy.mean()) if still.numel() else None,
+        rounding=rounding,
+    )
+
+
+def allocate(wanted: Sequence[float], rows: Sequence[int], least: int, most: int, budget: int) -> list[int]:
+    """Share a budget of rows out: children in proportion to what is ``wanted``, from ``least`` to ``most`` each.
+
+    A child takes ``rows`` of the budget. Nobody gets fewer than ``least``, whatever the budget; within it no more can
+    be given out to anybody. Where nothing is wanted all want the same.
+    """
+    weights = wanted if sum(wanted) > 0 else [1.0] * len(wanted)
+
+    def filled(level: float) -> list[float]:
+        return [min(max(level * weight, least), most) for weight in weights]
+
+    low, high = 0.0, most / min(weight for weight in weights if weight > 0)
+    for _ in range(64):  # as close as float64 allows
+        level = (low + high) / 2
+        fits = sum(count * each for count, each in zip(filled(level), rows, strict=True)) <= budget
+        low, high = (level, high) if fits else (low, level)
+    exact = filled(low)
+    counts = [math.floor(count) for count in exact]
+    left = budget - sum(count * each for count, each in zip(counts, rows, strict=True))
+    # The largest remainders first; then whoever has least of what it wants.
+    while takers := [i for i, each in enumerate(rows) if counts[i] < most and each <= left and weights[i] > 0]:
+        chosen = max(takers, key=lambda i: (exact[i] - counts[i], weights[i] / (counts[i] + 1), -i))
+        counts[chosen] += 1
+        left -= rows[chosen]
+    return counts
+
+
+def _shrunk(entry: Mapping[str, float], prior: float) -> float:
+    """Return an entry's mean, drawn towards a prior while there are few observations."""
+    return (PRIOR * prior + entry["weight"] * entry["spread"]) / (PRIOR + entry["weight"])
+
+
+def _remember(entry: dict[str, float], spread: float, memory: int) -> None:
+    """Add an observation to a mean that forgets."""
+    entry["weight"] = entry["weight"] * (1 - 1 / memory) + 1
+    entry["spread"] += (spread - entry["spread"]) / entry["weight"]

@@ -1,0 +1,358 @@
+"""Splits that follow from what siblings showed: allocation, the bandit over steps, the noise, and whole runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from forked import Python
+from guests import fake_distribution
+from hypothesis import given
+from hypothesis import strategies as st
+from picky_digits import read_picky
+from strategies import thorough
+from tiny_flux import tiny_flux
+from training_runs import arguments, metrics, small, weights
+
+from branchtree import load_recipe, plan, train
+from branchtree.core.adaptive import (
+    AdaptiveSplits,
+    Outcome,
+    State,
+    allocate,
+    observed,
+    plan_ahead,
+    plan_learned,
+)
+from branchtree.core.fusion import NodeValues
+from branchtree.core.schedule import Branching, FixedSplits, Schedule
+from branchtree.core.tree import Topology, grow
+from branchtree.errors import RecipeError
+from branchtree.recipe.build import make_schedule
+
+SCRIPT = Path(__file__).with_name("picky_digits.py")
+STEPS, CANDIDATES = 12, (4, 5, 6, 7, 8)
+RULE = AdaptiveSplits(CANDIDATES, tuple(STEPS - 1 - step for step in CANDIDATES), branches=8, most=16, seed=3)
+
+# --- allocation ---
+
+wants = st.lists(st.tuples(st.floats(0, 10), st.integers(1, 9)), min_size=1, max_size=8)
+
+
+@given(wants, st.integers(0, 900))
+@thorough
+def test_a_budget_is_given_out_within_its_limits(each: list[tuple[float, int]], budget: int) -> None:
+    wanted, rows = [want for want, _ in each], [count for _, count in each]
+    counts = allocate(wanted, rows, 3, 11, budget)
+    spent = sum(count * row for count, row in zip(counts, rows, strict=True))
+    assert all(3 <= count <= 11 for count in counts)
+    assert spent <= budget or counts == [3] * len(counts)
+    for count, row, want in zip(counts, rows, wanted, strict=True):
+        assert count == 11 or spent + row > budget or (want == 0 < sum(wanted))
+
+
+def test_children_follow_what_is_wanted() -> None:
+    assert allocate([1, 2, 3], [1, 1, 1], 2, 100, 60) == [10, 20, 30]
+    assert allocate([0, 2, 3], [1, 1, 1], 3, 100, 53) == [3, 20, 30]  # a prompt that ties keeps the least
+    assert allocate([0, 0], [2, 2], 2, 100, 40) == [10, 10]
+    assert allocate([1, 9], [1, 1], 2, 12, 30) == [12, 12]
+
+
+# --- what a tree shows ---
+
+
+def scored(plans: list[Any], rewards: list[float], valid: list[bool] | None = None) -> tuple[Topology, NodeValues]:
+    topology = grow(plans)
+    flags = [torch.ones(topology.width(depth), dtype=torch.bool) for depth in topology.depths]
+    flags[-1] = torch.tensor(valid or [True] * len(rewards))
+    value = [torch.zeros(topology.width(depth), dtype=torch.float64) for depth in topology.depths]
+    value[-1] = torch.tensor(rewards, dtype=torch.float64)
+    return topology, NodeValues(tuple(value), tuple(flags))
+
+
+def shaped(rule: AdaptiveSplits, step: int, children: int, noise: float = 1.0) -> Any:
+    return Schedule(STEPS, rule, "splits").shaped(Branching({step: children}, {step: noise}, still=True), 0, 0)
+
+
+def test_the_spread_and_the_drop_leave_the_deterministic_sibling_out() -> None:
+    plans = [shaped(RULE, 5, 4), shaped(RULE, 7, 3)]
+    topology, values = scored(plans, [5.0, 1.0, 2.0, 3.0, 4.0, 1.0, 1.0], [True] * 7)
+    first, second = (observed(topology, values, i) for i in range(2))
+    assert first == Outcome(5, spread=1.0, drop=3.0, rounding=pytest.approx(2e-6 * 5))
+    assert (second.spread, second.drop) == (0.0, 3.0)
+    topology, values = scored(plans, [5.0, 1.0, 2.0, 3.0, 4.0, 1.0, 1.0], [False, True, True, True, True, True, False])
+    first, second = (observed(topology, values, i) for i in range(2))
+    assert (first.spread, first.drop, second) == (1.0, None, None)
+
+
+def test_which_way_the_noise_goes() -> None:
+    assert Outcome(5, spread=1.0, drop=0.25, rounding=1e-6).direction(0.25) == 0
+    assert Outcome(5, spread=2.0, drop=0.0, rounding=1e-6).direction(0.25) == 0.25
+    assert Outcome(5, spread=2.0, drop=1.5, rounding=1e-6).direction(0.25) == -0.5
+    assert Outcome(5, spread=1.0, drop=9.0, rounding=1e-6).direction(0.25) == -1
+    assert Outcome(5, spread=0.0, drop=0.0, rounding=1e-6).direction(0.25) == 1  # a tie: too little noise
+    assert Outcome(5, spread=0.0, drop=0.5, rounding=1e-6).direction(0.25) == -1  # all are equally bad: too much
+    assert Outcome(5, spread=1.0, drop=None, rounding=1e-6).direction(0.25) is None
+
+
+# --- the whole rule on problems whose answer is known ---
+
+
+def simulate(
+    rule: AdaptiveSplits, reward: Callable[[int, int, float, float], float], iterations: int, most: float = math.inf
+) -> tuple[State, list[list[Any]]]:
+    """Run the rule on eight prompts; ``reward(prompt, step, noise, z)`` is a sibling's whose draw is z, 0 if still."""
+    schedule, state, history = Schedule(STEPS, rule, "splits"), rule.start(), []
+    for iteration in range(iterations):
+        ids = list(range(8 * iteration, 8 * iteration + 8))
+        plans = plan_learned(schedule, state, iteration, ids, range(8), most)
+        draws, rewards = random.Random(f"{rule.seed} {iteration}"), []
+        for prompt, planned in enumerate(plans):
+            step = planned.last_split
+            for child in range(planned.leaves):
+                z = 0.0 if planned.still and child == 0 else draws.gauss(0, 1)
+                rewards.append(reward(prompt, step, float(planned.active(step)), z))
+        topology, values = scored(plans, rewards)
+        assert topology.rollout_rows <= rule.budget(8)
+        state = rule.observe(state, range(8), topology, values)
+        history.append(plans)
+    return state, history
+
+
+def test_the_bandit_finds_the_step_that_spreads_most_per_row_and_starves_none() -> None:
+    """Step 6 spreads four times as much as the others, whose trees cost from 64 rows (step 4) to 36 (step 8).
+
+    By the formula its chance is 0.05 + 0.75 * (4 / 50) / (1/64 + 1/57 + 4/50 + 1/43 + 1/36) = 0.415. In 240 draws a
+    share has a deviation of 0.032: four of them are exceeded in less than one of 10,000 runs, of which there are 8.
+    Each other step has at least 5%, so that one of them is never drawn with a chance of 0.95^240 < 1e-5.
+    """
+    for seed in range(8):
+        rule = replace(RULE, seed=seed, drop=None)
+        state, history = simulate(rule, lambda prompt, step, noise, z: z * (4.0 if step == 6 else 1.0), 60)
+        drawn = Counter(planned.last_split for plans in history[30:] for planned in plans)
+        chances = dict(zip(CANDIDATES, rule.chances(state), strict=True))
+        assert max(chances, key=lambda step: chances[step]) == 6
+        assert abs(drawn[6] / 240 - 0.415) < 4 * 0.032
+        assert set(drawn) == set(CANDIDATES)
+        assert all(chance >= 0.25 / 5 for chance in chances.values())
+        assert sum(chances.values()) == pytest.approx(1)
+
+
+def test_the_noise_ends_where_the_mean_has_dropped_by_the_fraction_from_wherever_it_starts() -> None:
+    """R = s z - c s^2 z^2 at noise s: the mean drops by c s^2, and the spread is s sqrt(1 + 2 c^2 s^2).
+
+    So the drop is 0.25 of the spread at c s = 0.267. Curvature c differs from step to step by up to a third of that of
+    step 6. A tree's estimate of the drop has an error of a third of the spread. For each of 3 seeds the geometric mean
+    over steps ends within a factor of 1.5 of the answer, each step within 2, and from starts a hundredfold apart within
+    1.15 of each other.
+    """
+
+    def distances(start: float, seed: int) -> list[float]:
+        def reward(prompt: int, step: int, noise: float, z: float) -> float:
+            level = start * noise
+            return level * z - 0.05 * step * (level * z) ** 2
+
+        state, _ = simulate(replace(RULE, seed=seed, explore=1.0, drop=0.25), reward, 120)
+        return [math.log(start * state["steps"][str(step)]["noise"] * 0.05 * step / 0.267) for step in CANDIDATES]
+
+    for seed in range(3):
+        low, high = distances(0.1, seed), distances(10.0, seed)
+        means = [sum(each) / len(each) for each in (low, high)]
+        assert max(map(abs, means)) < math.log(1.5)
+        assert max(map(abs, low + high)) < math.log(2)
+        assert abs(means[0] - means[1]) < math.log(1.15)
+
+
+def test_noise_never_leaves_its_limit() -> None:
+    state, history = simulate(RULE, lambda prompt, step, noise, z: noise * z, 40, most=1.4)
+    assert max(planned.noise[0] for plans in history for planned in plans) == 1.4
+    # What is remembered does not run away beyond it: one observation in the other direction is felt at once.
+    assert all(entry["noise"] < 5 for entry in state["steps"].values())
+
+
+def test_prompts_that_tie_get_fewest_children_and_others_more() -> None:
+    spread = [0.0, 0.0, 0.5, 0.5, 1.0, 1.0, 2.0, 2.0]
+    rule = replace(RULE, drop=None)
+    state, history = simulate(rule, lambda prompt, step, noise, z: 3 + spread[prompt] * z, 60)
+    children = [sum(plans[prompt].leaves for plans in history[30:]) / 30 for prompt in range(8)]
+    assert max(children[:2]) < 4 < children[2] < children[4] < children[6]
+    flat = replace(rule, by_prompt=False)
+    _, even = simulate(flat, lambda prompt, step, noise, z: 3 + spread[prompt] * z, 60)
+    means = [sum(plans[prompt].leaves for plans in even[30:]) / 30 for prompt in range(8)]
+    assert max(means) < 1.3 * min(means)
+    assert state["prompts"].keys() == set(map(str, range(8)))
+
+
+def test_what_is_remembered_survives_json_to_the_bit_and_is_not_changed_in_hindsight() -> None:
+    state, _ = simulate(RULE, lambda prompt, step, noise, z: noise * z, 5)
+    again = json.loads(json.dumps(state))
+    assert again == state
+    before = json.dumps(state)
+    plans = plan_learned(Schedule(STEPS, RULE, "splits"), again, 5, range(40, 48), range(8), 10.0)
+    assert plans == plan_learned(Schedule(STEPS, RULE, "splits"), state, 5, range(40, 48), range(8), 10.0)
+    topology, values = scored(plans, [float(i % 3) for i in range(sum(planned.leaves for planned in plans))])
+    assert RULE.observe(state, range(8), topology, values) != state
+    assert json.dumps(state) == before
+
+
+def test_a_rule_that_does_not_learn_is_planned_as_ever() -> None:
+    schedule = Schedule(5, FixedSplits((1,), (2,)))
+    assert plan_ahead(schedule, 0, [4, 5]) == [schedule.plan(0, 4), schedule.plan(0, 5)]
+    with pytest.raises(ValueError, match="FixedSplits does not learn"):
+        plan_learned(schedule, {}, 0, [4], [4], 1.0)
+
+
+# --- recipes ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tree.sde": "all"}, "sde is 'splits', not 'all'"),
+        ({"tree.branches": [4]}, "takes one number of branches"),
+        ({"tree.branches": 2}, "from 3 to 4 children, and 2 on average cannot be"),
+        ({"tree.adaptive.most": 8}, "from 3 to 8 children, and 16 on average"),
+        ({"sampler.eta": [0.3]}, "starts from one noise level, not a list"),
+        ({"tree.adaptive.rows": 100}, "adaptive.rows: 4 prompts take up to"),
+    ],
+)
+def test_recipes_refuse_what_cannot_adapt(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        load_recipe("quickstart", {"tree.splits": "adaptive", **changes})
+
+
+def test_the_plan_states_the_budget_and_keeps_to_it() -> None:
+    planned = plan("quickstart_single+adaptive")
+    assert planned.budget is not None
+    assert planned.rollout_rows <= planned.budget.most
+    assert 0.95 * planned.budget.most < planned.budget.mean <= planned.budget.most
+    single = plan("quickstart_single")
+    assert single.budget is None
+    schedule = make_schedule(single.recipe)
+    rows = [grow([schedule.plan(i, 4 * i + j) for j in range(4)]).rollout_rows for i in range(100)]
+    assert planned.budget.most == pytest.approx(sum(rows) / 100, rel=0.05)
+
+
+# --- runs ---
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_flux(tmp_path_factory.mktemp("flux"))
+
+
+def adaptive(model: Path, **changes: Any) -> dict[str, Any]:
+    overrides = small(model, tree__branches=4, tree__steps=6, run__iterations=4, run__checkpoint_every=2, **changes)
+    del overrides["tree.splits"]
+    return overrides
+
+
+RECIPE = "quickstart_single+adaptive"
+
+
+def remembered(run: Path, iteration: int = 4) -> Mapping[str, Any]:
+    state = json.loads((run / f"checkpoints/iteration_{iteration:06d}/state.json").read_text())
+    return dict(state["splits"])
+
+
+def test_a_run_adapts_and_goes_on_to_the_byte(model: Path, tmp_path: Path) -> None:
+    recipe = load_recipe(RECIPE, adaptive(model))
+    train(recipe, output=tmp_path / "whole")
+    train(load_recipe(RECIPE, adaptive(model) | {"run.iterations": 2}), output=tmp_path / "two")
+    train(recipe, output=tmp_path / "two", resume=True)
+    rows = metrics(tmp_path / "whole")
+    assert (tmp_path / "two/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
+    assert remembered(tmp_path / "two") == remembered(tmp_path / "whole") != remembered(tmp_path / "whole", 2)
+    whole, two = weights(tmp_path / "whole"), weights(tmp_path / "two")
+    assert all(torch.equal(whole[name], two[name]) for name in whole)
+    budget = plan(recipe).budget
+    assert budget is not None
+    assert all(row["rows/rollout"] <= budget.most for row in rows)
+    assert rows[0]["split/eta"] == 0.7 != rows[-1]["split/eta"]
+    assert all(2 <= row["split/step"] <= 4 and 3 <= row["split/children"] <= 8 for row in rows)
+    assert sum(row["edges/trained"] for row in rows) <= sum(row["leaves/scored"] - 2 for row in rows)
+
+
+def test_two_processes_remember_what_one_does(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    overrides = adaptive(model, batch__prompts=3, scoring__max_invalid=1.0)
+    read_picky(monkeypatch.setattr)
+    train(RECIPE, overrides, output=tmp_path / "one")
+    for members in (1, 2):
+        output = tmp_path / f"two_{members}"
+        command = [
+            str(SCRIPT), "2", "train", RECIPE, *arguments(overrides),
+            f"batch.processes_per_prompt={members}", "--output", str(output), "--no-report",
+        ]  # fmt: skip
+        done = Python(*command)
+        assert done.ended() == 0, done.out + done.err
+        one, two = remembered(tmp_path / "one"), remembered(output)
+        for table in ("steps", "prompts"):
+            assert two[table].keys() == one[table].keys()
+            for name, entry in one[table].items():
+                assert two[table][name] == pytest.approx(entry, rel=1e-3)
+
+
+def test_another_rules_memory_is_refused(model: Path, tmp_path: Path) -> None:
+    overrides = adaptive(model) | {"run.iterations": 2}
+    train("quickstart_single", overrides, output=tmp_path / "run")
+    assert "splits" not in json.loads((tmp_path / "run/checkpoints/iteration_000002/state.json").read_text())
+    train(RECIPE, adaptive(model), output=tmp_path / "run", resume=True, allow=["tree.splits", "name", "description"])
+    assert remembered(tmp_path / "run")["steps"]
+
+
+LEARNER = """
+    from pydantic import BaseModel
+
+    from branchtree.core.schedule import Branching
+    from branchtree.plugins import hookimpl
+
+
+    class Config(BaseModel, extra="forbid"):
+        first: int = 0
+
+
+    class Marching:
+        def __init__(self, first):
+            self.first = first
+
+        def factors(self, iteration, prompt):
+            return {self.first: 3}
+
+        def start(self):
+            return {"next": self.first, "seen": []}
+
+        def choose(self, state, iteration, prompts, indices):
+            return [Branching({state["next"]: 3}, {state["next"]: 2.0}) for _ in prompts]
+
+        def observe(self, state, indices, topology, values):
+            best = float(values.value[-1].max())
+            return {"next": state["next"] + 1, "seen": [*state["seen"], best]}
+
+
+    @hookimpl
+    def register_splits(register):
+        register("marching", build=lambda config, section, seed: Marching(config.first), config=Config, summary="one")
+"""
+
+
+def test_a_strangers_rule_may_learn_too(tmp_path: Path, guest_site: Path, plug: Callable[[Path], None]) -> None:
+    plug(guest_site)
+    plug(fake_distribution(tmp_path, "acme-learner", {"acme": "acme_learner"}, {"acme_learner": LEARNER}))
+    changes = {
+        "tree.steps": 6, "tree.split_rule": {"name": "marching", "first": 1}, "tree.sde": "splits",
+        "run.iterations": 3, "run.checkpoint_every": 3, "run.sample_every": None, "callbacks": [], "evaluation": None,
+    }  # fmt: skip
+    train("guest", changes, output=tmp_path / "run")
+    assert [row["split/step"] for row in metrics(tmp_path / "run")] == [1, 2, 3]
+    assert [row["split/eta"] for row in metrics(tmp_path / "run")] == [2 * load_recipe("guest").sampler.level] * 3
+    state = remembered(tmp_path / "run", 3)
+    assert state["next"] == 4
+    assert len(state["seen"]) == 3
