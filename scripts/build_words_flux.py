@@ -4,8 +4,8 @@ The VAE is trained first, on pictures of random letters in fonts that come with 
 together with the transformer, by flow matching, on letters of one width. No word of the held-out prompts is ever drawn.
 Training stops at the first check in which the mean of the reward `ocr` on prompts to train on is at least `STOP_AT`:
 reinforcement learning then has a sound model to start from and something left to teach it. With a larger `--until` the
-model becomes better. The result depends on the seeds below only. Takes about seven minutes on one CPU thread; a run
-that is started again goes on from what it left in `--work`.
+model becomes better. The result depends on the seeds below only. Takes some seven minutes on one CPU thread; a run that
+is started again goes on from what it left in `--work`.
 """
 
 import argparse
@@ -121,9 +121,9 @@ def train_vae(vae: AutoencoderKL, pictures: Tensor, generator: torch.Generator) 
 
 
 def build_pipeline(vae: AutoencoderKL) -> FluxPipeline:
-    """Return the pipeline around a trained VAE; each letter of a word is a token of both untrained text encoders.
+    """Return the pipeline around a trained VAE; its text encoders, of which T5 has a token a letter, are untrained.
 
-    To T5 the first and the last letter are one token with their quotation mark: T5 knows no other positions than
+    The first and the last letter are one token with their quotation mark: T5 knows no other positions than
     relative ones, and these two are what the other letters' positions are relative to.
     """
     wording = PROMPT.split(' "')[0].split()
