@@ -14,16 +14,17 @@ from branchtree.core.credit import assign_credit
 from branchtree.core.families import Families
 from branchtree.core.scores import Scores
 from branchtree.core.tree import BranchTree
-from branchtree.recipe.build import make_credit_rule, make_edge_loss, make_sampler, make_schedule
+from branchtree.recipe.build import make_credit_rule, make_edge_rules, make_sampler, make_schedule
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import RunDirectory
 from branchtree.training.inputs import Inputs, read_inputs
 from branchtree.training.iteration import Batch, LeafScores, plan_batch
 from branchtree.training.loading import make_accelerator, open_session
+from branchtree.training.objective import UpdateRecord
+from branchtree.training.path import PathObjective
 from branchtree.training.policy import Policy
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
-from branchtree.training.update import Objective, UpdateRecord
 
 QUIET = {"evaluation": None, "run.checkpoint_every": 10**6, "run.sample_every": 10**6, "run.tree_every": 10**6}
 
@@ -41,7 +42,7 @@ def opened(recipe: Recipe, inputs: Inputs | None = None) -> Iterator[Session]:
 def under(session: Session, recipe: Recipe) -> Session:
     """The same model, optimiser and update batches under another method, of which ``recipe`` tells."""
     sampler = make_sampler(recipe, session.inputs.model)
-    objective = Objective(sampler, recipe.loss, session.device, make_edge_loss(recipe))
+    objective = PathObjective(sampler, recipe.loss, session.device, make_edge_rules(recipe))
     return replace(
         session,
         inputs=replace(session.inputs, recipe=recipe, schedule=make_schedule(recipe)),

@@ -6,7 +6,6 @@ import copy
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from branchtree import load_recipe
 from branchtree.core.families import collect_families
 from branchtree.core.gaussian import DanceSde
-from branchtree.core.loss import clipped_loss
+from branchtree.core.loss import ClippedLoss, EdgeRules, plain_ratio
 from branchtree.core.noise import IndependentSiblings, NoiseSource
 from branchtree.core.rollout import Sampler, forwards, rollout
 from branchtree.core.schedule import TreePlan
@@ -27,10 +26,12 @@ from branchtree.recipe.schema import LossSection, OptimSection
 from branchtree.training.conditioning import ConditioningCache
 from branchtree.training.learning_rate import LearningRate
 from branchtree.training.limits import RowLimit
+from branchtree.training.objective import Policies
+from branchtree.training.path import PathObjective
 from branchtree.training.policy import Policy
 from branchtree.training.processes import Processes
 from branchtree.training.sharding import make_engine
-from branchtree.training.update import Objective, Policies, UpdateGuard, Updater, partition
+from branchtree.training.update import UpdateGuard, Updater, partition
 
 LATENT = 3
 COLLECTIVES = (
@@ -179,12 +180,13 @@ def run(accelerator: Any, schedule: Schedule, mine: Schedule) -> dict[str, Any]:
         flags & (torch.rand(len(flags), generator=source) < mine["kept"]) for flags in trained
     ]
     parts = partition(collect_families(topology, advantages, keep), schedule["steps"], 0, 0, range(len(plans)), 0)
-    loss = LossSection(kl=0.1 * schedule["kl"], old_log_prob=schedule["old_log_prob"], clip_range=0.5)
+    loss = LossSection(kl=0.1 * schedule["kl"])
+    rules = EdgeRules(plain_ratio, ClippedLoss(0.5), recomputed=schedule["old_log_prob"] == "recomputed")
     updater = Updater(
         accelerator=accelerator,
         engine=engine,
         scheduler=LearningRate(engine.optimizer, OptimSection(), schedule["steps"]),
-        objective=Objective(sampler, loss, accelerator.device, partial(clipped_loss, clip=loss.clip_range)),
+        objective=PathObjective(sampler, loss, accelerator.device, rules),
         max_grad_norm=1.0,
         limit=RowLimit("batch.update_rows", schedule["update_rows"]),
         guard=UpdateGuard(OptimSection()),

@@ -32,7 +32,7 @@ from branchtree.recipe import Recipe, load_recipe, recipe_names
 from branchtree.recipe.build import make_credit_rule, make_schedule
 from branchtree.recipe.load import builtin_folder, method_names
 from branchtree.training.metrics import ShareRecord, iteration_metrics
-from branchtree.training.update import UpdateRecord
+from branchtree.training.objective import UpdateRecord
 
 ROOT = Path(__file__).parents[1]
 DOCS = sorted((ROOT / "docs").rglob("*.md"))
@@ -133,7 +133,7 @@ def test_every_recipe_is_listed() -> None:
 
 def test_every_hook_is_described() -> None:
     hooks = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("register_")]
-    assert len(hooks) == 11
+    assert len(hooks) == 13
     assert [hook for hook in hooks if f"`{hook}(register)`" not in TEXT[ROOT / "docs" / "extending.md"]] == []
 
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from branchtree.core.advantages import Advantages
 from branchtree.core.families import Families, collect_families, gather, trained_edges
-from branchtree.core.loss import clipped_away, clipped_loss, probability_ratio
+from branchtree.core.gaussian import GaussianTransition
+from branchtree.core.loss import Edges, clipped_loss, plain_ratio, silenced
 from branchtree.core.pruning import EdgeMask, trainable_edges
 from branchtree.core.tree import BranchTree, Topology, grow
 
@@ -143,6 +144,13 @@ def test_no_trained_edge_is_no_family() -> None:
 
 # The loss.
 
+
+def probability_ratio(new: Tensor, old: Tensor) -> Tensor:
+    """Of edges of which nothing else is looked at."""
+    nothing = torch.zeros(len(new), 1)
+    return plain_ratio(Edges(torch.ones_like(new), nothing, GaussianTransition(nothing, nothing), new, old))
+
+
 density = st.floats(-3, 3, width=32)
 
 
@@ -157,7 +165,7 @@ def test_the_loss_equals_the_reference(edges: list[tuple[float, float, float]], 
 
 
 @pytest.mark.parametrize(
-    ("ratio", "advantage", "loss", "silenced"),
+    ("ratio", "advantage", "loss", "away"),
     [
         (1.0, 2.0, -2.0, False),
         (1.5, 2.0, -2.2, True),  # already more likely than the clip allows
@@ -168,25 +176,30 @@ def test_the_loss_equals_the_reference(edges: list[tuple[float, float, float]], 
         (0.5, 0.0, 0.0, False),  # no advantage: nothing to silence
     ],
 )
-def test_worked_losses(ratio: float, advantage: float, loss: float, silenced: bool) -> None:
+def test_worked_losses(ratio: float, advantage: float, loss: float, away: bool) -> None:
     rho = torch.tensor([ratio], requires_grad=True)
     result = clipped_loss(rho, torch.tensor([advantage]), 0.1)
+    assert silenced(result, rho, torch.tensor([advantage])).tolist() == [away]
     result.sum().backward()
     assert result.tolist() == pytest.approx([loss])
-    assert clipped_away(rho, torch.tensor([advantage]), 0.1).tolist() == [silenced]
     assert rho.grad is not None
-    assert float(rho.grad) == (0 if silenced else -advantage)
+    assert float(rho.grad) == (0 if away else -advantage)
 
 
 @given(st.lists(st.tuples(density, density, density), min_size=1, max_size=8), st.sampled_from([1e-4, 0.1]))
 @strategies.thorough
-def test_silenced_edges_are_those_without_gradient(edges: list[tuple[float, float, float]], clip: float) -> None:
+def test_silenced_edges_have_gone_past_the_clip_the_way_they_should(
+    edges: list[tuple[float, float, float]], clip: float
+) -> None:
     new, old, advantage = (torch.tensor(column, dtype=torch.float64) for column in zip(*edges, strict=True))
-    advantage = torch.where(advantage == 0, torch.ones_like(advantage), advantage)
     ratio = probability_ratio(new, old).requires_grad_()
-    clipped_loss(ratio, advantage, clip).sum().backward()
-    assert ratio.grad is not None
-    assert torch.equal(clipped_away(ratio.detach(), advantage, clip), ratio.grad == 0)
+    past = [(a > 0 and math.exp(n - o) > 1 + clip) or (a < 0 and math.exp(n - o) < 1 - clip) for n, o, a in edges]
+    assert silenced(clipped_loss(ratio, advantage, clip), ratio, advantage).tolist() == past
+
+
+def test_a_loss_that_does_not_look_at_ratios_silences_nothing() -> None:
+    ratio = torch.ones(3, requires_grad=True)
+    assert silenced(torch.ones(3, requires_grad=True) * 2, ratio, torch.ones(3)).tolist() == [False] * 3
 
 
 def test_on_policy_the_ratio_is_1_and_the_gradient_is_reinforce() -> None:

@@ -134,8 +134,11 @@ def test_a_resumed_run_starts_with_what_was_found(model: Path, tmp_path: Path) -
     session.limits.recall(directory)
 
 
-def test_old_densities_are_dealt_to_smaller_batches(model: Path, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {"loss__old_log_prob": "recomputed", "optim__steps_per_iteration": 2, "run__iterations": 1}
+@pytest.mark.parametrize("old", [{"loss__old_log_prob": "recomputed"}, {"loss__ratio": "centred"}], ids=str)
+def test_what_later_steps_compare_with_is_dealt_to_smaller_batches(
+    old: dict[str, Any], model: Path, tmp_path: Path
+) -> None:
+    keys = {**old, "optim__steps_per_iteration": 2, "run__iterations": 1}
     device = Device(update=2)
     Trainer(device.hold(prepared(model, tmp_path / "hit", **keys)), []).run(resume=False)
     Trainer(prepared(model, tmp_path / "roomy", **keys), []).run(resume=False)

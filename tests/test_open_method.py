@@ -141,9 +141,35 @@ RULES_OF_A_STRANGER = """
     @hookimpl
     def register_losses(register):
         def build(config, section):
-            return lambda ratio, advantage: -config.factor * ratio * advantage
+            return lambda ratio, edges: -config.factor * ratio * edges.advantage
 
         register("unclipped", build=build, config=Scale, summary="the ratio as it is")
+        register("leashed", build=lambda config, section: Leash(config.factor), config=Scale, summary="a KL beside it")
+
+
+    @dataclass(frozen=True)
+    class Leash:
+        weight: float
+        compares_transitions = True
+
+        def __call__(self, ratio, edges):
+            return -ratio * edges.advantage + self.weight * edges.transition.kl(edges.old, "mean")
+
+
+    @hookimpl
+    def register_ratios(register):
+        def build(config, section):
+            return lambda edges: (config.factor * (edges.log_prob - edges.old_log_prob)).exp()
+
+        register("powered", build=build, config=Scale, summary="a power of the ratio")
+
+
+    @hookimpl
+    def register_weightings(register):
+        def build(config, section):
+            return lambda sampler, depth, active: config.factor * (sampler.sigmas[depth] > 0.9).float()
+
+        register("early", build=build, config=Scale, summary="the noisiest steps alone")
 """
 
 GUEST: dict[str, Any] = {
@@ -245,6 +271,49 @@ def test_a_loss_of_a_stranger_is_what_is_minimised(tmp_path: Path) -> None:
     own = trained(tmp_path / "own", loss__objective={"name": "clipped"})
     assert found["loss"] == pytest.approx(2 * own["loss"], rel=1e-6)
     assert found["grad_norm"] == pytest.approx(2 * own["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.usefixtures("stranger")
+def test_a_loss_of_a_stranger_may_compare_transitions(tmp_path: Path) -> None:
+    """It has the old ones at every optimiser step, for a forward, and they are those of the rollout at the first."""
+    keys = {"optim__steps_per_iteration": 2, **LAPLACE}
+    found = trained(tmp_path / "run", loss__objective={"name": "leashed", "factor": 1e3}, **keys)
+    free = trained(tmp_path / "free", loss__objective={"name": "unclipped"}, **keys)
+    assert 0 == free["rows/rescored"] < found["rows/rescored"] < found["rows/gradient"]
+    assert found["ratio/first_step_max_deviation"] == 0
+    assert found["loss"] > free["loss"]
+
+
+@pytest.mark.usefixtures("stranger")
+def test_a_ratio_of_a_stranger_is_what_is_compared(tmp_path: Path) -> None:
+    found = trained(tmp_path / "run", loss__ratio_rule={"name": "powered", "factor": 3})
+    own = trained(tmp_path / "own", loss__ratio_rule={"name": "plain"})
+    assert found["loss"] == own["loss"]
+    assert found["grad_norm"] == pytest.approx(3 * own["grad_norm"], rel=1e-4)
+
+
+@pytest.mark.usefixtures("stranger")
+def test_a_weighting_of_a_stranger_says_which_steps_count(tmp_path: Path) -> None:
+    found = trained(tmp_path / "run", loss__weighting_rule={"name": "early"})
+    shares = {name: value for name, value in found.items() if name.startswith("loss_share")}
+    assert shares["loss_share/depth_01"] > 0 and shares["loss_share/depth_04"] == 0
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.usefixtures("stranger")
+def test_a_mask_by_divergence_needs_no_gaussian(tmp_path: Path) -> None:
+    keys = {"optim__steps_per_iteration": 2, "loss__trust": "divergence", **LAPLACE}
+    found = trained(tmp_path / "run", **keys, loss__max_divergence=1e-9)
+    assert found["ratio/clipped_fraction"] > 0 < found["rows/rescored"]
+
+
+@pytest.mark.usefixtures("stranger")
+@pytest.mark.parametrize(("key", "value", "remedy"), [("ratio", "centred", "plain"), ("weighting", "gradient", "none")])
+def test_rules_for_gaussian_transitions_refuse_others(key: str, value: str, remedy: str) -> None:
+    changes = {**GUEST, "sampler.transition": LAPLACE["sampler__transition"], f"loss.{key}": value}
+    message = rf"loss\.{key}: {value} is for Gaussian .* 'laplace' are not; set it to {remedy}"
+    with pytest.raises(RecipeError, match=message):
+        plan("guest", changes)
 
 
 @pytest.mark.usefixtures("stranger")

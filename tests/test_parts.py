@@ -18,7 +18,7 @@ from torch import Tensor
 
 from branchtree.core.credit import Credit, CreditRule, assign_credit
 from branchtree.core.families import Families, collect_families, gather
-from branchtree.core.gathering import gather_levels, gather_scores, own_families, owned_nodes
+from branchtree.core.gathering import gather_levels, gather_scores, owned_nodes
 from branchtree.core.gaussian import DanceSde
 from branchtree.core.grid import time_grid
 from branchtree.core.noise import (
@@ -309,7 +309,7 @@ def gradient(tree: BranchTree, families: Families) -> Tensor:
 def test_gradients_of_the_parts_add_up(split: Split, rule: CreditRule) -> None:
     credit = credit_of(split.whole, split.forest.edge_log_prob, scores_of(split.forest), rule)
     families = collect_families(split.whole, credit.advantages, credit.keep)
-    own = [own_families(families, split.whole, part) for part in split.topologies]
+    own = [families.owned(split.whole, part) for part in split.topologies]
     assert sum(part.edges for part in own) == families.edges
     if families.edges == 0:
         return
@@ -326,7 +326,7 @@ def test_a_family_of_two_owners_is_a_row_in_each() -> None:
     scores = Scores(torch.tensor([0.1, 0.9, 0.4, 0.2]), torch.ones(4, dtype=torch.bool))
     credit = credit_of(whole, flat, scores, CreditRule())
     families = collect_families(whole, credit.advantages, credit.keep)
-    first, second = (own_families(families, whole, grow_shares([part])) for part in cut(plan, 2))
+    first, second = (families.owned(whole, grow_shares([part])) for part in cut(plan, 2))
     for own, rewards in ((first, [0, 1]), (second, [2, 3])):
         assert own.depth.tolist() == [0, 1, 1] and own.parent.tolist() == [0, 0, 1]
         assert own.child.tolist() == [0, 1, 0, 1]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from branchtree.core.advantages import Advantages
+from branchtree.core.gathering import looked_up, owned_indices
 from branchtree.core.pruning import EdgeMask
 from branchtree.core.transfer import fetch_rows, send
 from branchtree.core.tree import BranchTree, Topology
@@ -62,6 +63,22 @@ class Families:
             parent=self.parent + starts[self.depth],
             prompt=self.prompt + first,
             child=self.child + starts[self.edge_depth],
+        )
+
+    def owned(self, whole: Topology, share: Topology) -> Families:
+        """Return those edges of the whole's families that a share owns, by their indices in the share.
+
+        So every edge is trained by one process. A family whose children have several owners is there in each of theirs.
+        """
+        here, mine = owned_indices(whole, share)
+        kept = looked_up(mine, self.edge_depth, self.child)
+        chosen = replace(self, family=self.family[kept], child=self.child[kept], advantage=self.advantage[kept]).select(
+            torch.unique(self.family[kept])
+        )
+        return replace(
+            chosen,
+            parent=looked_up(here, chosen.depth, chosen.parent),
+            child=looked_up(here, chosen.edge_depth, chosen.child),
         )
 
 

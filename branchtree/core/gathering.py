@@ -7,12 +7,10 @@ the shares of all processes together hold every leaf once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from branchtree.core.families import Families
 from branchtree.core.scores import Scores
 from branchtree.core.sharing import TreeShare
 from branchtree.core.tree import Topology, indices_in
@@ -48,10 +46,10 @@ def gather_scores(whole: Topology, shares: Sequence[Topology], scores: Sequence[
     return Scores.concatenate(scores).rows(torch.argsort(leaves))
 
 
-def own_families(families: Families, whole: Topology, share: Topology) -> Families:
-    """Return those edges of the whole's families that a share owns, by their indices in the share.
+def owned_indices(whole: Topology, share: Topology) -> tuple[list[Tensor], list[Tensor]]:
+    """Return, per depth and by node of the whole, the node's index in a share (-1 where it is not), and who owns it.
 
-    So every edge is trained by one process. A family whose children have several owners is there in each of theirs.
+    The second are flags (N_d,): whether the share owns the node, so that every node is one share's.
     """
     here = [torch.full((whole.width(depth),), -1) for depth in whole.depths]
     mine = [torch.zeros(whole.width(depth), dtype=torch.bool) for depth in whole.depths]
@@ -59,18 +57,10 @@ def own_families(families: Families, whole: Topology, share: Topology) -> Famili
     for level, flags, index, owned in zip(here, mine, indices, owned_nodes(share), strict=True):
         level[index] = torch.arange(len(index))
         flags[index] = owned
-    kept = _looked_up(mine, families.edge_depth, families.child)
-    chosen = replace(
-        families, family=families.family[kept], child=families.child[kept], advantage=families.advantage[kept]
-    ).select(torch.unique(families.family[kept]))
-    return replace(
-        chosen,
-        parent=_looked_up(here, chosen.depth, chosen.parent),
-        child=_looked_up(here, chosen.edge_depth, chosen.child),
-    )
+    return here, mine
 
 
-def _looked_up(levels: Sequence[Tensor], depth: Tensor, index: Tensor) -> Tensor:
+def looked_up(levels: Sequence[Tensor], depth: Tensor, index: Tensor) -> Tensor:
     """Return the entry of each (depth, index) in a per-depth list of tensors."""
     starts = torch.tensor([0, *(len(level) for level in levels)]).cumsum(0)
     return torch.cat(list(levels))[starts[depth] + index]

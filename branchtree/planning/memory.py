@@ -9,6 +9,7 @@ import torch
 
 from branchtree.core.cost import Cost
 from branchtree.plugins.values import Footprint
+from branchtree.recipe.build import make_edge_rules
 from branchtree.recipe.schema import Recipe
 
 MASTER = 4  # bytes of a number in float32, in which trained weights and decoded samples are kept
@@ -51,7 +52,7 @@ class MemoryEstimate:
     rewards: int  # reward models that stay on the device
     activations: int  # of one gradient batch
     forward: int  # activations of one batch of a rollout or an evaluation, if the model knows
-    states: int  # of the tree, wherever they are kept
+    states: int  # of the tree, and old predictions that a rule compares with; wherever they are kept
     states_on_host: bool
     conditioning: int  # encodings of an iteration's prompts, if the model knows
     frozen: int  # encoders and decoder, on the device only while they encode
@@ -127,7 +128,7 @@ def estimate_memory(
         rewards=surroundings.rewards,
         activations=update_rows(recipe, cost) * footprint.rows_per_prediction * kept * size,
         forward=_forward(recipe, footprint, max(rollout_rows(recipe, cost), _evaluation_rows(recipe))),
-        states=cost.nodes * MASTER * torch.Size(footprint.latent_shape).numel(),
+        states=(cost.nodes + _old_predictions(recipe, cost)) * MASTER * torch.Size(footprint.latent_shape).numel(),
         states_on_host=recipe.batch.states == "host",
         conditioning=prompts * footprint.conditioning_numbers * size,
         frozen=footprint.frozen_bytes(size),
@@ -137,6 +138,12 @@ def estimate_memory(
         offloaded=surroundings.offloaded_rewards,
         average=trained * MASTER // shards if recipe.optim.ema else 0,
     )
+
+
+def _old_predictions(recipe: Recipe, cost: Cost) -> int:
+    """Return the rows whose predictions are kept until the optimiser steps after an iteration's first."""
+    steps = recipe.optim.steps_per_iteration
+    return cost.gradient_rows * (steps - 1) // steps if make_edge_rules(recipe).compares_transitions else 0
 
 
 def estimate_evaluation(

@@ -27,6 +27,7 @@ from branchtree.plugins.values import Footprint
 from branchtree.recipe.build import (
     check_learns,
     make_credit_rule,
+    make_edge_rules,
     make_kernel,
     make_model,
     make_reward,
@@ -82,13 +83,13 @@ class RunPlan:
 
         Beside the forward, backward costs two forwards, checkpointing one, and the reference of a KL term one. Weights
         that LoRA freezes need no gradient of their own: then backward costs two forwards for attention and one for the
-        other operations; those of the low-rank weights are not counted. ``loss.old_log_prob: recomputed`` adds a
-        forward of the rows of all optimiser steps but the first.
+        other operations; those of the low-rank weights are not counted. An objective that looks back, as under
+        ``loss.old_log_prob: recomputed``, adds a forward of the rows of all optimiser steps but the first.
         """
         recipe, sizes = self.recipe, self.footprint
         backward = 2.0 if recipe.lora is None else 1 + sizes.attention_flops_per_row / sizes.forward_flops_per_row
         passes = 1 + backward + recipe.run.gradient_checkpointing + (recipe.loss.kl > 0)
-        if recipe.loss.old_log_prob == "recomputed":
+        if make_edge_rules(recipe).looks_back:
             passes += 1 - 1 / recipe.optim.steps_per_iteration
         return sizes.forward_flops_per_row * passes * self.gradient_rows
 

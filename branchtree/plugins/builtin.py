@@ -11,11 +11,12 @@ from pydantic import BaseModel, ConfigDict
 
 from branchtree.core.advantages import ESTIMATORS
 from branchtree.core.gaussian import CpsSde, DanceSde, Ddim, FlowSde
-from branchtree.core.loss import clipped_loss
+from branchtree.core.loss import CentredRatio, ClippedLoss, DivergenceMask, EdgeLoss, EdgeRatio, plain_ratio
 from branchtree.core.noise import CorrelatedSiblings, IndependentSiblings, Siblings, SimplexSiblings
 from branchtree.core.pruning import Prune, depth_window, extreme_leaves, parent_top1
 from branchtree.core.schedule import PRESET_SPLITS, DrawnSplits, FixedSplits, SlidingWindow, SplitAtWindow, Splits
 from branchtree.core.transitions import Kernel
+from branchtree.core.weighting import StepWeighting, gradient_weights, noise_weights
 from branchtree.errors import RecipeError
 from branchtree.plugins.hookspecs import Register, hookimpl
 
@@ -152,7 +153,37 @@ def register_pruning(register: Register) -> None:
 
 
 @hookimpl
+def register_ratios(register: Register) -> None:
+    """Register the ratio of densities, and the centred one."""
+    kinds: dict[str, tuple[EdgeRatio, str]] = {
+        "plain": (plain_ratio, "The ratio of densities."),
+        "centred": (CentredRatio(), "The ratio without its bias, scaled by the step's noise (GRPO-Guard)."),
+    }
+    for name, (rule, summary) in kinds.items():
+        register(name, build=lambda *_, rule=rule: rule, config=NoKeys, summary=summary)
+
+
+@hookimpl
 def register_losses(register: Register) -> None:
-    """Register the clipped policy gradient."""
-    clipped = partial(_of_section, lambda loss: partial(clipped_loss, clip=loss.clip_range))
-    register("clipped", build=clipped, config=NoKeys, summary="PPO's clipped objective.")
+    """Register the clipped policy gradient, and the one with a mask by divergence."""
+    kinds: dict[str, tuple[Callable[[Any], EdgeLoss], str]] = {
+        "clipped": (lambda loss: ClippedLoss(loss.clip_range), "PPO's clipped objective."),
+        "divergence": (
+            lambda loss: DivergenceMask(loss.max_divergence),
+            "No gradient for edges that diverge too far (Flow-DPPO).",
+        ),
+    }
+    for name, (make, summary) in kinds.items():
+        register(name, build=partial(_of_section, make), config=NoKeys, summary=summary)
+
+
+@hookimpl
+def register_weightings(register: Register) -> None:
+    """Register no weights, and those by noise and by gradient."""
+    kinds: dict[str, tuple[StepWeighting | None, str]] = {
+        "none": (None, "All steps weigh the same."),
+        "noise": (noise_weights, "Each step by its noise (TempFlow-GRPO)."),
+        "gradient": (gradient_weights, "Each step against the size of its gradient (Flash-GRPO)."),
+    }
+    for name, (rule, summary) in kinds.items():
+        register(name, build=lambda *_, rule=rule: rule, config=NoKeys, summary=summary)

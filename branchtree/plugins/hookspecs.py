@@ -87,8 +87,25 @@ def register_pruning(register: Register) -> None:
 
 
 @hookspec
+def register_ratios(register: Register) -> None:
+    """``register(name, build=..., config=ConfigModel, summary="one line")`` for each ratio of new to old of an edge.
+
+    ``build(config, section)`` gets the ``loss`` section and returns a ``branchtree.core.loss.EdgeRatio``.
+    """
+
+
+@hookspec
 def register_losses(register: Register) -> None:
     """``register(name, build=..., config=ConfigModel, summary="one line")`` for each loss of an edge.
 
     ``build(config, section)`` gets the ``loss`` section and returns a ``branchtree.core.loss.EdgeLoss``.
+    """
+
+
+@hookspec
+def register_weightings(register: Register) -> None:
+    """``register(name, build=..., config=ConfigModel, summary="one line")`` for each rule that weights steps.
+
+    ``build(config, section)`` gets the ``loss`` section and returns a ``branchtree.core.weighting.StepWeighting``, or
+    None for no weights.
     """

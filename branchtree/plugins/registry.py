@@ -27,7 +27,9 @@ RULES = {
     "split rule": "register_splits",
     "advantage estimator": "register_estimators",
     "pruning rule": "register_pruning",
+    "ratio": "register_ratios",
     "loss": "register_losses",
+    "weighting": "register_weightings",
 }
 """The kinds of rules that a method is made of, and the hook that registers each."""
 

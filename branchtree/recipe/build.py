@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from branchtree.core.credit import CreditRule
 from branchtree.core.gaussian import GaussianKernel
 from branchtree.core.grid import time_grid
-from branchtree.core.loss import EdgeLoss
+from branchtree.core.loss import EdgeRules
 from branchtree.core.noise import Siblings
 from branchtree.core.pruning import Prune
 from branchtree.core.rollout import Sampler
@@ -29,6 +29,7 @@ from branchtree.recipe.load import validate_options
 from branchtree.recipe.schema import (
     CallbackSection,
     Choice,
+    LossSection,
     PruningSection,
     Recipe,
     RewardSection,
@@ -147,10 +148,7 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
             f"tree.{key} is for steps of an ODE, and those of the transition '{name}' are none, as it is not Gaussian; "
             "leave it out"
         )
-    if recipe.loss.weighting == "noise" and not isinstance(kernel, ScalesNoise):
-        raise RecipeError(
-            f"loss.weighting: the noise of the transition '{name}' has no scale to weigh by; set it to none"
-        )
+    _check_loss(recipe.loss, kernel, name)
     optim, iterations, total = recipe.optim, recipe.run.iterations, planned_steps(recipe)
     if optim.warmup > total:
         log.warning(
@@ -163,16 +161,39 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
         )
 
 
+def _check_loss(loss: LossSection, kernel: Kernel, name: str) -> None:
+    """Refuse rules of the loss that do not suit the transition of that name. Raises RecipeError."""
+    if loss.weighting == "noise" and loss.weighting_rule is None and not isinstance(kernel, ScalesNoise):
+        raise RecipeError(
+            f"loss.weighting: the noise of the transition '{name}' has no scale to weigh by; set it to none"
+        )
+    for key, value, rule, plain in (
+        ("ratio", "centred", loss.ratio_rule, "plain"),
+        ("weighting", "gradient", loss.weighting_rule, "none"),
+    ):
+        if getattr(loss, key) == value and rule is None and not isinstance(kernel, GaussianKernel):
+            raise RecipeError(
+                f"loss.{key}: {value} is for Gaussian transitions, and those of the transition '{name}' are not; set "
+                f"it to {plain}"
+            )
+
+
 def make_prune(section: PruningSection) -> Prune | None:
     """Return the rule of the ``pruning`` section; None where nothing is pruned."""
     prune: Prune | None = make_rule("pruning rule", section.kind, section.rule, ("pruning", "rule"), section)
     return prune
 
 
-def make_edge_loss(recipe: Recipe) -> EdgeLoss:
-    """Return the loss of an edge."""
-    loss: EdgeLoss = make_rule("loss", "clipped", recipe.loss.objective, ("loss", "objective"), recipe.loss)
-    return loss
+def make_edge_rules(recipe: Recipe) -> EdgeRules:
+    """Return what makes up the loss of an edge."""
+    loss = recipe.loss
+    trust = {"clip": "clipped"}.get(loss.trust, loss.trust)
+    return EdgeRules(
+        ratio=make_rule("ratio", loss.ratio, loss.ratio_rule, ("loss", "ratio_rule"), loss),
+        loss=make_rule("loss", trust, loss.objective, ("loss", "objective"), loss),
+        weighting=make_rule("weighting", loss.weighting, loss.weighting_rule, ("loss", "weighting_rule"), loss),
+        recomputed=loss.old_log_prob == "recomputed",
+    )
 
 
 def make_model(recipe: Recipe) -> ModelAdapter:

@@ -354,16 +354,39 @@ class LossSection(Section):
         ge=1,
         description="Iterations between measurements of that KL where `loss.kl` is 0; by default it is not measured.",
     )
-    weighting: Literal["none", "noise"] = Field(
-        default="none", description="`noise` weights each step by its noise level, with mean 1 over the grid."
+    ratio: Literal["plain", "centred"] = Field(
+        default="plain",
+        description="How an edge's new density is compared with its old one: by the `plain` ratio, or by GRPO-Guard's "
+        "`centred` one, of means over dimensions whatever `sampler.log_prob` says. After an iteration's first "
+        "optimiser step `centred` costs a forward, as `old_log_prob: recomputed` does.",
     )
+    trust: Literal["clip", "divergence"] = Field(
+        default="clip",
+        description="How far an edge may move: `clip` clips its ratio at `clip_range`; `divergence`, Flow-DPPO's rule, "
+        "leaves out edges that have moved beyond `max_divergence` the way their advantage favours. It costs the same "
+        "forward.",
+    )
+    max_divergence: float = Field(
+        default=1e-5,
+        gt=0,
+        le=1e6,
+        description="`trust: divergence`: the allowed KL divergence from the old policy, as a mean over dimensions.",
+    )
+    weighting: Literal["none", "noise", "gradient"] = Field(
+        default="none",
+        description="`noise` weights each step by its noise level; `gradient`, Flash-GRPO's rule, so that no step's "
+        "gradient is larger for its noise level alone; both with mean 1 over the grid.",
+    )
+    divide_by_dt: bool = Field(default=False, description="Divide each edge's loss by the length of its step in sigma.")
     old_log_prob: Literal["rollout", "recomputed"] = Field(
         default="rollout",
         description="Where old log-densities come from after an iteration's first optimiser step: from the `rollout`, "
         "or `recomputed` in the batches that are trained, which costs a forward and leaves no numerical mismatch.",
     )
-    objective: Choice | None = Field(
-        default=None, description="The loss of an edge, by name; the clipped policy gradient by default."
+    ratio_rule: Choice | None = Field(default=None, description="A ratio, by name, instead of `ratio`.")
+    objective: Choice | None = Field(default=None, description="The loss of an edge, by name, instead of `trust`.")
+    weighting_rule: Choice | None = Field(
+        default=None, description="A rule that weights steps, by name, instead of `weighting`."
     )
 
 

@@ -35,7 +35,7 @@ SIGNALS = (
     Signal(
         "Clipped edges",
         ("ratio/clipped_fraction",),
-        "Fraction of the trained edges whose likelihood ratio is outside the clip range.",
+        "Fraction of the trained edges whose gradient the clip, or the mask by divergence, removes.",
     ),
     Signal("Ratio deviation", ("ratio/max_deviation",), "Largest distance of a likelihood ratio from 1."),
     Signal(

@@ -19,12 +19,13 @@ from branchtree.plugins.samples import Samples
 from branchtree.plugins.values import Condition
 from branchtree.training.continuation import compare_continuation
 from branchtree.training.failures import Leaves, logged
+from branchtree.training.objective import UpdateRecord
 from branchtree.training.policy import Policy
 from branchtree.training.processes import GroupRecord
 from branchtree.training.scoring import Scorer
 from branchtree.training.session import Session
 from branchtree.training.timing import Stopwatch
-from branchtree.training.update import Gradient, UpdateRecord, partition
+from branchtree.training.update import Gradient, partition
 
 
 @dataclass(frozen=True)
@@ -80,7 +81,7 @@ def iterate(session: Session, iteration: int) -> Iteration:
                     credit = session.credit(topology, log_prob, scores, prompts, tree.dimensions, iteration)
                 with watch.phase("update"):
                     gradient = gradient or session.updater.begin(tree, policies)
-                    gradient.add(credit.families(topology.select(prompts)).within(topology, prompts.start))
+                    gradient.add(session.work(credit, topology, prompts, batch.ids, iteration))
                 credits.append(credit)
             scores = leaves.finish()
     except RewardError as error:
@@ -97,9 +98,8 @@ def iterate(session: Session, iteration: int) -> Iteration:
     # Before the weights change: the states come from these.
     comparison = compare_continuation(session, iteration, tree, scores, batch.conditions[0], policy.first(), watch)
     with watch.phase("update"):
-        families = last.families(group.topology.select(rest)).within(group.topology, rest.start)
         steps = partition(
-            families,
+            session.work(last, group.topology, rest, batch.ids, iteration),
             session.recipe.optim.steps_per_iteration,
             session.recipe.seed,
             iteration,

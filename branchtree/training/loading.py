@@ -22,7 +22,7 @@ from branchtree.planning.preflight import TrainingNeed, step_shortage
 from branchtree.plugins.protocols import CompilesBlocks, FreezesUnused, ModelAdapter, RewardAdapter
 from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import LoraSettings
-from branchtree.recipe.build import make_credit_rule, make_edge_loss, make_sampler, planned_steps
+from branchtree.recipe.build import make_credit_rule, make_edge_rules, make_sampler, planned_steps
 from branchtree.recipe.schema import OptimSection, Recipe
 from branchtree.run.directory import RunDirectory
 from branchtree.run.resume import find_checkpoint
@@ -34,12 +34,13 @@ from branchtree.training.failures import FailureWatch
 from branchtree.training.inputs import Inputs
 from branchtree.training.learning_rate import LearningRate
 from branchtree.training.limits import RowLimits
+from branchtree.training.path import PathObjective
 from branchtree.training.policy import Policy
 from branchtree.training.processes import make_team, process_group, refuse_whole_groups
 from branchtree.training.session import Session
 from branchtree.training.sharding import make_engine
 from branchtree.training.trained import Trained, restore_weights
-from branchtree.training.update import Objective, UpdateGuard, Updater
+from branchtree.training.update import UpdateGuard, Updater
 
 log = logging.getLogger("branchtree")
 
@@ -84,7 +85,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
             accelerator=accelerator,
             engine=engine,
             scheduler=scheduler,
-            objective=Objective(policy.sampler, recipe.loss, accelerator.device, make_edge_loss(recipe)),
+            objective=PathObjective(policy.sampler, recipe.loss, accelerator.device, make_edge_rules(recipe)),
             max_grad_norm=recipe.optim.max_grad_norm,
             limit=limits.update,
             guard=guard,

@@ -17,8 +17,8 @@ from branchtree.core.segments import segment_count, segment_size, segment_std, s
 from branchtree.core.tree import Topology, grow
 from branchtree.core.variance import split_spread, split_variance
 from branchtree.training.iteration import Iteration
+from branchtree.training.objective import UpdateRecord
 from branchtree.training.session import Session
-from branchtree.training.update import UpdateRecord
 
 GRADIENT_COST = 3
 """A row with its backward pass costs about three forward rows."""

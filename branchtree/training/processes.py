@@ -17,8 +17,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from branchtree.core.families import Families
-from branchtree.core.gathering import gather_levels, gather_scores, own_families
+from branchtree.core.gathering import gather_levels, gather_scores
 from branchtree.core.schedule import Schedule, TreePlan
 from branchtree.core.scores import Scores
 from branchtree.core.sharing import cut
@@ -28,6 +27,7 @@ from branchtree.pictures.grid import Thumbnail
 from branchtree.plugins.scores import NamedReward
 from branchtree.recipe.build import make_shares
 from branchtree.recipe.schema import Recipe
+from branchtree.training.objective import AnyWork
 
 Value = TypeVar("Value")
 
@@ -151,9 +151,9 @@ class Team:
             thumbnails=[thumbnail for record in team for thumbnail in record.thumbnails],
         )
 
-    def own(self, families: Families, whole: Topology, share: Topology) -> Families:
-        """Return those of the whole trees' families that this process trains, by their indices in its share."""
-        return families if self.members == 1 else own_families(families, whole, share)
+    def own(self, work: AnyWork, whole: Topology, share: Topology) -> AnyWork:
+        """Return that work on the whole trees which this process does, by indices in its share."""
+        return work if self.members == 1 else work.owned(whole, share)
 
 
 def make_team(recipe: Recipe, schedule: Schedule, accelerator: Any) -> Team:

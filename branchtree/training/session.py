@@ -24,11 +24,12 @@ from branchtree.training.evaluation import Evaluator, Figure
 from branchtree.training.failures import FailureWatch
 from branchtree.training.inputs import Inputs
 from branchtree.training.limits import RowLimits
+from branchtree.training.objective import Policies, Work
 from branchtree.training.policy import Policy
 from branchtree.training.processes import Processes, Team
 from branchtree.training.scoring import Scorer
 from branchtree.training.trained import Trained
-from branchtree.training.update import Policies, Updater
+from branchtree.training.update import Updater
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,15 @@ class Session:
         ]
         weights = {reward.label: reward.weight for reward in self.inputs.rewards}
         return assign_credit(topology.select(prompts), own, scores, weights, self.credit_rule, iteration, dimensions)
+
+    def work(self, credit: Credit, topology: Topology, prompts: range, ids: Sequence[int], iteration: int) -> Work:
+        """Return what the gradient pass does for some consecutive prompts, by their indices in all trees.
+
+        ``credit`` is of these prompts; ``topology`` and ``ids`` (P,), the addresses for noise, are of all.
+        """
+        own = ids[prompts.start : prompts.stop]
+        work: Work = self.updater.objective.work(credit, topology.select(prompts), own, iteration)
+        return work.within(topology, prompts.start)
 
     @property
     def learns_early(self) -> bool:
