@@ -35,6 +35,12 @@ $(VENV)/.installed: pyproject.toml
 	$(BIN)/pip install --quiet --editable .
 	touch $@
 
+# The second reader of `ocr` requires opencv-python, which needs libGL and would replace opencv-python-headless.
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-deps 'rapidocr-onnxruntime>=1.4.4'
+	touch $@
+
 $(VENV)/.installed-%: $(VENV)/.installed
 	$(BIN)/pip install --quiet --editable '.[$*]'
 	touch $@

@@ -10,11 +10,15 @@ from torch import nn
 from transformers import T5TokenizerFast
 
 
-def build_t5_tokenizer(vocabulary: Sequence[str], max_length: int) -> T5TokenizerFast:
-    """Return a unigram tokenizer in which every word of `vocabulary` is one token; other words are unknown."""
-    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0)]
-    pieces += [(f"▁{word}", -2.0) for word in vocabulary]
-    tokenizer = T5TokenizerFast(vocab=pieces, extra_ids=0, model_max_length=max_length)
+def build_t5_tokenizer(vocabulary: Sequence[str], max_length: int, pieces: Sequence[str] = ()) -> T5TokenizerFast:
+    """Return a unigram tokenizer in which every word of `vocabulary` is one token; other words are unknown.
+
+    `pieces` are tokens of which longer words consist, after a word of the vocabulary that these begin with.
+    """
+    scores = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -10.0)]
+    scores += [(f"▁{word}", -2.0) for word in vocabulary]
+    scores += [(piece, -2.0) for piece in pieces]
+    tokenizer = T5TokenizerFast(vocab=scores, extra_ids=0, model_max_length=max_length)
     for word in vocabulary:
         assert len(tokenizer(word).input_ids) == 2, f"{word!r} is not one token"
     return tokenizer

@@ -8,7 +8,6 @@ The result depends on the seeds below only. Takes under ten minutes on two CPU t
 """
 
 import argparse
-import json
 from collections.abc import Iterator, Sequence
 from itertools import count
 from pathlib import Path
@@ -16,31 +15,28 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from _digits import IMAGE_SIZE, ROOT, digit_images, prompts_by_digit, random_shift, read_prompts, words
-from _small_models import build_t5_tokenizer, rewrite_json, save_pipeline, write_clip_weights
+from _small_flux import (
+    assemble,
+    build_clip_tokenizer,
+    build_text_encoders,
+    flow_loss,
+    pack_latents,
+    sample,
+    save_flux,
+    set_scale,
+)
+from _small_models import build_t5_tokenizer
 from branchtree_rewards.digits import DIGIT_WORDS, load_classifier, to_network_input
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
-from tokenizers import pre_tokenizers
+from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    T5Config,
-    T5EncoderModel,
-    T5TokenizerFast,
-)
-
-from branchtree.core.grid import shift_sigmas
-from branchtree.files.checksums import write_checksums
 
 SEED = 7
 TEXT_WIDTH = 32
 CLIP_TOKENS = 16
 T5_TOKENS = 8
 LATENT_CHANNELS = 4
-TIME_SHIFT = 3.0
-SAMPLING_STEPS = 20
+GRID = (4, 4)
 
 VAE_STEPS = 3000
 VAE_BATCH = 32
@@ -53,53 +49,6 @@ CHECK_EVERY = 25
 CHECKS_START = 150
 CHECK_REPEATS = 8
 STOP_AT = 0.66
-
-
-def build_clip_tokenizer(vocabulary: Sequence[str]) -> CLIPTokenizer:
-    """Return a byte-level BPE tokenizer in which every word of `vocabulary` is one token, joined from left to right."""
-    end = "</w>"
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = ["<|startoftext|>", "<|endoftext|>", *alphabet, *(symbol + end for symbol in alphabet)]
-    merges: list[tuple[str, str]] = []
-    for word in vocabulary:
-        for position in range(1, len(word)):
-            symbol = word[position] + (end if position == len(word) - 1 else "")
-            merges.append((word[:position], symbol))
-            tokens.append(word[:position] + symbol)
-    vocab = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
-    tokenizer = CLIPTokenizer(vocab=vocab, merges=list(dict.fromkeys(merges)), model_max_length=CLIP_TOKENS)
-    for word in vocabulary:
-        assert len(tokenizer(word).input_ids) == 3, f"{word!r} is not one token"
-    return tokenizer
-
-
-def build_text_encoders(clip: CLIPTokenizer, t5: T5TokenizerFast) -> tuple[CLIPTextModel, T5EncoderModel]:
-    """Return untrained encoders that fit the tokenizers."""
-    clip_config = CLIPTextConfig(
-        vocab_size=len(clip),
-        hidden_size=TEXT_WIDTH,
-        intermediate_size=2 * TEXT_WIDTH,
-        projection_dim=TEXT_WIDTH,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=CLIP_TOKENS,
-        bos_token_id=clip.bos_token_id,
-        eos_token_id=clip.eos_token_id,
-        pad_token_id=clip.pad_token_id,
-    )
-    t5_config = T5Config(
-        vocab_size=len(t5),
-        d_model=TEXT_WIDTH,
-        d_kv=16,
-        d_ff=2 * TEXT_WIDTH,
-        num_layers=1,
-        num_heads=2,
-        dropout_rate=0.0,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=t5.pad_token_id,
-        eos_token_id=t5.eos_token_id,
-    )
-    return CLIPTextModel(clip_config), T5EncoderModel(t5_config)
 
 
 def build_vae() -> AutoencoderKL:
@@ -151,45 +100,13 @@ def train_vae(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) ->
         if step % 500 == 0:
             print(f"VAE step {step}: loss {loss.item():.4f}", flush=True)
     vae.requires_grad_(False).eval()
-    latents = vae.encode(images).latent_dist.mean
-    vae.register_to_config(shift_factor=latents.mean().item(), scaling_factor=1 / latents.std().item())
+    set_scale(vae, vae.encode(images).latent_dist.mean)
 
 
-def assemble(vae: AutoencoderKL, vocabulary: Sequence[str]) -> FluxPipeline:
+def build_pipeline(vae: AutoencoderKL, vocabulary: Sequence[str]) -> FluxPipeline:
     """Return the pipeline around a trained VAE; its text encoders and transformer are untrained."""
-    clip_tokenizer, t5_tokenizer = build_clip_tokenizer(vocabulary), build_t5_tokenizer(vocabulary, T5_TOKENS)
-    text_encoder, text_encoder_2 = build_text_encoders(clip_tokenizer, t5_tokenizer)
-    pipeline = FluxPipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler(shift=TIME_SHIFT, use_dynamic_shifting=False),
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=clip_tokenizer,
-        text_encoder_2=text_encoder_2,
-        tokenizer_2=t5_tokenizer,
-        transformer=build_transformer(),
-    )
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
-def flow_loss(pipeline: FluxPipeline, latents: Tensor, prompts: list[str], generator: torch.Generator) -> Tensor:
-    """Return the flow-matching loss on packed latents (B, 16, 16) with one caption each."""
-    embeds, pooled, text_ids = pipeline.encode_prompt(prompts, max_sequence_length=T5_TOKENS)
-    image_ids = pipeline._prepare_latent_image_ids(len(latents), 4, 4, latents.device, latents.dtype)
-    uniform = torch.rand(len(latents), generator=generator)
-    sigma = shift_sigmas(uniform, TIME_SHIFT)
-    noise = torch.randn(latents.shape, generator=generator)
-    noisy = torch.lerp(latents, noise, sigma[:, None, None])
-    velocity = pipeline.transformer(
-        hidden_states=noisy,
-        timestep=sigma,
-        encoder_hidden_states=embeds,
-        pooled_projections=pooled,
-        img_ids=image_ids,
-        txt_ids=text_ids,
-        return_dict=False,
-    )[0]
-    return F.mse_loss(velocity, noise - latents)
+    clip, t5 = build_clip_tokenizer(vocabulary, CLIP_TOKENS), build_t5_tokenizer(vocabulary, T5_TOKENS)
+    return assemble(vae, (clip, t5), build_text_encoders(clip, t5, TEXT_WIDTH), build_transformer())
 
 
 def draw_prompts(labels: Tensor, groups: Sequence[Sequence[str]], generator: torch.Generator) -> list[str]:
@@ -200,14 +117,6 @@ def draw_prompts(labels: Tensor, groups: Sequence[Sequence[str]], generator: tor
 
 
 @torch.no_grad()
-def pack_latents(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Encode images (N, 3, 32, 32) in [-1, 1] to standardised packed latents (N, 16, 16)."""
-    latents = (vae.encode(images).latent_dist.mean - vae.config.shift_factor) * vae.config.scaling_factor
-    packed: Tensor = FluxPipeline._pack_latents(latents, *latents.shape)
-    return packed
-
-
-@torch.no_grad()
 def shown_correctly(pipeline: FluxPipeline, groups: Sequence[Sequence[str]], seed: int) -> dict[str, float]:
     """Sample every prompt `CHECK_REPEATS` times; return the share that shows its digit, by each classifier and both."""
     generator = torch.Generator().manual_seed(seed)
@@ -215,16 +124,7 @@ def shown_correctly(pipeline: FluxPipeline, groups: Sequence[Sequence[str]], see
     correct: dict[str, list[Tensor]] = {"reward": [], "heldout": []}
     classifiers = [load_classifier("reward", torch.device("cpu")), load_classifier("heldout", torch.device("cpu"))]
     for _ in range(CHECK_REPEATS):
-        images = pipeline(
-            [prompt for prompt, _ in pairs],
-            height=IMAGE_SIZE,
-            width=IMAGE_SIZE,
-            num_inference_steps=SAMPLING_STEPS,
-            guidance_scale=0.0,
-            max_sequence_length=T5_TOKENS,
-            generator=generator,
-            output_type="pt",
-        ).images
+        images = sample(pipeline, [prompt for prompt, _ in pairs], (IMAGE_SIZE, IMAGE_SIZE), generator)
         digits = torch.tensor([digit for _, digit in pairs])
         for results, classifier in zip(correct.values(), classifiers, strict=True):
             results.append(classifier(to_network_input(images)).argmax(dim=-1) == digits)
@@ -242,7 +142,7 @@ def flow_steps(
     optimizer = torch.optim.AdamW(trained.parameters(), lr=FLOW_LEARNING_RATE, weight_decay=1e-2)
     for step in count(1):
         rows = torch.randint(0, len(latents), (FLOW_BATCH,), generator=generator)
-        loss = flow_loss(pipeline, latents[rows], draw_prompts(labels[rows], groups, generator), generator)
+        loss = flow_loss(pipeline, latents[rows], GRID, draw_prompts(labels[rows], groups, generator), generator)
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(trained.parameters(), 1.0)
@@ -268,21 +168,6 @@ def train_flow(pipeline: FluxPipeline, images: Tensor, labels: Tensor, groups: S
     return result
 
 
-def save(pipeline: FluxPipeline, output: Path) -> None:
-    """Write the pipeline in a layout that transformers 4 and 5 read alike.
-
-    From what transformers 5 writes, version 4 would load no CLIP tokenizer.
-    """
-    save_pipeline(pipeline, output, "tokenizer_2")
-    write_clip_weights(pipeline.text_encoder, output / "text_encoder", "text_model")
-    bpe = json.loads(pipeline.tokenizer.backend_tokenizer.to_str())["model"]
-    (output / "tokenizer/vocab.json").write_text(json.dumps(bpe["vocab"], ensure_ascii=False), encoding="utf-8")
-    merges = "".join(f"{left} {right}\n" for left, right in bpe["merges"])
-    (output / "tokenizer/merges.txt").write_text("#version: 0.2\n" + merges, encoding="utf-8")
-    rewrite_json(output / "tokenizer/tokenizer_config.json", extra_special_tokens=None)
-    write_checksums(output)
-
-
 def main() -> None:
     """Train every part, print the shares of right samples under fresh noise, and write the folder."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -298,11 +183,11 @@ def main() -> None:
     vae = build_vae()
     train_vae(vae, images, torch.Generator().manual_seed(SEED))
     vocabulary = sorted({*words(prompts), *DIGIT_WORDS, *map(str, range(10))})
-    pipeline = train_flow(assemble(vae, vocabulary), images, labels, groups)
+    pipeline = train_flow(build_pipeline(vae, vocabulary), images, labels, groups)
     for seed in (101, 102):
         shares = shown_correctly(pipeline, groups, seed)
         print(f"fresh noise {seed}: " + ", ".join(f"{name} {share:.3f}" for name, share in shares.items()))
-    save(pipeline, output)
+    save_flux(pipeline, output)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import pytest
 import torch
 from clips import digit_clips
 from guests import fake_distribution
+from written_words import written_words
 
 from branchtree.plugins import Condition, Media
 from branchtree.plugins.registry import registry
@@ -59,6 +60,10 @@ def seeking(*objects: tuple[str, int]) -> Condition:
     return Condition("a picture", metadata={"include": [*wanted, cup], "exclude": [{"class": "cat", "count": 2}]})
 
 
+def words(modality: str, samples: int) -> Media:
+    return Media(images=written_words(["TREE", "CAT", "STONE", "QUIZ", "TREES", "COT"][:samples]))
+
+
 DIGITS = prompted("a handwritten seven", "the digit 3", "a one", "a five")
 MOTIONS = ("motion_smoothness", "motion_direction", "motion_displacement")
 CASES: Mapping[str, RewardCase] = {
@@ -74,6 +79,15 @@ CASES: Mapping[str, RewardCase] = {
         [seeking(("cat", 1)), seeking(("dog", 2), ("cat", 1)), seeking(("bench", 1)), seeking(("bus", 3))],
         refused=[Condition("a cat"), Condition("two dogs", metadata={"include": [{"class": "dog", "count": 0}]})],
     ),
+    **{
+        f"ocr-{engine}": RewardCase(
+            {"reward": "ocr", "engine": engine},
+            prompted('"TREE"', 'a sign: "COAT"', '"TONE"', 'the word "IVY"'),
+            words,
+            refused=[Condition("a tree"), Condition('""')],
+        )
+        for engine in ("v6", "v4")
+    },
     "clip_similarity": small("clip_similarity", conditions=edits()),
     "motion_direction-subject": motion("motion_direction", "subject"),
 }
