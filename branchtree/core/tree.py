@@ -91,6 +91,10 @@ class Topology:
         """Spread one value per prompt over the edges of a step: (N_{step+1},)."""
         return torch.tensor(flags)[self.root[step + 1]]
 
+    def stochastic(self, step: int) -> Tensor:
+        """Return which nodes of depth ``step`` take a stochastic step, (N_step,) bool."""
+        return torch.tensor([plan.stochastic[step] for plan in self.plans])[self.root[step]]
+
     def active(self, step: int) -> Tensor:
         """Return the noise of each node's step over the kernel's own, (N_step,).
 

@@ -43,7 +43,7 @@ class PlannedNoise:
         change = (
             "no sampler.eta injects as much; make more steps stochastic (tree.sde), or choose another sampler.kind"
             if eta is None
-            else f"sampler.eta={eta:.3g} in place of {self.recipe.sampler.eta:g} injects as much"
+            else f"sampler.eta={eta:.3g} in place of {self.recipe.sampler.level:g} injects as much"
         )
         return (
             f"a prompt's leaves differ by a noise of {own:.3g} under '{name}', and of {wanted:.3g} under {others}; if "
@@ -52,9 +52,9 @@ class PlannedNoise:
 
     def _equal_eta(self, factor: float) -> float | None:
         """Return the ``sampler.eta`` at which the noise is ``factor`` times as large; None if there is none."""
-        size = self._scale(self.recipe.sampler.eta)
+        size = self._scale(self.recipe.sampler.level)
         wanted = factor * size if size else 0.0
-        low, high = self.recipe.sampler.eta, FARTHEST * self.recipe.sampler.eta
+        low, high = self.recipe.sampler.level, FARTHEST * self.recipe.sampler.level
         for _ in range(HALVINGS):
             middle = (low + high) / 2
             size = self._scale(middle)
