@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
 from branchtree.core.adaptive import AdaptiveSplits, plan_ahead
 from branchtree.core.cost import Cost, count
@@ -77,9 +78,27 @@ class RunPlan:
     memory: MemoryEstimate
     rewards: RewardSizes
     fits: tuple[Fit, ...]  # well-known GPUs, from the smallest
+    model: ModelAdapter = field(repr=False)  # not loaded
     budget: RowBudget | None = None  # of an iteration, where splits adapt
-    noise: LeafNoise | None = None  # mean over the whole run; None where it is not known
-    noise_warning: str | None = None  # that it is much less than without the recipe's methods
+    base: Recipe | None = field(default=None, repr=False)  # the recipe without its methods, where it has some
+
+    @cached_property
+    def _planned_noise(self) -> PlannedNoise | None:
+        # Only where it is asked for: a driven pipeline runs to tell its grid, which takes minutes for the largest.
+        return planned_noise(self.recipe, self.model)
+
+    @property
+    def noise(self) -> LeafNoise | None:
+        """The noise of a leaf, mean over the whole run; None where it is not known."""
+        return None if self._planned_noise is None else self._planned_noise.leaf
+
+    @property
+    def noise_warning(self) -> str | None:
+        """That this noise is much less than without the recipe's methods."""
+        before = None if self.base is None else planned_noise(self.base)
+        if self.base is None or before is None or self._planned_noise is None:
+            return None
+        return self._planned_noise.too_little(self.recipe.name, f"'{self.base.name}'", before.leaf.differing)
 
     @property
     def rollout_rows(self) -> int:
@@ -156,7 +175,6 @@ def plan_recipe(recipe: Recipe, base: Recipe | None = None) -> RunPlan:
     iteration = count(plans, rule, 0)
     rewards = reward_sizes(recipe)
     around = rewards.around()
-    noise = planned_noise(recipe, model)
     return RunPlan(
         recipe=recipe,
         tree=plans[0],
@@ -171,8 +189,8 @@ def plan_recipe(recipe: Recipe, base: Recipe | None = None) -> RunPlan:
         rewards=rewards,
         fits=find_fits(recipe, footprint, iteration, GPUS, around),
         budget=_budget(recipe, schedule),
-        noise=None if noise is None else noise.leaf,
-        noise_warning=_against_base(recipe, noise, base),
+        model=model,
+        base=base,
     )
 
 
@@ -182,13 +200,6 @@ def _budget(recipe: Recipe, schedule: Schedule) -> RowBudget | None:
         return None
     rows = [grow(plan_ahead(schedule, i, range(i * prompts, (i + 1) * prompts))).rollout_rows for i in range(FORESEEN)]
     return RowBudget(rule.budget(prompts), sum(rows) / len(rows), rule.most)
-
-
-def _against_base(recipe: Recipe, noise: PlannedNoise | None, base: Recipe | None) -> str | None:
-    before = None if base is None else planned_noise(base)
-    if base is None or before is None or noise is None:
-        return None
-    return noise.too_little(recipe.name, f"'{base.name}'", before.leaf.differing)
 
 
 def _first_prompts(recipe: Recipe, model: ModelAdapter) -> list[int]:
