@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,9 @@ PROMISED = ["aura_flow", "sdxl", "wan_experts", "z_image"]
 """Families of each kind: one call per noise level, a U-Net that predicts noise, two transformers, lists in place of
 batches. BRANCHTREE_ALL_FAMILIES=1 takes all; what each gives is held by test_every_pipeline.py."""
 FAMILIES = list(PIPELINES) if os.environ.get("BRANCHTREE_ALL_FAMILIES") else PROMISED
+ROUNDING = {name: {torch.float32: 1e-4, torch.bfloat16: 5e-2} for name in ("kandinsky5", "kandinsky5_video")}
+"""By family, how far a row may differ between batches where the bare transformer itself, given the same row alone and
+beside another, differs by 2e-5 of the largest number, which guidance multiplies."""
 MOCHI = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # its float32 regions
 SMALL = {"run.iterations": 2, "run.sample_prompts": 1, "tree.steps": 6, "tree.splits": [0, 2], "evaluation": None}
 
@@ -47,7 +51,8 @@ class TestPromises(ModelAdapterPromises):
     def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterCase]:
         family = PIPELINES[request.param]
         with small_constants(family):
-            yield case_of(family, options(request.param), tmp_path_factory.mktemp(request.param))
+            case = case_of(family, options(request.param), tmp_path_factory.mktemp(request.param))
+            yield replace(case, tolerance=ROUNDING.get(request.param, case.tolerance))
 
 
 @pytest.mark.parametrize("pipeline", ["GlmImagePipeline", "HiDreamImagePipeline"])

@@ -134,7 +134,7 @@ def test_every_recipe_is_listed() -> None:
 
 def test_every_hook_is_described() -> None:
     hooks = [name for name, _ in inspect.getmembers(hookspecs, inspect.isfunction) if name.startswith("register_")]
-    assert len(hooks) == 14
+    assert len(hooks) == 15
     assert [hook for hook in hooks if f"`{hook}(register)`" not in TEXT[ROOT / "docs" / "extending.md"]] == []
 
 

@@ -140,12 +140,14 @@ def test_the_plugins_of_the_page_are_found_and_trained_with(
     """Each block of docs/extending.md that is a module of its own; the others are files of the guest."""
     page = (Path(__file__).parents[1] / "docs" / "extending.md").read_text(encoding="utf-8")
     shown = re.sub(r"<!-- generated.*?<!-- end of", "", page, flags=re.DOTALL)
-    codes = re.findall(r"^```python\n(.*?)^```", shown, re.DOTALL | re.MULTILINE)
-    assert len(codes) == 2
-    points = {f"page_{number}": f"page_{number}" for number in range(2)}
+    blocks = re.findall(r"^```python\n(.*?)^```", shown, re.DOTALL | re.MULTILINE)
+    codes = [block for block in blocks if "@hookimpl" in block]
+    assert (len(blocks), len(codes)) == (4, 3)
+    points = {f"page_{number}": f"page_{number}" for number in range(len(codes))}
     plug(guest_site)
     plug(fake_distribution(tmp_path / "site", "page", points, dict(zip(points, codes, strict=True))))
-    changes = ("rewards.0.reward=brightness", "credit.estimator={name: powered, power: 2}", "run.iterations=1")
+    rules = ("credit.estimator={name: powered, power: 2}", "loss.forward={name: weighted, power: 2}")
+    changes = ("rewards.0.reward=brightness", *rules, "run.iterations=1")
     done = command("train", "guest", *changes, "--output", str(tmp_path / "run"), "--no-report")
     assert done.code == 0, done.err
     assert RunDirectory(tmp_path / "run").rows(METRICS)[0]["reward/brightness/mean"] > 0

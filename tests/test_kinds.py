@@ -226,7 +226,7 @@ def test_a_list_gives_prompts_and_metadata(installed: None, tmp_path: Path) -> N
     """Where the file has none, or in their place."""
     kind = registry().kind("text")
     digits = torch.tensor([[1, 2, 3, 10, 4, 5, 6, 11, 0, 5, 7, 9], [1, 2, 3, 10, 4, 5, 6, 11, 0, 5, 7, 8]])
-    sums = kind.unpack({"tokens": digits}, {})
+    sums = kind.unpack({"tokens": digits, "ages": torch.ones_like(digits)}, {})
     write_samples(tmp_path / "bare.safetensors", sums, [])
     write_samples(tmp_path / "kept.safetensors", sums, [Condition("1 + 1", metadata={"a": 1, "b": 1})] * 2)
     (tmp_path / "list.jsonl").write_text(
@@ -244,12 +244,13 @@ def test_a_list_gives_prompts_and_metadata(installed: None, tmp_path: Path) -> N
 
 
 def test_files_that_cannot_be_scored_say_why(installed: None, command: Callable[..., Outcome], tmp_path: Path) -> None:
-    sums = registry().kind("text").unpack({"tokens": torch.zeros(2, 12, dtype=torch.int64)}, {})
+    zeros = torch.zeros(2, 12, dtype=torch.int64)
+    sums = registry().kind("text").unpack({"tokens": zeros, "ages": zeros}, {})
     good = tmp_path / "sums.safetensors"
     write_samples(good, sums, [Condition("a")] * 2)
     save_file({"weight": torch.zeros(3)}, tmp_path / "weights.safetensors")
     save_file(
-        {"tokens": torch.zeros(2, 12)},
+        {"tokens": torch.zeros(2, 12), "ages": torch.zeros(2, 12)},
         tmp_path / "few.safetensors",
         {"modality": "text", "conditions": '[{"prompt": "a"}]'},
     )

@@ -84,7 +84,7 @@ def belongs(name: str) -> bool:
     plain = (each for each in takes.values() if each.kind is each.POSITIONAL_OR_KEYWORD)
     needs = {each.name for each in plain if each.default is each.empty} - {"self"}
     return (
-        package not in NAMED | {"deprecated"}
+        package not in NAMED | {"deprecated", "consisid"}  # the latter is there only where OpenCV is
         and not hasattr(kind, "_last_supported_version")
         and {"prompt", "height"} <= takes.keys()
         and needs <= {"prompt", "image"}

@@ -55,7 +55,8 @@ def write_samples(path: Path, samples: Samples, conditions: Sequence[Condition])
     nowhere = [replace(each, location="") for each in conditions]  # the file itself is where they are read from
     listed = to_jsonable_python(nowhere, fallback=str, bytes_mode="base64")
     metadata = {"modality": samples.modality, "fields": json.dumps(others), "conditions": json.dumps(listed)}
-    write_atomically(path, save({name: value.cpu().contiguous() for name, value in tensors.items()}, metadata))
+    # Copies, since safetensors refuses tensors that share their memory.
+    write_atomically(path, save({name: value.cpu().contiguous().clone() for name, value in tensors.items()}, metadata))
 
 
 def read_samples(path: Path) -> tuple[Samples, tuple[Condition, ...]]:
