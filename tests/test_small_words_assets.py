@@ -69,7 +69,7 @@ def test_some_letters_can_be_read_and_some_not(pipeline: FluxPipeline) -> None:
         reward = Ocr(OcrConfig(**settings))
         reward.load(torch.device("cpu"))
         scores = reward.score(Media(images=images), [Condition(prompt) for prompt in some])
-        assert 0.3 <= scores.values.mean() <= 0.75
+        assert 0.6 <= scores.values.mean() <= 0.85
         assert scores.details["exact"].mean() <= 0.5
 
 
