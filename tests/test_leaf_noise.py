@@ -232,3 +232,9 @@ def test_one_iteration_is_no_reason_and_neither_is_a_reward_that_is_only_observe
     assert [watch.warning(row) for row in [high, *[low] * 9, *[other] * 20, {}]] == [None] * 31
     said = [watch.warning(low) for _ in range(20)]
     assert said[1:] == [None] * 19 and "raise the noise of sampler.transition 'own'" in str(said[0])
+
+
+def test_a_list_of_noise_levels_is_named_whole() -> None:
+    watch = SpreadWatch(load_recipe("quickstart", {"tree.splits": [0, 3], "sampler.eta": [0.3, 0.25]}), ["trained"])
+    warnings = [watch.warning({"reward/trained/spread_ratio": 0.01}) for _ in range(WATCHED)]
+    assert "raise sampler.eta (it is 0.3, 0.25; " in str(warnings[-1])

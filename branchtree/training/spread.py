@@ -45,7 +45,9 @@ class SpreadWatch:
         sampler = self._recipe.sampler
         if sampler.transition is not None:
             return f"raise the noise of sampler.transition '{sampler.transition.name}', or choose a finer reward"
+        levels = (sampler.eta,) if isinstance(sampler.eta, float) else sampler.eta
+        level = ", ".join(f"{each:g}" for each in levels)
         return (
-            f"raise sampler.eta (it is {sampler.eta:g}; 'branchtree plan' states the noise of a leaf), make more steps "
+            f"raise sampler.eta (it is {level}; 'branchtree plan' states the noise of a leaf), make more steps "
             "stochastic (tree.sde), or choose a finer reward"
         )
