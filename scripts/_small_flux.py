@@ -1,4 +1,4 @@
-"""What the scripts that build small FLUX pipelines share: tokenizers, encoders, the loss, and the folder."""
+"""What the scripts that build small FLUX pipelines share: their parts, the loss, and the folder."""
 
 import json
 from collections.abc import Sequence
@@ -73,6 +73,39 @@ def build_text_encoders(
         eos_token_id=t5.eos_token_id,
     )
     return CLIPTextModel(clip_config), T5EncoderModel(t5_config)
+
+
+def build_vae(channels: Sequence[int], latent_channels: int, sample_size: int) -> AutoencoderKL:
+    """Return an untrained VAE with a level for each of `channels`, which halves the sides but for the first."""
+    levels = len(channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        block_out_channels=tuple(channels),
+        layers_per_block=1,
+        latent_channels=latent_channels,
+        norm_num_groups=8,
+        sample_size=sample_size,
+        mid_block_add_attention=False,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    )
+
+
+def build_transformer(latent_channels: int, text_width: int, single_layers: int) -> FluxTransformer2DModel:
+    """Return an untrained FLUX transformer of 96 channels, with one double block, for latents packed 2x2."""
+    return FluxTransformer2DModel(
+        patch_size=1,
+        in_channels=4 * latent_channels,
+        num_layers=1,
+        num_single_layers=single_layers,
+        attention_head_dim=24,
+        num_attention_heads=4,
+        joint_attention_dim=text_width,
+        pooled_projection_dim=text_width,
+        guidance_embeds=False,
+        axes_dims_rope=(4, 10, 10),
+    )
 
 
 def assemble(

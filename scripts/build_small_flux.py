@@ -19,6 +19,8 @@ from _small_flux import (
     assemble,
     build_clip_tokenizer,
     build_text_encoders,
+    build_transformer,
+    build_vae,
     flow_loss,
     pack_latents,
     sample,
@@ -27,7 +29,7 @@ from _small_flux import (
 )
 from _small_models import build_t5_tokenizer
 from branchtree_rewards.digits import DIGIT_WORDS, load_classifier, to_network_input
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -49,38 +51,6 @@ CHECK_EVERY = 25
 CHECKS_START = 150
 CHECK_REPEATS = 8
 STOP_AT = 0.66
-
-
-def build_vae() -> AutoencoderKL:
-    """Return an untrained VAE from 32x32 images to 8x8 latents."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        block_out_channels=(8, 16, 16),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        sample_size=IMAGE_SIZE,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def build_transformer() -> FluxTransformer2DModel:
-    """Return an untrained FLUX transformer of about half a million parameters."""
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4 * LATENT_CHANNELS,
-        num_layers=1,
-        num_single_layers=1,
-        attention_head_dim=24,
-        num_attention_heads=4,
-        joint_attention_dim=TEXT_WIDTH,
-        pooled_projection_dim=TEXT_WIDTH,
-        guidance_embeds=False,
-        axes_dims_rope=(4, 10, 10),
-    )
 
 
 def train_vae(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) -> None:
@@ -106,7 +76,12 @@ def train_vae(vae: AutoencoderKL, images: Tensor, generator: torch.Generator) ->
 def build_pipeline(vae: AutoencoderKL, vocabulary: Sequence[str]) -> FluxPipeline:
     """Return the pipeline around a trained VAE; its text encoders and transformer are untrained."""
     clip, t5 = build_clip_tokenizer(vocabulary, CLIP_TOKENS), build_t5_tokenizer(vocabulary, T5_TOKENS)
-    return assemble(vae, (clip, t5), build_text_encoders(clip, t5, TEXT_WIDTH), build_transformer())
+    return assemble(
+        vae,
+        (clip, t5),
+        build_text_encoders(clip, t5, TEXT_WIDTH),
+        build_transformer(LATENT_CHANNELS, TEXT_WIDTH, single_layers=1),
+    )
 
 
 def draw_prompts(labels: Tensor, groups: Sequence[Sequence[str]], generator: torch.Generator) -> list[str]:
@@ -180,7 +155,7 @@ def main() -> None:
     groups = prompts_by_digit(prompts)
     images, labels = digit_images()
     images = images.repeat(1, 3, 1, 1) * 2 - 1
-    vae = build_vae()
+    vae = build_vae((8, 16, 16), LATENT_CHANNELS, IMAGE_SIZE)
     train_vae(vae, images, torch.Generator().manual_seed(SEED))
     vocabulary = sorted({*words(prompts), *DIGIT_WORDS, *map(str, range(10))})
     pipeline = train_flow(build_pipeline(vae, vocabulary), images, labels, groups)

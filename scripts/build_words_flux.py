@@ -21,6 +21,8 @@ from _small_flux import (
     assemble,
     build_clip_tokenizer,
     build_text_encoders,
+    build_transformer,
+    build_vae,
     flow_loss,
     pack_latents,
     sample,
@@ -30,7 +32,7 @@ from _small_flux import (
 from _small_models import build_t5_tokenizer
 from _words import HEIGHT, PROMPT, SPACED, VARIED, WIDTH, draw_words, random_words, read_words
 from branchtree_rewards.ocr.reward import Ocr, OcrConfig
-from diffusers import AutoencoderKL, FluxPipeline, FluxTransformer2DModel
+from diffusers import AutoencoderKL, FluxPipeline
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -56,38 +58,6 @@ WARM_UP = 100
 EMA_DECAY = 0.995
 CHECK_EVERY = 250
 STOP_AT = 0.75
-
-
-def build_vae() -> AutoencoderKL:
-    """Return an untrained VAE with FLUX's own geometry: 8 pixels a side and 16 channels to each latent."""
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(8, 16, 32, 32),
-        layers_per_block=1,
-        latent_channels=LATENT_CHANNELS,
-        norm_num_groups=8,
-        sample_size=HEIGHT,
-        mid_block_add_attention=False,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
-def build_transformer() -> FluxTransformer2DModel:
-    """Return an untrained FLUX transformer of about 0.7 million parameters."""
-    return FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=4 * LATENT_CHANNELS,
-        num_layers=1,
-        num_single_layers=2,
-        attention_head_dim=24,
-        num_attention_heads=4,
-        joint_attention_dim=TEXT_WIDTH,
-        pooled_projection_dim=TEXT_WIDTH,
-        guidance_embeds=False,
-        axes_dims_rope=(4, 10, 10),
-    )
 
 
 def as_network_input(pictures: Tensor) -> Tensor:
@@ -130,7 +100,12 @@ def build_pipeline(vae: AutoencoderKL) -> FluxPipeline:
     clip = build_clip_tokenizer([word.lower() for word in wording], CLIP_TOKENS)
     first, last = [f'"{letter}' for letter in ascii_uppercase], [f'{letter}"' for letter in ascii_uppercase]
     t5 = build_t5_tokenizer([*wording, *first], T5_TOKENS, pieces=[*ascii_uppercase, *last])
-    return assemble(vae, (clip, t5), build_text_encoders(clip, t5, TEXT_WIDTH, t5_layers=2), build_transformer())
+    return assemble(
+        vae,
+        (clip, t5),
+        build_text_encoders(clip, t5, TEXT_WIDTH, t5_layers=2),
+        build_transformer(LATENT_CHANNELS, TEXT_WIDTH, single_layers=2),
+    )
 
 
 def encode_all(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
@@ -194,7 +169,7 @@ class Flow:
 def prepare_vae(folder: Path, pictures: Tensor) -> AutoencoderKL:
     """Return the VAE in a folder; train it first, if there is none."""
     if not folder.is_dir():
-        vae = build_vae()
+        vae = build_vae((8, 16, 32, 32), LATENT_CHANNELS, HEIGHT)
         train_vae(vae, pictures, torch.Generator().manual_seed(SEED))
         vae.save_pretrained(folder)
     return AutoencoderKL.from_pretrained(folder).requires_grad_(False).eval()

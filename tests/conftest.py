@@ -62,6 +62,15 @@ def guest_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def examples_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The packages of examples/, installed as strangers' packages."""
+    target = tmp_path_factory.mktemp("examples_site")
+    for name in ("tokens", "actions"):
+        install_guest(target, Path(__file__).parents[1] / "examples" / name)
+    return target
+
+
+@pytest.fixture(scope="session")
 def guest_run(guest_site: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Outcome, Path]:
     """One training run of the recipe ``guest`` by the command line, and its directory."""
     output = tmp_path_factory.mktemp("runs") / "guest"

@@ -32,7 +32,7 @@ from branchtree.core.tree import BranchTree, Topology, grow, grow_shares
 from branchtree.recipe.build import make_forward_loss
 from branchtree.training.forward import ForwardObjective
 from branchtree.training.limits import RowLimit
-from branchtree.training.objective import Earlier, Policies, UpdateRecord
+from branchtree.training.objective import Earlier, OptimiserStep, Policies, UpdateRecord
 from branchtree.training.update import Gradient, partition
 
 CPU = torch.device("cpu")
@@ -146,7 +146,8 @@ def differentiated(
     """Leave the gradient of the sum of all terms in the model."""
     model.zero_grad()
     limit, engine = RowLimit("batch.update_rows", rows), Engine(model)
-    gradient = Gradient(made, engine, limit, 1, tree, Policies(model, None), earlier, first=earlier is None)  # type: ignore[arg-type]
+    step = OptimiserStep(tree, Policies(model, None), first=earlier is None)
+    gradient = Gradient(made, engine, limit, 1, step, earlier)  # type: ignore[arg-type]
     gradient.add(work)
     return gradient.finish(0)
 
@@ -245,7 +246,8 @@ def test_averaged_weights_are_what_is_compared_with() -> None:
     made = objective(loss, tree.sigmas)
     work = made.work(credit, topology, [4], 7)
     limit: Any = RowLimit("batch.update_rows", 4)
-    gradient = Gradient(made, Engine(model), limit, 1, tree, Policies(model, None, average), None, first=True)  # type: ignore[arg-type]
+    step = OptimiserStep(tree, Policies(model, None, average))
+    gradient = Gradient(made, Engine(model), limit, 1, step)  # type: ignore[arg-type]
     gradient.add(work)
     seen = gradient.finish(0)
     found = model.gradient()

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from guests import Outcome, fake_distribution, install_guest
+from guests import Outcome, fake_distribution
 from reward_servers import TOKEN, VARIABLE, Process
 from safetensors.torch import load_file, save_file
 from test_samples import STRANGER
@@ -30,28 +30,18 @@ from branchtree.plugins.saved import make_samples, read_samples, write_samples
 from branchtree.recipe.build import make_reward
 from branchtree.serving.wire import decode_request, encode_request
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 SHORT = {"batch.prompts": 2, "run.iterations": 1, "run.sample_prompts": 3, "run.tree_every": None, "optim.warmup": 0}
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Both examples, installed."""
-    target = tmp_path_factory.mktemp("site")
-    for name in ("tokens", "actions"):
-        install_guest(target, EXAMPLES / name)
-    return target
-
-
 @pytest.fixture
-def installed(site: Path, plug: Callable[[Path], None]) -> None:
-    plug(site)
+def installed(examples_site: Path, plug: Callable[[Path], None]) -> None:
+    plug(examples_site)
 
 
 @pytest.fixture(scope="module")
-def servers(site: Path) -> Iterator[dict[str, Process]]:
+def servers(examples_site: Path) -> Iterator[dict[str, Process]]:
     """``branchtree serve-reward`` for a reward of each example."""
-    with Process("addition", site=site) as addition, Process("reach", site=site) as reach:
+    with Process("addition", site=examples_site) as addition, Process("reach", site=examples_site) as reach:
         for process in (addition, reach):
             process.await_ready()
         yield {"addition": addition, "reach": reach}

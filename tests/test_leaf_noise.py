@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from guests import Outcome, install_guest
+from guests import Outcome
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from training_runs import metrics
@@ -26,22 +26,15 @@ from branchtree.recipe.build import make_schedule
 from branchtree.training.metrics import spread_ratio
 from branchtree.training.spread import LEAST_SPREAD, WATCHED, SpreadWatch
 
-EXAMPLES = Path(__file__).parents[1] / "examples"
 QUICK = ["batch.prompts=4", "evaluation=null", "run.sample_every=null", "run.tree_every=null"]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("site")
-    for name in ("tokens", "actions"):
-        install_guest(target, EXAMPLES / name)
-    return target
-
-
 @pytest.fixture
-def run(site: Path, plug: Callable[[Path], None], command: Callable[..., Outcome]) -> Callable[..., tuple[str, str]]:
+def run(
+    examples_site: Path, plug: Callable[[Path], None], command: Callable[..., Outcome]
+) -> Callable[..., tuple[str, str]]:
     """Run a command that succeeds; what it prints and what it logs, each on one line."""
-    plug(site)
+    plug(examples_site)
 
     def result(*words: str) -> tuple[str, str]:
         outcome = command(*words)

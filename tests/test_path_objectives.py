@@ -35,7 +35,7 @@ from branchtree.core.tree import BranchTree, grow
 from branchtree.core.weighting import gradient_weights
 from branchtree.recipe.build import make_edge_rules
 from branchtree.recipe.schema import LossSection, Recipe
-from branchtree.training.objective import Policies, UpdateRecord
+from branchtree.training.objective import OptimiserStep, Policies, UpdateRecord
 from branchtree.training.path import PathObjective
 
 SHAPE = (2, 3)
@@ -123,7 +123,7 @@ def library(case: Grown, rules: PathObjective, families: Families, first: bool =
     record = UpdateRecord()
     policy = (case.old if first else case.new).fresh(torch.float32)
     earlier = None if first else rules.earlier(case.tree, families, Policies(case.old, None))
-    losses = rules.losses(case.tree, families, Policies(policy, None), earlier, record, first)
+    losses = rules.losses(OptimiserStep(case.tree, Policies(policy, None), first), families, earlier, record)
     losses.sum().backward()
     record.grad_norms = policy.gradient.tolist()
     return losses.detach().double(), record

@@ -107,7 +107,7 @@ def assign_credit(
     or normalisation. A reward of weight 0 is left out altogether.
     """
     scores = {name: score for name, score in scores.items() if weights[name] != 0}
-    valid = torch.stack([score.valid.cpu() & score.values.cpu().isfinite() for score in scores.values()]).all(dim=0)
+    valid = torch.stack([score.usable for score in scores.values()]).all(dim=0)
     nothing = torch.zeros((), dtype=torch.float64)
     rewards = {name: torch.where(valid, score.values.cpu().double(), nothing) for name, score in scores.items()}
     sizes = {name: _size(topology, reward, valid) for name, reward in rewards.items()}

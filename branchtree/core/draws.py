@@ -139,17 +139,17 @@ class DrawRule:
         """
         addresses = torch.stack([rows.prompt_id, rows.draw, rows.source], dim=1)
         unique, index = torch.unique(addresses, dim=0, return_inverse=True)
-        places, noise = torch.empty(len(unique), dtype=torch.float64), torch.empty(len(unique), *shape)
+        uniform, noise = torch.empty(len(unique), dtype=torch.float64), torch.empty(len(unique), *shape)
         source = NoiseSource(self.seed, rows.iteration)
         for i, (prompt, draw, node) in enumerate(unique.tolist()):
             address = generator(self.seed, rows.iteration, prompt, draw, node, Purpose.TIME)
-            places[i] = torch.rand((), generator=address, dtype=torch.float64)
+            uniform[i] = torch.rand((), generator=address, dtype=torch.float64)
             noise[i] = source.normal(Purpose.FORWARD, prompt, draw, [node], shape)[0]
-        return self._levels(places, unique[:, 1], sigmas)[index], noise[index]
+        return self._levels(uniform, unique[:, 1], sigmas)[index], noise[index]
 
-    def _levels(self, place: Tensor, draw: Tensor, sigmas: Tensor) -> Tensor:
-        """Return noise levels for ``place`` in [0, 1) of draws (U,)."""
-        stratum = place if self.times == "uniform" else (draw + place) / self.count
+    def _levels(self, uniform: Tensor, draw: Tensor, sigmas: Tensor) -> Tensor:
+        """Return noise levels for uniform numbers in [0, 1) and the draws (U,) that they belong to."""
+        stratum = uniform if self.times == "uniform" else (draw + uniform) / self.count
         if self.times == "grid":
             return sigmas[(stratum * (len(sigmas) - 1)).long()]
         if self.times == "logit_normal":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -49,7 +50,7 @@ class Probes:
     def __len__(self) -> int:
         return len(self.root)
 
-    @property
+    @cached_property
     def paths(self) -> Topology:
         """The topology of their trajectories, each one a tree without a split that begins at the node's depth."""
         plans = self.topology.plans
@@ -70,8 +71,9 @@ class Probes:
 
         nothing_drawn = NoiseSource(0, 0)
         store = tree.leaves.device
-        initial, paths = torch.cat(states), self.paths
-        return rollout(own_prompts, sampler, paths, initial, nothing_drawn, range(len(self)), max_rows, store).leaves
+        return rollout(
+            own_prompts, sampler, self.paths, torch.cat(states), nothing_drawn, range(len(self)), max_rows, store
+        ).leaves
 
     def by_node(self, values: Tensor, valid: Tensor) -> ProbeScores:
         """Return what was found for the probes, (N,) float32 and (N,) bool, by the nodes that they are of."""

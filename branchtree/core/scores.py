@@ -23,6 +23,11 @@ class Scores:
     def __len__(self) -> int:
         return self.values.numel()
 
+    @property
+    def usable(self) -> Tensor:
+        """Which samples have a finite number to train on, (B,) bool on the CPU."""
+        return self.valid.cpu() & self.values.cpu().isfinite()
+
     def rows(self, index: Tensor) -> Scores:
         """Return the scores of some samples, ``index`` (B',) int64, in its order and without repetition."""
         return Scores(

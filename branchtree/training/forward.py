@@ -24,7 +24,7 @@ from branchtree.core.transfer import fetch_rows, send
 from branchtree.core.tree import BranchTree, Topology
 from branchtree.recipe.schema import LossSection
 from branchtree.training.limits import RowLimit
-from branchtree.training.objective import Earlier, Policies, UpdateRecord, empty_loss
+from branchtree.training.objective import Earlier, OptimiserStep, Policies, UpdateRecord, empty_loss
 
 
 @dataclass(frozen=True)
@@ -48,51 +48,36 @@ class ForwardObjective:
         return self.draws.rows(credit, topology, ids, iteration, self.rule.centred)
 
     def prepare(
-        self,
-        tree: BranchTree,
-        work: LeafRows,
-        policies: Policies,
-        earlier: Earlier | None,
-        record: UpdateRecord,
-        first: bool,
-        limit: RowLimit,
+        self, step: OptimiserStep, work: LeafRows, earlier: Earlier | None, record: UpdateRecord, limit: RowLimit
     ) -> LeafRows:
         """Return the rows with their groups' means, where the rule compares with them and they are not 0."""
-        if not self.rule.centred or (first and self.looks_back) or not len(work):
+        if not self.rule.centred or (step.first and self.looks_back) or not len(work):
             return work
 
         @torch.no_grad()
         def measure(rows: slice) -> Tensor:
             some = work.select(torch.arange(rows.start, rows.stop))
             known = None if earlier is None else earlier.of(rows, rows)
-            return self.rule.value(self._batch(tree, some, policies, known, record, first)).cpu()
+            return self.rule.value(self._batch(step, some, known, record)).cpu()
 
         record.rescored_rows += len(work)
         return work.with_group_value(torch.cat([value for _, value in limit.each(len(work), measure)]))
 
-    def losses(
-        self,
-        tree: BranchTree,
-        work: LeafRows,
-        policies: Policies,
-        earlier: Earlier | None,
-        record: UpdateRecord,
-        first: bool,
-    ) -> Tensor:
+    def losses(self, step: OptimiserStep, work: LeafRows, earlier: Earlier | None, record: UpdateRecord) -> Tensor:
         """See Objective."""
-        batch = self._batch(tree, work, policies, earlier, record, first)
+        batch = self._batch(step, work, earlier, record)
         terms = self.rule(batch)
         losses = terms.loss
         record.rows += len(work)
         record.loss.append(losses.detach())
         record.depth.append(work.depth)
         record.error.append(mean_square(batch.prediction.detach() - batch.noised.target))
-        _record_terms(record, terms, first)
+        _record_terms(record, terms, step.first)
         if self.loss.kl_old:
             losses = losses + self.loss.kl_old * mean_square(batch.prediction - batch.old)
-        if policies.reference is not None:
+        if step.policies.reference is not None:
             with torch.no_grad():
-                start = self._predict(policies.reference, work, batch.noised)
+                start = self._predict(step.policies.reference, work, batch.noised)
             divergence = mean_square(batch.prediction - start)
             record.reference_rows += len(work)
             record.kl.append(divergence.detach())
@@ -110,21 +95,15 @@ class ForwardObjective:
         return empty_loss(tree, policies, self.device)
 
     def _batch(
-        self,
-        tree: BranchTree,
-        work: LeafRows,
-        policies: Policies,
-        earlier: Earlier | None,
-        record: UpdateRecord,
-        first: bool,
+        self, step: OptimiserStep, work: LeafRows, earlier: Earlier | None, record: UpdateRecord
     ) -> ForwardBatch:
-        noised = self._noised(tree, work)
-        prediction = self._predict(policies.trained, work, noised)
-        if policies.old is not None:
+        noised = self._noised(step.tree, work)
+        prediction = self._predict(step.policies.trained, work, noised)
+        if step.policies.old is not None:
             record.rescored_rows += len(work)
             with torch.no_grad():
-                old = self._predict(policies.old, work, noised)
-        elif first:
+                old = self._predict(step.policies.old, work, noised)
+        elif step.first:
             old = prediction.detach()  # the weights are still those of the rollout
         elif earlier is not None and earlier.rows is not None:
             old = send(earlier.rows, prediction.device)

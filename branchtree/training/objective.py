@@ -68,6 +68,15 @@ class Policies:
     old: VelocityFunction | None = None  # the averaged policy, where a forward objective compares with it
 
 
+@dataclass(frozen=True)
+class OptimiserStep:
+    """What all terms of an optimiser step's loss have in common."""
+
+    tree: BranchTree
+    policies: Policies
+    first: bool = True  # of its iteration: the trained policy is still that of the rollout
+
+
 class Work(Protocol):
     """Rows of the denoiser and the terms of the loss that follow from each: terms are ordered by row."""
 
@@ -124,33 +133,15 @@ class Objective(Protocol[AnyWork]):
         """Return what is differentiated of some prompts' trees; ``ids`` (P,) are their addresses for noise."""
 
     def prepare(
-        self,
-        tree: BranchTree,
-        work: AnyWork,
-        policies: Policies,
-        earlier: Earlier | None,
-        record: UpdateRecord,
-        first: bool,
-        limit: RowLimit,
+        self, step: OptimiserStep, work: AnyWork, earlier: Earlier | None, record: UpdateRecord, limit: RowLimit
     ) -> AnyWork:
         """Return a step's work with what its terms need to know of each other, before it is cut into batches.
 
         A process makes forwards of its own here: none where they are calls that all processes make together.
         """
 
-    def losses(
-        self,
-        tree: BranchTree,
-        work: AnyWork,
-        policies: Policies,
-        earlier: Earlier | None,
-        record: UpdateRecord,
-        first: bool,
-    ) -> Tensor:
-        """Return the loss of each term, (E,), and write what is seen into ``record``.
-
-        ``first`` says that the trained policy is still that of the rollout.
-        """
+    def losses(self, step: OptimiserStep, work: AnyWork, earlier: Earlier | None, record: UpdateRecord) -> Tensor:
+        """Return the loss of each term, (E,), and write what is seen into ``record``."""
 
     def earlier(self, tree: BranchTree, work: AnyWork, policies: Policies) -> Earlier:
         """Return what the trained policy predicts as it is, without gradients."""

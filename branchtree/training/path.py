@@ -17,7 +17,7 @@ from branchtree.core.transitions import Transition
 from branchtree.core.tree import BranchTree, Topology
 from branchtree.recipe.schema import LossSection
 from branchtree.training.limits import RowLimit
-from branchtree.training.objective import Earlier, Policies, UpdateRecord, empty_loss
+from branchtree.training.objective import Earlier, OptimiserStep, Policies, UpdateRecord, empty_loss
 
 
 @dataclass(frozen=True)
@@ -39,35 +39,20 @@ class PathObjective:
         return credit.families(topology)
 
     def prepare(
-        self,
-        tree: BranchTree,
-        work: Families,
-        policies: Policies,
-        earlier: Earlier | None,
-        record: UpdateRecord,
-        first: bool,
-        limit: RowLimit,
+        self, step: OptimiserStep, work: Families, earlier: Earlier | None, record: UpdateRecord, limit: RowLimit
     ) -> Families:
         """Return the work as it is: an edge's loss depends on no other edge."""
         return work
 
-    def losses(
-        self,
-        tree: BranchTree,
-        work: Families,
-        policies: Policies,
-        earlier: Earlier | None,
-        record: UpdateRecord,
-        first: bool,
-    ) -> Tensor:
+    def losses(self, step: OptimiserStep, work: Families, earlier: Earlier | None, record: UpdateRecord) -> Tensor:
         """See Objective."""
-        batch = gather(tree, work, self.device)
-        prediction = self._predict(policies.trained, batch)
+        batch = gather(step.tree, work, self.device)
+        prediction = self._predict(step.policies.trained, batch)
         transition = self._transition(batch, prediction)
-        edges = self._edges(batch, transition, prediction.detach(), earlier, first)
+        edges = self._edges(batch, transition, prediction.detach(), earlier, step.first)
         ratio = self.rules.ratio(edges)
         losses = self.rules.loss(ratio, edges)
-        if first:
+        if step.first:
             record.mismatch.append((edges.old_log_prob - batch.log_prob).abs())
         record.clipped.append(silenced(losses, ratio, batch.advantage))
         losses = self._weighted(losses, batch)
@@ -76,10 +61,10 @@ class PathObjective:
         record.depth.append(work.edge_depth)
         deviation = (ratio.detach() - 1).abs()
         record.deviation.append(deviation)
-        if first:
+        if step.first:
             record.first_deviation.append(deviation)
-        if policies.reference is not None:
-            divergence = self._divergence(policies.reference, batch, transition)
+        if step.policies.reference is not None:
+            divergence = self._divergence(step.policies.reference, batch, transition)
             record.reference_rows += len(work)
             record.kl.append(divergence.detach())
             losses = losses + self.loss.kl * divergence

@@ -53,10 +53,7 @@ def score_probes(
         with session.scorer(background=False, rewards=rewards) as scorer:
             scorer.put(latents, [conditions[root] for root in roots], roots, encoded=policy.encoded(roots))
             found = scorer.finish()
-    scores = {
-        label: probes.by_node(each.values.cpu(), each.valid.cpu() & each.values.cpu().isfinite())
-        for label, each in found.items()
-    }
+    scores = {label: probes.by_node(each.values.cpu(), each.usable) for label, each in found.items()}
     return ProbeRecord(scores, len(probes), probes.paths.rollout_rows)
 
 

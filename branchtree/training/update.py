@@ -21,7 +21,7 @@ from branchtree.errors import BranchTreeError, DeviceMemoryError
 from branchtree.recipe.schema import OptimSection
 from branchtree.training.engine import Engine, WeightAverage
 from branchtree.training.limits import RowLimit, first_line, ran_out_of_memory
-from branchtree.training.objective import AnyWork, Earlier, Objective, Policies, UpdateRecord, Work
+from branchtree.training.objective import AnyWork, Earlier, Objective, OptimiserStep, Policies, UpdateRecord, Work
 from branchtree.training.processes import Processes
 
 
@@ -38,16 +38,12 @@ class Gradient:
         engine: Engine,
         limit: RowLimit,
         processes: int,
-        tree: BranchTree,
-        policies: Policies,
+        step: OptimiserStep,
         earlier: Earlier | None = None,
-        first: bool = True,
     ) -> None:
-        """``earlier`` was predicted before the iteration's first step, where that is needed; ``first`` says that no
-        step of the iteration has been taken: the weights are those of the rollout.
-        """
+        """``earlier`` was predicted before the iteration's first step, where that is needed."""
         self._objective, self._engine, self._limit, self._processes = objective, engine, limit, processes
-        self._tree, self._policies, self._earlier, self._first = tree, policies, earlier, first
+        self._step, self._earlier = step, earlier
         self._given: list[Work] = []
         self._waiting: list[Work] = []
         self._rows, self._terms = 0, 0  # differentiated
@@ -56,9 +52,7 @@ class Gradient:
 
     def add(self, work: Work) -> None:
         """Differentiate more terms of the loss. Raises DeviceMemoryError where a row does not fit."""
-        work = self._objective.prepare(
-            self._tree, work, self._policies, self._earlier, self._prepared, self._first, self._limit
-        )
+        work = self._objective.prepare(self._step, work, self._earlier, self._prepared, self._limit)
         self._given.append(work)
         self._accumulate(self._batches([work]), ending=False, extra=0)
 
@@ -117,11 +111,12 @@ class Gradient:
     def _loss(self, work: Work | None) -> Tensor:
         """Return the sum of a batch's losses; without work, 0 from a forward that other processes need."""
         if work is None:
-            reference = self._policies.reference if self._engine.joint else None
-            return self._objective.without_terms(self._tree, Policies(self._policies.trained, reference))
+            policies = self._step.policies
+            reference = policies.reference if self._engine.joint else None
+            return self._objective.without_terms(self._step.tree, Policies(policies.trained, reference))
         rows, terms = slice(self._rows, self._rows + len(work)), slice(self._terms, self._terms + work.edges)
         earlier = None if self._earlier is None else self._earlier.of(rows, terms)
-        losses = self._objective.losses(self._tree, work, self._policies, earlier, self.seen, self._first)
+        losses = self._objective.losses(self._step, work, earlier, self.seen)
         self._rows, self._terms = rows.stop, terms.stop
         return losses.sum()
 
@@ -191,8 +186,8 @@ class Updater:
         self, tree: BranchTree, policies: Policies, earlier: Earlier | None = None, first: bool = True
     ) -> Gradient:
         """Return the gradient of a step, to which work can be added; see ``Gradient``."""
-        processes = self.accelerator.num_processes
-        return Gradient(self.objective, self.engine, self.limit, processes, tree, policies, earlier, first)
+        step = OptimiserStep(tree, policies, first)
+        return Gradient(self.objective, self.engine, self.limit, self.accelerator.num_processes, step, earlier)
 
     def run(
         self,
