@@ -82,7 +82,7 @@ def test_the_quickstart_is_that_of_the_hand_written_adapter(tmp_path: Path) -> N
 
 def test_the_video_quickstart_is_that_of_the_hand_written_adapter(tmp_path: Path) -> None:
     """Guidance included: the pipeline's call sends its two rows through the model one after the other."""
-    changes = {"batch.prompts": 1, "model.guidance": 4.0, "optim.warmup": 0}
+    changes = {"batch.prompts": 1, "model.guidance": 4.0, "optim.warmup": 0, "tree.steps": 4, "run.iterations": 1}
     recipe = load_recipe("wan_quickstart", {**SMALL, **changes})
     first, second = both_metrics(recipe, {"guidance_scale": 4.0, "max_sequence_length": 12}, tmp_path)
     for own, driven in zip(first.splitlines(), second.splitlines(), strict=True):

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pydantic
@@ -85,6 +86,8 @@ UNLOADED: dict[str, PipelineDriver] = {}
 """Drivers of the last few pipelines without weights, by what they were made of."""
 KEPT = 2
 """Of those; learning one takes seconds for a large model."""
+MEASURED: WeakKeyDictionary[PipelineDriver, Footprint] = WeakKeyDictionary()
+"""Sizes measured on them, which takes seconds too."""
 
 
 class DiffusersConfig(PipelineConfig):
@@ -226,8 +229,11 @@ class Diffusers(PipelineAdapter):
 
     def footprint(self) -> Footprint:
         """Return the model's sizes, measured on a pipeline without weights. Raises ModelError if there can be none."""
-        found = measure(self._unloaded, self._examples[0], torch.bfloat16, self.blueprint.origin)
-        self._unloaded.find_unused()
+        if self._unloaded not in MEASURED:
+            made = measure(self._unloaded, self._examples[0], torch.bfloat16, self.blueprint.origin)
+            MEASURED[self._unloaded] = made
+            self._unloaded.find_unused()
+        found = MEASURED[self._unloaded]
         each_rank = sum(
             lora_parameters_per_rank(module, self._with_effect(name, module, self._lora_targets(module)))
             for name, module in self._unloaded.denoisers.items()
