@@ -6,7 +6,7 @@ from collections.abc import Collection
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
-from branchtree_adapters.small.pipelines import PIPELINES
+from branchtree_adapters.small.pipelines import PIPELINES, Small
 from diffusers import DiffusionPipeline, WanImageToVideoPipeline
 from small_pipelines import small_constants
 from training_runs import metrics
@@ -40,11 +40,14 @@ ON_GPU = [
 """Those that test_gpu_runs.py trains on the pretended GPU; all others are trained on a CPU."""
 
 
+def small_family(name: str) -> Small:
+    """The small pipeline that a recipe's small version drives."""
+    return PIPELINES[str(load_recipe(name, smoke=True).model.options["path"]).removeprefix("small:")]
+
+
 def constants_of(name: str) -> AbstractContextManager[None]:
     """A context in which the small pipeline that a recipe drives makes small images."""
-    if name not in DRIVEN:
-        return nullcontext()
-    return small_constants(PIPELINES[str(load_recipe(name, smoke=True).model.options["path"]).removeprefix("small:")])
+    return small_constants(small_family(name)) if name in DRIVEN else nullcontext()
 
 
 def require_shipped(name: str, run: Path, before: Collection[str] | None) -> None:

@@ -34,9 +34,9 @@ from branchtree.testing import AdapterCase, ModelAdapterPromises
 from branchtree.testing.probe import CPU
 
 PROMPTS = ["a red three", "seven blue", "a digit"]
-PROMISED = ["aura_flow", "sdxl", "wan_experts", "z_image"]
-"""Families of each kind: one call per noise level, a U-Net that predicts noise, two transformers, lists in place of
-batches. BRANCHTREE_ALL_FAMILIES=1 takes all; what each gives is held by test_every_pipeline.py."""
+PROMISED = ["sdxl", "wan_experts", "z_image"]
+"""Families of each kind: a U-Net that predicts noise, two transformers, lists in place of batches.
+BRANCHTREE_ALL_FAMILIES=1 takes all; what each gives is held by test_any_pipeline.py and test_every_pipeline.py."""
 FAMILIES = list(PIPELINES) if os.environ.get("BRANCHTREE_ALL_FAMILIES") else PROMISED
 ROUNDING = {name: {torch.float32: 1e-4, torch.bfloat16: 5e-2} for name in ("kandinsky5", "kandinsky5_video")}
 """By family, how far a row may differ between batches where the bare transformer itself, given the same row alone and

@@ -22,8 +22,8 @@ from torch import Tensor, nn
 
 CPU = torch.device("cpu")
 OF_EACH_CLASS = {family.pipeline: name for name, family in reversed(PIPELINES.items())}
-FAMILIES = list(PIPELINES) if os.environ.get("BRANCHTREE_ALL_FAMILIES") else sorted(OF_EACH_CLASS.values())
-"""The first small pipeline of each class, or with BRANCHTREE_ALL_FAMILIES=1 all."""
+FAMILIES = sorted(PIPELINES if "BRANCHTREE_ALL_FAMILIES" in os.environ else {*OF_EACH_CLASS.values(), "wan_experts"})
+"""The first small pipeline of each class and one of two denoisers, or with BRANCHTREE_ALL_FAMILIES=1 all."""
 UNMASKED = 0.06
 """Chroma's blocks get no mask under gradient checkpointing, whose blocks are what is measured."""
 

@@ -489,6 +489,7 @@ def test_a_recipe_trains_its_small_version(name: str, tmp_path: Path) -> None:
         result = train(name, {"run.iterations": 1, **changes}, smoke=True, output=tmp_path / "run")
     assert result.finished and result.iterations == 1
     (row,) = metrics(tmp_path / "run")
+    assert row["ratio/first_step_max_deviation"] == 0 < row["grad_norm"]
     assert all(f"reward/{reward.reward}/mean" in row for reward in load_recipe(name).rewards)
 
 

@@ -83,7 +83,7 @@ ATTENTION = (
 """Endings of the names of attention's projections in diffusers' transformers."""
 
 UNLOADED: dict[str, PipelineDriver] = {}
-"""Drivers of the last few pipelines without weights, by what they were made of."""
+"""Drivers of the pipelines without weights that were used last, by what they were made of."""
 KEPT = 2
 """Of those; learning one takes seconds for a large model."""
 MEASURED: WeakKeyDictionary[PipelineDriver, Footprint] = WeakKeyDictionary()
@@ -253,13 +253,14 @@ class Diffusers(PipelineAdapter):
         files = sorted(self._source.folder.glob("*/*")) if self._source.folder else []
         states = [(str(file), file.stat().st_mtime_ns) for file in files]
         key = repr((self._source, self.config, self.blueprint.configs, states))
-        if key not in UNLOADED:
+        if (found := UNLOADED.pop(key, None)) is None:
             with described():
                 pipeline = unloaded_pipeline(self._class, self.blueprint, self._source.folder)
-                UNLOADED[key] = self._driven(pipeline, torch.device("cpu"))
-            for old in list(UNLOADED)[:-KEPT]:
-                del UNLOADED[old]
-        return UNLOADED[key]
+                found = self._driven(pipeline, torch.device("cpu"))
+        UNLOADED[key] = found  # as the last one used
+        for old in list(UNLOADED)[:-KEPT]:
+            del UNLOADED[old]
+        return found
 
     def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
         """Load the pipeline, and learn its layout, for which encoders work once; see PipelineAdapter."""
