@@ -7,7 +7,7 @@ with weights; or their raw values are added first and treated as one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,8 +16,10 @@ from torch import Tensor
 from branchtree.core.advantages import Advantages, Estimator, depth_advantages
 from branchtree.core.families import Families, collect_families, trained_edges
 from branchtree.core.fusion import TIE, NodeValues, PathScale, fuse
+from branchtree.core.gate import Gate
+from branchtree.core.gathering import looked_up
 from branchtree.core.probes import ProbeScores, Returns, probe_advantages, weighted_sum
-from branchtree.core.pruning import EdgeMask, Prune, all_of, trainable_edges, trainable_leaves, without_ties
+from branchtree.core.pruning import EdgeMask, Prune, all_of, any_of, trainable_edges, trainable_leaves, without_ties
 from branchtree.core.scores import Scores
 from branchtree.core.segments import segment_size, segment_standardised
 from branchtree.core.tree import Topology
@@ -51,14 +53,19 @@ class Credit:
     advantages: Advantages  # all rewards together
     keep: EdgeMask  # edges; under a forward objective leaves, at the last depth
     regularised: bool = False  # whether all that is kept is trained, also without an advantage
+    gate: Gate | None = None  # how far a KL term acts on each edge; without a gate on all alike
 
     def trained(self, topology: Topology) -> EdgeMask:
         """Return which edges go through the gradient pass."""
-        return trained_edges(topology, self.advantages, self.keep, self.regularised)
+        trained = trained_edges(topology, self.advantages, self.keep, self.regularised)
+        return trained if self.gate is None else any_of(trained, _pulled(self.keep, self.gate))
 
     def families(self, topology: Topology) -> Families:
         """Gather these edges by parent."""
-        return collect_families(topology, self.advantages, self.keep, self.regularised)
+        families = collect_families(topology, self.advantages, self.trained(topology), regularised=True)
+        if self.gate is None:
+            return families
+        return replace(families, gate=looked_up(self.gate, families.edge_depth, families.child).float())
 
     @staticmethod
     def concatenate(credits: Sequence[Credit]) -> Credit:
@@ -86,6 +93,7 @@ class Credit:
             advantages=levels([credit.advantages for credit in credits]),
             keep=levels([credit.keep for credit in credits]),
             regularised=first.regularised,
+            gate=levels([credit.gate for credit in credits if credit.gate is not None]) if first.gate else None,
         )
 
 
@@ -98,10 +106,12 @@ def assign_credit(
     iteration: int,
     dimensions: int,
     probes: Mapping[str, ProbeScores] | None = None,
+    gate: Gate | None = None,
 ) -> Credit:
     """Score a tree. ``log_prob`` are the edges' densities averaged over ``dimensions`` latent dimensions.
 
-    ``probes`` are what its probes are worth by each reward that has a weight, where they are the baseline.
+    ``probes`` are what its probes are worth by each reward that has a weight, where they are the baseline. Where a KL
+    term has a ``gate``, edges without an advantage are trained only as far as it is open.
 
     A leaf that any reward marks invalid, or gives a value that is not finite, is masked: it takes no part in fusion
     or normalisation. A reward of weight 0 is left out altogether.
@@ -138,10 +148,16 @@ def assign_credit(
         ]
         ranking = sum(ranked, start=nothing)
         keep = all_of(keep, rule.prune(topology, fused(ranking, None), iteration))
-    everything = rule.regularised or rule.whole_groups
-    if rule.whole_groups and not rule.regularised:
-        keep = without_ties(topology, keep, advantages)
-    return Credit(rewards, valid, values, advantages, keep, everything)
+    everywhere = rule.regularised and gate is None
+    if rule.whole_groups and not everywhere:
+        apart = without_ties(topology, keep, advantages)
+        keep = apart if gate is None else any_of(apart, _pulled(keep, gate))
+    return Credit(rewards, valid, values, advantages, keep, everywhere or rule.whole_groups, gate)
+
+
+def _pulled(keep: EdgeMask, gate: Gate) -> EdgeMask:
+    """Return the kept edges for which the gate is open."""
+    return tuple(mask & (level > 0) for mask, level in zip(keep, gate, strict=True))
 
 
 def standardised(topology: Topology, rewards: Tensor, valid: Tensor, size: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from branchtree.core.credit import Credit
 from branchtree.core.forward import group_means
+from branchtree.core.gate import open_rows
 from branchtree.core.gathering import owned_indices
 from branchtree.core.grid import shift_sigmas
 from branchtree.core.noise import NoiseSource, Purpose, generator
@@ -41,6 +42,7 @@ class LeafRows:
     group: Tensor  # (F,) int64, what a centred loss compares: a family of the whole tree, or 0 for the prompt
     advantage: Tensor  # (F,) float32
     group_value: Tensor  # (F,) float32, as in ``ForwardBatch``
+    gate: Tensor | None = None  # (F,) float32, how far a KL term acts on the leaf; without a gate on all alike
 
     def __len__(self) -> int:
         return self.leaf.numel()
@@ -54,6 +56,12 @@ class LeafRows:
     def depth(self) -> Tensor:
         """The depth of each row's leaf, (F,) int64."""
         return torch.full_like(self.leaf, self.steps)
+
+    @property
+    def gated(self) -> Tensor:
+        """The rows that a KL term acts on, ascending; the first where there is none."""
+        every = torch.arange(len(self))
+        return every if self.gate is None else open_rows(every, self.gate)
 
     def select(self, index: Tensor) -> LeafRows:
         """Some of the rows, ``index`` (F',) ascending."""
@@ -125,6 +133,7 @@ class DrawRule:
             group=family if self.share == "siblings" else nothing,
             advantage=credit.advantages[-1][leaves].float(),
             group_value=torch.zeros(len(leaves)),
+            gate=None if credit.gate is None else credit.gate[-1][leaves].float(),
         )
         if centred:
             mean = rows.with_group_value(rows.advantage).group_value

@@ -34,6 +34,10 @@ class Noised:
     sigma: Tensor  # (F,)
     scale: Tensor  # (F,): a prediction's error times this is the error of the clean sample that follows from it
 
+    def rows(self, index: Tensor) -> Noised:
+        """Return some of the samples."""
+        return Noised(self.states[index], self.target[index], self.sigma[index], self.scale[index])
+
 
 def noise_samples(clean: Tensor, noise: Tensor, sigma: Tensor, prediction: Prediction = "velocity") -> Noised:
     """Noise clean samples (F, *latent) to levels (F,), for a model that predicts this; see ``gaussian`` for the flows.

@@ -67,6 +67,11 @@ def all_of(first: EdgeMask, second: EdgeMask) -> EdgeMask:
     return tuple(a & b for a, b in zip(first, second, strict=True))
 
 
+def any_of(first: EdgeMask, second: EdgeMask) -> EdgeMask:
+    """The edges in either mask."""
+    return tuple(a | b for a, b in zip(first, second, strict=True))
+
+
 def keep_paths(topology: Topology, leaves: Tensor) -> EdgeMask:
     """After each prompt's last split, keep only edges that lead to a chosen leaf, ``leaves`` (L,) bool."""
     masks = [torch.zeros(topology.prompts, dtype=torch.bool)]

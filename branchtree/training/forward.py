@@ -76,13 +76,31 @@ class ForwardObjective:
         if self.loss.kl_old:
             losses = losses + self.loss.kl_old * mean_square(batch.prediction - batch.old)
         if step.policies.reference is not None:
-            with torch.no_grad():
-                start = self._predict(step.policies.reference, work, batch.noised)
-            divergence = mean_square(batch.prediction - start)
-            record.reference_rows += len(work)
+            pull, divergence = self._pull(step.policies.reference, work, batch)
+            record.reference_rows += len(work.gated)
             record.kl.append(divergence.detach())
-            losses = losses + self.loss.kl * divergence
+            losses = losses + self.loss.kl * pull
         return losses
+
+    def _pull(self, reference: VelocityFunction, work: LeafRows, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """Return the mean square distance of each row's prediction to the start policy's, (F,), as far as its gate is
+        open, and what it is where it is open.
+
+        Rows for which the gate is closed are not sent to the start policy.
+        """
+        if work.gate is None:
+            divergence = self._divergence(reference, work, batch.noised, batch.prediction)
+            return divergence, divergence
+        rows = work.gated
+        index = send(rows, batch.prediction.device)
+        divergence = self._divergence(reference, work.select(rows), batch.noised.rows(index), batch.prediction[index])
+        gate = send(work.gate[rows], index.device)
+        return divergence.new_zeros(len(work)).index_add(0, index, gate * divergence), divergence[gate > 0]
+
+    def _divergence(self, reference: VelocityFunction, work: LeafRows, noised: Noised, prediction: Tensor) -> Tensor:
+        with torch.no_grad():
+            start = self._predict(reference, work, noised)
+        return mean_square(prediction - start)
 
     def earlier(self, tree: BranchTree, work: LeafRows, policies: Policies) -> Earlier:
         """Return predictions (F, *latent) of the trained policy as it is."""

@@ -41,6 +41,7 @@ from branchtree.training.engine import Engine, WeightAverage
 from branchtree.training.evaluation import Evaluator, Figure
 from branchtree.training.failures import FailureWatch
 from branchtree.training.forward import ForwardObjective
+from branchtree.training.gating import make_gate
 from branchtree.training.inputs import Inputs
 from branchtree.training.learning_rate import LearningRate
 from branchtree.training.limits import RowLimits
@@ -111,7 +112,7 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
             average=average,
             remedy=partial(step_shortage, recipe),
         ),
-        trained=Trained(model, engine, scheduler, average, guard, splits),
+        trained=Trained(model, engine, scheduler, average, guard, splits, make_gate(recipe.loss, inputs.rewards)),
         evaluator=_make_evaluator(inputs, policy, limits, engine.joint),
         failures=FailureWatch(recipe.scoring, {reward.label for reward in inputs.rewards if reward.weight == 0}),
         order=order,
