@@ -184,6 +184,16 @@ def test_an_objective_changes_the_keys_that_it_says_and_a_recipe_changes_them_ba
     assert (own.share_draws, own.error) == ("group", "velocity")
 
 
+def test_a_batch_is_normalised_over_the_leaves_that_are_trained(model: Path, tmp_path: Path) -> None:
+    """Not over the edges of the tree, which no forward objective trains."""
+    tree = {"tree__splits": [0, 2], "tree__branches": 2, "credit__batch_normalise": True}
+    session = opened("quickstart", small(model, loss__kind="awm", **tree), tmp_path / "run")
+    advantages = iterate(session, 0).credit.advantages[-1]
+    trained = advantages[advantages != 0]
+    assert len(trained) == 8
+    assert float(trained.mean()) == pytest.approx(0, abs=1e-9) and float(trained.std()) == pytest.approx(1, rel=1e-6)
+
+
 @pytest.mark.parametrize("method", ["nft", "awm", "vgrpo", "crd"])
 def test_a_preset_goes_with_any_tree_in_any_order(method: str) -> None:
     after, before = load_recipe(f"quickstart+single+{method}"), load_recipe(f"quickstart+{method}+single")

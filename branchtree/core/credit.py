@@ -141,7 +141,7 @@ def assign_credit(
             levels = rule.estimator(topology, value, rule.eps)
         weighted.append([weights[name] * level.clamp(-rule.clip, rule.clip) for level in levels])
     advantages = tuple(torch.stack(levels).sum(dim=0) for levels in zip(*weighted, strict=True))
-    keep = trainable_leaves(topology, valid) if rule.draws else trainable_edges(topology)
+    keep = trainable(topology, valid, rule)
     if rule.prune is not None:
         ranked = [
             weights[name] * standardised(topology, reward, valid, sizes[name]) for name, reward in rewards.items()
@@ -153,6 +153,11 @@ def assign_credit(
         apart = without_ties(topology, keep, advantages)
         keep = apart if gate is None else any_of(apart, _pulled(keep, gate))
     return Credit(rewards, valid, values, advantages, keep, everywhere or rule.whole_groups, gate)
+
+
+def trainable(topology: Topology, valid: Tensor, rule: CreditRule) -> EdgeMask:
+    """Return what an objective can train: edges, or leaves that have a score, ``valid`` (L,) bool."""
+    return trainable_leaves(topology, valid) if rule.draws else trainable_edges(topology)
 
 
 def _pulled(keep: EdgeMask, gate: Gate) -> EdgeMask:

@@ -11,11 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.core.advantages import advantage_moments, batch_normalised
-from branchtree.core.credit import Credit, CreditRule, assign_credit
+from branchtree.core.credit import Credit, CreditRule, assign_credit, trainable
 from branchtree.core.gate import Gate
 from branchtree.core.noise import NoiseSource
 from branchtree.core.probes import ProbeScores
-from branchtree.core.pruning import trainable_edges
 from branchtree.core.rollout import Growth, Sampler
 from branchtree.core.schedule import TreePlan
 from branchtree.core.scores import Scores
@@ -179,7 +178,8 @@ class Session:
         section = self.recipe.credit
         if not section.batch_normalise:
             return credit
-        mine = advantage_moments(topology, credit.advantages, trainable_edges(topology))
+        trained = trainable(topology, credit.valid, self.credit_rule)
+        mine = advantage_moments(topology, credit.advantages, trained)
         teams = self.processes.everyone(mine)[:: self.team.members]
         return replace(credit, advantages=batch_normalised(credit.advantages, torch.cat(teams), section.eps))
 
