@@ -160,7 +160,7 @@ def test_what_has_neither_an_advantage_nor_an_open_gate_is_not_trained(
     if forward:
         rows = DrawRule(0, 2).rows(credit, topology, range(topology.prompts), 0)
         assert rows.gate is not None
-        torch.testing.assert_close(rows.gate, leaves[rows.leaf].float())
+        torch.testing.assert_close(rows.gate, leaves[rows.node].float())
         half = rows.select(torch.arange(0, len(rows), 2))
         assert half.gate is not None and half.gate.equal(rows.gate[::2])
         return

@@ -19,7 +19,16 @@ from branchtree.core.fusion import TIE, NodeValues, PathScale, fuse
 from branchtree.core.gate import Gate
 from branchtree.core.gathering import looked_up
 from branchtree.core.probes import ProbeScores, Returns, probe_advantages, weighted_sum
-from branchtree.core.pruning import EdgeMask, Prune, all_of, any_of, trainable_edges, trainable_leaves, without_ties
+from branchtree.core.pruning import (
+    EdgeMask,
+    Prune,
+    all_of,
+    any_of,
+    trainable_edges,
+    trainable_leaves,
+    trainable_nodes,
+    without_ties,
+)
 from branchtree.core.scores import Scores
 from branchtree.core.segments import segment_size, segment_standardised
 from branchtree.core.tree import Topology
@@ -40,6 +49,7 @@ class CreditRule:
     returns: Returns = "leaf"  # under probe
     prune: Prune | None = None  # all edges that the schedule trains are kept by default
     draws: int = 0  # at which a forward objective looks at each leaf; 0 where edges are trained, and not leaves
+    inner_nodes: bool = False  # under a forward objective, whether inner nodes are trained too
     whole_groups: bool = False  # leaves without an advantage are trained too, where another of their prompt has one
 
 
@@ -51,7 +61,7 @@ class Credit:
     valid: Tensor  # (L,) bool: none of these rewards failed
     values: Mapping[str, NodeValues]  # by name; one entry where raw rewards are added
     advantages: Advantages  # all rewards together
-    keep: EdgeMask  # edges; under a forward objective leaves, at the last depth
+    keep: EdgeMask  # edges; under a forward objective the nodes that they lead to, without inner_nodes leaves alone
     regularised: bool = False  # whether all that is kept is trained, also without an advantage
     gate: Gate | None = None  # how far a KL term acts on each edge; without a gate on all alike
 
@@ -156,8 +166,10 @@ def assign_credit(
 
 
 def trainable(topology: Topology, valid: Tensor, rule: CreditRule) -> EdgeMask:
-    """Return what an objective can train: edges, or leaves that have a score, ``valid`` (L,) bool."""
-    return trainable_leaves(topology, valid) if rule.draws else trainable_edges(topology)
+    """Return what an objective can train: edges, or nodes; ``valid`` (L,) bool says which leaves have a score."""
+    if not rule.draws:
+        return trainable_edges(topology)
+    return trainable_nodes(topology, valid) if rule.inner_nodes else trainable_leaves(topology, valid)
 
 
 def _pulled(keep: EdgeMask, gate: Gate) -> EdgeMask:

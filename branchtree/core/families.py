@@ -149,10 +149,10 @@ def gather(tree: BranchTree, families: Families, device: torch.device) -> Family
     plans = tree.topology.plans
     return FamilyBatch(
         families=families,
-        latents=_rows(tree.states, families.depth, families.parent, device),
+        latents=rows_at(tree.states, families.depth, families.parent, device),
         sigma=send(tree.sigmas[families.depth], device),
-        following=_rows(tree.states, families.edge_depth, families.child, device),
-        log_prob=_rows(tree.log_prob, families.edge_depth, families.child, device),
+        following=rows_at(tree.states, families.edge_depth, families.child, device),
+        log_prob=rows_at(tree.log_prob, families.edge_depth, families.child, device),
         family=send(families.family, device),
         advantage=send(families.advantage, device),
         active=torch.tensor([plans[prompt].active(depth) for prompt, depth in steps]),
@@ -160,8 +160,8 @@ def gather(tree: BranchTree, families: Families, device: torch.device) -> Family
     )
 
 
-def _rows(levels: Sequence[Tensor], depth: Tensor, index: Tensor, device: torch.device) -> Tensor:
-    """Rows of a per-depth list of tensors on the device, ``depth`` ascending."""
+def rows_at(levels: Sequence[Tensor], depth: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """Return rows of a per-depth list of tensors on the device, ``depth`` ascending."""
     depths, counts = torch.unique_consecutive(depth, return_counts=True)
     chosen = index.split(counts.tolist())
     return torch.cat([fetch_rows(levels[int(d)], rows, device) for d, rows in zip(depths, chosen, strict=True)])

@@ -55,6 +55,15 @@ def noise_samples(clean: Tensor, noise: Tensor, sigma: Tensor, prediction: Predi
     return Noised(states, noise, sigma, sigma / (1 - sigma.square()).sqrt())
 
 
+def clean_samples(states: Tensor, prediction: Tensor, sigma: Tensor, kind: Prediction = "velocity") -> Tensor:
+    """Return the clean samples that follow from predictions of that kind at states (B, *latent) of levels (B,)."""
+    level = like(sigma, states)
+    if kind == "velocity":
+        return states - level * prediction
+    alpha = (1 - level.square()).sqrt()
+    return alpha * states - level * prediction if kind == "v" else (states - level * prediction) / alpha
+
+
 def mean_square(difference: Tensor) -> Tensor:
     """Return the mean square over dimensions, (F,)."""
     return difference.flatten(1).square().mean(dim=1)

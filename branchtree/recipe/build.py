@@ -136,6 +136,7 @@ def make_credit_rule(recipe: Recipe) -> CreditRule:
         returns=credit.returns,
         prune=make_prune(recipe.pruning),
         draws=recipe.loss.draws if forward else 0,
+        inner_nodes=recipe.loss.inner_nodes,
         whole_groups=bool(forward and forward.whole_groups),
     )
 

@@ -542,6 +542,11 @@ class LossSection(Section):
     draws: int = Field(
         default=4, ge=1, le=1000, description="Pairs of a noise level and a noise at which each leaf is looked at."
     )
+    inner_nodes: bool = Field(
+        default=False,
+        description="Train the nodes that trained edges lead to as well, each by the clean sample that the rollout "
+        "predicted there and the edge's advantage.",
+    )
     share_draws: Literal["leaf", "siblings", "group"] = Field(
         default="leaf",
         description="Which leaves have the same pairs: each `leaf` has its own, or they are shared by `siblings`, the "
@@ -598,6 +603,11 @@ class LossSection(Section):
     def is_forward(self) -> bool:
         """Return whether leaves are trained, and not edges."""
         return self.name != "path"
+
+    @property
+    def trains_inner_nodes(self) -> bool:
+        """Return whether inner nodes are trained beside leaves."""
+        return self.is_forward and self.inner_nodes
 
     @property
     def name(self) -> str:

@@ -34,6 +34,11 @@ class PathObjective:
         """See Objective."""
         return self.rules.looks_back
 
+    @property
+    def clean(self) -> None:
+        """See Objective: edges need states alone."""
+        return None
+
     def work(self, credit: Credit, topology: Topology, ids: Sequence[int], iteration: int) -> Families:
         """See Objective."""
         return credit.families(topology)

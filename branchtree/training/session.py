@@ -123,6 +123,7 @@ class Session:
             max_rows=self.limits.rollout.rows,
             store=torch.device("cpu") if recipe.batch.states == "host" else None,
             together=recipe.batch.rollout_prompts,
+            clean=self.updater.objective.clean,
         )
 
     def scorer(self, background: bool = True, rewards: Sequence[NamedReward] | None = None) -> Scorer:
