@@ -19,6 +19,7 @@ from training_runs import arguments, largest_difference, metrics, small, weights
 
 from branchtree import load_recipe, plan, train
 from branchtree.errors import BranchTreeError, RecipeError
+from branchtree.recipe.build import make_forward_loss
 from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import counted_rows, require_equal
 from branchtree.training.inputs import read_inputs
@@ -166,13 +167,14 @@ def test_what_is_spread_over_processes_is_refused(
     changes: dict[str, Any], members: int, joint: bool, message: str | None
 ) -> None:
     recipe = load_recipe("quickstart", {"loss.kind": "crd", **changes})
+    rule: Any = make_forward_loss(recipe)
     team: Any = SimpleNamespace(members=members)
     engine: Any = SimpleNamespace(joint=joint)
     if message is None:
-        refuse_apart(recipe, team, engine)
+        refuse_apart(recipe, rule, team, engine)
         return
     with pytest.raises(RecipeError, match=message):
-        refuse_apart(recipe, team, engine)
+        refuse_apart(recipe, rule, team, engine)
 
 
 def test_an_objective_changes_the_keys_that_it_says_and_a_recipe_changes_them_back(tmp_path: Path) -> None:
