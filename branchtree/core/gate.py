@@ -1,7 +1,7 @@
 """A gate for a KL term (GARDO, arXiv 2512.24138): it opens for leaves that only the trained rewards rank high.
 
-Such leaves are where a reward is likely to be exploited. Pulled back are they alone, and all others may leave the start
-policy. Ranks are taken over all of an iteration's leaves, and compared, so the scales of rewards do not matter.
+There a reward is likely to be exploited. Only those leaves are pulled back; the policy may leave its start elsewhere.
+Ranks are taken over all leaves of an iteration, so the scales of rewards do not matter.
 """
 
 from __future__ import annotations
