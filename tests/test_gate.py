@@ -34,7 +34,7 @@ from branchtree.errors import RecipeError
 from branchtree.training.objective import OptimiserStep, Policies, UpdateRecord
 
 SCRIPT = Path(__file__).with_name("picky_digits.py")
-few = settings(strategies.thorough, max_examples=30)
+few = settings(strategies.thorough, max_examples=15)
 LABELS = ("trained", "other", "first", "second")
 WEIGHTS = {"trained": 2.0, "other": -0.5, "first": 0.0, "second": 0.0}
 

@@ -37,7 +37,7 @@ from branchtree.training.metrics import gather_metrics
 from branchtree.training.objective import OptimiserStep, Policies, UpdateRecord
 
 SCRIPT = Path(__file__).with_name("picky_digits.py")
-few = settings(thorough, max_examples=20)
+few = settings(thorough, max_examples=15)
 
 
 # --- what is predicted ---
