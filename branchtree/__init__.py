@@ -3,7 +3,7 @@
 Implements BranchGRPO (arXiv 2509.06040) on one core for images and videos; models and rewards are plug-ins.
 """
 
-from branchtree.api import compare, diversity, evaluate, plan, register, score, train, write_report
+from branchtree.api import compare, diversity, evaluate, export, plan, register, score, train, write_report
 from branchtree.errors import BranchTreeError
 from branchtree.recipe import Recipe, load_recipe
 
@@ -14,6 +14,7 @@ __all__ = [
     "compare",
     "diversity",
     "evaluate",
+    "export",
     "load_recipe",
     "plan",
     "register",

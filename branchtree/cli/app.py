@@ -18,6 +18,7 @@ from branchtree.cli.compare import compare
 from branchtree.cli.console import make_console, replace_unencodable, visible
 from branchtree.cli.diversity import diversity
 from branchtree.cli.evaluate import evaluate
+from branchtree.cli.export import export
 from branchtree.cli.score import rewards, score
 from branchtree.cli.serve import serve_reward
 from branchtree.errors import BranchTreeError
@@ -161,6 +162,7 @@ def plugins() -> None:
 
 
 app.command()(evaluate)
+app.command()(export)
 app.command()(diversity)
 app.command()(compare)
 app.command()(score)
