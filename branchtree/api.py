@@ -16,6 +16,7 @@ from branchtree.recipe.load import load_base, resolve_recipe
 if TYPE_CHECKING:
     from branchtree.exporting import Format
     from branchtree.exporting.lora import Exported
+    from branchtree.migration.converted import ConvertedConfig
     from branchtree.planning.plan import RunPlan
     from branchtree.plugins.base import Callback
     from branchtree.studies.compare import Comparison
@@ -307,3 +308,22 @@ def export(
     if push is None:
         return done
     return replace(done, address=push_run(root, push, () if format == "diffusers" else done.files, private))
+
+
+def convert_config(
+    file: str | Path, config: str | None = None, *, base: str | None = None, gpus: int | None = None
+) -> ConvertedConfig:
+    """Return a recipe made of another trainer's configuration, which is read and never run.
+
+    Args:
+        file: A Python file of Flow-GRPO, or a shell script of DanceGRPO or MixGRPO.
+        config: The function of a Python file whose configuration it is.
+        base: The recipe to extend; by default the bundled one for the same model.
+        gpus: How many GPUs the configuration is for, where the file does not say.
+
+    Raises:
+        BranchTreeError: The file cannot be read, or no bundled recipe is about its model.
+    """
+    from branchtree.migration.convert import convert_file
+
+    return convert_file(user_path(file), config, base, gpus)
