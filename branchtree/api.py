@@ -290,8 +290,8 @@ def export(
 
     Args:
         run: The run's directory.
-        format: How a LoRA's layers are named: ``diffusers``, ``kohya`` (sd-scripts, musubi-tuner, and most user
-            interfaces) or ``comfyui``. A run that trained all weights is copied whole, as ``diffusers``.
+        format: How a LoRA's layers are named: ``diffusers``, ``kohya`` (sd-scripts and musubi-tuner) or ``comfyui``. A
+            run that trained all weights is copied whole, as ``diffusers``.
         output: The file, or the folder of a whole model; by default in ``export`` in the run's directory.
         push: ``ORG/NAME`` on the Hugging Face hub, where the run's ``final/`` with its card is uploaded to, and files
             of another format beside it. Nothing leaves the machine without it.
