@@ -219,6 +219,7 @@ def test_a_script_of_dance_grpo(folder: Path) -> None:
     ]
     assert [one.reward for one in recipe.rewards] == ["hps", "pickscore"]
     assert converted.unknown == {"selective_checkpointing": "'0.5'"}
+    assert "#   selective_checkpointing = '0.5'\n" in converted.recipe
     assert "data/flux is no folder" in converted.recipe
 
 

@@ -25,6 +25,7 @@ from training_runs import small
 
 from branchtree import export, train
 from branchtree.errors import CheckpointError, OutputError
+from branchtree.exporting.card import write_card
 from branchtree.exporting.hub import push_run
 from branchtree.plugins import LoraSettings
 from branchtree.run.directory import RunDirectory
@@ -154,6 +155,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_card_is_in_the_folder_of_the_weights(run: Path) -> None:
     files = sorted(path.name for path in (run / "final").iterdir())
     assert files == ["README.md", "manifest.json", LORA_FILE, "reward_curve.png", "samples.png"]
+    write_card(run)  # over the one that is there
     require_whole(run / "final")
     RunDirectory(run).ledger.require_own(run / "final")
     for name in ("reward_curve.png", "samples.png"):

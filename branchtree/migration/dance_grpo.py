@@ -45,15 +45,15 @@ MIXED = {"hps": "hps", "clip_score": "clip", "image_reward": "imagereward", "pic
 MIX_ALL = "multi_reward"
 HERE = ("ignore_last", "use_group", "init_same_noise", "use_same_noise")
 """Flags that say what always holds here."""
-NOWHERE = ("dataloader_num_workers", "sp_size", "train_sp_batch_size", "num_latent_t", "output_dir", "cache_dir")
-"""Flags of the program's own work, which are no settings of training."""
-UNMIXED = ("null", "")
+NO_SOLVER = ("null", "")
+"""What its scripts say where no other solver is used."""
 
 
 def convert_dance_grpo(path: Path, base: str | None, gpus: int | None) -> ConvertedConfig:
     """Return a recipe for a shell script; see ``branchtree.convert_config``."""
     command = read_shell_command(path)
-    found = Conversion(str(path), "DanceGRPO", dict(command.flags))
+    trainer = "MixGRPO" if "training_strategy" in command.flags else "DanceGRPO"
+    found = Conversion(str(path), trainer, dict(command.flags))
     piece = next((name for name in MODELS if name in Path(command.program).stem), None)
     if piece is None and base is None:
         raise RecipeError(
@@ -95,7 +95,7 @@ def _tree(found: Conversion) -> str:
         found.notes["sample_strategy"] = f"{strategy} there; here the window moves one step deeper at a time"
     solver = found.take("dpm_algorithm_type", "null")
     found.take("dpm_solver_order"), found.take("dpm_solver_type")
-    if solver not in UNMIXED:
+    if solver not in NO_SOLVER:
         found.keys["tree.solver"] = "dpm2m"
         found.notes["dpm_post_compress_ratio"] = (
             f"{found.take('dpm_post_compress_ratio')} of the steps after the window there; here as many as "
@@ -119,7 +119,6 @@ def _batch(found: Conversion, command: ShellCommand, gpus: int | None) -> None:
         f"counts samples of one GPU: {rows} x {group} of them make {found.keys['optim.steps_per_iteration']} optimiser "
         "steps for each rollout"
     )
-    found.drop(NOWHERE)
 
 
 def _weights(found: Conversion) -> None:
@@ -128,7 +127,6 @@ def _weights(found: Conversion) -> None:
         found.keys["lora"] = None
     average, decay = found.take("use_ema"), found.number("ema_decay", 0.995)
     found.keys["optim.ema"] = None if average is None else decay
-    found.drop(["ema_start_step"])
     precision = found.take("mixed_precision", "no")
     found.keys["run.precision"] = "fp32" if precision == "no" else "bf16"
     if precision == "fp16":
@@ -173,7 +171,6 @@ def _rewards(found: Conversion, recipe: Recipe) -> None:
         rewards += [{"reward": MIXED[name], "weight": found.number(f"{name}_weight", 1.0)} for name in asked]
         together = found.take("multi_reward_mix", "advantage_aggr")
         found.keys["credit.combine"] = "rewards" if together == "reward_aggr" else "advantages"
-        found.drop(["hps_path", "hps_clip_path"])
         if mixed == MIX_ALL:
             found.notes["reward_model"] = "unifiedreward needs a server, and is left out; add it with its url"
     if rewards:

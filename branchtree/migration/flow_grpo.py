@@ -142,7 +142,6 @@ def _batch(found: Conversion, config: PythonConfig, gpus: int | None) -> None:
     found.keys["optim.steps_per_iteration"] = max(int(batches // max(accumulated, 1)), 1)
     if (epochs := found.number("train.num_inner_epochs", 1)) != 1:
         found.notes["train.num_inner_epochs"] = f"{epochs} passes over a rollout there, one here"
-    found.drop(["sample.batch_size"])  # which its scripts do not read
 
 
 def _weights(found: Conversion, recipe: Recipe) -> None:
@@ -194,7 +193,6 @@ def _sizes(found: Conversion, recipe: Recipe) -> None:
         found.notes["sample.eval_num_steps"] = f"{judged} there; held-out samples take tree.steps here"
     if found.take("train.cfg", True) is not True and guidance != 1:
         found.notes["train.cfg"] = "no guidance in the gradient pass there; here it predicts as the rollout does"
-    found.drop(["run_name", "logdir", "pretrained.revision"])
 
 
 def _rewards(found: Conversion, recipe: Recipe) -> None:
