@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import json
+import re
+import shutil
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,6 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 import yaml
@@ -38,8 +41,6 @@ NAMES = {
     ("wan", "kohya"): "lora_unet_blocks_0_self_attn_q.lora_down.weight",
     ("wan", "comfyui"): "diffusion_model.blocks.0.self_attn.q.lora_A.weight",
     ("sd3", "comfyui"): "transformer.transformer_blocks.0.attn.to_q.lora_A.weight",
-    ("qwen_image", "kohya"): "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight",
-    ("z_image", "kohya"): "lora_unet_layers_0_attention_to_q.lora_down.weight",
     ("sd15", "kohya"): "lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q.lora_down.weight",
 }
 
@@ -122,6 +123,31 @@ def test_a_fused_layer_of_the_published_size_is_the_same_sum(members: tuple[str,
         torch.testing.assert_close(b @ (a @ x), expected, rtol=1e-5, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("qwen_image", "lora_unet_transformer_blocks_0_attn_to_q.lora_down.weight"),
+        ("z_image", "lora_unet_layers_0_attention_to_q.lora_down.weight"),
+    ],
+)
+def test_names_that_are_those_of_diffusers(name: str, key: str) -> None:
+    """Read back by the converter of the model's pipeline in diffusers."""
+    with torch.device("meta"):
+        denoiser = PIPELINES[name].components()["transformer"]
+    layers = {
+        layer: LoraLayer(torch.randn(2, size.in_features), torch.randn(size.out_features, 2), 1.5)
+        for layer, size in denoiser.named_modules()
+        if isinstance(size, nn.Linear) and re.search(r"\d\..*(to_q|to_out\.0|net\.2|w1)$", layer)
+    }
+    file = LoraFile(Path("x"), "diffusers", layers, (1.5,))
+    for form in ("kohya", "comfyui"):
+        tensors = convert_names(file, denoiser, form)
+        assert (key in tensors) == (form == "kohya")
+        read = getattr(diffusers, PIPELINES[name].pipeline).lora_state_dict(tensors)
+        assert read.keys() == {f"transformer.{each}" for each in file.tensors()}
+        assert all(torch.equal(read[f"transformer.{each}"], value) for each, value in file.tensors().items())
+
+
 def test_layers_without_a_name_are_refused() -> None:
     with torch.device("meta"):
         flux = FluxTransformer2DModel(num_layers=1, num_single_layers=0, joint_attention_dim=32)
@@ -180,6 +206,13 @@ def test_the_card_is_in_the_folder_of_the_weights(run: Path) -> None:
     assert yaml.safe_load(body.partition("```yaml\n")[2].partition("```")[0])["lora"]["rank"] == 2
 
 
+def test_a_card_without_samples_shows_none(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "r")
+    shutil.rmtree(tmp_path / "r" / "samples")
+    text = write_card(tmp_path / "r").read_text(encoding="utf-8")
+    assert "## Trained on" in text and "## Samples" not in text
+
+
 def test_a_run_is_exported(run: Path, tmp_path: Path) -> None:
     (written,) = export(run, "kohya", output=tmp_path / "mine.safetensors").files
     assert written == tmp_path / "mine.safetensors" and all(key.startswith("lora_unet_") for key in load_file(written))
@@ -208,11 +241,12 @@ def test_a_whole_model_is_copied(run: Path, tmp_path: Path) -> None:
     assert (written / "transformer" / "w.safetensors").read_bytes() == b"weights"
 
 
-def test_sd3_has_no_names_for_kohya(tmp_path: Path) -> None:
-    model = trained("sd3")
-    model.export(tmp_path)
-    with pytest.raises(CheckpointError, match=r"as kohya.* give --format diffusers or --format comfyui"):
-        model.convert_lora(tmp_path, "kohya")
+def test_a_format_that_nothing_reads_back_is_refused() -> None:
+    with torch.device("meta"):
+        sd3 = PIPELINES["sd3"].components()["transformer"]
+    file = LoraFile(Path("x"), "diffusers", {}, (1.0,))
+    with pytest.raises(CheckpointError, match=r"SD3.* as kohya.* give --format diffusers or --format comfyui"):
+        convert_names(file, sd3, "kohya")
 
 
 # --- the hub ---

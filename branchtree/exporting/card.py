@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from branchtree.errors import BranchTreeError
@@ -97,12 +98,10 @@ def front_matter(recipe: Recipe, model: ModelCard) -> dict[str, object]:
 
 
 def _origin(run: Run, recipe: Recipe, model: ModelCard) -> str:
-    from branchtree import __version__
-
     base = f"[{model.base}](https://huggingface.co/{model.base})" if model.base else f"`{_name(recipe)}`"
     kind = f"A LoRA of rank {recipe.lora.rank}" if recipe.lora else "All weights"
     steps = f"{run.done} iterations" if run.done != 1 else "1 iteration"
-    return f"{kind} trained from {base} for {steps} with branchtree {__version__}."
+    return f"{kind} trained from {base} for {steps} with branchtree {version('branchtree-grpo')}."
 
 
 def _use(recipe: Recipe, model: ModelCard) -> str:
