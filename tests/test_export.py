@@ -115,8 +115,8 @@ def test_a_fused_layer_of_the_published_size_is_the_same_sum(members: tuple[str,
     assert tensors[f"{name}.alpha"] == len(tensors[f"{name}.lora_down.weight"]) == sum(range(2, 2 + len(members)))
     read = FluxPipeline.lora_state_dict(tensors)
     x = torch.randn(3072, 1, generator=draw).double()
-    for part in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"):
-        key = f"single_transformer_blocks.0.{part}"
+    for layer in ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"):
+        key = f"single_transformer_blocks.0.{layer}"
         a, b = (read[f"transformer.{key}.lora_{each}.weight"].double() for each in "AB")
         given = layers.get(key)
         expected = 0.5 * given.up.double() @ (given.down.double() @ x) if given else torch.zeros(len(b), 1).double()

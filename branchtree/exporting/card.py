@@ -159,7 +159,7 @@ def _name(recipe: Recipe) -> str:
 
 
 def _recipe(recipe: Recipe) -> str:
-    """Return the recipe with the names of files in place of the paths to them, which are nobody else's business."""
+    """Return the recipe with the names of files instead of their paths, which are private."""
     data = recipe.model_dump(mode="json")
     hidden = {str(path): path.name for path in local_paths(data).values()}
     text: str = write_yaml(data)
