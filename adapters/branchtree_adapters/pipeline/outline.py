@@ -1,7 +1,7 @@
 """A pipeline's sizes by what is known of components with its configuration, for which no model library is imported.
 
 ``component_sizes.json`` has the pipelines, the defaults of the components' classes, the keys that decide on a
-component's sizes, and the sizes under some values of these. ``scripts/build_component_sizes.py`` writes it.
+component's sizes, and the sizes under some values of these. ``scripts/build_sizes.py`` writes it.
 """
 
 from __future__ import annotations

@@ -99,7 +99,8 @@ class Geneval(ModelReward[GenevalConfig]):
         config = self._config
         detector = skeleton(config.path, config.revision, HUB_ID, "AutoModelForZeroShotObjectDetection")
         clip = skeleton(_clip_of(config), None, HUB_CLIP)
-        return replace(detector, network=nn.ModuleList([detector.network, clip.network]))
+        both = {"detector": sum(detector.numbers.values()), "clip": sum(clip.numbers.values())}
+        return replace(detector, numbers=both)
 
     def _condition_flaw(self, condition: Condition) -> str | None:
         try:

@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from unittest import mock
 
 import branchtree_adapters
+import branchtree_rewards
 import torch
 from branchtree_adapters.flux import Flux, FluxConfig
 from branchtree_adapters.pipeline.adapter import PipelineAdapter
@@ -22,7 +25,14 @@ from branchtree_adapters.pipeline.decoders import decoder_weights
 from branchtree_adapters.pipeline.outline import FILE, ComponentSizes
 from branchtree_adapters.wan import Wan
 from branchtree_adapters.wan_layout import WanConfig
+from branchtree_rewards import imagereward
+from branchtree_rewards.clip import network
+from branchtree_rewards.clip.clip_score import ClipConfig
+from branchtree_rewards.shared import footprints
+from branchtree_rewards.shared.footprints import build_numbers
+from torch import nn
 
+from branchtree.plugins.registry import registry
 from branchtree.plugins.weights import lora_parameters_per_rank
 
 _T5 = ("vocab_size", "d_model", "d_kv", "d_ff", "num_layers", "num_heads", "relative_attention_num_buckets")
@@ -52,6 +62,11 @@ DECIDING: Mapping[str, tuple[str, ...]] = {
     "UMT5EncoderModel": (*_T5, "feed_forward_proj"),
 }
 """The keys of a configuration that decide on the sizes, by class."""
+REWARDS: Sequence[tuple[str, Mapping[str, Any]]] = [
+    *((name, {}) for name in ("hps", "pickscore", "imagereward", "videoalign", "hpsv3", "geneval", "unifiedreward")),
+    *(("clip", {"variant": variant}) for variant in get_args(ClipConfig.model_fields["variant"].annotation)),
+]
+"""Rewards whose networks are listed, and their settings."""
 
 
 def models() -> Iterator[PipelineAdapter]:
@@ -81,8 +96,8 @@ def sizes_of(module: Any, model: PipelineAdapter) -> ComponentSizes:
     return ComponentSizes(parameters, largest_block(module), lora_parameters_per_rank(module, targets), targets)
 
 
-def main() -> None:
-    """Write the file."""
+def component_sizes() -> dict[str, Any]:
+    """What the hand-written adapters know of their models' components."""
     pipelines: dict[str, dict[str, Any]] = {}
     classes: dict[str, dict[str, Any]] = {}
     for model in models():
@@ -105,8 +120,34 @@ def main() -> None:
                 with torch.device("meta"):
                     sizes = sizes_of(blueprint.build(name), model)
                 entries.append({"config": decided, "sizes": asdict(sizes)})
-    target = Path(branchtree_adapters.__file__).parent / "pipeline" / FILE
-    target.write_text(json.dumps({"pipelines": pipelines, "classes": classes}, indent=1) + "\n", encoding="utf-8")
+    return {"pipelines": pipelines, "classes": classes}
+
+
+def published_parameters() -> dict[str, Mapping[str, int]]:
+    """The parameters of the networks of rewards, by the name of the network and its outermost modules."""
+    found: dict[str, Mapping[str, int]] = {}
+
+    def counted(name: str, build: Callable[[], nn.Module]) -> Mapping[str, int]:
+        found[name] = build_numbers(build)
+        return found[name]
+
+    with ExitStack() as stack:
+        for module in (footprints, network, imagereward):
+            stack.enter_context(mock.patch.object(module, "published_numbers", counted))
+        for name, settings in REWARDS:
+            entry = registry().reward(name)
+            assert entry.build(entry.config(**settings)).footprint() is not None
+    return dict(sorted(found.items()))
+
+
+def main() -> None:
+    """Write the files."""
+    contents = {
+        Path(branchtree_adapters.__file__).parent / "pipeline" / FILE: component_sizes(),
+        Path(branchtree_rewards.__file__).parent / "data" / footprints.PARAMETERS: published_parameters(),
+    }
+    for file, content in contents.items():
+        file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
