@@ -140,7 +140,7 @@ def test_a_pipeline_of_other_components_is_built(changes: dict[str, Any], tmp_pa
 def test_a_file_that_is_missing_is_named(tmp_path: Path) -> None:
     model = changed(tmp_path / "model", "vae/config.json", {})
     (tmp_path / "model" / "vae" / "config.json").unlink()
-    with pytest.raises(ModelError, match="config.json"):
+    with pytest.raises(ModelError, match=r"config\.json"):
         model.footprint()
 
 

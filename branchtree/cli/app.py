@@ -17,6 +17,7 @@ from branchtree.cli.arguments import ForceOption, OverridesArgument, RecipeArgum
 from branchtree.cli.compare import compare
 from branchtree.cli.console import make_console, replace_unencodable, visible
 from branchtree.cli.diversity import diversity
+from branchtree.cli.doctor import doctor
 from branchtree.cli.evaluate import evaluate
 from branchtree.cli.score import rewards, score
 from branchtree.cli.serve import serve_reward
@@ -160,6 +161,7 @@ def plugins() -> None:
         console.print(str(broken), style="red")
 
 
+app.command()(doctor)
 app.command()(evaluate)
 app.command()(diversity)
 app.command()(compare)
