@@ -43,7 +43,7 @@ class Included(Excluded, frozen=True):
     position: tuple[Position, pydantic.StrictInt] | None = None
 
 
-class Check(pydantic.BaseModel, extra="ignore", frozen=True):
+class SceneCheck(pydantic.BaseModel, extra="ignore", frozen=True):
     """What a picture must hold."""
 
     include: tuple[Included, ...] = pydantic.Field(default=(), max_length=MOST)
@@ -67,7 +67,7 @@ class Check(pydantic.BaseModel, extra="ignore", frozen=True):
         return tuple(dict.fromkeys(wanted.name for wanted in (*self.include, *self.exclude)))
 
 
-def read_check(condition: Condition) -> Check:
+def read_check(condition: Condition) -> SceneCheck:
     """Return what a condition's metadata asks for. Raises ValueError that says where they are wrong."""
     if not any(key in condition.metadata for key in KEYS):
         raise ValueError(
