@@ -51,7 +51,7 @@ class SceneCheck(pydantic.BaseModel, extra="ignore", frozen=True):
     tag: Any = None
 
     @pydantic.model_validator(mode="after")
-    def _points_backwards(self) -> "Check":
+    def _points_backwards(self) -> "SceneCheck":
         if not self.include and not self.exclude:
             raise ValueError("there is nothing to look for; give at least one object")
         for index, wanted in enumerate(self.include):
@@ -75,7 +75,7 @@ def read_check(condition: Condition) -> SceneCheck:
             '"include": [{"class": "cat", "count": 1}] beside the prompt'
         )
     try:
-        return Check.model_validate(dict(condition.metadata))
+        return SceneCheck.model_validate(dict(condition.metadata))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         at = ".".join(map(str, first["loc"]))

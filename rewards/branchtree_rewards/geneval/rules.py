@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from branchtree_rewards.geneval.check import SceneCheck, Included
+from branchtree_rewards.geneval.check import Included, SceneCheck
 
 Box = tuple[float, float, float, float]  # left, top, right and bottom, in pixels
 NEAR = 0.1  # of both objects' sizes: their centres must be further apart than that
