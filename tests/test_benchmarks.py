@@ -323,7 +323,7 @@ def test_execution_reaches_the_transformer(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_the_start_of_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(startup, "TORCH", ("-c", "sum(range(1_000_000))"))
-    startup.main(["--repetitions", "2", "--command", "--help"])
+    startup.main(["--repetitions", "2", "--command=--help"])
     *_, torch_line, help_line = capsys.readouterr().out.splitlines()
     assert torch_line.startswith("| `import torch` | ") and torch_line.endswith(" | 1.00 |")
     found = re.fullmatch(r"\| `--help` \| ([\d.]+) \(([\d.]+) to ([\d.]+)\) \| ([\d.]+) \|", help_line)
