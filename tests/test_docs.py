@@ -328,7 +328,7 @@ def test_commands_are_as_shown(page: Path) -> None:
         # Click knows the options; parsing runs nothing.
         given = COMMANDS[name].make_context(name, list(arguments)).params
         if given.get("recipe") in recipe_names([builtin_folder()]):
-            load_recipe(given["recipe"], parse_overrides(given["overrides"] or []), smoke=given["smoke"])
+            load_recipe(given["recipe"], parse_overrides(given["overrides"] or []), smoke=given.get("smoke", False))
 
 
 def test_a_command_that_does_not_parse_would_be_seen() -> None:
