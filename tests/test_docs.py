@@ -266,8 +266,8 @@ def resolves(dotted: str) -> bool:
 
 
 def test_the_navigation_has_every_page() -> None:
-    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    named = re.findall(r"[\w/]+\.md", str(config["nav"]))
+    _, _, navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")
+    named = re.findall(r"[\w/]+\.md", navigation)
     assert sorted(named) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in DOCS)
 
 
