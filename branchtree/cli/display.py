@@ -12,6 +12,7 @@ from rich.table import Table
 
 from branchtree.planning.fitting import Fit, in_words
 from branchtree.planning.gpus import GIB, USABLE
+from branchtree.planning.memory import frozen_weights
 from branchtree.planning.plan import RunPlan, draw_tree
 from branchtree.plugins.base import Callback
 from branchtree.training.evaluation import Figure
@@ -109,6 +110,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         *_budget(plan),
         *_shared(plan),
         *_noise(plan),
+        *_quantized(plan),
         *_rewards(plan),
         _not_counted(plan),
         *fits_lines(plan.fits),
@@ -217,6 +219,19 @@ def _memory(plan: RunPlan) -> Table:
     table.add_row("device, peak", _figure(memory.device / GIB))
     table.add_row("host", _figure(memory.host / GIB))
     return table
+
+
+def _quantized(plan: RunPlan) -> list[str]:
+    """Return a line on the weights that are kept in fewer bits."""
+    kind, layers, whole = plan.recipe.model.quantize, plan.footprint.quantizable, plan.footprint.denoiser_parameters
+    if kind is None or layers is None:
+        return []
+    plain = plan.recipe.model_copy(update={"model": plan.recipe.model.model_copy(update={"quantize": None})})
+    before, after = (frozen_weights(recipe, plan.footprint) / GIB for recipe in (plain, plan.recipe))
+    return [
+        f"Quantised to {kind}: {_figure(100 * layers.parameters / whole)}% of the denoiser's weights, which with their "
+        f"scales and the other weights are {_figure(after)} GiB in place of {_figure(before)}."
+    ]
 
 
 def _rewards(plan: RunPlan) -> list[str]:
