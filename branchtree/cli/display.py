@@ -279,6 +279,6 @@ def fits_lines(fits: Sequence[Fit]) -> list[str]:
     lines = [f"Fits on: {', '.join(suffice)}." if suffice else none]
     lines += [f"With {words}: {', '.join(names)}." for words, names in reversed(groups.items())]
     if lacking:
-        setting = "states, batches, gradient checkpointing, precision and LoRA"
+        setting = "states, batches, gradient checkpointing, precision, LoRA and quantisation"
         lines.append(f"Too small, however {setting} are set: {', '.join(lacking)}.")
     return [*lines, f"({USABLE:.0%} of a GPU's memory is taken to be usable; leave room for what is not counted.)"]
