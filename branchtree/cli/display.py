@@ -122,8 +122,13 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         console.print(f"Warning: {line}", style="yellow", soft_wrap=True)
 
 
+def planned_seconds(plan: RunPlan) -> tuple[float, float, float]:
+    """Return the seconds of an iteration's rollout, gradient pass and decoding on a GPU of the assumed rate."""
+    return plan.rollout_flops / RATE, plan.gradient_flops / RATE, _decoding_seconds(plan)
+
+
 def _time(plan: RunPlan) -> str:
-    rollout, gradient, decoding = plan.rollout_flops / RATE, plan.gradient_flops / RATE, _decoding_seconds(plan)
+    rollout, gradient, decoding = planned_seconds(plan)
     whole = rollout + gradient + decoding
     phases = [f"rollout {_figure(rollout)} s", f"gradient pass {_figure(gradient)} s"]
     if decoding:
