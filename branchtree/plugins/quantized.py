@@ -93,7 +93,7 @@ class _Product(torch.autograd.Function):
     """Inputs (..., in) times a quantised weight, with a gradient for the inputs alone."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any, inputs: Tensor, bias: Tensor | None, kind: str, shape: torch.Size, *tensors: Tensor
     ) -> Tensor:
         ctx.save_for_backward(*tensors)
@@ -101,7 +101,7 @@ class _Product(torch.autograd.Function):
         return nn.functional.linear(inputs, FORMATS[kind].unpack(tensors, shape, inputs.dtype), bias)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         tensors = ctx.saved_tensors
         weight = FORMATS[ctx.kind].unpack(tensors, ctx.shape, gradient.dtype)
         return gradient @ weight, None, None, None, *(None for _ in tensors)
