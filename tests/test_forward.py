@@ -219,6 +219,34 @@ def test_in_the_first_step_the_ratio_is_1_to_the_bit(kind: str) -> None:
     assert torch.equal(torch.cat(seen.first_deviation), torch.zeros(len(torch.cat(seen.loss))).double())
 
 
+@pytest.mark.parametrize(
+    ("draws", "later", "average"), [(1, True, True), (3, True, False), (3, False, True), (3, False, False)]
+)
+def test_awm_is_flow_policy_optimisation(draws: int, later: bool, average: bool) -> None:
+    """The loss and its gradient: always if each draw has a ratio; of averaged draws, of one draw or in a first step."""
+    topology = grow([make_plan(3, {0: 4}), make_plan(3, {0: 3})])
+    tree, credit, before, model = grown(topology, 2), credited(topology, 2), Toy(2), Toy(2)
+    loss = {"kind": "awm", "draws": draws, "times": "uniform", "clip_range": 0.05}
+    made = objective(loss, tree.sigmas)
+    work = made.work(credit, topology, [3, 8], 7)
+    with torch.no_grad():
+        earlier = made.earlier(tree, work, Policies(before, None)) if later else None
+        for parameter in model.parameters() if later else ():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    seen = differentiated(made, tree, work, model, earlier, None)
+    found, gradient = torch.cat(seen.loss).double(), model.gradient()
+    model.zero_grad()
+    leaves = torch.nonzero(credit.trained(topology)[-1])[:, 0].tolist()
+    rows = read_rows(topology, tree, leaves, [3, 8], credit, made)
+    samples = [rows[i : i + draws] for i in range(0, len(rows), draws)]
+    expected = torch.stack([reference.flow_policy_loss(each, model.one, before.one, 0.05, average) for each in samples])
+    (draws * expected.sum()).backward()
+    torch.testing.assert_close(found.unflatten(0, (-1, draws)).mean(1), expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, model.gradient(), rtol=1e-6, atol=1e-6)
+    clipped = torch.cat(seen.clipped)
+    assert bool(clipped.any()) == later and not bool(clipped.all())
+
+
 def test_a_lone_sample_is_weighted_matching() -> None:
     """One leaf and one draw: the first gradient is the advantage times that of the flow-matching loss."""
     topology = grow([make_plan(2, {})])

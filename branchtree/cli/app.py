@@ -16,8 +16,10 @@ from rich.table import Table
 from branchtree.cli.arguments import ForceOption, OverridesArgument, RecipeArgument, SmokeOption, parse_overrides
 from branchtree.cli.compare import compare
 from branchtree.cli.console import make_console, replace_unencodable, visible
+from branchtree.cli.convert_config import convert_config
 from branchtree.cli.diversity import diversity
 from branchtree.cli.evaluate import evaluate
+from branchtree.cli.export import export
 from branchtree.cli.score import rewards, score
 from branchtree.cli.serve import serve_reward
 from branchtree.cli.watch import runs, watch
@@ -162,10 +164,12 @@ def plugins() -> None:
 
 
 app.command()(evaluate)
+app.command()(export)
 app.command()(diversity)
 app.command()(compare)
 app.command()(score)
 app.command()(rewards)
+app.command()(convert_config)
 app.command()(serve_reward)
 
 
