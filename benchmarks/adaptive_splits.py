@@ -88,7 +88,9 @@ def main() -> None:
     if asked.draw is not None:
         draw([(row.name, asked.output / row.folder) for row in rows if "adaptive" in row.recipe], asked.draw)
         return
-    request = ComparisonRequest(tuple(rows), tuple(range(asked.seeds)), Budget(rows=budget(asked.recipe, asked.iterations)), QUIET)
+    request = ComparisonRequest(
+        tuple(rows), tuple(range(asked.seeds)), Budget(rows=budget(asked.recipe, asked.iterations)), QUIET
+    )
     comparison = run_comparison(request, asked.output, tell=lambda line: print(line, flush=True))
     console = Console(highlight=False)
     for sheet in (*work_sheet(comparison).split(6), *reward_sheet(comparison).split(3)):

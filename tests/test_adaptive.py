@@ -177,11 +177,12 @@ def test_the_noise_is_what_all_trees_so_far_say() -> None:
         assert start + sum(weights) == pytest.approx(1)
         tried = math.exp(sum(w * math.log(noise) for w, (noise, _) in zip(weights, seen, strict=True)))
         ratio = start * 0.25 + sum(w * each for w, (_, each) in zip(weights, seen, strict=True))
-        expected = tried * min(max(0.25 / ratio, 0.5), 2) if ratio > 0 else 2 * tried
+        expected = tried * min(max(0.25 / ratio, 0.25), 2) if ratio > 0 else 2 * tried
         assert [planned.noise[0] for planned in plans] == [pytest.approx(expected, rel=1e-9)] * 8
         topology, values = scored(plans, simulated_rewards(rule, plans, iteration, quadratic(1.0, 0.25)))
         outcomes = [observed(topology, values, prompt) for prompt in range(8)]
-        seen += [(planned.noise[0], out.ratio) for planned, out in zip(plans, outcomes, strict=True)]
+        ratios = [0.0 if outcome is None else outcome.ratio or 0.0 for outcome in outcomes]
+        seen += zip([planned.noise[0] for planned in plans], ratios, strict=True)
         again = rule.observe(again, range(8), topology, values)
     assert again == state
 

@@ -30,8 +30,8 @@ START_WEIGHT, WEIGHT_OF_TREE, MOST_WEIGHT = 25.0, 0.5, 200.0
 The first are forgotten with the square of the number, since what is far from the answer says little about it. The most
 is large because a drop is small beside the spread.
 """
-MOST_CHANGE = 2.0
-"""The factor by which noise may differ from the mean of that which was tried."""
+LEAST_CHANGE, MOST_CHANGE = 0.25, 2.0
+"""Bounds of the noise over the mean of that which was tried: too much of it shows at once, and too little does not."""
 WIDEST = 1e4
 """The largest and, inverted, the least noise over the kernel's own."""
 
@@ -178,7 +178,7 @@ class AdaptiveSplits:
             return None
         tried, seen = math.exp(state["noise"]["log"]), state["noise"]["ratio"]
         change = min(self.drop / seen, MOST_CHANGE) if seen > 0 else MOST_CHANGE
-        return min(max(tried * max(change, 1 / MOST_CHANGE), 1 / WIDEST), WIDEST)
+        return min(max(tried * max(change, LEAST_CHANGE), 1 / WIDEST), WIDEST)
 
     def spreads(self, state: State) -> dict[int, float]:
         """Return the siblings' spread expected at each step, for noise of 1; 1 for all before anything was seen."""
