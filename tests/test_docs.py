@@ -23,6 +23,7 @@ from branchtree.cli.arguments import parse_overrides
 from branchtree.core.cost import count
 from branchtree.core.credit import CreditRule, assign_credit
 from branchtree.core.families import collect_families
+from branchtree.core.gate import GateRule
 from branchtree.core.schedule import FixedSplits, Schedule
 from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
@@ -31,6 +32,7 @@ from branchtree.plugins import hookspecs
 from branchtree.recipe import Recipe, load_recipe, recipe_names
 from branchtree.recipe.build import make_credit_rule, make_schedule
 from branchtree.recipe.load import builtin_folder, method_names
+from branchtree.training.gating import KlGate
 from branchtree.training.metrics import ShareRecord, iteration_metrics, learned_splits
 from branchtree.training.objective import UpdateRecord
 
@@ -182,7 +184,10 @@ def written_metrics() -> set[str]:
     )
     shown = {re.sub(r"split_\d+$", "split_J", re.sub(r"depth_\d+$", "depth_NN", name)) for name in names}
     checked = {"continuation/gap/LABEL", "continuation/correlation/LABEL", "rows/continuation_check"}
-    return shown | checked | learned_splits(plans, 1.0).keys() | {"iteration", "lr"}
+    gate = KlGate(GateRule(), {})
+    gate.take_up({"share": 0.1, "seen": [0.2]})
+    gated = gate.figures((torch.ones(1),)).keys()
+    return shown | checked | gated | learned_splits(plans, 1.0).keys() | {"iteration", "lr"}
 
 
 def test_the_metrics_page_names_what_is_logged_and_nothing_else() -> None:

@@ -27,9 +27,11 @@ from branchtree.plugins import (
     LoraSummary,
     Media,
     ModelBase,
+    ModelCard,
     weights,
 )
 from branchtree.plugins.weights import has_lora
+from branchtree_adapters.any_pipeline.published import published_model
 from branchtree_adapters.pipeline import sources, speed, trained
 from branchtree_adapters.pipeline.blueprint import (
     TRANSFORMER,
@@ -47,6 +49,7 @@ from branchtree_adapters.pipeline.decoders import decoder_footprint
 from branchtree_adapters.pipeline.denoisers import apart, split_state, together
 from branchtree_adapters.pipeline.encoders import fingerprint, probe_encoders
 from branchtree_adapters.pipeline.grids import scheduler_grid
+from branchtree_adapters.pipeline.lora_names import convert_names
 
 ENCODER = re.compile(r"(text|image)_encoder(_\d+)?")
 """Names that pipelines have for encoders."""
@@ -431,6 +434,25 @@ class PipelineAdapter(ModelBase):
         keys that fit nothing in the denoiser.
         """
         return trained.load_lora(self.denoisers, source, self._class)
+
+    def card(self) -> ModelCard:
+        """Return the hub id, and the licence that is known of it or of a model that comes with the package."""
+        known, licence = published_model(self._source.name), "as given where the model comes from"
+        if self._source.name.startswith((sources.BUNDLED, sources.SMALL)):
+            licence = "Apache-2.0"
+        elif self._source.folder is None:
+            licence = known.licence if known else f"see https://huggingface.co/{self._source.name}"
+        return ModelCard(None if self._source.folder else self._source.name, licence, "diffusers")
+
+    def convert_lora(self, source: Path, form: str) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return a LoRA that ``export`` wrote, by denoiser, as ``kohya``'s scripts or ``comfyui`` name it.
+
+        Nothing is loaded. Raises CheckpointError for a model or a layer that has no such names.
+        """
+        with torch.device("meta"):
+            denoisers = {name: self.blueprint.build(name) for name in self.denoiser_names}
+        files = trained.read_each(denoisers, source, self._class)
+        return {name: convert_names(file, denoisers[name], form) for name, file in files.items()}
 
 
 @torch.no_grad()
