@@ -18,6 +18,7 @@ from branchtree.cli.compare import compare
 from branchtree.cli.console import make_console, replace_unencodable, visible
 from branchtree.cli.convert_config import convert_config
 from branchtree.cli.diversity import diversity
+from branchtree.cli.doctor import doctor
 from branchtree.cli.evaluate import evaluate
 from branchtree.cli.export import export
 from branchtree.cli.score import rewards, score
@@ -163,6 +164,7 @@ def plugins() -> None:
         console.print(str(broken), style="red")
 
 
+app.command()(doctor)
 app.command()(evaluate)
 app.command()(export)
 app.command()(diversity)
