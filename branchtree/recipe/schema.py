@@ -138,7 +138,7 @@ class AdaptiveSection(Section):
     )
     by_prompt: bool = Field(default=True, description="Give more children to prompts whose siblings spread more.")
     drop: float | None = Field(
-        default=0.1,
+        default=0.05,
         gt=0,
         le=10,
         description="The noise of a split is moved until its children's mean reward lies this fraction of their spread "
