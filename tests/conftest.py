@@ -27,7 +27,8 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 gc.disable()  # until all is imported, of which there is nothing to collect
 
-LONGEST = """conformance gpu_runs sharding training motion_rewards wan_adapter processes benchmarks methods compare
+LONGEST = """gpu_runs diffusers_adapter phantom published every_pipeline sharding conformance denoisers training
+motion_rewards wan_adapter tokens_example compare alarm actions_example processes any_pipeline benchmarks methods
 evaluate flux_adapter limits microbatch failing_servers teams preflight errors unifiedreward guest""".split()  # noqa: SIM905
 collect_ignore = ["guest_plugin"]  # its tests need it installed; test_conformance.py runs them so
 

@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from guests import install_guest
 from public_surface import undocumented_uses
 from test_conformance import run_tests
 from training_runs import metrics
@@ -21,15 +20,10 @@ ACTIONS = ROOT / "examples" / "actions"
 SHORT = {"run.iterations": 2, "evaluation.limit": 4}
 
 
-@pytest.fixture(scope="module")
-def actions_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return install_guest(tmp_path_factory.mktemp("actions_site"), ACTIONS)
-
-
 @pytest.mark.parametrize(("name", "least"), [("test_policies.py", 60), ("test_tasks.py", 12)])
-def test_it_keeps_its_promises(name: str, least: int, actions_site: Path, tmp_path: Path) -> None:
+def test_it_keeps_its_promises(name: str, least: int, examples_site: Path, tmp_path: Path) -> None:
     """PushT's environment may be missing; the unicycle needs none."""
-    outcomes = run_tests(tmp_path, (ACTIONS / "tests" / name).read_text(encoding="utf-8"), actions_site)
+    outcomes = run_tests(tmp_path, (ACTIONS / "tests" / name).read_text(encoding="utf-8"), examples_site)
     assert (outcomes["failure"], outcomes["error"]) == ([], [])
     assert len(outcomes["passed"]) > least
 
@@ -40,10 +34,10 @@ def test_it_uses_documented_names_only() -> None:
 
 @pytest.mark.parametrize("method", ["", "+single", "+branchgrpo", "+dancegrpo", "+mixgrpo"])
 def test_the_methods_of_the_library_apply(
-    method: str, actions_site: Path, plug: Callable[[Path], None], tmp_path: Path
+    method: str, examples_site: Path, plug: Callable[[Path], None], tmp_path: Path
 ) -> None:
     """Each trains the rows that its plan counts, from a ratio of exactly 1."""
-    plug(actions_site)
+    plug(examples_site)
     changes = {"run.iterations": 1, "batch.prompts": 4, "evaluation.limit": 4}
     planned = plan(f"unicycle{method}", changes)
     train(f"unicycle{method}", changes, output=tmp_path / "run")
@@ -52,9 +46,9 @@ def test_the_methods_of_the_library_apply(
     assert (row["rows/rollout"], row["rows/gradient"]) == (planned.rollout_rows, planned.gradient_rows)
 
 
-def test_drives_are_drawn_in_the_report(actions_site: Path, plug: Callable[[Path], None], tmp_path: Path) -> None:
+def test_drives_are_drawn_in_the_report(examples_site: Path, plug: Callable[[Path], None], tmp_path: Path) -> None:
     """In grids and trees, from weights that come with the package, and judged one by one."""
-    plug(actions_site)
+    plug(examples_site)
     assert 0 < train("unicycle", {**SHORT, "evaluation.limit": 32}, output=tmp_path / "run").before["success"].mean < 1
     assert len(list((tmp_path / "run" / "samples").glob("*.png"))) == 2
     assert len(list((tmp_path / "run" / "trees" / "iteration_000000").glob("leaf_*.png"))) == 16
@@ -64,17 +58,17 @@ def test_drives_are_drawn_in_the_report(actions_site: Path, plug: Callable[[Path
     assert {tuple(row["rewards"]) for row in rows} == {("reach", "success")}
 
 
-def test_another_tasks_reward_is_refused(actions_site: Path, plug: Callable[[Path], None]) -> None:
-    plug(actions_site)
+def test_another_tasks_reward_is_refused(examples_site: Path, plug: Callable[[Path], None]) -> None:
+    plug(examples_site)
     with pytest.raises(RecipeError, match=r"pusht_actions.*unicycle_actions"):
         train(load_recipe("unicycle", {"rewards": [{"reward": "pusht"}]}))
 
 
 def test_the_page_of_modalities_runs(
-    actions_site: Path, plug: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    examples_site: Path, plug: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its Python that is no file of the package, in an empty folder and in order; the recipes that it shows load."""
-    plug(actions_site)
+    plug(examples_site)
     monkeypatch.chdir(tmp_path)
     text = (ROOT / "docs" / "modalities.md").read_text(encoding="utf-8")
     own = re.sub(r"<!-- generated: (.*?) -->.*?<!-- end of \1 -->", "", text, flags=re.DOTALL)

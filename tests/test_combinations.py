@@ -9,9 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from test_forward_runs import opened
 from tiny_flux import tiny_flux
-from training_runs import small
+from training_runs import opened, small
 
 from branchtree import plan
 from branchtree.errors import RecipeError

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from branchtree.recipe.load import load_recipe
-from branchtree.recipe.schema import ScoringSection
+from branchtree.recipe.schema import Recipe, ScoringSection
 from branchtree.run.directory import EVALUATION, LOGS, METRICS, RunDirectory
 from branchtree.run.logs import lines_until, read_lines
 from branchtree.training.alarm import AlarmWatch
@@ -39,6 +40,11 @@ ROWS = {
         for leaf in (2, 5)
     ],
 }
+
+
+@cache
+def watched() -> Recipe:
+    return load_recipe("quickstart", {"alarm.window": 4})
 
 
 def write(folder: Path) -> dict[str, bytes]:
@@ -68,7 +74,7 @@ def test_any_damage_is_read_around(name: str, place: int, byte: int, count: int,
     for number, row in enumerate(ROWS[name]):
         assert number in touched or row["iteration"] > last or row in found
     assert all(copy.read_bytes() == content for copy in tmp_path.glob("*.damaged*"))
-    AlarmWatch(load_recipe("quickstart", {"alarm.window": 4})).recall(directory, None)
+    AlarmWatch(watched()).recall(directory, None)
     FailureWatch(ScoringSection()).recall(SimpleNamespace(is_main_process=True), directory)
 
 

@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from branchtree.errors import BranchTreeError, RecipeError
 from branchtree.pictures.grid import write_pictures
 from branchtree.plugins import Media
 from branchtree.studies.evaluate.figures import compare_scores
+from branchtree.studies.evaluate.run import EvaluationResult
 from branchtree.training.evaluation import Evaluated
 
 PROMPTS = ("a two", "a six", "a nine")
@@ -56,6 +58,12 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str
     return run
 
 
+@pytest.fixture(scope="module")
+def judged(runs: Callable[[str], Path]) -> Callable[[str], EvaluationResult]:
+    """The judgement of a run of a kind as it is, made once."""
+    return cache(lambda kind: evaluate(runs(kind)))
+
+
 def logged(run: Path) -> dict[int, float]:
     """The reward's held-out mean by iteration, as the run recorded it."""
     rows = [json.loads(line) for line in (run / "evaluation.jsonl").read_text().splitlines()]
@@ -70,10 +78,11 @@ def rows_of(output: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_figures_are_those_the_run_logged(kind: str, runs: Callable[[str], Path]) -> None:
+def test_figures_are_those_the_run_logged(
+    kind: str, runs: Callable[[str], Path], judged: Callable[[str], EvaluationResult]
+) -> None:
     """Before training and after it; the averaged weights where the run keeps an average, as it exports them."""
-    run = runs(kind)
-    result, before_and_after = evaluate(run).rewards["digits"], logged(run)
+    result, before_and_after = judged(kind).rewards["digits"], logged(runs(kind))
     assert result.base.mean == pytest.approx(before_and_after[0], abs=1e-6)
     assert result.trained is not None
     assert result.trained.mean == pytest.approx(before_and_after[2], abs=1e-6)
@@ -90,9 +99,11 @@ def test_an_earlier_checkpoint_can_be_judged(runs: Callable[[str], Path], tmp_pa
     assert trained.mean == pytest.approx(logged(runs("whole"))[1], abs=1e-6)
 
 
-def test_weights_of_no_average_can_be_judged(runs: Callable[[str], Path], tmp_path: Path) -> None:
+def test_weights_of_no_average_can_be_judged(
+    runs: Callable[[str], Path], judged: Callable[[str], EvaluationResult], tmp_path: Path
+) -> None:
     plain = evaluate(runs("averaged"), {"optim.ema": None}, output=tmp_path / "plain").rewards["digits"].trained
-    whole = evaluate(runs("whole"), output=tmp_path / "whole").rewards["digits"].trained
+    whole = judged("whole").rewards["digits"].trained
     assert plain == whole  # the average takes no part in what is learnt
 
 
@@ -193,10 +204,11 @@ def tiles(picture: Path, columns: int) -> list[np.ndarray[Any, np.dtype[np.int64
     ]
 
 
-def test_the_grid_shows_the_same_noises_before_and_after(runs: Callable[[str], Path]) -> None:
+def test_the_grid_shows_the_same_noises_before_and_after(
+    runs: Callable[[str], Path], judged: Callable[[str], EvaluationResult]
+) -> None:
     """The run's own grids, of the first noise of each prompt, stand in two columns of ours."""
-    run = runs("whole")
-    output = evaluate(run).output
+    run, output = runs("whole"), judged("whole").output
     index = json.loads((output / "grid.json").read_text())
     assert index["rows"] == list(PROMPTS)
     columns = [{"noise": n, "model": m} for n in range(2) for m in ("base", "trained")]

@@ -9,24 +9,19 @@ from typing import Any
 import pytest
 import torch
 from forked import Python
-from guests import run_command
 from picky_digits import read_picky
 from sessions import Prompts
 from sessions import grown as grown_by_session
 from tiny_flux import tiny_flux
 from torch import nn
-from training_runs import arguments, largest_difference, metrics, small, weights
+from training_runs import arguments, iterated, largest_difference, metrics, opened, small, weights
 
 from branchtree import load_recipe, plan, train
 from branchtree.errors import BranchTreeError, RecipeError
 from branchtree.recipe.build import make_forward_loss
-from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import counted_rows, require_equal
-from branchtree.training.inputs import read_inputs
 from branchtree.training.iteration import iterate
-from branchtree.training.loading import make_accelerator, open_session, refuse_apart
-from branchtree.training.metrics import gather_metrics
-from branchtree.training.session import Session
+from branchtree.training.loading import refuse_apart
 
 SCRIPT = Path(__file__).with_name("picky_digits.py")
 
@@ -34,13 +29,6 @@ SCRIPT = Path(__file__).with_name("picky_digits.py")
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_flux(tmp_path_factory.mktemp("flux"))
-
-
-def opened(recipe: str, overrides: dict[str, Any], folder: Path) -> Session:
-    loaded = load_recipe(recipe, overrides)
-    directory = RunDirectory(folder)
-    directory.claim(resume=False)
-    return open_session(read_inputs(loaded), directory, make_accelerator(loaded))
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -59,13 +47,10 @@ def changed(model: Path, kind: str, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of two iterations by the command line for each objective."""
+    """A run of two iterations for each objective."""
     root = tmp_path_factory.mktemp("runs")
     for kind in KINDS:
-        done = run_command(
-            "train", "quickstart", *arguments(changed(model, kind)), "--output", str(root / kind), "--no-report"
-        )
-        assert done.code == 0, done.err
+        train("quickstart", changed(model, kind), output=root / kind)
     return root
 
 
@@ -92,7 +77,7 @@ def test_the_rows_are_those_of_the_plan_and_of_the_model(kind: str, model: Path,
     overrides = changed(model, kind, run__iterations=1)
     planned, session = plan("quickstart", overrides), opened("quickstart", overrides, tmp_path / "run")
     with counted_rows(session.inputs.model.denoiser) as rows, counted_rows(session.old or nn.Module()) as old:
-        row = gather_metrics(session, iterate(session, 0))
+        (row,) = iterated(session)
     assert row["rows/rollout"] == planned.rollout_rows
     assert row["rows/gradient"] == planned.gradient_rows == rows.gradient
     assert row["rows/rescored"] == planned.rescored_rows == {"nft": 16, "awm": 8, "vgrpo": 0, "crd": 16}[kind]

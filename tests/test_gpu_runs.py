@@ -8,39 +8,37 @@ from typing import Any
 
 import pytest
 from pretend_gpu import pretend_gpu
+from shipped_recipes import ON_GPU, constants_of, require_shipped
 from tiny_flux import tiny_flux
 from tiny_wan import tiny_wan
-from training_runs import metrics, shortened, small
+from training_runs import iterated, metrics, opened, shortened, small
 
 from branchtree import evaluate, load_recipe, train
-from branchtree.recipe.load import builtin_folder, method_names, recipe_names
+from branchtree.recipe.load import method_names
 
-RECIPES = [name for name in sorted(recipe_names([builtin_folder()])) if load_recipe(name).model.adapter != "diffusers"]
-RECIPES += ["qwen_edit_branchgrpo", "sana_t2i_branchgrpo", "ltx_t2v_branchgrpo"]  # of those that drive a pipeline
 NAMES = ("cuda", "cuda:0")  # as accelerate gives it, without an index, and with one
-BOTH = {"quickstart", "flux_t2i_branchgrpo"}
-JUDGED = {*BOTH, "wan_i2v_motion"}
-
-
-def briefly(name: str) -> dict[str, Any]:
-    """Overrides for one iteration. Only some recipes evaluate: the held-out rewards of the others are the same."""
-    return shortened(name) | ({} if name in JUDGED else {"evaluation": None})
+BOTH = ("quickstart", "flux_t2i_branchgrpo")
+JUDGED = {*BOTH, "ocr_quickstart", "wan_i2v_14b_motion"}
+"""The recipes that are evaluated: the held-out rewards of the others are the same, or those that they train with."""
 
 
 @pytest.mark.parametrize(
     ("recipe", "device"),
     [
-        (recipe, device)
-        for place, recipe in enumerate(RECIPES)
-        for device in (NAMES if recipe in BOTH else (NAMES[place % 2],))
+        *((recipe, NAMES[i % 2]) for i, recipe in enumerate(ON_GPU) if recipe not in BOTH),
+        *((recipe, device) for recipe in BOTH for device in NAMES),
     ],
 )
 def test_a_recipe_trains_and_is_evaluated_on_a_gpu(recipe: str, device: str, tmp_path: Path) -> None:
-    with pretend_gpu(device):
-        result = train(recipe, briefly(recipe), smoke=True, output=tmp_path / "run")
+    """One of those that share a model, rewards and held-out figures; test_training.py trains the others on a CPU."""
+    changes = shortened(recipe) | ({} if recipe in JUDGED else {"evaluation": None})
+    with pretend_gpu(device), constants_of(recipe):
+        result = train(recipe, changes, smoke=True, output=tmp_path / "run")
     assert result.finished and result.iterations == 1 and device_of(tmp_path / "run") == "cuda:0"
     (row,) = metrics(tmp_path / "run")
     assert row["steps/taken"] == 1 and row["ratio/first_step_max_deviation"] == 0
+    assert (result.before is not None) == (recipe in JUDGED)
+    require_shipped(recipe, tmp_path / "run", result.before)
 
 
 @pytest.fixture(scope="module")
@@ -53,17 +51,20 @@ def device_of(run: Path) -> str:
 
 
 def on_both(recipe: str, changes: dict[str, Any], folder: Path, device: str = "cuda") -> None:
-    """Train on the CPU and on the pretended GPU, whose arithmetic is the same: so are all figures, to the bit."""
-    train(recipe, changes, output=folder / "cpu")
+    """Iterate on the CPU and on the pretended GPU, whose arithmetic is the same: so are all figures, to the bit."""
+    session = opened(recipe, changes, folder / "cpu")
+    assert session.device.type == "cpu"
+    expected = iterated(session)
     with pretend_gpu(device):
-        train(recipe, changes, output=folder / "gpu")
-    assert metrics(folder / "gpu") == metrics(folder / "cpu")
-    assert (device_of(folder / "gpu"), device_of(folder / "cpu")) == ("cuda:0", "cpu")
+        session = opened(recipe, changes, folder / "gpu")
+        assert session.device.type == "cuda"
+        found = iterated(session)
+    assert json.dumps(found) == json.dumps(expected)  # in which NaN equals NaN
 
 
 @pytest.mark.parametrize("method", method_names())
 def test_a_method_gives_the_same_figures_on_a_gpu(method: str, flux: Path, tmp_path: Path) -> None:
-    changes = small(flux, tree__steps=5, run__iterations=1, run__sample_prompts=1, evaluation=None)
+    changes = small(flux, tree__steps=5, run__iterations=1)
     del changes["tree.splits"]
     tree = load_recipe(f"quickstart+{method}").tree
     if tree.split_steps:
@@ -93,23 +94,20 @@ FEATURES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_feature_gives_the_same_figures_on_a_gpu(feature: str, flux: Path, tmp_path: Path) -> None:
-    common = {"run__iterations": 1, "run__sample_prompts": 1, "run__checkpoint_every": 9}
-    changes = small(flux, **{**common, **FEATURES[feature]})
-    on_both("quickstart", changes, tmp_path)
+    on_both("quickstart", small(flux, **{"run__iterations": 1, **FEATURES[feature]}), tmp_path)
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])
 def test_bfloat16_trains_on_a_gpu(lora: dict[str, int] | None, flux: Path, tmp_path: Path) -> None:
     """Not compared: CUDA's autocast runs other functions in float32 than the CPU's."""
-    changes = small(flux, run__precision="bf16", lora=lora, run__iterations=1, run__sample_prompts=1)
+    changes = small(flux, run__precision="bf16", lora=lora, run__iterations=1)
     with pretend_gpu():
-        train("quickstart", changes, output=tmp_path / "run")
-    (row,) = metrics(tmp_path / "run")
+        (row,) = iterated(opened("quickstart", changes, tmp_path / "run"))
     assert row["steps/taken"] == 1 and row["ratio/first_step_max_deviation"] == 0
 
 
 def test_a_run_is_resumed_and_evaluated_on_a_gpu_by_its_other_name(flux: Path, tmp_path: Path) -> None:
-    changes = small(flux, run__sample_prompts=1)
+    changes = small(flux, run__sample_prompts=1, optim__ema=0.9)
     train("quickstart", changes, output=tmp_path / "cpu")
     with pretend_gpu("cuda"):
         train("quickstart", {**changes, "run.iterations": 1}, output=tmp_path / "run")
@@ -128,12 +126,10 @@ def test_a_small_wan_gives_nearly_the_same_figures_on_a_gpu(tmp_path: Path) -> N
         "batch.prompts": 2,
         "evaluation": None,
         "run.iterations": 1,
-        "run.sample_prompts": 1,
     }
-    train("wan_quickstart", changes, output=tmp_path / "cpu")
+    (plain,) = iterated(opened("wan_quickstart", changes, tmp_path / "cpu"))
     with pretend_gpu():
-        train("wan_quickstart", changes, output=tmp_path / "gpu")
-    (plain,), (pretended,) = metrics(tmp_path / "cpu"), metrics(tmp_path / "gpu")
+        (pretended,) = iterated(opened("wan_quickstart", changes, tmp_path / "gpu"))
     assert pretended.keys() == plain.keys()
     for name in ("reward/digits/mean", "rows/rollout", "rows/gradient", "edges/trained"):
         assert pretended[name] == pytest.approx(plain[name], rel=1e-3)

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from picky_digits import read_picky
 from strategies import Forest, batches, forests, make_plan, thorough
 from test_forward import KINDS, LATENT, Toy, as_read, grown, objective
-from test_forward_runs import opened
 from tiny_flux import tiny_flux
-from training_runs import arguments, largest_difference, metrics, small, weights
+from training_runs import arguments, largest_difference, metrics, opened, small, weights
 
 from branchtree import plan, train
 from branchtree.core.credit import Credit, CreditRule, assign_credit

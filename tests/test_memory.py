@@ -12,9 +12,9 @@ import pytest
 from branchtree import plan, train
 from branchtree.plugins import Callback
 
-WARM, LAST = 100, 499
-LATENT = (3, 64, 64)
-BYTES = 4 * 3 * 64 * 64
+WARM, LAST = 40, 159
+LATENT = (3, 128, 128)
+BYTES = 4 * 3 * 128 * 128
 
 
 class Memory(Callback):
@@ -31,7 +31,7 @@ class Memory(Callback):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-def test_500_iterations_need_no_more_memory_than_100(
+def test_160_iterations_need_no_more_memory_than_40(
     guest_site: Path, plug: Callable[[Path], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The bound is half of what one tree kept per iteration would add."""
@@ -45,9 +45,9 @@ def test_500_iterations_need_no_more_memory_than_100(
         "callbacks": [],
         "scoring.overlap": False,
         "run.iterations": LAST + 1,
-        "run.checkpoint_every": 250,
+        "run.checkpoint_every": 80,
         "run.sample_every": 1000,
-        "run.tree_every": 250,
+        "run.tree_every": 80,
     }
     tree = plan("guest", changes).per_prompt.nodes * BYTES
     assert tree == 7 * BYTES  # 1 + 2 + 2 + 2 nodes

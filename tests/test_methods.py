@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from sessions import Prompts
 from sessions import grown as grown_by_session
 from tiny_flux import tiny_flux
-from torch import Tensor
-from training_runs import metrics, small
+from torch import Tensor, nn
+from training_runs import iterated, metrics, opened, small
 
 from branchtree import load_recipe, plan, train
 from branchtree.core.gaussian import DanceSde, FlowSde
@@ -33,11 +33,8 @@ from branchtree.core.tree import BranchTree, grow
 from branchtree.errors import RecipeError
 from branchtree.recipe.build import make_schedule
 from branchtree.recipe.load import method_names
-from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import counted_rows
 from branchtree.training.continuation import ContinuationWatch, _compared
-from branchtree.training.inputs import read_inputs
-from branchtree.training.loading import make_accelerator, open_session
 from branchtree.training.session import Session
 from branchtree.training.trainer import Trainer
 
@@ -217,13 +214,6 @@ COMMON: dict[str, Any] = {
 }
 
 
-def opened(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Session:
-    loaded = load_recipe(recipe, overrides)
-    directory = RunDirectory(folder)
-    directory.claim(resume=False)
-    return open_session(read_inputs(loaded), directory, make_accelerator(loaded))
-
-
 def first_tree(session: Session) -> tuple[BranchTree, Mapping[str, Scores], dict[str, Tensor], list[int]]:
     """The first iteration's trees and scores, the encoded prompts, and their addresses."""
     prompts = Prompts.of(session, 0)
@@ -310,13 +300,12 @@ def test_every_method_runs_and_does_the_work_that_is_planned(method: str, model:
     changes = untreed(model, run__iterations=1)
     expected = plan(f"quickstart+{method}", changes)
     session = opened(f"quickstart+{method}", changes, tmp_path / "run")
-    with counted_rows(session.inputs.model.denoiser) as rows:
-        first_tree(session)
-    assert rows.rollout == expected.rollout_rows
-    Trainer(session, []).run(resume=False)
-    row = metrics(tmp_path / "run")[0]
+    with counted_rows(session.inputs.model.denoiser) as rows, counted_rows(session.old or nn.Module()) as old:
+        (row,) = iterated(session)
+    counted = ("rollout", "reference", "rescored", "continuation_check")
+    assert rows.rollout + old.rollout == sum(row.get(f"rows/{name}", 0) for name in counted)
     assert row["rows/rollout"] == expected.rollout_rows
-    assert 0 < row["rows/gradient"] <= expected.gradient_rows
+    assert 0 < row["rows/gradient"] == rows.gradient <= expected.gradient_rows
 
 
 def test_a_method_that_is_not_there_names_those_that_are() -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_flux import tiny_flux
 from torch import Tensor, nn
-from training_runs import largest_difference, metrics, small, weights
+from training_runs import iterated, largest_difference, metrics, opened, small, weights
 
 from branchtree import load_recipe
 from branchtree.core.cost import count
@@ -43,10 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepared(model: Path, output: Path, **overrides: Any) -> Session:
-    recipe = load_recipe("quickstart", small(model, **overrides))
-    directory = RunDirectory(output)
-    directory.claim(resume=False)
-    return open_session(read_inputs(recipe), directory, make_accelerator(recipe))
+    return opened("quickstart", small(model, **overrides), output)
 
 
 @dataclass
@@ -140,9 +137,8 @@ def test_what_later_steps_compare_with_is_dealt_to_smaller_batches(
 ) -> None:
     keys = {**old, "optim__steps_per_iteration": 2, "run__iterations": 1}
     device = Device(update=2)
-    Trainer(device.hold(prepared(model, tmp_path / "hit", **keys)), []).run(resume=False)
-    Trainer(prepared(model, tmp_path / "roomy", **keys), []).run(resume=False)
-    hit, roomy = metrics(tmp_path / "hit")[0], metrics(tmp_path / "roomy")[0]
+    (hit,) = iterated(device.hold(prepared(model, tmp_path / "hit", **keys)))
+    (roomy,) = iterated(prepared(model, tmp_path / "roomy", **keys))
     assert device.failures and hit.keys() == roomy.keys()
     for name, value in roomy.items():
         assert hit[name] == pytest.approx(value, rel=1e-2, abs=1e-4), name

@@ -101,8 +101,9 @@ def test_a_bounce_costs_little_and_slower_motion_more(measure: str) -> None:
     assert slow < 0.5 * straight
 
 
-@pytest.mark.parametrize(("size", "frames", "speed"), [((64, 96), 33, 1.2), ((120, 208), 17, 2.0)])
-@pytest.mark.parametrize("scene", ["patch", "pan"])
+@pytest.mark.parametrize(
+    ("scene", "size", "frames", "speed"), [("patch", (64, 96), 33, 1.2), ("pan", (120, 208), 17, 2.0)]
+)
 def test_textured_scenes_are_ordered_too(scene: str, size: tuple[int, int], frames: int, speed: float) -> None:
     path = clips.line((speed, 0.0), frames, start=(-speed * frames * 0.4, 0.0))
     jumped, shaken = path.clone(), torch.randn(path.shape, generator=torch.Generator().manual_seed(6))

@@ -6,6 +6,7 @@ import base64
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import av
@@ -37,10 +38,16 @@ def shown(finished: Path) -> Page:
     return page(finished)
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with two samplings."""
+    return fake_run.build_run(tmp_path_factory.mktemp("runs") / "whole", iterations=60, every=60, video=True)
+
+
 @pytest.fixture
-def run(tmp_path: Path) -> Path:
-    """A run with two samplings, to be damaged."""
-    return fake_run.build_run(tmp_path / "run", iterations=60, every=60, video=True)
+def run(whole: Path, tmp_path: Path) -> Path:
+    """A copy of it, to be damaged."""
+    return shutil.copytree(whole, tmp_path / "run")
 
 
 def decoded(uri: str, kind: str) -> bytes:

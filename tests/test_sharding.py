@@ -39,8 +39,8 @@ UNEVEN: dict[str, Any] = {
     # Adam divides by the gradient's own size, which makes steps of rounding where a gradient is nothing else.
     "optim__eps": 1e-4,
     "loss__clip_range": 1e-2,
-    "run__iterations": 3,
-    "run__checkpoint_every": 3,
+    "run__iterations": 2,
+    "run__checkpoint_every": 2,
     "run__tree_every": 1,
 }
 LOW_RANK = {**UNEVEN, "lora__rank": 2, "loss__kl": 0.1, "optim__ema": 0.5, "run__gradient_checkpointing": True}
@@ -49,17 +49,16 @@ EVALUATED = {
     "loss__kl": 0.1,
     "loss__old_log_prob": "recomputed",
     "optim__ema": 0.5,
-    "run__iterations": 2,
     "tree__continuation": 3,
     "evaluation": {"prompts": ["a two", "a six", "a nine"], "rows": 1, "rewards": [{"reward": "digits"}]},
 }
 # With one step an iteration, the gradient pass of a process that has two prompts begins with the first.
 EARLY = {**UNEVEN, "optim__steps_per_iteration": 1}
 # The weights are in bfloat16, the low-rank ones in float32.
-HALF = {**LOW_RANK, "run__precision": "bf16", "run__iterations": 2}
+HALF = {**LOW_RANK, "run__precision": "bf16"}
 # Leaves are trained, and later steps compare with predictions from before the first.
-FORWARD = {**UNEVEN, "loss__kind": "vgrpo", "loss__draws": 2, "loss__kl": 0.1, "run__iterations": 2}
-QUANTIZED = {**LOW_RANK, "model__quantize": "int8", "run__iterations": 2}
+FORWARD = {**UNEVEN, "loss__kind": "vgrpo", "loss__draws": 2, "loss__kl": 0.1}
+QUANTIZED = {**LOW_RANK, "model__quantize": "int8"}
 CASES = {
     "full": UNEVEN,
     "lora": LOW_RANK,
@@ -88,7 +87,7 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         train("quickstart", small(model, **changes), output=root / f"{name}_one")
         for kind in ("sharded", "ddp") if name not in ("lora", "quantized", "half", "forward") else ("sharded",):
             asked.append(_asked(root / f"{name}_{kind}", small(model, **changes), kind == "sharded"))
-    first = small(model, **{**UNEVEN, "run__iterations": 2})
+    first = small(model, **{**UNEVEN, "run__iterations": 1})
     train("quickstart", first, output=root / "stopped_one")
     for kind in ("sharded", "ddp"):
         shutil.copytree(root / "stopped_one", root / f"one_then_{kind}")
@@ -231,7 +230,7 @@ def test_the_runs_learn_far_more_than_they_differ(runs: Path, model: Path) -> No
 
 @pytest.mark.parametrize("run", ["one_then_sharded", "one_then_ddp", "sharded_then_one", "ddp_then_one"])
 def test_a_run_goes_on_with_another_number_of_processes(runs: Path, run: str) -> None:
-    assert len(metrics(runs / run)) == 3
+    assert len(metrics(runs / run)) == 2
     assert close(trained(runs / "full_one"), trained(runs / run)) < 1e-5
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from guests import install_guest
 from public_surface import undocumented_uses
 from test_conformance import run_tests
 from training_runs import metrics
@@ -16,14 +15,9 @@ from branchtree import plan, train, write_report
 TOKENS = Path(__file__).parents[1] / "examples" / "tokens"
 
 
-@pytest.fixture(scope="module")
-def tokens_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return install_guest(tmp_path_factory.mktemp("tokens_site"), TOKENS)
-
-
 @pytest.mark.parametrize("name", ["test_addition.py", "test_sudoku.py", "test_tokens.py"])
-def test_it_keeps_its_promises(name: str, tokens_site: Path, tmp_path: Path) -> None:
-    outcomes = run_tests(tmp_path, (TOKENS / "tests" / name).read_text(encoding="utf-8"), tokens_site)
+def test_it_keeps_its_promises(name: str, examples_site: Path, tmp_path: Path) -> None:
+    outcomes = run_tests(tmp_path, (TOKENS / "tests" / name).read_text(encoding="utf-8"), examples_site)
     assert (outcomes["failure"], outcomes["error"]) == ([], [])
     assert len(outcomes["passed"]) > 30
 
@@ -44,10 +38,10 @@ SMALL = {
 
 @pytest.mark.parametrize("recipe", ["addition", "sudoku", "addition+single", "sudoku+dancegrpo"])
 def test_its_recipes_train_what_they_plan(
-    recipe: str, tokens_site: Path, tmp_path: Path, plug: Callable[[Path], None]
+    recipe: str, examples_site: Path, tmp_path: Path, plug: Callable[[Path], None]
 ) -> None:
     """Rows are those of the plan but for families that tie, and a report plays the order of revealing."""
-    plug(tokens_site)
+    plug(examples_site)
     train(recipe, SMALL, output=tmp_path / "run")
     (row,) = metrics(tmp_path / "run")
     planned = plan(recipe, SMALL)

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FluxPipeline, WanImageToVideoPipeline
+from diffusers import FluxPipeline
+from shipped_recipes import ON_GPU, WRITTEN_BY_HAND, require_shipped
 from tiny_flux import tiny_flux
-from training_runs import largest_difference, metrics, shortened, small, weights
+from training_runs import largest_difference, metrics, opened, shortened, small, weights
 
 from branchtree import load_recipe, plan, train
 from branchtree.errors import BranchTreeError, CheckpointError, OutputError
 from branchtree.plugins import Callback
-from branchtree.recipe import recipe_names
-from branchtree.recipe.load import builtin_folder
 from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import counted_rows
 from branchtree.training.inputs import read_inputs
@@ -27,7 +27,6 @@ from branchtree.training.trainer import Trainer
 
 AS_SHIPPED = {"flux_t2i_branchgrpo", "wan_quickstart"}
 LORA = {"lora.rank": 4, "lora.alpha": 8}
-SMALL_WAN = Path(__file__).parents[1] / "adapters/branchtree_adapters/assets/moving_digits_wan"
 
 
 @pytest.fixture(scope="module")
@@ -35,36 +34,26 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny_flux(tmp_path_factory.mktemp("flux"), guidance_embeds=True)
 
 
+@pytest.fixture(scope="module")
+def finished(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two iterations that ended."""
+    return train("quickstart", small(model), output=tmp_path_factory.mktemp("finished") / "run").output
+
+
 def run(model: Path, output: Path, **overrides: Any) -> list[dict[str, float]]:
     train("quickstart", small(model, **overrides), output=output)
     return metrics(output)
 
 
-RECIPES = recipe_names(folders=[builtin_folder()])
-WRITTEN_BY_HAND = [name for name in RECIPES if load_recipe(name).model.adapter != "diffusers"]
-"""The recipes whose adapter is written by hand; test_published.py trains the others."""
-
-
-@pytest.mark.parametrize("name", WRITTEN_BY_HAND)
+@pytest.mark.parametrize("name", [name for name in WRITTEN_BY_HAND if name in AS_SHIPPED or name not in ON_GPU])
 def test_every_recipe_trains_its_small_version(name: str, tmp_path: Path) -> None:
-    """One of each model family with the tree that it ships with, the others with a smaller one."""
+    """One of each model family with the tree that it ships with; the others are trained by test_gpu_runs.py."""
     changes = {"run.iterations": 1, "evaluation.limit": 1, "evaluation.noises": 1, "run.sample_prompts": 1}
     if name not in AS_SHIPPED:
-        changes |= shortened(name)
-    full, recipe = load_recipe(name), load_recipe(name, smoke=True)
+        changes = {**shortened(name), "evaluation": None}
     result = train(name, changes, smoke=True, output=tmp_path / "run")
-    assert result.finished and result.before is not None
-    # With its own rewards, of which those with published weights have tiny random ones.
-    assert [section.reward for section in recipe.rewards] == [section.reward for section in full.rewards]
-    assert full.evaluation and result.before.keys() == {
-        section.label or section.reward for section in full.evaluation.rewards
-    }
-    final = tmp_path / "run/final"
-    if recipe.lora:
-        pipeline = WanImageToVideoPipeline.from_pretrained(SMALL_WAN)
-        pipeline.load_lora_weights(final)
-    else:
-        DiffusionPipeline.from_pretrained(final)
+    assert result.finished and (result.before is not None) == (name in AS_SHIPPED)
+    require_shipped(name, tmp_path / "run", result.before)
 
 
 def test_later_steps_of_an_iteration_see_the_weights_move(model: Path, tmp_path: Path) -> None:
@@ -85,7 +74,6 @@ def test_recomputed_densities_leave_no_mismatch(model: Path, tmp_path: Path) -> 
 
 
 PRUNINGS = [
-    {},
     {"pruning.kind": "parent_top1"},
     {"pruning.kind": "extreme", "pruning.count": 3},
     {"pruning.kind": "depth"},
@@ -93,27 +81,27 @@ PRUNINGS = [
     {"credit.advantage": "leaf"},
     {"credit.advantage": "sibling"},
 ]
+ROWS = {"dense": 203, "mixed": 169, "sparse": 135}
 
 
-@pytest.mark.parametrize(("preset", "expected"), [("dense", 203), ("mixed", 169), ("sparse", 135)])
-@pytest.mark.parametrize("changes", PRUNINGS, ids=lambda changes: "-".join(map(str, changes.values())) or "plain")
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [*((preset, {}) for preset in ROWS), *zip([*ROWS] * 2, PRUNINGS, strict=True)],
+    ids=lambda value: value if isinstance(value, str) else "-".join(map(str, value.values())) or "plain",
+)
 def test_rows_through_the_denoiser_are_those_of_the_plan(
-    model: Path, tmp_path: Path, preset: str, expected: int, changes: dict[str, Any]
+    model: Path, tmp_path: Path, preset: str, changes: dict[str, Any]
 ) -> None:
+    """Each pruning in one of the trees; test_credit_cost.py counts all in any."""
     overrides = {
         **small(model, tree__steps=20, tree__splits=preset, batch__prompts=1, run__iterations=1),
         **changes,
     }
-    recipe = load_recipe("quickstart", overrides)
-    planned = plan(recipe)
-    output = RunDirectory(tmp_path / "run")
-    inputs = read_inputs(recipe)
-    output.claim(resume=False)
-    session = open_session(inputs, output, make_accelerator(recipe))
+    planned, session = plan("quickstart", overrides), opened("quickstart", overrides, tmp_path / "run")
     trainer = Trainer(session, [])
     with counted_rows(session.inputs.model.denoiser) as rows:
         trainer._iteration(0)
-    assert rows.rollout == planned.rollout_rows == expected
+    assert rows.rollout == planned.rollout_rows == ROWS[preset]
     assert rows.gradient == planned.gradient_rows
     logged = metrics(tmp_path / "run")[0]
     assert (logged["rows/rollout"], logged["rows/gradient"]) == (rows.rollout, rows.gradient)
@@ -126,20 +114,19 @@ def test_a_second_run_is_the_same_and_another_seed_another_run(model: Path, tmp_
     assert run(model, tmp_path / "c", run__iterations=1, seed=43) != first
 
 
-def test_resume_refuses_another_recipe_and_names_what_changed(model: Path, tmp_path: Path) -> None:
-    run(model, tmp_path / "run")
+def test_resume_refuses_another_recipe_and_names_what_changed(model: Path, finished: Path, tmp_path: Path) -> None:
+    shutil.copytree(finished, tmp_path / "run")
     with pytest.raises(CheckpointError, match=r"optim\.lr"):
         train("quickstart", small(model, optim__lr=5e-4), output=tmp_path / "run", resume=True)
     longer = train("quickstart", small(model, run__iterations=3), output=tmp_path / "run", resume=True)
     assert longer.iterations == 3
 
 
-def test_a_second_run_does_not_overwrite_the_first(model: Path, tmp_path: Path) -> None:
-    run(model, tmp_path / "run")
-    before = (tmp_path / "run/metrics.jsonl").read_bytes()
+def test_a_second_run_does_not_overwrite_the_first(model: Path, finished: Path) -> None:
+    before = (finished / "metrics.jsonl").read_bytes()
     with pytest.raises(OutputError, match="--resume"):
-        run(model, tmp_path / "run")
-    assert (tmp_path / "run/metrics.jsonl").read_bytes() == before
+        run(model, finished)
+    assert (finished / "metrics.jsonl").read_bytes() == before
 
 
 def test_checkpoints_are_whole_folders_and_the_oldest_go(model: Path, tmp_path: Path) -> None:
@@ -188,10 +175,9 @@ def test_average_is_what_final_holds(model: Path, tmp_path: Path) -> None:
         assert torch.allclose(value, (2 * first[name] + 9 * second[name]) / 11, atol=1e-6), name
 
 
-def test_gradient_checkpointing_changes_nothing(model: Path, tmp_path: Path) -> None:
-    run(model, tmp_path / "plain")
+def test_gradient_checkpointing_changes_nothing(model: Path, finished: Path, tmp_path: Path) -> None:
     run(model, tmp_path / "checkpointed", run__gradient_checkpointing=True)
-    assert largest_difference(weights(tmp_path / "plain"), weights(tmp_path / "checkpointed")) < 1e-6
+    assert largest_difference(weights(finished), weights(tmp_path / "checkpointed")) < 1e-6
 
 
 def test_drawn_splits_differ_between_prompts_of_one_batch(model: Path, tmp_path: Path) -> None:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
 import json
+import shutil
 import string
+import tempfile
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -18,6 +22,15 @@ T5_TOKENS = 12
 
 def tiny_flux(folder: Path, *, guidance_embeds: bool = True, dynamic_shift: bool = False, seed: int = 0) -> Path:
     """Write a complete FluxPipeline folder of about 0.1 million parameters, and return it."""
+    return Path(shutil.copytree(_built(guidance_embeds, dynamic_shift, seed), folder / "pipeline"))
+
+
+@cache
+def _built(guidance_embeds: bool, dynamic_shift: bool, seed: int) -> Path:
+    """The folder that others are copies of; it is there until the process ends."""
+    kept = tempfile.TemporaryDirectory(prefix="tiny_flux_")
+    atexit.register(kept.cleanup)
+    folder = Path(kept.name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         pipeline = FluxPipeline(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ import torch
 from safetensors.torch import load_file
 
 from branchtree import load_recipe
+from branchtree.run.directory import RunDirectory
+from branchtree.training.inputs import read_inputs
+from branchtree.training.iteration import iterate
+from branchtree.training.loading import make_accelerator, open_session
+from branchtree.training.metrics import gather_metrics
+from branchtree.training.session import Session
 
 SMALL: dict[str, Any] = {
     "model.height": 16,
@@ -41,6 +48,19 @@ def shortened(name: str) -> dict[str, Any]:
     changes |= {"optim.steps_per_iteration": 1, "evaluation.limit": 1, "evaluation.noises": 1}
     splits = len(load_recipe(name, smoke=True).tree.split_steps)
     return changes | ({"tree.splits": list(range(min(splits, 2)))} if splits else {})
+
+
+def opened(recipe: str, overrides: Mapping[str, Any], folder: Path) -> Session:
+    """A run that is ready for its iterations."""
+    loaded = load_recipe(recipe, overrides)
+    directory = RunDirectory(folder)
+    directory.claim(resume=False)
+    return open_session(read_inputs(loaded), directory, make_accelerator(loaded))
+
+
+def iterated(session: Session) -> list[dict[str, float]]:
+    """The figures of a run's iterations, without the pictures, checkpoints and exports of a whole run."""
+    return [gather_metrics(session, iterate(session, i)) for i in range(session.recipe.run.iterations)]
 
 
 def arguments(overrides: dict[str, Any]) -> list[str]:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pydantic
@@ -80,9 +81,11 @@ ATTENTION = (
 """Endings of the names of attention's projections in diffusers' transformers."""
 
 UNLOADED: dict[str, PipelineDriver] = {}
-"""Drivers of the last few pipelines without weights, by what they were made of."""
+"""Drivers of the pipelines without weights that were used last, by what they were made of."""
 KEPT = 2
 """Of those; learning one takes seconds for a large model."""
+MEASURED: WeakKeyDictionary[PipelineDriver, Footprint] = WeakKeyDictionary()
+"""Sizes measured on them, which takes seconds too."""
 
 
 class DiffusersConfig(PipelineConfig):
@@ -226,8 +229,11 @@ class Diffusers(PipelineAdapter):
         """Return the model's sizes, measured on a pipeline without weights. Raises ModelError if there can be none."""
         from branchtree_adapters.any_pipeline.measure import measure
 
-        found = measure(self._unloaded, self._examples[0], torch.bfloat16, self.blueprint.origin)
-        self._unloaded.find_unused()
+        if self._unloaded not in MEASURED:
+            made = measure(self._unloaded, self._examples[0], torch.bfloat16, self.blueprint.origin)
+            MEASURED[self._unloaded] = made
+            self._unloaded.find_unused()
+        found = MEASURED[self._unloaded]
         each_rank = sum(
             lora_parameters_per_rank(module, self._with_effect(name, module, self._lora_targets(module)))
             for name, module in self._unloaded.denoisers.items()
@@ -247,13 +253,14 @@ class Diffusers(PipelineAdapter):
         files = sorted(self._source.folder.glob("*/*")) if self._source.folder else []
         states = [(str(file), file.stat().st_mtime_ns) for file in files]
         key = repr((self._source, self.config, self.blueprint.configs, states))
-        if key not in UNLOADED:
+        if (found := UNLOADED.pop(key, None)) is None:
             with described():
                 pipeline = unloaded_pipeline(self._class, self.blueprint, self._source.folder)
-                UNLOADED[key] = self._driven(pipeline, torch.device("cpu"))
-            for old in list(UNLOADED)[:-KEPT]:
-                del UNLOADED[old]
-        return UNLOADED[key]
+                found = self._driven(pipeline, torch.device("cpu"))
+        UNLOADED[key] = found  # as the last one used
+        for old in list(UNLOADED)[:-KEPT]:
+            del UNLOADED[old]
+        return found
 
     def load(
         self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype, quantize: str | None = None

@@ -20,6 +20,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> AdapterCase:
             "sampler.transition": {"name": "unmask"},
             "sampler.shift": 1.0,
             "sampler.log_prob": "sum",
+            "run.sample_every": None,  # films take longer than all else
+            "run.tree_every": None,
             "tree.draw": {"first": 0.25, "last": 0.26},  # of twelve steps for four digits, one that reveals a digit
             "optim.lr": 1e-2,
         },

@@ -22,6 +22,8 @@ def case(tmp_path_factory: pytest.TempPathFactory) -> AdapterCase:
             "sampler.transition": {"name": "unmask"},
             "sampler.shift": 1.0,
             "sampler.log_prob": "sum",
+            "run.sample_every": None,  # films take longer than all else
+            "run.tree_every": None,
             "seed": 1,  # with which no four siblings tie
             "optim.lr": 1e-2,
         },
