@@ -18,6 +18,7 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import fmean
 
 from branchtree.report.curves import mean
 from branchtree.report.read import Run, read_run
@@ -169,8 +170,8 @@ def final_table(task: Task, output: Path, iteration: int | None) -> list[str]:
     every = read_runs(output / "rows")
     reference = held_out(every[REFERENCE], task.figure, iteration)
     against = f"{task.figure} against `plain` on `single`"
-    counts = ("iterations", "rollout rows", "gradient rows", "rescored rows")
-    lines = _heading("objective", "tree", "lr", *counts, task.also, task.figure, against)
+    work = ("iterations", "rollout rows", "gradient rows", "rescored rows", "clipped")
+    lines = _heading("objective", "tree", "lr", *work, task.also, task.figure, against)
     for name, runs in every.items():
         first = next(iter(runs.values()))
         values = held_out(runs, task.figure, iteration)
@@ -180,7 +181,8 @@ def final_table(task: Task, output: Path, iteration: int | None) -> list[str]:
                 *name.split("/"),
                 f"{first.setting('optim', 'lr'):g}",
                 _range([run.done for run in runs.values()] if iteration is None else [iteration]),
-                *(_mean_of(runs, f"rows/{kind}") for kind in ("rollout", "gradient", "rescored")),
+                *(_mean_of(runs, f"rows/{kind}", 0) for kind in ("rollout", "gradient", "rescored")),
+                _mean_of(runs, "ratio/clipped_fraction", 3),
                 _spread(held_out(runs, task.also, iteration).values()),
                 _spread(values.values()),
                 _interval(difference),
@@ -194,9 +196,9 @@ def _range(numbers: Sequence[int]) -> str:
     return f"{low}" if low == high else f"{low} to {high}"
 
 
-def _mean_of(runs: Mapping[int, Run], metric: str) -> str:
+def _mean_of(runs: Mapping[int, Run], metric: str, digits: int) -> str:
     found = [value for run in runs.values() if (value := mean(run.metrics, metric)) is not None]
-    return f"{sum(found) / len(found):.0f}"
+    return f"{fmean(found):.{digits}f}" if found else "-"
 
 
 def _spread(values: Iterable[float]) -> str:

@@ -342,7 +342,7 @@ def test_tables_of_the_comparison_of_objectives(tmp_path: Path) -> None:
             "nft/dense": (3e-5, {0: {1: -0.4, 2: -0.3}, 1: {1: -0.2, 2: -0.3}}),
         },
     )
-    work = "12 | 4 | 2"
+    work = "12 | 4 | 2 | 0.125"
     assert objectives.final_table(task, tmp_path, None)[2:] == [
         f"| plain | single | 0.0001 | 3 | {work} | 0.700 +- 0.141 | -0.300 +- 0.141 | - |",
         f"| nft | dense | 3e-05 | 2 | {work} | 0.700 +- 0.000 | -0.300 +- 0.000 | +0.000 (-1.271 to +1.271) |",
@@ -372,7 +372,12 @@ def write_comparison(folder: Path, rows: dict[str, tuple[float, dict[int, dict[i
             run = folder / asked[name]["folder"] / f"seed_{seed}"
             run.mkdir(parents=True, exist_ok=True)
             (run / "recipe.yaml").write_text(f"optim: {{lr: {rate}}}\n")
-            rows_of = {"rows/rollout": 12.0, "rows/gradient": 4.0, "rows/rescored": 2.0}
+            rows_of = {
+                "rows/rollout": 12.0,
+                "rows/gradient": 4.0,
+                "rows/rescored": 2.0,
+                "ratio/clipped_fraction": 0.125,
+            }
             logged = [{"iteration": i, **rows_of} for i in range(max(values))]
             judged = [
                 {"iteration": done, "figures": {"log_prob": {"mean": value}, "accuracy": {"mean": value + 1}}}
