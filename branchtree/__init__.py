@@ -3,7 +3,18 @@
 Implements BranchGRPO (arXiv 2509.06040) on one core for images and videos; models and rewards are plug-ins.
 """
 
-from branchtree.api import compare, diversity, evaluate, plan, register, score, train, write_report
+from branchtree.api import (
+    compare,
+    convert_config,
+    diversity,
+    evaluate,
+    export,
+    plan,
+    register,
+    score,
+    train,
+    write_report,
+)
 from branchtree.errors import BranchTreeError
 from branchtree.recipe import Recipe, load_recipe
 
@@ -12,8 +23,10 @@ __all__ = [
     "BranchTreeError",
     "Recipe",
     "compare",
+    "convert_config",
     "diversity",
     "evaluate",
+    "export",
     "load_recipe",
     "plan",
     "register",

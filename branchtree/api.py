@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,9 @@ from branchtree.recipe import Recipe
 from branchtree.recipe.load import load_base, resolve_recipe
 
 if TYPE_CHECKING:
+    from branchtree.exporting import Format
+    from branchtree.exporting.lora import Exported
+    from branchtree.migration.converted import ConvertedConfig
     from branchtree.planning.plan import RunPlan
     from branchtree.plugins.base import Callback
     from branchtree.studies.compare import Comparison
@@ -62,7 +66,12 @@ def train(
     root = user_path(output or default_output(resolved.name))
     require_name(root, OutputError)
     begun = with_start(resolved, None if start is None else Path(start), RunDirectory(root) if resume else None)
-    return train_recipe(begun, root, resume, callbacks, allow, checkpoint, force)
+    result = train_recipe(begun, root, resume, callbacks, allow, checkpoint, force)
+    if result.finished and result.main_process:
+        from branchtree.exporting.card import write_card
+
+        write_card(root)
+    return result
 
 
 def plan(recipe: str | Path | Recipe, overrides: Mapping[str, Any] | None = None, *, smoke: bool = False) -> RunPlan:
@@ -267,3 +276,54 @@ def write_report(run: str | Path) -> Path:
     from branchtree.report import write_page
 
     return write_page(user_path(run))
+
+
+def export(
+    run: str | Path,
+    format: Format = "diffusers",
+    *,
+    output: str | Path | None = None,
+    push: str | None = None,
+    private: bool = False,
+) -> Exported:
+    """Write a finished run's weights for other programs, and upload them where ``push`` asks for it.
+
+    Args:
+        run: The run's directory.
+        format: How a LoRA's layers are named: ``diffusers``, ``kohya`` (sd-scripts and musubi-tuner) or ``comfyui``. A
+            run that trained all weights is copied whole, as ``diffusers``.
+        output: The file, or the folder of a whole model; by default in ``export`` in the run's directory.
+        push: ``ORG/NAME`` on the Hugging Face hub, where the run's ``final/`` with its card is uploaded to, and files
+            of another format beside it. Nothing leaves the machine without it.
+        private: With ``push``: whether a repository that is made for it is private.
+
+    Raises:
+        BranchTreeError: The run is not finished, its model or LoRA has no such names, or the hub refuses.
+    """
+    from branchtree.exporting.hub import push_run
+    from branchtree.exporting.lora import export_run
+
+    root = user_path(run)
+    done = export_run(root, format, None if output is None else user_path(output))
+    if push is None:
+        return done
+    return replace(done, address=push_run(root, push, () if format == "diffusers" else done.files, private))
+
+
+def convert_config(
+    file: str | Path, config: str | None = None, *, base: str | None = None, gpus: int | None = None
+) -> ConvertedConfig:
+    """Return a recipe made of another trainer's configuration, which is read and never run.
+
+    Args:
+        file: A Python file of Flow-GRPO, or a shell script of DanceGRPO or MixGRPO.
+        config: The function of a Python file whose configuration it is.
+        base: The recipe to extend; by default the bundled one for the same model.
+        gpus: How many GPUs the configuration is for, where the file does not say.
+
+    Raises:
+        BranchTreeError: The file cannot be read, or no bundled recipe is about its model.
+    """
+    from branchtree.migration.convert import convert_file
+
+    return convert_file(user_path(file), config, base, gpus)

@@ -96,3 +96,23 @@ def matching(row: Row, v: Tensor, old: Tensor, keys: Keys) -> Tensor:
     ratio = torch.exp(error(row, old, keys) - error(row, v, keys))
     held = ratio.clamp(1 - keys.clip, 1 + keys.clip)
     return -torch.minimum(ratio * row.advantage, held * row.advantage)
+
+
+def flow_policy_loss(rows: Sequence[Row], new: Velocity, old: Velocity, clip: float, average: bool) -> Tensor:
+    """Flow policy optimisation's loss of one sample, whose draws are the rows (arXiv 2507.21053).
+
+    Its ratio is exp(CFM_old - CFM_new), of the matching losses averaged over the draws, or each draw has a ratio.
+    """
+    difference = []
+    for row in rows:
+        state, velocity = row.sigma * row.noise + (1 - row.sigma) * row.clean, row.noise - row.clean
+        before, after = (((each(state, row.sigma, row.prompt) - velocity) ** 2).mean() for each in (old, new))
+        difference.append(before.detach() - after)
+    if average:
+        difference = [sum(difference, start=torch.zeros(())) / len(rows)]
+    objective = torch.zeros((), dtype=torch.float64)
+    for each in difference:
+        ratio = torch.exp(each)
+        held = ratio.clamp(1 - clip, 1 + clip)
+        objective = objective + torch.minimum(ratio * rows[0].advantage, held * rows[0].advantage)
+    return -objective / len(difference)

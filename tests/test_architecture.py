@@ -59,6 +59,8 @@ LAYERS = {
     "training": {"core", "data", "files", "pictures", "planning", "plugins", "recipe", "run"},
     "report": {"files", "recipe", "run"},
     "serving": {"core", "files", "plugins"},
+    "exporting": {"files", "plugins", "recipe", "report", "run"},
+    "migration": {"files", "recipe"},
 }
 """What each package may import beside itself; studies, the command line and the conformance tests may import all."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import objectives
 import overhead
 import plot_comparison
 import pytest
+import startup
 import torch
 from branchtree_adapters.flux import FluxConfig
 from branchtree_adapters.wan_layout import WanConfig
@@ -400,3 +402,14 @@ def test_execution_reaches_the_transformer(monkeypatch: pytest.MonkeyPatch) -> N
     RandomWan(wan, execution).load(META, torch.bfloat16, torch.bfloat16)
     flux, video = FluxTransformer2DModel, WanTransformer3DModel
     assert asked == [(flux, "native"), flux, (video, "native"), video]
+
+
+def test_the_start_of_commands(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(startup, "TORCH", ("-c", "sum(range(1_000_000))"))
+    startup.main(["--repetitions", "2", "--command=--help"])
+    *_, torch_line, help_line = capsys.readouterr().out.splitlines()
+    assert torch_line.startswith("| `import torch` | ") and torch_line.endswith(" | 1.00 |")
+    found = re.fullmatch(r"\| `--help` \| ([\d.]+) \(([\d.]+) to ([\d.]+)\) \| ([\d.]+) \|", help_line)
+    assert found is not None
+    median, least, most, _ = map(float, found.groups())
+    assert 0 < least <= median <= most

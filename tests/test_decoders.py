@@ -13,7 +13,7 @@ import tiny_wan
 import torch
 from branchtree_adapters.any_pipeline.measure import PeakMemory
 from branchtree_adapters.flux import FLUX_DEV
-from branchtree_adapters.pipeline.decoders import decoder_of_images, decoder_of_videos
+from branchtree_adapters.pipeline.decoders import DecoderWeights, decoder_of_images, decoder_of_videos, decoder_weights
 from diffusers import AutoencoderKL, AutoencoderKLWan
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -43,6 +43,12 @@ def measured(vae: Any, latents: torch.Tensor) -> tuple[float, int]:
     return (peaks[-1] - peaks[-2]) / 4, counter.get_total_flops()
 
 
+def weights(vae: Any) -> DecoderWeights:
+    found = decoder_weights(vae)
+    assert found is not None
+    return found
+
+
 def require_close(decoder: DecoderFootprint, found: tuple[float, int], error: float) -> None:
     numbers, operations = found
     assert 1 - error < decoder.numbers_per_row / numbers < 1 + error
@@ -66,8 +72,9 @@ def require_close(decoder: DecoderFootprint, found: tuple[float, int], error: fl
 )
 def test_images(vae: Any) -> None:
     decoder = vae().eval()
-    assert decoder_of_images(decoder, 48, 64, 1).media_numbers_per_row == 3 * 48 * 64
-    require_close(decoder_of_images(decoder, 48, 64, 1), measured(decoder, torch.randn(2, 4, 12, 16)), 0.02)
+    size = decoder_of_images(decoder.config, weights(decoder), (48, 64), 1)
+    assert size.media_numbers_per_row == 3 * 48 * 64
+    require_close(size, measured(decoder, torch.randn(2, 4, 12, 16)), 0.02)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +90,7 @@ def test_images(vae: Any) -> None:
 def test_videos(vae: Any, frames: int) -> None:
     decoder = vae().eval()
     channels, scale = decoder.config.z_dim, decoder.config.scale_factor_spatial
-    size = decoder_of_videos(decoder, (channels, frames, 4, 6), 1)
+    size = decoder_of_videos(decoder.config, weights(decoder), (channels, frames, 4, 6), 1)
     assert size.media_numbers_per_row == 3 * (4 * (frames - 1) + 1) * 24 * scale**2
     numbers, operations = measured(decoder, torch.randn(2, channels, frames, 4, 6))
     if frames < 3:  # the caches are not full, so that less is alive than planned
@@ -98,8 +105,10 @@ def test_the_published_decoders_at_full_size() -> None:
         images = AutoencoderKL.from_config(dict(FLUX_DEV.configs["vae/config.json"])).eval()
         videos = AutoencoderKLWan().eval()
         one, three = torch.empty(1, 16, 90, 90), torch.empty(1, 16, 3, 50, 80)
-        require_close(decoder_of_images(images, 720, 720, 1), measured(images, one), 0.005)
-        require_close(decoder_of_videos(videos, (16, 3, 50, 80), 1), measured(videos, three), 0.005)
+        of_images = decoder_of_images(images.config, weights(images), (720, 720), 1)
+        require_close(of_images, measured(images, one), 0.005)
+        of_videos = decoder_of_videos(videos.config, weights(videos), (16, 3, 50, 80), 1)
+        require_close(of_videos, measured(videos, three), 0.005)
 
 
 def test_the_recipes_decoders_are_planned() -> None:

@@ -23,6 +23,7 @@ from branchtree.cli.arguments import parse_overrides
 from branchtree.core.cost import count
 from branchtree.core.credit import CreditRule, assign_credit
 from branchtree.core.families import collect_families
+from branchtree.core.gate import GateRule
 from branchtree.core.schedule import FixedSplits, Schedule
 from branchtree.core.scores import Scores
 from branchtree.core.tree import grow
@@ -31,6 +32,7 @@ from branchtree.plugins import hookspecs
 from branchtree.recipe import Recipe, load_recipe, recipe_names
 from branchtree.recipe.build import make_credit_rule, make_schedule
 from branchtree.recipe.load import builtin_folder, method_names
+from branchtree.training.gating import KlGate
 from branchtree.training.metrics import ShareRecord, iteration_metrics, learned_splits
 from branchtree.training.objective import UpdateRecord
 
@@ -182,7 +184,10 @@ def written_metrics() -> set[str]:
     )
     shown = {re.sub(r"split_\d+$", "split_J", re.sub(r"depth_\d+$", "depth_NN", name)) for name in names}
     checked = {"continuation/gap/LABEL", "continuation/correlation/LABEL", "rows/continuation_check"}
-    return shown | checked | learned_splits(plans, 1.0).keys() | {"iteration", "lr"}
+    gate = KlGate(GateRule(), {})
+    gate.take_up({"share": 0.1, "seen": [0.2]})
+    gated = gate.figures((torch.ones(1),)).keys()
+    return shown | checked | gated | learned_splits(plans, 1.0).keys() | {"iteration", "lr"}
 
 
 def test_the_metrics_page_names_what_is_logged_and_nothing_else() -> None:
@@ -261,8 +266,8 @@ def resolves(dotted: str) -> bool:
 
 
 def test_the_navigation_has_every_page() -> None:
-    config = yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
-    named = re.findall(r"[\w/]+\.md", str(config["nav"]))
+    _, _, navigation = (ROOT / "mkdocs.yml").read_text(encoding="utf-8").partition("\nnav:\n")
+    named = re.findall(r"[\w/]+\.md", navigation)
     assert sorted(named) == sorted(page.relative_to(ROOT / "docs").as_posix() for page in DOCS)
 
 
@@ -323,7 +328,7 @@ def test_commands_are_as_shown(page: Path) -> None:
         # Click knows the options; parsing runs nothing.
         given = COMMANDS[name].make_context(name, list(arguments)).params
         if given.get("recipe") in recipe_names([builtin_folder()]):
-            load_recipe(given["recipe"], parse_overrides(given["overrides"] or []), smoke=given["smoke"])
+            load_recipe(given["recipe"], parse_overrides(given["overrides"] or []), smoke=given.get("smoke", False))
 
 
 def test_a_command_that_does_not_parse_would_be_seen() -> None:

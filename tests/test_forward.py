@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from branchtree import load_recipe
 from branchtree.core.cost import count
 from branchtree.core.credit import Credit, CreditRule, assign_credit
-from branchtree.core.draws import LEAST_SIGMA, DrawRule, LeafRows
+from branchtree.core.draws import LEAST_SIGMA, DrawRule, ForwardRows
 from branchtree.core.forward import ForwardBatch, noise_samples
 from branchtree.core.grid import time_grid
 from branchtree.core.noise import NoiseSource, Purpose
@@ -131,8 +131,8 @@ def read_rows(
         source = {"leaf": own, "siblings": family, "group": 0}[rule.share]
         for draw in range(rule.count):
             noise = NoiseSource(rule.seed, 7).normal(Purpose.FORWARD, ids[prompt], draw, [source], LATENT)[0].double()
-            one = LeafRows(7, topology.steps, *(torch.tensor([value]) for value in (leaf, prompt, ids[prompt], draw,
-                           source, 0)), torch.zeros(1), torch.zeros(1))  # fmt: skip
+            one = ForwardRows(7, *(torch.tensor([value]) for value in (topology.steps, leaf, prompt, ids[prompt], draw,
+                              source, 0)), torch.zeros(1), torch.zeros(1))  # fmt: skip
             sigma = float(rule.draw(one, tree.sigmas, LATENT)[0])
             group = (prompt, family if rule.share == "siblings" else 0, draw)
             advantage = float(credit.advantages[-1][leaf].float())
@@ -141,7 +141,7 @@ def read_rows(
 
 
 def differentiated(
-    made: ForwardObjective, tree: BranchTree, work: LeafRows, model: Toy, earlier: Earlier | None, rows: int | None
+    made: ForwardObjective, tree: BranchTree, work: ForwardRows, model: Toy, earlier: Earlier | None, rows: int | None
 ) -> UpdateRecord:
     """Leave the gradient of the sum of all terms in the model."""
     model.zero_grad()
@@ -219,6 +219,34 @@ def test_in_the_first_step_the_ratio_is_1_to_the_bit(kind: str) -> None:
     assert torch.equal(torch.cat(seen.first_deviation), torch.zeros(len(torch.cat(seen.loss))).double())
 
 
+@pytest.mark.parametrize(
+    ("draws", "later", "average"), [(1, True, True), (3, True, False), (3, False, True), (3, False, False)]
+)
+def test_awm_is_flow_policy_optimisation(draws: int, later: bool, average: bool) -> None:
+    """The loss and its gradient: always if each draw has a ratio; of averaged draws, of one draw or in a first step."""
+    topology = grow([make_plan(3, {0: 4}), make_plan(3, {0: 3})])
+    tree, credit, before, model = grown(topology, 2), credited(topology, 2), Toy(2), Toy(2)
+    loss = {"kind": "awm", "draws": draws, "times": "uniform", "clip_range": 0.05}
+    made = objective(loss, tree.sigmas)
+    work = made.work(credit, topology, [3, 8], 7)
+    with torch.no_grad():
+        earlier = made.earlier(tree, work, Policies(before, None)) if later else None
+        for parameter in model.parameters() if later else ():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(4)))
+    seen = differentiated(made, tree, work, model, earlier, None)
+    found, gradient = torch.cat(seen.loss).double(), model.gradient()
+    model.zero_grad()
+    leaves = torch.nonzero(credit.trained(topology)[-1])[:, 0].tolist()
+    rows = read_rows(topology, tree, leaves, [3, 8], credit, made)
+    samples = [rows[i : i + draws] for i in range(0, len(rows), draws)]
+    expected = torch.stack([reference.flow_policy_loss(each, model.one, before.one, 0.05, average) for each in samples])
+    (draws * expected.sum()).backward()
+    torch.testing.assert_close(found.unflatten(0, (-1, draws)).mean(1), expected.detach(), rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(gradient, model.gradient(), rtol=1e-6, atol=1e-6)
+    clipped = torch.cat(seen.clipped)
+    assert bool(clipped.any()) == later and not bool(clipped.all())
+
+
 def test_a_lone_sample_is_weighted_matching() -> None:
     """One leaf and one draw: the first gradient is the advantage times that of the flow-matching loss."""
     topology = grow([make_plan(2, {})])
@@ -262,7 +290,7 @@ def test_averaged_weights_are_what_is_compared_with() -> None:
 # --- draws ---
 
 
-def drawn(rule: DrawRule, topology: Topology, ids: list[int]) -> tuple[LeafRows, Tensor, Tensor]:
+def drawn(rule: DrawRule, topology: Topology, ids: list[int]) -> tuple[ForwardRows, Tensor, Tensor]:
     width = topology.width(topology.steps)
     advantages = tuple(torch.ones(topology.width(depth), dtype=torch.float64) for depth in topology.depths)
     keep = trainable_leaves(topology, torch.ones(width, dtype=torch.bool))
@@ -270,9 +298,9 @@ def drawn(rule: DrawRule, topology: Topology, ids: list[int]) -> tuple[LeafRows,
     return rows, *rule.draw(rows, time_grid(topology.steps, 3.0), LATENT)
 
 
-def pairs(rows: LeafRows, sigma: Tensor, noise: Tensor) -> dict[tuple[int, int, int], tuple[float, ...]]:
+def pairs(rows: ForwardRows, sigma: Tensor, noise: Tensor) -> dict[tuple[int, int, int], tuple[float, ...]]:
     """The pair of each (prompt address, leaf among all, draw)."""
-    named = zip(rows.prompt_id.tolist(), rows.leaf.tolist(), rows.draw.tolist(), strict=True)
+    named = zip(rows.prompt_id.tolist(), rows.node.tolist(), rows.draw.tolist(), strict=True)
     return {name: (s, *n) for name, s, n in zip(named, sigma.tolist(), noise.flatten(1).tolist(), strict=True)}
 
 
@@ -300,7 +328,7 @@ def test_draws_do_not_depend_on_what_else_is_drawn(plans: tuple[TreePlan, ...], 
     alone, alone_sigma, alone_noise = drawn(rule, topology.select(range(last, last + 1)), ids[last:])
     moved = alone.within(topology, last)
     mine = rows.prompt == last
-    assert torch.equal(moved.leaf, rows.leaf[mine]) and torch.equal(moved.prompt, rows.prompt[mine])
+    assert torch.equal(moved.node, rows.node[mine]) and torch.equal(moved.prompt, rows.prompt[mine])
     assert torch.equal(alone_sigma, sigma[mine]) and torch.equal(alone_noise, noise[mine])
     members = min(3, *(plan.leaves for plan in plans))
     whole = pairs(rows, sigma, noise)
@@ -309,7 +337,7 @@ def test_draws_do_not_depend_on_what_else_is_drawn(plans: tuple[TreePlan, ...], 
         share_topology = grow_shares([cut(plan, members)[member] for plan in plans])
         owned = rows.owned(topology, share_topology)
         level, base = rule.draw(owned, time_grid(topology.steps, 3.0), LATENT)
-        assert torch.equal(share_topology.leaf_root[owned.leaf], owned.prompt)
+        assert torch.equal(share_topology.leaf_root[owned.node], owned.prompt)
         seen += pairs(owned, level, base).values()
     assert sorted(seen) == sorted(whole.values())
 
@@ -369,7 +397,7 @@ def test_the_leaves_that_are_trained_have_a_score_and_something_to_learn(
         if valid and (kl or value or (whole_groups and prompt in apart))
     ]
     rows = DrawRule(0, draws).rows(credit, topology, range(topology.prompts), 0)
-    assert rows.leaf.tolist() == [leaf for leaf in expected for _ in range(draws)]
+    assert rows.node.tolist() == [leaf for leaf in expected for _ in range(draws)]
     assert rows.draw.tolist() == [draw for _ in expected for draw in range(draws)]
 
 
@@ -395,8 +423,8 @@ def test_rows_are_dealt_out_to_steps_once_each(plans: tuple[TreePlan, ...], step
     topology = grow(plans)
     rows, _, _ = drawn(DrawRule(0, 2), topology, list(range(len(plans))))
     parts = partition(rows, steps, 0, 1, range(len(plans)), 0)
-    names = [name for part in parts for name in zip(part.leaf.tolist(), part.draw.tolist(), strict=True)]
-    assert sorted(names) == sorted(zip(rows.leaf.tolist(), rows.draw.tolist(), strict=True))
+    names = [name for part in parts for name in zip(part.node.tolist(), part.draw.tolist(), strict=True)]
+    assert sorted(names) == sorted(zip(rows.node.tolist(), rows.draw.tolist(), strict=True))
 
 
 # --- what the target is ---

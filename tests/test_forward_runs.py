@@ -19,6 +19,7 @@ from training_runs import arguments, largest_difference, metrics, small, weights
 
 from branchtree import load_recipe, plan, train
 from branchtree.errors import BranchTreeError, RecipeError
+from branchtree.recipe.build import make_forward_loss
 from branchtree.run.directory import RunDirectory
 from branchtree.testing.probe import counted_rows, require_equal
 from branchtree.training.inputs import read_inputs
@@ -166,13 +167,14 @@ def test_what_is_spread_over_processes_is_refused(
     changes: dict[str, Any], members: int, joint: bool, message: str | None
 ) -> None:
     recipe = load_recipe("quickstart", {"loss.kind": "crd", **changes})
+    rule: Any = make_forward_loss(recipe)
     team: Any = SimpleNamespace(members=members)
     engine: Any = SimpleNamespace(joint=joint)
     if message is None:
-        refuse_apart(recipe, team, engine)
+        refuse_apart(recipe, rule, team, engine)
         return
     with pytest.raises(RecipeError, match=message):
-        refuse_apart(recipe, team, engine)
+        refuse_apart(recipe, rule, team, engine)
 
 
 def test_an_objective_changes_the_keys_that_it_says_and_a_recipe_changes_them_back(tmp_path: Path) -> None:
@@ -182,6 +184,16 @@ def test_an_objective_changes_the_keys_that_it_says_and_a_recipe_changes_them_ba
     assert (again.share_draws, again.error) == ("leaf", "velocity")
     own = load_recipe("quickstart", {"loss.kind": "vgrpo", "loss.error": "velocity"}).loss
     assert (own.share_draws, own.error) == ("group", "velocity")
+
+
+def test_a_batch_is_normalised_over_the_leaves_that_are_trained(model: Path, tmp_path: Path) -> None:
+    """Not over the edges of the tree, which no forward objective trains."""
+    tree = {"tree__splits": [0, 2], "tree__branches": 2, "credit__batch_normalise": True}
+    session = opened("quickstart", small(model, loss__kind="awm", **tree), tmp_path / "run")
+    advantages = iterate(session, 0).credit.advantages[-1]
+    trained = advantages[advantages != 0]
+    assert len(trained) == 8
+    assert float(trained.mean()) == pytest.approx(0, abs=1e-9) and float(trained.std()) == pytest.approx(1, rel=1e-6)
 
 
 @pytest.mark.parametrize("method", ["nft", "awm", "vgrpo", "crd"])

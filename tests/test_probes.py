@@ -20,6 +20,7 @@ from picky_digits import read_picky
 from reference import Node
 from safetensors.torch import load_file
 from strategies import Forest, make_plan
+from test_forward_runs import opened
 from torch import Tensor
 from training_runs import arguments, metrics, small, spreads, weights
 
@@ -37,6 +38,8 @@ from branchtree.core.tree import BranchTree, grow, grow_shares
 from branchtree.errors import RecipeError
 from branchtree.plugins.scores import NamedReward
 from branchtree.recipe.build import check_learns, make_kernel
+from branchtree.training.iteration import Iteration, iterate
+from branchtree.training.metrics import gather_metrics
 from branchtree.training.probing import refuse_group_rewards
 
 SCRIPT = Path(__file__).with_name("picky_digits.py")
@@ -54,10 +57,18 @@ def sampled(plans: list[TreePlan], solver: str = "euler") -> tuple[BranchTree, S
 
 FIRST = (True, *(False,) * 5)
 COARSE = TreePlan((2, 1, 1, 1, 1, 1), FIRST, FIRST, skipped=frozenset({2, 4}))
+TWO = (True, False, False, True, *(False,) * 3)
+JOINED = TreePlan((2, 1, 1, 3, 1, 1, 1), TWO, TWO, frozenset({1, 2, 4}))
+SECOND, THIRD = (False, True, *(False,) * 5), (False, False, True, *(False,) * 4)
 PLANS = {
     "ragged": [make_plan(5, {0: 2, 2: 2}), make_plan(5, {1: 3}, stochastic=[])],
     "nothing to probe": [make_plan(3, {}, stochastic=[]), make_plan(3, {0: 2}, stochastic=[])],
     "skipping": [COARSE, make_plan(6, {1: 2}, stochastic=[])],
+    "joined": [JOINED, make_plan(7, {1: 2}, stochastic=[4])],
+    "adaptive": [
+        TreePlan((1, 3, *(1,) * 5), SECOND, SECOND, noise=(1.0, 1.7, *(1.0,) * 5), still=True),
+        TreePlan((1, 1, 4, *(1,) * 4), THIRD, THIRD, frozenset({3, 5}), noise=(0.6,) * 7, still=True),
+    ],
 }
 
 
@@ -254,6 +265,68 @@ def _less_group_mean(tree: BranchTree, values: NodeValues) -> tuple[Tensor, ...]
 
 
 # --- in a run ---
+
+
+def expected_advantage(done: Iteration, returns: str, depth: int, node: int) -> float:
+    """The advantage of the edge into a node by the written formula, from an iteration's scores."""
+    topology, scores = done.group.topology, done.group.scores["digits"].values.double()
+    probes, values = done.group.probes["digits"], done.credit.values["digits"].value
+    plan_of_node, prompt = topology.plans[int(topology.root[depth][node])], int(topology.root[depth][node])
+    at, here = depth, node
+    while not plan_of_node.stochastic[at - 1]:  # a deterministic edge has the advantage of the one before
+        at, here = at - 1, int(topology.parent[at][here])
+        if at == 0:
+            return 0.0
+    worth, below, child = float(values[at][here]), at, here
+    if returns == "step":
+        while below < topology.steps and not plan_of_node.stochastic[below]:
+            below, child = below + 1, topology.parent[below + 1].tolist().index(child)
+        worth = float(scores[child] if below == topology.steps else probes[below][child])
+    baseline = float(probes[at - 1][int(topology.parent[at][here])])
+    own = [score for score, root in zip(scores.tolist(), topology.leaf_root.tolist(), strict=True) if root == prompt]
+    return min(max((worth - baseline) / (reference.sample_std(own) + 1e-8), -5.0), 5.0)
+
+
+ADAPTIVE: dict[str, Any] = {"tree__splits": "adaptive", "tree__branches": 4, "tree__draw": {"first": 0.2, "last": 0.5}}
+TREES: dict[str, dict[str, Any]] = {
+    "adaptive": {**ADAPTIVE, "tree__steps": 6},
+    "adaptive and joined": {**ADAPTIVE, "tree__steps": 6, "tree__join": 2, "sampler__kind": "flow"},
+    "joined": {"tree__steps": 7, "tree__splits": [0, 3], "tree__join": [3, 2], "tree__sde": "splits"},
+    "joined, others stochastic": {"tree__steps": 7, "tree__splits": [0, 3], "tree__join": [2, 1]},
+}
+
+
+@pytest.mark.parametrize("returns", ["leaf", "step"])
+@pytest.mark.parametrize("tree", TREES)
+def test_probes_are_the_baseline_of_adaptive_and_of_joined_steps(
+    tree: str, returns: str, model: Path, tmp_path: Path
+) -> None:
+    """Advantages are those of the formula, the work is that of the plan, and the policy learns."""
+    overrides = small(model, **{**TREES[tree], "credit__baseline": "probe", "credit__returns": returns})
+    planned, session = plan("quickstart", overrides).iteration, opened("quickstart", overrides, tmp_path / "run")
+    done = iterate(session, 0)
+    row, topology = gather_metrics(session, done), done.group.topology
+    for depth in topology.depths:
+        found = done.credit.advantages[depth].tolist()
+        expected = [0.0] * len(found) if depth == 0 else [
+            expected_advantage(done, returns, depth, node) for node in range(topology.width(depth))
+        ]  # fmt: skip
+        assert found == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert (row["leaves/probes"], row["rows/probes"]) == (planned.probes, planned.probe_rows)
+    assert (row["rows/rollout"], row["rows/gradient"]) == (planned.rollout_rows, planned.gradient_rows)
+    assert row["steps/taken"] == 1 and row["grad_norm"] > 0
+    if not tree.startswith("adaptive"):
+        return
+    # The child that takes the deterministic step is the probe of its parent.
+    scores, probes = done.group.scores["digits"].values, done.group.probes["digits"]
+    for prompt, plan_of_prompt in enumerate(topology.plans):
+        split = plan_of_prompt.last_split
+        probe = float(probes[split][topology.span(prompt, split).start])
+        assert float(scores[topology.span(prompt, topology.steps).start]) == pytest.approx(probe, rel=1e-3, abs=1e-3)
+    assert session.trained.splits is not None
+    before = session.trained.splits.state
+    session.trained.splits.observe(0, session.processes, session.team, topology, done.credit)
+    assert session.trained.splits.state != before
 
 
 @pytest.mark.parametrize(

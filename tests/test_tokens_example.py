@@ -53,5 +53,6 @@ def test_its_recipes_train_what_they_plan(
     planned = plan(recipe, SMALL)
     assert row["ratio/first_step_max_deviation"] == 0
     assert row["rows/rollout"] == planned.rollout_rows and 0 < row["rows/gradient"] <= planned.gradient_rows
+    assert "tokens" in (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
     report = write_report(tmp_path / "run").read_text()
     assert report.count("data:video/mp4") == 2 and report.count("data:image/webp") >= 16

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import Any
 
 import pydantic
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.errors import DataError
-from branchtree.plugins import Condition, Conditioning, Footprint, Register, hookimpl
+from branchtree.plugins import Condition, Conditioning, Register, hookimpl
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, PipelineConfig
 from branchtree_adapters.pipeline.blueprint import T5_XXL, TRANSFORMER, VAE, Published, require_multiple
 
@@ -70,7 +70,7 @@ class Flux(PipelineAdapter):
     @property
     def _grid(self) -> tuple[int, int]:
         """Rows and columns of latent tokens. Raises ModelError for a size that is no multiple of the patch."""
-        patch = 2 ** len(self.blueprint.configs[VAE]["block_out_channels"])
+        patch = 2 ** len(self.configs[VAE]["block_out_channels"])
         require_multiple("height", self.config.height, patch)
         require_multiple("width", self.config.width, patch)
         return self.config.height // patch, self.config.width // patch
@@ -78,7 +78,7 @@ class Flux(PipelineAdapter):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Tokens and channels. Raises ModelError for an image size that the model cannot make."""
-        return self.tokens, self.blueprint.configs[TRANSFORMER]["in_channels"]
+        return self.tokens, self.configs[TRANSFORMER]["in_channels"]
 
     @property
     def tokens(self) -> int:
@@ -88,11 +88,11 @@ class Flux(PipelineAdapter):
 
     @property
     def _text_tokens(self) -> int:
-        longest = self.blueprint.configs[T5_TOKENIZER].get("model_max_length", self.config.max_sequence_length)
+        longest = self.configs[T5_TOKENIZER].get("model_max_length", self.config.max_sequence_length)
         return int(min(self.config.max_sequence_length, longest))
 
-    def sizes(self, denoiser: Any) -> Footprint:
-        """Return the transformer's sizes.
+    def row_costs(self) -> Mapping[str, Any]:
+        """Return what a row costs the transformer.
 
         With S image and text tokens, D the transformer's width, and N double-stream and M single-stream blocks,
         the backward pass keeps S D (28 N + 25 M + 6) numbers for each row, and under gradient checkpointing
@@ -102,22 +102,21 @@ class Flux(PipelineAdapter):
         there are double-stream blocks alone: measured by following every tensor of a forward on a CPU.
         A forward takes S (N + M) (24 D^2 + 4 S D) operations: twelve D x D products and attention for each token.
         """
-        sizes, tokens = denoiser.config, self.tokens + self._text_tokens
+        sizes, tokens = self.configs[TRANSFORMER], self.tokens + self._text_tokens
         width, double, single = (
-            sizes.num_attention_heads * sizes.attention_head_dim,
-            sizes.num_layers,
-            sizes.num_single_layers,
+            sizes["num_attention_heads"] * sizes["attention_head_dim"],
+            sizes["num_layers"],
+            sizes["num_single_layers"],
         )
         unit = tokens * width
-        return replace(
-            super().sizes(denoiser),
-            activation_numbers_per_row=unit * (28 * double + 25 * single + 6),
-            checkpointed_numbers_per_row=unit * (double + single + 28 + 6),
-            forward_flops_per_row=(double + single) * unit * (24 * width + 4 * tokens),
-            attention_flops_per_row=(double + single) * unit * 4 * tokens,
-            forward_numbers_per_row=unit * (15 if single else 11),
-            conditioning_numbers=self._text_tokens * sizes.joint_attention_dim + sizes.pooled_projection_dim,
-        )
+        return {
+            "activation_numbers_per_row": unit * (28 * double + 25 * single + 6),
+            "checkpointed_numbers_per_row": unit * (double + single + 28 + 6),
+            "forward_flops_per_row": (double + single) * unit * (24 * width + 4 * tokens),
+            "attention_flops_per_row": (double + single) * unit * 4 * tokens,
+            "forward_numbers_per_row": unit * (15 if single else 11),
+            "conditioning_numbers": self._text_tokens * sizes["joint_attention_dim"] + sizes["pooled_projection_dim"],
+        }
 
     def check(self, condition: Condition) -> None:
         """Refuse a negative prompt, which FLUX's distilled guidance has no use for. Raises DataError."""

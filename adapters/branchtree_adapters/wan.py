@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,8 +11,9 @@ from torch import Tensor, nn
 from branchtree.data.frames import first_frame, last_frame
 from branchtree.data.prompts import MEDIA
 from branchtree.errors import DataError
-from branchtree.plugins import Condition, Conditioning, Footprint, Register, hookimpl
+from branchtree.plugins import Condition, Conditioning, Register, hookimpl
 from branchtree_adapters.pipeline.adapter import PipelineAdapter, on_device
+from branchtree_adapters.pipeline.blueprint import TRANSFORMER
 from branchtree_adapters.wan_footprint import work
 from branchtree_adapters.wan_layout import IMAGE_ENCODER, Layout, WanConfig, published, work_out_layout
 
@@ -55,7 +55,7 @@ class Wan(PipelineAdapter):
 
     @property
     def _layout(self) -> Layout:
-        return work_out_layout(self.config, self.blueprint.configs)
+        return work_out_layout(self.config, self.configs)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -67,15 +67,14 @@ class Wan(PipelineAdapter):
         """Patches of a video."""
         return self._layout.tokens
 
-    def sizes(self, denoiser: Any) -> Footprint:
-        """Return the transformer's sizes; see ``work`` for how."""
+    def row_costs(self) -> Mapping[str, Any]:
+        """Return what a row costs the transformer; see ``work`` for how."""
         layout, image_tokens = self._layout, 0
-        if IMAGE_ENCODER in self.blueprint.configs:  # one embedding for each of CLIP's patches and its class token
-            encoder = self.blueprint.configs[IMAGE_ENCODER]
+        if IMAGE_ENCODER in self.configs:  # one embedding for each of CLIP's patches and its class token
+            encoder = self.configs[IMAGE_ENCODER]
             image_tokens = (encoder.get("image_size", 224) // encoder.get("patch_size", 32)) ** 2 + 1
         texts, image = self.rows_per_prediction, layout.images * image_tokens
-        costs = work(denoiser.config, layout, self.config.max_sequence_length, image, texts)
-        return replace(super().sizes(denoiser), **costs)
+        return work(self.configs[TRANSFORMER], layout, self.config.max_sequence_length, image, texts)
 
     def check(self, condition: Condition) -> None:
         """Refuse a condition that the model cannot take.

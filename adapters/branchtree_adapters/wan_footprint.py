@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 from branchtree_adapters.wan_layout import Layout
 
 
-def work(sizes: Any, layout: Layout, text: int, image: int, texts: int) -> dict[str, Any]:
+def work(sizes: Mapping[str, Any], layout: Layout, text: int, image: int, texts: int) -> dict[str, Any]:
     """Return what one row costs, by the fields of a Footprint.
 
     There are S video tokens and C context tokens of width D, and N blocks with feed-forwards of width E. Numbers are in
@@ -32,25 +33,26 @@ def work(sizes: Any, layout: Layout, text: int, image: int, texts: int) -> dict[
         image: Tokens of the conditioning images.
         texts: How many texts a condition is encoded with.
     """
-    tokens, context, blocks = layout.tokens, text + image, sizes.num_layers
-    width = sizes.num_attention_heads * sizes.attention_head_dim
-    per_token = (34 if sizes.added_kv_proj_dim is None else 36) * width + 2 * sizes.ffn_dim
+    tokens, context, blocks = layout.tokens, text + image, sizes["num_layers"]
+    width = sizes["num_attention_heads"] * sizes["attention_head_dim"]
+    per_token = (34 if sizes["added_kv_proj_dim"] is None else 36) * width + 2 * sizes["ffn_dim"]
     block = tokens * per_token + 6 * context * width
     ends = (7 * tokens + 4 * context) * width
     attention = blocks * 4 * tokens * width * (tokens + context)
-    keys = 4 * width * (text * width + image * (sizes.added_kv_proj_dim or width))
-    products = blocks * (12 * tokens * width**2 + 4 * tokens * width * sizes.ffn_dim + keys)
-    products += 2 * tokens * width * math.prod(sizes.patch_size) * (sizes.in_channels + sizes.out_channels)
-    products += 2 * text * width * (sizes.text_dim + width) + 2 * width * (sizes.freq_dim + 7 * width)
-    image_dim = sizes.image_dim or 0
+    keys = 4 * width * (text * width + image * (sizes["added_kv_proj_dim"] or width))
+    products = blocks * (12 * tokens * width**2 + 4 * tokens * width * sizes["ffn_dim"] + keys)
+    products += 2 * tokens * width * math.prod(sizes["patch_size"]) * (sizes["in_channels"] + sizes["out_channels"])
+    products += 2 * text * width * (sizes["text_dim"] + width) + 2 * width * (sizes["freq_dim"] + 7 * width)
+    image_dim = sizes["image_dim"] or 0
     if image:
         products += 2 * image * image_dim * (image_dim + width)
-    given = (sizes.in_channels - layout.latent[0]) * math.prod(layout.latent[1:])  # float32, so that each counts twice
+    # The channels beside the latents are float32, so that each number counts twice.
+    given = (sizes["in_channels"] - layout.latent[0]) * math.prod(layout.latent[1:])
     return {
         "activation_numbers_per_row": blocks * block + ends,
         "checkpointed_numbers_per_row": blocks * tokens * width + block + ends,
-        "forward_numbers_per_row": tokens * max(14 * width, 7 * width + 2 * sizes.ffn_dim) + 2 * context * width,
+        "forward_numbers_per_row": tokens * max(14 * width, 7 * width + 2 * sizes["ffn_dim"]) + 2 * context * width,
         "forward_flops_per_row": float(products + attention),
         "attention_flops_per_row": float(attention),
-        "conditioning_numbers": texts * text * sizes.text_dim + image * image_dim + 2 * given,
+        "conditioning_numbers": texts * text * sizes["text_dim"] + image * image_dim + 2 * given,
     }

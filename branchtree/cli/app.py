@@ -16,10 +16,14 @@ from rich.table import Table
 from branchtree.cli.arguments import ForceOption, OverridesArgument, RecipeArgument, SmokeOption, parse_overrides
 from branchtree.cli.compare import compare
 from branchtree.cli.console import make_console, replace_unencodable, visible
+from branchtree.cli.convert_config import convert_config
 from branchtree.cli.diversity import diversity
+from branchtree.cli.doctor import doctor
 from branchtree.cli.evaluate import evaluate
+from branchtree.cli.export import export
 from branchtree.cli.score import rewards, score
 from branchtree.cli.serve import serve_reward
+from branchtree.cli.watch import runs, watch
 from branchtree.errors import BranchTreeError
 
 app = typer.Typer(
@@ -160,21 +164,39 @@ def plugins() -> None:
         console.print(str(broken), style="red")
 
 
+app.command()(doctor)
 app.command()(evaluate)
+app.command()(export)
 app.command()(diversity)
 app.command()(compare)
 app.command()(score)
 app.command()(rewards)
+app.command()(convert_config)
 app.command()(serve_reward)
 
 
 @app.command()
-def report(run: Annotated[Path, typer.Argument(help="A run's directory.")]) -> None:
-    """Write a run's report.html."""
+def report(
+    run: Annotated[Path, typer.Argument(help="A run's directory.")],
+    serve: Annotated[bool, typer.Option("--serve", help="Show the page to browsers of this machine instead.")] = False,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --serve: the port; 0 takes a free one.")] = 8770,
+) -> None:
+    """Write a run's report.html, or serve it while the run trains."""
     console = make_console()
+    if serve:
+        from branchtree.report.live import LiveReport
+
+        with LiveReport(run, port) as server:
+            console.print(f"Report: {server.url} (this machine only; Ctrl-C ends it)", soft_wrap=True)
+            server.run()
+        return
     from branchtree.api import write_report
 
     console.print(f"Report: {write_report(run)}", soft_wrap=True)
+
+
+app.command()(watch)
+app.command()(runs)
 
 
 def leave_at_once(message: str) -> NoReturn:

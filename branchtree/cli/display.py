@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -14,7 +15,9 @@ from branchtree.planning.fitting import Fit, in_words
 from branchtree.planning.gpus import GIB, USABLE
 from branchtree.planning.plan import RunPlan, draw_tree
 from branchtree.plugins.base import Callback
-from branchtree.training.evaluation import Figure
+
+if TYPE_CHECKING:
+    from branchtree.training.evaluation import Figure
 
 ASCII_LINES = str.maketrans("━─│├└┬", "=-|+++")
 """Lines of a drawn tree for a terminal whose encoding has ASCII only."""

@@ -56,7 +56,7 @@ def count(plans: Sequence[TreePlan], rule: CreditRule, iteration: int) -> Cost:
         found = {"made up": probes.by_node(numbers, torch.ones(len(probes), dtype=torch.bool))}
     credit = assign_credit(topology, flat, scores, {"made up": 1.0}, rule, iteration, 1, found)
     if rule.draws:
-        rows = terms = rule.draws * int(credit.trained(topology)[-1].sum())
+        rows = terms = rule.draws * sum(int(nodes.sum()) for nodes in credit.trained(topology))
     else:
         families = credit.families(topology)
         rows, terms = len(families), families.edges

@@ -7,7 +7,7 @@ with weights; or their raw values are added first and treated as one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,8 +16,19 @@ from torch import Tensor
 from branchtree.core.advantages import Advantages, Estimator, depth_advantages
 from branchtree.core.families import Families, collect_families, trained_edges
 from branchtree.core.fusion import TIE, NodeValues, PathScale, fuse
+from branchtree.core.gate import Gate
+from branchtree.core.gathering import looked_up
 from branchtree.core.probes import ProbeScores, Returns, probe_advantages, weighted_sum
-from branchtree.core.pruning import EdgeMask, Prune, all_of, trainable_edges, trainable_leaves, without_ties
+from branchtree.core.pruning import (
+    EdgeMask,
+    Prune,
+    all_of,
+    any_of,
+    trainable_edges,
+    trainable_leaves,
+    trainable_nodes,
+    without_ties,
+)
 from branchtree.core.scores import Scores
 from branchtree.core.segments import segment_size, segment_standardised
 from branchtree.core.tree import Topology
@@ -38,6 +49,7 @@ class CreditRule:
     returns: Returns = "leaf"  # under probe
     prune: Prune | None = None  # all edges that the schedule trains are kept by default
     draws: int = 0  # at which a forward objective looks at each leaf; 0 where edges are trained, and not leaves
+    inner_nodes: bool = False  # under a forward objective, whether inner nodes are trained too
     whole_groups: bool = False  # leaves without an advantage are trained too, where another of their prompt has one
 
 
@@ -49,16 +61,21 @@ class Credit:
     valid: Tensor  # (L,) bool: none of these rewards failed
     values: Mapping[str, NodeValues]  # by name; one entry where raw rewards are added
     advantages: Advantages  # all rewards together
-    keep: EdgeMask  # edges; under a forward objective leaves, at the last depth
+    keep: EdgeMask  # edges; under a forward objective the nodes that they lead to, without inner_nodes leaves alone
     regularised: bool = False  # whether all that is kept is trained, also without an advantage
+    gate: Gate | None = None  # how far a KL term acts on each edge; without a gate on all alike
 
     def trained(self, topology: Topology) -> EdgeMask:
         """Return which edges go through the gradient pass."""
-        return trained_edges(topology, self.advantages, self.keep, self.regularised)
+        trained = trained_edges(topology, self.advantages, self.keep, self.regularised)
+        return trained if self.gate is None else any_of(trained, _pulled(self.keep, self.gate))
 
     def families(self, topology: Topology) -> Families:
         """Gather these edges by parent."""
-        return collect_families(topology, self.advantages, self.keep, self.regularised)
+        families = collect_families(topology, self.advantages, self.trained(topology), regularised=True)
+        if self.gate is None:
+            return families
+        return replace(families, gate=looked_up(self.gate, families.edge_depth, families.child).float())
 
     @staticmethod
     def concatenate(credits: Sequence[Credit]) -> Credit:
@@ -86,6 +103,7 @@ class Credit:
             advantages=levels([credit.advantages for credit in credits]),
             keep=levels([credit.keep for credit in credits]),
             regularised=first.regularised,
+            gate=levels([credit.gate for credit in credits if credit.gate is not None]) if first.gate else None,
         )
 
 
@@ -98,10 +116,12 @@ def assign_credit(
     iteration: int,
     dimensions: int,
     probes: Mapping[str, ProbeScores] | None = None,
+    gate: Gate | None = None,
 ) -> Credit:
     """Score a tree. ``log_prob`` are the edges' densities averaged over ``dimensions`` latent dimensions.
 
-    ``probes`` are what its probes are worth by each reward that has a weight, where they are the baseline.
+    ``probes`` are what its probes are worth by each reward that has a weight, where they are the baseline. Where a KL
+    term has a ``gate``, edges without an advantage are trained only as far as it is open.
 
     A leaf that any reward marks invalid, or gives a value that is not finite, is masked: it takes no part in fusion
     or normalisation. A reward of weight 0 is left out altogether.
@@ -131,17 +151,30 @@ def assign_credit(
             levels = rule.estimator(topology, value, rule.eps)
         weighted.append([weights[name] * level.clamp(-rule.clip, rule.clip) for level in levels])
     advantages = tuple(torch.stack(levels).sum(dim=0) for levels in zip(*weighted, strict=True))
-    keep = trainable_leaves(topology, valid) if rule.draws else trainable_edges(topology)
+    keep = trainable(topology, valid, rule)
     if rule.prune is not None:
         ranked = [
             weights[name] * standardised(topology, reward, valid, sizes[name]) for name, reward in rewards.items()
         ]
         ranking = sum(ranked, start=nothing)
         keep = all_of(keep, rule.prune(topology, fused(ranking, None), iteration))
-    everything = rule.regularised or rule.whole_groups
-    if rule.whole_groups and not rule.regularised:
-        keep = without_ties(topology, keep, advantages)
-    return Credit(rewards, valid, values, advantages, keep, everything)
+    everywhere = rule.regularised and gate is None
+    if rule.whole_groups and not everywhere:
+        apart = without_ties(topology, keep, advantages)
+        keep = apart if gate is None else any_of(apart, _pulled(keep, gate))
+    return Credit(rewards, valid, values, advantages, keep, everywhere or rule.whole_groups, gate)
+
+
+def trainable(topology: Topology, valid: Tensor, rule: CreditRule) -> EdgeMask:
+    """Return what an objective can train: edges, or nodes; ``valid`` (L,) bool says which leaves have a score."""
+    if not rule.draws:
+        return trainable_edges(topology)
+    return trainable_nodes(topology, valid) if rule.inner_nodes else trainable_leaves(topology, valid)
+
+
+def _pulled(keep: EdgeMask, gate: Gate) -> EdgeMask:
+    """Return the kept edges for which the gate is open."""
+    return tuple(mask & (level > 0) for mask, level in zip(keep, gate, strict=True))
 
 
 def standardised(topology: Topology, rewards: Tensor, valid: Tensor, size: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
-"""The (noise level, noise) pairs at which a forward objective looks at leaves, and the rows that follow from them.
+"""The (noise level, noise) pairs at which a forward objective looks at nodes, and the rows that follow from them.
 
-A pair is addressed by (seed, iteration, prompt, draw, source): ``source`` is the leaf among the prompt's leaves, the
-family among its families, or 0, so that leaves share pairs where they have the same source.
+The nodes are leaves and, where they are trained too, inner nodes with the clean samples predicted there. A pair is
+addressed by (seed, iteration, prompt, draw, source): ``source`` is the node's own number in its prompt's tree, its
+family's, or 0, so that nodes share pairs where they have the same source.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from branchtree.core.credit import Credit
 from branchtree.core.forward import group_means
-from branchtree.core.gathering import owned_indices
+from branchtree.core.gate import open_rows
+from branchtree.core.gathering import looked_up, owned_indices
 from branchtree.core.grid import shift_sigmas
 from branchtree.core.noise import NoiseSource, Purpose, generator
+from branchtree.core.schedule import TreePlan
 from branchtree.core.tree import Topology
 
 Times = Literal["uniform", "stratified", "logit_normal", "grid"]
@@ -28,22 +31,23 @@ LEAST_SIGMA = 1e-3
 
 
 @dataclass(frozen=True)
-class LeafRows:
-    """F rows, each a leaf under one of its draws, ordered by leaf and then by draw."""
+class ForwardRows:
+    """F rows, each a node under one of its draws, ordered by depth, by node and then by draw."""
 
     iteration: int
-    steps: int  # T, the depth of leaves
-    leaf: Tensor  # (F,) int64, among the leaves of all prompts
+    depth: Tensor  # (F,) int64, of the node; that of leaves, unless inner nodes are trained too
+    node: Tensor  # (F,) int64, among the nodes of its depth, of all prompts
     prompt: Tensor  # (F,) int64
     prompt_id: Tensor  # (F,) int64, the prompt's address for noise
     draw: Tensor  # (F,) int64
     source: Tensor  # (F,) int64, what the draw belongs to, in the whole tree
-    group: Tensor  # (F,) int64, what a centred loss compares: a family of the whole tree, or 0 for the prompt
+    group: Tensor  # (F,) int64, what a centred loss compares at a depth: a family of the whole tree, or 0 for all
     advantage: Tensor  # (F,) float32
     group_value: Tensor  # (F,) float32, as in ``ForwardBatch``
+    gate: Tensor | None = None  # (F,) float32, how far a KL term acts on the node; without a gate on all alike
 
     def __len__(self) -> int:
-        return self.leaf.numel()
+        return self.node.numel()
 
     @property
     def edges(self) -> int:
@@ -51,11 +55,12 @@ class LeafRows:
         return len(self)
 
     @property
-    def depth(self) -> Tensor:
-        """The depth of each row's leaf, (F,) int64."""
-        return torch.full_like(self.leaf, self.steps)
+    def gated(self) -> Tensor:
+        """The rows that a KL term acts on, ascending; the first where there is none."""
+        every = torch.arange(len(self))
+        return every if self.gate is None else open_rows(every, self.gate)
 
-    def select(self, index: Tensor) -> LeafRows:
+    def select(self, index: Tensor) -> ForwardRows:
         """Some of the rows, ``index`` (F',) ascending."""
         chosen = {
             field.name: getattr(self, field.name)[index]
@@ -64,29 +69,29 @@ class LeafRows:
         }
         return replace(self, **chosen)
 
-    def within(self, topology: Topology, first: int) -> LeafRows:
+    def within(self, topology: Topology, first: int) -> ForwardRows:
         """Return the rows of prompts ``first`` and after, collected from them alone, by their indices among all."""
-        start = topology.span(first, topology.steps).start
-        return replace(self, leaf=self.leaf + start, prompt=self.prompt + first)
+        starts = torch.tensor([topology.span(first, depth).start for depth in topology.depths])
+        return replace(self, node=self.node + starts[self.depth], prompt=self.prompt + first)
 
-    def owned(self, whole: Topology, share: Topology) -> LeafRows:
-        """Return the rows of those of the whole's leaves that a share owns, by their indices in the share."""
+    def owned(self, whole: Topology, share: Topology) -> ForwardRows:
+        """Return the rows of those of the whole's nodes that a share owns, by their indices in the share."""
         here, mine = owned_indices(whole, share)
-        chosen = self.select(torch.nonzero(mine[-1][self.leaf])[:, 0])
-        return replace(chosen, leaf=here[-1][chosen.leaf])
+        chosen = self.select(torch.nonzero(looked_up(mine, self.depth, self.node))[:, 0])
+        return replace(chosen, node=looked_up(here, chosen.depth, chosen.node))
 
-    def with_group_value(self, value: Tensor) -> LeafRows:
+    def with_group_value(self, value: Tensor) -> ForwardRows:
         """Return the rows with the mean of ``value`` (F,) over those of a group that have the same draw."""
         return replace(self, group_value=group_means(value, self._groups))
 
     @property
     def _groups(self) -> Tensor:
-        return torch.stack([self.prompt_id, self.group, self.draw], dim=1)
+        return torch.stack([self.prompt_id, self.depth, self.group, self.draw], dim=1)
 
 
 @dataclass(frozen=True)
 class DrawRule:
-    """Which (noise level, noise) pairs each leaf gets.
+    """Which (noise level, noise) pairs each node gets.
 
     - ``uniform`` levels are drawn evenly and independently;
     - ``stratified`` ones each from an interval of its own, as many as there are draws;
@@ -104,27 +109,32 @@ class DrawRule:
 
     def rows(
         self, credit: Credit, topology: Topology, ids: Sequence[int], iteration: int, centred: bool = False
-    ) -> LeafRows:
-        """Return the rows of the leaves that a credit trains, of whole trees; ``ids`` (P,) address the prompts.
+    ) -> ForwardRows:
+        """Return the rows of the nodes that a credit trains, of whole trees; ``ids`` (P,) address the prompts.
 
-        ``centred`` advantages are less the mean over their group's trained leaves.
+        ``centred`` advantages are less the mean over their group's trained nodes.
         """
-        leaves = torch.nonzero(credit.trained(topology)[-1])[:, 0]
-        prompt, family = topology.leaf_root[leaves], _families(topology)[leaves]
-        nothing = torch.zeros_like(leaves)
-        starts = torch.tensor([topology.span(i, topology.steps).start for i in range(topology.prompts)])
-        sources = {"leaf": leaves - starts[prompt], "siblings": family, "group": nothing}
-        rows = LeafRows(
+        trained = [torch.nonzero(mask)[:, 0] for mask in credit.trained(topology)]
+        depth = torch.cat([torch.full_like(nodes, at) for at, nodes in enumerate(trained)])
+        node = torch.cat(trained)
+        prompt, nothing = looked_up(topology.root, depth, node), torch.zeros_like(node)
+        own, family = (
+            torch.cat([address(topology, at)[nodes] for at, nodes in enumerate(trained) if len(nodes)] or [nothing])
+            for address in (_own, _family)
+        )
+        sources = {"leaf": own, "siblings": family, "group": nothing}
+        rows = ForwardRows(
             iteration=iteration,
-            steps=topology.steps,
-            leaf=leaves,
+            depth=depth,
+            node=node,
             prompt=prompt,
             prompt_id=torch.tensor(list(ids), dtype=torch.int64)[prompt],
             draw=nothing,
             source=sources[self.share],
             group=family if self.share == "siblings" else nothing,
-            advantage=credit.advantages[-1][leaves].float(),
-            group_value=torch.zeros(len(leaves)),
+            advantage=looked_up(credit.advantages, depth, node).float(),
+            group_value=torch.zeros(len(node)),
+            gate=None if credit.gate is None else looked_up(credit.gate, depth, node).float(),
         )
         if centred:
             mean = rows.with_group_value(rows.advantage).group_value
@@ -132,7 +142,7 @@ class DrawRule:
         repeated = rows.select(torch.arange(len(rows)).repeat_interleave(self.count))
         return replace(repeated, draw=torch.arange(self.count).repeat(len(rows)))
 
-    def draw(self, rows: LeafRows, sigmas: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def draw(self, rows: ForwardRows, sigmas: Tensor, shape: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the noise level (F,) and the noise (F, *shape) of each row, float32 on the CPU.
 
         ``sigmas`` (T + 1,) are the rollout's grid.
@@ -157,10 +167,34 @@ class DrawRule:
         return (shift_sigmas(stratum, self.shift) * sigmas[0]).clamp_min(LEAST_SIGMA).float()
 
 
-def _families(topology: Topology) -> Tensor:
-    """Return which of its prompt's nodes at the last split each leaf descends from, (L,): siblings have the same."""
-    depth = [max(plan.last_split, 0) for plan in topology.plans]
-    starts = [topology.span(prompt, at).start for prompt, at in enumerate(depth)]
-    chain = torch.stack(topology.ancestor)  # (T + 1, L)
-    prompt = topology.leaf_root
-    return chain[torch.tensor(depth)[prompt], torch.arange(len(prompt))] - torch.tensor(starts)[prompt]
+def _own(topology: Topology, depth: int) -> Tensor:
+    """Return a number of each node of a depth, (N_d,), that no other node of its prompt has: those of leaves first."""
+    first = [
+        (0 if depth == plan.steps else plan.leaves + _above(plan, depth)) - topology.span(prompt, depth).start
+        for prompt, plan in enumerate(topology.plans)
+    ]
+    return torch.arange(topology.width(depth)) + torch.tensor(first)[topology.root[depth]]
+
+
+def _family(topology: Topology, depth: int) -> Tensor:
+    """Return a number of the node at the last split above that each node of a depth descends from, (N_d,).
+
+    So siblings, and all that descends from them up to the next split, have the same. Those of the last split come
+    first; without a split above it is the root.
+    """
+    split = [max((step for step in plan.splits if step < depth), default=0) for plan in topology.plans]
+    root = topology.root[depth]
+    node, at = torch.arange(topology.width(depth)), torch.tensor(split)[root]
+    for step in range(depth - 1, min(split) - 1, -1):
+        node = torch.where(at <= step, topology.parent[step + 1][node.clamp_max(topology.width(step + 1) - 1)], node)
+    first = [
+        (0 if step == max(plan.last_split, 0) else plan.widths[max(plan.last_split, 0)] + _above(plan, step))
+        - topology.span(prompt, step).start
+        for prompt, (plan, step) in enumerate(zip(topology.plans, split, strict=True))
+    ]
+    return node + torch.tensor(first)[root]
+
+
+def _above(plan: TreePlan, depth: int) -> int:
+    """Return how many nodes of a prompt's tree lie above a depth."""
+    return sum(plan.widths[:depth])

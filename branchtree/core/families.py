@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from branchtree.core.advantages import Advantages
+from branchtree.core.gate import open_rows
 from branchtree.core.gathering import looked_up, owned_indices
 from branchtree.core.pruning import EdgeMask
 from branchtree.core.transfer import fetch_rows, send
@@ -25,6 +26,7 @@ class Families:
     family: Tensor  # (E,) int64, which of the F families the edge belongs to
     child: Tensor  # (E,) int64, index of the child among the nodes of the depth after
     advantage: Tensor  # (E,) float32
+    gate: Tensor | None = None  # (E,) float32, how far a KL term acts on the edge; without a gate on all alike
 
     def __len__(self) -> int:
         return self.depth.numel()
@@ -39,6 +41,11 @@ class Families:
         """Depth of each edge's child, (E,)."""
         return self.depth[self.family] + 1
 
+    @property
+    def gated(self) -> Tensor:
+        """The families with an edge that a KL term acts on, ascending; the first where there is none."""
+        return torch.arange(len(self)) if self.gate is None else open_rows(self.family, self.gate)
+
     def select(self, index: Tensor) -> Families:
         """Some of the families, ``index`` (F',) ascending."""
         renumbered = torch.full((len(self),), -1).scatter_(0, index, torch.arange(index.numel()))
@@ -50,6 +57,7 @@ class Families:
             family=renumbered[self.family][edges],
             child=self.child[edges],
             advantage=self.advantage[edges],
+            gate=None if self.gate is None else self.gate[edges],
         )
 
     def within(self, topology: Topology, first: int) -> Families:
@@ -72,9 +80,13 @@ class Families:
         """
         here, mine = owned_indices(whole, share)
         kept = looked_up(mine, self.edge_depth, self.child)
-        chosen = replace(self, family=self.family[kept], child=self.child[kept], advantage=self.advantage[kept]).select(
-            torch.unique(self.family[kept])
-        )
+        chosen = replace(
+            self,
+            family=self.family[kept],
+            child=self.child[kept],
+            advantage=self.advantage[kept],
+            gate=None if self.gate is None else self.gate[kept],
+        ).select(torch.unique(self.family[kept]))
         return replace(
             chosen,
             parent=looked_up(here, chosen.depth, chosen.parent),
@@ -112,7 +124,8 @@ def collect_families(topology: Topology, advantages: Advantages, keep: EdgeMask,
             )
             levels.append(level)
             families += parents.numel()
-    return Families(*(torch.cat([getattr(level, field.name) for level in levels]) for field in fields(Families)))
+    names = [field.name for field in fields(Families) if field.name != "gate"]
+    return Families(**{name: torch.cat([getattr(level, name) for level in levels]) for name in names})
 
 
 @dataclass(frozen=True)
@@ -136,10 +149,10 @@ def gather(tree: BranchTree, families: Families, device: torch.device) -> Family
     plans = tree.topology.plans
     return FamilyBatch(
         families=families,
-        latents=_rows(tree.states, families.depth, families.parent, device),
+        latents=rows_at(tree.states, families.depth, families.parent, device),
         sigma=send(tree.sigmas[families.depth], device),
-        following=_rows(tree.states, families.edge_depth, families.child, device),
-        log_prob=_rows(tree.log_prob, families.edge_depth, families.child, device),
+        following=rows_at(tree.states, families.edge_depth, families.child, device),
+        log_prob=rows_at(tree.log_prob, families.edge_depth, families.child, device),
         family=send(families.family, device),
         advantage=send(families.advantage, device),
         active=torch.tensor([plans[prompt].active(depth) for prompt, depth in steps]),
@@ -147,8 +160,8 @@ def gather(tree: BranchTree, families: Families, device: torch.device) -> Family
     )
 
 
-def _rows(levels: Sequence[Tensor], depth: Tensor, index: Tensor, device: torch.device) -> Tensor:
-    """Rows of a per-depth list of tensors on the device, ``depth`` ascending."""
+def rows_at(levels: Sequence[Tensor], depth: Tensor, index: Tensor, device: torch.device) -> Tensor:
+    """Return rows of a per-depth list of tensors on the device, ``depth`` ascending."""
     depths, counts = torch.unique_consecutive(depth, return_counts=True)
     chosen = index.split(counts.tolist())
     return torch.cat([fetch_rows(levels[int(d)], rows, device) for d, rows in zip(depths, chosen, strict=True)])

@@ -34,6 +34,10 @@ class Noised:
     sigma: Tensor  # (F,)
     scale: Tensor  # (F,): a prediction's error times this is the error of the clean sample that follows from it
 
+    def rows(self, index: Tensor) -> Noised:
+        """Return some of the samples."""
+        return Noised(self.states[index], self.target[index], self.sigma[index], self.scale[index])
+
 
 def noise_samples(clean: Tensor, noise: Tensor, sigma: Tensor, prediction: Prediction = "velocity") -> Noised:
     """Noise clean samples (F, *latent) to levels (F,), for a model that predicts this; see ``gaussian`` for the flows.
@@ -49,6 +53,15 @@ def noise_samples(clean: Tensor, noise: Tensor, sigma: Tensor, prediction: Predi
     if prediction == "v":
         return Noised(states, alpha * noise - level * clean, sigma, sigma)
     return Noised(states, noise, sigma, sigma / (1 - sigma.square()).sqrt())
+
+
+def clean_samples(states: Tensor, prediction: Tensor, sigma: Tensor, kind: Prediction = "velocity") -> Tensor:
+    """Return the clean samples that follow from predictions of that kind at states (B, *latent) of levels (B,)."""
+    level = like(sigma, states)
+    if kind == "velocity":
+        return states - level * prediction
+    alpha = (1 - level.square()).sqrt()
+    return alpha * states - level * prediction if kind == "v" else (states - level * prediction) / alpha
 
 
 def mean_square(difference: Tensor) -> Tensor:

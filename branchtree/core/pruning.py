@@ -36,6 +36,18 @@ def trainable_leaves(topology: Topology, valid: Tensor) -> EdgeMask:
     return (*(torch.zeros(topology.width(depth), dtype=torch.bool) for depth in topology.depths[:-1]), valid)
 
 
+def trainable_nodes(topology: Topology, valid: Tensor) -> EdgeMask:
+    """Return the nodes that a forward objective can train: leaves with a score, ``valid`` (L,) bool, and inner nodes.
+
+    Those are nodes that a trained edge leads to, above a leaf with a score.
+    """
+    inner = [
+        edges & (segment_count(topology.ancestor[depth][valid], topology.width(depth)) > 0)
+        for depth, edges in enumerate(trainable_edges(topology)[:-1])
+    ]
+    return (*inner, valid)
+
+
 def without_ties(topology: Topology, keep: EdgeMask, advantages: Sequence[Tensor]) -> EdgeMask:
     """Return what is kept of the prompts of which something that is kept has an advantage."""
     apart = torch.zeros(topology.prompts, dtype=torch.bool)
@@ -65,6 +77,11 @@ def _drawn(topology: Topology) -> EdgeMask:
 def all_of(first: EdgeMask, second: EdgeMask) -> EdgeMask:
     """The edges in both masks."""
     return tuple(a & b for a, b in zip(first, second, strict=True))
+
+
+def any_of(first: EdgeMask, second: EdgeMask) -> EdgeMask:
+    """The edges in either mask."""
+    return tuple(a | b for a, b in zip(first, second, strict=True))
 
 
 def keep_paths(topology: Topology, leaves: Tensor) -> EdgeMask:

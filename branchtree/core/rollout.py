@@ -16,6 +16,9 @@ from branchtree.core.transfer import fetch_rows, send
 from branchtree.core.transitions import Kernel, Reduction, ScalesNoise, ShapesNoise, Transition
 from branchtree.core.tree import BranchTree, Topology
 
+CleanSamples = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(latents (B, *latent), prediction (B, ...), sigma (B,)) -> the clean samples that follow from them (B, *latent)."""
+
 VelocityFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(latents (B, *latent), sigma (B,), prompt index (B,) int64) -> prediction (B, ...), float32."""
 
@@ -104,6 +107,7 @@ class Growth:
         max_rows: predictions in one call; all of a depth by default.
         store: where states are kept; by default where ``initial`` is.
         together: prompts that go on together after the last split; all by default.
+        clean: what a prediction says of the clean sample, where the tree is to keep that of every node.
 
     Raises:
         ValueError: the time grid does not fit the topology, or prompts are missing.
@@ -120,6 +124,7 @@ class Growth:
         max_rows: int | None = None,
         store: torch.device | None = None,
         together: int | None = None,
+        clean: CleanSamples | None = None,
     ) -> None:
         if sampler.sigmas.numel() != topology.steps + 1:
             raise ValueError(
@@ -134,13 +139,28 @@ class Growth:
         initial = initial.float() if initial.is_floating_point() else initial
         self._states = [initial.to(store or initial.device)]
         self._log_prob = [torch.zeros(topology.prompts, device=initial.device)]
+        self._predicts, self._clean = clean, list[Tensor]()  # per depth (N_d, *latent), of nodes that are evaluated
 
     @property
     def tree(self) -> BranchTree:
         """The tree, once all prompts are complete."""
         # One copy of all densities: each would make the host wait for the device.
         densities = torch.cat(self._log_prob).cpu().split([len(level) for level in self._log_prob])
-        return BranchTree(self._topology, self._sampler.sigmas, tuple(self._states), densities)
+        return BranchTree(self._topology, self._sampler.sigmas, tuple(self._states), densities, self._clean_samples())
+
+    def _clean_samples(self) -> tuple[Tensor, ...]:
+        """Return what is predicted of every node's clean sample, per depth; a node that is skipped has its child's."""
+        if self._predicts is None:
+            return ()
+        levels = [self._states[-1]]
+        for depth in reversed(self._topology.depths[:-1]):
+            own, parent = self._clean[depth], self._topology.parent[depth + 1]
+            skipped = torch.ones(len(own), dtype=torch.bool)
+            skipped[self._topology.evaluated(depth)] = False
+            below = torch.nonzero(skipped[parent])[:, 0]
+            own[send(parent[below], own.device)] = fetch_rows(levels[-1], below, own.device)
+            levels.append(own)
+        return tuple(reversed(levels))
 
     @torch.no_grad()
     def __iter__(self) -> Iterator[tuple[range, Tensor]]:
@@ -164,6 +184,8 @@ class Growth:
         if step + 1 == len(states):
             states.append(states[0].new_empty(topology.width(step + 1), *states[0].shape[1:]))
             self._log_prob.append(torch.zeros(topology.width(step + 1), device=self._device))
+            if self._predicts is not None:
+                self._clean.append(torch.empty_like(states[step]))
         parent, nodes = topology.parent[step + 1][below.start : below.stop], topology.evaluated(step, prompts)
         if len(nodes) < len(above):
             # A node whose step is skipped was led to a depth beyond: its only child has its state.
@@ -187,6 +209,9 @@ class Growth:
         depth = torch.full((len(rows),), step)
         sigma, root = (send(each, latents.device) for each in (sampler.sigmas[depth], topology.root[step][rows]))
         prediction = self._velocity(latents, sigma, root)
+        if self._predicts is not None:
+            kept = self._clean[step]
+            kept[send(rows, kept.device)] = self._predicts(latents, prediction, sigma).to(kept.device)
         active, target = topology.active(step)[rows], topology.target(step)[rows]
         transition = sampler.transition(latents, prediction, depth, active, target).rows(send(family, self._device))
         shape = sampler.noise_shape(latents.shape[1:])

@@ -192,6 +192,9 @@ class BranchTree:
     sigmas: Tensor  # (T + 1,) float32, CPU
     states: tuple[Tensor, ...]  # per depth (N_d, *latent), float32 or integers
     log_prob: tuple[Tensor, ...]  # per depth (N_d,) float32, CPU
+    clean: tuple[
+        Tensor, ...
+    ] = ()  # per depth (N_d, *latent), the clean sample predicted at each node, where it is kept
 
     @property
     def leaves(self) -> Tensor:

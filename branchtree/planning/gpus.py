@@ -57,9 +57,19 @@ def device_memory() -> DeviceMemory | None:
     """Return the memory of this process's accelerator; None without one, or if it does not report its memory."""
     if not torch.accelerator.is_available():
         return None
+    # As accelerate assigns them.
+    return _memory_of(int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count())
+
+
+def all_device_memory() -> list[DeviceMemory]:
+    """Return the memory of each accelerator that reports it."""
+    count = torch.accelerator.device_count() if torch.accelerator.is_available() else 0
+    return [memory for index in range(count) if (memory := _memory_of(index)) is not None]
+
+
+def _memory_of(index: int) -> DeviceMemory | None:
     accelerator = torch.accelerator.current_accelerator()
     assert accelerator is not None
-    index = int(os.environ.get("LOCAL_RANK", "0")) % torch.accelerator.device_count()  # as accelerate assigns them
     library = torch.get_device_module(accelerator)
     try:
         free, total = library.mem_get_info(index)

@@ -132,7 +132,7 @@ def estimate_memory(
         rewards=surroundings.rewards,
         activations=update_rows(recipe, cost) * footprint.rows_per_prediction * kept * size,
         forward=_forward(recipe, footprint, max(rollout_rows(recipe, cost), _evaluation_rows(recipe))),
-        states=(cost.nodes + _old_predictions(recipe, cost)) * MASTER * torch.Size(footprint.latent_shape).numel(),
+        states=_states(recipe, cost) * MASTER * torch.Size(footprint.latent_shape).numel(),
         states_on_host=recipe.batch.states == "host",
         conditioning=prompts * footprint.conditioning_numbers * size,
         frozen=footprint.frozen_bytes(size),
@@ -142,6 +142,11 @@ def estimate_memory(
         offloaded=surroundings.offloaded_rewards,
         average=trained * MASTER // shards if recipe.optim.ema else 0,
     )
+
+
+def _states(recipe: Recipe, cost: Cost) -> int:
+    """Return how many latents are kept: the trees' states, clean samples predicted there, and old predictions."""
+    return cost.nodes * (1 + recipe.loss.trains_inner_nodes) + _old_predictions(recipe, cost)
 
 
 def _old_predictions(recipe: Recipe, cost: Cost) -> int:

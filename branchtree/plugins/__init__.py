@@ -15,6 +15,7 @@ from branchtree.plugins.values import (
     Footprint,
     LoraSettings,
     LoraSummary,
+    ModelCard,
     RewardCard,
     RewardFootprint,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "Media",
     "ModelAdapter",
     "ModelBase",
+    "ModelCard",
     "Register",
     "RewardAdapter",
     "RewardCard",

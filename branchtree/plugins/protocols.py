@@ -22,6 +22,7 @@ from branchtree.plugins.values import (
     Footprint,
     LoraSettings,
     LoraSummary,
+    ModelCard,
     RewardFootprint,
 )
 
@@ -204,6 +205,25 @@ class LocatesWeights(Protocol):
 
     def weights_of(self, component: str) -> str:
         """Return the files or folder of the ``denoiser``, the ``decoder`` or the ``encoders``, in words."""
+
+
+@runtime_checkable
+class ConvertsLora(Protocol):
+    """A model whose LoRA other programs know under names of their own, for ``branchtree export``."""
+
+    def convert_lora(self, source: Path, form: str) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return the LoRA that ``export`` wrote, by denoiser, as ``form`` names it: ``kohya`` or ``comfyui``.
+
+        Called before ``load``. Raises CheckpointError, which says what would work, where there are no such names.
+        """
+
+
+@runtime_checkable
+class DescribesItself(Protocol):
+    """A model that says where it comes from, for the card beside the trained weights."""
+
+    def card(self) -> ModelCard:
+        """Return what is known without loading; nothing is fetched."""
 
 
 # What a reward must offer

@@ -81,6 +81,15 @@ class RewardCard:
 
 
 @dataclass(frozen=True)
+class ModelCard:
+    """What the card of a trained model says of the model that it was trained from."""
+
+    base: str | None  # its hub id; None for a local model
+    licence: str  # of its weights, in words
+    library: str  # that reads what ``export`` writes
+
+
+@dataclass(frozen=True)
 class DecoderFootprint:
     """Sizes of a model's decoder at work."""
 

@@ -136,6 +136,7 @@ def make_credit_rule(recipe: Recipe) -> CreditRule:
         returns=credit.returns,
         prune=make_prune(recipe.pruning),
         draws=recipe.loss.draws if forward else 0,
+        inner_nodes=recipe.loss.inner_nodes,
         whole_groups=bool(forward and forward.whole_groups),
     )
 
@@ -160,6 +161,7 @@ def check_learns(recipe: Recipe, kernel: Kernel) -> None:
             "leave it out"
         )
     _check_probes(recipe, name, kernel)
+    _check_gate(recipe)
     if recipe.loss.is_forward:
         _check_forward(recipe, kernel, name)
     else:
@@ -208,6 +210,19 @@ def _check_probes(recipe: Recipe, transition: str, kernel: Kernel) -> None:
         raise RecipeError(
             f"credit.baseline: a probe goes on without noise, which the transition '{transition}' cannot, as it is not "
             "Gaussian; set it to group"
+        )
+
+
+def _check_gate(recipe: Recipe) -> None:
+    """Raise RecipeError if the KL term has a gate but no weight, or the gate nothing to compare with."""
+    if recipe.loss.gate is None:
+        return
+    if recipe.loss.kl == 0:
+        raise RecipeError("loss.gate: limits the KL term, which has no weight; set loss.kl, or leave the gate out")
+    if all(reward.weight != 0 for reward in recipe.rewards):
+        raise RecipeError(
+            "loss.gate: compares the trained rewards with others, and every reward has a weight; add one of weight 0, "
+            "or leave the gate out"
         )
 
 

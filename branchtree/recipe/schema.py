@@ -462,6 +462,23 @@ FORWARD: dict[str, dict[str, Any]] = {
 """The forward objectives, and the keys that each changes unless a recipe sets them."""
 
 
+class GateSection(Section):
+    """``loss.gate``: which leaves the KL term acts on; leave the section out, or null, for all of them."""
+
+    share: float = Field(
+        default=0.1,
+        gt=0,
+        le=1,
+        description="The share of an iteration's leaves that the KL term acts on: those that the trained rewards rank "
+        "the furthest above what rewards of weight 0 do.",
+    )
+    adapts: bool = Field(
+        default=True,
+        description="Raise the share by a tenth where the rankings disagree more than in each of the last 20 "
+        "iterations, and lower it where less; up to twice and down to a fifth of `share`.",
+    )
+
+
 class LossSection(Section):
     """``loss``: the objective.
 
@@ -482,6 +499,10 @@ class LossSection(Section):
         default=None,
         ge=1,
         description="Iterations between measurements of that KL where `loss.kl` is 0; by default it is not measured.",
+    )
+    gate: GateSection | None = Field(
+        default=None,
+        description="Limits the KL term of `loss.kl` to leaves on which the reward may be exploited (GARDO).",
     )
     ratio: Literal["plain", "centred"] = Field(
         default="plain",
@@ -520,6 +541,11 @@ class LossSection(Section):
     forward: Choice | None = Field(default=None, description="A forward objective, by name, instead of `kind`.")
     draws: int = Field(
         default=4, ge=1, le=1000, description="Pairs of a noise level and a noise at which each leaf is looked at."
+    )
+    inner_nodes: bool = Field(
+        default=False,
+        description="Train the nodes that trained edges lead to as well, each by the clean sample that the rollout "
+        "predicted there and the edge's advantage.",
     )
     share_draws: Literal["leaf", "siblings", "group"] = Field(
         default="leaf",
@@ -577,6 +603,11 @@ class LossSection(Section):
     def is_forward(self) -> bool:
         """Return whether leaves are trained, and not edges."""
         return self.name != "path"
+
+    @property
+    def trains_inner_nodes(self) -> bool:
+        """Return whether inner nodes are trained beside leaves."""
+        return self.is_forward and self.inner_nodes
 
     @property
     def name(self) -> str:

@@ -46,6 +46,7 @@ SIGNALS = (
     Signal("Split step", ("split/step",), "Where trees split, on average, as their rule learnt."),
     Signal("Noise of the split", ("split/eta",), "Its level eta, on average, as the rule of splits learnt."),
     Signal("Children of a split", ("split/children",), "On average over the iteration's prompts."),
+    Signal("Gated leaves", ("gate/share",), "Share of an iteration's leaves that the KL term acts on."),
     Signal("Error at noised leaves", ("forward/error",), "Mean square error of a forward objective's predictions."),
     Signal("Learning rate", ("lr",), "As the schedule set it."),
     Signal("Valid rewards", ("reward/valid_fraction",), "Fraction of the leaves on which no reward failed."),

@@ -25,6 +25,7 @@ from branchtree.run.directory import (
     TREES,
     RunDirectory,
 )
+from branchtree.run.lock import writer
 
 LogRow = Mapping[str, float | None]
 """One iteration's figures by name; None where a figure is missing or not finite."""
@@ -148,6 +149,7 @@ class Run:
     summary: Mapping[str, Any] | None
     failures: Sequence[LoggedFailure] = ()
     alarms: Sequence[LoggedAlarm] = ()
+    writer: str | None = None  # the process that trains it now
     notes: list[str] = field(default_factory=list)  # about what could not be read
 
     @property
@@ -161,6 +163,13 @@ class Run:
         """Iterations that the recipe asks for."""
         iterations = self.setting("run", "iterations")
         return iterations if isinstance(iterations, int) else None
+
+    @property
+    def state(self) -> Literal["running", "finished", "stopped"]:
+        """Whether a process trains it now, all iterations are done, or neither."""
+        if self.writer:
+            return "running"
+        return "stopped" if self.summary is None else "finished"
 
     def setting(self, *keys: str) -> Any:
         """Return a value of the recipe, or None."""
@@ -204,6 +213,7 @@ def read_run(path: Path) -> Run:
         summary=_summary(path / SUMMARY, notes),
         failures=_records(LoggedFailure, path / FAILURES, notes),
         alarms=_records(LoggedAlarm, path / ALARMS, notes),
+        writer=writer(path),
         notes=notes,
     )
 

@@ -18,6 +18,8 @@ CALL = "the whole call"
 def status(run: Run) -> str:
     """Return whether the run finished, and how many iterations it did."""
     of = f"{run.done} of {run.planned}" if run.planned is not None else str(run.done)
+    if run.state == "running":
+        return f'<span class="status open">running: {escape(of)} iterations</span>'
     if run.summary is None:
         return f'<span class="status open">not finished: {escape(of)} iterations</span>'
     iterations = finite(run.summary.get("iterations"))

@@ -7,6 +7,7 @@ digest of their manifest, which names every file in them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import re
@@ -21,7 +22,7 @@ from branchtree.errors import CheckpointError, OutputError
 from branchtree.files.checksums import MANIFEST
 from branchtree.files.writing import synchronise, write_atomically
 from branchtree.run.lock import LOCK
-from branchtree.run.manifest import first_foreign, remove_listed, require_digest, write_manifest
+from branchtree.run.manifest import extended_manifest, first_foreign, remove_listed, require_digest, write_manifest
 
 log = logging.getLogger("branchtree")
 
@@ -167,6 +168,21 @@ class Ledger:
         with self._changing() as known:
             known[self._name(path)] = [written]
             self._temporary -= names
+
+    def add_files(self, folder: Path, files: Mapping[str, bytes]) -> None:
+        """Put files into a recorded folder, or in place of those of the same names that the run put there.
+
+        Raises OutputError if the folder holds anything that this run did not write.
+        """
+        self.require_own(folder)
+        manifest = extended_manifest(folder, files)
+        written = hashlib.sha256(manifest).hexdigest()
+        with self._changing() as known:  # before the files: what is under way is the run's own too
+            known[self._name(folder)] = [*known.get(self._name(folder), []), written]
+        for name, content in {MANIFEST: manifest, **files}.items():
+            write_atomically(folder / name, content)
+        with self._changing() as known:
+            known[self._name(folder)] = [written]
 
     def remove_folder(self, folder: Path) -> None:
         """Delete the files of a recorded folder that are as they were written, and with the last of them the folder."""

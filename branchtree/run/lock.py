@@ -41,6 +41,23 @@ def sole_process(root: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
+def writer(root: Path) -> str | None:
+    """Return which process writes to a run directory, as in "process 7 on host"; None if none does.
+
+    It reads the lock without taking it, so that a run which starts meanwhile is not refused. A process of another host
+    is taken to be alive.
+    """
+    try:
+        pid, host = _content(root / LOCK)
+        if host == socket.gethostname():
+            os.kill(pid, 0)
+    except PermissionError:  # a process of another user
+        pass
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return f"process {pid} on {host}"
+
+
 def _locked(path: Path) -> int:
     """A descriptor that holds the lock on the file of that name."""
     while True:
@@ -85,7 +102,12 @@ def _is_named(descriptor: int, path: Path) -> bool:
 
 def _holder(path: Path) -> str:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return f"process {content['pid']} on {content['host']}"
+        pid, host = _content(path)
     except (OSError, ValueError, KeyError, TypeError):
         return "another process"
+    return f"process {pid} on {host}"
+
+
+def _content(path: Path) -> tuple[int, str]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return int(content["pid"]), str(content["host"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Collection, Mapping
 from contextlib import suppress
@@ -20,8 +21,17 @@ def write_manifest(folder: Path) -> None:
     files = {
         name: {"size": path.stat().st_size, "sha256": require_digest(path)} for name, path in _files(folder).items()
     }
-    text = json.dumps({"format": FORMAT, "files": files}, indent=1)
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
+    (folder / MANIFEST).write_bytes(_manifest(files))
+
+
+def extended_manifest(folder: Path, files: Mapping[str, bytes]) -> bytes:
+    """Return a folder's manifest as it is to be once more ``files`` are in it. Raises CheckpointError."""
+    more = {name: {"size": len(one), "sha256": hashlib.sha256(one).hexdigest()} for name, one in files.items()}
+    return _manifest(dict(sorted({**_read(folder), **more}.items())))
+
+
+def _manifest(files: Mapping[str, Mapping[str, Any]]) -> bytes:
+    return json.dumps({"format": FORMAT, "files": files}, indent=1).encode()
 
 
 def require_whole(folder: Path) -> None:

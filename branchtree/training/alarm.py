@@ -28,7 +28,7 @@ log = logging.getLogger("branchtree")
 KINDS = 3
 LEAST_FALL = 0.2
 """A fall counts from this fraction of the reward's deviation on: a small effect (Cohen, 1988)."""
-LEAST_SPREAD = 0.5
+LEAST_DIVERSITY = 0.5
 """Diversity counts as lost below this fraction of the spread at the start."""
 SMALLEST = 1e-12
 """What the logarithm of a spread of 0 is taken of."""
@@ -169,7 +169,7 @@ class AlarmWatch:
         index = {plan: i for i, plan in enumerate(dict.fromkeys(plans))}
         stratum = torch.tensor([index[plan] for plan in plans])
         ratio = contrast_of(torch.tensor(values, dtype=torch.float64), torch.tensor(late), stratum, len(index))
-        if ratio is None or ratio.probability_at(math.log(LEAST_SPREAD)) >= self._level(looks, 1):
+        if ratio is None or ratio.probability_at(math.log(LEAST_DIVERSITY)) >= self._level(looks, 1):
             return
         message = (
             f"the samples of a prompt lie {math.exp(ratio.value):.2g} times as far apart in iterations "

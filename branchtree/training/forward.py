@@ -1,26 +1,29 @@
-"""A forward objective over a tree's leaves: each is noised again, and the policy's predictions there are trained."""
+"""A forward objective over a tree's nodes: each is noised again, and the policy's predictions there are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from branchtree.core.credit import Credit
-from branchtree.core.draws import DrawRule, LeafRows
+from branchtree.core.draws import DrawRule, ForwardRows
+from branchtree.core.families import rows_at
 from branchtree.core.forward import (
     ForwardBatch,
     ForwardLoss,
     ForwardTerms,
     Noised,
     Prediction,
+    clean_samples,
     mean_square,
     noise_samples,
 )
-from branchtree.core.rollout import VelocityFunction
-from branchtree.core.transfer import fetch_rows, send
+from branchtree.core.rollout import CleanSamples, VelocityFunction
+from branchtree.core.transfer import send
 from branchtree.core.tree import BranchTree, Topology
 from branchtree.recipe.schema import LossSection
 from branchtree.training.limits import RowLimit
@@ -29,7 +32,7 @@ from branchtree.training.objective import Earlier, OptimiserStep, Policies, Upda
 
 @dataclass(frozen=True)
 class ForwardObjective:
-    """The loss of the leaves that have an advantage, a row for each of their draws."""
+    """The loss of the leaves that have an advantage, and of inner nodes on demand, a row for each of their draws."""
 
     loss: LossSection
     rule: ForwardLoss
@@ -43,13 +46,18 @@ class ForwardObjective:
         """See Objective."""
         return self.loss.old_policy == "rollout"
 
-    def work(self, credit: Credit, topology: Topology, ids: Sequence[int], iteration: int) -> LeafRows:
+    @property
+    def clean(self) -> CleanSamples | None:
+        """See Objective."""
+        return partial(clean_samples, kind=self.prediction) if self.loss.inner_nodes else None
+
+    def work(self, credit: Credit, topology: Topology, ids: Sequence[int], iteration: int) -> ForwardRows:
         """See Objective."""
         return self.draws.rows(credit, topology, ids, iteration, self.rule.centred)
 
     def prepare(
-        self, step: OptimiserStep, work: LeafRows, earlier: Earlier | None, record: UpdateRecord, limit: RowLimit
-    ) -> LeafRows:
+        self, step: OptimiserStep, work: ForwardRows, earlier: Earlier | None, record: UpdateRecord, limit: RowLimit
+    ) -> ForwardRows:
         """Return the rows with their groups' means, where the rule compares with them and they are not 0."""
         if not self.rule.centred or (step.first and self.looks_back) or not len(work):
             return work
@@ -63,7 +71,7 @@ class ForwardObjective:
         record.rescored_rows += len(work)
         return work.with_group_value(torch.cat([value for _, value in limit.each(len(work), measure)]))
 
-    def losses(self, step: OptimiserStep, work: LeafRows, earlier: Earlier | None, record: UpdateRecord) -> Tensor:
+    def losses(self, step: OptimiserStep, work: ForwardRows, earlier: Earlier | None, record: UpdateRecord) -> Tensor:
         """See Objective."""
         batch = self._batch(step, work, earlier, record)
         terms = self.rule(batch)
@@ -76,15 +84,33 @@ class ForwardObjective:
         if self.loss.kl_old:
             losses = losses + self.loss.kl_old * mean_square(batch.prediction - batch.old)
         if step.policies.reference is not None:
-            with torch.no_grad():
-                start = self._predict(step.policies.reference, work, batch.noised)
-            divergence = mean_square(batch.prediction - start)
-            record.reference_rows += len(work)
+            pull, divergence = self._pull(step.policies.reference, work, batch)
+            record.reference_rows += len(work.gated)
             record.kl.append(divergence.detach())
-            losses = losses + self.loss.kl * divergence
+            losses = losses + self.loss.kl * pull
         return losses
 
-    def earlier(self, tree: BranchTree, work: LeafRows, policies: Policies) -> Earlier:
+    def _pull(self, reference: VelocityFunction, work: ForwardRows, batch: ForwardBatch) -> tuple[Tensor, Tensor]:
+        """Return the mean square distance of each row's prediction to the start policy's, (F,), as far as its gate is
+        open, and what it is where it is open.
+
+        Rows for which the gate is closed are not sent to the start policy.
+        """
+        if work.gate is None:
+            divergence = self._divergence(reference, work, batch.noised, batch.prediction)
+            return divergence, divergence
+        rows = work.gated
+        index = send(rows, batch.prediction.device)
+        divergence = self._divergence(reference, work.select(rows), batch.noised.rows(index), batch.prediction[index])
+        gate = send(work.gate[rows], index.device)
+        return divergence.new_zeros(len(work)).index_add(0, index, gate * divergence), divergence[gate > 0]
+
+    def _divergence(self, reference: VelocityFunction, work: ForwardRows, noised: Noised, prediction: Tensor) -> Tensor:
+        with torch.no_grad():
+            start = self._predict(reference, work, noised)
+        return mean_square(prediction - start)
+
+    def earlier(self, tree: BranchTree, work: ForwardRows, policies: Policies) -> Earlier:
         """Return predictions (F, *latent) of the trained policy as it is."""
         prediction = self._predict(policies.trained, work, self._noised(tree, work))
         # As large as the leaves, and kept where those are.
@@ -95,7 +121,7 @@ class ForwardObjective:
         return empty_loss(tree, policies, self.device)
 
     def _batch(
-        self, step: OptimiserStep, work: LeafRows, earlier: Earlier | None, record: UpdateRecord
+        self, step: OptimiserStep, work: ForwardRows, earlier: Earlier | None, record: UpdateRecord
     ) -> ForwardBatch:
         noised = self._noised(step.tree, work)
         prediction = self._predict(step.policies.trained, work, noised)
@@ -112,12 +138,12 @@ class ForwardObjective:
         advantage, group_value = (send(each, noised.states.device) for each in (work.advantage, work.group_value))
         return ForwardBatch(noised, prediction, old, advantage, group_value)
 
-    def _noised(self, tree: BranchTree, work: LeafRows) -> Noised:
-        clean = fetch_rows(tree.leaves, work.leaf, self.device)
+    def _noised(self, tree: BranchTree, work: ForwardRows) -> Noised:
+        clean = rows_at(tree.clean or tree.states, work.depth, work.node, self.device)
         sigma, noise = (send(each, clean.device) for each in self.draws.draw(work, self.sigmas, clean.shape[1:]))
         return noise_samples(clean, noise, sigma, self.prediction)
 
-    def _predict(self, policy: VelocityFunction, work: LeafRows, noised: Noised) -> Tensor:
+    def _predict(self, policy: VelocityFunction, work: ForwardRows, noised: Noised) -> Tensor:
         return policy(noised.states, noised.sigma, send(work.prompt, noised.states.device))
 
 

@@ -102,7 +102,8 @@ def iterate(session: Session, iteration: int) -> Iteration:
         whole = group.topology
         rest = range(leaves.groups[len(credits)].start if credits else 0, topology.prompts)
         left = group.of(rest)
-        last = session.credit(whole, group.log_prob, left, rest, tree.dimensions, iteration, group.probes)
+        gate = session.gate(whole, group.scores)
+        last = session.credit(whole, group.log_prob, left, rest, tree.dimensions, iteration, group.probes, gate)
         last = session.batch_normalised(last, whole)
         credit = Credit.concatenate([*credits, last])
     # Before the weights change: the states come from these.

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from branchtree.core.forward import Prediction
+from branchtree.core.forward import ForwardLoss, Prediction
 from branchtree.data.prompts import PromptOrder
 from branchtree.errors import BranchTreeError, ModelError, RecipeError, RewardError, reason_of
 from branchtree.planning.devices import indexed
@@ -41,6 +41,7 @@ from branchtree.training.engine import Engine, WeightAverage
 from branchtree.training.evaluation import Evaluator, Figure
 from branchtree.training.failures import FailureWatch
 from branchtree.training.forward import ForwardObjective
+from branchtree.training.gating import make_gate
 from branchtree.training.inputs import Inputs
 from branchtree.training.learning_rate import LearningRate
 from branchtree.training.limits import RowLimits
@@ -85,8 +86,9 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
         base = _missing_base(inputs, output, policy, accelerator)
         restore_weights(checkpoint, model, None)
     engine = make_engine(recipe, accelerator, model.denoiser, reference, partial(_make_optimizer, recipe.optim))
-    if recipe.loss.is_forward:
-        refuse_apart(recipe, team, engine)
+    objective = make_objective(recipe, policy)
+    if isinstance(objective, ForwardObjective):
+        refuse_apart(recipe, objective.rule, team, engine)
     scheduler = LearningRate(engine.optimizer, recipe.optim, planned_steps(recipe))
     limits = _row_limits(inputs, accelerator, engine.joint)
     average = WeightAverage(engine.parameters, recipe.optim.ema) if recipe.optim.ema else None
@@ -104,14 +106,14 @@ def open_session(inputs: Inputs, output: RunDirectory, accelerator: Any, checkpo
             accelerator=accelerator,
             engine=engine,
             scheduler=scheduler,
-            objective=make_objective(recipe, policy),
+            objective=objective,
             max_grad_norm=recipe.optim.max_grad_norm,
             limit=limits.update,
             guard=guard,
             average=average,
             remedy=partial(step_shortage, recipe),
         ),
-        trained=Trained(model, engine, scheduler, average, guard, splits),
+        trained=Trained(model, engine, scheduler, average, guard, splits, make_gate(recipe.loss, inputs.rewards)),
         evaluator=_make_evaluator(inputs, policy, limits, engine.joint),
         failures=FailureWatch(recipe.scoring, {reward.label for reward in inputs.rewards if reward.weight == 0}),
         order=order,
@@ -137,16 +139,16 @@ def make_objective(recipe: Recipe, policy: Policy) -> Objective[Any]:
     return ForwardObjective(recipe.loss, forward, make_draws(recipe), sampler.sigmas, prediction, policy.device)
 
 
-def refuse_apart(recipe: Recipe, team: Team, engine: Engine) -> None:
+def refuse_apart(recipe: Recipe, rule: ForwardLoss, team: Team, engine: Engine) -> None:
     """Raise RecipeError if a forward objective needs what is spread over processes: averaged weights, or groups."""
-    loss, rule = recipe.loss, make_forward_loss(recipe)
+    loss = recipe.loss
     if loss.old_policy == "ema" and engine.joint:
         raise RecipeError(
             "loss.old_policy: ema needs a second copy of all weights, and here they are sharded; set it to rollout, or "
             "do not shard them"
         )
     follows = recipe.optim.steps_per_iteration > 1 or loss.old_policy == "ema"
-    if rule is not None and rule.centred and follows and (team.members > 1 or engine.joint):
+    if rule.centred and follows and (team.members > 1 or engine.joint):
         spread = "weights are sharded" if engine.joint else f"{team.members} processes share each prompt's leaves"
         raise RecipeError(
             f"loss.kind: '{loss.name}' compares leaves with their group's mean, which is not computed where {spread}, "

@@ -104,6 +104,8 @@ def metrics_of(session: Session, done: Iteration, whole: ShareRecord) -> dict[st
     metrics = iteration_metrics(whole, session.inputs.model.rows_per_prediction)
     if session.trained.splits is not None:
         metrics |= learned_splits(whole.plans, session.recipe.sampler.level)
+    if session.trained.gate is not None and whole.credit.gate is not None:
+        metrics |= session.trained.gate.figures(whole.credit.gate)
     return {**metrics, **done.comparison, "lr": float(session.updater.optimizer.param_groups[0]["lr"])}
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from branchtree.core.credit import Credit
-from branchtree.core.rollout import VelocityFunction
+from branchtree.core.rollout import CleanSamples, VelocityFunction
 from branchtree.core.tree import BranchTree, Topology
 from branchtree.training.limits import RowLimit
 
@@ -128,6 +128,10 @@ class Objective(Protocol[AnyWork]):
     @property
     def looks_back(self) -> bool:
         """Whether steps after an iteration's first need ``earlier``."""
+
+    @property
+    def clean(self) -> CleanSamples | None:
+        """What predictions say of clean samples, where trees must keep that of every node."""
 
     def work(self, credit: Credit, topology: Topology, ids: Sequence[int], iteration: int) -> AnyWork:
         """Return what is differentiated of some prompts' trees; ``ids`` (P,) are their addresses for noise."""

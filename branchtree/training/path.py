@@ -34,6 +34,11 @@ class PathObjective:
         """See Objective."""
         return self.rules.looks_back
 
+    @property
+    def clean(self) -> None:
+        """See Objective: edges need states alone."""
+        return None
+
     def work(self, credit: Credit, topology: Topology, ids: Sequence[int], iteration: int) -> Families:
         """See Objective."""
         return credit.families(topology)
@@ -64,10 +69,10 @@ class PathObjective:
         if step.first:
             record.first_deviation.append(deviation)
         if step.policies.reference is not None:
-            divergence = self._divergence(step.policies.reference, batch, transition)
-            record.reference_rows += len(work)
+            pull, divergence = self._pull(step, step.policies.reference, work, batch, transition)
+            record.reference_rows += len(work.gated)
             record.kl.append(divergence.detach())
-            losses = losses + self.loss.kl * divergence
+            losses = losses + self.loss.kl * pull
         return losses
 
     def earlier(self, tree: BranchTree, work: Families, policies: Policies) -> Earlier:
@@ -115,6 +120,24 @@ class PathObjective:
             duration = self.sampler.sigmas[batch.families.depth] - self.sampler.sigmas[batch.target]
             losses = losses / send(duration, losses.device)[batch.family]
         return losses
+
+    def _pull(
+        self, step: OptimiserStep, reference: VelocityFunction, work: Families, batch: FamilyBatch, new: Transition
+    ) -> tuple[Tensor, Tensor]:
+        """Return each edge's KL to the start policy, (E,), as far as its gate is open, and what it is where it is open.
+
+        ``new`` is of the families. Those below which the gate is closed are not sent to the start policy.
+        """
+        if work.gate is None:
+            divergence = self._divergence(reference, batch, new)
+            return divergence, divergence
+        rows = work.gated
+        edges = torch.nonzero(torch.isin(work.family, rows))[:, 0]
+        some = gather(step.tree, work.select(rows), self.device)
+        divergence = self._divergence(reference, some, new.rows(send(rows, self.device)))
+        gate = send(work.gate[edges], self.device)
+        pull = divergence.new_zeros(work.edges).index_add(0, send(edges, self.device), gate * divergence)
+        return pull, divergence[gate > 0]
 
     def _divergence(self, reference: VelocityFunction, batch: FamilyBatch, transition: Transition) -> Tensor:
         """Return the KL of each edge's transition to the start policy's, (E,)."""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from branchtree.core.advantages import advantage_moments, batch_normalised
-from branchtree.core.credit import Credit, CreditRule, assign_credit
+from branchtree.core.credit import Credit, CreditRule, assign_credit, trainable
+from branchtree.core.gate import Gate
 from branchtree.core.noise import NoiseSource
 from branchtree.core.probes import ProbeScores
-from branchtree.core.pruning import trainable_edges
 from branchtree.core.rollout import Growth, Sampler
 from branchtree.core.schedule import TreePlan
 from branchtree.core.scores import Scores
@@ -123,6 +123,7 @@ class Session:
             max_rows=self.limits.rollout.rows,
             store=torch.device("cpu") if recipe.batch.states == "host" else None,
             together=recipe.batch.rollout_prompts,
+            clean=self.updater.objective.clean,
         )
 
     def scorer(self, background: bool = True, rewards: Sequence[NamedReward] | None = None) -> Scorer:
@@ -144,11 +145,12 @@ class Session:
         dimensions: int,
         iteration: int,
         probes: Mapping[str, ProbeScores] | None = None,
+        gate: Gate | None = None,
     ) -> Credit:
         """Return the credit of some consecutive prompts' trees; a prompt's is the same with and without others.
 
-        ``topology``, ``log_prob``, means over ``dimensions``, and ``probes`` are of all prompts, ``scores`` of these.
-        See ``assign_credit``.
+        ``topology``, ``log_prob``, means over ``dimensions``, ``probes`` and ``gate`` are of all prompts, ``scores`` of
+        these. See ``assign_credit``.
         """
         blocks = [topology.block(prompts, depth) for depth in topology.depths]
 
@@ -158,7 +160,16 @@ class Session:
         weights = {reward.label: reward.weight for reward in self.inputs.rewards}
         probed = {label: own(levels) for label, levels in (probes or {}).items()}
         rule, chosen = self.credit_rule, topology.select(prompts)
-        return assign_credit(chosen, own(log_prob), scores, weights, rule, iteration, dimensions, probed)
+        pulled = None if gate is None else own(gate)
+        return assign_credit(chosen, own(log_prob), scores, weights, rule, iteration, dimensions, probed, pulled)
+
+    def gate(self, topology: Topology, scores: Mapping[str, Scores]) -> Gate | None:
+        """Return how far the KL term acts on each edge of the team's whole trees, where the recipe has a gate for it.
+
+        All processes call this together.
+        """
+        gate = self.trained.gate
+        return None if gate is None else gate.open(self.processes, self.team, topology, scores)
 
     def batch_normalised(self, credit: Credit, topology: Topology) -> Credit:
         """Return the credit of all prompts of this process, normalised over those of all, where the recipe asks for it.
@@ -168,7 +179,8 @@ class Session:
         section = self.recipe.credit
         if not section.batch_normalise:
             return credit
-        mine = advantage_moments(topology, credit.advantages, trainable_edges(topology))
+        trained = trainable(topology, credit.valid, self.credit_rule)
+        mine = advantage_moments(topology, credit.advantages, trained)
         teams = self.processes.everyone(mine)[:: self.team.members]
         return replace(credit, advantages=batch_normalised(credit.advantages, torch.cat(teams), section.eps))
 
@@ -185,9 +197,9 @@ class Session:
     def learns_early(self) -> bool:
         """Return whether the gradient pass can begin with the prompts that are scored first.
 
-        Not where the families of a step are drawn from all prompts, where advantages are normalised over all or probes
-        come first, where processes must know each other's scores first, or where a reward on the same GPU is to make
-        room for the gradient pass.
+        Not where the families of a step are drawn from all prompts, where leaves of all are ranked, where advantages
+        are normalised over all or probes come first, where processes must know each other's scores first, or where a
+        reward on the same GPU is to make room for the gradient pass.
         """
         alone = self.team.members == 1 and not self.updater.engine.joint
         beside = self.device.type == "cpu" or not any(
@@ -195,7 +207,8 @@ class Session:
         )
         recipe = self.recipe
         probed = recipe.credit.baseline == "probe"
-        waits = recipe.credit.batch_normalise or probed or recipe.optim.steps_per_iteration > 1
+        ranked = recipe.credit.batch_normalise or recipe.loss.gate is not None
+        waits = ranked or probed or recipe.optim.steps_per_iteration > 1
         return alone and beside and not waits
 
     def policies(self, policy: Policy, iteration: int) -> Policies:

@@ -17,6 +17,7 @@ from branchtree.recipe.schema import Recipe
 from branchtree.run.checkpoint import AVERAGE, OPTIMIZER, Snapshot, read_state
 from branchtree.run.contents import Contents
 from branchtree.training.engine import Engine, WeightAverage
+from branchtree.training.gating import KlGate
 from branchtree.training.learning_rate import LearningRate
 from branchtree.training.splitting import SplitLearner
 from branchtree.training.update import UpdateGuard
@@ -29,6 +30,7 @@ class Progress:
     planned_steps: int  # of the optimiser so far, taken or not
     refused_in_a_row: int
     splits: Mapping[str, Any] | None  # what their rule remembers
+    gate: Mapping[str, Any] | None  # what that of the KL term remembers
 
 
 @dataclass(frozen=True)
@@ -41,6 +43,7 @@ class Trained:
     average: WeightAverage | None
     guard: UpdateGuard
     splits: SplitLearner | None  # where their rule learns
+    gate: KlGate | None  # where the KL term has one
 
     @contextmanager
     def as_exported(self) -> Iterator[None]:
@@ -55,7 +58,8 @@ class Trained:
     def progress(self) -> Progress:
         """Return what training moves along beside the weights."""
         splits = None if self.splits is None else self.splits.state
-        return Progress(self.scheduler.planned, self.guard.in_a_row, splits)
+        gate = None if self.gate is None else self.gate.state
+        return Progress(self.scheduler.planned, self.guard.in_a_row, splits, gate)
 
     def go_back(self, progress: Progress) -> None:
         """Put back what was there when the weights were last changed."""
@@ -63,6 +67,8 @@ class Trained:
         self.guard.in_a_row = progress.refused_in_a_row
         if self.splits is not None and progress.splits is not None:
             self.splits.state = progress.splits
+        if self.gate is not None and progress.gate is not None:
+            self.gate.state = progress.gate
 
     def exported(self) -> dict[str, Tensor] | None:
         """The weights of ``final/``, to be written by the main process; None: those that the model holds."""
@@ -100,6 +106,7 @@ def take_snapshot(
             "recipe": recipe.model_dump(mode="json"),
             "contents": contents,
             **({} if trained.splits is None else {"splits": trained.splits.state}),
+            **({} if trained.gate is None else {"gate": trained.gate.state}),
         },
     )
 
@@ -123,6 +130,8 @@ def load_checkpoint(path: Path, trained: Trained, recipe: Recipe) -> int:
         trained.guard.in_a_row = int(state["refused_in_a_row"])
         if trained.splits is not None:
             trained.splits.take_up(state.get("splits"))
+        if trained.gate is not None:
+            trained.gate.take_up(state.get("gate"))
     except Exception as error:  # torch raises many kinds for a file that it cannot read
         raise CheckpointError(f"{path}: does not fit this run: {type(error).__name__}: {error}") from error
     # The settings are those of the recipe of today, and the schedule stands where its steps so far put it.

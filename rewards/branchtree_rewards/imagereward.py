@@ -19,7 +19,7 @@ from branchtree.errors import RewardError
 from branchtree.files.json_lines import read_json_object
 from branchtree.files.paths import PathOrName
 from branchtree.plugins import Condition, Media
-from branchtree_rewards.shared.footprints import Skeleton
+from branchtree_rewards.shared.footprints import Skeleton, build_numbers, published_numbers
 from branchtree_rewards.shared.pixels import clip_pixels
 from branchtree_rewards.shared.reward import Measured, ModelReward, ModelRewardConfig, Opened, reward_hook
 from branchtree_rewards.shared.source import bundled_json, cause, file_at_hand, locate_weights
@@ -88,7 +88,10 @@ class ImageReward(ModelReward[ImageRewardConfig]):
 
     def _skeleton(self) -> Skeleton:
         file = file_at_hand(self._config.path, self._config.revision, SETTINGS)
-        return Skeleton(published_skeleton(read_json_object(file, RewardError) if file else None))
+        if file is None:
+            return Skeleton(published_numbers("ImageReward-v1.0", lambda: published_skeleton(None)))
+        settings = read_json_object(file, RewardError)
+        return Skeleton(build_numbers(lambda: published_skeleton(settings)))
 
     def _measure(self, network: Any, media: Media, conditions: Sequence[Condition]) -> Measured:
         pixels = clip_pixels(media.pixels, network.image_size)

@@ -15,7 +15,6 @@ import pydantic
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
-from torch.distributed.fsdp import FSDPModule
 
 from branchtree.core.grid import check_grid
 from branchtree.data.frames import condition_images
@@ -28,7 +27,6 @@ from branchtree_adapters.any_pipeline.clock import predicted
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.any_pipeline.families import family_of
 from branchtree_adapters.any_pipeline.linear_inputs import make_contiguous
-from branchtree_adapters.any_pipeline.measure import measure
 from branchtree_adapters.any_pipeline.published import published_model
 from branchtree_adapters.any_pipeline.substitutes import Wrapped
 from branchtree_adapters.any_pipeline.unloaded import SCHEDULER, unloaded_pipeline
@@ -226,6 +224,8 @@ class Diffusers(PipelineAdapter):
 
     def footprint(self) -> Footprint:
         """Return the model's sizes, measured on a pipeline without weights. Raises ModelError if there can be none."""
+        from branchtree_adapters.any_pipeline.measure import measure
+
         found = measure(self._unloaded, self._examples[0], torch.bfloat16, self.blueprint.origin)
         self._unloaded.find_unused()
         each_rank = sum(
@@ -388,7 +388,7 @@ class Diffusers(PipelineAdapter):
     ) -> Tensor:
         """Return what the pipeline gives its scheduler (B, *latent), guidance included, at sigma (B,)."""
         outer, sigma = self.denoiser if denoiser is None else denoiser, sigma.to(latents.device)
-        sharded = isinstance(outer, FSDPModule)
+        sharded = _is_sharded(outer)
         if len(self.denoiser_names) == 1:
             name, own = self.denoiser_names[0], self.denoiser
             components = None if outer is own and not sharded else {name: Wrapped(outer, own, sharded)}
@@ -427,8 +427,20 @@ def in_step(denoiser: nn.Module) -> bool:
 
     So they must where weights are gathered from all of them, or gradients.
     """
-    several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
-    return several and (torch.is_grad_enabled() or isinstance(denoiser, FSDPModule))
+    several = _is_distributed() and dist.get_world_size() > 1
+    return several and (torch.is_grad_enabled() or _is_sharded(denoiser))
+
+
+def _is_distributed() -> bool:
+    return dist.is_available() and dist.is_initialized()
+
+
+def _is_sharded(denoiser: nn.Module) -> bool:
+    if not _is_distributed():
+        return False
+    from torch.distributed.fsdp import FSDPModule  # which takes longer to import than torch itself
+
+    return isinstance(denoiser, FSDPModule)
 
 
 def _blank(colour: str, width: int, height: int) -> Image.Image:

@@ -27,9 +27,11 @@ from branchtree.plugins import (
     LoraSummary,
     Media,
     ModelBase,
+    ModelCard,
     weights,
 )
 from branchtree.plugins.weights import has_lora
+from branchtree_adapters.any_pipeline.published import published_model
 from branchtree_adapters.pipeline import sources, speed, trained
 from branchtree_adapters.pipeline.blueprint import (
     TRANSFORMER,
@@ -43,10 +45,13 @@ from branchtree_adapters.pipeline.blueprint import (
     require_multiple,
 )
 from branchtree_adapters.pipeline.components import own_component, quiet
-from branchtree_adapters.pipeline.decoders import decoder_footprint
+from branchtree_adapters.pipeline.decoders import decoder_footprint, decoder_weights
 from branchtree_adapters.pipeline.denoisers import apart, split_state, together
 from branchtree_adapters.pipeline.encoders import fingerprint, probe_encoders
 from branchtree_adapters.pipeline.grids import scheduler_grid
+from branchtree_adapters.pipeline.lora_names import convert_names
+from branchtree_adapters.pipeline.outline import ComponentSizes, Outline, read_outline
+from branchtree_adapters.pipeline.sources import Configs
 
 ENCODER = re.compile(r"(text|image)_encoder(_\d+)?")
 """Names that pipelines have for encoders."""
@@ -113,7 +118,7 @@ class PipelineAdapter(ModelBase):
     @property
     def latent_shape(self) -> tuple[int, ...]:
         """Channels, rows and columns of an image. Raises ModelError for a size that the model cannot make."""
-        vae, transformer = (self.blueprint.configs[name] for name in (VAE, TRANSFORMER))
+        vae, transformer = (self.configs[name] for name in (VAE, TRANSFORMER))
         scale = 2 ** (len(vae.get("encoder_block_out_channels") or vae["block_out_channels"]) - 1)
         multiple = scale * (transformer.get("patch_size") or 1)
         for name in ("height", "width"):
@@ -123,8 +128,16 @@ class PipelineAdapter(ModelBase):
     @property
     def tokens(self) -> int:
         """Patches of one sample."""
-        patch = self.blueprint.configs[TRANSFORMER].get("patch_size") or 1
+        patch = self.configs[TRANSFORMER].get("patch_size") or 1
         return math.prod(self.latent_shape[1:]) // patch**2
+
+    def row_costs(self) -> Mapping[str, Any]:
+        """Return what a row costs, by fields of a Footprint, from ``configs`` alone; by default it is estimated."""
+        return {}
+
+    def sizes(self, denoiser: nn.Module) -> Footprint:
+        """Return the sizes of a denoiser on torch's meta device, with ``row_costs`` where a model has its own."""
+        return replace(super().sizes(denoiser), **self.row_costs())
 
     def scheduler_changes(self) -> Mapping[str, Any]:
         """Return settings to use in place of the scheduler's."""
@@ -155,6 +168,28 @@ class PipelineAdapter(ModelBase):
             self._blueprint = self._read_blueprint()
         return self._blueprint
 
+    @property
+    def configs(self) -> Configs:
+        """The model's JSON files by name, those of diffusers' classes with their defaults. Raises ModelError."""
+        outline = self._outline
+        return self.blueprint.configs if outline is None else outline.configs
+
+    @property
+    def _outline(self) -> Outline | None:
+        """What is known of the model, not loaded, without model libraries; None if they must be asked."""
+        return self._found_outline if self._blueprint is None else None
+
+    @cached_property
+    def _found_outline(self) -> Outline | None:
+        kind = type(self)
+        if kind.row_costs is PipelineAdapter.row_costs or kind.sizes is not PipelineAdapter.sizes:
+            return None
+        found = read_outline(self.pipeline_class, self._source, self.config_files, self.published)
+        same = found is not None and all(
+            found.sizes[name].lora_targets == self.lora_targets for name in self.denoiser_names
+        )
+        return found if same else None
+
     def _read_blueprint(self, *, fetch: bool = False) -> Blueprint:
         names = self.denoiser_names
         return read_blueprint(self._class, self._source, names, self.config_files, self.published, fetch=fetch)
@@ -180,22 +215,44 @@ class PipelineAdapter(ModelBase):
 
     def footprint(self) -> Footprint:
         """Return the model's sizes, from config.json files. Raises ModelError for a folder or size that cannot be."""
+        outline = self._outline
+        whole, frozen = self._count() if outline is None else self._look_up(outline)
+        counts = {name: sizes.parameters for name, sizes in frozen.items()}
+        float32 = sum(count for name, count in counts.items() if name in self.float32_components)
+        size, decoder = (self.config.height, self.config.width), frozen["vae"].decoder
+        return replace(
+            whole,
+            frozen_parameters=sum(counts.values()),
+            frozen_float32_parameters=float32,
+            decoder=decoder_footprint(self.configs[VAE], decoder, size, self.latent_shape, self._decoded_at_once),
+            source=(outline or self.blueprint).origin,
+            assumed=(outline or self.blueprint).assumed,
+        )
+
+    def _count(self) -> tuple[Footprint, Mapping[str, ComponentSizes]]:
+        """Return the sizes of the denoisers, and of each component around them, built without weights."""
         with torch.device("meta"):
             denoiser = self.build_denoiser()
             frozen = {name: self.blueprint.build(name) for name in (*self.blueprint.encoders, "vae")}
-        counts = {name: count_parameters(module) for name, module in frozen.items()}
-        float32 = sum(count for name, count in counts.items() if name in self.float32_components)
-        return replace(
-            self.sizes(denoiser),
-            frozen_parameters=sum(counts.values()),
-            frozen_float32_parameters=float32,
-            largest_block_parameters=largest_block(denoiser),
-            decoder=decoder_footprint(
-                frozen["vae"], self.config.height, self.config.width, self.latent_shape, self._decoded_at_once
-            ),
-            source=self.blueprint.origin,
-            assumed=self.blueprint.assumed,
+        sizes = {name: ComponentSizes(count_parameters(module)) for name, module in frozen.items()}
+        sizes["vae"] = replace(sizes["vae"], decoder=decoder_weights(frozen["vae"]))
+        return replace(self.sizes(denoiser), largest_block_parameters=largest_block(denoiser)), sizes
+
+    def _look_up(self, outline: Outline) -> tuple[Footprint, Mapping[str, ComponentSizes]]:
+        """Return the same by what is known."""
+        (name,) = self.denoiser_names
+        denoiser = outline.sizes[name]
+        whole = Footprint(
+            denoiser_parameters=denoiser.parameters,
+            frozen_parameters=0,
+            latent_shape=self.latent_shape,
+            rows_per_prediction=self.rows_per_prediction,
+            lora_parameters_per_rank=denoiser.lora_parameters_per_rank,
+            largest_block_parameters=denoiser.largest_block,
+            source=outline.origin,
+            **self.row_costs(),
         )
+        return whole, {each: sizes for each, sizes in outline.sizes.items() if each != name}
 
     @property
     def _decoded_at_once(self) -> int:
@@ -431,6 +488,25 @@ class PipelineAdapter(ModelBase):
         keys that fit nothing in the denoiser.
         """
         return trained.load_lora(self.denoisers, source, self._class)
+
+    def card(self) -> ModelCard:
+        """Return the hub id, and the licence that is known of it or of a model that comes with the package."""
+        known, licence = published_model(self._source.name), "as given where the model comes from"
+        if self._source.name.startswith((sources.BUNDLED, sources.SMALL)):
+            licence = "Apache-2.0"
+        elif self._source.folder is None:
+            licence = known.licence if known else f"see https://huggingface.co/{self._source.name}"
+        return ModelCard(None if self._source.folder else self._source.name, licence, "diffusers")
+
+    def convert_lora(self, source: Path, form: str) -> Mapping[str, Mapping[str, Tensor]]:
+        """Return a LoRA that ``export`` wrote, by denoiser, as ``kohya``'s scripts or ``comfyui`` name it.
+
+        Nothing is loaded. Raises CheckpointError for a model or a layer that has no such names.
+        """
+        with torch.device("meta"):
+            denoisers = {name: self.blueprint.build(name) for name in self.denoiser_names}
+        files = trained.read_each(denoisers, source, self._class)
+        return {name: convert_names(file, denoisers[name], form) for name, file in files.items()}
 
 
 @torch.no_grad()

@@ -86,25 +86,50 @@ def read_blueprint(
         ModelError: A file is missing or not JSON, or a class is not one that the pipeline takes.
     """
 
-    def read(names: Sequence[str]) -> Configs | None:
-        if fetch or published is None:
-            fetch_configs(source, names)
-        return read_configs(source, names)
-
-    known = Published("", {}) if published is None else published
-    index = {**known.configs, **(read([INDEX]) or {})}.get(INDEX, {})
+    index = read_index(source, published, fetch=fetch)
     classes = _classes(pipeline, index, denoisers, f"'{source.location}/{INDEX}'")
     names = [*(f"{name}/config.json" for name in classes), *others]
-    configs, assumed, origin = read(names), False, f"configuration files of '{source.name}'"
-    if configs is None:
-        if published is None:
-            raise ModelError(f"the configuration files of '{source.name}' cannot be read; {CHECK_HUB}.")
-        configs, assumed = {**{key: {} for key in names}, **known.configs}, source.name not in known.alike
-        origin = f"assumed to be those of {known.name}, since '{source.name}' is not in the local cache"
-        origin += f" (from {known.source})" if known.source else ""
+    described = read_described(source, names, published, fetch=fetch)
     ours = {f"{name}/config.json": kind for name, kind in classes.items() if not is_of_transformers(kind)}
-    filled = {name: {**_defaults(kind), **configs[name]} for name, kind in ours.items()}
-    return Blueprint(classes, {**configs, INDEX: index, **filled}, origin, assumed, denoisers)
+    filled = {name: {**class_defaults(kind), **described.configs[name]} for name, kind in ours.items()}
+    configs = {**described.configs, INDEX: index, **filled}
+    return Blueprint(classes, configs, described.origin, described.assumed, denoisers)
+
+
+@dataclass(frozen=True)
+class Described:
+    """Configuration files, by name, and where they come from; see Blueprint."""
+
+    configs: Configs
+    origin: str
+    assumed: bool
+
+
+def read_index(source: ModelSource, published: Published | None, *, fetch: bool = False) -> Mapping[str, Any]:
+    """Return the model_index.json of a source, over what is published; see read_blueprint. Raises ModelError."""
+    known = {} if published is None else published.configs
+    return {**known, **(_read(source, [INDEX], published, fetch) or {})}.get(INDEX, {})
+
+
+def read_described(
+    source: ModelSource, names: Sequence[str], published: Published | None, *, fetch: bool = False
+) -> Described:
+    """Read other configuration files by name, or take the published ones; see read_blueprint. Raises ModelError."""
+    configs = _read(source, names, published, fetch)
+    if configs is not None:
+        return Described(configs, f"configuration files of '{source.name}'", False)
+    if published is None:
+        raise ModelError(f"the configuration files of '{source.name}' cannot be read; {CHECK_HUB}.")
+    origin = f"assumed to be those of {published.name}, since '{source.name}' is not in the local cache"
+    origin += f" (from {published.source})" if published.source else ""
+    configs = {**{name: {} for name in names}, **published.configs}
+    return Described(configs, origin, source.name not in published.alike)
+
+
+def _read(source: ModelSource, names: Sequence[str], published: Published | None, fetch: bool) -> Configs | None:
+    if fetch or published is None:
+        fetch_configs(source, names)
+    return read_configs(source, names)
 
 
 def _classes(pipeline: Any, index: Mapping[str, Any], denoisers: Sequence[str], where: str) -> dict[str, Any]:
@@ -127,7 +152,8 @@ def _classes(pipeline: Any, index: Mapping[str, Any], denoisers: Sequence[str], 
     return {**{name: classes.pop(name) for name in denoisers}, **classes}
 
 
-def _defaults(kind: Any) -> dict[str, Any]:
+def class_defaults(kind: Any) -> dict[str, Any]:
+    """Return the defaults of a class's constructor, by argument."""
     parameters = inspect.signature(kind.__init__).parameters.items()
     return {name: one.default for name, one in parameters if one.default is not one.empty}
 

@@ -3,27 +3,89 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
 
 from branchtree.plugins import DecoderFootprint
-from branchtree_adapters.pipeline.blueprint import count_parameters
 
 WORKING = 27
 """Full-size tensors of ``base_dim`` channels for one frame that Wan's decoder works on at once, caches aside."""
 
 
-def decoder_footprint(vae: Any, height: int, width: int, latent: tuple[int, ...], rows: int) -> DecoderFootprint | None:
-    """Return the sizes of a VAE's decoder for latents (*latent), ``rows`` at once; None for an unknown kind."""
+@dataclass(frozen=True)
+class LevelWeights:
+    """Weights of one level of a decoder, from the latents' size to the samples'."""
+
+    blocks: int
+    upsampling: int
+    time: int = 0  # of what doubles the frames
+
+
+@dataclass(frozen=True)
+class DecoderWeights:
+    """How many weights of convolutions and linear layers a VAE's decoder has, by the size that they work at."""
+
+    videos: bool
+    parameters: int  # of the whole VAE
+    first: int  # at the latents' size, before the levels
+    levels: tuple[LevelWeights, ...]
+    last: int
+
+
+def decoder_weights(vae: Any) -> DecoderWeights | None:
+    """Count the weights of a VAE's decoder; None for an unknown kind."""
     from diffusers import AutoencoderKL, AutoencoderKLWan
 
-    if isinstance(vae, AutoencoderKL):
-        return decoder_of_images(vae, height, width, rows)
-    return decoder_of_videos(vae, latent, rows) if isinstance(vae, AutoencoderKLWan) else None
+    if not isinstance(vae, AutoencoderKL | AutoencoderKLWan):
+        return None
+    decoder, videos = vae.decoder, isinstance(vae, AutoencoderKLWan)
+    return DecoderWeights(
+        videos=videos,
+        parameters=sum(parameter.numel() for parameter in vae.parameters()),
+        first=_weights([vae.post_quant_conv or nn.Identity(), decoder.conv_in, decoder.mid_block]),
+        levels=tuple(_level(block, videos) for block in decoder.up_blocks),
+        last=_weights([decoder.conv_out]),
+    )
 
 
-def decoder_of_images(vae: Any, height: int, width: int, rows: int) -> DecoderFootprint:
+def _level(block: Any, videos: bool) -> LevelWeights:
+    upsamplers = [*(block.upsamplers or ())]
+    if not videos:
+        return LevelWeights(_weights([block.resnets]), _weights(upsamplers))
+    times = [upsampler.time_conv for upsampler in upsamplers if hasattr(upsampler, "time_conv")]
+    return LevelWeights(_weights([block.resnets]), _weights([each.resample for each in upsamplers]), _weights(times))
+
+
+def _weights(modules: list[Any]) -> int:
+    """Count the weights of the modules' convolutions and linear layers."""
+    kinds = (nn.Conv2d, nn.Conv3d, nn.Linear)
+    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, kinds)]
+    return sum(math.prod(layer.weight.shape) for layer in layers)
+
+
+def decoder_footprint(
+    config: Mapping[str, Any], weights: DecoderWeights | None, size: tuple[int, int], latent: tuple[int, ...], rows: int
+) -> DecoderFootprint | None:
+    """Return the sizes of a decoder for samples of ``size`` (height, width) and latents (*latent), ``rows`` at once.
+
+    None where the weights of its kind are not counted.
+    """
+    if weights is None:
+        return None
+    of_videos = weights.videos
+    return (
+        decoder_of_videos(config, weights, latent, rows)
+        if of_videos
+        else decoder_of_images(config, weights, size, rows)
+    )
+
+
+def decoder_of_images(
+    config: Mapping[str, Any], weights: DecoderWeights, size: tuple[int, int], rows: int
+) -> DecoderFootprint:
     """Sizes of AutoencoderKL's decoder for an image of H x W pixels, ``rows`` at once.
 
     At a level k halvings below the image, whose blocks take C channels and give D, alive at once are the larger of
@@ -31,31 +93,29 @@ def decoder_of_images(vae: Any, height: int, width: int, rows: int) -> DecoderFo
     Measured by following every tensor of a decoding: 0.3% above this for FLUX.1's at 720 x 720 pixels, and at most 2%
     for small ones. A convolution's workspace is not in it.
     """
-    channels = [*vae.config.block_out_channels]
+    channels = [*config["block_out_channels"]]
     inputs = [channels[-1], *reversed(channels[1:])]  # of each level, from the latents' to the image's
     halvings = [len(channels) - 1 - level for level in range(len(channels))]
     levels = zip(inputs, reversed(channels), halvings, strict=True)
     fullest = max(max(3 * taken, taken + 4 * given) / 4**below for taken, given, below in levels)
-    pixels = height * width
+    pixels = size[0] * size[1]
     latents = pixels // 4 ** halvings[0]
-    decoder = vae.decoder
-    flops = _products([vae.post_quant_conv or nn.Identity(), decoder.conv_in, decoder.mid_block], latents)
-    if vae.config.mid_block_add_attention:
-        flops += 4.0 * latents**2 * channels[-1]
-    for block, below in zip(decoder.up_blocks, halvings, strict=True):
-        flops += _products([block.resnets], pixels // 4**below)
-        flops += _products([block.upsamplers or nn.Identity()], 4 * pixels // 4**below)
-    flops += _products([decoder.conv_out], pixels)
+    products = weights.first * latents + weights.last * pixels
+    for level, below in zip(weights.levels, halvings, strict=True):
+        products += level.blocks * (pixels // 4**below) + level.upsampling * (4 * pixels // 4**below)
+    attention = 4.0 * latents**2 * channels[-1] if config["mid_block_add_attention"] else 0.0
     return DecoderFootprint(
-        parameters=count_parameters(vae),
+        parameters=weights.parameters,
         numbers_per_row=int(fullest * pixels),
-        flops_per_row=flops,
+        flops_per_row=2.0 * products + attention,
         media_numbers_per_row=3 * pixels,
         rows=rows,
     )
 
 
-def decoder_of_videos(vae: Any, latent: tuple[int, ...], rows: int) -> DecoderFootprint:
+def decoder_of_videos(
+    config: Mapping[str, Any], weights: DecoderWeights, latent: tuple[int, ...], rows: int
+) -> DecoderFootprint:
     """Sizes of AutoencoderKLWan's decoder, in float32, for latents (channels, frames, rows, columns), ``rows`` at once.
 
     It decodes one latent frame after the other, each to s frames of the video, and keeps two frames of the input of
@@ -68,38 +128,31 @@ def decoder_of_videos(vae: Any, latent: tuple[int, ...], rows: int) -> DecoderFo
     decoding: within 0.2% of this for Wan2.1's, with s = 4, and within 6% for small ones; less than this for videos of
     fewer than three latent frames. A convolution's workspace is not in it.
     """
-    config, (_, frames, height, width) = vae.config, latent
-    multipliers, blocks = config.dim_mult, vae.decoder.up_blocks
-    base = config.decoder_base_dim or config.base_dim
+    _, frames, height, width = latent
+    multipliers, temporal = config["dim_mult"], config["temperal_downsample"]
+    base = config["decoder_base_dim"] or config["base_dim"]
     pixels = height * width * 4 ** (len(multipliers) - 1)
-    stride = 2 ** sum(config.temperal_downsample)
+    stride = 2 ** sum(temporal)
     shown = stride * (frames - 1) + 1
-    caches = sum(factor / 4**level for level, factor in enumerate(multipliers)) * 4 * (config.num_res_blocks + 1)
+    caches = sum(factor / 4**level for level, factor in enumerate(multipliers)) * 4 * (config["num_res_blocks"] + 1)
     chunk = base * ((WORKING / 4 * stride + 2) * multipliers[0] + caches)
     area, made = height * width, frames
-    flops = _products([vae.post_quant_conv, vae.decoder.conv_in, vae.decoder.mid_block], area * made)
-    flops += 4.0 * area**2 * base * multipliers[-1] * made  # attention, of each frame by itself
-    for block, temporal in zip(blocks, [*reversed(config.temperal_downsample), False], strict=True):
-        flops += _products([block.resnets], area * made)
-        for upsampler in block.upsamplers or ():
-            if temporal:
-                flops += _products([upsampler.time_conv], area * (made - 1))
+    products = weights.first * area * made
+    attention = 4.0 * area**2 * base * multipliers[-1] * made  # of each frame by itself
+    for level, doubles in zip(weights.levels, [*reversed(temporal), False], strict=True):
+        products += level.blocks * area * made
+        if level.upsampling:
+            if doubles:
+                products += level.time * area * (made - 1)
                 made = 2 * made - 1
             area *= 4
-            flops += _products([upsampler.resample], area * made)
-    flops += _products([vae.decoder.conv_out], area * made)
+            products += level.upsampling * area * made
+    products += weights.last * area * made
     return DecoderFootprint(
-        parameters=count_parameters(vae),
+        parameters=weights.parameters,
         numbers_per_row=int(pixels * (chunk + 3 * shown)),
-        flops_per_row=flops,
+        flops_per_row=2.0 * products + attention,
         media_numbers_per_row=3 * shown * pixels,
         rows=rows,
         number_bytes=4,
     )
-
-
-def _products(modules: list[Any], positions: int) -> float:
-    """Operations of the modules' convolutions and linear layers at so many positions, an addition counted as one."""
-    kinds = (nn.Conv2d, nn.Conv3d, nn.Linear)
-    layers = [layer for module in modules for layer in module.modules() if isinstance(layer, kinds)]
-    return 2.0 * positions * sum(math.prod(layer.weight.shape) for layer in layers)

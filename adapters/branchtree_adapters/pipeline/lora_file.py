@@ -27,6 +27,8 @@ PEFT_CONFIG, PEFT_FILE, PEFT_PREFIX = "adapter_config.json", "adapter_model.safe
 PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
 """peft's ways to begin a LoRA that leave the model's own weights alone."""
 SHOWN = 3
+Sizes = Mapping[str, tuple[int, int]]
+"""Outputs and inputs of linear layers by name."""
 
 
 @dataclass(frozen=True)
@@ -107,17 +109,22 @@ def read_lora(source: Path, pipeline: type[Any], unet: Any = None) -> LoraFile:
     return LoraFile(file, kind, layers, tuple(sorted(strengths)))
 
 
+def linear_sizes(denoiser: nn.Module) -> Sizes:
+    """Return outputs and inputs of the linear layers of ``denoiser``, by name."""
+    layers = {name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
+    return {name: (layer.out_features, layer.in_features) for name, layer in layers.items()}
+
+
 def require_layers(file: LoraFile, denoiser: nn.Module) -> None:
     """Raise CheckpointError for layers that ``denoiser`` lacks, or has in another size."""
     problems = []
-    linear = {name: module for name, module in denoiser.named_modules() if isinstance(module, nn.Linear)}
+    sizes = linear_sizes(denoiser)
     for name, layer in file.layers.items():
-        found = linear.get(name)
         size = (layer.up.shape[0], layer.down.shape[1])
-        if found is None:
+        if name not in sizes:
             problems.append(f"'{name}' (no such linear layer)")
-        elif size != (found.out_features, found.in_features):
-            problems.append(f"'{name}' (of size {size}, the model's is {(found.out_features, found.in_features)})")
+        elif size != sizes[name]:
+            problems.append(f"'{name}' (of size {size}, the model's is {sizes[name]})")
     _refuse(file.path, problems, "does not fit the model")
 
 

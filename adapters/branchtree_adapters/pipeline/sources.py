@@ -106,12 +106,12 @@ def read_configs(source: ModelSource, names: Sequence[str]) -> Configs | None:
 
     Raises ModelError for a file that is missing in a folder, is not as its digest says, or is not JSON.
     """
-    from huggingface_hub import try_to_load_from_cache
-
     if source.folder is not None:
         verify_checksums(source.folder, ModelError, names)
         files = [source.folder / name for name in names]
     else:
+        from huggingface_hub import try_to_load_from_cache
+
         cached = [try_to_load_from_cache(source.name, name, revision=source.revision) for name in names]
         files = [Path(file) for file in cached if isinstance(file, str)]
     return (

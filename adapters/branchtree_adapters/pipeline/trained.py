@@ -156,7 +156,7 @@ def start_lora(denoisers: Denoisers, source: Path, pipeline: type[Any], unused: 
     another rank or lies on other layers.
     """
     pairs = []
-    for name, file in _read_each(denoisers, source, pipeline).items():
+    for name, file in read_each(denoisers, source, pipeline).items():
         config = denoisers[name].peft_config["default"]
         scale = config.lora_alpha / config.r
         saved, live = file.tensors(scale), _lora_layers(denoisers[name])
@@ -174,7 +174,7 @@ def load_lora(denoisers: Denoisers, source: Path, pipeline: type[Any]) -> LoraSu
 
     B is multiplied by the strength. Raises CheckpointError for one that is damaged or does not fit.
     """
-    files = _read_each(denoisers, source, pipeline)
+    files = read_each(denoisers, source, pipeline)
     for name, denoiser in denoisers.items():
         if weights.has_lora(denoiser):
             denoiser.unload_lora()
@@ -186,7 +186,7 @@ def load_lora(denoisers: Denoisers, source: Path, pipeline: type[Any]) -> LoraSu
     return summary_of(list(files.values()))
 
 
-def _read_each(denoisers: Denoisers, source: Path, pipeline: type[Any]) -> dict[str, LoraFile]:
+def read_each(denoisers: Denoisers, source: Path, pipeline: type[Any]) -> dict[str, LoraFile]:
     """Return each denoiser's LoRA. Raises CheckpointError if one is missing or damaged."""
     first, *others = denoisers
     for name in others:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from branchtree.plugins import Condition, Conditioning, ModelBase
 from branchtree_actions.samples import TASKS, Trajectories
+from branchtree_actions.task import Task
 
 FREQUENCIES = 8  # of the embedding of the noise level
 
@@ -45,6 +46,8 @@ class Network(nn.Module):
 class Policy(ModelBase):
     """Latents are the actions, scaled to about unit size; a condition's metadata are its scene."""
 
+    latent_shape = (Task.horizon, 2)
+
     def __init__(self, config: PolicyConfig) -> None:
         super().__init__(config)
         self.task = TASKS[config.task]
@@ -53,11 +56,6 @@ class Policy(ModelBase):
     def modality(self) -> str:
         """The task's own kind of sample."""
         return f"{self.config.task}_actions"
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """A chunk's actions."""
-        return self.task.horizon, 2
 
     def check(self, condition: Condition) -> None:
         """Refuse a condition without a scene, by a DataError."""

@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw
 from branchtree_actions.task import Array, Outcome, Pixels, Point, Pose, Scene, Task, rotation
 
 MARK = np.array([256, 256, math.pi / 4])  # where the T belongs
-CENTRE = np.array([0, 45])  # the T's centre of gravity in its own frame
+CENTRE = np.array([0, 45], dtype=np.float64)  # the T's centre of gravity in its own frame
 OUTLINE = 30.0 * np.array([(-2, 0), (2, 0), (2, 1), (0.5, 1), (0.5, 4), (-0.5, 4), (-0.5, 1), (-2, 1), (-2, 0)])
 CLEAR = 110.0  # the distance from there at which the agent does not touch the T
 SIDE, FRAME = 288, 48  # of a picture of the whole table, in pixels, and how much is cut off at each side
@@ -27,7 +27,7 @@ class PushT(Task):
     """Actions are targets of the agent, relative to where it is when the chunk begins. The return is the coverage."""
 
     name, prompt, scene, observation_size, action_scale = "pusht", "push the T onto its mark", Table, 6, 100.0
-    needs = "gym_pusht"
+    needs = "gym-pusht"
 
     def draw_scene(self, rng: np.random.Generator) -> Table:
         """The T up to 100 pixels and 0.5 radians away from its mark, and the agent clear of it."""
@@ -46,7 +46,7 @@ class PushT(Task):
 
     def demonstrate(self, scene: Table, rng: np.random.Generator) -> Array:
         """Go around the T and push it the way it has to go, with errors of aim and length; its angle is ignored."""
-        agent, centre = np.array(scene.agent), _centre(scene.block)
+        agent, centre = np.array(scene.agent, dtype=np.float64), _centre(scene.block)
         way = _centre(MARK) - centre + rng.normal(0, 12, 2)
         length = max(np.hypot(*way), 1e-6)
         way, side = way / length, np.array([-way[1], way[0]]) / length
@@ -55,13 +55,11 @@ class PushT(Task):
         points = [agent, around, start] if (agent - centre) @ way > -CLEAR / 2 else [agent, start, start]
         end = start + (CLEAR - 45 + length * rng.uniform(0.4, 1.0)) * way
         targets = [np.interp(range(1, 17), [0, 4, 8, 16], axis) for axis in np.array([*points, end]).T]
-        chunk: Array = np.stack(targets, axis=1) + rng.normal(0, 2, (self.horizon, 2)) - agent
-        return chunk
+        return np.stack(targets, axis=1) + rng.normal(0, 2, (self.horizon, 2)) - agent
 
     def run(self, scenes: Sequence[Table], actions: Array) -> Outcome:
         """Take each chunk in an environment that is reset to its scene."""
-        paths, values, success = zip(*map(push, map(environment, scenes), actions), strict=True)
-        return Outcome(np.stack(paths), np.array(values), np.array(success))
+        return Outcome(*map(np.array, zip(*map(push, map(environment, scenes), actions), strict=True)))
 
     def picture(self, scene: Table, actions: Array) -> Pixels:
         """The environment's own picture of how the chunk ends, the agent's path in black, the first T in orange."""
@@ -96,5 +94,4 @@ def push(table: Any, actions: Array) -> tuple[Array, float, bool]:
 
 def _centre(pose: Any) -> Array:
     """Return where the centre of gravity of a T in some pose is."""
-    centre: Array = np.array(pose[:2]) + rotation(pose[2]) @ CENTRE
-    return centre
+    return np.array(pose[:2], dtype=np.float64) + rotation(pose[2]) @ CENTRE

@@ -27,15 +27,17 @@ class OutcomeReward:
 
     def load(self, device: torch.device) -> None:
         """Load nothing. Raises RewardError if the task's environment is not installed."""
-        if find_spec(self.task.needs) is None:
-            package = self.task.needs.replace("_", "-")
-            raise RewardError(f"{package} is not installed; install it by: pip install {package}")
+        if find_spec(self.task.needs.replace("-", "_")) is None:
+            raise RewardError(f"{self.task.needs} is not installed; install it by: pip install {self.task.needs}")
 
     def score(self, media: Samples, conditions: Sequence[Condition]) -> Scores:
-        """Score chunk i in scene i; actions that are not finite are not valid. Raises ValueError for other samples."""
+        """Score chunk i in scene i; those that are not finite are not valid. Raises ValueError if they do not match."""
         if not isinstance(media, Trajectories) or media.modality not in self.modalities:
             raise ValueError(f"{', '.join(self.modalities)} can be scored, not {media.modality}")
-        outcome = Trajectories(media.actions.nan_to_num(0, 0, 0), media.task).run(conditions)
+        if len(conditions) != len(media):
+            raise ValueError(f"{len(media)} chunks of actions cannot be taken in {len(conditions)} scenes")
+        actions = media.actions.nan_to_num(0, 0, 0).double().cpu().numpy()
+        outcome = self.task.run([condition.read(self.task.scene) for condition in conditions], actions)
         success = torch.from_numpy(outcome.success).float()
         value = torch.from_numpy(outcome.values).float() if self.config.measure == "return" else success
         return Scores(value, media.is_finite(), details={"success": success})

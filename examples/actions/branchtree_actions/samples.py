@@ -9,7 +9,7 @@ from torch import Tensor
 
 from branchtree.plugins import Condition, Media, Samples
 from branchtree_actions.pusht import PushT
-from branchtree_actions.task import Outcome, Task
+from branchtree_actions.task import Task
 from branchtree_actions.unicycle import Unicycle
 
 TASKS: Mapping[str, Task] = {task.name: task for task in (Unicycle(), PushT())}
@@ -26,13 +26,6 @@ class Trajectories(Samples):
     def modality(self) -> str:
         """A kind for each task, so that a recipe with another task's reward is refused before anything is loaded."""
         return f"{self.task}_actions"
-
-    def run(self, conditions: Sequence[Condition]) -> Outcome:
-        """Take each chunk in its condition's scene. Raises ValueError for another number of conditions."""
-        if len(conditions) != len(self):
-            raise ValueError(f"{len(self)} chunks of actions cannot be taken in {len(conditions)} scenes")
-        task = TASKS[self.task]
-        return task.run([condition.read(task.scene) for condition in conditions], self.actions.double().cpu().numpy())
 
     def show(self, conditions: Sequence[Condition]) -> Media:
         """Draw what each chunk does."""

@@ -42,7 +42,7 @@ class Task(ABC):
     scene: ClassVar[type[Scene]]
     horizon: ClassVar[int] = 16
     observation_size: ClassVar[int]
-    needs: ClassVar[str] = "numpy"  # the module that has its environment
+    needs: ClassVar[str] = "numpy"  # the package that has its environment
     action_scale: ClassVar[float] = 1.0  # the policy's actions are divided by it, so that they are of about unit size
 
     @abstractmethod

@@ -61,8 +61,7 @@ class Unicycle(Task):
     def run(self, scenes: Sequence[Drive], actions: Array) -> Outcome:
         """Drive; all scenes at once."""
         pose, goal, obstacle = (np.array([getattr(scene, key) for scene in scenes]) for key in Drive.model_fields)
-        poses = accumulate(actions.swapaxes(0, 1), _move, initial=pose)
-        paths = np.stack(list(poses), axis=1)[..., :2]
+        paths = np.stack([*accumulate(actions.swapaxes(0, 1), _move, initial=pose)], axis=1)[..., :2]
         distance = np.linalg.norm(paths[:, -1] - goal, axis=-1)
         closest = np.linalg.norm(paths - obstacle[:, None], axis=-1).min(axis=1)
         cost = COST * np.clip(MARGIN - closest, 0, None)

@@ -11,7 +11,6 @@ resizes float tensors without antialiasing and divides by 10: its figures are no
 
 import re
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -77,9 +76,7 @@ class Aesthetic(ModelReward[AestheticConfig]):
 
     def _skeleton(self) -> Skeleton:
         config = self._config
-        found = skeleton(_clip_of(config), config.revision, HUB_CLIP)
-        clip: Any = found.network
-        return replace(found, network=nn.ModuleList([clip.vision_model, clip.visual_projection]))
+        return skeleton(_clip_of(config), config.revision, HUB_CLIP).only("vision_model", "visual_projection")
 
     def _measure(self, network: nn.Module, media: Media, conditions: Sequence[Condition]) -> Measured:
         predictor = cast(AestheticPredictor, network)

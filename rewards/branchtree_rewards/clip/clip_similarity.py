@@ -7,12 +7,11 @@ in training. InstructPix2Pix resizes float tensors to a square; pictures here ar
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from branchtree.core.scores import Scores
@@ -50,9 +49,7 @@ class ClipSimilarity(ClipReward[ClipSimilarityConfig]):
         return opened
 
     def _skeleton(self) -> Skeleton:
-        found = super()._skeleton()
-        clip: Any = found.network
-        return replace(found, network=nn.ModuleList([clip.vision_model, clip.visual_projection]))
+        return super()._skeleton().only("vision_model", "visual_projection")
 
     def _scores(self, media: Media, conditions: Sequence[Condition]) -> Scores:
         images, reasons = first_frames(conditions)

@@ -18,7 +18,7 @@ from torch.nn import functional
 from branchtree.errors import RewardError
 from branchtree.files.json_lines import read_json_object
 from branchtree_rewards.clip.text import token_ids
-from branchtree_rewards.shared.footprints import Skeleton
+from branchtree_rewards.shared.footprints import Skeleton, build_numbers, published_numbers
 from branchtree_rewards.shared.source import WeightsSource, cause, file_at_hand
 from branchtree_rewards.shared.weights import State, build_pretrained, check_fit, load_folder, without
 
@@ -132,12 +132,18 @@ def read_config(file: Path) -> OpenClipConfig:
 
 
 def clip_skeleton(path: str, revision: str | None, published: OpenClipConfig) -> Skeleton:
-    """Return the network of the configuration beside the weights, or of the ``published`` one where there is none."""
-    from transformers import CLIPModel
-
+    """Return the size by the configuration beside the weights, or by the ``published`` one where there is none."""
     file = file_at_hand(path, revision, CONFIG_FILE)
-    with torch.device("meta"):
-        return Skeleton(CLIPModel(clip_config(read_config(file) if file else published)))
+    config = read_config(file) if file else published
+
+    def build() -> torch.nn.Module:
+        from transformers import CLIPModel
+
+        network: torch.nn.Module = CLIPModel(clip_config(config))
+        return network
+
+    size = config.vision_cfg.image_size
+    return Skeleton(build_numbers(build) if file else published_numbers(f"open_clip ViT-H-14 at {size}", build))
 
 
 def load_open_clip(state: State, config: OpenClipConfig, where: str) -> Any:

@@ -43,7 +43,7 @@ class Included(Excluded, frozen=True):
     position: tuple[Position, pydantic.StrictInt] | None = None
 
 
-class Check(pydantic.BaseModel, extra="ignore", frozen=True):
+class SceneCheck(pydantic.BaseModel, extra="ignore", frozen=True):
     """What a picture must hold."""
 
     include: tuple[Included, ...] = pydantic.Field(default=(), max_length=MOST)
@@ -51,7 +51,7 @@ class Check(pydantic.BaseModel, extra="ignore", frozen=True):
     tag: Any = None
 
     @pydantic.model_validator(mode="after")
-    def _points_backwards(self) -> "Check":
+    def _points_backwards(self) -> "SceneCheck":
         if not self.include and not self.exclude:
             raise ValueError("there is nothing to look for; give at least one object")
         for index, wanted in enumerate(self.include):
@@ -67,7 +67,7 @@ class Check(pydantic.BaseModel, extra="ignore", frozen=True):
         return tuple(dict.fromkeys(wanted.name for wanted in (*self.include, *self.exclude)))
 
 
-def read_check(condition: Condition) -> Check:
+def read_check(condition: Condition) -> SceneCheck:
     """Return what a condition's metadata asks for. Raises ValueError that says where they are wrong."""
     if not any(key in condition.metadata for key in KEYS):
         raise ValueError(
@@ -75,7 +75,7 @@ def read_check(condition: Condition) -> Check:
             '"include": [{"class": "cat", "count": 1}] beside the prompt'
         )
     try:
-        return Check.model_validate(dict(condition.metadata))
+        return SceneCheck.model_validate(dict(condition.metadata))
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         at = ".".join(map(str, first["loc"]))

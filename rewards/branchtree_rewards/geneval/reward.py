@@ -21,7 +21,7 @@ from branchtree.files.reading import user_path
 from branchtree.plugins import Condition, Media
 from branchtree_rewards.clip.network import load_clip
 from branchtree_rewards.clip.text import CLIP_TOKENIZER, check_end
-from branchtree_rewards.geneval.check import COUNTING, Check, read_check
+from branchtree_rewards.geneval.check import COUNTING, SceneCheck, read_check
 from branchtree_rewards.geneval.colours import ColourNamer
 from branchtree_rewards.geneval.detector import QUERY, Limits, find_objects
 from branchtree_rewards.geneval.rules import judge
@@ -99,7 +99,8 @@ class Geneval(ModelReward[GenevalConfig]):
         config = self._config
         detector = skeleton(config.path, config.revision, HUB_ID, "AutoModelForZeroShotObjectDetection")
         clip = skeleton(_clip_of(config), None, HUB_CLIP)
-        return replace(detector, network=nn.ModuleList([detector.network, clip.network]))
+        both = {"detector": sum(detector.numbers.values()), "clip": sum(clip.numbers.values())}
+        return replace(detector, numbers=both)
 
     def _condition_flaw(self, condition: Condition) -> str | None:
         try:
@@ -130,7 +131,7 @@ class Geneval(ModelReward[GenevalConfig]):
         correct = (share == 1).float()
         return Measured(correct if self._config.strict else share, {"share": share, "correct": correct})
 
-    def _limits(self, check: Check) -> Limits:
+    def _limits(self, check: SceneCheck) -> Limits:
         config = self._config
         threshold = config.counting_threshold if check.tag == COUNTING else config.threshold
         return Limits(threshold, config.overlap)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from branchtree_rewards.geneval.check import Check, Included
+from branchtree_rewards.geneval.check import Included, SceneCheck
 
 Box = tuple[float, float, float, float]  # left, top, right and bottom, in pixels
 NEAR = 0.1  # of both objects' sizes: their centres must be further apart than that
@@ -26,7 +26,7 @@ ColoursOf = Callable[[str, Sequence[Found]], Sequence[str]]
 """Names the colour of each of a class's objects."""
 
 
-def judge(check: Check, objects: Objects, colours_of: ColoursOf) -> list[bool]:
+def judge(check: SceneCheck, objects: Objects, colours_of: ColoursOf) -> list[bool]:
     """Return which of a check's conditions hold, in order.
 
     Each entry under `include` is one for its number, one more for its colour and one more for its position; each under

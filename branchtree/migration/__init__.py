@@ -1,0 +1,1 @@
+"""Recipes out of other trainers' configurations, which are read and never run."""
