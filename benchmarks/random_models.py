@@ -79,7 +79,9 @@ class RandomFlux(Flux):
         super().__init__(config)
         self._execution = execution
 
-    def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
+    def load(
+        self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype, quantize: str | None = None
+    ) -> None:
         """Draw the transformer and the VAE on ``device``."""
         from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
@@ -111,7 +113,9 @@ class RandomWan(Wan):
         super().__init__(config)
         self._execution = execution
 
-    def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
+    def load(
+        self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype, quantize: str | None = None
+    ) -> None:
         """Draw the transformer and the VAE on ``device``."""
         from diffusers import AutoencoderKLWan, FlowMatchEulerDiscreteScheduler, WanPipeline, WanTransformer3DModel
 

@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,11 +20,14 @@ from unittest import mock
 from branchtree_adapters.any_pipeline.adapter import Diffusers
 from branchtree_adapters.any_pipeline.families import FAMILIES
 from branchtree_adapters.any_pipeline.published import PublishedModel, published_model, published_models
+from branchtree_adapters.small.pipelines import PIPELINES
 
 from branchtree import load_recipe
+from branchtree.cli.display import planned_seconds
+from branchtree.planning.fitting import Changes, in_words
 from branchtree.planning.gpus import GIB
 from branchtree.planning.plan import RunPlan, plan_recipe
-from branchtree.plugins import DecoderFootprint, Footprint
+from branchtree.plugins import DecoderFootprint, Footprint, QuantizableFootprint
 from branchtree.recipe import Recipe, recipe_names
 from branchtree.recipe.build import make_model
 from branchtree.recipe.load import builtin_folder
@@ -33,11 +37,17 @@ CARDS = (24, 48, 80, 141)
 """Memory of well-known GPUs in GB, by their names."""
 HEADROOM = 0.85
 """The fraction of a GPU that a plan may take: rewards and the decoder at work need the rest."""
-OTHER_RECIPES = {"FLUX.1-dev": ("flux_t2i_branchgrpo", {"lora.rank": 64}), "Wan2.1-T2V-1.3B": ("wan_t2v_motion", {})}
-OTHER_RECIPES["Wan2.1-I2V-14B-480P"] = ("wan_i2v_14b_motion", {})
-"""Recipes with an adapter written by hand."""
+OTHER_RECIPES: Mapping[str, Mapping[str, Mapping[str, Any]]] = {
+    "FLUX.1-dev": {"flux_t2i_branchgrpo": {"lora.rank": 64}, "flux_t2i_branchgrpo_24gb": {}},
+    "Wan2.1-T2V-1.3B": {"wan_t2v_motion": {}, "wan_t2v_motion_24gb": {}},
+    "Wan2.1-I2V-14B-480P": {"wan_i2v_14b_motion": {}},
+}
+"""Recipes with an adapter written by hand, and what they need to train a LoRA."""
+SHOWN_GPUS = ("RTX 4090 (24 GB)", "L40S (48 GB)", "A100 (80 GB)")
+"""The cards for which the page says whether a recipe fits, the smallest of their size."""
 
 
+@cache
 def driven_recipes() -> dict[str, PublishedModel]:
     """The recipes that train a published model through its pipeline's own call, by name."""
     found = {}
@@ -75,9 +85,10 @@ def measure(name: str) -> None:
 def footprint(name: str) -> Footprint:
     """The sizes that are kept for a recipe."""
     sizes = dict(stored()[name]["sizes"])
-    decoder = sizes.pop("decoder")
     sizes["latent_shape"] = tuple(sizes["latent_shape"])
-    return Footprint(**sizes, decoder=None if decoder is None else DecoderFootprint(**decoder))
+    for key, kind in (("decoder", DecoderFootprint), ("quantizable", QuantizableFootprint)):
+        sizes[key] = None if sizes[key] is None else kind(**sizes[key])
+    return Footprint(**sizes)
 
 
 def kept_plan(name: str, overrides: Mapping[str, Any] | None = None) -> RunPlan:
@@ -100,31 +111,60 @@ def smallest_card(plan: RunPlan) -> int | None:
 # Sections of docs/models.md
 
 
+@cache
+def plans_of(model: str) -> Mapping[str, RunPlan]:
+    """The plans of the recipes that train a LoRA of a published model, by name and keys as a command line has them."""
+    driven: Mapping[str, Mapping[str, Any]] = {
+        name: {} for name, found in driven_recipes().items() if found.name == model
+    }
+    return {
+        " ".join([name, *(f"{key}={value}" for key, value in given.items())]): (
+            kept_plan(name) if name in stored() else plan_recipe(load_recipe(name, given))
+        )
+        for name, given in OTHER_RECIPES.get(model, driven).items()
+    }
+
+
 def model_table() -> str:
-    """The published models: what they are, what the driver does with them, and what training a LoRA takes."""
-    kept = stored()
-    recipes: dict[str, list[tuple[str, dict[str, Any]]]] = {name: [entry] for name, entry in OTHER_RECIPES.items()}
-    for name, model in driven_recipes().items():
-        if model.name not in OTHER_RECIPES:
-            recipes.setdefault(model.name, []).append((name, {}))
+    """The published models: what they are, how they are called, and how far they were checked."""
     lines = [
-        "| model | hub id | task | licence | pipeline | rows x calls | recipe | plan | verified |",
+        "| model | family | hub id | task | size | licence | pipeline | rows x calls | verified |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for model in published_models():
-        entries = recipes.get(model.name, [])
-        shown = ", ".join(" ".join([f"`{name}`", *(f"`{k}={v}`" for k, v in given.items())]) for name, given in entries)
-        plans = [kept_plan(name) if name in kept else plan_recipe(load_recipe(name, given)) for name, given in entries]
-        cells = (model.name, f"`{model.ids[0]}`", model.task, model.licence, f"`{model.pipeline}`", model.work)
-        needs = "; ".join(map(_needs, plans))
-        lines.append(f"| {' | '.join((*cells, shown, needs, 'T, P' if model.small else ''))} |")
+        size = next(iter(plans_of(model.name).values())).footprint.denoiser_parameters / 1e9
+        known = (model.name, model.family, f"`{model.ids[0]}`", model.task, f"{size:.1f} B", model.licence)
+        lines.append(f"| {' | '.join((*known, f'`{model.pipeline}`', model.work, _level(model)))} |")
     return "\n".join(lines)
 
 
-def _needs(plan: RunPlan) -> str:
-    """What a plan takes of a GPU, in words."""
-    card = smallest_card(plan)
-    return f"{plan.memory.device / GIB:.0f} GiB" + (f", {card} GB GPU" if card else "")
+def _level(model: PublishedModel) -> str:
+    """How far a model was checked: what is so of its small pipelines, all of which the tests run."""
+    return "T, P" if model.small and set(model.small) <= PIPELINES.keys() else ""
+
+
+def training_table() -> str:
+    """The recipes of published models: what an iteration is, which memory it takes, and what fits on which card."""
+    cards = [name.partition("(")[2].rstrip(")") for name in SHOWN_GPUS]
+    lines = [
+        f"| model | recipe | rows, rollout + gradient | seconds | memory | {' | '.join(cards)} |",
+        f"| --- | --- | --- | --- | --- |{' --- |' * len(cards)}",
+    ]
+    for model in published_models():
+        for command, plan in plans_of(model.name).items():
+            rows = f"{plan.rollout_rows:,} + {plan.gradient_rows:,}"
+            figures = (rows, f"{sum(planned_seconds(plan)):,.0f}", f"{plan.memory.device / GIB:.0f} GiB")
+            fits = {fit.gpu.name: _fit(fit.changes) for fit in plan.fits}
+            cells = (model.name, f"`{command}`", *figures, *(fits[name] for name in SHOWN_GPUS))
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _fit(changes: Changes | None) -> str:
+    """Whether a plan fits on a card, or what must change."""
+    if changes is None:
+        return "no"
+    return ", ".join(f"`{word}`" for word in in_words(changes).split()) or "yes"
 
 
 def source_table() -> str:
@@ -142,7 +182,12 @@ def refused_table() -> str:
     return "\n".join(lines)
 
 
-SECTIONS = {"published-models": model_table, "published-sources": source_table, "refused-pipelines": refused_table}
+SECTIONS = {
+    "published-models": model_table,
+    "published-training": training_table,
+    "published-sources": source_table,
+    "refused-pipelines": refused_table,
+}
 
 
 def main() -> None:

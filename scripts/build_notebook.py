@@ -19,7 +19,7 @@ def executed(path: Path) -> NotebookNode:
 
     Raises CellExecutionError, which shows the cell and its traceback.
     """
-    notebook = nbformat.read(path, as_version=4)
+    notebook: NotebookNode = nbformat.read(path, as_version=4)
     NotebookClient(notebook, timeout=900, kernel_name="python3", record_timing=False).execute()
     for cell in notebook.cells:
         if cell.cell_type == "code":

@@ -1,6 +1,6 @@
 """Write what the hand-written adapters know of their models' components, so that a plan imports no model library.
 
-python scripts/build_component_sizes.py
+python scripts/build_sizes.py
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from branchtree_adapters.pipeline.adapter import PipelineAdapter
 from branchtree_adapters.pipeline.blueprint import class_defaults, count_parameters, largest_block
 from branchtree_adapters.pipeline.components import is_of_transformers
 from branchtree_adapters.pipeline.decoders import decoder_weights
+from branchtree_adapters.pipeline.denoisers import quantizable_footprint
 from branchtree_adapters.pipeline.outline import FILE, ComponentSizes
 from branchtree_adapters.wan import Wan
 from branchtree_adapters.wan_layout import WanConfig
@@ -93,7 +94,8 @@ def sizes_of(module: Any, model: PipelineAdapter) -> ComponentSizes:
     if "Transformer" not in type(module).__name__:
         return ComponentSizes(parameters, decoder=decoder_weights(module))
     targets = tuple(model.lora_targets or ())
-    return ComponentSizes(parameters, largest_block(module), lora_parameters_per_rank(module, targets), targets)
+    per_rank = lora_parameters_per_rank(module, targets)
+    return ComponentSizes(parameters, largest_block(module), per_rank, targets, quantizable_footprint([module]))
 
 
 def component_sizes() -> dict[str, Any]:

@@ -15,7 +15,6 @@ from types import ModuleType
 import pytest
 import torch
 import typer
-import yaml
 
 import branchtree
 from branchtree.cli.app import app

@@ -470,7 +470,7 @@ def test_gpus_are_listed_by_what_they_need() -> None:
     assert fits_lines([Fit(small, None), Fit(middle, states), Fit(large, {})])[:3] == [
         "Fits on: large.",
         "With batch.states=host: middle.",
-        "Too small, however states, batches, gradient checkpointing, precision and LoRA are set: small.",
+        "Too small, however states, batches, gradient checkpointing, precision, LoRA and quantisation are set: small.",
     ]
     assert fits_lines([Fit(small, both), Fit(middle, states), Fit(large, states)])[:3] == [
         "Fits on none of the GPUs known here. What to change:",

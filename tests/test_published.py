@@ -25,7 +25,7 @@ from branchtree_adapters.pipeline.components import INDEX
 from branchtree_adapters.pipeline.sources import ModelSource
 from diffusers.pipelines import ltx2
 
-from branchtree import load_recipe, train
+from branchtree import load_recipe, plan, train
 from branchtree.recipe import recipe_names
 from branchtree.recipe.build import make_model
 from branchtree.recipe.load import builtin_folder
@@ -475,6 +475,15 @@ def test_kept_sizes_are_of_the_recipe_as_it_is(name: str, kept: ModuleType) -> N
 def test_the_description_says_the_smallest_gpu_that_is_enough(name: str, kept: ModuleType) -> None:
     description = load_recipe(name).description
     assert description.endswith(f"; one {kept.smallest_card(kept.kept_plan(name))} GB GPU")
+
+
+@pytest.mark.parametrize("name", [name for name in recipe_names([builtin_folder()]) if name.endswith("_24gb")])
+def test_a_recipe_for_one_card_of_24_gb_leaves_room_on_it(name: str, kept: ModuleType) -> None:
+    recipe = load_recipe(name)
+    driven = recipe.model.adapter == "diffusers"
+    assert kept.smallest_card(kept.kept_plan(name) if driven else plan(name)) == 24
+    assert recipe.model.quantize is not None and recipe.description.endswith("; one 24 GB GPU")
+    assert not driven or kept.stored()[name]["model"] == kept.options(recipe)
 
 
 def test_a_published_model_is_measured_offline(kept: ModuleType) -> None:

@@ -59,7 +59,16 @@ EARLY = {**UNEVEN, "optim__steps_per_iteration": 1}
 HALF = {**LOW_RANK, "run__precision": "bf16", "run__iterations": 2}
 # Leaves are trained, and later steps compare with predictions from before the first.
 FORWARD = {**UNEVEN, "loss__kind": "vgrpo", "loss__draws": 2, "loss__kl": 0.1, "run__iterations": 2}
-CASES = {"full": UNEVEN, "lora": LOW_RANK, "evaluated": EVALUATED, "early": EARLY, "half": HALF, "forward": FORWARD}
+QUANTIZED = {**LOW_RANK, "model__quantize": "int8", "run__iterations": 2}
+CASES = {
+    "full": UNEVEN,
+    "lora": LOW_RANK,
+    "quantized": QUANTIZED,
+    "evaluated": EVALUATED,
+    "early": EARLY,
+    "half": HALF,
+    "forward": FORWARD,
+}
 
 LOOKED_AT = ["full_sharded", "lora_sharded"]
 """Runs of which each process writes how it holds the weights."""
@@ -77,7 +86,7 @@ def runs(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     asked = []
     for name, changes in CASES.items():
         train("quickstart", small(model, **changes), output=root / f"{name}_one")
-        for kind in ("sharded", "ddp") if name not in ("lora", "half", "forward") else ("sharded",):
+        for kind in ("sharded", "ddp") if name not in ("lora", "quantized", "half", "forward") else ("sharded",):
             asked.append(_asked(root / f"{name}_{kind}", small(model, **changes), kind == "sharded"))
     first = small(model, **{**UNEVEN, "run__iterations": 2})
     train("quickstart", first, output=root / "stopped_one")
@@ -136,6 +145,7 @@ PAIRS = [
     "full_ddp",
     "full_sharded",
     "lora_sharded",
+    "quantized_sharded",
     "evaluated_ddp",
     "evaluated_sharded",
     "early_ddp",

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from branchtree.planning.fitting import Fit, in_words
 from branchtree.planning.gpus import GIB, USABLE
+from branchtree.planning.memory import frozen_weights
 from branchtree.planning.plan import RunPlan, draw_tree
 from branchtree.plugins.base import Callback
 
@@ -112,6 +113,7 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         *_budget(plan),
         *_shared(plan),
         *_noise(plan),
+        *_quantized(plan),
         *_rewards(plan),
         _not_counted(plan),
         *fits_lines(plan.fits),
@@ -123,8 +125,13 @@ def print_plan(console: Console, plan: RunPlan) -> None:
         console.print(f"Warning: {line}", style="yellow", soft_wrap=True)
 
 
+def planned_seconds(plan: RunPlan) -> tuple[float, float, float]:
+    """Return the seconds of an iteration's rollout, gradient pass and decoding on a GPU of the assumed rate."""
+    return plan.rollout_flops / RATE, plan.gradient_flops / RATE, _decoding_seconds(plan)
+
+
 def _time(plan: RunPlan) -> str:
-    rollout, gradient, decoding = plan.rollout_flops / RATE, plan.gradient_flops / RATE, _decoding_seconds(plan)
+    rollout, gradient, decoding = planned_seconds(plan)
     whole = rollout + gradient + decoding
     phases = [f"rollout {_figure(rollout)} s", f"gradient pass {_figure(gradient)} s"]
     if decoding:
@@ -222,6 +229,19 @@ def _memory(plan: RunPlan) -> Table:
     return table
 
 
+def _quantized(plan: RunPlan) -> list[str]:
+    """Return a line on the weights that are kept in fewer bits."""
+    kind, layers, whole = plan.recipe.model.quantize, plan.footprint.quantizable, plan.footprint.denoiser_parameters
+    if kind is None or layers is None:
+        return []
+    plain = plan.recipe.model_copy(update={"model": plan.recipe.model.model_copy(update={"quantize": None})})
+    before, after = (frozen_weights(recipe, plan.footprint) / GIB for recipe in (plain, plan.recipe))
+    return [
+        f"Quantised to {kind}: {_figure(100 * layers.parameters / whole)}% of the denoiser's weights, which with their "
+        f"scales and the other weights are {_figure(after)} GiB in place of {_figure(before)}."
+    ]
+
+
 def _rewards(plan: RunPlan) -> list[str]:
     """Return a line with the memory of each reward model."""
     named = [
@@ -267,6 +287,6 @@ def fits_lines(fits: Sequence[Fit]) -> list[str]:
     lines = [f"Fits on: {', '.join(suffice)}." if suffice else none]
     lines += [f"With {words}: {', '.join(names)}." for words, names in reversed(groups.items())]
     if lacking:
-        setting = "states, batches, gradient checkpointing, precision and LoRA"
+        setting = "states, batches, gradient checkpointing, precision, LoRA and quantisation"
         lines.append(f"Too small, however {setting} are set: {', '.join(lacking)}.")
     return [*lines, f"({USABLE:.0%} of a GPU's memory is taken to be usable; leave room for what is not counted.)"]

@@ -24,10 +24,16 @@ State = Mapping[str, Any]
 
 PRIOR = 2.0
 """Observations for which the mean over all steps, or prompts, counts in the estimate of one."""
-FIRST_GAIN, LEAST_GAIN = 1.0, 0.05
-"""The change of the log noise by an observation of direction 1: by the first, and the least that it falls to."""
-WIDEST = math.log(1e4)
-"""The largest distance of the log noise from the kernel's own."""
+START_WEIGHT, WEIGHT_OF_TREE, MOST_WEIGHT = 25.0, 0.5, 200.0
+"""How many trees the means of the noise and of the drop stand for, at first, more with each tree, and at the most.
+
+The first are forgotten with the square of the number, since what is far from the answer says little about it. The most
+is large because a drop is small beside the spread.
+"""
+LEAST_CHANGE, MOST_CHANGE = 0.25, 2.0
+"""Bounds of the noise over the mean of that which was tried: too much of it shows at once, and too little does not."""
+WIDEST = 1e4
+"""The largest and, inverted, the least noise over the kernel's own."""
 
 
 @runtime_checkable
@@ -82,28 +88,28 @@ class Outcome:
     drop: float | None  # the deterministic sibling's reward less their mean
     rounding: float  # of the rewards
 
-    def direction(self, fraction: float) -> float | None:
-        """Return which way the noise should change, -1 to 1; None without a deterministic sibling.
+    @property
+    def ratio(self) -> float | None:
+        """The drop over the spread, -1 to 1; None without a deterministic sibling.
 
-        0 where the mean lies the ``fraction`` of a spread below the deterministic sibling's reward.
+        Siblings that tie are no worse for their noise, whatever they tie at, unless the deterministic one is better.
         """
         if self.drop is None:
             return None
         if self.spread == 0:
-            return -1.0 if self.drop > self.rounding else 1.0
-        # Linear in the drop, whose error is symmetric, so that on average the noise stays where the drop is right.
-        return min(max(fraction - self.drop / self.spread, -1.0), 1.0)
+            return 1.0 if self.drop > self.rounding else 0.0
+        return min(max(self.drop / self.spread, -1.0), 1.0)
 
 
 @dataclass(frozen=True)
 class AdaptiveSplits:
-    """One split per prompt, its step drawn where siblings spread most per row, its children a share of a row budget.
+    """One split per prompt, at the step where siblings spread most per row, its children a share of a row budget.
 
-    A step's chance is ``explore`` of an even one, and for the rest proportional to the mean spread of siblings that
-    split there over the rows of such a tree. Children are shared out by Neyman's allocation with costs: in proportion
-    to the spread expected of the prompt and step, over the root of the rows that a child takes. The noise of each step
-    is moved until the siblings' mean lies ``drop`` of their spread below their deterministic sibling; see
-    docs/methods/adaptive.md.
+    The step is that whose siblings have the largest mean spread over the rows of such a tree; the fraction ``explore``
+    of the splits is drawn evenly instead. Children are shared out by Neyman's allocation with costs: in proportion
+    to the spread expected of the prompt and step, over the root of the rows that a child takes. The noise, the same
+    factor for all steps, is that at which the siblings' mean should lie ``drop`` of their spread below their
+    deterministic sibling; see docs/methods/adaptive.md.
     """
 
     steps: tuple[int, ...]  # that may split
@@ -113,7 +119,7 @@ class AdaptiveSplits:
     seed: int
     explore: float = 0.25
     memory: int = 40  # observations over which an estimate goes back
-    drop: float | None = 0.1  # None leaves the noise as it is
+    drop: float | None = 0.05  # None leaves the noise as it is
     by_prompt: bool = True
     rows: int | None = None  # predictions of an iteration's rollouts; those of ``branches`` children by default
 
@@ -139,8 +145,12 @@ class AdaptiveSplits:
 
     def start(self) -> State:
         """See LearnsSplits."""
-        step = {"spread": 0.0, "weight": 0.0, "noise": 1.0, "moves": 0.0}
-        return {"steps": {str(each): dict(step) for each in self.steps}, "prompts": {}}
+        noise = {"log": 0.0, "ratio": self.drop or 0.0, "weight": START_WEIGHT}
+        return {
+            "steps": {str(each): {"spread": 0.0, "weight": 0.0} for each in self.steps},
+            "prompts": {},
+            "noise": noise,
+        }
 
     def choose(self, state: State, iteration: int, prompts: Sequence[int], indices: Sequence[int]) -> list[Branching]:
         """See LearnsSplits."""
@@ -152,14 +162,26 @@ class AdaptiveSplits:
         ]
         rows = self.budget(len(prompts)) - sum(step + 1 for step in steps)
         children = allocate(wanted, [below[step] for step in steps], self.least, self.most, rows)
-        calibrated = self.drop is not None
+        noise = self.noise(state)
         return [
-            Branching({step: count}, {step: state["steps"][str(step)]["noise"]} if calibrated else {}, calibrated)
+            Branching({step: count}, {} if noise is None else {step: noise}, still=noise is not None)
             for step, count in zip(steps, children, strict=True)
         ]
 
+    def noise(self, state: State) -> float | None:
+        """Return the next splits' noise over the kernel's own; None where it is left as it is.
+
+        The drop is proportional to the noise, in units of the spread. So the noise that was tried, on average, is
+        scaled by the ratio that is wanted over the ratio that was seen.
+        """
+        if self.drop is None:
+            return None
+        tried, seen = math.exp(state["noise"]["log"]), state["noise"]["ratio"]
+        change = min(self.drop / seen, MOST_CHANGE) if seen > 0 else MOST_CHANGE
+        return min(max(tried * max(change, LEAST_CHANGE), 1 / WIDEST), WIDEST)
+
     def spreads(self, state: State) -> dict[int, float]:
-        """Return the siblings' spread expected at each step; 1 for all before anything was seen."""
+        """Return the siblings' spread expected at each step, for noise of 1; 1 for all before anything was seen."""
         seen = [state["steps"][str(step)] for step in self.steps]
         weight = sum(each["weight"] for each in seen)
         mean = sum(each["weight"] * each["spread"] for each in seen) / weight if weight else 1.0
@@ -171,14 +193,16 @@ class AdaptiveSplits:
         return 1.0 if entry is None or not self.by_prompt else _shrunk(entry, 1.0)
 
     def chances(self, state: State) -> list[float]:
-        """Return each step's probability."""
+        """Return each step's probability: all but ``explore`` goes to the step of most spread for its rows."""
         spread = self.spreads(state)
         useful = [
             spread[step] / (step + 1 + self.branches * below + GRADIENT_COST)
             for step, below in zip(self.steps, self.remaining, strict=True)
         ]
-        total, even = sum(useful), 1 / len(self.steps)
-        return [self.explore * even + (1 - self.explore) * (each / total if total else even) for each in useful]
+        if not any(entry["weight"] for entry in state["steps"].values()) or max(useful) == 0:
+            return [1 / len(self.steps)] * len(self.steps)
+        best, even = useful.index(max(useful)), self.explore / len(self.steps)
+        return [even + (1 - self.explore) * (i == best) for i in range(len(self.steps))]
 
     def _draw(self, state: State, iteration: int, prompt: int) -> int:
         draw = random.Random(f"adaptive {self.seed} {iteration} {prompt}")  # string seeds do not depend on the process
@@ -188,27 +212,16 @@ class AdaptiveSplits:
         """See LearnsSplits."""
         after, before = copy.deepcopy(dict(state)), self.spreads(state)
         seen = [(i, outcome) for i in range(topology.prompts) if (outcome := observed(topology, values, i)) is not None]
-        for i, outcome in seen:  # noise that was limited counts from its limit
-            if self.drop is not None and topology.plans[i].noise:
-                after["steps"][str(outcome.step)]["noise"] = topology.plans[i].noise[outcome.step]
         for i, outcome in seen:
-            _remember(after["steps"][str(outcome.step)], outcome.spread, self.memory)
+            noise, ratio = float(topology.plans[i].active(outcome.step)), outcome.ratio
+            spread = outcome.spread / noise  # else the steps that are drawn while there is much noise would seem best
+            _remember(after["steps"][str(outcome.step)], spread, self.memory)
             if self.by_prompt and before[outcome.step] > 0:
                 entry = after["prompts"].setdefault(str(indices[i]), {"spread": 0.0, "weight": 0.0})
-                _remember(entry, outcome.spread / before[outcome.step], self.memory)
-            if self.drop is not None:
-                self._move(after["steps"], outcome, self.drop)
+                _remember(entry, spread / before[outcome.step], self.memory)
+            if ratio is not None:
+                _learn(after["noise"], math.log(noise), ratio)
         return after
-
-    def _move(self, table: Mapping[str, dict[str, float]], outcome: Outcome, fraction: float) -> None:
-        """Change the noise of the step, and of others the less the further they are."""
-        direction = outcome.direction(fraction)
-        for step in self.steps if direction is not None else ():
-            entry, near = table[str(step)], 0.5 ** abs(step - outcome.step)
-            gain = max(FIRST_GAIN / math.sqrt(1 + entry["moves"]), LEAST_GAIN)
-            moved = math.log(entry["noise"]) + gain * near * (direction or 0.0)
-            entry["noise"] = math.exp(min(max(moved, -WIDEST), WIDEST))
-            entry["moves"] += near
 
 
 def observed(topology: Topology, values: NodeValues, prompt: int) -> Outcome | None:
@@ -265,3 +278,10 @@ def _remember(entry: dict[str, float], spread: float, memory: int) -> None:
     """Add an observation to a mean that forgets."""
     entry["weight"] = entry["weight"] * (1 - 1 / memory) + 1
     entry["spread"] += (spread - entry["spread"]) / entry["weight"]
+
+
+def _learn(entry: dict[str, float], log: float, ratio: float) -> None:
+    """Add the log noise of a tree, and what it did, to their means."""
+    entry["weight"] = min(entry["weight"] + WEIGHT_OF_TREE, MOST_WEIGHT)
+    entry["log"] += (log - entry["log"]) / entry["weight"]
+    entry["ratio"] += (ratio - entry["ratio"]) / entry["weight"]

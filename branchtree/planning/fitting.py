@@ -53,7 +53,8 @@ def cheapest_changes(
     """Return the cheapest changes with which training needs at most ``budget`` bytes of a device; None if none help.
 
     Sets of changes are ordered by their costliest member. From cheap to costly: states on the host, smaller batches,
-    gradient checkpointing (a third more work), bfloat16, and LoRA, which trains fewer weights.
+    gradient checkpointing (a third more work), bfloat16, LoRA, which trains fewer weights, and the weights that it
+    freezes in 8 or 4 bits.
     """
 
     def estimate(changed: Recipe) -> MemoryEstimate:
@@ -128,9 +129,18 @@ def _costly(recipe: Recipe, footprint: Footprint) -> Iterable[Changes]:
     """Return what the recipe has not switched on yet, in all combinations, the costliest last."""
     checkpointing = _optional({"run.gradient_checkpointing": True}, not recipe.run.gradient_checkpointing)
     reduced = _optional({"run.precision": "bf16"}, recipe.run.precision != "bf16")
-    possible = recipe.lora is None and footprint.lora_parameters_per_rank > 0
-    lora = _optional({"lora.rank": LORA_RANK}, possible)
-    return ({**third, **second, **first} for first, second, third in product(lora, reduced, checkpointing))
+    weights = _frozen(recipe, footprint)
+    return ({**third, **second, **first} for first, second, third in product(weights, reduced, checkpointing))
+
+
+def _frozen(recipe: Recipe, footprint: Footprint) -> list[Changes]:
+    """Return the ways to freeze weights, from training all to keeping frozen ones in fewer bits, as far as they go."""
+    lora: Changes = {"lora.rank": LORA_RANK} if recipe.lora is None else {}
+    if lora and footprint.lora_parameters_per_rank == 0:
+        return [{}]
+    quantizes = recipe.model.quantize is None and footprint.quantizable is not None
+    fewer = [{**lora, "model.quantize": kind} for kind in ("int8", "int4") if quantizes]
+    return [*_optional(lora, bool(lora)), *fewer]
 
 
 def _optional(changes: Changes, possible: bool) -> list[Changes]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 
 from branchtree.core.cost import Cost
+from branchtree.plugins.quantized import quantized_bytes
 from branchtree.plugins.values import Footprint
 from branchtree.recipe.build import make_edge_rules
 from branchtree.recipe.schema import Recipe
@@ -48,6 +49,7 @@ class MemoryEstimate:
     optimizer: int  # gradients and moments, under LoRA with the low-rank weights
     buckets: int  # the copy of the gradients that DDP sends
     gathered: int  # blocks whose sharded weights are gathered at the same time
+    dequantized: int  # the largest quantised weight while it is multiplied by
     reference: int  # the frozen copy of the start policy that a KL term needs without LoRA
     old: int  # the copy of the trained weights that holds their average under a forward objective
     rewards: int  # reward models that stay on the device
@@ -68,6 +70,7 @@ class MemoryEstimate:
         """Bytes that are always on the device."""
         states = 0 if self.states_on_host else self.states
         denoiser = self.weights + self.optimizer + self.buckets + self.gathered + self.reference + self.old
+        denoiser += self.dequantized
         return denoiser + self.rewards + states + self.conditioning
 
     @property
@@ -89,6 +92,7 @@ class MemoryEstimate:
             "gradients and optimiser": self.optimizer,
             "copy of the gradients that DDP sends": self.buckets,
             "weights gathered by FSDP2": self.gathered,
+            "the largest weight, dequantised": self.dequantized,
             "start policy, for the KL term": self.reference,
             "averaged policy, for the forward objective": self.old,
             "reward models": self.rewards,
@@ -127,6 +131,7 @@ def estimate_memory(
         optimizer=_optimizer(recipe, footprint, surroundings),
         buckets=trained * MASTER if whole else 0,
         gathered=_gathered(recipe, footprint, surroundings),
+        dequantized=_dequantized(recipe, footprint),
         reference=footprint.denoiser_parameters * MASTER // shards if compared else 0,
         old=trained * MASTER if averaged else 0,
         rewards=surroundings.rewards,
@@ -165,6 +170,7 @@ def estimate_evaluation(
         optimizer=_trained(recipe, footprint) * MASTER if recipe.lora else 0,
         buckets=0,
         gathered=0,
+        dequantized=_dequantized(recipe, footprint),
         reference=0,
         old=0,
         rewards=surroundings.rewards,
@@ -194,11 +200,26 @@ def _weights(recipe: Recipe, footprint: Footprint, around: Surroundings) -> int:
     """Return the bytes of the denoiser; trained weights, and each process's share of sharded ones, are in float32."""
     size, whole = _number_bytes(recipe), footprint.denoiser_parameters
     if recipe.lora:
-        return whole * size // (around.processes if around.sharded else 1)
+        return frozen_weights(recipe, footprint) // (around.processes if around.sharded else 1)
     if around.sharded:
         return whole * MASTER // around.processes
     # Autocast keeps its bfloat16 copy of each trained weight until the forward ends.
     return whole * (MASTER + (size if size < MASTER else 0))
+
+
+def frozen_weights(recipe: Recipe, footprint: Footprint) -> int:
+    """Return the bytes of the weights that LoRA freezes: quantised ones with their scales, the others as they are."""
+    size, layers = _number_bytes(recipe), footprint.quantizable
+    if recipe.model.quantize is None or layers is None:
+        return footprint.denoiser_parameters * size
+    kept = (footprint.denoiser_parameters - layers.parameters) * size
+    return kept + quantized_bytes(recipe.model.quantize, layers, size)
+
+
+def _dequantized(recipe: Recipe, footprint: Footprint) -> int:
+    """Return the bytes of the largest quantised weight while it is multiplied by: in float32, and in the precision."""
+    layers = footprint.quantizable if recipe.model.quantize else None
+    return layers.largest * (MASTER + _number_bytes(recipe)) if layers else 0
 
 
 def _optimizer(recipe: Recipe, footprint: Footprint, around: Surroundings) -> int:
@@ -216,7 +237,10 @@ def _gathered(recipe: Recipe, footprint: Footprint, around: Surroundings) -> int
     if not around.sharded:
         return 0
     whole = footprint.denoiser_parameters
-    return (whole if around.gathered_whole else min(2 * _block(footprint), whole)) * _number_bytes(recipe)
+    gathered = whole if around.gathered_whole else min(2 * _block(footprint), whole)
+    if recipe.lora:
+        return gathered * frozen_weights(recipe, footprint) // whole
+    return gathered * _number_bytes(recipe)
 
 
 def _block(footprint: Footprint) -> int:

@@ -193,7 +193,7 @@ class TrainingNeed:
                 continue
             around = self.rewards.around(processes, sharded=True)
             changes = cheapest_changes(self.recipe, self.footprint, cost, budget, around)
-            if changes is not None and "lora.rank" not in changes:
+            if changes is not None and not {"lora.rank", "model.quantize"} & changes.keys():
                 enough = processes <= self.recipe.batch.prompts  # each process needs a prompt
                 return processes, changes if enough else {"batch.prompts": processes, **changes}
         return None

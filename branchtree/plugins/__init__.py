@@ -16,6 +16,7 @@ from branchtree.plugins.values import (
     LoraSettings,
     LoraSummary,
     ModelCard,
+    QuantizableFootprint,
     RewardCard,
     RewardFootprint,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "ModelAdapter",
     "ModelBase",
     "ModelCard",
+    "QuantizableFootprint",
     "Register",
     "RewardAdapter",
     "RewardCard",

@@ -6,7 +6,7 @@ Axis letters: P prompts, B rows of a batch; ``*latent`` is the shape of one samp
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -166,6 +166,20 @@ class CompilesBlocks(Protocol):
 
         Called after ``add_lora`` and ``enable_gradient_checkpointing``; nothing is compiled before the first forward.
         """
+
+
+@runtime_checkable
+class Quantizes(Protocol):
+    """A model that can keep frozen weights of its denoiser in fewer bits, for ``model.quantize``."""
+
+    @property
+    def quantizations(self) -> Collection[str]:
+        """The values of ``model.quantize`` that it can be loaded with."""
+
+    def load(
+        self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype, quantize: str | None = None
+    ) -> None:
+        """Load the model as others are, with its frozen weights in the bits of ``quantize``."""
 
 
 @runtime_checkable

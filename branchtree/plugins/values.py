@@ -102,6 +102,15 @@ class DecoderFootprint:
 
 
 @dataclass(frozen=True)
+class QuantizableFootprint:
+    """Sizes of the linear layers of a denoiser whose weights ``model.quantize`` can keep in fewer bits."""
+
+    parameters: int  # of their weights
+    rows: int  # of their weights, one for each output
+    largest: int  # parameters of the largest
+
+
+@dataclass(frozen=True)
 class Footprint:
     """Sizes of a model, known without loading its weights; the plan's memory estimate is made of them."""
 
@@ -120,6 +129,7 @@ class Footprint:
     frozen_float32_parameters: int = 0  # of the frozen ones, those that stay in float32 whatever the precision
     largest_block_parameters: int = 0  # what sharding gathers at a time; 0 if not known
     decoder: DecoderFootprint | None = None  # None if not known
+    quantizable: QuantizableFootprint | None = None  # None if no layer can be quantised
     assumed: bool = False  # whether the figures are another model's, since this one's are not known
 
     def frozen_bytes(self, size: int) -> int:

@@ -24,7 +24,7 @@ from branchtree.core.transitions import Kernel, ScalesNoise
 from branchtree.errors import RecipeError
 from branchtree.plugins.base import Callback
 from branchtree.plugins.builtin import sliding_window
-from branchtree.plugins.protocols import ModelAdapter, RewardAdapter
+from branchtree.plugins.protocols import ModelAdapter, Quantizes, RewardAdapter
 from branchtree.plugins.registry import registry
 from branchtree.plugins.scores import NamedReward
 from branchtree.recipe.load import validate_options
@@ -306,8 +306,10 @@ def make_draws(recipe: Recipe) -> DrawRule:
 
 def make_model(recipe: Recipe) -> ModelAdapter:
     """Return the model adapter, not yet loaded. Raises PluginError or RecipeError."""
-    entry = registry().model(recipe.model.adapter)
+    entry, kind = registry().model(recipe.model.adapter), recipe.model.quantize
     adapter: ModelAdapter = entry.build(validate_options(entry.config, recipe.model.options, ("model",)))
+    if kind is not None and not (isinstance(adapter, Quantizes) and kind in adapter.quantizations):
+        raise RecipeError(f"model.quantize: models of the family '{recipe.model.adapter}' take no {kind}; leave it out")
     return adapter
 
 

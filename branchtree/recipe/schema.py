@@ -62,6 +62,11 @@ class ModelSection(PluginSection):
     start: LocalPath | None = Field(
         default=None, description="Weights to start from: a run, one of its checkpoints, a LoRA's file or folder."
     )
+    quantize: Literal["int8", "int4", "nf4"] | None = Field(
+        default=None,
+        description="The bits of the weights that `lora` freezes, in the linear layers of the denoiser's blocks; "
+        "all bits of `run.precision` by default.",
+    )
 
 
 class RewardSection(PluginSection):
@@ -133,7 +138,7 @@ class AdaptiveSection(Section):
     )
     by_prompt: bool = Field(default=True, description="Give more children to prompts whose siblings spread more.")
     drop: float | None = Field(
-        default=0.1,
+        default=0.05,
         gt=0,
         le=10,
         description="The noise of a split is moved until its children's mean reward lies this fraction of their spread "
@@ -847,6 +852,15 @@ class Recipe(Section):
             raise ValueError(
                 f"batch.prompts {prompts} x {nodes} nodes of a tree = {prompts * nodes} are too many for one "
                 f"iteration; at most {MOST_NODES}"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _quantizes_what_is_frozen(self) -> Recipe:
+        if self.model.quantize is not None and self.lora is None:
+            raise ValueError(
+                f"model.quantize: {self.model.quantize} is for weights that a LoRA freezes, and without the section "
+                "lora all weights are trained; add lora.rank=32, or leave model.quantize out"
             )
         return self
 

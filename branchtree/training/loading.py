@@ -20,7 +20,7 @@ from branchtree.errors import BranchTreeError, ModelError, RecipeError, RewardEr
 from branchtree.planning.devices import indexed
 from branchtree.planning.gpus import USABLE, device_memory
 from branchtree.planning.preflight import TrainingNeed, step_shortage
-from branchtree.plugins.protocols import CompilesBlocks, FreezesUnused, ModelAdapter, RewardAdapter
+from branchtree.plugins.protocols import CompilesBlocks, FreezesUnused, ModelAdapter, Quantizes, RewardAdapter
 from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import LoraSettings
 from branchtree.recipe.build import (
@@ -203,7 +203,11 @@ def load_model(recipe: Recipe, model: ModelAdapter, device: torch.device) -> Non
     """
     reduced = torch.bfloat16 if recipe.run.precision == "bf16" else torch.float32
     # Weights that are trained stay in float32; those that LoRA freezes need not.
-    model.load(device, dtype=reduced, denoiser_dtype=reduced if recipe.lora else torch.float32)
+    denoiser_dtype = reduced if recipe.lora else torch.float32
+    if recipe.model.quantize is not None and isinstance(model, Quantizes):
+        model.load(device, reduced, denoiser_dtype, recipe.model.quantize)
+    else:
+        model.load(device, reduced, denoiser_dtype)
     model.denoiser.eval()
     if recipe.lora:
         alpha = 2.0 * recipe.lora.rank if recipe.lora.alpha is None else recipe.lora.alpha

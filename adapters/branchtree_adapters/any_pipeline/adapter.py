@@ -255,9 +255,11 @@ class Diffusers(PipelineAdapter):
                 del UNLOADED[old]
         return UNLOADED[key]
 
-    def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
+    def load(
+        self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype, quantize: str | None = None
+    ) -> None:
         """Load the pipeline, and learn its layout, for which encoders work once; see PipelineAdapter."""
-        super().load(device, dtype, denoiser_dtype)
+        super().load(device, dtype, denoiser_dtype, quantize)
         pipeline = self.with_encoders()
         on_device(pipeline.vae, device)
         self._loaded = self._driven(pipeline, device)

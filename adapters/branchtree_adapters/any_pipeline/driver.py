@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from branchtree.core.padding import pad_together
 from branchtree.errors import ModelError, shortened
+from branchtree.plugins.quantized import QuantizedLinear
 from branchtree_adapters.any_pipeline.asking import Asked, Way, listed_prompts, ways
 from branchtree_adapters.any_pipeline.clock import Clock, flow_clock, noise_clock, predicted
 from branchtree_adapters.any_pipeline.draws import Draw, find_draws
@@ -389,12 +390,16 @@ class PipelineDriver:
         parameters = {id(each): each for module in self.denoisers.values() for each in module.parameters()}
         trained = {key: each.requires_grad for key, each in parameters.items()}
         try:
-            for module in self.denoisers.values():
-                module.requires_grad_(True)
+            for each in parameters.values():
+                each.requires_grad_(each.is_floating_point())
             used = {id(leaf) for predicted in self.trace() for leaf in leaves_of(predicted)}
         finally:
             for key, each in parameters.items():
                 each.requires_grad_(trained[key])
+        layers = [layer for module in self.denoisers.values() for layer in module.modules()]
+        for layer in (layer for layer in layers if isinstance(layer, QuantizedLinear)):
+            own = {id(each) for each in layer.parameters()}  # of which codes are in no graph
+            used |= own if own & used else set()
         self.unused = {
             name: {key for key, value in module.named_parameters() if id(value) not in used}
             for name, module in self.denoisers.items()

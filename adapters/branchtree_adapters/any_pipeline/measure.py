@@ -27,6 +27,7 @@ from branchtree_adapters.any_pipeline.phantom import Call, first_call, recorded_
 from branchtree_adapters.any_pipeline.recording import GROUP, SHAPES
 from branchtree_adapters.any_pipeline.substitutes import rows_of_call
 from branchtree_adapters.pipeline.blueprint import count_parameters, largest_block
+from branchtree_adapters.pipeline.denoisers import quantizable_footprint
 
 CPU_ATTENTION = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 ATTENTION = (CPU_ATTENTION, torch.ops.aten.bmm, torch.ops.aten.baddbmm)
@@ -73,6 +74,7 @@ def measure(driver: PipelineDriver, asked: Asked, dtype: torch.dtype, source: st
         conditioning_numbers=sum(value.numel() for name, value in packed.items() if name not in {SHAPES, GROUP}),
         attention_flops_per_row=operations.attention / rows,
         largest_block_parameters=max(map(largest_block, denoisers)),
+        quantizable=quantizable_footprint(denoisers),
         decoder=measure_decoder(driver, packed),
     )
 

@@ -28,6 +28,7 @@ from branchtree.plugins import (
     Media,
     ModelBase,
     ModelCard,
+    quantized,
     weights,
 )
 from branchtree.plugins.weights import has_lora
@@ -46,7 +47,7 @@ from branchtree_adapters.pipeline.blueprint import (
 )
 from branchtree_adapters.pipeline.components import own_component, quiet
 from branchtree_adapters.pipeline.decoders import decoder_footprint, decoder_weights
-from branchtree_adapters.pipeline.denoisers import apart, split_state, together
+from branchtree_adapters.pipeline.denoisers import apart, block_layers, quantizable_footprint, split_state, together
 from branchtree_adapters.pipeline.encoders import fingerprint, probe_encoders
 from branchtree_adapters.pipeline.grids import scheduler_grid
 from branchtree_adapters.pipeline.lora_names import convert_names
@@ -98,6 +99,7 @@ class PipelineAdapter(ModelBase):
     encodes_with_vae = False
     """Whether an encoding depends on the VAE too."""
     compile_blocks = staticmethod(speed.compile_blocks)
+    quantizations = frozenset(quantized.FORMATS)
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
@@ -236,7 +238,12 @@ class PipelineAdapter(ModelBase):
             frozen = {name: self.blueprint.build(name) for name in (*self.blueprint.encoders, "vae")}
         sizes = {name: ComponentSizes(count_parameters(module)) for name, module in frozen.items()}
         sizes["vae"] = replace(sizes["vae"], decoder=decoder_weights(frozen["vae"]))
-        return replace(self.sizes(denoiser), largest_block_parameters=largest_block(denoiser)), sizes
+        whole = replace(
+            self.sizes(denoiser),
+            largest_block_parameters=largest_block(denoiser),
+            quantizable=quantizable_footprint([denoiser]),
+        )
+        return whole, sizes
 
     def _look_up(self, outline: Outline) -> tuple[Footprint, Mapping[str, ComponentSizes]]:
         """Return the same by what is known."""
@@ -249,6 +256,7 @@ class PipelineAdapter(ModelBase):
             rows_per_prediction=self.rows_per_prediction,
             lora_parameters_per_rank=denoiser.lora_parameters_per_rank,
             largest_block_parameters=denoiser.largest_block,
+            quantizable=denoiser.quantizable,
             source=outline.origin,
             **self.row_costs(),
         )
@@ -259,12 +267,17 @@ class PipelineAdapter(ModelBase):
         sample = int(self.config.height * self.config.width * getattr(self.config, "frames", 1))
         return max(1, self.decode_pixels // sample)
 
-    def load(self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype) -> None:
+    def load(
+        self, device: torch.device, dtype: torch.dtype, denoiser_dtype: torch.dtype, quantize: str | None = None
+    ) -> None:
         """Load the pipeline: its denoisers to ``device``, the VAE to the CPU until it is needed.
 
-        Encoders are read when ``encode`` first needs them. The weights that diffusers keeps in float32 stay so. Raises
+        Encoders are read when ``encode`` first needs them. The weights that diffusers keeps in float32 stay so. Under
+        ``quantize`` each linear layer of the denoisers' blocks is quantised as it comes to the device. Raises
         ModelError if the source cannot be read, or for a size or task that the model is not made for.
         """
+        if quantize is not None:
+            quantized.check_quantization(quantize)
         source = self._source
         try:
             self._blueprint = self._read_blueprint(fetch=True)
@@ -280,8 +293,12 @@ class PipelineAdapter(ModelBase):
         self._blueprint = self._blueprint.with_loaded(loaded)
         self.latent_shape  # noqa: B018 - of what was loaded
         for name in self.denoiser_names:
-            speed.set_attention(getattr(loaded, name), self.config.attention)
-            own_component(getattr(loaded, name), device, self._location(name))
+            denoiser = getattr(loaded, name)
+            speed.set_attention(denoiser, self.config.attention)
+            own_component(denoiser, device if quantize is None else torch.device("cpu"), self._location(name))
+            if quantize is not None:
+                quantized.quantize_layers(denoiser, block_layers(denoiser), quantize, device)
+                denoiser.to(device)
         self._own({"vae": loaded.vae})
         for name in self._beside_names:
             own_component(getattr(loaded, name), device, self._location(name))

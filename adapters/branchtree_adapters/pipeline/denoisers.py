@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+
+from branchtree.plugins import QuantizableFootprint
+from branchtree.plugins.quantized import BLOCK
 
 DENOISERS = ("transformer", "unet", "transformer_2", "unconditional_transformer")
 """Names that pipelines have for what denoises, in the order in which a prediction calls them."""
@@ -63,3 +66,27 @@ def split_state(state: Mapping[str, Tensor], names: Sequence[str]) -> dict[str, 
         name: {key.removeprefix(f"{name}."): value for key, value in state.items() if key.startswith(f"{name}.")}
         for name in names
     }
+
+
+def block_layers(denoiser: nn.Module) -> dict[str, nn.Linear]:
+    """Return the linear layers, by name, of a denoiser's repeated blocks that can be quantised.
+
+    Embeddings, time and output layers are outside of blocks. Layers that the model keeps in float32 are left out.
+    """
+    blocks = getattr(denoiser, "_repeated_blocks", None) or getattr(denoiser, "_no_split_modules", None) or ()
+    delicate = frozenset[str](getattr(denoiser, "_keep_in_fp32_modules", None) or ())
+    inside = [name for name, module in denoiser.named_modules() if type(module).__name__ in blocks]
+    return {
+        f"{block}.{name}": layer
+        for block in inside
+        for name, layer in denoiser.get_submodule(block).named_modules()
+        if isinstance(layer, nn.Linear) and layer.weight.numel() % BLOCK == 0 and delicate.isdisjoint(name.split("."))
+    }
+
+
+def quantizable_footprint(denoisers: Iterable[nn.Module]) -> QuantizableFootprint | None:
+    """Return the sizes of the layers of some denoisers that can be quantised; None if there are none."""
+    layers = [layer for denoiser in denoisers for layer in block_layers(denoiser).values()]
+    numbers = [layer.weight.numel() for layer in layers]
+    rows = sum(layer.out_features for layer in layers)
+    return QuantizableFootprint(sum(numbers), rows, max(numbers)) if layers else None

@@ -13,6 +13,7 @@ from functools import cache
 from importlib import resources
 from typing import Any
 
+from branchtree.plugins.values import QuantizableFootprint
 from branchtree_adapters.pipeline.blueprint import Published, read_described, read_index
 from branchtree_adapters.pipeline.components import is_present
 from branchtree_adapters.pipeline.decoders import DecoderWeights, LevelWeights
@@ -31,6 +32,7 @@ class ComponentSizes:
     largest_block: int = 0  # of a denoiser
     lora_parameters_per_rank: int = 0  # of a denoiser, with ``lora_targets``
     lora_targets: tuple[str, ...] = ()
+    quantizable: QuantizableFootprint | None = None  # of a denoiser
     decoder: DecoderWeights | None = None  # of a VAE
 
 
@@ -117,4 +119,6 @@ def _sizes(entry: Mapping[str, Any]) -> ComponentSizes:
     if decoder is not None:
         levels = tuple(LevelWeights(**level) for level in decoder["levels"])
         decoder = DecoderWeights(**{**decoder, "levels": levels})
-    return ComponentSizes(**{**entry, "lora_targets": tuple(entry["lora_targets"]), "decoder": decoder})
+    layers = entry["quantizable"] and QuantizableFootprint(**entry["quantizable"])
+    targets = tuple(entry["lora_targets"])
+    return ComponentSizes(**{**entry, "lora_targets": targets, "quantizable": layers, "decoder": decoder})

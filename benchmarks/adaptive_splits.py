@@ -1,0 +1,101 @@
+"""Adaptive splits from three noise levels, against drawn and fixed steps, at equal rows: a table, and the choices.
+
+Every run spends the rows that ``--iterations`` of ``single`` take, on the same prompts and with the same optimiser.
+
+    python benchmarks/adaptive_splits.py unicycle --best 0.5 --steps 6 9 --iterations 100 --output runs/adaptive
+    python benchmarks/adaptive_splits.py unicycle --best 0.5 --steps 6 9 --output runs/adaptive --draw choices.svg
+
+The first command goes on where it was interrupted. The second only draws, from as many seeds as are done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from rich.console import Console
+
+from branchtree import load_recipe, plan
+from branchtree.cli.compare import sheet_table
+from branchtree.core.cost import GRADIENT_COST
+from branchtree.studies.compare import Budget, ComparisonRequest, Row, run_comparison
+from branchtree.studies.compare.table import reward_sheet, work_sheet
+
+matplotlib.use("svg")
+
+QUIET = {"run.checkpoint_every": 10**6, "run.sample_every": 10**6, "run.tree_every": 10**6}
+STARTS = (0.3, 3.0)  # beside the recipe's own
+SINGLE = {"tree.branches": 16, "tree.siblings": "independent", "tree.sde": "splits", "credit.advantage": "leaf"}
+
+
+def rows_of(recipe: str, best: float, steps: Sequence[int]) -> list[Row]:
+    """Return ``single`` at its own noise level and at the best, adaptive splits from three, and fixed steps."""
+    own = load_recipe(recipe).sampler.level
+    starts = sorted({*STARTS, own})
+    return [
+        Row(f"single, eta {own:g}", f"{recipe}+single"),
+        Row(f"single, eta {best:g}", f"{recipe}+single", {"sampler.eta": best}),
+        *(Row(f"adaptive from {eta:g}", f"{recipe}+adaptive", {"sampler.eta": eta}) for eta in starts),
+        *(
+            Row(f"step {step}, eta {best:g}", recipe, {"tree.splits": [step], "sampler.eta": best, **SINGLE})
+            for step in steps
+        ),
+    ]
+
+
+def budget(recipe: str, iterations: int) -> int:
+    """Return the rows that so many iterations of ``single`` take; adaptive splits are allowed as many."""
+    planned = plan(f"{recipe}+adaptive")
+    rollout = planned.budget.most if planned.budget is not None else planned.rollout_rows
+    return iterations * (rollout + GRADIENT_COST * planned.recipe.batch.prompts)
+
+
+def draw(folders: Sequence[tuple[str, Path]], output: Path) -> None:
+    """Draw the noise level and the step that adaptive runs chose, on average over each iteration's trees."""
+    from matplotlib.figure import Figure
+
+    canvas = Figure(figsize=(9, 3.2), layout="constrained")
+    charts = canvas.subplots(1, 2)
+    for i, (name, folder) in enumerate(folders):
+        for j, file in enumerate(sorted(folder.glob("seed_*/metrics.jsonl"))):
+            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+            for chart, key in zip(charts, ("split/eta", "split/step"), strict=True):
+                style: dict[str, Any] = {"color": f"C{i}", "linewidth": 1, "alpha": 0.7}
+                chart.plot([row[key] for row in rows], label=None if j else name, **style)
+    charts[0].set(xlabel="iteration", ylabel="noise level of the split", yscale="log")
+    charts[1].set(xlabel="iteration", ylabel="step of the split, mean over trees")
+    charts[0].legend(frameon=False, fontsize=8)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    canvas.savefig(output, metadata={"Date": None})
+
+
+def main() -> None:
+    """Print one line per run and tables over seeds; or draw what finished runs chose."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe")
+    parser.add_argument("--best", type=float, required=True, help="the best fixed noise level")
+    parser.add_argument("--steps", type=int, nargs="*", default=[], help="fixed steps to compare with")
+    parser.add_argument("--iterations", type=int, default=100)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--draw", type=Path, help="draw the choices into this file, and train nothing")
+    asked = parser.parse_args()
+    rows = rows_of(asked.recipe, asked.best, asked.steps)
+    if asked.draw is not None:
+        draw([(row.name, asked.output / row.folder) for row in rows if "adaptive" in row.recipe], asked.draw)
+        return
+    request = ComparisonRequest(
+        tuple(rows), tuple(range(asked.seeds)), Budget(rows=budget(asked.recipe, asked.iterations)), QUIET
+    )
+    comparison = run_comparison(request, asked.output, tell=lambda line: print(line, flush=True))
+    console = Console(highlight=False)
+    for sheet in (*work_sheet(comparison).split(6), *reward_sheet(comparison).split(3)):
+        console.print(sheet_table(sheet))
+
+
+if __name__ == "__main__":
+    main()
