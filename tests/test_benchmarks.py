@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -13,6 +14,7 @@ from unittest import mock
 import costs
 import full_size
 import iteration_cost
+import objectives
 import overhead
 import plot_comparison
 import pytest
@@ -30,6 +32,8 @@ from tiny_flux import tiny_flux
 
 from branchtree.core.families import Families
 from branchtree.plugins import Footprint
+from branchtree.recipe import load_recipe
+from branchtree.studies.compare.request import parse_recipe
 
 SMALLEST = {
     "tree.steps": 6,
@@ -304,6 +308,85 @@ def test_curves_of_a_comparison(tmp_path: Path) -> None:
     assert (curve.mean, curve.std) == ([0.0, 2.0], [0.0, pytest.approx(2**0.5)])
     plot_comparison.main([str(tmp_path), "--figure", "x", "--output", str(tmp_path / "curves.svg")])
     assert (tmp_path / "curves.svg").read_text().startswith("<?xml")
+
+
+def test_cells_of_the_comparison_of_objectives_are_recipes() -> None:
+    """Forward objectives have trajectories of the ODE."""
+    task = objectives.TASKS["quickstart"]
+    rows = [parse_recipe(objectives.entry(task, *cell, "optim.lr=2e-5")) for cell in objectives.cells()]
+    recipes = {row.name: load_recipe(row.recipe, row.overrides) for row in rows}
+    assert next(iter(recipes)) == objectives.REFERENCE
+    assert {recipe.optim.lr for recipe in recipes.values()} == {2e-5}
+    losses = {(name.partition("/")[0], recipe.loss.kind, recipe.loss.ratio) for name, recipe in recipes.items()}
+    forward = {(kind, kind, "plain") for kind in ("nft", "awm", "vgrpo", "crd")}
+    assert losses == {("plain", "path", "plain"), ("centred", "path", "centred"), *forward}
+    noise = [recipe.sampler.kind for name, recipe in recipes.items() if name.endswith("/independent")]
+    assert noise == ["dance"] * 2 + ["cps"] * 4
+
+
+def test_tables_of_the_comparison_of_objectives(tmp_path: Path) -> None:
+    """Two seeds by hand: Student's t of one degree of freedom is 12.706 at 97.5%."""
+    task = dataclasses.replace(objectives.TASKS["quickstart"], iterations=1)
+    names = ["/".join(cell) for cell in objectives.cells()]
+    tried = {f"{name} optim.lr={rate}": (rate, {100: {3: value}}) for name in names for rate, value in RATES}
+    write_comparison(tmp_path / "search", dict(list(tried.items())[:-1]))
+    with pytest.raises(SystemExit, match="not finished: crd/single"):
+        objectives.chosen(task, tmp_path)
+    write_comparison(tmp_path / "search", tried)
+    assert objectives.chosen(task, tmp_path) == dict.fromkeys(names, 1e-4)
+    head, _, first, *_ = objectives.search_table(task, tmp_path)
+    assert head == "| objective | tree | lr 3e-05 | lr 0.0001 | lr 0.0003 |"
+    assert first == "| plain | single | -1.000 | **-0.250** | -0.500 |"
+    write_comparison(
+        tmp_path / "rows",
+        {
+            "plain/single": (1e-4, {0: {1: -0.5, 3: -0.2}, 1: {1: -0.5, 3: -0.4}}),
+            "nft/dense": (3e-5, {0: {1: -0.4, 2: -0.3}, 1: {1: -0.2, 2: -0.3}}),
+        },
+    )
+    work = "12 | 4 | 2 | 0.125"
+    assert objectives.final_table(task, tmp_path, None)[2:] == [
+        f"| plain | single | 0.0001 | 3 | {work} | 0.700 +- 0.141 | -0.300 +- 0.141 | - |",
+        f"| nft | dense | 3e-05 | 2 | {work} | 0.700 +- 0.000 | -0.300 +- 0.000 | +0.000 (-1.271 to +1.271) |",
+    ]
+    half = 12.706 * (0.1 * 2**0.5) / 2**0.5
+    assert objectives.final_table(task, tmp_path, 1)[3].endswith(
+        f"| -0.300 +- 0.141 | +0.200 ({0.2 - half:+.3f} to {0.2 + half:+.3f}) |"
+    )
+
+
+RATES = ((3e-5, -1.0), (1e-4, -0.25), (3e-4, -0.5))
+
+
+def write_comparison(folder: Path, rows: dict[str, tuple[float, dict[int, dict[int, float]]]]) -> None:
+    """Write what the tables read: by row the learning rate, and by seed and iteration a held-out figure.
+
+    The other figure is 1 more. A run ends with its last evaluation.
+    """
+    asked = {name: {"folder": f"row_{i}"} for i, name in enumerate(rows)}
+    results = [
+        {"row": name, "runs": [{"seed": s, "status": "finished"} for s in runs]} for name, (_, runs) in rows.items()
+    ]
+    folder.mkdir(exist_ok=True)
+    (folder / "compare.json").write_text(json.dumps({"asked": {"rows": asked}, "results": results}))
+    for name, (rate, runs) in rows.items():
+        for seed, values in runs.items():
+            run = folder / asked[name]["folder"] / f"seed_{seed}"
+            run.mkdir(parents=True, exist_ok=True)
+            (run / "recipe.yaml").write_text(f"optim: {{lr: {rate}}}\n")
+            rows_of = {
+                "rows/rollout": 12.0,
+                "rows/gradient": 4.0,
+                "rows/rescored": 2.0,
+                "ratio/clipped_fraction": 0.125,
+            }
+            logged = [{"iteration": i, **rows_of} for i in range(max(values))]
+            judged = [
+                {"iteration": done, "figures": {"log_prob": {"mean": value}, "accuracy": {"mean": value + 1}}}
+                for done, value in values.items()
+            ]
+            for file, lines in (("metrics.jsonl", logged), ("evaluation.jsonl", judged)):
+                (run / file).write_text("".join(f"{json.dumps(line)}\n" for line in lines))
 
 
 def test_execution_reaches_the_transformer(monkeypatch: pytest.MonkeyPatch) -> None:
