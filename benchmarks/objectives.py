@@ -43,7 +43,7 @@ recipe's learning rate, about; the published ones, 1e-5 to 1e-3 for AWM and V-GR
 """
 REFERENCE = "plain/single"
 SEARCH_SEED, SEEDS = 100, (0, 1, 2, 3, 4)
-FACTORS = (0.3, 1.0, 3.0)
+FACTORS = (1.0, 3.0, 10.0)
 SHARED = (
     "optim.steps_per_iteration=2",
     "run.sample_every=null",
