@@ -22,10 +22,10 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "plain": {},
     "centred": {"loss.ratio": "centred", "loss.weighting": "gradient"},
     "divergence": {"loss.trust": "divergence", "loss.weighting": "noise", "loss.divide_by_dt": True},
-    "nft": {"loss.kind": "nft"},
-    "awm": {"loss.kind": "awm", "loss.inner_nodes": True},
-    "vgrpo": {"loss.kind": "vgrpo"},
-    "crd": {"loss.kind": "crd", "loss.share_draws": "siblings"},
+    "nft": {"loss.kind": "nft", "loss.weighting": "none"},  # which a method may set, and forward objectives refuse
+    "awm": {"loss.kind": "awm", "loss.weighting": "none", "loss.inner_nodes": True},
+    "vgrpo": {"loss.kind": "vgrpo", "loss.weighting": "none"},
+    "crd": {"loss.kind": "crd", "loss.weighting": "none", "loss.share_draws": "siblings"},
 }
 METHODS = ("branchgrpo", "single", "ode", "flowgrpo", "mix", "width_pruned", "depth_pruned", "extreme_pruned",
            "adaptive")  # fmt: skip

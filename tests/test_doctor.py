@@ -57,7 +57,7 @@ def no_network(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_a_sound_machine_without_gpu_and_network(tmp_path: Path) -> None:
-    done = run_command("doctor")
+    done = run_command("doctor", fresh=True)  # a forked one has read whether it is offline
     assert done.code == 0, done.out
     lines = done.out.splitlines()
     assert lines[0].startswith("ok   Python: 3.")
@@ -78,9 +78,9 @@ def test_a_recipe_of_a_published_model(tmp_path: Path) -> None:
     assert model.state == "warn" and "0.0 of about 33.7 GB" in model.text and model.remedy
     assert downloads.keys() >= {"xswu/HPSv2", "THUDM/ImageReward"}
     assert "licence Apache-2.0" in named(checks, "reward")[0].text
-    enough = shutil.disk_usage(tmp_path).free > 50e9
-    assert done.code == 1 - enough
-    assert ("one of flux_t2i_branchgrpo with bundled:digits_flux" in named(checks, "iteration")[0].text) is enough
+    failed = [check.name for check in checks if check.state == "fail"]
+    assert set(failed) <= {"disk"} and done.code == bool(failed)  # this machine may have too little of it
+    assert ("one of flux_t2i_branchgrpo with bundled:digits_flux" in named(checks, "iteration")[0].text) == (not failed)
 
 
 def test_a_wrong_recipe() -> None:

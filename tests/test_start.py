@@ -50,7 +50,7 @@ def test_a_run_starts_from_anothers_lora_and_its_kl_is_to_that_start(model: Path
     assert largest_difference(weights(first), weights(run)) > 0
     summary = json.loads((run / "summary.json").read_text())["start"]
     assert summary["path"] == str(first / "final") == load_recipe(run / "recipe.yaml").model.start
-    assert list(summary["files"]) == ["manifest.json", LORA]
+    assert list(summary["files"]) == ["README.md", "manifest.json", LORA, "reward_curve.png", "samples.png"]
     judged = evaluate(run, output=tmp_path / "judged").rewards["digits"]
     assert judged.base.mean == done.before["digits"].mean
 
