@@ -122,7 +122,7 @@ def _held_out(run: Run) -> str:
     for label in evaluation_labels([first, last]):
         before, after = (one.figures[label].mean if label in one.figures else None for one in (first, last))
         change = None if before is None or after is None else after - before
-        rows.append([_plain(label), number(before), number(after), signed(change)])
+        rows.append([label, number(before), number(after), signed(change)])
     when = [f"after {one.iteration} iterations" if one.iteration else "before training" for one in (first, last)]
     lead = "Means over samples of prompts that were not trained on, from the same noises each time."
     return f"## Held-out figures\n\n{lead}\n\n{_table(['reward', *when, 'change'], rows)}"
