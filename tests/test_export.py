@@ -167,7 +167,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     changes: dict[str, Any] = {
         "lora.rank": 2,
         "data.prompts": str(folder / "my prompts.txt"),
-        "evaluation": {"prompts": ["a handwritten two"], "rewards": [{"reward": "digits"}]},
+        "evaluation": {"prompts": ["a handwritten two"], "rewards": [{"reward": "digits", "label": "held_out"}]},
         "run.iterations": 1,
     }
     train(
@@ -194,9 +194,9 @@ def test_the_card_is_in_the_folder_of_the_weights(run: Path) -> None:
         "tags": ["branchtree", "reinforcement-learning", "lora"],
     }
     first, last = (
-        json.loads(line)["figures"]["digits"]["mean"] for line in (run / "evaluation.jsonl").read_text().splitlines()
+        json.loads(line)["figures"]["held_out"]["mean"] for line in (run / "evaluation.jsonl").read_text().splitlines()
     )
-    table = next(line for line in body.splitlines() if line.startswith("| digits |"))
+    table = next(line for line in body.splitlines() if line.startswith(r"| held\_out |"))
     assert [round(float(cell.replace("\N{MINUS SIGN}", "-")), 2) for cell in table.split(" | ")[1:3]] == [
         round(first, 2),
         round(last, 2),
