@@ -239,6 +239,12 @@ def test_a_whole_model_is_copied(run: Path, tmp_path: Path) -> None:
     (written,) = export(tmp_path).files
     assert written == tmp_path / "export" / "quickstart-diffusers"
     assert (written / "transformer" / "w.safetensors").read_bytes() == b"weights"
+    (written / "mine.txt").write_text("mine")
+    for output in (None, written.with_name(f"{written.name}.safetensors")):  # the folder lies in the way of both
+        with pytest.raises(OutputError, match=f"{written}: is there already"):
+            export(tmp_path, output=output)
+    assert (written / "mine.txt").read_text() == "mine"
+    assert [path.name for path in written.parent.iterdir()] == [written.name]
 
 
 def test_a_format_that_nothing_reads_back_is_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -58,7 +59,7 @@ def finished_model(directory: RunDirectory) -> Path:
 
 
 def _target(directory: RunDirectory, recipe: Recipe, form: Format, output: Path | None) -> Path:
-    """Return where to write: by default in the run's directory, over an earlier export. Raises OutputError."""
+    """Return where to write: by default in the run's directory. Raises OutputError."""
     if output is None:
         return directory.root / "export" / f"{folder_name(recipe.name)}-{form}{SUFFIX if recipe.lora else ''}"
     require_name(output, OutputError)
@@ -71,14 +72,21 @@ def _copied(final: Path, target: Path) -> tuple[Path, ...]:
     """Copy the model as its own library reads it: the file of a single LoRA, or else the folder."""
     weights = [path for path in final.rglob("*") if path.suffix == SUFFIX]
     whole = any(path.is_dir() for path in final.iterdir()) or len(weights) != 1
-    with writing(target):
-        if not whole:
+    if not whole:
+        with writing(target):
             write_atomically(target, weights[0].read_bytes())
-            return (target,)
-        folder = target.with_suffix("") if target.suffix == SUFFIX else target
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(final, folder, ignore=shutil.ignore_patterns(MANIFEST))
-        return (folder,)
+        return (target,)
+    folder = target.with_suffix("") if target.suffix == SUFFIX else target
+    if folder.exists():  # somebody may have put files of their own into an earlier export
+        raise OutputError(f"{folder}: is there already; move it away, or give another --output")
+    temporary = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.partial")
+    with writing(folder):
+        try:
+            shutil.copytree(final, temporary, ignore=shutil.ignore_patterns(MANIFEST))
+            temporary.rename(folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return (folder,)
 
 
 def _converted(final: Path, recipe: Recipe, form: Format, target: Path) -> tuple[Path, ...]:
