@@ -152,7 +152,7 @@ def _held_out(run: Run) -> list[RenderableType]:
         "Held out", f"iteration {first.iteration}", f"iteration {last.iteration}", box=None, header_style="bold"
     )
     for label in evaluation_labels([first, last]):
-        means = [entry.figures[label].mean if label in entry.figures else None for entry in (first, last)]
+        means = [entry.mean(label) for entry in (first, last)]
         table.add_row(visible(label), *("-" if mean is None else f"{mean:.4f}" for mean in means))
     return [Text(), table]
 

@@ -11,11 +11,11 @@ from typing import Any
 
 from branchtree.doctor.check import Check
 from branchtree.errors import reason_of, shortened
+from branchtree.files.names import has_hub_form
 from branchtree.files.reading import user_path
 
 TIMEOUT = 4.0
 """Seconds that the hub has to answer."""
-HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 LOG_IN = "log in with 'hf auth login', by a token of huggingface.co/settings/tokens"
 WEIGHTS = (".safetensors", ".bin", ".pt", ".pth")
 VARIANT = re.compile(r"\.(fp16|bf16|ema|non_ema)[.-]|flax|onnx|openvino", re.IGNORECASE)
@@ -96,7 +96,7 @@ def check_hub(hub: Hub) -> Iterator[Check]:
 
 def is_hub_id(path: object) -> bool:
     """Return whether a setting names a repository of the hub, not a folder or file that exists here."""
-    return isinstance(path, str) and HUB_ID.fullmatch(path) is not None and not os.path.exists(user_path(path))
+    return isinstance(path, str) and has_hub_form(path) and not os.path.exists(user_path(path))
 
 
 def look_up(hub: Hub, name: str, revision: str | None, estimate: int, whole: bool) -> Repository:

@@ -12,6 +12,7 @@ from branchtree.data.prompts import HUB, held_out_conditions, training_condition
 from branchtree.doctor.check import Check
 from branchtree.doctor.hub import GB, Hub, Repository, cache_folder, is_hub_id, look_up
 from branchtree.files.names import default_output
+from branchtree.planning.memory import trained_numbers
 from branchtree.planning.plan import RunPlan
 from branchtree.plugins.protocols import SizedReward
 from branchtree.plugins.registry import registry
@@ -95,8 +96,7 @@ def repositories(recipe: Recipe, plan: RunPlan, hub: Hub) -> Iterator[Repository
 
 def check_disk(recipe: Recipe, plan: RunPlan, downloads: int) -> Iterator[Check]:
     """Compare free disk space with what is still to be downloaded, and with the checkpoints of a run."""
-    sizes = plan.footprint
-    trained = sizes.lora_parameters_per_rank * recipe.lora.rank if recipe.lora else sizes.denoiser_parameters
+    trained = trained_numbers(recipe, plan.footprint)
     kept = recipe.run.keep_checkpoints + 1  # an older one is deleted once the newer is whole
     numbers = CHECKPOINT_NUMBERS + bool(recipe.optim.ema)
     needs = [

@@ -120,7 +120,7 @@ def _held_out(run: Run) -> str:
     first, last = run.evaluations[0], run.evaluations[-1]
     rows = []
     for label in evaluation_labels([first, last]):
-        before, after = (one.figures[label].mean if label in one.figures else None for one in (first, last))
+        before, after = (one.mean(label) for one in (first, last))
         change = None if before is None or after is None else after - before
         rows.append([label, number(before), number(after), signed(change)])
     when = [f"after {one.iteration} iterations" if one.iteration else "before training" for one in (first, last)]

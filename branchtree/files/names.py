@@ -42,6 +42,11 @@ def folder_name(name: str) -> str:
     return f"{plain}_" if not plain or RESERVED.fullmatch(plain) else plain
 
 
+def has_hub_form(text: str) -> bool:
+    """Return whether a text is written as an id on the hub, ORG/NAME; a folder may have the same name."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", text) is not None
+
+
 def default_output(name: str, study: str = "") -> Path:
     """Return where the run of a recipe of that name is written by default, or a study of it."""
     return Path("runs") / (f"{study}-{folder_name(name)}" if study else folder_name(name))

@@ -113,7 +113,7 @@ def estimate_memory(
     recipe: Recipe, footprint: Footprint, cost: Cost, surroundings: Surroundings = ALONE
 ) -> MemoryEstimate:
     """Estimate the memory of one process of a training run; ``cost`` is that of its share of the prompts."""
-    size, trained = _number_bytes(recipe), _trained(recipe, footprint)
+    size, trained = _number_bytes(recipe), trained_numbers(recipe, footprint)
     kept = (
         footprint.checkpointed_numbers_per_row
         if recipe.run.gradient_checkpointing
@@ -167,7 +167,7 @@ def estimate_evaluation(
     size = _number_bytes(recipe)
     return MemoryEstimate(
         weights=_weights(recipe, footprint, ALONE),
-        optimizer=_trained(recipe, footprint) * MASTER if recipe.lora else 0,
+        optimizer=trained_numbers(recipe, footprint) * MASTER if recipe.lora else 0,
         buckets=0,
         gathered=0,
         dequantized=_dequantized(recipe, footprint),
@@ -184,7 +184,7 @@ def estimate_evaluation(
         decoding=_decoding(recipe, footprint, rows),
         media=_media(footprint, PIECES * rows),
         offloaded=surroundings.offloaded_rewards,
-        average=_trained(recipe, footprint) * MASTER if recipe.optim.ema else 0,
+        average=trained_numbers(recipe, footprint) * MASTER if recipe.optim.ema else 0,
     )
 
 
@@ -192,7 +192,8 @@ def _number_bytes(recipe: Recipe) -> int:
     return 2 if recipe.run.precision == "bf16" else MASTER
 
 
-def _trained(recipe: Recipe, footprint: Footprint) -> int:
+def trained_numbers(recipe: Recipe, footprint: Footprint) -> int:
+    """Return how many numbers are trained: those of the LoRA, or all of the denoiser."""
     return footprint.lora_parameters_per_rank * recipe.lora.rank if recipe.lora else footprint.denoiser_parameters
 
 
@@ -223,7 +224,7 @@ def _dequantized(recipe: Recipe, footprint: Footprint) -> int:
 
 
 def _optimizer(recipe: Recipe, footprint: Footprint, around: Surroundings) -> int:
-    trained = _trained(recipe, footprint)
+    trained = trained_numbers(recipe, footprint)
     masters = MASTER if recipe.lora else 0
     if not around.sharded:
         return trained * (masters + ADAM_BYTES)

@@ -125,7 +125,7 @@ def evaluation_charts(evaluations: Sequence[Evaluation]) -> str:
     """Return charts of the held-out figures against iterations, for labels with at least three figures."""
     charts = []
     for index, label in enumerate(evaluation_labels(evaluations)):
-        points = [(e.iteration, e.figures[label].mean) for e in evaluations if label in e.figures]
+        points = [(e.iteration, e.mean(label)) for e in evaluations if label in e.figures]
         known = [(float(iteration), mean) for iteration, mean in points if mean is not None]
         if len(known) < 3:
             continue

@@ -1,4 +1,4 @@
-"""A run's report over HTTP, for browsers of this machine: made anew when the run has written something."""
+"""A run's report over HTTP, for browsers of this machine: made again when the run has written something."""
 
 from __future__ import annotations
 

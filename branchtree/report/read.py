@@ -54,6 +54,10 @@ class Evaluation(Record):
     identity: dict[str, Any] | None = None  # what they depend on besides the weights
     figures: dict[str, LoggedFigure] = {}
 
+    def mean(self, label: str) -> float | None:
+        """Return the mean of a label; None where it was not evaluated or has no valid sample."""
+        return self.figures.get(label, LoggedFigure()).mean
+
 
 class LoggedFailure(Record):
     """A sample that a reward could not score; or ``more`` of them, by reason; or, without a reward, a failed call."""

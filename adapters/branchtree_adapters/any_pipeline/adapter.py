@@ -83,7 +83,7 @@ ATTENTION = (
 UNLOADED: dict[str, PipelineDriver] = {}
 """Drivers of the pipelines without weights that were used last, by what they were made of."""
 KEPT = 2
-"""Of those; learning one takes seconds for a large model."""
+"""How many of them; learning one takes seconds for a large model."""
 MEASURED: WeakKeyDictionary[PipelineDriver, Footprint] = WeakKeyDictionary()
 """Sizes measured on them, which takes seconds too."""
 

@@ -21,7 +21,7 @@ from branchtree_adapters.pipeline.tokenizers import check_tokenizer, probe_texts
 
 PROBE_TOKENS = 64
 HASHED_BYTES = 64 * 2**20
-"""Files up to this size are told apart by their contents, larger ones by path, size and time of change."""
+"""Files up to this size are distinguished by their contents, larger ones by path, size and time of change."""
 LIBRARIES = ("torch", "diffusers", "transformers", "tokenizers", "safetensors", "pillow", "av", "ftfy")
 """Libraries that an encoding may depend on."""
 

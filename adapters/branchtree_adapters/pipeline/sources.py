@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import atexit
 import os
-import re
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -18,6 +17,7 @@ import torch
 
 from branchtree.errors import ModelError, nearest, reason_of
 from branchtree.files.checksums import verify_checksums
+from branchtree.files.names import has_hub_form
 from branchtree.files.reading import user_path
 from branchtree_adapters.pipeline.component_configs import read_json
 from branchtree_adapters.pipeline.components import INDEX, build_pipeline, left_out, load_components, quiet
@@ -57,7 +57,7 @@ def locate_pipeline(path: str, revision: str | None = None) -> ModelSource:
     elif path.startswith(SMALL):
         folder = _small(path.removeprefix(SMALL))
     elif not os.path.exists(folder) and not path.startswith(("/", "./", "../", "~")):
-        if re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+        if has_hub_form(path):
             return ModelSource(path, None, revision)
         raise ModelError(
             f"model path '{path}' is neither an existing folder nor a hub id; "

@@ -12,7 +12,7 @@ from branchtree.plugins.completeness import unmade_tokens
 CONFIG = "tokenizer_config.json"
 WHOLE = "tokenizer_file"  # one file that stands for all the others
 PROBED = 64
-"""Tokens of a vocabulary, evenly spaced, among which two that can be told apart are looked for."""
+"""Tokens of a vocabulary, evenly spaced, among which two that a tokenizer distinguishes are looked for."""
 REMEDY = "the tokenizer's folder is incomplete or damaged: get it again"
 
 

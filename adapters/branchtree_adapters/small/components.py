@@ -11,7 +11,7 @@ import transformers
 from branchtree_adapters.any_pipeline.byte_tokenizer import CHAT, SPECIAL, byte_tokenizer
 
 WIDTH = 32
-"""Of text embeddings."""
+"""Channels of text embeddings."""
 
 # Tokenizers
 

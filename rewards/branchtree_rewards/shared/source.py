@@ -19,6 +19,7 @@ from typing import Any
 
 from branchtree.errors import RewardError, nearest
 from branchtree.files.checksums import file_sha256, verify_checksums
+from branchtree.files.names import has_hub_form
 from branchtree.files.reading import user_path
 
 RANDOM_SMALL = "random:small"
@@ -111,7 +112,7 @@ def locate_weights(path: str, revision: str | None, write_small: Callable[[Path]
         return WeightsSource(path, local)
     if os.path.isfile(local):
         return WeightsSource(path, local.parent, only=local)
-    if path.startswith(("/", "./", "../", "~")) or not re.fullmatch(r"[\w.-]+/[\w.-]+", path):
+    if path.startswith(("/", "./", "../", "~")) or not has_hub_form(path):
         raise RewardError(
             f"path '{path}' is no existing file or folder and no hub id; give a folder, a weights file, a hub id such "
             f"as 'org/name', or '{RANDOM_SMALL}'"
