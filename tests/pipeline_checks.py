@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from branchtree_adapters.any_pipeline import adapter
 from branchtree_adapters.any_pipeline.adapter import Diffusers
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.pipeline.lora_file import LORA_FILE, METADATA
@@ -215,6 +216,18 @@ def load_lora(module: Any, folder: Path) -> None:
     settings = {name.removeprefix("transformer."): value for name, value in beside.items()}
     inject_adapter_in_model(LoraConfig(**settings), module)
     set_peft_model_state_dict(module, saved)
+
+
+@contextmanager
+def planned_with_weights(family: Small) -> Iterator[None]:
+    """A context in which a pipeline is planned on one with weights: one without, as test_phantom.py has, takes seconds.
+
+    Sizes cannot be measured on it.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adapter, "UNLOADED", {})
+        patch.setattr(adapter, "unloaded_pipeline", lambda *_: family.build())
+        yield
 
 
 def another(case: AdapterCase, model: Diffusers) -> Diffusers:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import diffusers
 import pytest
 import torch
 from branchtree_adapters.any_pipeline.asking import Asked
+from branchtree_adapters.small.components import decoder_text, qwen3_vl
 from branchtree_adapters.small.pipelines import PIPELINES, Small
 from PIL import Image
 
@@ -20,6 +23,19 @@ def picture(name: str) -> Image.Image:
     generator = torch.Generator().manual_seed(sum(name.encode()))
     pixels = torch.randint(0, 256, (4, 4, 3), generator=generator, dtype=torch.uint8)
     return Image.fromarray(pixels.numpy()).resize((64 + 32 * (sum(name.encode()) % 2), 64), Image.Resampling.NEAREST)
+
+
+def shallow(name: str) -> Small:
+    """Return a small pipeline, with few layers of a text encoder that has many only because its pipeline names them."""
+    family = PIPELINES[name]
+    if name == "flux2_klein":
+        encoder = partial(decoder_text, "Qwen3ForCausalLM", "Qwen3Config", num_hidden_layers=4)
+        call: dict[str, Any] = {**family.call, "text_encoder_out_layers": (1, 2, 3)}
+        return replace(family, components=lambda: {**family.components(), "text_encoder": encoder()}, call=call)
+    if name == "ideogram4":
+        encoder, layers = partial(qwen3_vl, num_hidden_layers=13), {"QWEN3_VL_ACTIVATION_LAYERS": tuple(range(13))}
+        return replace(family, components=lambda: {**family.components(), "text_encoder": encoder()}, constants=layers)
+    return family
 
 
 def ask(family: Small, prompt: str, images: int | None = None) -> Asked:

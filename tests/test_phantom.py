@@ -2,44 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import os
-from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import diffusers
 import pytest
 import torch
+from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
 from branchtree_adapters.any_pipeline.asking import Asked
 from branchtree_adapters.any_pipeline.driver import PipelineDriver
 from branchtree_adapters.any_pipeline.measure import count_operations, measure
-from branchtree_adapters.any_pipeline.phantom import phantom
 from branchtree_adapters.any_pipeline.unloaded import unloaded_pipeline
 from branchtree_adapters.flux import Flux, FluxConfig
+from branchtree_adapters.pipeline.blueprint import TRANSFORMER
+from branchtree_adapters.pipeline.components import quiet
 from branchtree_adapters.small.pipelines import PIPELINES, Small
-from small_pipelines import ask, small_constants
+from small_pipelines import ask, options_of, shallow, small_constants
 from torch import Tensor, nn
 
 CPU = torch.device("cpu")
+T5 = "text_encoder_2/config.json"
 OF_EACH_CLASS = {family.pipeline: name for name, family in reversed(PIPELINES.items())}
 FAMILIES = sorted(PIPELINES if "BRANCHTREE_ALL_FAMILIES" in os.environ else {*OF_EACH_CLASS.values(), "wan_experts"})
 """The first small pipeline of each class and one of two denoisers, or with BRANCHTREE_ALL_FAMILIES=1 all."""
 UNMASKED = 0.06
 """Chroma's blocks get no mask under gradient checkpointing, whose blocks are what is measured."""
-
-
-def fresh(module: nn.Module) -> Callable[[], nn.Module]:
-    """What builds a model of the same class and configuration."""
-    kind: Any = type(module)
-    if kind.__module__.startswith("transformers."):
-        return lambda: kind(copy.deepcopy(module.config))
-    return lambda: kind.from_config(dict(module.config))
-
-
-def driver_of(family: Small, pipeline: Any) -> PipelineDriver:
-    driver = PipelineDriver(pipeline, family.call, CPU)
-    driver.learn(ask(family, "a cat"), ask(family, "a much longer text"))
-    return driver
 
 
 def kept_numbers(driver: PipelineDriver, asked: Asked, rows: int) -> int:
@@ -61,18 +50,21 @@ def kept_numbers(driver: PipelineDriver, asked: Asked, rows: int) -> int:
 # Mochi computes its positions under float32 autocast, which a CPU does not have.
 @pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_pipeline_of_phantoms_is_as_the_real_one(name: str) -> None:
-    with small_constants(PIPELINES[name]):
-        compare(name, PIPELINES[name])
+def test_a_pipeline_of_phantoms_is_as_the_real_one(name: str, tmp_path: Path) -> None:
+    family = shallow(name)
+    with small_constants(family):
+        compare(name, family, tmp_path)
 
 
-def compare(name: str, family: Small) -> None:
+def compare(name: str, family: Small, folder: Path) -> None:
     """Compare all but the decoder of sound, which is not counted."""
     real = family.build()
-    modules = {key: each for key, each in real.components.items() if isinstance(each, nn.Module)}
-    made = {**family.components(), **{key: phantom(fresh(each)) for key, each in modules.items()}}
-    unreal = type(real)(**made)
-    driver, other = driver_of(family, real), driver_of(family, unreal)
+    with quiet():
+        real.save_pretrained(folder)
+    model = Diffusers(DiffusersConfig(**options_of(family, str(folder))))
+    driver, other = PipelineDriver(real, model.call, CPU), model._unloaded
+    with quiet():
+        driver.learn(*model._examples)
     asked = ask(family, "a cat")
     found = measure(other, asked, torch.float32, "here")
 
@@ -111,7 +103,12 @@ def compare(name: str, family: Small) -> None:
 
 
 def test_a_published_model_at_full_size() -> None:
+    """Of few blocks, each as large as the published ones."""
     adapter = Flux(FluxConfig(path="some-org/not-in-any-cache", height=1024, width=1024))
+    configs = dict(adapter.blueprint.configs)
+    configs[TRANSFORMER] = {**configs[TRANSFORMER], "num_layers": 6, "num_single_layers": 12}
+    configs[T5] = {**configs[T5], "num_layers": 2}
+    adapter._blueprint = replace(adapter.blueprint, configs=configs)
     pipeline = unloaded_pipeline(diffusers.FluxPipeline, adapter.blueprint)
     pipeline.vae.register_to_config(shift_factor=0.1159)
     driver = PipelineDriver(pipeline, {"height": 1024, "width": 1024}, CPU)

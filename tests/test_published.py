@@ -10,6 +10,7 @@ import inspect
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,11 +21,12 @@ import torch
 import transformers
 from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
 from branchtree_adapters.any_pipeline.published import PublishedModel, published_model, published_models
-from branchtree_adapters.pipeline.blueprint import count_parameters
+from branchtree_adapters.pipeline.blueprint import Blueprint, count_parameters
 from branchtree_adapters.pipeline.components import INDEX
 from branchtree_adapters.pipeline.sources import ModelSource
 from diffusers.pipelines import ltx2
-from shipped_recipes import DRIVEN, ON_GPU, constants_of
+from pipeline_checks import planned_with_weights
+from shipped_recipes import DRIVEN, ON_GPU, constants_of, small_family
 from training_runs import metrics
 
 from branchtree import load_recipe, plan, train
@@ -97,15 +99,17 @@ def test_a_model_that_is_not_in_the_table_is_asked_for() -> None:
         Diffusers(DiffusersConfig(path="some-org/some-model", height=64, width=64)).footprint()
 
 
-# Sizes, by classes and arithmetic of this file's own
+# Sizes, by classes and arithmetic of this file's own; what several models have is built once, without memory
 
 
+@cache
 def t5(kind: str = "T5", **changes: Any) -> Any:
     sizes = {"d_model": 4096, "d_ff": 10240, "num_heads": 64, "num_layers": 24, "feed_forward_proj": "gated-gelu"}
     config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
     return getattr(transformers, f"{kind}EncoderModel")(config)
 
 
+@cache
 def clip(kind: str = "CLIPTextModelWithProjection", *, large: bool = False) -> Any:
     sizes = (1280, 5120, 32, 20) if large else (768, 3072, 12, 12)
     names = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
@@ -122,12 +126,14 @@ QWEN25 = {
 }
 
 
+@cache
 def qwen25_vl() -> Any:
     vision = {"hidden_size": 1280, "out_hidden_size": 3584}
     config = transformers.Qwen2_5_VLConfig(text_config=QWEN25, vision_config=vision)
     return transformers.Qwen2_5_VLForConditionalGeneration(config)
 
 
+@cache
 def qwen3(kind: str) -> Any:
     config = transformers.Qwen3Config(
         hidden_size=2560, intermediate_size=9728, num_hidden_layers=36, num_key_value_heads=8, tie_word_embeddings=True
@@ -135,6 +141,7 @@ def qwen3(kind: str) -> Any:
     return getattr(transformers, kind)(config)
 
 
+@cache
 def gemma3() -> Any:
     text = {"hidden_size": 3840, "intermediate_size": 15360, "num_hidden_layers": 48, "num_attention_heads": 16}
     vision = {"hidden_size": 1152, "intermediate_size": 4304, "num_hidden_layers": 27, "num_attention_heads": 16}
@@ -145,6 +152,7 @@ def gemma3() -> Any:
     return transformers.Gemma3ForConditionalGeneration(config)
 
 
+@cache
 def qwen3_vl() -> Any:
     vision = {"depth": 24, "hidden_size": 1024, "intermediate_size": 4096, "out_hidden_size": 2560}
     text = {"hidden_size": 2560, "intermediate_size": 9728, "num_hidden_layers": 36, "num_attention_heads": 32}
@@ -155,6 +163,7 @@ def qwen3_vl() -> Any:
     return transformers.Qwen3VLModel(config)
 
 
+@cache
 def large_qwen3_vl() -> Any:
     text = {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32}
     text |= {"num_key_value_heads": 8, "head_dim": 128}
@@ -162,10 +171,12 @@ def large_qwen3_vl() -> Any:
     return transformers.Qwen3VLForConditionalGeneration(config)
 
 
+@cache
 def gemma() -> Any:
     return transformers.Gemma2Model(transformers.Gemma2Config())
 
 
+@cache
 def kl(latents: int, widths: tuple[int, ...] = (128, 256, 512, 512), layers: int = 2, attention: bool = True) -> Any:
     return diffusers.AutoencoderKL(
         block_out_channels=widths,
@@ -440,6 +451,19 @@ EXPECTED: dict[str, Expected] = {
         2 * square(40 * 128, 40 * 8),
     ),
 }
+COUNTED: dict[str, int] = {}
+"""Parameters of components, by their class and configuration: several models have the same encoder or VAE."""
+
+
+def built_parameters(blueprint: Blueprint, name: str) -> int:
+    """Parameters of a component as a plan builds it."""
+    described = repr((blueprint.classes[name], blueprint.configs[f"{name}/config.json"]))
+    if described not in COUNTED:
+        with torch.device("meta"):
+            COUNTED[described] = count_parameters(blueprint.build(name))
+    return COUNTED[described]
+
+
 EXPECTED["qwen_edit_branchgrpo"] = EXPECTED["qwen_image_t2i_branchgrpo"]
 EXPECTED["klein_edit_branchgrpo"] = EXPECTED["klein_t2i_branchgrpo"]
 
@@ -451,7 +475,7 @@ def test_the_sizes_that_a_plan_has_are_those_of_the_model(name: str, kept: Modul
     adapter = Diffusers(DiffusersConfig(**recipe.model.options))
     with torch.device("meta"):
         denoiser, frozen = expected.denoiser(), expected.frozen()
-        read = {kind: count_parameters(adapter.blueprint.build(kind)) for kind in adapter.blueprint.classes}
+    read = {kind: built_parameters(adapter.blueprint, kind) for kind in adapter.blueprint.classes}
     numbers = sum(parameter.numel() for parameter in denoiser.parameters())
     others = sum(parameter.numel() for module in frozen for parameter in module.parameters())
     assert found.denoiser_parameters == sum(read.pop(kind) for kind in adapter.denoiser_names) == numbers
@@ -496,7 +520,7 @@ def test_a_published_model_is_measured_offline(kept: ModuleType) -> None:
 def test_a_recipe_trains_its_small_version(name: str, tmp_path: Path) -> None:
     """The others are trained by test_gpu_runs.py, with their held-out figures."""
     changes = {"tree.steps": 3, "tree.splits": [0], "batch.prompts": 1, "evaluation": None, "run.sample_prompts": 1}
-    with constants_of(name):
+    with constants_of(name), planned_with_weights(small_family(name)):
         result = train(name, {"run.iterations": 1, **changes}, smoke=True, output=tmp_path / "run")
     assert result.finished and result.iterations == 1
     (row,) = metrics(tmp_path / "run")
