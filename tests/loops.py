@@ -96,11 +96,12 @@ def require_gradients_alone(driver: PipelineDriver, packed: Mapping[str, Tensor]
         torch.testing.assert_close(value, alone[name], rtol=1e-3, atol=1e-5 * scale)
 
 
-def require_own_loop(family: Small, pipeline: Any, tolerance: float = 1e-5) -> None:
-    """Compare one prompt's deterministic rollout with the pipeline's own loop."""
+def require_own_loop(family: Small, pipeline: Any, driver: PipelineDriver, tolerance: float = 1e-5) -> None:
+    """Compare one prompt's deterministic rollout with the own loop of ``pipeline``, which ``driver`` drives."""
     steps, seed = 4, 5
     plain = with_plain_solver(pipeline)
-    driver = made_driver(family, plain)
+    if plain is not pipeline:
+        driver = made_driver(family, plain)
     asked = ask(family, PROMPTS[0])
     one = driver.encode(asked)
     state = driver.noise(past_images(family, torch.Generator().manual_seed(seed)))[None]

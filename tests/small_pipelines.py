@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,6 +16,12 @@ from branchtree_adapters.any_pipeline.asking import Asked
 from branchtree_adapters.small.components import decoder_text, qwen3_vl
 from branchtree_adapters.small.pipelines import PIPELINES, Small
 from PIL import Image
+
+SMALLER: Mapping[str, Mapping[str, Any]] = {
+    "HunyuanVideo15Pipeline": {"tokenizer_max_length": 400, "tokenizer_2_max_length": 32},
+    "Kandinsky5T2IPipeline": {"resolutions": [(32, 32)]},
+}
+"""Attributes that constructors of pipelines set for large models, and what is enough for small ones."""
 
 
 def picture(name: str) -> Image.Image:
@@ -62,10 +68,14 @@ def options_of(family: Small, path: str) -> dict[str, Any]:
 
 @contextmanager
 def small_constants(family: Small) -> Iterator[None]:
-    """A context in which the constants of a pipeline's module are those that its small model needs."""
+    """A context in which the constants of a pipeline and its module are those that its small model needs."""
+    kind = getattr(diffusers, family.pipeline)
     with pytest.MonkeyPatch.context() as patch:
         for name, value in family.constants.items():
-            patch.setattr(sys.modules[getattr(diffusers, family.pipeline).__module__], name, value)
+            patch.setattr(sys.modules[kind.__module__], name, value)
+        for name, value in SMALLER.get(family.pipeline, {}).items():
+            fixed = property(lambda pipeline, value=value: value, lambda pipeline, large: None)
+            patch.setattr(kind, name, fixed, raising=False)
         yield
 
 

@@ -88,7 +88,6 @@ def test_a_prediction_is_freed_with_its_graph(driver: PipelineDriver, packed: Ma
         kept.append(weakref.ref(next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))))
 
     hooks = [module.register_forward_hook(note) for module in driver.denoisers.values()]
-    gc.collect()
     gc.disable()
     try:
         predicted = driver.predict(states(driver), torch.tensor(LEVELS), packed)
@@ -103,9 +102,9 @@ def test_a_prediction_is_freed_with_its_graph(driver: PipelineDriver, packed: Ma
             hook.remove()
 
 
-def test_the_loop_is_the_pipelines_own(family: Small, pipeline: Any) -> None:
+def test_the_loop_is_the_pipelines_own(family: Small, pipeline: Any, driver: PipelineDriver) -> None:
     """With Euler's method, or DDIM's where noise is predicted; other schedulers take other steps."""
-    require_own_loop(family, pipeline)
+    require_own_loop(family, pipeline, driver)
 
 
 def test_samples_are_decoded_as_alone(driver: PipelineDriver, packed: Mapping[str, Tensor]) -> None:

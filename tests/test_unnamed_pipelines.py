@@ -120,16 +120,16 @@ def test_samples_are_decoded_as_alone(driver: PipelineDriver, packed: Mapping[st
     require_decoded_alone(driver, packed, tolerance=5e-5)
 
 
-def test_the_loop_is_the_pipelines_own(family: Small, pipeline: Any) -> None:
+def test_the_loop_is_the_pipelines_own(family: Small, pipeline: Any, driver: PipelineDriver) -> None:
     if family.pipeline in OWN_SCHEDULER:
-        require_own_scheduler(family, pipeline)
+        require_own_scheduler(family, pipeline, driver)
     else:
-        require_own_loop(family, pipeline, TOLERANCES.get(family.pipeline, 1e-5))
+        require_own_loop(family, pipeline, driver, TOLERANCES.get(family.pipeline, 1e-5))
 
 
-def require_own_scheduler(family: Small, pipeline: Any, steps: int = 4) -> None:
+def require_own_scheduler(family: Small, pipeline: Any, driver: PipelineDriver, steps: int = 4) -> None:
     """Compare a rollout by the pipeline's own scheduler with its own loop, noise included."""
-    driver, asked, generator = made_driver(family, pipeline), ask(family, PROMPTS[0]), torch.Generator().manual_seed(5)
+    asked, generator = ask(family, PROMPTS[0]), torch.Generator().manual_seed(5)
     expected = pipeline(
         prompt=asked.prompt,
         num_inference_steps=steps,
