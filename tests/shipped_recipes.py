@@ -33,9 +33,7 @@ def _one_of_each(names: Collection[str]) -> list[str]:
 
 ON_GPU = [
     *_one_of_each(WRITTEN_BY_HAND),
-    "qwen_edit_branchgrpo",
-    "sana_t2i_branchgrpo",
-    "ltx_t2v_branchgrpo",
+    "flux_kontext_edit_branchgrpo",
 ]
 """Those that test_gpu_runs.py trains on the pretended GPU; all others are trained on a CPU."""
 

@@ -18,7 +18,7 @@ from tiny_wan import FRAMES, SIZE, Kind, tiny_wan, write_frame
 
 from branchtree.plugins import Condition
 from branchtree.plugins.registry import registry
-from branchtree.testing import AdapterCase, ModelAdapterPromises, TrainingPromises
+from branchtree.testing import AdapterCase, LoadingPromises, SamplingPromises, TrainingPromises, WeightPromises
 
 PROMPTS = ("a seven", "a three", "a one", "a five")
 BRIGHTNESS = """
@@ -112,8 +112,17 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return CASES[request.param](tmp_path_factory.mktemp(request.param))
 
 
-class TestMethods(ModelAdapterPromises):
+class TestSampling(LoadingPromises, SamplingPromises):
     """Of every adapter, in every use of it."""
+
+
+class TestWeights(WeightPromises):
+    """Of each architecture; all have the methods of their adapter, and the last of Wan's also an image encoder."""
+
+    @pytest.fixture(scope="class", params=["flux", "wan-both-frames"])
+    @classmethod
+    def case(cls, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> AdapterCase:
+        return CASES[request.param](tmp_path_factory.mktemp(request.param))
 
 
 class TestRuns(TrainingPromises):

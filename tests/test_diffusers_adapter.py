@@ -19,7 +19,7 @@ from branchtree_adapters.any_pipeline.adapter import Diffusers, DiffusersConfig
 from branchtree_adapters.any_pipeline.linear_inputs import make_contiguous
 from branchtree_adapters.pipeline.sources import _small, locate_pipeline
 from branchtree_adapters.small.pipelines import PIPELINES
-from pipeline_checks import case_of
+from pipeline_checks import case_of, planned_with_weights
 from small_pipelines import options, small_constants
 from torch import distributed as dist
 from torch import nn
@@ -30,14 +30,16 @@ from branchtree.errors import ModelError, RecipeError
 from branchtree.plugins import Condition
 from branchtree.recipe.schema import Recipe
 from branchtree.run.directory import METRICS
-from branchtree.testing import AdapterCase, ModelAdapterPromises
+from branchtree.testing import AdapterCase, LoadingPromises, SamplingPromises, WeightPromises
 from branchtree.testing.probe import CPU
 
 PROMPTS = ["a red three", "seven blue", "a digit"]
-PROMISED = ["sdxl", "wan_experts", "z_image"]
+ALL_FAMILIES = "BRANCHTREE_ALL_FAMILIES" in os.environ
+SAMPLED = list(PIPELINES) if ALL_FAMILIES else ["sd15", "wan_experts", "z_image"]
 """Families of each kind: a U-Net that predicts noise, two transformers, lists in place of batches.
 BRANCHTREE_ALL_FAMILIES=1 takes all; what each gives is held by test_any_pipeline.py and test_every_pipeline.py."""
-FAMILIES = list(PIPELINES) if os.environ.get("BRANCHTREE_ALL_FAMILIES") else PROMISED
+STORED = list(PIPELINES) if ALL_FAMILIES else ["sd15", "wan_experts"]
+"""Those whose weights are saved, restored and exported in ways of their own."""
 ROUNDING = {name: {torch.float32: 1e-4, torch.bfloat16: 5e-2} for name in ("kandinsky5", "kandinsky5_video")}
 """By family, how far a row may differ between batches where the bare transformer itself, given the same row alone and
 beside another, differs by 2e-5 of the largest number, which guidance multiplies."""
@@ -45,14 +47,27 @@ MOCHI = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # its 
 SMALL = {"run.iterations": 2, "run.sample_prompts": 1, "tree.steps": 6, "tree.splits": [0, 2], "evaluation": None}
 
 
+def promised(name: str, folder: Path) -> AdapterCase:
+    family = PIPELINES[name]
+    case = case_of(family, options(name), folder)
+    return replace(case, tolerance=ROUNDING.get(name, case.tolerance))
+
+
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
-class TestPromises(ModelAdapterPromises):
-    @pytest.fixture(scope="class", params=FAMILIES)
+class TestSampling(LoadingPromises, SamplingPromises):
+    @pytest.fixture(scope="class", params=SAMPLED)
+    def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterCase]:
+        with small_constants(PIPELINES[request.param]):
+            yield promised(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+class TestWeights(WeightPromises):
+    @pytest.fixture(scope="class", params=STORED)
     def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterCase]:
         family = PIPELINES[request.param]
-        with small_constants(family):
-            case = case_of(family, options(request.param), tmp_path_factory.mktemp(request.param))
-            yield replace(case, tolerance=ROUNDING.get(request.param, case.tolerance))
+        with small_constants(family), planned_with_weights(family):
+            yield promised(request.param, tmp_path_factory.mktemp(request.param))
 
 
 @pytest.mark.parametrize("pipeline", ["GlmImagePipeline", "HiDreamImagePipeline"])

@@ -19,7 +19,7 @@ from branchtree_rewards.motion.reward import (
     MotionDisplacement,
     MotionSmoothness,
 )
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from strategies import thorough
@@ -78,10 +78,10 @@ def scores(reward: Reward, videos: Tensor, conditions: Sequence[Condition]) -> T
 @each_reward
 def test_every_spoilt_clip_scores_below_every_real_one(name: str, measure: str) -> None:
     reward = loaded(name, measure)
-    real = clips.digit_clips(48, seed=1)
+    real = clips.digit_clips(24, seed=1)
     lowest = scores(reward, real.videos, told(real.directions)).min()
     if name == "motion_smoothness":
-        bouncing = clips.digit_clips(48, seed=2, bounces=True)
+        bouncing = clips.digit_clips(24, seed=2, bounces=True)
         lowest = torch.minimum(lowest, scores(reward, bouncing.videos, told(bouncing.directions)).min())
     assert lowest > 0.5
     for how, videos in clips.broken(real, seed=3).items():
@@ -102,7 +102,7 @@ def test_a_bounce_costs_little_and_slower_motion_more(measure: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("scene", "size", "frames", "speed"), [("patch", (64, 96), 33, 1.2), ("pan", (120, 208), 17, 2.0)]
+    ("scene", "size", "frames", "speed"), [("patch", (64, 96), 17, 1.2), ("pan", (96, 160), 13, 2.0)]
 )
 def test_textured_scenes_are_ordered_too(scene: str, size: tuple[int, int], frames: int, speed: float) -> None:
     path = clips.line((speed, 0.0), frames, start=(-speed * frames * 0.4, 0.0))
@@ -193,10 +193,10 @@ def test_brightness_channels_and_place_matter_little(name: str, measure: str) ->
 
 @each_measure
 def test_larger_frames_score_like_small_ones(measure: str) -> None:
-    reward, real = loaded("motion_smoothness", measure), clips.digit_clips(16, seed=11)
+    reward, real = loaded("motion_smoothness", measure), clips.digit_clips(6, seed=11)
     larger = torch.nn.functional.interpolate(real.videos.flatten(0, 1), scale_factor=8, mode="bilinear")
     small = scores(reward, real.videos, told(real.directions))
-    assert torch.allclose(scores(reward, larger.unflatten(0, (16, 9)), told(real.directions)), small, atol=0.1)
+    assert torch.allclose(scores(reward, larger.unflatten(0, (6, 9)), told(real.directions)), small, atol=0.1)
 
 
 def test_the_measures_are_the_ones_named() -> None:
@@ -282,7 +282,7 @@ def test_a_blank_video_scores_least(name: str, measure: str, grey: float) -> Non
 @each_measure
 @each_reward
 @given(data=st.data())
-@thorough
+@settings(thorough, max_examples=25)
 def test_scores_are_from_0_to_1_on_any_video(name: str, measure: str, data: st.DataObject) -> None:
     shape = [data.draw(st.integers(low, high)) for low, high in ((1, 2), (3, 12), (1, 4), (8, 20), (8, 20))]
     source = torch.Generator().manual_seed(data.draw(st.integers(0, 2**32)))

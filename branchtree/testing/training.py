@@ -45,7 +45,7 @@ TREES: Mapping[str, Mapping[str, Any]] = {
     "mix": {"tree.splits": "dense", "tree.sde": "window"},
     "single": {"tree.splits": "single", "tree.branches": 4, "run.precision": "bf16"},
 }
-"""Trees of twelve steps. Each precision comes with and without LoRA, if the model takes it."""
+"""Trees of eight steps. Each precision comes with and without LoRA, if the model takes it."""
 WITH_LORA = ("mix", "single")
 
 LONGER: Mapping[str, Any] = {
@@ -103,7 +103,7 @@ class TrainingPromises:
     ) -> MeasuredIterations:
         """Two iterations of a tree, with a hook on the denoiser."""
         lora = case.lora is not None and request.param in WITH_LORA
-        recipe = case.recipe({"tree.steps": 12, **TREES[request.param]}, lora=lora)
+        recipe = case.recipe({"tree.steps": 8, **TREES[request.param]}, lora=lora)
         return _measure(recipe, tmp_path_factory.mktemp(request.param) / "run")
 
     @pytest.fixture(scope="class", params=["full", "lora"])
