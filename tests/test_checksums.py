@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,8 @@ from branchtree.run.manifest import write_manifest
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "vae").mkdir()
     (tmp_path / "vae/weights").write_bytes(bytes(range(256)))
-    (tmp_path / "README.md").write_text("text")
+    (tmp_path / "config").write_text("text")
+    (tmp_path / "README.md").write_text("a card")
     return tmp_path
 
 
@@ -34,7 +36,7 @@ def test_what_is_written_is_what_sha256sum_writes_and_checks(folder: Path) -> No
     command = shutil.which("sha256sum")
     if command is None:
         pytest.skip("sha256sum is not installed")
-    names = ["README.md", "vae/weights"]
+    names = ["README.md", "config", "vae/weights"]
     written = subprocess.run([command, *names], cwd=folder, check=True, capture_output=True).stdout
     assert (folder / SUMS).read_bytes() == written
     subprocess.run([command, "--check", "--strict", SUMS], cwd=folder, check=True, capture_output=True)
@@ -48,21 +50,28 @@ def test_a_flipped_bit_and_a_missing_file_are_refused_by_name(folder: Path, list
     flip(folder / "vae/weights")
     with pytest.raises(RewardError, match=r"vae/weights: is damaged or was changed"):
         verify_checksums(folder, RewardError)
-    verify_checksums(folder, RewardError, read=["README.md"])
+    verify_checksums(folder, RewardError, read=["config"])
     (folder / "vae/weights").unlink()
     with pytest.raises(ModelError, match=r"vae/weights: is missing"):
         verify_checksums(folder, ModelError, read=["vae"])
 
 
+@pytest.mark.parametrize("list_files", [write_checksums, write_manifest])
+def test_a_card_may_be_edited(folder: Path, list_files: Callable[[Path], None]) -> None:
+    list_files(folder)
+    flip(folder / "README.md", 0)
+    verify_checksums(folder, ModelError)
+
+
 def test_lists_of_other_hands_are_understood(folder: Path) -> None:
     write_checksums(folder)
-    digest, other = (line.split()[0] for line in (folder / SUMS).read_text().splitlines())
+    _, digest, other = (line.split()[0] for line in (folder / SUMS).read_text().splitlines())
     empty = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
-    text = f"\ufeff{digest.upper()} *./README.md\r\n\r\n{other}  ./vae/weights\r\n{empty}  ./{SUMS}\r\n"
+    text = f"\ufeff{digest.upper()} *./config\r\n\r\n{other}  ./vae/weights\r\n{empty}  ./{SUMS}\r\n"
     (folder / SUMS).write_bytes(text.encode())
     verify_checksums(folder, ModelError)
-    flip(folder / "README.md", 0)
-    with pytest.raises(ModelError, match="README"):
+    flip(folder / "config", 0)
+    with pytest.raises(ModelError, match="config"):
         verify_checksums(folder, ModelError)
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from branchtree_adapters.flux import Flux
 from pretend_gpu import pretend_gpu
 from shipped_recipes import DRIVEN, ON_GPU, constants_of, require_shipped
 from tiny_flux import tiny_flux
 from tiny_wan import tiny_wan
+from torch import nn
 from training_runs import iterated, metrics, opened, shortened, small
 
 from branchtree import evaluate, load_recipe, train
+from branchtree.plugins.values import Condition, Conditioning
 from branchtree.recipe.build import make_model
 from branchtree.recipe.load import method_names
 
@@ -81,6 +85,12 @@ FEATURES: dict[str, dict[str, Any]] = {
         "loss__kl": 0.1,
         "run__gradient_checkpointing": True,
     },
+    "encoders alone on the device, quantised weights": {
+        "run__encode_alone": True,
+        "lora__rank": 2,
+        "model__quantize": "int8",
+        "run__iterations": 2,
+    },
     "a solver on states on the host, in small batches": {
         "tree__solver": "dpm2m",
         "tree__sde": "splits",
@@ -96,6 +106,34 @@ FEATURES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("feature", FEATURES)
 def test_a_feature_gives_the_same_figures_on_a_gpu(feature: str, flux: Path, tmp_path: Path) -> None:
     on_both("quickstart", small(flux, **{"run__iterations": 1, **FEATURES[feature]}), tmp_path)
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_encoders_are_alone_on_a_gpu_where_a_recipe_asks(
+    alone: bool, flux: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside: list[set[str]] = []
+
+    def encode(adapter: Flux, conditions: Sequence[Condition]) -> Conditioning:
+        encoded = encode_as_before(adapter, conditions)
+        beside.append(devices(adapter.denoiser))
+        assert devices(adapter.pipeline.text_encoder) == devices(adapter.pipeline.text_encoder_2) == {"cuda"}
+        return encoded
+
+    encode_as_before = Flux.encode
+    monkeypatch.setattr(Flux, "encode", encode)
+    changes = small(flux, run__encode_alone=alone, run__iterations=2, loss__kl=0.1, lora__rank=2)
+    with pretend_gpu():
+        session = opened("quickstart", changes, tmp_path / "run")
+        iterated(session)
+        adapter = session.inputs.model
+        assert isinstance(adapter, Flux)
+        assert beside and all(found == {"cpu" if alone else "cuda"} for found in beside)
+        assert devices(adapter.denoiser) == {"cuda"} and devices(adapter.pipeline.text_encoder) == {"cpu"}
+
+
+def devices(module: nn.Module) -> set[str]:
+    return {parameter.device.type for parameter in module.parameters()}
 
 
 @pytest.mark.parametrize("lora", [None, {"rank": 2}])

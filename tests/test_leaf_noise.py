@@ -166,15 +166,16 @@ def test_a_comparison_states_the_noise_and_warns_of_a_row_with_little(
     run: Callable[..., tuple[str, str]], tmp_path: Path
 ) -> None:
     words = ["--iterations", "1", "--seeds", "0", *QUICK]
-    methods = ["unicycle+branchgrpo@name=dense", "unicycle+dancegrpo@name=paths", "unicycle@name=one"]
+    methods = ["unicycle+branchgrpo@name=dense", "unicycle+dancegrpo@name=paths"]
+    methods += ["unicycle@name=one", "unicycle@name=two,optim.lr=1e-4"]
     out, err = run("compare", *methods, *words, "--output", str(tmp_path / "warned"))
     assert "noise / leaf" in out
     saved = json.loads((tmp_path / "warned" / "compare.json").read_text())
     stated = {row["row"]: row["runs"][0]["work"]["leaf_noise"] for row in saved["results"]}
     dense, single = 0.8 * math.sqrt(11 / 12), 0.8 * math.sqrt(1 / 12)
-    assert stated == pytest.approx({"dense": dense, "paths": dense, "one": single}, rel=1e-5)
+    assert stated == pytest.approx({"dense": dense, "paths": dense, "one": single, "two": single}, rel=1e-5)
     assert err.count("a prompt's leaves differ") == 1
-    assert "by a noise of 0.231 under 'one', and of 0.766 under the others (their median)" in err
+    assert "by a noise of 0.231 under 'one', 'two', and of 0.766 under the others (their median)" in err
     assert "sampler.eta=2.65 in place of 0.8 injects as much" in err
     equal = [methods[0], "unicycle@name=one,sampler.eta=2.65"]
     _, err = run("compare", *equal, *words, "--output", str(tmp_path / "silent"))

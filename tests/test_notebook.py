@@ -6,6 +6,7 @@ import importlib
 import re
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -46,3 +47,15 @@ def test_all_files_name_the_same_version() -> None:
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
     assert (citation["version"], citation["license"]) == (project["version"], project["license"])
     assert f"## [{project['version']}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("source", "shown"),
+    [("notebooks/quickstart.ipynb", "../tutorial.html#install"), ("a.md", "../tutorial.md#install")],
+)
+def test_links_of_a_notebook_lead_to_the_sites_pages(monkeypatch: pytest.MonkeyPatch, source: str, shown: str) -> None:
+    monkeypatch.syspath_prepend(ROOT / "scripts")
+    links = importlib.import_module("notebook_links")
+    page = SimpleNamespace(file=SimpleNamespace(src_uri=source))
+    html = '<a href="https://example.org/x.md">x</a> <a href="../tutorial.md#install">tutorial</a>'
+    assert links.on_page_content(html, page=page) == html.replace("../tutorial.md#install", shown)

@@ -360,6 +360,14 @@ def test_frozen_parts_count_where_they_outweigh_the_activations() -> None:
     assert memory.device == memory.weights + memory.optimizer + memory.states + 4 * 10**6
 
 
+def test_a_denoiser_leaves_the_device_to_encoders() -> None:
+    larger = replace(SIZES, frozen_parameters=10**6)
+    beside, alone = (estimate_memory(recipe(run={"encode_alone": alone}), larger, COST) for alone in (False, True))
+    assert beside.device - alone.device == alone.host - beside.host == beside.weights == 4000
+    small = estimate_memory(recipe(run={"encode_alone": True}), SIZES, COST)
+    assert small.device == estimate_memory(recipe(), SIZES, COST).device  # activations are more than the encoders
+
+
 # --- which GPUs suffice ---
 
 
@@ -385,6 +393,8 @@ def test_the_known_gpus_rise_and_hold_less_than_their_names_say() -> None:
 
 
 CHECKPOINTING = {"run.gradient_checkpointing": True}
+ALONE = {"run.encode_alone": True}
+LEAST = {"lora.rank": 64, "run.precision": "bf16", **CHECKPOINTING}
 
 
 # Full training in float32: weights 4000, gradients and moments 12000, states 880, frozen parts 2000 at work, and
@@ -401,13 +411,19 @@ CHECKPOINTING = {"run.gradient_checkpointing": True}
         (26479, {"batch.update_rows": 2}),
         (19280, {"batch.update_rows": 1}),
         (18400, {"batch.states": "host", "batch.update_rows": 1}),
-        (18399, {**CHECKPOINTING, "batch.states": "host"}),
+        (18399, {**CHECKPOINTING, **ALONE}),
+        (18320, {**CHECKPOINTING, **ALONE}),
+        (18319, {**CHECKPOINTING, "batch.states": "host"}),
         (18000, {**CHECKPOINTING, "batch.states": "host"}),
-        (17999, {"lora.rank": 64, "batch.update_rows": 2}),
+        (17999, {**CHECKPOINTING, "batch.states": "host", **ALONE}),
+        (17440, {**CHECKPOINTING, "batch.states": "host", **ALONE}),
+        (17439, {**CHECKPOINTING, "batch.update_rows": 2, **ALONE}),
         (11168 + 2000, {"lora.rank": 64, **CHECKPOINTING, "batch.states": "host"}),
-        (11168 + 1999, {"lora.rank": 64, "run.precision": "bf16", "batch.update_rows": 2}),
-        (9168 + 1000, {"lora.rank": 64, "run.precision": "bf16", **CHECKPOINTING, "batch.states": "host"}),
-        (9168 + 999, None),
+        (11168 + 1999, {"lora.rank": 64, **CHECKPOINTING, "batch.states": "host", **ALONE}),
+        (9168 + 1000, {**LEAST, "batch.states": "host"}),
+        (9168 + 999, {**LEAST, "batch.states": "host", **ALONE}),
+        (9168 + 120, {**LEAST, "batch.states": "host", "batch.update_rows": 1, **ALONE}),
+        (9168 + 119, None),
     ],
 )  # fmt: skip
 def test_the_cheapest_changes_are_found(usable: int, changes: dict[str, Any] | None) -> None:
@@ -449,7 +465,9 @@ def test_what_is_on_already_is_not_asked_for() -> None:
         "lora": {"rank": 1},
     }
     assert cheapest(2000 + 16 * 7 + 1000, **settings) == {}
-    assert cheapest(2000 + 16 * 7 + 999, **settings) is None
+    assert cheapest(2000 + 16 * 7 + 999, **settings) == ALONE
+    settings["run"]["encode_alone"] = True
+    assert cheapest(2000 + 16 * 7 + 119, **settings) is None
 
 
 def test_lora_is_not_asked_of_a_model_without_it() -> None:

@@ -283,6 +283,12 @@ def test_processes_need_prompts(card: Callable[[float, float], None], tmp_path: 
         train(FLUX, {**PLAIN, "batch.prompts": 1}, output=tmp_path / "run")
 
 
+def test_what_cannot_be_sharded_is_switched_off(card: Callable[[float, float], None], tmp_path: Path) -> None:
+    card(79.1, 78.5)
+    with pytest.raises(DeviceMemoryError, match=r"FSDP2 over 4 such GPUs .*, with .*run\.encode_alone=false"):
+        train(FLUX, {**PLAIN, "run.encode_alone": True}, output=tmp_path / "run")
+
+
 def test_a_reward_that_judges_and_trains_counts_once() -> None:
     one = {"reward": "hps", "path": "random:small"}
     evaluation = {"prompts": ["a"], "rewards": [one, {"reward": "hps", "version": "v2.0", "label": "older"}]}

@@ -283,11 +283,16 @@ def test_deepspeed_is_refused(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_
         train("quickstart", small(model), output=tmp_path / "run")
 
 
-def test_sharding_over_one_process_is_refused(monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("changes", "said"), [({}, "there is only one"), ({"run__encode_alone": True}, r"run\.encode_alone.*set it")]
+)
+def test_sharding_that_cannot_be_is_refused(
+    monkeypatch: pytest.MonkeyPatch, model: Path, tmp_path: Path, changes: dict[str, Any], said: str
+) -> None:
     monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
     monkeypatch.setenv("FSDP_VERSION", "2")
-    with pytest.raises(RecipeError, match="there is only one"):
-        train("quickstart", small(model), output=tmp_path / "run")
+    with pytest.raises(RecipeError, match=said):
+        train("quickstart", small(model, **changes), output=tmp_path / "run")
 
 
 @pytest.mark.parametrize(

@@ -186,6 +186,17 @@ def test_weights_that_are_not_as_their_run_wrote_them_are_refused(model: Path, f
             flux(model, **{**changes, "model.start": str(start)})
 
 
+def test_the_card_of_the_run_that_it_starts_from_may_be_edited(model: Path, first: Path, tmp_path: Path) -> None:
+    before, run = tmp_path / "before", tmp_path / "run"
+    shutil.copytree(first, before)
+    changes = lora(model, evaluation=None)
+    for iterations in (1, 2):
+        with (before / "final/README.md").open("a") as card:
+            card.write("Made for my friends.\n")
+        train("quickstart", {**changes, "run.iterations": iterations}, output=run, start=before, resume=iterations == 2)
+    assert [row["iteration"] for row in metrics(run)] == [0, 1]
+
+
 def test_a_frozen_copy_has_the_frozen_weights_in_common(model: Path) -> None:
     adapter = flux(model)
     copy = frozen_copy(adapter.denoiser)

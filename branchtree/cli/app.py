@@ -54,6 +54,8 @@ def _options(verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Log 
     log = logging.getLogger("branchtree")
     log.handlers = [handler]
     log.setLevel(logging.INFO if verbose else logging.WARNING)
+    # It warns at every import of peft that a kernel for inference on a CPU is missing, which nothing here runs.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 @app.command()

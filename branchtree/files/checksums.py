@@ -15,11 +15,13 @@ from branchtree.files.json_lines import parse_json
 from branchtree.files.reading import failure_reason, read_text
 
 SUMS, MANIFEST = "SHA256SUMS", "manifest.json"
+CARD = "README.md"
+"""A model's card is not compared: no model is read from it, and a person may edit it."""
 _LINE = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 
 
 def verify_checksums(folder: Path, kind: type[BranchTreeError], read: Collection[str] | None = None) -> None:
-    """Compare the files of ``folder`` with the digests listed in it; without a list nothing is compared.
+    """Compare the files of ``folder``, but its card, with the digests listed in it; without a list nothing is compared.
 
     Args:
         folder: A folder with ``SHA256SUMS``, or with the ``manifest.json`` that a run writes.
@@ -35,6 +37,8 @@ def verify_checksums(folder: Path, kind: type[BranchTreeError], read: Collection
     text = read_text(listing, kind)
     digests = _from_sums(listing, text, kind) if listing.name == SUMS else _from_manifest(listing, text, kind)
     for name, wanted in digests.items():
+        if name == CARD:
+            continue
         if read is not None and not any(PurePosixPath(name).is_relative_to(one) for one in read):
             continue
         file = folder / name

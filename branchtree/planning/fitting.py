@@ -52,26 +52,28 @@ def cheapest_changes(
 ) -> Changes | None:
     """Return the cheapest changes with which training needs at most ``budget`` bytes of a device; None if none help.
 
-    Sets of changes are ordered by their costliest member. From cheap to costly: states on the host, smaller batches,
-    gradient checkpointing (a third more work), bfloat16, LoRA, which trains fewer weights, and the weights that it
-    freezes in 8 or 4 bits.
+    Sets of changes are ordered by their costliest member. From cheap to costly: the denoiser on the host while prompts
+    are encoded, states on the host, smaller batches, gradient checkpointing (a third more work), bfloat16, LoRA, which
+    trains fewer weights, and the weights that it freezes in 8 or 4 bits.
     """
 
     def estimate(changed: Recipe) -> MemoryEstimate:
         return estimate_memory(changed, footprint, cost, surroundings)
 
     hosts = _optional({"batch.states": "host"}, recipe.batch.states == "device")
-    batches = _batches(recipe, footprint, cost)
-    combined = product(_costly(recipe, footprint), (False, True), hosts)
-    options = (({**host, **costly}, limited) for costly, limited, host in combined)
+    batches, alone = _batches(recipe, footprint, cost), _alone(recipe, surroundings)
+    combined = product(_costly(recipe, footprint), (False, True), hosts, alone)
+    options = (({**host, **costly, **left}, limited) for costly, limited, host, left in combined)
     return _first(recipe, estimate, budget, options, batches)
 
 
 def cheapest_evaluation(recipe: Recipe, estimate: Estimate, budget: int) -> Changes | None:
-    """Do the same for an evaluation, where fewer samples at a time and, under LoRA, bfloat16 can help."""
+    """Do the same for an evaluation; fewer samples at a time, encoders alone and, under LoRA, bfloat16 can help."""
     reduced = _optional({"run.precision": "bf16"}, recipe.lora is not None and recipe.run.precision != "bf16")
     batches = {"evaluation.rows": recipe.evaluation.rows} if recipe.evaluation else {}
-    return _first(recipe, estimate, budget, product(reduced, (False, True)), batches)
+    combined = product(reduced, (False, True), _alone(recipe, ALONE))
+    options = (({**fewer, **left}, limited) for fewer, limited, left in combined)
+    return _first(recipe, estimate, budget, options, batches)
 
 
 def open_limits(
@@ -141,6 +143,10 @@ def _frozen(recipe: Recipe, footprint: Footprint) -> list[Changes]:
     quantizes = recipe.model.quantize is None and footprint.quantizable is not None
     fewer = [{**lora, "model.quantize": kind} for kind in ("int8", "int4") if quantizes]
     return [*_optional(lora, bool(lora)), *fewer]
+
+
+def _alone(recipe: Recipe, surroundings: Surroundings) -> list[Changes]:
+    return _optional({"run.encode_alone": True}, not recipe.run.encode_alone and not surroundings.sharded)
 
 
 def _optional(changes: Changes, possible: bool) -> list[Changes]:

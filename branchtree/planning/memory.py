@@ -59,6 +59,7 @@ class MemoryEstimate:
     states_on_host: bool
     conditioning: int  # encodings of an iteration's prompts, if the model knows
     frozen: int  # encoders and decoder, on the device only while they encode
+    absent: int  # weights of the denoiser that leave the device to the encoders
     decoder: int  # weights, on the device from the first leaves until all are scored
     decoding: int  # the decoder's activations for one batch
     media: int  # decoded samples that are not scored yet
@@ -77,12 +78,15 @@ class MemoryEstimate:
     def device(self) -> int:
         """Peak on the device: encoding, gradients, rollout and decoding alternate; scoring overlaps the last two."""
         scoring = self.offloaded + max(self.forward, self.decoding)
-        return self.resident + max(self.frozen, self.decoder + self.media + max(self.activations, scoring))
+        return self.resident + max(
+            self.frozen - self.absent, self.decoder + self.media + max(self.activations, scoring)
+        )
 
     @property
     def host(self) -> int:
         """Bytes on the host."""
-        return self.frozen + self.offloaded + self.average + (self.states if self.states_on_host else 0)
+        states = self.states if self.states_on_host else 0
+        return self.frozen + self.absent + self.offloaded + self.average + states
 
     @property
     def needs(self) -> Mapping[str, int]:
@@ -126,8 +130,9 @@ def estimate_memory(
     prompts = prompts_each(recipe, surroundings.processes)
     leaves, judged = decode_rows(recipe, cost), _evaluation_rows(recipe)
     samples = max(min(PIECES * leaves, cost.leaves + leaves), PIECES * judged)
+    weights = _weights(recipe, footprint, surroundings)
     return MemoryEstimate(
-        weights=_weights(recipe, footprint, surroundings),
+        weights=weights,
         optimizer=_optimizer(recipe, footprint, surroundings),
         buckets=trained * MASTER if whole else 0,
         gathered=_gathered(recipe, footprint, surroundings),
@@ -141,6 +146,7 @@ def estimate_memory(
         states_on_host=recipe.batch.states == "host",
         conditioning=prompts * footprint.conditioning_numbers * size,
         frozen=footprint.frozen_bytes(size),
+        absent=weights if recipe.run.encode_alone and not surroundings.sharded else 0,
         decoder=_decoder(recipe, footprint),
         decoding=_decoding(recipe, footprint, max(leaves, judged)),
         media=_media(footprint, samples),
@@ -164,9 +170,9 @@ def estimate_evaluation(
     recipe: Recipe, footprint: Footprint, rows: int, surroundings: Surroundings = ALONE
 ) -> MemoryEstimate:
     """Estimate the memory of one process of an evaluation, which neither trains nor shards, with ``rows`` at a time."""
-    size = _number_bytes(recipe)
+    size, weights = _number_bytes(recipe), _weights(recipe, footprint, ALONE)
     return MemoryEstimate(
-        weights=_weights(recipe, footprint, ALONE),
+        weights=weights,
         optimizer=trained_numbers(recipe, footprint) * MASTER if recipe.lora else 0,
         buckets=0,
         gathered=0,
@@ -180,6 +186,7 @@ def estimate_evaluation(
         states_on_host=False,
         conditioning=rows * footprint.conditioning_numbers * size,
         frozen=footprint.frozen_bytes(size),
+        absent=weights if recipe.run.encode_alone else 0,
         decoder=_decoder(recipe, footprint),
         decoding=_decoding(recipe, footprint, rows),
         media=_media(footprint, PIECES * rows),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 
@@ -23,6 +23,8 @@ LOOKED_AT, PROMPTS_LOOKED_AT = 100, 16
 """Iterations of a run whose plans are looked at, and prompts under a rule of splits that does not list its draws."""
 FARTHEST, HALVINGS = 100.0, 60
 """How many times as large an equal noise level may be, and the steps of its search."""
+NAMED = 3
+"""Recipes that one warning names."""
 
 
 @dataclass(frozen=True)
@@ -34,8 +36,11 @@ class PlannedNoise:
     sampler: Sampler
     leaf: LeafNoise  # mean over the plans of the run
 
-    def too_little(self, name: str, others: str, wanted: float) -> str | None:
-        """Say what to change if leaves differ much less than by ``wanted``, as under ``others``; else None."""
+    def too_little(self, names: str, others: str, wanted: float) -> str | None:
+        """Say what to change if leaves differ much less than by ``wanted``, as under ``others``; else None.
+
+        ``names`` are those of this recipe and of others that inject the same, as they are to be written.
+        """
         own = self.leaf.differing
         if own >= MUCH_LESS * wanted:
             return None
@@ -46,7 +51,7 @@ class PlannedNoise:
             else f"sampler.eta={eta:.3g} in place of {self.recipe.sampler.level:g} injects as much"
         )
         return (
-            f"a prompt's leaves differ by a noise of {own:.3g} under '{name}', and of {wanted:.3g} under {others}; if "
+            f"a prompt's leaves differ by a noise of {own:.3g} under {names}, and of {wanted:.3g} under {others}; if "
             f"their rewards hardly differ, {change}"
         )
 
@@ -95,11 +100,23 @@ def _plans(recipe: Recipe) -> list[TreePlan]:
 
 
 def compare_noise(noises: Mapping[str, PlannedNoise]) -> list[str]:
-    """Return a warning for each recipe, by name, that makes leaves differ much less than most of the others do."""
-    warnings = []
+    """Return a warning for the recipes, by name, that make leaves differ much less than most of the others do.
+
+    Those that inject the same at the same noise level, such as the values of a grid, have one warning.
+    """
+    alike: dict[tuple[float, float], list[str]] = {}
     for name, noise in noises.items():
-        others = {other: each.leaf.differing for other, each in noises.items() if other != name}
+        alike.setdefault((noise.leaf.differing, noise.recipe.sampler.level), []).append(name)
+    warnings = []
+    for names in alike.values():
+        others = {name: noise.leaf.differing for name, noise in noises.items() if name not in names}
         if others:
             named = f"'{next(iter(others))}'" if len(others) == 1 else "the others (their median)"
-            warnings.append(noise.too_little(name, named, median(others.values())))
+            warnings.append(noises[names[0]].too_little(_listed(names), named, median(others.values())))
     return [warning for warning in warnings if warning is not None]
+
+
+def _listed(names: Sequence[str]) -> str:
+    """Return names in quotation marks, the first few of many."""
+    more = len(names) - NAMED
+    return ", ".join(f"'{name}'" for name in names[:NAMED]) + (f" and {more} more" if more > 0 else "")

@@ -98,7 +98,7 @@ class RunPlan:
         before = None if self.base is None else planned_noise(self.base)
         if self.base is None or before is None or self._planned_noise is None:
             return None
-        return self._planned_noise.too_little(self.recipe.name, f"'{self.base.name}'", before.leaf.differing)
+        return self._planned_noise.too_little(f"'{self.recipe.name}'", f"'{self.base.name}'", before.leaf.differing)
 
     @property
     def rollout_rows(self) -> int:

@@ -778,6 +778,10 @@ class RunSection(Section):
         le=1e6,
         description="The size of that folder in GiB, above which the least recently used prompts are removed.",
     )
+    encode_alone: bool = Field(
+        default=False,
+        description="Have the denoiser leave the device while encoders are there; not for sharded weights.",
+    )
     checkpoint_every: int = Field(
         default=40, ge=1, description="Iterations between checkpoints; the last iteration is always saved."
     )

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from branchtree.files.checksums import CARD
 from branchtree.plugins.scores import NamedReward
 from branchtree.plugins.values import Condition
 from branchtree.recipe.paths import local_paths
@@ -65,16 +66,19 @@ def changed_files(before: Contents, now: Contents) -> list[FileChange]:
     """Return what changed under keys that both name."""
     found = []
     for key in before.keys() & now.keys():
-        one, other = before[key], now[key]
-        files = [name for name in sorted({*one, *other}) if one.get(name) != other.get(name)]
-        if files:
+        if files := _different(before[key], now[key]):
             found.append(FileChange(key, files))
     return sorted(found, key=lambda change: change.key)
 
 
+def _different(one: Mapping[str, str], other: Mapping[str, str]) -> list[str]:
+    """Return the names under which two folders hold different files."""
+    return [name for name in sorted({*one, *other} - {CARD}) if one.get(name) != other.get(name)]
+
+
 def same_files(before: Contents, now: Contents) -> list[str]:
     """Return the keys under which all files are as before, wherever they lie by now."""
-    same = [key for key in before if before[key] == now.get(key)]
+    same = [key for key in before if key in now and not _different(before[key], now[key])]
     return [*same, *(f"{key.removesuffix('prompts')}folder" for key in same if key.endswith(".prompts"))]
 
 

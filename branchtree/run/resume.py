@@ -33,6 +33,7 @@ FREE_RUN_KEYS = (
     "trackers",
     "embeddings",
     "embeddings_gib",
+    "encode_alone",
     "timeout",
 )
 """What may change when a run is continued: it does not touch what is learnt."""

@@ -31,19 +31,28 @@ IDLE_REQUESTS = 8
 
 def open_cache(section: RunSection, model: ModelAdapter, device: torch.device) -> ConditioningCache:
     """The cache of a loaded model's encodings, on disk too where the ``run`` section asks for it."""
-    return ConditioningCache(model, CACHE_BYTES, open_store(section.embeddings, section.embeddings_gib, model, device))
+    store = open_store(section.embeddings, section.embeddings_gib, model, device)
+    return ConditioningCache(model, CACHE_BYTES, store, device if section.encode_alone else None)
 
 
 class ConditioningCache:
     """Encodes each prompt once and keeps the result on the CPU; the least recently used ones give way.
 
-    ``store`` keeps them on disk too, for the runs to come.
+    ``store`` keeps them on disk too, for the runs to come. ``alone_on`` is the device that the denoiser leaves to the
+    encoders while they work; without it the denoiser stays.
     """
 
-    def __init__(self, model: ModelAdapter, limit: int = CACHE_BYTES, store: EncodingStore | None = None) -> None:
+    def __init__(
+        self,
+        model: ModelAdapter,
+        limit: int = CACHE_BYTES,
+        store: EncodingStore | None = None,
+        alone_on: torch.device | None = None,
+    ) -> None:
         self._model = model
         self._limit = limit
         self._store = store
+        self._alone_on = alone_on
         self._idle = 0
         self._rows: OrderedDict[Key, Encoding] = OrderedDict()
         self._bytes = 0
@@ -91,10 +100,13 @@ class ConditioningCache:
             self._release()
 
     def _release(self) -> None:
-        """Have encoders that have worked leave the device."""
-        if self._encoding:
-            self._encoding = False
-            self._model.release_frozen()
+        """Have encoders that have worked leave the device, and the denoiser return that had left it to them."""
+        if not self._encoding:
+            return
+        self._encoding = False
+        self._model.release_frozen()
+        if self._alone_on is not None:
+            self._model.denoiser.to(self._alone_on)
 
     def _add(self, rows: Mapping[Key, Encoding]) -> None:
         for key, row in rows.items():
@@ -112,6 +124,10 @@ class ConditioningCache:
         self._rest(bool(unknown))
         if not unknown:
             return rows
+        if self._alone_on is not None and not self._encoding:
+            self._model.denoiser.to("cpu")
+            if self._alone_on.type == "cuda":
+                torch.cuda.empty_cache()  # the encoders' blocks are of other sizes
         self._encoding = True
         encoded = self._model.encode(list(unknown.values()))
         for i, (key, condition) in enumerate(unknown.items()):

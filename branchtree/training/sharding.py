@@ -212,6 +212,8 @@ def make_engine(
     Raises RecipeError for a configuration that is not supported.
     """
     if sharding_asked():
+        if recipe.run.encode_alone:
+            raise RecipeError("run.encode_alone: weights that FSDP shards cannot leave their devices; set it to false")
         if accelerator.num_processes == 1:
             raise RecipeError("accelerate's configuration: FSDP shards over processes, and there is only one")
         return _sharded(recipe, accelerator, denoiser, reference, make)
