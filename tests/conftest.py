@@ -27,9 +27,10 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 gc.disable()  # until all is imported, of which there is nothing to collect
 
-LONGEST = """gpu_runs diffusers_adapter phantom published every_pipeline sharding conformance denoisers training
-motion_rewards wan_adapter tokens_example compare alarm actions_example processes any_pipeline benchmarks methods
-evaluate flux_adapter limits microbatch failing_servers teams preflight errors unifiedreward guest""".split()  # noqa: SIM905
+LONGEST = """phantom gpu_runs sharding published conformance diffusers_adapter every_pipeline training any_pipeline
+denoisers motion_rewards benchmarks compare wan_adapter unnamed_pipelines limits failing_servers microbatch methods
+flux_adapter tokens_example actions_example alarm processes adaptive combinations evaluate decoders teams preflight
+errors unifiedreward guest""".split()  # noqa: SIM905
 collect_ignore = ["guest_plugin"]  # its tests need it installed; test_conformance.py runs them so
 
 

@@ -39,7 +39,7 @@ SAMPLED = list(PIPELINES) if ALL_FAMILIES else ["sd15", "wan_experts", "z_image"
 """Families of each kind: a U-Net that predicts noise, two transformers, lists in place of batches.
 BRANCHTREE_ALL_FAMILIES=1 takes all; what each gives is held by test_any_pipeline.py and test_every_pipeline.py."""
 STORED = list(PIPELINES) if ALL_FAMILIES else ["sd15", "wan_experts"]
-"""Those whose weights are saved, restored and exported in ways of their own."""
+"""Those that are loaded, saved, restored and exported in ways of their own."""
 ROUNDING = {name: {torch.float32: 1e-4, torch.bfloat16: 5e-2} for name in ("kandinsky5", "kandinsky5_video")}
 """By family, how far a row may differ between batches where the bare transformer itself, given the same row alone and
 beside another, differs by 2e-5 of the largest number, which guidance multiplies."""
@@ -54,10 +54,21 @@ def promised(name: str, folder: Path) -> AdapterCase:
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
-class TestSampling(LoadingPromises, SamplingPromises):
-    @pytest.fixture(scope="class", params=SAMPLED)
+class TestLoading(LoadingPromises):
+    """Of pipelines that are planned without weights."""
+
+    @pytest.fixture(scope="class", params=STORED)
     def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterCase]:
         with small_constants(PIPELINES[request.param]):
+            yield promised(request.param, tmp_path_factory.mktemp(request.param))
+
+
+@pytest.mark.filterwarnings("ignore:In CPU autocast")
+class TestSampling(SamplingPromises):
+    @pytest.fixture(scope="class", params=SAMPLED)
+    def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterCase]:
+        family = PIPELINES[request.param]
+        with small_constants(family), planned_with_weights(family):
             yield promised(request.param, tmp_path_factory.mktemp(request.param))
 
 
@@ -104,9 +115,9 @@ def test_the_video_quickstart_is_that_of_the_hand_written_adapter(tmp_path: Path
         assert json.loads(driven) == pytest.approx(json.loads(own), rel=1e-4, abs=1e-4, nan_ok=True)
 
 
-@pytest.mark.parametrize("name", ["sd3", "wan_experts", "wan_image_expanded", "qwen_edit_plus_two", "ltx_image"])
+@pytest.mark.parametrize("name", ["wan_image_expanded", "qwen_edit_plus_two"])
 def test_a_model_is_loaded_as_it_was_planned(name: str) -> None:
-    """Others are loaded with the recipes' small versions, and test_phantom.py holds the sizes of all."""
+    """So are the first of each class: test_phantom.py plans them as they are, and test_every_pipeline.py loads them."""
     with small_constants(PIPELINES[name]):
         model = Diffusers(DiffusersConfig(**options(name)))
         planned = model.latent_shape, model.rows_per_prediction, model.driver.example.keys()

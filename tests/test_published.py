@@ -507,7 +507,7 @@ def test_a_recipe_for_one_card_of_24_gb_leaves_room_on_it(name: str, kept: Modul
 
 
 def test_a_published_model_is_measured_offline(kept: ModuleType) -> None:
-    name = "sana_t2i_branchgrpo"
+    name = "pixart_sigma_t2i_branchgrpo"
     assert make_model(load_recipe(name)).footprint() == kept.footprint(name)
 
 

@@ -39,10 +39,11 @@ from branchtree.training.loading import make_accelerator, open_session
 from branchtree.training.metrics import gather_metrics
 from branchtree.training.policy import Policy
 
+SPLITS = [0, 3, 6]
 TREES: Mapping[str, Mapping[str, Any]] = {
-    "dense": {"tree.splits": "dense"},
-    "pruned": {"tree.splits": "dense", "pruning.kind": "parent_top1", "run.precision": "bf16"},
-    "mix": {"tree.splits": "dense", "tree.sde": "window"},
+    "whole": {"tree.splits": SPLITS},
+    "pruned": {"tree.splits": SPLITS, "pruning.kind": "parent_top1", "run.precision": "bf16"},
+    "mix": {"tree.splits": SPLITS, "tree.sde": "window"},
     "single": {"tree.splits": "single", "tree.branches": 4, "run.precision": "bf16"},
 }
 """Trees of eight steps. Each precision comes with and without LoRA, if the model takes it."""
