@@ -57,6 +57,14 @@ def pytest_collection_finish() -> None:
     gc.enable()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_waiting_for_the_disk() -> Iterator[None]:
+    """Leave files to the system's cache: those of tests need not outlive a power cut."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: None)
+        yield
+
+
 @pytest.fixture(scope="session")
 def guest_site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which the guest distribution is installed; the developer's environment is left alone."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from branchtree_adapters.any_pipeline.driver import PipelineDriver, rows_of_call
 from branchtree_adapters.any_pipeline.families import family_of
 from branchtree_adapters.any_pipeline.published import published_models
 from branchtree_adapters.small.pipelines import PIPELINES, Small
+from garbage import no_collection
 from loops import (
     LEVELS,
     PROMPTS,
@@ -88,15 +88,14 @@ def test_a_prediction_is_freed_with_its_graph(driver: PipelineDriver, packed: Ma
         kept.append(weakref.ref(next(leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor))))
 
     hooks = [module.register_forward_hook(note) for module in driver.denoisers.values()]
-    gc.disable()
     try:
-        predicted = driver.predict(states(driver), torch.tensor(LEVELS), packed)
-        assert predicted.requires_grad and kept
-        kept.append(weakref.ref(predicted))
-        del predicted
-        assert [each() for each in kept] == [None] * len(kept)
+        with no_collection():
+            predicted = driver.predict(states(driver), torch.tensor(LEVELS), packed)
+            assert predicted.requires_grad and kept
+            kept.append(weakref.ref(predicted))
+            del predicted
+            assert [each() for each in kept] == [None] * len(kept)
     finally:
-        gc.enable()
         denoiser.requires_grad_(False)
         for hook in hooks:
             hook.remove()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import json
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from branchtree_adapters.any_pipeline.measure import PeakMemory
 from branchtree_adapters.flux import FLUX_DEV
 from branchtree_adapters.pipeline.decoders import DecoderWeights, decoder_of_images, decoder_of_videos, decoder_weights
 from diffusers import AutoencoderKL, AutoencoderKLWan
+from garbage import no_collection
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -34,8 +34,7 @@ def measured(vae: Any, latents: torch.Tensor) -> tuple[float, int]:
     """Numbers alive at once that a second row adds, or of one where there is one row; and one row's operations."""
     peaks = [0]
     for rows in range(1, len(latents) + 1):
-        gc.collect()
-        with PeakMemory() as memory:
+        with no_collection(), PeakMemory() as memory:
             vae.decode(latents[:rows], return_dict=False)
         peaks.append(memory.peak)
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):

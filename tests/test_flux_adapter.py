@@ -1,4 +1,3 @@
-import gc
 import itertools
 import json
 import re
@@ -15,6 +14,7 @@ from branchtree_adapters.pipeline import sources
 from branchtree_adapters.pipeline.blueprint import count_parameters
 from branchtree_adapters.pipeline.lora_file import LORA_FILE
 from diffusers import FluxPipeline
+from garbage import no_collection
 from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from pydantic import ValidationError
@@ -340,8 +340,7 @@ def test_peak_of_a_forward_is_as_estimated(folder: Callable[..., Path]) -> None:
     adapter = load(folder(), torch.bfloat16, height=256, width=256)
     latents, conditioning, peaks = noise(adapter), adapter.encode(CONDITIONS), []
     for rows in (1, 2):
-        gc.collect()
-        with PeakMemory() as memory, torch.autocast("cpu", torch.bfloat16):
+        with no_collection(), PeakMemory() as memory, torch.autocast("cpu", torch.bfloat16):
             given = {name: value[:rows] for name, value in conditioning.items()}
             adapter.predict(latents[:rows], torch.full((rows,), 0.5), given)
         peaks.append(memory.peak)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 from collections.abc import Sequence
@@ -35,6 +36,13 @@ from branchtree.training.session import Session
 from branchtree.training.trainer import Trainer
 
 FULL = "CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about the device."
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> None:
+    """Leave what is there out of the collections by which a run frees memory where it runs out."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

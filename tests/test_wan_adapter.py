@@ -1,4 +1,3 @@
-import gc
 import itertools
 import json
 import re
@@ -15,6 +14,7 @@ import torch
 from branchtree_adapters.any_pipeline.measure import PeakMemory
 from branchtree_adapters.wan import LORA_TARGETS, Wan, WanConfig, register_models
 from diffusers import DDIMScheduler, UniPCMultistepScheduler, WanImageToVideoPipeline, WanPipeline
+from garbage import no_collection
 from PIL import Image
 from pydantic import ValidationError
 from tiny_wan import FRAMES, IMAGE_DIM, IMAGE_TOKENS, LATENT, SIZE, Kind, tiny_wan, write_frame
@@ -592,8 +592,7 @@ def test_peak_of_a_forward_is_as_estimated(folder: Callable[[Kind], Path], tmp_p
     adapter, predict = large(folder(replace(SAME[0], heads=8)), tmp_path / "first.png", torch.bfloat16)
     peaks = []
     for rows in (1, 2):
-        gc.collect()
-        with PeakMemory() as memory:
+        with no_collection(), PeakMemory() as memory:
             predict(rows, True)
         peaks.append(memory.peak)
     assert 0.85 < (peaks[1] - peaks[0]) / 2 / adapter.footprint().forward_numbers_per_row < 1.05
