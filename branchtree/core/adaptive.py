@@ -138,7 +138,7 @@ class AdaptiveSplits:
             return self.rows
         steps = list(zip(self.steps, self.remaining, strict=True))
         cheapest = min(step + 1 + self.branches * below for step, below in steps)
-        return prompts * max(cheapest, max(step + 1 + self.least * below for step, below in steps))
+        return prompts * max(cheapest, *(step + 1 + self.least * below for step, below in steps))
 
     def factors(self, iteration: int, prompt: int) -> dict[int, int]:
         """See Splits; as before anything is learnt."""
