@@ -19,9 +19,11 @@ from typing import Any
 import matplotlib
 from rich.console import Console
 
-from branchtree import load_recipe, plan
+from branchtree import load_recipe
 from branchtree.cli.compare import sheet_table
 from branchtree.core.cost import GRADIENT_COST
+from branchtree.core.tree import grow
+from branchtree.recipe.build import make_schedule
 from branchtree.studies.compare import Budget, ComparisonRequest, Row, run_comparison
 from branchtree.studies.compare.table import reward_sheet, work_sheet
 
@@ -49,9 +51,10 @@ def rows_of(recipe: str, best: float, steps: Sequence[int]) -> list[Row]:
 
 def budget(recipe: str, iterations: int) -> int:
     """Return the rows that so many iterations of ``single`` take; adaptive splits are allowed as many."""
-    planned = plan(f"{recipe}+adaptive")
-    rollout = planned.budget.most if planned.budget is not None else planned.rollout_rows
-    return iterations * (rollout + GRADIENT_COST * planned.recipe.batch.prompts)
+    single = load_recipe(f"{recipe}+single")
+    schedule, prompts = make_schedule(single), single.batch.prompts
+    plans = [schedule.plan(i, prompts * i + j) for i in range(iterations) for j in range(prompts)]
+    return grow(plans).rollout_rows + GRADIENT_COST * prompts * iterations
 
 
 def draw(folders: Sequence[tuple[str, Path]], output: Path) -> None:

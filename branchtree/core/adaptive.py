@@ -121,7 +121,7 @@ class AdaptiveSplits:
     memory: int = 40  # observations over which an estimate goes back
     drop: float | None = 0.05  # None leaves the noise as it is
     by_prompt: bool = True
-    rows: int | None = None  # predictions of an iteration's rollouts; those of ``branches`` children by default
+    rows: int | None = None  # predictions of an iteration's rollouts; by default see ``budget``
 
     @property
     def least(self) -> int:
@@ -129,11 +129,16 @@ class AdaptiveSplits:
         return 2 if self.drop is None else 3
 
     def budget(self, prompts: int) -> int:
-        """Return the most predictions that the rollouts of an iteration take."""
+        """Return the most predictions that the rollouts of an iteration take.
+
+        By default they are those of ``branches`` children at the cheapest step, or of the fewest at the dearest. What a
+        late split saves is left to more iterations, which are worth more than more children.
+        """
         if self.rows is not None:
             return self.rows
-        each = [step + 1 + self.branches * below for step, below in zip(self.steps, self.remaining, strict=True)]
-        return prompts * sum(each) // len(each)
+        steps = list(zip(self.steps, self.remaining, strict=True))
+        cheapest = min(step + 1 + self.branches * below for step, below in steps)
+        return prompts * max(cheapest, *(step + 1 + self.least * below for step, below in steps))
 
     def factors(self, iteration: int, prompt: int) -> dict[int, int]:
         """See Splits; as before anything is learnt."""

@@ -134,7 +134,7 @@ class AdaptiveSection(Section):
         default=None,
         ge=1,
         description="The most predictions of an iteration's rollouts; by default those of `tree.branches` children for "
-        "each prompt, averaged over the steps.",
+        "each prompt at the step where they take least.",
     )
     by_prompt: bool = Field(default=True, description="Give more children to prompts whose siblings spread more.")
     drop: float | None = Field(
