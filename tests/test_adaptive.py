@@ -24,9 +24,12 @@ from training_runs import arguments, metrics, small, weights
 
 from branchtree import load_recipe, plan, train
 from branchtree.core.adaptive import (
+    RECENT,
     AdaptiveSplits,
     Outcome,
     State,
+    _follow,
+    _got_worse,
     allocate,
     observed,
     plan_ahead,
@@ -86,7 +89,7 @@ def test_the_spread_and_the_drop_leave_the_deterministic_sibling_out() -> None:
     plans = [shaped(RULE, 5, 4), shaped(RULE, 7, 3)]
     topology, values = scored(plans, [5.0, 1.0, 2.0, 3.0, 4.0, 1.0, 1.0], [True] * 7)
     first, second = (observed(topology, values, i) for i in range(2))
-    assert first == Outcome(5, spread=1.0, drop=3.0, rounding=pytest.approx(2e-6 * 5))
+    assert first == Outcome(5, spread=1.0, still=5.0, drop=3.0, rounding=pytest.approx(2e-6 * 5))
     assert (second.spread, second.drop) == (0.0, 3.0)
     topology, values = scored(plans, [5.0, 1.0, 2.0, 3.0, 4.0, 1.0, 1.0], [False, True, True, True, True, True, False])
     first, second = (observed(topology, values, i) for i in range(2))
@@ -94,14 +97,14 @@ def test_the_spread_and_the_drop_leave_the_deterministic_sibling_out() -> None:
 
 
 def test_the_ratio_is_of_the_drop_to_the_spread_and_a_tie_is_no_damage() -> None:
-    assert Outcome(5, spread=2.0, drop=0.5, rounding=1e-6).ratio == 0.25
-    assert Outcome(5, spread=2.0, drop=-0.5, rounding=1e-6).ratio == -0.25
-    assert Outcome(5, spread=1.0, drop=9.0, rounding=1e-6).ratio == 1
-    assert Outcome(5, spread=1.0, drop=-9.0, rounding=1e-6).ratio == -1
-    assert Outcome(5, spread=0.0, drop=0.0, rounding=1e-6).ratio == 0  # a tie: too little noise
-    assert Outcome(5, spread=0.0, drop=-0.5, rounding=1e-6).ratio == 0
-    assert Outcome(5, spread=0.0, drop=0.5, rounding=1e-6).ratio == 1  # all are equally bad: too much
-    assert Outcome(5, spread=1.0, drop=None, rounding=1e-6).ratio is None
+    assert Outcome(5, spread=2.0, still=0.5, drop=0.5, rounding=1e-6).ratio == 0.25
+    assert Outcome(5, spread=2.0, still=-0.5, drop=-0.5, rounding=1e-6).ratio == -0.25
+    assert Outcome(5, spread=1.0, still=9.0, drop=9.0, rounding=1e-6).ratio == 1
+    assert Outcome(5, spread=1.0, still=-9.0, drop=-9.0, rounding=1e-6).ratio == -1
+    assert Outcome(5, spread=0.0, still=0.0, drop=0.0, rounding=1e-6).ratio == 0  # a tie: too little noise
+    assert Outcome(5, spread=0.0, still=-0.5, drop=-0.5, rounding=1e-6).ratio == 0
+    assert Outcome(5, spread=0.0, still=0.5, drop=0.5, rounding=1e-6).ratio == 1  # all are equally bad: too much
+    assert Outcome(5, spread=1.0, still=None, drop=None, rounding=1e-6).ratio is None
 
 
 # --- the whole rule on problems whose answer is known ---
@@ -205,6 +208,54 @@ def test_the_noise_ends_where_the_mean_has_dropped_by_the_fraction_from_wherever
         assert max(map(abs, logs)) < math.log(1.75)
         means[start] = sum(logs) / len(logs)
     assert abs(means[10.0] - means[0.1]) < math.log(1.3)
+
+
+def drifting(change: float) -> Reward:
+    """Rewards that no noise spoils, and that change by so much from one tree to the next."""
+    trees = [0]
+
+    def reward(prompt: int, step: int, noise: float, z: float) -> float:
+        trees[0] += z == 0.0  # a tree's first child is the deterministic one
+        return 0.1 * z + change * trees[0]
+
+    return reward
+
+
+def test_the_noise_does_not_rise_while_the_policy_without_it_gets_worse() -> None:
+    """Nothing but that reins it in: the drop is 0 on average, which lets it double from what was tried."""
+    _, better = simulate(RULE, drifting(0.01), 60)
+    worse_state, worse = simulate(RULE, drifting(-0.01), 60)
+    first = RECENT // 8 + 1
+    levels = [[plans[0].noise[0] for plans in history[:first]] for history in (worse, better)]
+    assert levels[0] == pytest.approx(levels[1])
+    tried = math.exp(worse_state["noise"]["log"])
+    assert RULE.noise(worse_state) == pytest.approx(min(tried, tried * 0.05 / abs(worse_state["noise"]["ratio"])))
+    assert worse[-1][0].noise[0] < better[-1][0].noise[0] / 4
+
+
+def test_a_deterministic_sibling_that_is_worse_than_noisy_ones_lowers_the_noise_too() -> None:
+    state = RULE.start()
+    assert RULE.drop is not None
+    for sign in (1, -1):
+        learnt = {**state, "noise": {"log": math.log(2), "ratio": sign * 4 * RULE.drop, "weight": 50.0}}
+        assert RULE.noise(learnt) == pytest.approx(0.5)
+
+
+@given(rewards=st.lists(st.floats(-10, 10), min_size=RECENT, max_size=3 * RECENT))
+def test_the_recent_mean_is_that_of_weights_that_forget(rewards: list[float]) -> None:
+    entry: dict[str, Any] = {**RULE.start()["still"]}
+    means: list[float] = []
+    for reward in rewards:
+        _follow(entry, reward)
+        means.append(entry["mean"])
+    shares = [1 / min(i + 1, RECENT) for i in range(len(rewards))]
+    weights = [share * math.prod(1 - later for later in shares[i + 1 :]) for i, share in enumerate(shares)]
+    mean = sum(w * reward for w, reward in zip(weights, rewards, strict=True))
+    variance = sum(w * (reward - mean) ** 2 for w, reward in zip(weights, rewards, strict=True))
+    assert entry["mean"] == pytest.approx(mean, abs=1e-9)
+    assert entry["variance"] == pytest.approx(variance, abs=1e-8)
+    assert entry["mean"] - 1e-9 <= entry["best"] <= max(means[RECENT - 1 :]) + 1e-9
+    assert _got_worse(entry) == (entry["best"] - entry["mean"] > 3 * math.sqrt(entry["variance"] / RECENT))
 
 
 def test_noise_never_leaves_its_limit() -> None:

@@ -30,6 +30,9 @@ START_WEIGHT, WEIGHT_OF_TREE, MOST_WEIGHT = 25.0, 0.5, 200.0
 The first are forgotten with the square of the number, since what is far from the answer says little about it. The most
 is large because a drop is small beside the spread.
 """
+RECENT, LONG, ERRORS = 100, 1000, 3.0
+"""Trees over which the deterministic siblings' mean reward goes back, trees that the best such mean is remembered for,
+and the standard errors below it from which the policy is taken to have got worse."""
 LEAST_CHANGE, MOST_CHANGE = 0.25, 2.0
 """Bounds of the noise over the mean of that which was tried: too much of it shows at once, and too little does not."""
 WIDEST = 1e4
@@ -85,7 +88,8 @@ class Outcome:
 
     step: int
     spread: float  # sample deviation of the stochastic siblings' rewards; 0 where they differ by rounding alone
-    drop: float | None  # the deterministic sibling's reward less their mean
+    still: float | None  # the deterministic sibling's reward
+    drop: float | None  # that reward less the stochastic siblings' mean
     rounding: float  # of the rewards
 
     @property
@@ -151,10 +155,12 @@ class AdaptiveSplits:
     def start(self) -> State:
         """See LearnsSplits."""
         noise = {"log": 0.0, "ratio": self.drop or 0.0, "weight": START_WEIGHT}
+        still = {"mean": 0.0, "variance": 0.0, "weight": 0.0, "best": None}
         return {
             "steps": {str(each): {"spread": 0.0, "weight": 0.0} for each in self.steps},
             "prompts": {},
             "noise": noise,
+            "still": still,
         }
 
     def choose(self, state: State, iteration: int, prompts: Sequence[int], indices: Sequence[int]) -> list[Branching]:
@@ -177,12 +183,14 @@ class AdaptiveSplits:
         """Return the next splits' noise over the kernel's own; None where it is left as it is.
 
         The drop is proportional to the noise, in units of the spread. So the noise that was tried, on average, is
-        scaled by the ratio that is wanted over the ratio that was seen.
+        scaled by the ratio that is wanted over the ratio that was seen. A policy that has adapted to much noise is not
+        worse for it, but worse without it: then the ratio is negative, or the deterministic siblings get worse.
         """
         if self.drop is None:
             return None
-        tried, seen = math.exp(state["noise"]["log"]), state["noise"]["ratio"]
-        change = min(self.drop / seen, MOST_CHANGE) if seen > 0 else MOST_CHANGE
+        tried, seen = math.exp(state["noise"]["log"]), abs(state["noise"]["ratio"])
+        most = 1.0 if _got_worse(state["still"]) else MOST_CHANGE
+        change = min(self.drop / seen, most) if seen > 0 else most
         return min(max(tried * max(change, LEAST_CHANGE), 1 / WIDEST), WIDEST)
 
     def spreads(self, state: State) -> dict[int, float]:
@@ -226,6 +234,8 @@ class AdaptiveSplits:
                 _remember(entry, spread / before[outcome.step], self.memory)
             if ratio is not None:
                 _learn(after["noise"], math.log(noise), ratio)
+            if outcome.still is not None:
+                _follow(after["still"], outcome.still)
         return after
 
 
@@ -242,6 +252,7 @@ def observed(topology: Topology, values: NodeValues, prompt: int) -> Outcome | N
     return Outcome(
         step=plan.last_split,
         spread=spread if spread > rounding else 0.0,
+        still=float(still) if still.numel() else None,
         drop=float(still - noisy.mean()) if still.numel() else None,
         rounding=rounding,
     )
@@ -290,3 +301,21 @@ def _learn(entry: dict[str, float], log: float, ratio: float) -> None:
     entry["weight"] = min(entry["weight"] + WEIGHT_OF_TREE, MOST_WEIGHT)
     entry["log"] += (log - entry["log"]) / entry["weight"]
     entry["ratio"] += (ratio - entry["ratio"]) / entry["weight"]
+
+
+def _follow(entry: dict[str, Any], reward: float) -> None:
+    """Add a deterministic sibling's reward to their mean and variance, and the mean to the best one so far."""
+    entry["weight"] = min(entry["weight"] + 1, RECENT)
+    share, change = 1 / entry["weight"], reward - entry["mean"]
+    entry["mean"] += share * change
+    entry["variance"] += share * ((1 - share) * change**2 - entry["variance"])
+    if entry["weight"] == RECENT:
+        best = entry["mean"] if entry["best"] is None else entry["best"]
+        entry["best"] = max(entry["mean"], best + (entry["mean"] - best) / LONG)
+
+
+def _got_worse(entry: Mapping[str, Any]) -> bool:
+    """Return whether the deterministic siblings' mean reward has fallen below the best, by more than its error."""
+    if entry["best"] is None:
+        return False
+    return bool(entry["best"] - entry["mean"] > ERRORS * math.sqrt(entry["variance"] / RECENT))
