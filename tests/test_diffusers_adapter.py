@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -47,38 +48,37 @@ MOCHI = pytest.mark.filterwarnings("ignore:In CPU autocast:UserWarning")  # its 
 SMALL = {"run.iterations": 2, "run.sample_prompts": 1, "tree.steps": 6, "tree.splits": [0, 2], "evaluation": None}
 
 
-def promised(name: str, folder: Path) -> AdapterCase:
+@contextmanager
+def promised(name: str, folder: Path, *, weights: bool) -> Iterator[AdapterCase]:
+    """A context for the promises of a family; ``weights`` says whether it is planned on a pipeline that has them."""
     family = PIPELINES[name]
-    case = case_of(family, options(name), folder)
-    return replace(case, tolerance=ROUNDING.get(name, case.tolerance))
+    with small_constants(family), planned_with_weights(family) if weights else nullcontext():
+        case = case_of(family, options(name), folder)
+        yield replace(case, tolerance=ROUNDING.get(name, case.tolerance))
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
 class TestLoading(LoadingPromises):
-    """Of pipelines that are planned without weights."""
-
     @pytest.fixture(scope="class", params=STORED)
     def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterCase]:
-        with small_constants(PIPELINES[request.param]):
-            yield promised(request.param, tmp_path_factory.mktemp(request.param))
+        with promised(request.param, tmp_path_factory.mktemp(request.param), weights=False) as case:
+            yield case
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
 class TestSampling(SamplingPromises):
     @pytest.fixture(scope="class", params=SAMPLED)
     def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterCase]:
-        family = PIPELINES[request.param]
-        with small_constants(family), planned_with_weights(family):
-            yield promised(request.param, tmp_path_factory.mktemp(request.param))
+        with promised(request.param, tmp_path_factory.mktemp(request.param), weights=True) as case:
+            yield case
 
 
 @pytest.mark.filterwarnings("ignore:In CPU autocast")
 class TestWeights(WeightPromises):
     @pytest.fixture(scope="class", params=STORED)
     def case(self, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[AdapterCase]:
-        family = PIPELINES[request.param]
-        with small_constants(family), planned_with_weights(family):
-            yield promised(request.param, tmp_path_factory.mktemp(request.param))
+        with promised(request.param, tmp_path_factory.mktemp(request.param), weights=True) as case:
+            yield case
 
 
 @pytest.mark.parametrize("pipeline", ["GlmImagePipeline", "HiDreamImagePipeline"])

@@ -10,6 +10,7 @@ from pathlib import Path
 from branchtree.errors import BranchTreeError
 from branchtree.exporting.curve import reward_curve
 from branchtree.exporting.lora import finished_model
+from branchtree.files.checksums import CARD
 from branchtree.files.writing import writing
 from branchtree.plugins.protocols import DescribesItself
 from branchtree.plugins.registry import registry
@@ -25,7 +26,7 @@ from branchtree.report.markup import number, signed
 from branchtree.report.read import Run, SampleGrid, read_run
 from branchtree.run.directory import RunDirectory
 
-CARD, CURVE, SAMPLES = "README.md", "reward_curve.png", "samples.png"
+CURVE, SAMPLES = "reward_curve.png", "samples.png"
 LICENCES = {
     "apache-2.0": "apache-2.0",
     "mit": "mit",

@@ -146,7 +146,10 @@ def _frozen(recipe: Recipe, footprint: Footprint) -> list[Changes]:
 
 
 def _alone(recipe: Recipe, surroundings: Surroundings) -> list[Changes]:
-    return _optional({"run.encode_alone": True}, not recipe.run.encode_alone and not surroundings.sharded)
+    """Return whether encoders may be alone on the device, which sharded weights cannot leave."""
+    if surroundings.sharded:
+        return [{"run.encode_alone": False} if recipe.run.encode_alone else {}]
+    return _optional({"run.encode_alone": True}, not recipe.run.encode_alone)
 
 
 def _optional(changes: Changes, possible: bool) -> list[Changes]:

@@ -194,8 +194,6 @@ class TrainingNeed:
             around = self.rewards.around(processes, sharded=True)
             changes = cheapest_changes(self.recipe, self.footprint, cost, budget, around)
             if changes is not None and not {"lora.rank", "model.quantize"} & changes.keys():
-                if self.recipe.run.encode_alone:
-                    changes = {**changes, "run.encode_alone": False}
                 enough = processes <= self.recipe.batch.prompts  # each process needs a prompt
                 return processes, changes if enough else {"batch.prompts": processes, **changes}
         return None

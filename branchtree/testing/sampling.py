@@ -147,7 +147,7 @@ class SamplingPromises(LoadedOnce):
         assert not torch.equal(predict_rows(adapter, asked), before)
 
     def test_decoded_samples_are_media(self, case: AdapterCase, loaded: ModelAdapter) -> None:
-        """Of the adapter's modality, finite, and different for different latents; pixels are float32 in [0, 1]."""
+        """They have the adapter's modality, are finite and differ where latents do; pixels are float32 in [0, 1]."""
         latents = states_of(loaded, case, len(SIGMAS))
         media = loaded.decode(latents)
         assert media.modality == loaded.modality and len(media) == len(latents)

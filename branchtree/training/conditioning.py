@@ -99,6 +99,16 @@ class ConditioningCache:
         finally:
             self._release()
 
+    def _make_room(self) -> None:
+        """Have the denoiser leave the device to encoders that are to be alone there."""
+        if self._encoding:
+            return
+        self._encoding = True
+        if self._alone_on is not None:
+            self._model.denoiser.to("cpu")
+            if self._alone_on.type == "cuda":
+                torch.cuda.empty_cache()  # the encoders' blocks are of other sizes
+
     def _release(self) -> None:
         """Have encoders that have worked leave the device, and the denoiser return that had left it to them."""
         if not self._encoding:
@@ -124,11 +134,7 @@ class ConditioningCache:
         self._rest(bool(unknown))
         if not unknown:
             return rows
-        if self._alone_on is not None and not self._encoding:
-            self._model.denoiser.to("cpu")
-            if self._alone_on.type == "cuda":
-                torch.cuda.empty_cache()  # the encoders' blocks are of other sizes
-        self._encoding = True
+        self._make_room()
         encoded = self._model.encode(list(unknown.values()))
         for i, (key, condition) in enumerate(unknown.items()):
             rows[key] = {name: value[i].clone() for name, value in encoded.items()}
