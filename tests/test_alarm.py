@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from training_runs import arguments
 
 from branchtree import load_recipe, train
 from branchtree.core.diversity import NUMBERS, compared_numbers, group_spread
-from branchtree.core.student import change_of, contrast_of, mean_of, student_tail
+from branchtree.core.student import change_of, contrast_of, difference_of, mean_of, student_tail
 from branchtree.recipe import Recipe
 from branchtree.run.directory import RunDirectory
-from branchtree.training.alarm import Alarm, AlarmWatch, spreads_by_plan
+from branchtree.training.alarm import KINDS, Alarm, AlarmWatch, spreads_by_plan
 from branchtree.training.evaluation import Figure, prompt_means
 
 WINDOW = 8
@@ -95,6 +95,13 @@ def test_estimates_are_those_of_scipy_and_of_least_squares() -> None:
     expected = stats.ttest_1samp(values, -1.0, alternative="less")
     assert mean.probability_at(-1.0) == pytest.approx(expected.pvalue)
 
+    others = source.normal(scale=3, size=7)
+    difference = difference_of([None, *values.tolist()], others.tolist())
+    welch = stats.ttest_ind(values, others, equal_var=False)
+    assert difference is not None
+    assert difference.value / difference.error == pytest.approx(welch.statistic)
+    assert difference.freedom == int(welch.df)
+
     late, stratum = source.integers(2, size=40), source.integers(5, size=40)
     observed = source.normal(size=40) + 0.7 * late + stratum
     design = np.column_stack([late, *(stratum == each for each in range(5))]).astype(np.float64)
@@ -109,6 +116,7 @@ def test_estimates_are_those_of_scipy_and_of_least_squares() -> None:
 def test_what_cannot_be_estimated_is_none() -> None:
     assert change_of([1.0, None, 2.0]) is None
     assert mean_of([1.0]) is None
+    assert difference_of([1.0, None], [1.0, 2.0]) is None
     apart = torch.tensor([0, 0, 0, 1, 1, 1])
     assert contrast_of(torch.randn(6).double(), apart == 1, apart, 2) is None  # no stratum has early and late values
 
@@ -173,6 +181,15 @@ def test_a_run_without_a_fall_gives_an_alarm_no_oftener_than_said() -> None:
     assert wrong <= stats.binom.ppf(0.999, runs, 0.3)
 
 
+def test_a_trained_reward_without_a_fall_gives_an_alarm_no_oftener_than_said() -> None:
+    draw, settings, runs = random.Random(6), recipe(alarm__confidence=0.7), 60
+    wrong = 0
+    for _ in range(runs):
+        watch = AlarmWatch(settings)
+        wrong += any(watch.look(i, {"reward/digits/mean": draw.gauss(0, 1)}, {}) for i in range(8 * WINDOW))
+    assert wrong <= stats.binom.ppf(0.999, runs, 0.3 / KINDS)
+
+
 def test_a_fall_of_an_auxiliary_reward_sets_an_alarm_off_once() -> None:
     draw = random.Random(5)
     falling = iter(lambda: draw.gauss(0, 0.5), None)
@@ -184,7 +201,7 @@ def test_a_fall_of_an_auxiliary_reward_sets_an_alarm_off_once() -> None:
 
 
 def test_there_is_no_alarm_where_the_trained_reward_does_not_rise_or_alarms_are_off() -> None:
-    for settings, rise in ((recipe(), -0.1), (recipe(alarm__enabled=False), 0.1)):
+    for settings, rise in ((recipe(), 0.0), (recipe(alarm__enabled=False), 0.1)):
         watch = AlarmWatch(settings)
         steps = range(4 * WINDOW)
         assert not [alarm for i in steps for alarm in watch.look(i, figures(rise * i, -i + i % 2), {})]
@@ -200,6 +217,32 @@ def test_an_alarm_sets_in_again_after_it_has_ceased() -> None:
     assert len(found) == 2
     assert found[0].iteration == WINDOW - 1
     assert found[1].iteration >= 6 * WINDOW
+
+
+def trained(values: Iterable[float], plan: Callable[[int], str] = lambda i: "plan") -> list[Alarm]:
+    """The alarms of a run by its trained reward alone, whose deviation within prompts is 1."""
+    watch = AlarmWatch(recipe())
+    rows = ({"reward/digits/mean": value, "reward/digits/std": 1.0} for value in values)
+    return [alarm for i, row in enumerate(rows) for alarm in watch.look(i, row, {plan(i): [1.0, 1.0]})]
+
+
+def test_a_trained_reward_that_falls_sets_an_alarm_off_which_ceases_when_it_is_back() -> None:
+    draw = random.Random(3)
+    means = [0.0, 2.0, 2.0, 1.9, -1.0, -1.0, 2.0, 2.0, -1.0]
+    first, second = trained(mean + draw.gauss(0, 0.1) for mean in means for _ in range(WINDOW))
+    assert (first.kind, first.reward, first.iteration) == ("collapse", "digits", 5 * WINDOW - 1)
+    assert first.since in (WINDOW, 2 * WINDOW)  # the best
+    assert first.change == pytest.approx(-3, abs=0.2)
+    assert f"lower by {-first.change:.3g} in iterations {4 * WINDOW} to {5 * WINDOW - 1}" in first.message
+    assert second.iteration == 9 * WINDOW - 1
+    assert not trained(2.0 - 0.15 * (i >= 3 * WINDOW) + draw.gauss(0, 0.001) for i in range(8 * WINDOW))  # a small one
+
+
+def test_a_trained_reward_is_compared_where_most_trees_have_plans_that_recur() -> None:
+    values = [0.0 if i < 2 * WINDOW else -3.0 for i in range(4 * WINDOW)]
+    assert trained(values, lambda i: f"step {i % 3}")
+    assert not trained(values, lambda i: "late" if i >= 2 * WINDOW else "early")
+    assert not trained(values, lambda i: f"noise {i}")
 
 
 def test_diversity_is_compared_among_trees_of_the_same_plan() -> None:

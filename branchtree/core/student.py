@@ -82,6 +82,21 @@ def mean_of(values: Sequence[float]) -> Estimate | None:
     return Estimate(float(found.mean()), float(found.std()) / math.sqrt(len(values)), len(values) - 1)
 
 
+def difference_of(late: Sequence[float | None], early: Sequence[float | None]) -> Estimate | None:
+    """Return how far the mean of independent values lies above that of others, whose variance may be another.
+
+    The degrees of freedom are those of Welch (1947), rounded down. A value that is None is left out; None where fewer
+    than two of either are there.
+    """
+    one, other = (mean_of([value for value in values if value is not None]) for values in (late, early))
+    if one is None or other is None:
+        return None
+    variance = one.error**2 + other.error**2
+    spread = one.error**4 / one.freedom + other.error**4 / other.freedom
+    freedom = int(variance**2 / spread) if spread else one.freedom + other.freedom
+    return Estimate(one.value - other.value, math.sqrt(variance), freedom)
+
+
 def contrast_of(values: Tensor, late: Tensor, stratum: Tensor, strata: int) -> Estimate | None:
     """Return how far late values lie above early ones of the same stratum.
 

@@ -697,7 +697,7 @@ class ScoringSection(Section):
 
 
 class AlarmSection(Section):
-    """``alarm``: warnings that a reward is exploited, or diversity lost. Nothing here changes a result."""
+    """``alarm``: warnings that a reward is exploited, or learning or diversity lost. Nothing here changes a result."""
 
     enabled: bool = Field(default=True, description="Look for what an alarm is about, and warn at its onset.")
     window: int = Field(
@@ -842,7 +842,7 @@ class Recipe(Section):
         default=ScoringSection(), description="How leaves are scored, and when failing rewards end the run."
     )
     alarm: AlarmSection = Field(
-        default=AlarmSection(), description="Warnings that a reward is exploited, or diversity lost."
+        default=AlarmSection(), description="Warnings that a reward is exploited, or learning or diversity lost."
     )
     data: DataSection = Field(description="The prompts to train on.")
     evaluation: EvaluationSection | None = Field(default=None, description="Held-out figures; none by default.")

@@ -1,8 +1,8 @@
-"""Alarms: a trained reward rises while others fall, or the samples of a prompt become alike.
+"""Alarms: a trained reward rises while others fall, or falls itself, or the samples of a prompt become alike.
 
 Every rule is a test of Student's t. A run in which nothing of the kind happens gives an alarm with a probability of at
-most 1 - ``alarm.confidence``, however long it is: each kind of alarm has a third of that, look k over a kind's figures
-has 1 / (k (k + 1)) of the kind's, and the comparisons of a look share its level evenly.
+most 1 - ``alarm.confidence``, however long it is: each kind of alarm has a quarter of that, look k over a kind's
+figures has 1 / (k (k + 1)) of the kind's, and the comparisons of a look share its level evenly.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from typing import Any
 import torch
 
 from branchtree.core.schedule import TreePlan
-from branchtree.core.student import Estimate, change_of, contrast_of, mean_of
+from branchtree.core.student import Estimate, change_of, contrast_of, difference_of, mean_of
 from branchtree.recipe.schema import Recipe, RewardSection
 from branchtree.run.directory import ALARMS, EVALUATION, METRICS, SPREAD, RunDirectory
 from branchtree.training.evaluation import Figure
 
 log = logging.getLogger("branchtree")
 
-KINDS = 3
+KINDS = 4
 LEAST_FALL = 0.2
 """A fall counts from this fraction of the reward's deviation on: a small effect (Cohen, 1988)."""
+LEAST_ALIKE = 0.75
+"""Trained rewards are compared over time if this fraction of the trees of each span have a plan of the other's."""
 LEAST_DIVERSITY = 0.5
 """Diversity counts as lost below this fraction of the spread at the start."""
 SMALLEST = 1e-12
@@ -42,8 +44,8 @@ class Alarm:
     """An alarm at its onset; a row of the log of alarms."""
 
     iteration: int  # the last that was looked at
-    kind: str  # auxiliary, held_out or diversity
-    trained: str  # the reward that rises; empty for diversity
+    kind: str  # auxiliary, held_out, collapse or diversity
+    trained: str  # the reward that rises; empty for collapse and diversity
     reward: str  # the one that falls; empty for diversity
     since: int  # the first iteration that was looked at
     change: float  # of ``reward``; for diversity the ratio of late to early spread
@@ -92,8 +94,12 @@ class AlarmWatch:
         self._rows[iteration], self._spreads[iteration] = row, spreads
         if (iteration + 1) % self.recipe.alarm.window:
             return []
-        auxiliary = self._onsets("auxiliary", self._falling_auxiliary(iteration + 1))
-        return auxiliary + self._onsets("diversity", self._lost_diversity(iteration + 1))
+        kinds = {
+            "auxiliary": self._falling_auxiliary,
+            "collapse": self._lost_gain,
+            "diversity": self._lost_diversity,
+        }
+        return [alarm for kind, rule in kinds.items() for alarm in self._onsets(kind, rule(iteration + 1))]
 
     def look_held_out(self, done: int, figures: Mapping[str, Figure]) -> list[Alarm]:
         """Take up held-out figures after ``done`` iterations, and return the alarms that set in with them."""
@@ -150,6 +156,28 @@ class AlarmWatch:
             "reward that notices, lower optim.lr, or set loss.kl"
         )
         yield Alarm(span.stop - 1, kind, trained, label, span.start, fall.value, message)
+
+    def _lost_gain(self, done: int) -> Iterator[Alarm]:
+        """Compare the last ``alarm.window`` iterations with those of earlier looks that had trees of the same plans."""
+        window = self.recipe.alarm.window
+        *earlier, last = (range(end - window, end) for end in range(window, done + 1, window))
+        for label in self._trained:
+            falls = {}
+            for span in earlier:
+                level = self._level(len(earlier), len(earlier) * len(self._trained))
+                fall = difference_of(*(self._series(label, self._trained, each) for each in (last, span)))
+                clear = -LEAST_FALL * self._deviation(label, earlier[0])
+                if fall is not None and fall.probability_at(clear) < level and self._alike(span, last):
+                    falls[fall.value] = span
+            if falls:
+                yield _collapse(label, falls[min(falls)], last, min(falls))
+
+    def _alike(self, *spans: range) -> bool:
+        """Whether most trees of either span have a plan that recurs in the other: noise elsewhere changes rewards."""
+        plans = [[plan for i in span for plan in self._spreads.get(i, ())] for span in spans]
+        return all(
+            sum(plan in other for plan in own) >= LEAST_ALIKE * len(own) for own, other in (plans, reversed(plans))
+        )
 
     def _lost_diversity(self, done: int) -> Iterator[Alarm]:
         """Compare the last ``alarm.window`` iterations with the first, among trees of the same plan."""
@@ -215,6 +243,15 @@ def _paired_change(before: Figure | None, after: Figure | None, sign: float) -> 
         return None
     pairs = zip(before.prompts, after.prompts, strict=True)
     return mean_of([sign * (late - early) for early, late in pairs if early is not None and late is not None])
+
+
+def _collapse(label: str, best: range, last: range, fall: float) -> Alarm:
+    message = (
+        f"the trained reward '{label}' was lower by {-fall:.3g} in iterations {last.start} to {last.stop - 1} than in "
+        f"iterations {best.start} to {best.stop - 1}: the policy loses what it had learnt; go back to an earlier "
+        "checkpoint, and lower optim.lr or set loss.kl"
+    )
+    return Alarm(last.stop - 1, "collapse", "", label, best.start, fall, message)
 
 
 def _label(section: RewardSection) -> str:
