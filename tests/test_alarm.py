@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
@@ -21,6 +22,7 @@ from training_runs import arguments
 
 from branchtree import load_recipe, train
 from branchtree.core.diversity import NUMBERS, compared_numbers, group_spread
+from branchtree.core.signed_rank import MOST_EXACT, signed_rank_tail
 from branchtree.core.student import change_of, contrast_of, difference_of, mean_of, student_tail
 from branchtree.recipe import Recipe
 from branchtree.run.directory import RunDirectory
@@ -111,6 +113,26 @@ def test_estimates_are_those_of_scipy_and_of_least_squares() -> None:
     contrast = contrast_of(*given_to, strata=5)
     assert contrast is not None
     assert (contrast.value, contrast.error, contrast.freedom) == pytest.approx((solved[0], error, 40 - rank))
+
+
+@given(st.lists(st.integers(-4, 4), min_size=1, max_size=9), st.floats(0.1, 3.0))
+def test_a_sum_of_ranks_is_as_probable_as_the_signs_that_give_less(steps: list[int], unit: float) -> None:
+    values = np.array([step for step in steps if step]) * unit
+    ranks = stats.rankdata(abs(values))
+    signs = np.array(list(itertools.product((0, 1), repeat=len(values))))
+    sums = (signs * ranks).sum(axis=1)
+    assert signed_rank_tail([step * unit for step in steps]) == pytest.approx((sums <= ranks[values > 0].sum()).mean())
+
+
+def test_ranks_of_many_differences_are_judged_as_by_scipy() -> None:
+    source = np.random.default_rng(1)
+    for count in (MOST_EXACT, MOST_EXACT + 1, 400):
+        values = source.normal(size=count) - 0.2
+        expected = stats.wilcoxon(
+            values, alternative="less", correction=True, method="exact" if count <= 100 else "approx"
+        )
+        assert signed_rank_tail(values.tolist()) == pytest.approx(expected.pvalue)
+    assert signed_rank_tail([0.0, 0.0]) == 1.0
 
 
 def test_what_cannot_be_estimated_is_none() -> None:
@@ -273,17 +295,45 @@ def held_out(mean: float, prompts: int, draw: random.Random, hardness: list[floa
     return {"accuracy": Figure(sum(values) / prompts, prompts, prompts, std=0.3, prompts=values)}
 
 
+@pytest.mark.parametrize("rise", [0.1, 0.0])
 @pytest.mark.parametrize(("fall", "alarmed"), [(0.0, False), (0.05, False), (0.3, True)])
-def test_a_fall_of_held_out_figures_is_seen_prompt_by_prompt(fall: float, alarmed: bool) -> None:
+def test_a_fall_of_held_out_figures_is_seen_prompt_by_prompt(fall: float, alarmed: bool, rise: float) -> None:
     draw, watch = random.Random(4), AlarmWatch(recipe())
     hardness = [draw.gauss(0, 1) for _ in range(20)]  # prompts differ by far more than the fall
     found = watch.look_held_out(0, held_out(0.5, 20, draw, hardness))
     for i in range(WINDOW):
-        found += watch.look(i, figures(0.1 * i + draw.gauss(0, 0.01), 0.0), {})
+        found += watch.look(i, figures(rise * i + draw.gauss(0, 0.01), 0.0), {})
     found += watch.look_held_out(WINDOW, held_out(0.5 - fall, 20, draw, hardness))
-    assert [(alarm.kind, alarm.reward, alarm.iteration) for alarm in found] == (
-        [("held_out", "accuracy", WINDOW - 1)] if alarmed else []
-    )
+    expected = ("held_out", "digits" if rise else "", "accuracy", WINDOW - 1)
+    assert [(alarm.kind, alarm.trained, alarm.reward, alarm.iteration) for alarm in found] == [expected] * alarmed
+    for alarm in found:
+        cause = (
+            "may please the one at the expense" if rise else f"after {WINDOW} iterations than after 0: the policy gets"
+        )
+        assert cause in alarm.message
+
+
+def test_a_fall_of_every_prompt_is_seen_though_some_fall_by_far_more() -> None:
+    draw, watch = random.Random(4), AlarmWatch(recipe())
+    before = [draw.gauss(0, 1) for _ in range(30)]
+    after = [value - math.exp(draw.gauss(0, 3)) for value in before]
+    fall = mean_of([late - early for early, late in zip(before, after, strict=True)])
+    assert fall is not None
+    assert fall.probability_at(0.0) > 0.01  # by the test of t
+    figure = {each: Figure(0.0, 30, 30, std=1.0, prompts=values) for each, values in enumerate((before, after))}
+    assert not watch.look_held_out(0, {"accuracy": figure[0]})
+    (alarm,) = watch.look_held_out(5, {"accuracy": figure[1]})
+    assert (alarm.kind, alarm.change) == ("held_out", pytest.approx(fall.value))
+
+
+def test_evaluations_without_a_fall_give_an_alarm_no_oftener_than_said() -> None:
+    draw, settings, runs = random.Random(8), recipe(alarm__confidence=0.7), 200
+    wrong = 0
+    for _ in range(runs):
+        watch = AlarmWatch(settings)
+        hardness = [draw.gauss(0, 1) for _ in range(12)]
+        wrong += any(watch.look_held_out(i, held_out(0.5, 12, draw, hardness)) for i in range(6))
+    assert wrong <= stats.binom.ppf(0.999, runs, 0.3 / KINDS)
 
 
 def test_a_prompts_mean_is_over_its_valid_samples() -> None:

@@ -1,8 +1,9 @@
 """Alarms: a trained reward rises while others fall, or falls itself, or the samples of a prompt become alike.
 
-Every rule is a test of Student's t. A run in which nothing of the kind happens gives an alarm with a probability of at
-most 1 - ``alarm.confidence``, however long it is: each kind of alarm has a quarter of that, look k over a kind's
-figures has 1 / (k (k + 1)) of the kind's, and the comparisons of a look share its level evenly.
+Every rule is a test of Student's t; prompts are compared by their ranks too. A run in which nothing of the kind happens
+gives an alarm with a probability of at most 1 - ``alarm.confidence``, however long it is: each kind of alarm has a
+quarter of that, look k over a kind's figures has 1 / (k (k + 1)) of the kind's, and the comparisons of a look share its
+level evenly.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 
 from branchtree.core.schedule import TreePlan
+from branchtree.core.signed_rank import signed_rank_tail
 from branchtree.core.student import Estimate, change_of, contrast_of, difference_of, mean_of
 from branchtree.recipe.schema import Recipe, RewardSection
 from branchtree.run.directory import ALARMS, EVALUATION, METRICS, SPREAD, RunDirectory
@@ -45,7 +47,7 @@ class Alarm:
 
     iteration: int  # the last that was looked at
     kind: str  # auxiliary, held_out, collapse or diversity
-    trained: str  # the reward that rises; empty for collapse and diversity
+    trained: str  # the reward that rises; empty where none does, and for diversity
     reward: str  # the one that falls; empty for diversity
     since: int  # the first iteration that was looked at
     change: float  # of ``reward``; for diversity the ratio of late to early spread
@@ -96,7 +98,7 @@ class AlarmWatch:
             return []
         kinds = {
             "auxiliary": self._falling_auxiliary,
-            "collapse": self._lost_gain,
+            "collapse": self._collapsed,
             "diversity": self._lost_diversity,
         }
         return [alarm for kind, rule in kinds.items() for alarm in self._onsets(kind, rule(iteration + 1))]
@@ -126,23 +128,40 @@ class AlarmWatch:
         for (trained, label), length in product(pairs, lengths):
             level = self._level(done // window, len(pairs) * len(lengths))
             span = range(done - length, done)
-            fall = change_of(self._series(label, self._auxiliary, span))
-            deviation = self._deviation(label, span)
-            if fall is not None and fall.probability_at(-LEAST_FALL * deviation) < level:
-                yield from self._falling("auxiliary", trained, label, span, fall, level)
+            fall = _clear_fall(
+                change_of(self._series(label, self._auxiliary, span)), self._deviation(label, span), level
+            )
+            if fall is not None:
+                yield from self._exploited("auxiliary", trained, label, span, fall, level)
 
     def _falling_held_out(self) -> Iterator[Alarm]:
         """Compare the last evaluation with each before, prompt by prompt."""
         *earlier, (done, figures) = self._evaluations
-        pairs = list(product(self._trained, self._held_out))
-        for (trained, label), (start, before) in product(pairs, earlier):
-            level = self._level(len(earlier), len(pairs) * len(earlier))
-            fall = _paired_change(before.get(label), figures.get(label), self._held_out[label])
-            if fall is not None and fall.probability_at(-LEAST_FALL * (before[label].std or 0.0)) < level:
-                yield from self._falling("held_out", trained, label, range(start, done), fall, level)
+        if not earlier:
+            return
+        level = self._level(len(earlier), len(earlier) * len(self._held_out))
+        for label, sign in self._held_out.items():
+            first = earlier[0][1].get(label)
+            deviation = (first.std if first is not None else None) or 0.0
+            falls: dict[float, range] = {}
+            for start, before in earlier:
+                changes = _paired_changes(before.get(label), figures.get(label), sign)
+                fall = _clear_fall(mean_of(changes), deviation, level, signed_rank_tail(changes))
+                if fall is not None:
+                    falls[fall] = range(start, done)
+            exploited = [
+                alarm
+                for (fall, span), trained in product(falls.items(), self._trained)
+                for alarm in self._exploited("held_out", trained, label, span, fall, level)
+            ]
+            yield from exploited
+            if falls and not exploited:
+                fall = min(falls)
+                spans = f"after {done} iterations than after {falls[fall].start}"
+                yield _lost("held_out", label, falls[fall], fall, f"the held-out reward '{label}'", spans)
 
-    def _falling(
-        self, kind: str, trained: str, label: str, span: range, fall: Estimate, level: float
+    def _exploited(
+        self, kind: str, trained: str, label: str, span: range, fall: float, level: float
     ) -> Iterator[Alarm]:
         """Yield the alarm about a reward that has fallen, if a trained one has risen meanwhile."""
         rise = change_of(self._series(trained, self._trained, span))
@@ -151,26 +170,32 @@ class AlarmWatch:
         other = {"auxiliary": "auxiliary", "held_out": "held-out"}[kind]
         message = (
             f"from iteration {span.start} to {span.stop - 1} the trained reward '{trained}' rose by {rise.value:.3g}, "
-            f"and the {other} reward '{label}' fell by {-fall.value:.3g}: the policy may please the one at the "
+            f"and the {other} reward '{label}' fell by {-fall:.3g}: the policy may please the one at the "
             "expense of what is wanted; look at samples, and go back to an earlier checkpoint, give a weight to a "
             "reward that notices, lower optim.lr, or set loss.kl"
         )
-        yield Alarm(span.stop - 1, kind, trained, label, span.start, fall.value, message)
+        yield Alarm(span.stop - 1, kind, trained, label, span.start, fall, message)
 
-    def _lost_gain(self, done: int) -> Iterator[Alarm]:
+    def _collapsed(self, done: int) -> Iterator[Alarm]:
         """Compare the last ``alarm.window`` iterations with those of earlier looks that had trees of the same plans."""
         window = self.recipe.alarm.window
         *earlier, last = (range(end - window, end) for end in range(window, done + 1, window))
+        if not earlier:
+            return
+        level = self._level(len(earlier), len(earlier) * len(self._trained))
         for label in self._trained:
-            falls = {}
+            falls: dict[float, range] = {}
             for span in earlier:
-                level = self._level(len(earlier), len(earlier) * len(self._trained))
-                fall = difference_of(*(self._series(label, self._trained, each) for each in (last, span)))
-                clear = -LEAST_FALL * self._deviation(label, earlier[0])
-                if fall is not None and fall.probability_at(clear) < level and self._alike(span, last):
-                    falls[fall.value] = span
+                change = difference_of(*(self._series(label, self._trained, each) for each in (last, span)))
+                fall = _clear_fall(change, self._deviation(label, earlier[0]), level)
+                if fall is not None and self._alike(span, last):
+                    falls[fall] = span
             if falls:
-                yield _collapse(label, falls[min(falls)], last, min(falls))
+                fall = min(falls)
+                best = falls[fall]
+                spans = f"in iterations {last.start} to {last.stop - 1} than in {best.start} to {best.stop - 1}"
+                span = range(best.start, last.stop)
+                yield _lost("collapse", label, span, fall, f"the trained reward '{label}'", spans)
 
     def _alike(self, *spans: range) -> bool:
         """Whether most trees of either span have a plan that recurs in the other: noise elsewhere changes rewards."""
@@ -237,21 +262,36 @@ def spreads_by_plan(plans: Sequence[TreePlan], spreads: Sequence[float | None]) 
     return found
 
 
-def _paired_change(before: Figure | None, after: Figure | None, sign: float) -> Estimate | None:
-    """Return how far a held-out reward's mean over prompts rose, the same prompts and noises having been sampled."""
-    if before is None or after is None or before.prompts is None or after.prompts is None:
+def _clear_fall(
+    change: Estimate | None, deviation: float, level: float, other_tail: float | None = None
+) -> float | None:
+    """Return a change that is a fall worth a word, and less probable than ``level`` if the truth is none; else None.
+
+    With the probability by another test the less probable counts, each test at half the level.
+    """
+    if change is None or change.value >= -LEAST_FALL * deviation:
         return None
-    pairs = zip(before.prompts, after.prompts, strict=True)
-    return mean_of([sign * (late - early) for early, late in pairs if early is not None and late is not None])
+    probability = change.probability_at(0.0)
+    if other_tail is not None:
+        probability = 2 * min(probability, other_tail)
+    return change.value if probability < level else None
 
 
-def _collapse(label: str, best: range, last: range, fall: float) -> Alarm:
+def _lost(kind: str, label: str, span: range, fall: float, subject: str, spans: str) -> Alarm:
+    """Return the alarm that a reward has fallen though none has risen."""
     message = (
-        f"the trained reward '{label}' was lower by {-fall:.3g} in iterations {last.start} to {last.stop - 1} than in "
-        f"iterations {best.start} to {best.stop - 1}: the policy loses what it had learnt; go back to an earlier "
-        "checkpoint, and lower optim.lr or set loss.kl"
+        f"{subject} was lower by {-fall:.3g} {spans}: the policy gets worse; go back to an earlier checkpoint, and "
+        "lower optim.lr or set loss.kl"
     )
-    return Alarm(last.stop - 1, "collapse", "", label, best.start, fall, message)
+    return Alarm(span.stop - 1, kind, "", label, span.start, fall, message)
+
+
+def _paired_changes(before: Figure | None, after: Figure | None, sign: float) -> list[float]:
+    """Return how far each prompt's mean rose, the same prompts and noises having been sampled."""
+    if before is None or after is None or before.prompts is None or after.prompts is None:
+        return []
+    pairs = zip(before.prompts, after.prompts, strict=True)
+    return [sign * (late - early) for early, late in pairs if early is not None and late is not None]
 
 
 def _label(section: RewardSection) -> str:
