@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="*", default=[], help="fixed steps to compare with")
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--draw", type=Path, help="draw the choices into this file, and train nothing")
     asked = parser.parse_args()
@@ -94,7 +95,7 @@ def main() -> None:
     request = ComparisonRequest(
         tuple(rows), tuple(range(asked.seeds)), Budget(rows=budget(asked.recipe, asked.iterations)), QUIET
     )
-    comparison = run_comparison(request, asked.output, tell=lambda line: print(line, flush=True))
+    comparison = run_comparison(request, asked.output, asked.jobs, lambda line: print(line, flush=True))
     console = Console(highlight=False)
     for sheet in (*work_sheet(comparison).split(6), *reward_sheet(comparison).split(3)):
         console.print(sheet_table(sheet))
