@@ -103,6 +103,11 @@ def test_estimates_are_those_of_scipy_and_of_least_squares() -> None:
     assert difference is not None
     assert difference.value / difference.error == pytest.approx(welch.statistic)
     assert difference.freedom == int(welch.df)
+    for pair in source.normal(size=(200, 2)).tolist():
+        for one, other in ((pair, [0.5, 0.5, 0.5]), ([0.5, 0.5, 0.5], pair)):
+            constant = difference_of(one, other)
+            assert constant is not None
+            assert constant.freedom == 1
 
     late, stratum = source.integers(2, size=40), source.integers(5, size=40)
     observed = source.normal(size=40) + 0.7 * late + stratum
@@ -129,7 +134,7 @@ def test_ranks_of_many_differences_are_judged_as_by_scipy() -> None:
     for count in (MOST_EXACT, MOST_EXACT + 1, 400):
         values = source.normal(size=count) - 0.2
         expected = stats.wilcoxon(
-            values, alternative="less", correction=True, method="exact" if count <= 100 else "approx"
+            values, alternative="less", correction=True, method="exact" if count <= MOST_EXACT else "approx"
         )
         assert signed_rank_tail(values.tolist()) == pytest.approx(expected.pvalue)
     assert signed_rank_tail([0.0, 0.0]) == 1.0
@@ -265,6 +270,16 @@ def test_a_trained_reward_is_compared_where_most_trees_have_plans_that_recur() -
     assert trained(values, lambda i: f"step {i % 3}")
     assert not trained(values, lambda i: "late" if i >= 2 * WINDOW else "early")
     assert not trained(values, lambda i: f"noise {i}")
+
+
+@pytest.mark.parametrize(("recurring", "alike"), [(1, False), (3, True)])
+def test_plans_are_counted_by_tree(recurring: int, alike: bool) -> None:
+    watch, found = AlarmWatch(recipe()), []
+    for i in range(4 * WINDOW):
+        mean = 0.0 if i < 2 * WINDOW else -3.0
+        spreads = {"everywhere": [1.0] * recurring, "early" if i < 2 * WINDOW else "late": [1.0]}
+        found += watch.look(i, {"reward/digits/mean": mean, "reward/digits/std": 1.0}, spreads)
+    assert bool(found) == alike
 
 
 def test_diversity_is_compared_among_trees_of_the_same_plan() -> None:

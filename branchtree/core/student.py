@@ -94,7 +94,8 @@ def difference_of(late: Sequence[float | None], early: Sequence[float | None]) -
     variance = one.error**2 + other.error**2
     spread = one.error**4 / one.freedom + other.error**4 / other.freedom
     freedom = int(variance**2 / spread) if spread else one.freedom + other.freedom
-    return Estimate(one.value - other.value, math.sqrt(variance), freedom)
+    least = min(one.freedom, other.freedom)  # which the quotient misses by rounding where one error is 0
+    return Estimate(one.value - other.value, math.sqrt(variance), max(freedom, least))
 
 
 def contrast_of(values: Tensor, late: Tensor, stratum: Tensor, strata: int) -> Estimate | None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import product
@@ -96,12 +97,12 @@ class AlarmWatch:
         self._rows[iteration], self._spreads[iteration] = row, spreads
         if (iteration + 1) % self.recipe.alarm.window:
             return []
-        kinds = {
+        rules = {
             "auxiliary": self._falling_auxiliary,
             "collapse": self._collapsed,
             "diversity": self._lost_diversity,
         }
-        return [alarm for kind, rule in kinds.items() for alarm in self._onsets(kind, rule(iteration + 1))]
+        return [alarm for kind, rule in rules.items() for alarm in self._onsets(kind, rule(iteration + 1))]
 
     def look_held_out(self, done: int, figures: Mapping[str, Figure]) -> list[Alarm]:
         """Take up held-out figures after ``done`` iterations, and return the alarms that set in with them."""
@@ -128,9 +129,8 @@ class AlarmWatch:
         for (trained, label), length in product(pairs, lengths):
             level = self._level(done // window, len(pairs) * len(lengths))
             span = range(done - length, done)
-            fall = _clear_fall(
-                change_of(self._series(label, self._auxiliary, span)), self._deviation(label, span), level
-            )
+            change = change_of(self._series(label, self._auxiliary, span))
+            fall = _clear_fall(change, self._deviation(label, span), level)
             if fall is not None:
                 yield from self._exploited("auxiliary", trained, label, span, fall, level)
 
@@ -146,7 +146,7 @@ class AlarmWatch:
             falls: dict[float, range] = {}
             for start, before in earlier:
                 changes = _paired_changes(before.get(label), figures.get(label), sign)
-                fall = _clear_fall(mean_of(changes), deviation, level, signed_rank_tail(changes))
+                fall = _clear_fall(mean_of(changes), deviation, level, changes)
                 if fall is not None:
                     falls[fall] = range(start, done)
             exploited = [
@@ -156,9 +156,9 @@ class AlarmWatch:
             ]
             yield from exploited
             if falls and not exploited:
-                fall = min(falls)
-                spans = f"after {done} iterations than after {falls[fall].start}"
-                yield _lost("held_out", label, falls[fall], fall, f"the held-out reward '{label}'", spans)
+                fall, span = min(falls.items())
+                spans = f"after {done} iterations than after {span.start}"
+                yield _lost("held_out", f"the held-out reward '{label}'", spans, label, span, fall)
 
     def _exploited(
         self, kind: str, trained: str, label: str, span: range, fall: float, level: float
@@ -184,25 +184,33 @@ class AlarmWatch:
             return
         level = self._level(len(earlier), len(earlier) * len(self._trained))
         for label in self._trained:
+            late, deviation = self._series(label, self._trained, last), self._deviation(label, earlier[0])
             falls: dict[float, range] = {}
             for span in earlier:
-                change = difference_of(*(self._series(label, self._trained, each) for each in (last, span)))
-                fall = _clear_fall(change, self._deviation(label, earlier[0]), level)
+                change = difference_of(late, self._series(label, self._trained, span))
+                fall = _clear_fall(change, deviation, level)
                 if fall is not None and self._alike(span, last):
                     falls[fall] = span
             if falls:
-                fall = min(falls)
-                best = falls[fall]
+                fall, best = min(falls.items())
                 spans = f"in iterations {last.start} to {last.stop - 1} than in {best.start} to {best.stop - 1}"
                 span = range(best.start, last.stop)
-                yield _lost("collapse", label, span, fall, f"the trained reward '{label}'", spans)
+                yield _lost("collapse", f"the trained reward '{label}'", spans, label, span, fall)
 
     def _alike(self, *spans: range) -> bool:
         """Whether most trees of either span have a plan that recurs in the other: noise elsewhere changes rewards."""
-        plans = [[plan for i in span for plan in self._spreads.get(i, ())] for span in spans]
+        one, other = (self._trees(span) for span in spans)
         return all(
-            sum(plan in other for plan in own) >= LEAST_ALIKE * len(own) for own, other in (plans, reversed(plans))
+            sum(trees[plan] for plan in others) >= LEAST_ALIKE * trees.total()
+            for trees, others in ((one, other), (other, one))
         )
+
+    def _trees(self, span: range) -> Counter[str]:
+        """Return how many trees have each plan."""
+        found: Counter[str] = Counter()
+        for iteration in span:
+            found.update({plan: len(spreads) for plan, spreads in self._spreads.get(iteration, {}).items()})
+        return found
 
     def _lost_diversity(self, done: int) -> Iterator[Alarm]:
         """Compare the last ``alarm.window`` iterations with the first, among trees of the same plan."""
@@ -263,21 +271,21 @@ def spreads_by_plan(plans: Sequence[TreePlan], spreads: Sequence[float | None]) 
 
 
 def _clear_fall(
-    change: Estimate | None, deviation: float, level: float, other_tail: float | None = None
+    change: Estimate | None, deviation: float, level: float, differences: Sequence[float] | None = None
 ) -> float | None:
     """Return a change that is a fall worth a word, and less probable than ``level`` if the truth is none; else None.
 
-    With the probability by another test the less probable counts, each test at half the level.
+    A mean of paired ``differences`` is also tested by their ranks, each test at half the level.
     """
     if change is None or change.value >= -LEAST_FALL * deviation:
         return None
     probability = change.probability_at(0.0)
-    if other_tail is not None:
-        probability = 2 * min(probability, other_tail)
+    if differences is not None:
+        probability = 2 * min(probability, signed_rank_tail(differences))
     return change.value if probability < level else None
 
 
-def _lost(kind: str, label: str, span: range, fall: float, subject: str, spans: str) -> Alarm:
+def _lost(kind: str, subject: str, spans: str, label: str, span: range, fall: float) -> Alarm:
     """Return the alarm that a reward has fallen though none has risen."""
     message = (
         f"{subject} was lower by {-fall:.3g} {spans}: the policy gets worse; go back to an earlier checkpoint, and "
