@@ -1,9 +1,9 @@
-"""Adaptive splits from three noise levels, against drawn and fixed steps, at equal rows: a table, and the choices.
+"""Adaptive splits from several noise levels, against drawn and fixed steps, at equal rows: a table, and the choices.
 
 Every run spends the rows that ``--iterations`` of ``single`` take, on the same prompts and with the same optimiser.
 
-    python benchmarks/adaptive_splits.py unicycle --best 0.5 --steps 6 9 --iterations 100 --output runs/adaptive
-    python benchmarks/adaptive_splits.py unicycle --best 0.5 --steps 6 9 --output runs/adaptive --draw choices.svg
+    python benchmarks/adaptive_splits.py unicycle --etas 0.5 --steps 6@0.5 9@0.5 --iterations 100 --output runs/adaptive
+    python benchmarks/adaptive_splits.py unicycle --output runs/adaptive --draw choices.svg
 
 The first command goes on where it was interrupted. The second only draws, from as many seeds as are done.
 """
@@ -14,6 +14,7 @@ import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -30,21 +31,23 @@ from branchtree.studies.compare.table import reward_sheet, work_sheet
 matplotlib.use("svg")
 
 QUIET = {"run.checkpoint_every": 10**6, "run.sample_every": 10**6, "run.tree_every": 10**6}
-STARTS = (0.3, 3.0)  # beside the recipe's own
 SINGLE = {"tree.branches": 16, "tree.siblings": "independent", "tree.sde": "splits", "credit.advantage": "leaf"}
+SMOOTHED = 10  # iterations; every tree draws its step, so one iteration's mean jumps about
 
 
-def rows_of(recipe: str, best: float, steps: Sequence[int]) -> list[Row]:
-    """Return ``single`` at its own noise level and at the best, adaptive splits from three, and fixed steps."""
+def rows_of(recipe: str, etas: Sequence[float], starts: Sequence[float], steps: Sequence[str]) -> list[Row]:
+    """Return ``single`` at the recipe's noise level and at ``etas``, adaptive splits from ``starts``, and fixed steps.
+
+    A fixed step is written ``STEP@ETA``.
+    """
     own = load_recipe(recipe).sampler.level
-    starts = sorted({*STARTS, own})
     return [
         Row(f"single, eta {own:g}", f"{recipe}+single"),
-        Row(f"single, eta {best:g}", f"{recipe}+single", {"sampler.eta": best}),
+        *(Row(f"single, eta {eta:g}", f"{recipe}+single", {"sampler.eta": eta}) for eta in etas),
         *(Row(f"adaptive from {eta:g}", f"{recipe}+adaptive", {"sampler.eta": eta}) for eta in starts),
         *(
-            Row(f"step {step}, eta {best:g}", recipe, {"tree.splits": [step], "sampler.eta": best, **SINGLE})
-            for step in steps
+            Row(f"step {step}, eta {eta}", recipe, {"tree.splits": [int(step)], "sampler.eta": float(eta), **SINGLE})
+            for step, eta in (text.split("@") for text in steps)
         ),
     ]
 
@@ -57,6 +60,11 @@ def budget(recipe: str, iterations: int) -> int:
     return grow(plans).rollout_rows + GRADIENT_COST * prompts * iterations
 
 
+def smooth(series: Sequence[float]) -> list[float]:
+    """Return the mean of the last ``SMOOTHED`` values at each position."""
+    return [fmean(series[max(0, end - SMOOTHED) : end]) for end in range(1, len(series) + 1)]
+
+
 def draw(folders: Sequence[tuple[str, Path]], output: Path) -> None:
     """Draw the noise level and the step that adaptive runs chose, on average over each iteration's trees."""
     from matplotlib.figure import Figure
@@ -66,11 +74,12 @@ def draw(folders: Sequence[tuple[str, Path]], output: Path) -> None:
     for i, (name, folder) in enumerate(folders):
         for j, file in enumerate(sorted(folder.glob("seed_*/metrics.jsonl"))):
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            for chart, key in zip(charts, ("split/eta", "split/step"), strict=True):
+            etas, steps = ([row[f"split/{key}"] for row in rows] for key in ("eta", "step"))
+            for chart, series in zip(charts, (etas, smooth(steps)), strict=True):
                 style: dict[str, Any] = {"color": f"C{i}", "linewidth": 1, "alpha": 0.7}
-                chart.plot([row[key] for row in rows], label=None if j else name, **style)
+                chart.plot(series, label=None if j else name, **style)
     charts[0].set(xlabel="iteration", ylabel="noise level of the split", yscale="log")
-    charts[1].set(xlabel="iteration", ylabel="step of the split, mean over trees")
+    charts[1].set(xlabel="iteration", ylabel=f"step of the split, mean of {SMOOTHED} iterations")
     charts[0].legend(frameon=False, fontsize=8)
     output.parent.mkdir(parents=True, exist_ok=True)
     canvas.savefig(output, metadata={"Date": None})
@@ -80,15 +89,16 @@ def main() -> None:
     """Print one line per run and tables over seeds; or draw what finished runs chose."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe")
-    parser.add_argument("--best", type=float, required=True, help="the best fixed noise level")
-    parser.add_argument("--steps", type=int, nargs="*", default=[], help="fixed steps to compare with")
+    parser.add_argument("--etas", type=float, nargs="*", default=[], help="more noise levels of drawn steps")
+    parser.add_argument("--starts", type=float, nargs="*", default=[0.3, 3.0], help="where adaptive noise levels start")
+    parser.add_argument("--steps", nargs="*", default=[], metavar="STEP@ETA", help="fixed steps to compare with")
     parser.add_argument("--iterations", type=int, default=100)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--draw", type=Path, help="draw the choices into this file, and train nothing")
     asked = parser.parse_args()
-    rows = rows_of(asked.recipe, asked.best, asked.steps)
+    rows = rows_of(asked.recipe, asked.etas, asked.starts, asked.steps)
     if asked.draw is not None:
         draw([(row.name, asked.output / row.folder) for row in rows if "adaptive" in row.recipe], asked.draw)
         return

@@ -33,8 +33,10 @@ is large because a drop is small beside the spread.
 RECENT, LONG, ERRORS = 100, 1000, 3.0
 """Trees over which the deterministic siblings' mean reward goes back, trees that the best such mean is remembered for,
 and the standard errors below it from which the policy is taken to have got worse."""
-LEAST_CHANGE, MOST_CHANGE = 0.25, 2.0
-"""Bounds of the noise over the mean of that which was tried: too much of it shows at once, and too little does not."""
+NEGATIVE = 2.0
+"""Standard errors below 0 from which a mean ratio is taken to be negative."""
+LEAST_CHANGE, MOST_CHANGE = 0.5, 2.0
+"""Bounds of the noise over the mean of that which was tried."""
 WIDEST = 1e4
 """The largest and, inverted, the least noise over the kernel's own."""
 
@@ -96,12 +98,12 @@ class Outcome:
     def ratio(self) -> float | None:
         """The drop over the spread, -1 to 1; None without a deterministic sibling.
 
-        Siblings that tie are no worse for their noise, whatever they tie at, unless the deterministic one is better.
+        Where the stochastic siblings tie it is 0 if the deterministic one ties with them, and else -1 or 1.
         """
         if self.drop is None:
             return None
         if self.spread == 0:
-            return 1.0 if self.drop > self.rounding else 0.0
+            return 0.0 if abs(self.drop) <= self.rounding else math.copysign(1.0, self.drop)
         return min(max(self.drop / self.spread, -1.0), 1.0)
 
 
@@ -154,7 +156,7 @@ class AdaptiveSplits:
 
     def start(self) -> State:
         """See LearnsSplits."""
-        noise = {"log": 0.0, "ratio": self.drop or 0.0, "weight": START_WEIGHT}
+        noise = {"log": 0.0, "ratio": self.drop or 0.0, "square": 0.0, "weight": START_WEIGHT}
         still = {"mean": 0.0, "variance": 0.0, "weight": 0.0, "best": None}
         return {
             "steps": {str(each): {"spread": 0.0, "weight": 0.0} for each in self.steps},
@@ -188,7 +190,7 @@ class AdaptiveSplits:
         """
         if self.drop is None:
             return None
-        tried, seen = math.exp(state["noise"]["log"]), abs(state["noise"]["ratio"])
+        tried, seen = math.exp(state["noise"]["log"]), _size(state["noise"])
         most = 1.0 if _got_worse(state["still"]) else MOST_CHANGE
         change = min(self.drop / seen, most) if seen > 0 else most
         return min(max(tried * max(change, LEAST_CHANGE), 1 / WIDEST), WIDEST)
@@ -301,6 +303,14 @@ def _learn(entry: dict[str, float], log: float, ratio: float) -> None:
     entry["weight"] = min(entry["weight"] + WEIGHT_OF_TREE, MOST_WEIGHT)
     entry["log"] += (log - entry["log"]) / entry["weight"]
     entry["ratio"] += (ratio - entry["ratio"]) / entry["weight"]
+    entry["square"] += (ratio**2 - entry["square"]) / entry["weight"]
+
+
+def _size(entry: Mapping[str, float]) -> float:
+    """Return the mean ratio, or its size where it is negative by more than its error."""
+    ratio = entry["ratio"]
+    variance = max(entry["square"] - ratio**2, 0.0) / (2 * entry["weight"])
+    return abs(ratio) if ratio < -NEGATIVE * math.sqrt(variance) else ratio
 
 
 def _follow(entry: dict[str, Any], reward: float) -> None:
