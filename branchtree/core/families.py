@@ -98,7 +98,7 @@ def trained_edges(topology: Topology, advantages: Advantages, keep: EdgeMask, re
     """Kept edges with an advantage: an edge of advantage 0 has no gradient and costs no compute.
 
     Under a KL term, ``regularised``, all kept edges: it pulls the policy back wherever it was followed, whatever the
-    rewards said there, also above a leaf whose reward failed.
+    rewards are there, also above a leaf whose reward failed.
     """
     if regularised:
         return keep

@@ -76,7 +76,7 @@ class Siblings(Protocol):
 
 
 class NormalSiblings(ABC):
-    """Siblings whose noise is standard normal, each by itself: what Gaussian transitions expect."""
+    """Siblings whose noise is standard normal, each on its own: what Gaussian transitions expect."""
 
     shares = False
     """Whether ``combine`` wants a noise that siblings have in common."""

@@ -18,7 +18,7 @@ from typing import Literal, Protocol, runtime_checkable
 class TimestepFraction:
     """A random fraction of a trajectory's trained steps (DanceGRPO's timestep fraction, arXiv 2505.07818).
 
-    Drawn for each leaf by itself, from an address that depends on the seed, iteration and prompt alone.
+    Drawn for each leaf separately, from an address that depends on the seed, iteration and prompt alone.
     """
 
     fraction: float

@@ -39,10 +39,10 @@ def check_torch() -> Iterator[Check]:
     if available:
         yield Check("accelerator", "ok", text)
         return
-    said = " ".join(" ".join(str(each.message).split()) for each in caught)
-    if torch.version.cuda and (said or DRIVER.is_file()):
+    why = " ".join(" ".join(str(each.message).split()) for each in caught)
+    if torch.version.cuda and (why or DRIVER.is_file()):
         remedy = "install a driver for this CUDA version, or the build of PyTorch for this driver (pytorch.org)"
-        yield Check("accelerator", "fail", f"{text}, and PyTorch cannot use it: {said or 'no device is seen'}", remedy)
+        yield Check("accelerator", "fail", f"{text}, and PyTorch cannot use it: {why or 'no device is seen'}", remedy)
     else:
         yield Check("accelerator", "warn", f"{text}; no accelerator is found", CPU_ONLY)
 

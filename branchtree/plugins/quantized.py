@@ -29,7 +29,7 @@ class Format:
 
     pack: Callable[[Tensor], tuple[Tensor, ...]]  # to codes, and the tensors that scale them
     unpack: Callable[[tuple[Tensor, ...], torch.Size, torch.dtype], Tensor]
-    stored: Callable[[int, int, int], float]  # bytes of so many numbers in so many rows, for numbers of so many bytes
+    stored: Callable[[int, int, int], float]  # bytes, from the numbers, their rows and their size in bytes
 
 
 def _pack_int8(weight: Tensor) -> tuple[Tensor, ...]:

@@ -1,6 +1,6 @@
 """Finding plug-ins and looking up what they registered.
 
-Each entry point of the group ``branchtree`` is loaded by itself: one that cannot be imported breaks nothing but what
+Each entry point of the group ``branchtree`` is loaded separately: one that cannot be imported breaks nothing but what
 it alone provides, and is named when a lookup fails. Two plug-ins that claim one name, and a misspelt hook, are errors.
 """
 

@@ -59,7 +59,7 @@ class Condition:
 
     @property
     def metadata_text(self) -> str:
-        """The metadata as JSON with sorted keys, by which conditions can be told apart."""
+        """The metadata as JSON with sorted keys, by which conditions can be distinguished."""
         return json.dumps(self.metadata, sort_keys=True, default=str)
 
     def __str__(self) -> str:

@@ -85,7 +85,7 @@ def _training_card(metrics: Sequence[LogRow], key: str) -> str:
 
 def _key_number(label: str, figures: str, change: str, caption: str) -> str:
     delta = f'<p class="change"><span class="hidden">change </span>{change}</p>' if change else ""
-    shown = f'<p class="big">{figures}</p>{delta}<p class="said">{caption}</p>'
+    shown = f'<p class="big">{figures}</p>{delta}<p class="caption">{caption}</p>'
     return f'<div class="card"><h3>{escape(label)}</h3>{shown}</div>'
 
 

@@ -28,7 +28,7 @@ def with_start(recipe: Recipe, start: Path | None, resumed: RunDirectory | None)
 
 
 def _recorded(run: RunDirectory) -> str | None:
-    """Return where a run said that it started."""
+    """Return the start that a run recorded."""
     if not run.holds_run:
         return None
     model = read_yaml(run.recipe_file).data.get("model")

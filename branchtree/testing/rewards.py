@@ -152,7 +152,7 @@ class RewardPromises:
                 _require_equal(early, _score(loaded, case, media))
 
     def test_each_sample_gets_a_number_and_a_flag(self, case: RewardCase, loaded: RewardAdapter) -> None:
-        """float32 and bool (B,), on one device, without gradients; the case's samples are valid and told apart."""
+        """float32 and bool (B,), on one device, without gradients; the case's samples are valid and differ in score."""
         for media in case.samples():
             scores = _score(loaded, case, media)
             try:

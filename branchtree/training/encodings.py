@@ -67,7 +67,7 @@ class EncodingStore:
     """A folder of encodings of at most ``limit`` bytes, from which the least recently used give way.
 
     ``context`` is what all of this run's entries depend on beside their conditions. A folder that cannot be written is
-    said once, and then only read.
+    logged once, and then only read.
     """
 
     def __init__(self, root: Path, context: list[str], limit: int) -> None:
@@ -78,7 +78,7 @@ class EncodingStore:
         self._writable = True
 
     def read(self, condition: Condition) -> Encoding | None:
-        """The condition's encoding, or None. A damaged entry is said, removed, and None."""
+        """Return the condition's encoding, or None. A damaged entry is logged and removed, and counts as none."""
         try:
             path = self.path(condition)
             content = path.read_bytes()

@@ -171,7 +171,7 @@ def make_accelerator(recipe: Recipe) -> Any:
     torch.backends.cuda.matmul.allow_tf32 = recipe.run.tf32
     torch.backends.cudnn.allow_tf32 = recipe.run.tf32
     if os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
-        # Its engine steps inside the backward pass, before an update can be refused, and casts the model by itself.
+        # Its engine steps inside the backward pass, before an update can be refused, and casts the model on its own.
         raise RecipeError(
             "accelerate's configuration: distributed_type DEEPSPEED is not supported; recipes/accelerate/zero2.yaml "
             "shards what ZeRO-2 shards, and fsdp2.yaml what ZeRO-3 does"
@@ -179,7 +179,7 @@ def make_accelerator(recipe: Recipe) -> Any:
     accelerator = Accelerator(
         # Set because several processes without a GPU would otherwise each train alone.
         cpu=not torch.accelerator.is_available(),
-        mixed_precision="no",  # the policy casts by itself; accelerate has one precision for all runs of a process
+        mixed_precision="no",  # the policy casts on its own; accelerate has one precision for all runs of a process
         # Buffers are constants. To send them before a forward would take as many forwards in every process.
         kwargs_handlers=[process_group(recipe.run.timeout), DistributedDataParallelKwargs(broadcast_buffers=False)],
     )

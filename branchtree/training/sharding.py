@@ -33,7 +33,7 @@ class ShardSettings:
 
 
 def sharding_asked() -> bool:
-    """Return whether ``accelerate launch`` was told to use FSDP."""
+    """Return whether ``accelerate launch`` was asked to use FSDP."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 

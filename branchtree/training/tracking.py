@@ -92,7 +92,7 @@ class Trackers:
 def running_trackers(
     recipe: Recipe, output: RunDirectory, accelerator: Any, resumed_at: int | None
 ) -> Iterator[Trackers]:
-    """A block in which the recipe's trackers run, for a new run or one ``resumed_at`` so many iterations.
+    """Run the recipe's trackers in a block, for a new run or one resumed after ``resumed_at`` iterations.
 
     Raises RecipeError on all processes, having removed what it wrote, if one cannot start.
     """

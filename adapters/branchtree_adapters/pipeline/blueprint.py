@@ -33,7 +33,7 @@ class Published:
     name: str
     configs: Configs
     alike: tuple[str, ...] = ()  # hub ids whose sizes are the same
-    source: str = ""  # where the configuration comes from, if it has to be said
+    source: str = ""  # where the configuration comes from, if a reader has to know
 
 
 @dataclass(frozen=True)

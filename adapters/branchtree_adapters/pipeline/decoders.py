@@ -138,7 +138,7 @@ def decoder_of_videos(
     chunk = base * ((WORKING / 4 * stride + 2) * multipliers[0] + caches)
     area, made = height * width, frames
     products = weights.first * area * made
-    attention = 4.0 * area**2 * base * multipliers[-1] * made  # of each frame by itself
+    attention = 4.0 * area**2 * base * multipliers[-1] * made  # within each frame
     for level, doubles in zip(weights.levels, [*reversed(temporal), False], strict=True):
         products += level.blocks * area * made
         if level.upsampling:

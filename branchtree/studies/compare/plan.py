@@ -127,7 +127,7 @@ def iteration_costs(recipe: Recipe) -> Iterator[Cost]:
     iteration = 0
     while True:
         plans = tuple(plan_ahead(schedule, iteration, order.batch(iteration, recipe.batch.prompts)))
-        # A pruning window moves every so many iterations, and a plug-in's rule may look at each; nothing else does.
+        # A pruning window moves every few iterations, and a plug-in's rule may look at each; nothing else does.
         section = recipe.pruning
         key = (plans, iteration if section.rule else iteration // section.every if section.kind == "depth" else 0)
         if key not in known:

@@ -79,6 +79,6 @@ def read_check(condition: Condition) -> SceneCheck:
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         at = ".".join(map(str, first["loc"]))
-        said = first["msg"].removeprefix("Value error, ")
+        problem = first["msg"].removeprefix("Value error, ")
         given = "" if first["type"] in {"missing", "value_error"} else f" (it is {first['input']!r})"
-        raise ValueError(f"{at + ': ' if at else ''}{said[:1].lower()}{said[1:]}{given}") from None
+        raise ValueError(f"{at + ': ' if at else ''}{problem[:1].lower()}{problem[1:]}{given}") from None

@@ -96,7 +96,7 @@ def own_token(tokenizer: Any, prompt: str) -> str | None:
 
 
 def too_long(tokens: int, context: int) -> str | None:
-    """Say that a question of so many tokens does not fit the ``context`` that a model reads, if it does not."""
+    """Return the problem with a question of more ``tokens`` than the ``context`` that a model reads, or None."""
     if tokens <= context:
         return None
     return f"the prompt is too long: with the question it has {tokens} tokens, and the model reads {context}"
