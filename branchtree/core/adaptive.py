@@ -33,8 +33,8 @@ is large because a drop is small beside the spread.
 RECENT, LONG, ERRORS = 100, 1000, 3.0
 """Trees over which the deterministic siblings' mean reward goes back, trees that the best such mean is remembered for,
 and the standard errors below it from which the policy is taken to have got worse."""
-NEGATIVE = 2.0
-"""Standard errors below 0 from which a mean ratio is taken to be negative."""
+CLEAR = 2.0
+"""Standard errors from which a mean ratio is taken to be negative, or, as far as trees tie, to be positive."""
 LEAST_CHANGE, MOST_CHANGE = 0.5, 2.0
 """Bounds of the noise over the mean of that which was tried."""
 WIDEST = 1e4
@@ -159,8 +159,9 @@ class AdaptiveSplits:
         noise = {"log": 0.0, "ratio": self.drop or 0.0, "square": 0.0, "weight": START_WEIGHT}
         still = {"mean": 0.0, "variance": 0.0, "weight": 0.0, "best": None}
         return {
-            "steps": {str(each): {"spread": 0.0, "weight": 0.0} for each in self.steps},
+            "steps": {str(each): {"mean": 0.0, "weight": 0.0} for each in self.steps},
             "prompts": {},
+            "ties": {"mean": 0.0, "weight": 0.0},
             "noise": noise,
             "still": still,
         }
@@ -185,12 +186,12 @@ class AdaptiveSplits:
         """Return the next splits' noise over the kernel's own; None where it is left as it is.
 
         The drop is proportional to the noise, in units of the spread. So the noise that was tried, on average, is
-        scaled by the ratio that is wanted over the ratio that was seen. A policy that has adapted to much noise is not
+        scaled by the ratio that is wanted over the ratio that is shown. A policy that has adapted to much noise is not
         worse for it, but worse without it: then the ratio is negative, or the deterministic siblings get worse.
         """
         if self.drop is None:
             return None
-        tried, seen = math.exp(state["noise"]["log"]), _size(state["noise"])
+        tried, seen = math.exp(state["noise"]["log"]), _shown(state["noise"], state["ties"]["mean"])
         most = 1.0 if _got_worse(state["still"]) else MOST_CHANGE
         change = min(self.drop / seen, most) if seen > 0 else most
         return min(max(tried * max(change, LEAST_CHANGE), 1 / WIDEST), WIDEST)
@@ -199,7 +200,7 @@ class AdaptiveSplits:
         """Return the siblings' spread expected at each step, for noise of 1; 1 for all before anything was seen."""
         seen = [state["steps"][str(step)] for step in self.steps]
         weight = sum(each["weight"] for each in seen)
-        mean = sum(each["weight"] * each["spread"] for each in seen) / weight if weight else 1.0
+        mean = sum(each["weight"] * each["mean"] for each in seen) / weight if weight else 1.0
         return {step: _shrunk(each, mean) for step, each in zip(self.steps, seen, strict=True)}
 
     def relative(self, state: State, index: int) -> float:
@@ -232,8 +233,9 @@ class AdaptiveSplits:
             spread = outcome.spread / noise  # else the steps that are drawn while there is much noise would seem best
             _remember(after["steps"][str(outcome.step)], spread, self.memory)
             if self.by_prompt and before[outcome.step] > 0:
-                entry = after["prompts"].setdefault(str(indices[i]), {"spread": 0.0, "weight": 0.0})
+                entry = after["prompts"].setdefault(str(indices[i]), {"mean": 0.0, "weight": 0.0})
                 _remember(entry, spread / before[outcome.step], self.memory)
+            _remember(after["ties"], float(spread == 0), self.memory)
             if ratio is not None:
                 _learn(after["noise"], math.log(noise), ratio)
             if outcome.still is not None:
@@ -289,13 +291,13 @@ def allocate(wanted: Sequence[float], rows: Sequence[int], least: int, most: int
 
 def _shrunk(entry: Mapping[str, float], prior: float) -> float:
     """Return an entry's mean, drawn towards a prior while there are few observations."""
-    return (PRIOR * prior + entry["weight"] * entry["spread"]) / (PRIOR + entry["weight"])
+    return (PRIOR * prior + entry["weight"] * entry["mean"]) / (PRIOR + entry["weight"])
 
 
-def _remember(entry: dict[str, float], spread: float, memory: int) -> None:
+def _remember(entry: dict[str, float], value: float, memory: int) -> None:
     """Add an observation to a mean that forgets."""
     entry["weight"] = entry["weight"] * (1 - 1 / memory) + 1
-    entry["spread"] += (spread - entry["spread"]) / entry["weight"]
+    entry["mean"] += (value - entry["mean"]) / entry["weight"]
 
 
 def _learn(entry: dict[str, float], log: float, ratio: float) -> None:
@@ -306,11 +308,14 @@ def _learn(entry: dict[str, float], log: float, ratio: float) -> None:
     entry["square"] += (ratio**2 - entry["square"]) / entry["weight"]
 
 
-def _size(entry: Mapping[str, float]) -> float:
-    """Return the mean ratio, or its size where it is negative by more than its error."""
+def _shown(entry: Mapping[str, float], ties: float) -> float:
+    """Return the mean ratio, less its error as far as trees tie; its size, where it is clearly negative.
+
+    Where most trees tie there is too little noise, and the mean is made by the few that do not.
+    """
     ratio = entry["ratio"]
-    variance = max(entry["square"] - ratio**2, 0.0) / (2 * entry["weight"])
-    return abs(ratio) if ratio < -NEGATIVE * math.sqrt(variance) else ratio
+    error = CLEAR * math.sqrt(max(entry["square"] - ratio**2, 0.0) / (2 * entry["weight"]))
+    return (abs(ratio) if ratio < -error else ratio) - ties * error
 
 
 def _follow(entry: dict[str, Any], reward: float) -> None:
