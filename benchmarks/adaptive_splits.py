@@ -25,6 +25,7 @@ from branchtree.cli.compare import sheet_table
 from branchtree.core.cost import GRADIENT_COST
 from branchtree.core.tree import grow
 from branchtree.recipe.build import make_schedule
+from branchtree.run.directory import METRICS
 from branchtree.studies.compare import Budget, ComparisonRequest, Row, run_comparison
 from branchtree.studies.compare.table import reward_sheet, work_sheet
 
@@ -65,14 +66,15 @@ def smooth(series: Sequence[float]) -> list[float]:
     return [fmean(series[max(0, end - SMOOTHED) : end]) for end in range(1, len(series) + 1)]
 
 
-def draw(folders: Sequence[tuple[str, Path]], output: Path) -> None:
+def draw(folders: Sequence[tuple[str, Path]], seeds: int, output: Path) -> None:
     """Draw the noise level and the step that adaptive runs chose, on average over each iteration's trees."""
     from matplotlib.figure import Figure
 
     canvas = Figure(figsize=(9, 3.2), layout="constrained")
     charts = canvas.subplots(1, 2)
     for i, (name, folder) in enumerate(folders):
-        for j, file in enumerate(sorted(folder.glob("seed_*/metrics.jsonl"))):
+        files = [folder / f"seed_{seed}" / METRICS for seed in range(seeds)]
+        for j, file in enumerate(filter(Path.exists, files)):
             rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
             etas, steps = ([row[f"split/{key}"] for row in rows] for key in ("eta", "step"))
             for chart, series in zip(charts, (etas, smooth(steps)), strict=True):
@@ -100,7 +102,8 @@ def main() -> None:
     asked = parser.parse_args()
     rows = rows_of(asked.recipe, asked.etas, asked.starts, asked.steps)
     if asked.draw is not None:
-        draw([(row.name, asked.output / row.folder) for row in rows if "adaptive" in row.recipe], asked.draw)
+        adaptive = [(row.name, asked.output / row.folder) for row in rows if "adaptive" in row.recipe]
+        draw(adaptive, asked.seeds, asked.draw)
         return
     request = ComparisonRequest(
         tuple(rows), tuple(range(asked.seeds)), Budget(rows=budget(asked.recipe, asked.iterations)), QUIET
