@@ -11,10 +11,8 @@ The first command goes on where it was interrupted. The second only draws, from 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import matplotlib
@@ -25,7 +23,8 @@ from branchtree.cli.compare import sheet_table
 from branchtree.core.cost import GRADIENT_COST
 from branchtree.core.tree import grow
 from branchtree.recipe.build import make_schedule
-from branchtree.run.directory import METRICS
+from branchtree.report.curves import running_mean, values
+from branchtree.report.read import read_run
 from branchtree.studies.compare import Budget, ComparisonRequest, Row, run_comparison
 from branchtree.studies.compare.table import reward_sheet, work_sheet
 
@@ -33,7 +32,7 @@ matplotlib.use("svg")
 
 QUIET = {"run.checkpoint_every": 10**6, "run.sample_every": 10**6, "run.tree_every": 10**6}
 SINGLE = {"tree.branches": 16, "tree.siblings": "independent", "tree.sde": "splits", "credit.advantage": "leaf"}
-SMOOTHED = 10  # iterations; every tree draws its step, so one iteration's mean jumps about
+SMOOTHED = 11  # iterations; every tree draws its step, so one iteration's mean jumps about
 
 
 def rows_of(recipe: str, etas: Sequence[float], starts: Sequence[float], steps: Sequence[str]) -> list[Row]:
@@ -61,11 +60,6 @@ def budget(recipe: str, iterations: int) -> int:
     return grow(plans).rollout_rows + GRADIENT_COST * prompts * iterations
 
 
-def smooth(series: Sequence[float]) -> list[float]:
-    """Return the mean of the last ``SMOOTHED`` values at each position."""
-    return [fmean(series[max(0, end - SMOOTHED) : end]) for end in range(1, len(series) + 1)]
-
-
 def draw(folders: Sequence[tuple[str, Path]], seeds: int, output: Path) -> None:
     """Draw the noise level and the step that adaptive runs chose, on average over each iteration's trees."""
     from matplotlib.figure import Figure
@@ -73,11 +67,10 @@ def draw(folders: Sequence[tuple[str, Path]], seeds: int, output: Path) -> None:
     canvas = Figure(figsize=(9, 3.2), layout="constrained")
     charts = canvas.subplots(1, 2)
     for i, (name, folder) in enumerate(folders):
-        files = [folder / f"seed_{seed}" / METRICS for seed in range(seeds)]
-        for j, file in enumerate(filter(Path.exists, files)):
-            rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-            etas, steps = ([row[f"split/{key}"] for row in rows] for key in ("eta", "step"))
-            for chart, series in zip(charts, (etas, smooth(steps)), strict=True):
+        done = filter(Path.exists, (folder / f"seed_{seed}" for seed in range(seeds)))
+        for j, metrics in enumerate(read_run(path).metrics for path in done):
+            steps = running_mean(values(metrics, "split/step"), SMOOTHED)
+            for chart, series in zip(charts, (values(metrics, "split/eta"), steps), strict=True):
                 style: dict[str, Any] = {"color": f"C{i}", "linewidth": 1, "alpha": 0.7}
                 chart.plot(series, label=None if j else name, **style)
     charts[0].set(xlabel="iteration", ylabel="noise level of the split", yscale="log")
