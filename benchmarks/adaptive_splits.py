@@ -52,9 +52,15 @@ def rows_of(recipe: str, etas: Sequence[float], starts: Sequence[float], steps: 
     ]
 
 
+def shared_keys(recipe: str) -> dict[str, float]:
+    """Return what all rows change: they write little, and draw from the steps that the recipe draws from."""
+    own = load_recipe(recipe).tree.draw
+    return {**QUIET, "tree.draw.first": own.first, "tree.draw.last": own.last}
+
+
 def budget(recipe: str, iterations: int) -> int:
     """Return the rows that so many iterations of ``single`` take; adaptive splits are allowed as many."""
-    single = load_recipe(f"{recipe}+single")
+    single = load_recipe(f"{recipe}+single", shared_keys(recipe))
     schedule, prompts = make_schedule(single), single.batch.prompts
     plans = [schedule.plan(i, prompts * i + j) for i in range(iterations) for j in range(prompts)]
     return grow(plans).rollout_rows + GRADIENT_COST * prompts * iterations
@@ -98,9 +104,8 @@ def main() -> None:
         adaptive = [(row.name, asked.output / row.folder) for row in rows if "adaptive" in row.recipe]
         draw(adaptive, asked.seeds, asked.draw)
         return
-    request = ComparisonRequest(
-        tuple(rows), tuple(range(asked.seeds)), Budget(rows=budget(asked.recipe, asked.iterations)), QUIET
-    )
+    rows_each = Budget(rows=budget(asked.recipe, asked.iterations))
+    request = ComparisonRequest(tuple(rows), tuple(range(asked.seeds)), rows_each, shared_keys(asked.recipe))
     comparison = run_comparison(request, asked.output, asked.jobs, lambda line: print(line, flush=True))
     console = Console(highlight=False)
     for sheet in (*work_sheet(comparison).split(6), *reward_sheet(comparison).split(3)):
