@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import statistics
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -15,7 +16,7 @@ import pytest
 import torch
 from forked import Python
 from guests import fake_distribution
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from picky_digits import read_picky
 from strategies import thorough
@@ -27,6 +28,7 @@ from branchtree.core.adaptive import (
     RECENT,
     AdaptiveSplits,
     Outcome,
+    Siblings,
     State,
     _follow,
     _got_worse,
@@ -72,40 +74,91 @@ def test_children_follow_what_is_wanted() -> None:
 # --- what a tree shows ---
 
 
-def scored(plans: list[Any], rewards: list[float], valid: list[bool] | None = None) -> tuple[Topology, NodeValues]:
-    topology = grow(plans)
-    flags = [torch.ones(topology.width(depth), dtype=torch.bool) for depth in topology.depths]
-    flags[-1] = torch.tensor(valid or [True] * len(rewards))
-    value = [torch.zeros(topology.width(depth), dtype=torch.float64) for depth in topology.depths]
-    value[-1] = torch.tensor(rewards, dtype=torch.float64)
-    return topology, NodeValues(tuple(value), tuple(flags))
+ALONE = {"reward": 1.0}
+
+
+def scored(
+    plans: list[Any], rewards: Mapping[str, list[float]], valid: list[bool] | None = None
+) -> tuple[Topology, dict[str, NodeValues]]:
+    topology, values = grow(plans), {}
+    for name, each in rewards.items():
+        flags = [torch.ones(topology.width(depth), dtype=torch.bool) for depth in topology.depths]
+        flags[-1] = torch.tensor(valid or [True] * len(each))
+        value = [torch.zeros(topology.width(depth), dtype=torch.float64) for depth in topology.depths]
+        value[-1] = torch.tensor(each, dtype=torch.float64)
+        values[name] = NodeValues(tuple(value), tuple(flags))
+    return topology, values
+
+
+def judged(noisy: list[float], still: float | None, rounding: float = 1e-6) -> Siblings:
+    return Siblings(torch.tensor(noisy, dtype=torch.float64), still, rounding)
 
 
 def shaped(rule: AdaptiveSplits, step: int, children: int, noise: float = 1.0) -> Any:
     return Schedule(STEPS, rule, "splits").shaped(Branching({step: children}, {step: noise}, still=True), 0, 0)
 
 
-def test_the_spread_and_the_drop_leave_the_deterministic_sibling_out() -> None:
-    plans = [shaped(RULE, 5, 4), shaped(RULE, 7, 3)]
-    topology, values = scored(plans, [5.0, 1.0, 2.0, 3.0, 4.0, 1.0, 1.0], [True] * 7)
-    first, second = (observed(topology, values, i) for i in range(2))
-    assert first == Outcome(5, spread=1.0, still=5.0, drop=3.0, rounding=pytest.approx(2e-6 * 5))
-    assert (second.spread, second.drop) == (0.0, 3.0)
-    topology, values = scored(plans, [5.0, 1.0, 2.0, 3.0, 4.0, 1.0, 1.0], [False, True, True, True, True, True, False])
-    first, second = (observed(topology, values, i) for i in range(2))
-    assert (first.spread, first.drop, second) == (1.0, None, None)
+def test_the_deterministic_sibling_is_apart_from_the_others() -> None:
+    plans, rewards = [shaped(RULE, 5, 4), shaped(RULE, 7, 3)], [5.0, 1.0, 2.0, 3.0, 4.0, 1.0, 1.0]
+    topology, values = scored(plans, {"reward": rewards})
+    outcomes = [observed(topology, values, ALONE, i) for i in range(2)]
+    first, second = (each.siblings["reward"] for each in outcomes if each is not None)
+    assert (first.noisy.tolist(), first.still, first.spread) == ([1.0, 2.0, 3.0], 5.0, 1.0)
+    assert first.rounding == pytest.approx(2e-6 * 5)
+    assert (second.spread, second.still) == (0.0, 4.0)
+    topology, values = scored(plans, {"reward": rewards}, [False, True, True, True, True, True, False])
+    one, two = (observed(topology, values, ALONE, i) for i in range(2))
+    assert one is not None and two is None
+    assert (one.step, one.siblings["reward"].spread, one.ratio) == (5, 1.0, None)
 
 
-def test_the_ratio_is_of_the_drop_to_the_spread_and_a_tie_of_all_is_no_damage() -> None:
-    assert Outcome(5, spread=2.0, still=0.5, drop=0.5, rounding=1e-6).ratio == 0.25
-    assert Outcome(5, spread=2.0, still=-0.5, drop=-0.5, rounding=1e-6).ratio == -0.25
-    assert Outcome(5, spread=1.0, still=9.0, drop=9.0, rounding=1e-6).ratio == 1
-    assert Outcome(5, spread=1.0, still=-9.0, drop=-9.0, rounding=1e-6).ratio == -1
-    assert Outcome(5, spread=0.0, still=0.0, drop=0.0, rounding=1e-6).ratio == 0  # a tie: too little noise
-    assert Outcome(5, spread=0.0, still=1.0, drop=5e-7, rounding=1e-6).ratio == 0
-    assert Outcome(5, spread=0.0, still=-0.5, drop=-0.5, rounding=1e-6).ratio == -1
-    assert Outcome(5, spread=0.0, still=0.5, drop=0.5, rounding=1e-6).ratio == 1  # all are equally bad: too much
-    assert Outcome(5, spread=1.0, still=None, drop=None, rounding=1e-6).ratio is None
+@pytest.mark.parametrize(
+    ("noisy", "still", "ratio"),
+    [
+        ([-2.0, 0.0, 2.0], 0.5, 0.25),
+        ([-2.0, 0.0, 2.0], -0.5, -0.25),
+        ([-1.0, 0.0, 1.0], 9.0, 1.0),
+        ([-1.0, 0.0, 1.0], -9.0, -1.0),
+        ([0.0, 0.0], 0.0, 0.0),  # a tie: too little noise
+        ([1.0, 1.0], 1.0 + 5e-7, 0.0),
+        ([0.0, 0.0], -0.5, -1.0),
+        ([0.0, 0.0], 0.5, 1.0),  # all are equally bad: too much
+        ([-1.0, 1.0], None, None),
+    ],
+)
+def test_the_ratio_is_of_the_drop_to_the_spread_and_a_tie_of_all_is_no_damage(
+    noisy: list[float], still: float | None, ratio: float | None
+) -> None:
+    assert Outcome(5, {"reward": judged(noisy, still)}, ALONE).ratio == pytest.approx(ratio)
+    assert Outcome(5, {"reward": judged(noisy, still)}, {"reward": 3.0}).ratio == pytest.approx(ratio)
+    turned = judged([-each for each in noisy], None if still is None else -still)
+    assert Outcome(5, {"reward": turned}, {"reward": -1.0}).ratio == pytest.approx(ratio)
+    twice = {"one": judged(noisy, still), "two": judged([9 * each for each in noisy], still and 9 * still, 9e-6)}
+    assert Outcome(5, twice, {"one": 1.0, "two": 0.5}).ratio == pytest.approx(ratio)
+
+
+@given(
+    st.lists(st.tuples(st.floats(-3, 3), st.floats(-3, 3)), min_size=4, max_size=9),
+    st.tuples(st.floats(-2, 2), st.floats(-2, 2)),
+)
+def test_several_rewards_count_as_the_sum_that_is_trained(
+    pairs: list[tuple[float, float]], weight: tuple[float, float]
+) -> None:
+    one, two = (list(each) for each in zip(*pairs, strict=True))
+    deviations = [statistics.stdev(each[1:]) for each in (one, two)]
+    assume(min(deviations) > 0.01)
+    scaled = [w / deviation for w, deviation in zip(weight, deviations, strict=True)]
+    total = [scaled[0] * a + scaled[1] * b for a, b in pairs]
+    spread = statistics.stdev(total[1:])
+    assume(spread > 0.01)
+    outcome = Outcome(
+        5,
+        {"one": judged(one[1:], one[0]), "two": judged(two[1:], two[0])},
+        {"one": weight[0], "two": weight[1]},
+    )
+    drop = total[0] - statistics.mean(total[1:])
+    assert outcome.ratio == pytest.approx(min(max(drop / spread, -1), 1), abs=1e-6)
+    assert not outcome.tied
 
 
 # --- the whole rule on problems whose answer is known ---
@@ -126,16 +179,22 @@ def simulated_rewards(rule: AdaptiveSplits, plans: list[Any], iteration: int, re
 
 
 def simulate(
-    rule: AdaptiveSplits, reward: Reward, iterations: int, most: float = math.inf
+    rule: AdaptiveSplits,
+    reward: Reward | Mapping[str, Reward],
+    iterations: int,
+    most: float = math.inf,
+    weights: Mapping[str, float] = ALONE,
 ) -> tuple[State, list[list[Any]]]:
-    """Run the rule on eight prompts."""
+    """Run the rule on eight prompts; several rewards see the same draws."""
+    given = reward if isinstance(reward, Mapping) else {"reward": reward}
     schedule, state, history = Schedule(STEPS, rule, "splits"), rule.start(), []
     for iteration in range(iterations):
         ids = list(range(8 * iteration, 8 * iteration + 8))
         plans = plan_learned(schedule, state, iteration, ids, range(8), most)
-        topology, values = scored(plans, simulated_rewards(rule, plans, iteration, reward))
+        rewards = {name: simulated_rewards(rule, plans, iteration, each) for name, each in given.items()}
+        topology, values = scored(plans, rewards)
         assert topology.rollout_rows <= rule.budget(8)
-        state = rule.observe(state, range(8), topology, values)
+        state = rule.observe(state, range(8), topology, values, weights)
         history.append(plans)
     return state, history
 
@@ -155,7 +214,9 @@ def test_the_bandit_finds_the_step_that_spreads_most_per_row_and_starves_none() 
         assert set(drawn) == set(CANDIDATES)
         assert rule.chances(state) == pytest.approx([0.05, 0.05, 0.8, 0.05, 0.05])
         alike = {"mean": 1.0, "weight": 1.0}
-        state = {**state, "steps": dict.fromkeys(state["steps"], alike)}
+        table = state["rewards"]["reward"]
+        table = {**table, "steps": dict.fromkeys(table["steps"], alike)}
+        state = {**state, "rewards": {"reward": table}}
         assert rule.chances(state) == pytest.approx([0.05, 0.05, 0.05, 0.05, 0.8])
         assert rule.chances(rule.start()) == [0.2] * 5
 
@@ -186,11 +247,11 @@ def test_the_noise_is_what_all_trees_so_far_say() -> None:
             ratio = -ratio
         expected = tried * min(max(0.25 / ratio, 0.5), 2) if ratio > 0 else 2 * tried
         assert [planned.noise[0] for planned in plans] == [pytest.approx(expected, rel=1e-9)] * 8
-        topology, values = scored(plans, simulated_rewards(rule, plans, iteration, quadratic(1.0, 0.25)))
-        outcomes = [observed(topology, values, prompt) for prompt in range(8)]
+        topology, values = scored(plans, {"reward": simulated_rewards(rule, plans, iteration, quadratic(1.0, 0.25))})
+        outcomes = [observed(topology, values, ALONE, prompt) for prompt in range(8)]
         ratios = [0.0 if outcome is None else outcome.ratio or 0.0 for outcome in outcomes]
         seen += zip([planned.noise[0] for planned in plans], ratios, strict=True)
-        again = rule.observe(again, range(8), topology, values)
+        again = rule.observe(again, range(8), topology, values, ALONE)
     assert again == state
 
 
@@ -240,6 +301,48 @@ def test_noise_that_a_reward_of_whole_steps_hardly_sees_rises() -> None:
     assert sum(logs) / len(logs) > math.log(2.5)
 
 
+def test_what_is_chosen_does_not_depend_on_the_units_of_rewards() -> None:
+    """But for rounding; the units change while nothing is known yet, too."""
+
+    def scaled(reward: Reward, unit: float, offset: float) -> Reward:
+        return lambda prompt, step, noise, z: unit * reward(prompt, step, noise, z) + offset
+
+    one, two = quadratic(1.0, 0.1), quadratic(0.5, 0.3)
+    weights = {"one": 1.0, "two": 0.5}
+    _, history = simulate(RULE, {"one": one, "two": two}, 12, weights=weights)
+    _, again = simulate(RULE, {"one": scaled(one, 1e-3, 5e-3), "two": scaled(two, 300.0, 40.0)}, 12, weights=weights)
+    _, turned = simulate(RULE, {"one": one, "two": scaled(two, -1.0, 0.0)}, 12, weights={"one": 1.0, "two": -0.5})
+    for plans, others, signs in zip(history, again, turned, strict=True):
+        assert [each.splits for each in plans] == [each.splits for each in others] == [each.splits for each in signs]
+        noise = [each.noise[0] for each in plans]
+        assert [each.noise[0] for each in others] == pytest.approx(noise, rel=1e-6)
+        assert [each.noise[0] for each in signs] == pytest.approx(noise, rel=1e-6)
+
+
+def test_only_the_rewards_of_the_run_are_remembered_by_their_weights_of_now() -> None:
+    state, _ = simulate(RULE, {"one": quadratic(1.0, 0.1), "two": quadratic(1.0, 0.3)}, 3, weights={"one": 1, "two": 2})
+    plans = plan_learned(Schedule(STEPS, RULE, "splits"), state, 3, range(24, 32), range(8), 10.0)
+    draws = simulated_rewards(RULE, plans, 3, quadratic(1.0, 0.1))
+    after = RULE.observe(state, range(8), *scored(plans, {"one": draws, "new": draws}), {"one": -0.5, "new": 1.0})
+    assert {name: each["weight"] for name, each in after["rewards"].items()} == {"one": 0.5, "new": 1.0}
+    seen = {name: sum(each["weight"] for each in entry["steps"].values()) for name, entry in after["rewards"].items()}
+    assert seen["new"] == pytest.approx(8, rel=0.2)
+    assert seen["one"] > 20
+
+
+def test_all_rewards_have_a_say_in_the_noise() -> None:
+    """One reward likes ten times the noise that the other does, and the noise ends between what each would have."""
+    rewards, logs = {"bold": quadratic(0.3, 0.2), "careful": quadratic(3.0, 0.2)}, {}
+    for name, bold, careful in (("bold", 1.0, 0.01), ("both", 1.0, 1.0), ("careful", 0.01, 1.0)):
+        ended = list[float]()
+        for seed in range(4):
+            rule = replace(RULE, seed=seed, drop=0.2)
+            state, _ = simulate(rule, rewards, 40, weights={"bold": bold, "careful": careful})
+            ended.append(math.log(rule.noise(state) or 0.0))
+        logs[name] = statistics.mean(ended)
+    assert logs["careful"] + 0.5 < logs["both"] < logs["bold"] - 0.5
+
+
 def drifting(change: float) -> Reward:
     """Rewards that no noise spoils, and that change by so much from one tree to the next."""
     trees = [0]
@@ -278,7 +381,7 @@ def test_a_ratio_counts_by_its_size_where_it_is_clear_and_less_its_error_where_t
 
 @given(rewards=st.lists(st.floats(-10, 10), min_size=RECENT, max_size=3 * RECENT))
 def test_the_recent_mean_is_that_of_weights_that_forget(rewards: list[float]) -> None:
-    entry: dict[str, Any] = {**RULE.start()["still"]}
+    entry: dict[str, Any] = {"mean": 0.0, "variance": 0.0, "weight": 0.0, "best": None}
     means: list[float] = []
     for reward in rewards:
         _follow(entry, reward)
@@ -290,7 +393,8 @@ def test_the_recent_mean_is_that_of_weights_that_forget(rewards: list[float]) ->
     assert entry["mean"] == pytest.approx(mean, abs=1e-9)
     assert entry["variance"] == pytest.approx(variance, abs=1e-8)
     assert entry["mean"] - 1e-9 <= entry["best"] <= max(means[RECENT - 1 :]) + 1e-9
-    assert _got_worse(entry) == (entry["best"] - entry["mean"] > 3 * math.sqrt(entry["variance"] / RECENT))
+    worse = entry["best"] - entry["mean"] > 3 * math.sqrt(entry["variance"] / RECENT)
+    assert _got_worse([{"weight": 0.5, "still": entry}]) == worse
 
 
 def test_noise_never_leaves_its_limit() -> None:
@@ -320,8 +424,8 @@ def test_what_is_remembered_survives_json_to_the_bit_and_is_not_changed_in_hinds
     before = json.dumps(state)
     plans = plan_learned(Schedule(STEPS, RULE, "splits"), again, 5, range(40, 48), range(8), 10.0)
     assert plans == plan_learned(Schedule(STEPS, RULE, "splits"), state, 5, range(40, 48), range(8), 10.0)
-    topology, values = scored(plans, [float(i % 3) for i in range(sum(planned.leaves for planned in plans))])
-    assert RULE.observe(state, range(8), topology, values) != state
+    rewards = [float(i % 3) for i in range(sum(planned.leaves for planned in plans))]
+    assert RULE.observe(state, range(8), *scored(plans, {"reward": rewards}), ALONE) != state
     assert json.dumps(state) == before
 
 
@@ -418,10 +522,12 @@ def test_two_processes_remember_what_one_does(model: Path, tmp_path: Path, monke
         done = Python(*command)
         assert done.ended() == 0, done.out + done.err
         one, two = remembered(tmp_path / "one"), remembered(output)
-        for table in ("steps", "prompts"):
-            assert two[table].keys() == one[table].keys()
-            for name, entry in one[table].items():
-                assert two[table][name] == pytest.approx(entry, rel=1e-3)
+        assert two["rewards"].keys() == one["rewards"].keys()
+        steps = [(each["steps"], two["rewards"][name]["steps"]) for name, each in one["rewards"].items()]
+        for ours, theirs in [*steps, (one["prompts"], two["prompts"])]:
+            assert theirs.keys() == ours.keys()
+            for name, entry in ours.items():
+                assert theirs[name] == pytest.approx(entry, rel=1e-3)
 
 
 def test_another_rules_memory_is_refused(model: Path, tmp_path: Path) -> None:
@@ -430,7 +536,7 @@ def test_another_rules_memory_is_refused(model: Path, tmp_path: Path) -> None:
     assert "splits" not in json.loads((tmp_path / "run/checkpoints/iteration_000002/state.json").read_text())
     changed = adaptive(model) | {"tree.splits": "adaptive"}
     train("quickstart_single", changed, output=tmp_path / "run", resume=True, allow=["tree.splits"])
-    assert remembered(tmp_path / "run")["steps"]
+    assert remembered(tmp_path / "run")["rewards"]
 
 
 LEARNER = """
@@ -457,8 +563,9 @@ LEARNER = """
         def choose(self, state, iteration, prompts, indices):
             return [Branching({state["next"]: 3}, {state["next"]: 2.0}) for _ in prompts]
 
-        def observe(self, state, indices, topology, values):
-            best = float(values.value[-1].max())
+        def observe(self, state, indices, topology, values, weights):
+            (name,) = weights
+            best = weights[name] * float(values[name].value[-1].max())
             return {"next": state["next"] + 1, "seen": [*state["seen"], best]}
 
 

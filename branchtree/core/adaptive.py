@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 import math
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
+import torch
+from torch import Tensor
+
 from branchtree.core.cost import GRADIENT_COST
-from branchtree.core.fusion import NodeValues
+from branchtree.core.fusion import TIE, NodeValues
 from branchtree.core.schedule import Branching, Schedule, TreePlan
 from branchtree.core.tree import Topology
 
@@ -54,8 +57,18 @@ class LearnsSplits(Protocol):
         ``prompts`` are their addresses for draws, which never repeat, and ``indices`` say which of the data they are.
         """
 
-    def observe(self, state: State, indices: Sequence[int], topology: Topology, values: NodeValues) -> State:
-        """Return the state after an iteration whose trees, over all processes, have these values; change nothing."""
+    def observe(
+        self,
+        state: State,
+        indices: Sequence[int],
+        topology: Topology,
+        values: Mapping[str, NodeValues],
+        weights: Mapping[str, float],
+    ) -> State:
+        """Return the state after an iteration; change nothing.
+
+        Its trees, over all processes, have these values by each reward that has a weight, and these are the weights.
+        """
 
 
 def plan_learned(
@@ -85,26 +98,61 @@ def plan_ahead(schedule: Schedule, iteration: int, prompts: Sequence[int]) -> li
 
 
 @dataclass(frozen=True)
+class Siblings:
+    """What one reward says of the children of one split."""
+
+    noisy: Tensor  # (K,) float64, the stochastic ones' rewards, two at the least
+    still: float | None  # the deterministic one's
+    rounding: float  # of the rewards
+
+    @property
+    def spread(self) -> float:
+        """The sample deviation of the stochastic ones' rewards; 0 where they differ by rounding alone."""
+        spread = float(self.noisy.std())
+        return spread if spread > self.rounding else 0.0
+
+    @property
+    def standardised(self) -> tuple[Tensor, float]:
+        """Rewards (K,) of mean 0 and deviation 1, and the deterministic one's on their scale; 0 without one.
+
+        Where the stochastic ones tie all are 0, and the deterministic one is -1 or 1 if it does not tie with them.
+        """
+        mean, spread = float(self.noisy.mean()), self.spread
+        drop = 0.0 if self.still is None else self.still - mean
+        if spread == 0:
+            return torch.zeros_like(self.noisy), math.copysign(1.0, drop) if abs(drop) > self.rounding else 0.0
+        return (self.noisy - mean) / spread, drop / spread
+
+
+@dataclass(frozen=True)
 class Outcome:
     """What the siblings of one split showed."""
 
     step: int
-    spread: float  # sample deviation of the stochastic siblings' rewards; 0 where they differ by rounding alone
-    still: float | None  # the deterministic sibling's reward
-    drop: float | None  # that reward less the stochastic siblings' mean
-    rounding: float  # of the rewards
+    siblings: Mapping[str, Siblings]  # by each reward that has a weight
+    weights: Mapping[str, float]
+
+    @property
+    def tied(self) -> bool:
+        """Whether no reward tells the stochastic siblings apart."""
+        return all(each.spread == 0 for each in self.siblings.values())
 
     @property
     def ratio(self) -> float | None:
-        """The drop over the spread, -1 to 1; None without a deterministic sibling.
+        """The drop over the spread, -1 to 1, of the weighted sum of standardised rewards; None without a drop.
 
-        Where the stochastic siblings tie it is 0 if the deterministic one ties with them, and else -1 or 1.
+        The drop is the deterministic sibling's reward less the stochastic ones' mean. Where the stochastic siblings
+        tie it is 0 if the deterministic one ties with them, and else -1 or 1.
         """
-        if self.drop is None:
+        if any(each.still is None for each in self.siblings.values()):
             return None
-        if self.spread == 0:
-            return 0.0 if abs(self.drop) <= self.rounding else math.copysign(1.0, self.drop)
-        return min(max(self.drop / self.spread, -1.0), 1.0)
+        pairs = [(self.weights[name], *each.standardised) for name, each in self.siblings.items()]
+        spread = float(torch.stack([weight * noisy for weight, noisy, _ in pairs]).sum(dim=0).std())
+        drop = sum(weight * still for weight, _, still in pairs)
+        rounding = TIE * sum(abs(weight) for weight in self.weights.values())
+        if spread <= rounding:
+            return 0.0 if abs(drop) <= rounding else math.copysign(1.0, drop)
+        return min(max(drop / spread, -1.0), 1.0)
 
 
 @dataclass(frozen=True)
@@ -157,13 +205,14 @@ class AdaptiveSplits:
     def start(self) -> State:
         """See LearnsSplits."""
         noise = {"log": 0.0, "ratio": self.drop or 0.0, "square": 0.0, "weight": START_WEIGHT}
-        still = {"mean": 0.0, "variance": 0.0, "weight": 0.0, "best": None}
+        return {"rewards": {}, "prompts": {}, "ties": {"mean": 0.0, "weight": 0.0}, "noise": noise}
+
+    def _start(self) -> dict[str, Any]:
+        """Return what is remembered of one reward, before it has said anything."""
         return {
+            "weight": 1.0,
             "steps": {str(each): {"mean": 0.0, "weight": 0.0} for each in self.steps},
-            "prompts": {},
-            "ties": {"mean": 0.0, "weight": 0.0},
-            "noise": noise,
-            "still": still,
+            "still": {"mean": 0.0, "variance": 0.0, "weight": 0.0, "best": None},
         }
 
     def choose(self, state: State, iteration: int, prompts: Sequence[int], indices: Sequence[int]) -> list[Branching]:
@@ -192,16 +241,34 @@ class AdaptiveSplits:
         if self.drop is None:
             return None
         tried, seen = math.exp(state["noise"]["log"]), _shown(state["noise"], state["ties"]["mean"])
-        most = 1.0 if _got_worse(state["still"]) else MOST_CHANGE
+        most = 1.0 if _got_worse(state["rewards"].values()) else MOST_CHANGE
         change = min(self.drop / seen, most) if seen > 0 else most
         return min(max(tried * max(change, LEAST_CHANGE), 1 / WIDEST), WIDEST)
 
     def spreads(self, state: State) -> dict[int, float]:
-        """Return the siblings' spread expected at each step, for noise of 1; 1 for all before anything was seen."""
-        seen = [state["steps"][str(step)] for step in self.steps]
-        weight = sum(each["weight"] for each in seen)
-        mean = sum(each["weight"] * each["mean"] for each in seen) / weight if weight else 1.0
-        return {step: _shrunk(each, mean) for step, each in zip(self.steps, seen, strict=True)}
+        """Return the siblings' spread expected at each step over that of all steps, for equal noise.
+
+        It is the mean of all rewards, by their weights; 1 for all before anything was seen, and 0 where all tie.
+        """
+        if not state["rewards"]:
+            return dict.fromkeys(self.steps, 1.0)
+        expected = {name: self._expected(entry) for name, entry in state["rewards"].items()}
+        return {
+            step: self._together(state, {name: each[step] for name, each in expected.items()}) for step in self.steps
+        }
+
+    def _expected(self, entry: Mapping[str, Any]) -> dict[int, float]:
+        """Return the spread of a reward that is expected at each step, for noise of 1."""
+        mean = _overall(entry["steps"])
+        return {step: _shrunk(entry["steps"][str(step)], mean) for step in self.steps}
+
+    def _together(self, state: State, spreads: Mapping[str, float]) -> float:
+        """Return the rewards' spreads as one: each over that of all steps, and of these their mean by weight."""
+        entries = [(state["rewards"][name], spread) for name, spread in spreads.items()]
+        relative = [
+            entry["weight"] * spread / mean for entry, spread in entries if (mean := _overall(entry["steps"])) > 0
+        ]
+        return float(sum(relative) / sum(entry["weight"] for entry, _ in entries))
 
     def relative(self, state: State, index: int) -> float:
         """Return the spread expected of a prompt of the data over that of all."""
@@ -215,7 +282,7 @@ class AdaptiveSplits:
             spread[step] / (step + 1 + self.branches * below + GRADIENT_COST)
             for step, below in zip(self.steps, self.remaining, strict=True)
         ]
-        if not any(entry["weight"] for entry in state["steps"].values()) or max(useful) == 0:
+        if not state["rewards"] or max(useful) == 0:
             return [1 / len(self.steps)] * len(self.steps)
         best, even = useful.index(max(useful)), self.explore / len(self.steps)
         return [even + (1 - self.explore) * (i == best) for i in range(len(self.steps))]
@@ -224,42 +291,60 @@ class AdaptiveSplits:
         draw = random.Random(f"adaptive {self.seed} {iteration} {prompt}")  # string seeds do not depend on the process
         return draw.choices(self.steps, self.chances(state))[0]
 
-    def observe(self, state: State, indices: Sequence[int], topology: Topology, values: NodeValues) -> State:
+    def observe(
+        self,
+        state: State,
+        indices: Sequence[int],
+        topology: Topology,
+        values: Mapping[str, NodeValues],
+        weights: Mapping[str, float],
+    ) -> State:
         """See LearnsSplits."""
-        after, before = copy.deepcopy(dict(state)), self.spreads(state)
-        seen = [(i, outcome) for i in range(topology.prompts) if (outcome := observed(topology, values, i)) is not None]
+        outcomes = ((i, observed(topology, values, weights, i)) for i in range(topology.prompts))
+        seen = [(i, outcome) for i, outcome in outcomes if outcome is not None]
+        if not seen:
+            return state
+        after = copy.deepcopy(dict(state))
+        after["rewards"] = {
+            name: after["rewards"].get(name, self._start()) | {"weight": abs(weights[name])} for name in values
+        }
+        spreads = list[dict[str, float]]()
         for i, outcome in seen:
-            noise, ratio = float(topology.plans[i].active(outcome.step)), outcome.ratio
-            spread = outcome.spread / noise  # else the steps that are drawn while there is much noise would seem best
-            _remember(after["steps"][str(outcome.step)], spread, self.memory)
-            if self.by_prompt and before[outcome.step] > 0:
-                entry = after["prompts"].setdefault(str(indices[i]), {"mean": 0.0, "weight": 0.0})
-                _remember(entry, spread / before[outcome.step], self.memory)
-            _remember(after["ties"], float(spread == 0), self.memory)
-            if ratio is not None:
+            # Without the division the steps that are drawn while there is much noise would seem best.
+            noise = float(topology.plans[i].active(outcome.step))
+            spreads.append({name: each.spread / noise for name, each in outcome.siblings.items()})
+            for name, each in outcome.siblings.items():
+                table = after["rewards"][name]
+                _remember(table["steps"][str(outcome.step)], spreads[-1][name], self.memory)
+                if each.still is not None:
+                    _follow(table["still"], math.copysign(1.0, weights[name]) * each.still)
+            _remember(after["ties"], float(outcome.tied), self.memory)
+            if (ratio := outcome.ratio) is not None:
                 _learn(after["noise"], math.log(noise), ratio)
-            if outcome.still is not None:
-                _follow(after["still"], outcome.still)
+        known = state if state["rewards"].keys() == values.keys() else after
+        expected = self.spreads(known)
+        for (i, outcome), spread in zip(seen, spreads, strict=True):
+            if self.by_prompt and expected[outcome.step] > 0:
+                entry = after["prompts"].setdefault(str(indices[i]), {"mean": 0.0, "weight": 0.0})
+                _remember(entry, self._together(known, spread) / expected[outcome.step], self.memory)
         return after
 
 
-def observed(topology: Topology, values: NodeValues, prompt: int) -> Outcome | None:
+def observed(
+    topology: Topology, values: Mapping[str, NodeValues], weights: Mapping[str, float], prompt: int
+) -> Outcome | None:
     """Return what a prompt's tree showed that splits once; None where fewer than two siblings can be compared."""
     plan = topology.plans[prompt]
-    leaves = topology.span(prompt, topology.steps)
-    value, valid = (level[-1][leaves.start : leaves.stop] for level in (values.value, values.valid))
-    still = value[:1][valid[:1]] if plan.still else value[:0]
-    noisy = value[int(plan.still) :][valid[int(plan.still) :]]
-    if noisy.numel() < 2:
-        return None
-    rounding, spread = float(values.rounding(topology)[prompt]), float(noisy.std())
-    return Outcome(
-        step=plan.last_split,
-        spread=spread if spread > rounding else 0.0,
-        still=float(still) if still.numel() else None,
-        drop=float(still - noisy.mean()) if still.numel() else None,
-        rounding=rounding,
-    )
+    leaves, first = topology.span(prompt, topology.steps), int(plan.still)
+    siblings = {}
+    for name, levels in values.items():
+        value, valid = (level[-1][leaves.start : leaves.stop] for level in (levels.value, levels.valid))
+        noisy, still = value[first:][valid[first:]], value[:first][valid[:first]]
+        if noisy.numel() < 2:
+            return None
+        rounding = float(levels.rounding(topology)[prompt])
+        siblings[name] = Siblings(noisy, float(still) if still.numel() else None, rounding)
+    return Outcome(plan.last_split, siblings, weights)
 
 
 def allocate(wanted: Sequence[float], rows: Sequence[int], least: int, most: int, budget: int) -> list[int]:
@@ -287,6 +372,12 @@ def allocate(wanted: Sequence[float], rows: Sequence[int], least: int, most: int
         counts[chosen] += 1
         left -= rows[chosen]
     return counts
+
+
+def _overall(steps: Mapping[str, Mapping[str, float]]) -> float:
+    """Return the mean over all observations at any step; 0 without one."""
+    weight = sum(each["weight"] for each in steps.values())
+    return sum(each["weight"] * each["mean"] for each in steps.values()) / weight if weight else 0.0
 
 
 def _shrunk(entry: Mapping[str, float], prior: float) -> float:
@@ -329,8 +420,18 @@ def _follow(entry: dict[str, Any], reward: float) -> None:
         entry["best"] = max(entry["mean"], best + (entry["mean"] - best) / LONG)
 
 
-def _got_worse(entry: Mapping[str, Any]) -> bool:
-    """Return whether the deterministic siblings' mean reward has fallen below the best, by more than its error."""
-    if entry["best"] is None:
+def _got_worse(rewards: Collection[Mapping[str, Any]]) -> bool:
+    """Return whether the deterministic siblings have fallen below the best that they were, by more than the error.
+
+    Of several rewards it is the sum of falls over deviations, by weight, whose error is that of independent rewards.
+    """
+    if not rewards or any(entry["still"]["best"] is None for entry in rewards):
         return False
-    return bool(entry["best"] - entry["mean"] > ERRORS * math.sqrt(entry["variance"] / RECENT))
+    fall = sum(entry["weight"] * _fall(entry["still"]) for entry in rewards)
+    return bool(fall > ERRORS * math.hypot(*(entry["weight"] for entry in rewards)))
+
+
+def _fall(entry: Mapping[str, float]) -> float:
+    """Return by how many standard errors the mean is below the best."""
+    error = math.sqrt(entry["variance"] / RECENT)
+    return (entry["best"] - entry["mean"]) / error if error > 0 else 0.0

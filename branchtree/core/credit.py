@@ -7,7 +7,7 @@ with weights; or their raw values are added first and treated as one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
@@ -64,6 +64,7 @@ class Credit:
     keep: EdgeMask  # edges; under a forward objective the nodes that they lead to, without inner_nodes leaves alone
     regularised: bool = False  # whether all that is kept is trained, also without an advantage
     gate: Gate | None = None  # how far a KL term acts on each edge; without a gate on all alike
+    weights: Mapping[str, float] = field(default_factory=dict)  # of ``values``, in the advantages
 
     def trained(self, topology: Topology) -> EdgeMask:
         """Return which edges go through the gradient pass."""
@@ -104,6 +105,7 @@ class Credit:
             keep=levels([credit.keep for credit in credits]),
             regularised=first.regularised,
             gate=levels([credit.gate for credit in credits if credit.gate is not None]) if first.gate else None,
+            weights=first.weights,
         )
 
 
@@ -162,7 +164,8 @@ def assign_credit(
     if rule.whole_groups and not everywhere:
         apart = without_ties(topology, keep, advantages)
         keep = apart if gate is None else any_of(apart, _pulled(keep, gate))
-    return Credit(rewards, valid, values, advantages, keep, everywhere or rule.whole_groups, gate)
+    regularised = everywhere or rule.whole_groups
+    return Credit(rewards, valid, values, advantages, keep, regularised, gate, {name: weights[name] for name in values})
 
 
 def trainable(topology: Topology, valid: Tensor, rule: CreditRule) -> EdgeMask:

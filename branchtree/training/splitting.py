@@ -35,15 +35,15 @@ class SplitLearner:
         return plan_learned(self.schedule, self.state, iteration, ids, self._indices(ids), self.most_noise)
 
     def observe(self, iteration: int, processes: Processes, team: Team, topology: Topology, credit: Credit) -> None:
-        """Learn from an iteration's trees: from the first reward that has a weight. All processes call this together.
+        """Learn from an iteration's trees. All processes call this together.
 
         ``topology`` and ``credit`` are of the team's whole trees.
         """
         teams = processes.everyone((topology.plans, credit))[:: team.members]
         whole = grow([plan for plans, _ in teams for plan in plans])
-        values = next(iter(Credit.concatenate([each for _, each in teams]).values.values()))
+        joint = Credit.concatenate([each for _, each in teams])
         ids = self.order.batch(iteration, self.prompts)
-        self.state = self.rule.observe(self.state, self._indices(ids), whole, values)
+        self.state = self.rule.observe(self.state, self._indices(ids), whole, joint.values, joint.weights)
 
     def take_up(self, saved: Mapping[str, Any] | None) -> None:
         """Go on from a checkpoint's state, or from the start without one. Raises CheckpointError for another rule's."""
