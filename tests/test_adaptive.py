@@ -28,7 +28,7 @@ from branchtree.core.adaptive import (
     RECENT,
     AdaptiveSplits,
     Outcome,
-    Siblings,
+    SplitRewards,
     State,
     _follow,
     _got_worse,
@@ -90,8 +90,8 @@ def scored(
     return topology, values
 
 
-def judged(noisy: list[float], still: float | None, rounding: float = 1e-6) -> Siblings:
-    return Siblings(torch.tensor(noisy, dtype=torch.float64), still, rounding)
+def judged(noisy: list[float], still: float | None, rounding: float = 1e-6) -> SplitRewards:
+    return SplitRewards(torch.tensor(noisy, dtype=torch.float64), still, rounding)
 
 
 def shaped(rule: AdaptiveSplits, step: int, children: int, noise: float = 1.0) -> Any:
@@ -102,14 +102,14 @@ def test_the_deterministic_sibling_is_apart_from_the_others() -> None:
     plans, rewards = [shaped(RULE, 5, 4), shaped(RULE, 7, 3)], [5.0, 1.0, 2.0, 3.0, 4.0, 1.0, 1.0]
     topology, values = scored(plans, {"reward": rewards})
     outcomes = [observed(topology, values, ALONE, i) for i in range(2)]
-    first, second = (each.siblings["reward"] for each in outcomes if each is not None)
+    first, second = (each.rewards["reward"] for each in outcomes if each is not None)
     assert (first.noisy.tolist(), first.still, first.spread) == ([1.0, 2.0, 3.0], 5.0, 1.0)
     assert first.rounding == pytest.approx(2e-6 * 5)
     assert (second.spread, second.still) == (0.0, 4.0)
     topology, values = scored(plans, {"reward": rewards}, [False, True, True, True, True, True, False])
     one, two = (observed(topology, values, ALONE, i) for i in range(2))
     assert one is not None and two is None
-    assert (one.step, one.siblings["reward"].spread, one.ratio) == (5, 1.0, None)
+    assert (one.step, one.rewards["reward"].spread, one.ratio) == (5, 1.0, None)
 
 
 @pytest.mark.parametrize(

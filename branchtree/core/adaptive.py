@@ -98,7 +98,7 @@ def plan_ahead(schedule: Schedule, iteration: int, prompts: Sequence[int]) -> li
 
 
 @dataclass(frozen=True)
-class Siblings:
+class SplitRewards:
     """What one reward says of the children of one split."""
 
     noisy: Tensor  # (K,) float64, the stochastic ones' rewards, two at the least
@@ -129,13 +129,13 @@ class Outcome:
     """What the siblings of one split showed."""
 
     step: int
-    siblings: Mapping[str, Siblings]  # by each reward that has a weight
+    rewards: Mapping[str, SplitRewards]  # by each reward that has a weight
     weights: Mapping[str, float]
 
     @property
     def tied(self) -> bool:
         """Whether no reward tells the stochastic siblings apart."""
-        return all(each.spread == 0 for each in self.siblings.values())
+        return all(each.spread == 0 for each in self.rewards.values())
 
     @property
     def ratio(self) -> float | None:
@@ -144,9 +144,9 @@ class Outcome:
         The drop is the deterministic sibling's reward less the stochastic ones' mean. Where the stochastic siblings
         tie it is 0 if the deterministic one ties with them, and else -1 or 1.
         """
-        if any(each.still is None for each in self.siblings.values()):
+        if any(each.still is None for each in self.rewards.values()):
             return None
-        pairs = [(self.weights[name], *each.standardised) for name, each in self.siblings.items()]
+        pairs = [(self.weights[name], *each.standardised) for name, each in self.rewards.items()]
         spread = float(torch.stack([weight * noisy for weight, noisy, _ in pairs]).sum(dim=0).std())
         drop = sum(weight * still for weight, _, still in pairs)
         rounding = TIE * sum(abs(weight) for weight in self.weights.values())
@@ -312,8 +312,8 @@ class AdaptiveSplits:
         for i, outcome in seen:
             # Without the division the steps that are drawn while there is much noise would seem best.
             noise = float(topology.plans[i].active(outcome.step))
-            spreads.append({name: each.spread / noise for name, each in outcome.siblings.items()})
-            for name, each in outcome.siblings.items():
+            spreads.append({name: each.spread / noise for name, each in outcome.rewards.items()})
+            for name, each in outcome.rewards.items():
                 table = after["rewards"][name]
                 _remember(table["steps"][str(outcome.step)], spreads[-1][name], self.memory)
                 if each.still is not None:
@@ -336,15 +336,15 @@ def observed(
     """Return what a prompt's tree showed that splits once; None where fewer than two siblings can be compared."""
     plan = topology.plans[prompt]
     leaves, first = topology.span(prompt, topology.steps), int(plan.still)
-    siblings = {}
+    rewards = {}
     for name, levels in values.items():
         value, valid = (level[-1][leaves.start : leaves.stop] for level in (levels.value, levels.valid))
         noisy, still = value[first:][valid[first:]], value[:first][valid[:first]]
         if noisy.numel() < 2:
             return None
         rounding = float(levels.rounding(topology)[prompt])
-        siblings[name] = Siblings(noisy, float(still) if still.numel() else None, rounding)
-    return Outcome(plan.last_split, siblings, weights)
+        rewards[name] = SplitRewards(noisy, float(still) if still.numel() else None, rounding)
+    return Outcome(plan.last_split, rewards, weights)
 
 
 def allocate(wanted: Sequence[float], rows: Sequence[int], least: int, most: int, budget: int) -> list[int]:
